@@ -1,0 +1,1 @@
+"""Control decides and never touches bytes: no torch, no blocking I/O, no engine."""

@@ -1,0 +1,1 @@
+"""Data moves bytes and never decides: the executor, its pipelines, the movers and the tiers."""

@@ -1,0 +1,119 @@
+"""Where an engine keeps its KV cache: rows, pages and blocks, as plain numbers.
+
+This room knows bytes and offsets and nothing else: no tensors, no engine, no tier. An engine
+adapter derives a :class:`CacheGeometry` from its own description of the cache; every other
+room reads it.
+
+A *row* is the unit of pipelining: the pages that one forward pass reads or writes at one
+position of the model. Page ``b`` of a row starts at ``offset + b * block_stride`` bytes into
+the backing allocation ``allocation`` and is ``page_bytes`` long. Layer-outermost layouts,
+block-outermost layouts and groups that alias the same bytes are all of this form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+DIRECT_IO_ALIGNMENT = 4096
+"""Bytes. Extents on disk start at multiples of this, which suits every block device in use."""
+
+AUTO_CHUNK_TOKENS = 64
+"""``chunk_tokens: auto`` is the smallest multiple of the block size that is at least this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw cache position, shared by one layer of each group.
+
+    Attributes:
+        layers: names of the layers that use this row, in order of use in a forward pass.
+        allocation: index of the backing allocation that holds the row.
+        offset: bytes from the start of the allocation to block 0 of this row.
+        block_stride: bytes from one block to the next.
+        page_bytes: bytes of one block in this row that carry content.
+    """
+
+    layers: tuple[str, ...]
+    allocation: int
+    offset: int
+    block_stride: int
+    page_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.page_bytes <= 0 or self.block_stride < self.page_bytes or self.offset < 0:
+            raise ValueError(
+                f"row {self.layers} does not describe pages: page_bytes={self.page_bytes}, "
+                f"block_stride={self.block_stride}, offset={self.offset}"
+            )
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """The whole cache of one rank.
+
+    Attributes:
+        rows: in the order in which a forward pass first uses them.
+        num_blocks: blocks in the engine's pool; ids are ``0 .. num_blocks - 1``.
+        block_tokens: tokens in one block.
+        chunk_tokens: tokens in one chunk, a whole number of blocks.
+        allocation_bytes: size of each backing allocation.
+    """
+
+    rows: tuple[Row, ...]
+    num_blocks: int
+    block_tokens: int
+    chunk_tokens: int
+    allocation_bytes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("a cache geometry needs at least one row")
+        if self.chunk_tokens <= 0 or self.chunk_tokens % self.block_tokens:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} is not a whole number of blocks of "
+                f"{self.block_tokens} tokens"
+            )
+        for row in self.rows:
+            end = row.offset + (self.num_blocks - 1) * row.block_stride + row.page_bytes
+            if end > self.allocation_bytes[row.allocation]:
+                raise ValueError(
+                    f"row {row.layers} ends at byte {end}, beyond its allocation of "
+                    f"{self.allocation_bytes[row.allocation]} bytes"
+                )
+
+    @cached_property
+    def blocks_per_chunk(self) -> int:
+        """Blocks in one chunk."""
+        return self.chunk_tokens // self.block_tokens
+
+    @cached_property
+    def extent_bytes(self) -> tuple[int, ...]:
+        """Per row, the bytes of one chunk in that row."""
+        return tuple(row.page_bytes * self.blocks_per_chunk for row in self.rows)
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk, all rows."""
+        return sum(self.extent_bytes)
+
+    @cached_property
+    def row_of_layer(self) -> dict[str, int]:
+        """Layer name to row index."""
+        return {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
+
+    @cached_property
+    def last_layer_of_row(self) -> tuple[str, ...]:
+        """Per row, the layer after which the row's bytes of this step are complete."""
+        return tuple(row.layers[-1] for row in self.rows)
+
+
+def chunk_tokens_for(block_tokens: int) -> int:
+    """The chunk size that ``chunk_tokens: auto`` stands for, in tokens."""
+    blocks = -(-AUTO_CHUNK_TOKENS // block_tokens)
+    return blocks * block_tokens
+
+
+def align_up(size: int, alignment: int = DIRECT_IO_ALIGNMENT) -> int:
+    """``size`` rounded up to a multiple of ``alignment``."""
+    return -(-size // alignment) * alignment

@@ -1,0 +1,221 @@
+"""What control sends down each step, and what data sends back up.
+
+Plans go down, receipts come up, nothing else crosses. Every record here is frozen, carries
+no tensor and no handle, and can be pickled or encoded, because the two sides may be different
+processes and, with tensor parallelism, one plan is executed by many ranks.
+
+Identity: a :class:`TransferId` is never used twice in the life of a scheduler. A request that
+is preempted and comes back gets new transfers, so a receipt of an old epoch names a transfer
+that control no longer knows, and is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+TransferId = NewType("TransferId", int)
+"""Names one transfer; unique and increasing within one scheduler."""
+
+ChunkKey = NewType("ChunkKey", bytes)
+"""Content address of one chunk; :data:`lamina.keys.KEY_BYTES` long."""
+
+
+class TierName(str, Enum):
+    """Where chunks are kept."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
+class LoadMode(str, Enum):
+    """How a load runs."""
+
+    LAYERWISE = "layerwise"
+    """In the step itself; the model waits row by row."""
+    PARKED = "parked"
+    """Between steps; the request is resumed when the load is done."""
+
+
+class Outcome(str, Enum):
+    """What a receipt says of its transfer."""
+
+    SOURCE_FREE = "source_free"
+    """A save has read every page; the engine's blocks may be reused."""
+    DONE = "done"
+    """Terminal: a load is in the engine, a save is loadable, a write-through is durable."""
+    FAILED = "failed"
+    """Terminal: nothing of a save may become visible; a load's ``bad_chunks`` are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLoad:
+    """One chunk, or a run of its blocks, to be brought into the engine.
+
+    Attributes:
+        key: the chunk's key; a tier refuses a slot that holds another key.
+        tier: where it is.
+        slot: its slot in that tier.
+        first_block: index, within the chunk, of the first block wanted.
+        blocks: engine block ids, one for each block wanted, in order.
+    """
+
+    key: ChunkKey
+    tier: TierName
+    slot: int
+    first_block: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Bring the chunks of one request into the engine.
+
+    Attributes:
+        transfer: identity of this load.
+        request_id: the engine's name for the request.
+        mode: in the step or between steps.
+        chunks: in prefix order.
+        deadline: seconds from receipt of the plan after which the load has failed.
+    """
+
+    transfer: TransferId
+    request_id: str
+    mode: LoadMode
+    chunks: tuple[ChunkLoad, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOrder:
+    """Copy one chunk from engine blocks into a host slot, row by row as rows are written.
+
+    Attributes:
+        transfer: identity of this save.
+        request_id: the request whose blocks are read (for messages only).
+        key: the chunk's key.
+        slot: the host slot to fill.
+        blocks: engine block ids of the whole chunk, in order.
+    """
+
+    transfer: TransferId
+    request_id: str
+    key: ChunkKey
+    slot: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteThrough:
+    """Write one chunk from its host slot to a disk slot.
+
+    Attributes:
+        transfer: identity of this write.
+        key: the chunk's key.
+        host_slot: source slot; control holds it leased until the receipt.
+        disk_slot: target slot; what it held before is forgotten first.
+    """
+
+    transfer: TransferId
+    key: ChunkKey
+    host_slot: int
+    disk_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything the data side is to begin in one engine step.
+
+    Attributes:
+        step: number of the step; increases by one with every plan.
+        loads: loads to start now.
+        saves: saves whose blocks are complete once this step's forward has run.
+        writes: write-throughs to start now.
+        drop_disk: disk slots to forget (failed verification, cache reset).
+        forward: whether this step runs the model at all.
+        outstanding: whether transfers of earlier plans are still on their way.
+    """
+
+    step: int
+    loads: tuple[LoadOrder, ...] = ()
+    saves: tuple[SaveOrder, ...] = ()
+    writes: tuple[WriteThrough, ...] = ()
+    drop_disk: tuple[int, ...] = ()
+    forward: bool = True
+    outstanding: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plan orders nothing."""
+        return not (self.loads or self.saves or self.writes or self.drop_disk)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReceipt:
+    """What one rank says of one transfer.
+
+    Attributes:
+        transfer: which.
+        outcome: see :class:`Outcome`.
+        moved_bytes: bytes moved by this rank.
+        seconds: wall time from order to outcome.
+        waited: seconds that the forward pass itself waited for this load.
+        bad_chunks: keys of a load's chunks that could not be delivered.
+        reason: for a failure, a short word that becomes a metric label.
+    """
+
+    transfer: TransferId
+    outcome: Outcome
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    bad_chunks: tuple[ChunkKey, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One chunk that a tier already holds when it is opened.
+
+    Attributes:
+        key: its key.
+        slot: its slot.
+        last_used: seconds since the epoch; orders eviction after a restart.
+    """
+
+    key: ChunkKey
+    slot: int
+    last_used: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """A rank's first word to control: what tiers it has and what is already in them.
+
+    Attributes:
+        rank: the rank, ``0 .. ranks - 1``.
+        host_slots: slots of the host tier.
+        disk_slots: slots of the disk tier, 0 without one.
+        chunk_bytes: bytes of one chunk on this rank.
+        stored: chunks found on disk.
+    """
+
+    rank: int
+    host_slots: int
+    disk_slots: int
+    chunk_bytes: int
+    stored: tuple[StoredChunk, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one rank reports after one step.
+
+    Attributes:
+        rank: the rank.
+        transfers: in the order in which they happened.
+    """
+
+    rank: int
+    transfers: tuple[TransferReceipt, ...] = field(default=())
