@@ -1,0 +1,187 @@
+"""Which key is in which slot of which tier, and in what condition.
+
+The catalog has one writer, the scheduler. A chunk is *visible* only when all of its rows are
+there on all ranks; until then its slot is *filling* and no lookup finds it. A slot that is
+leased is neither evicted nor reused, even after its chunk was dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lamina.control.eviction import LeastRecentlyUsed
+from lamina.plan import ChunkKey, StoredChunk, TierName
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a visible chunk is."""
+
+    key: ChunkKey
+    tier: TierName
+    slot: int
+
+
+class TierCatalog:
+    """The slots of one tier.
+
+    Args:
+        name: the tier.
+        slots: how many slots it has on every rank.
+
+    Attributes:
+        evictions: chunks given up to make room, so far.
+        generation: chunks lost for any reason, so far.
+    """
+
+    def __init__(self, name: TierName, slots: int) -> None:
+        self.name = name
+        self.slots = slots
+        self.evictions = 0
+        self.generation = 0
+        self._visible: dict[ChunkKey, int] = {}
+        self._filling: dict[ChunkKey, int] = {}
+        self._order = LeastRecentlyUsed()
+        self._leases: dict[int, int] = {}
+        self._orphans: set[int] = set()
+        self._free: list[int] = list(range(slots - 1, -1, -1))
+
+    @property
+    def used(self) -> int:
+        """Slots that are not free."""
+        return self.slots - len(self._free)
+
+    @property
+    def leased(self) -> int:
+        """Slots under at least one lease."""
+        return len(self._leases)
+
+    def find(self, key: ChunkKey) -> int | None:
+        """Slot of a visible chunk."""
+        return self._visible.get(key)
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether the chunk is visible or on its way."""
+        return key in self._visible or key in self._filling
+
+    def reserve(self, key: ChunkKey) -> int | None:
+        """A slot to fill with ``key``, evicting if need be; None when every slot is in use.
+
+        Raises:
+            ValueError: if the tier already holds the key.
+        """
+        if self.holds(key):
+            raise ValueError(f"{self.name.value} already holds chunk {key.hex()}")
+        if not self._free:
+            victim = self._order.victim(lambda k: self._visible[k] not in self._leases)
+            if victim is None:
+                return None
+            self.evictions += 1
+            self.drop(victim)
+        slot = self._free.pop()
+        self._filling[key] = slot
+        return slot
+
+    def publish(self, key: ChunkKey) -> None:
+        """Make a filled chunk visible."""
+        self._visible[key] = self._filling.pop(key)
+        self._order.use(key)
+
+    def abandon(self, key: ChunkKey) -> None:
+        """Give back the slot of a chunk that will not be filled."""
+        self._retire(self._filling.pop(key))
+
+    def drop(self, key: ChunkKey) -> int | None:
+        """Forget a visible chunk; its slot is reused once no lease is on it.
+
+        Returns:
+            The slot it had, or None if it was not visible.
+        """
+        slot = self._visible.pop(key, None)
+        if slot is not None:
+            self.generation += 1
+            self._order.forget(key)
+            self._retire(slot)
+        return slot
+
+    def clear(self) -> list[int]:
+        """Forget every visible chunk; returns the slots they had."""
+        return [slot for key in list(self._order) if (slot := self.drop(key)) is not None]
+
+    def lease(self, slot: int) -> None:
+        """Hold ``slot`` until :meth:`release`."""
+        self._leases[slot] = self._leases.get(slot, 0) + 1
+
+    def release(self, slot: int) -> None:
+        """Give up one lease on ``slot``."""
+        left = self._leases[slot] - 1
+        if left:
+            self._leases[slot] = left
+            return
+        del self._leases[slot]
+        if slot in self._orphans:
+            self._orphans.remove(slot)
+            self._free.append(slot)
+
+    def use(self, keys: Sequence[ChunkKey]) -> None:
+        """Note a use of visible ``keys``, given in prefix order.
+
+        The first becomes the most recently used, because a chunk is of no use without the ones
+        before it.
+        """
+        for key in reversed(keys):
+            if key in self._visible:
+                self._order.use(key)
+
+    def adopt(self, stored: Iterable[StoredChunk]) -> None:
+        """Take over chunks that the tier already held when it was opened, oldest first."""
+        taken: set[int] = set()
+        for chunk in sorted(stored, key=lambda c: c.last_used):
+            if chunk.slot in taken or self.holds(chunk.key):
+                continue
+            taken.add(chunk.slot)
+            self._visible[chunk.key] = chunk.slot
+            self._order.use(chunk.key)
+        self._free = [slot for slot in self._free if slot not in taken]
+
+    def _retire(self, slot: int) -> None:
+        if slot in self._leases:
+            self._orphans.add(slot)
+        else:
+            self._free.append(slot)
+
+
+class Catalog:
+    """Every tier, in the order in which a load prefers them."""
+
+    def __init__(self, host: TierCatalog, disk: TierCatalog | None) -> None:
+        self.host = host
+        self.disk = disk
+        self.tiers: dict[TierName, TierCatalog] = {TierName.HOST: host}
+        if disk is not None:
+            self.tiers[TierName.DISK] = disk
+
+    def locate(self, key: ChunkKey) -> Location | None:
+        """The best place to load ``key`` from."""
+        for tier in self.tiers.values():
+            slot = tier.find(key)
+            if slot is not None:
+                return Location(key, tier.name, slot)
+        return None
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether any tier has the chunk, or will have it soon."""
+        return any(tier.holds(key) for tier in self.tiers.values())
+
+    def prefix_end(self, keys: Sequence[ChunkKey], start: int) -> int:
+        """Index after the last of the chunks from ``start`` on that are all visible."""
+        end = start
+        while end < len(keys) and any(t.find(keys[end]) is not None for t in self.tiers.values()):
+            end += 1
+        return end
+
+    @property
+    def generation(self) -> int:
+        """Changes whenever a visible chunk was lost; a memoised hit is stale then."""
+        return sum(tier.generation for tier in self.tiers.values())

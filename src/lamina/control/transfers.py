@@ -1,0 +1,185 @@
+"""One record for every movement. There is no other place where its state is kept.
+
+::
+
+    LOAD   PLANNED → MOVING → DONE | FAILED
+    SAVE   PLANNED → MOVING → SOURCE_FREE → DONE | FAILED      (DONE: loadable from the host)
+    WRITE  PLANNED → MOVING → DONE | FAILED                    (DONE: durable on disk)
+
+With several ranks a state is reached when every rank has reported it, by identity and not by
+count; a transfer has failed when one rank has failed and all are terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lamina.control.catalog import Location
+from lamina.control.leases import BlockLease
+from lamina.plan import ChunkKey, Outcome, TransferId, TransferReceipt
+
+
+class Kind(Enum):
+    """What moves where."""
+
+    LOAD = "load"
+    SAVE = "save"
+    WRITE = "write"
+
+
+class State(Enum):
+    """How far a transfer is."""
+
+    PLANNED = "planned"
+    MOVING = "moving"
+    SOURCE_FREE = "source_free"
+    DONE = "done"
+    FAILED = "failed"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing can follow."""
+        return self in (State.DONE, State.FAILED)
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One movement.
+
+    Attributes:
+        id: its identity.
+        kind: what moves.
+        request_id: for whom, or "" for a write.
+        step: the step whose plan carried it.
+        expires: control's clock after which it is overdue.
+        size: bytes over all ranks.
+        chunks: where the chunks of a load are; the key and slot of a save or write.
+        lease: hold on engine blocks, for a save.
+        reading: ranks that may still read the source.
+        moving: ranks that are not terminal.
+        poisoned: built on data that turned out bad; must never become visible.
+        overdue: past its deadline; it no longer keeps the engine awake.
+    """
+
+    id: TransferId
+    kind: Kind
+    request_id: str
+    step: int
+    expires: float
+    size: int
+    chunks: tuple[Location, ...]
+    reading: set[int]
+    moving: set[int]
+    lease: BlockLease | None = None
+    state: State = State.PLANNED
+    poisoned: bool = False
+    overdue: bool = False
+    failed: bool = False
+    reason: str = ""
+    bad_chunks: set[ChunkKey] = field(default_factory=set)
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def apply(self, rank: int, receipt: TransferReceipt) -> bool:
+        """Take in one rank's word; a repeated or late one changes nothing.
+
+        Returns:
+            Whether the transfer's state changed.
+        """
+        before = self.state
+        if self.state.terminal or rank not in self.moving:
+            return False
+        self.reading.discard(rank)
+        if receipt.outcome is not Outcome.SOURCE_FREE:
+            self.moving.discard(rank)
+            self.moved_bytes += receipt.moved_bytes
+            self.seconds = max(self.seconds, receipt.seconds)
+            self.waited = max(self.waited, receipt.waited)
+        if receipt.outcome is Outcome.FAILED:
+            self.failed = True
+            self.reason = self.reason or receipt.reason
+            self.bad_chunks.update(receipt.bad_chunks)
+        if not self.moving:
+            self.state = State.FAILED if self.failed or self.poisoned else State.DONE
+        elif not self.reading and self.kind is Kind.SAVE:
+            self.state = State.SOURCE_FREE
+        return self.state is not before
+
+
+class TransferTable:
+    """All transfers that are not terminal.
+
+    Args:
+        ranks: how many ranks execute each plan.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._next = 0
+        self._live: dict[TransferId, Transfer] = {}
+        self._bytes = dict.fromkeys(Kind, 0)
+        self._counts = dict.fromkeys(Kind, 0)
+
+    def open(
+        self,
+        kind: Kind,
+        request_id: str,
+        *,
+        step: int,
+        expires: float,
+        size: int,
+        chunks: tuple[Location, ...],
+        lease: BlockLease | None = None,
+    ) -> Transfer:
+        """A new transfer under an identity that was never used before."""
+        self._next += 1
+        ranks = range(self._ranks)
+        transfer = Transfer(
+            id=TransferId(self._next),
+            kind=kind,
+            request_id=request_id,
+            step=step,
+            expires=expires,
+            size=size,
+            chunks=chunks,
+            lease=lease,
+            reading=set(ranks),
+            moving=set(ranks),
+        )
+        self._live[transfer.id] = transfer
+        self._bytes[kind] += size
+        self._counts[kind] += 1
+        return transfer
+
+    def get(self, transfer: TransferId) -> Transfer | None:
+        """The live transfer of that identity; None for one that is terminal or unknown."""
+        return self._live.get(transfer)
+
+    def close(self, transfer: Transfer) -> None:
+        """Forget a terminal transfer."""
+        del self._live[transfer.id]
+        self._bytes[transfer.kind] -= transfer.size
+        self._counts[transfer.kind] -= 1
+
+    def bytes_in_flight(self, kind: Kind) -> int:
+        """Bytes of live transfers of one kind, all ranks."""
+        return self._bytes[kind]
+
+    def count(self, kind: Kind) -> int:
+        """Live transfers of one kind."""
+        return self._counts[kind]
+
+    def live(self) -> Iterable[Transfer]:
+        """All live transfers, oldest first."""
+        return self._live.values()
+
+    @property
+    def pending(self) -> bool:
+        """Whether the engine should keep stepping so that receipts arrive."""
+        return any(not t.overdue for t in self._live.values())
+
+    def __len__(self) -> int:
+        return len(self._live)

@@ -1,0 +1,316 @@
+"""The executor: carries out one rank's part of every plan and keeps the receipts.
+
+An engine adapter calls it around each forward pass, from one thread::
+
+    begin_step(plan)            parked loads, writes: before the forward
+    start_loads()               the step's layerwise loads
+      wait_layer(name)          before a layer reads its row
+      layer_written(name)       after a layer has written its row
+    end_step()                  rows that no hook announced
+    collect()                   what has become of everything so far
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lamina.config import LoadConfig
+from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
+from lamina.data.movers.base import Mover
+from lamina.data.save_pipeline import SaveRun
+from lamina.data.sources import DiskSource, HostSource
+from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.host import HostTier
+from lamina.data.worker_pool import WorkerPool
+from lamina.data.write_through import DiskWriter
+from lamina.geometry import CacheGeometry
+from lamina.observe.timeline import Lane, Timeline
+from lamina.plan import LoadMode, RankReport, Receipt, StepPlan, TierName, TransferReceipt
+
+log = logging.getLogger("lamina.data")
+
+LOAD_THREADS = 4
+IDLE_WAIT = 0.002
+"""Seconds that a step without a forward waits for a receipt, so that an engine with nothing to
+run neither spins on the interpreter lock nor is late for the next request."""
+CLOSE_TIMEOUT = 30.0
+"""Seconds that closing waits for saves and writes under way."""
+
+_LAYERWISE, _PARKED = 0.0, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What the engine must know after a step.
+
+    Attributes:
+        receipt: for control.
+        arrived: requests whose parked load is over, well or not.
+        lost_blocks: engine blocks whose load failed.
+    """
+
+    receipt: Receipt
+    arrived: frozenset[str]
+    lost_blocks: frozenset[int]
+
+
+class Executor:
+    """See the module.
+
+    Args:
+        rank: this rank.
+        geometry: the engine's cache.
+        mover: copies pages between the engine and host memory.
+        host: the host tier.
+        disk: the disk tier, if there is one.
+        config: the ``load`` section.
+        sources: tiers to load from; None for the given ``host`` and ``disk``.
+        timeline: records what happens when; None records nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        geometry: CacheGeometry,
+        mover: Mover,
+        host: HostTier,
+        disk: DiskTier | None,
+        config: LoadConfig,
+        sources: Mapping[TierName, RowSource] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._rank = rank
+        self._geometry = geometry
+        self._mover = mover
+        self._host = host
+        self._disk = disk
+        self._config = config
+        self._timeline = timeline
+        self._row_of_layer = geometry.row_of_layer
+        self._last_layers = frozenset(geometry.last_layer_of_row)
+        cores = usable_cores()
+        self._load_pool = WorkerPool("load", LOAD_THREADS, cores)
+        self._save_pool = WorkerPool("save", 1, cores)
+        self._writer: DiskWriter | None = None
+        if sources is None:
+            sources = self._open_sources()
+        self._sources = sources
+        if disk is not None:
+            self._writer = DiskWriter(
+                disk,
+                host,
+                self._report,
+                rows=len(geometry.rows),
+                chunk_bytes=geometry.chunk_bytes,
+                cores=cores,
+                timeline=timeline,
+            )
+        self._plan: StepPlan | None = None
+        self._layerwise: LoadRun | None = None
+        self._saves: SaveRun | None = None
+        self._parked: list[LoadRun] = []
+        self._receipts: deque[TransferReceipt] = deque()
+        self._news = threading.Event()
+        self._lost_blocks: set[int] = set()
+        self._unknown_layers: set[str] = set()
+        self._computing = (-1, 0.0)
+
+    def report(self) -> RankReport:
+        """This rank's tiers and what they already hold."""
+        return RankReport(
+            rank=self._rank,
+            host_slots=self._host.slots,
+            disk_slots=self._disk.slots if self._disk is not None else 0,
+            chunk_bytes=self._geometry.chunk_bytes,
+            stored=self._disk.stored() if self._disk is not None else (),
+        )
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether the layers of this step have anything to wait for or to save."""
+        return self._layerwise is not None or self._saves is not None
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Start what does not belong to the forward; call before it."""
+        self._plan = plan
+        if plan.is_empty:
+            return
+        if self._writer is not None:
+            if plan.drop_disk:
+                self._writer.drop(plan.drop_disk)
+            if plan.writes:
+                self._writer.write(plan.writes, plan.step)
+        for order in plan.loads:
+            if order.mode is LoadMode.PARKED:
+                run = self._make_run([Load(order, self._geometry)], parked=True)
+                self._parked.append(run)
+                run.start()
+        layerwise = [o for o in plan.loads if o.mode is LoadMode.LAYERWISE]
+        if layerwise:
+            loads = [Load(order, self._geometry) for order in layerwise]
+            self._layerwise = self._make_run(loads, parked=False)
+        if plan.saves:
+            self._saves = SaveRun(
+                plan.saves,
+                self._geometry,
+                self._host,
+                self._mover,
+                self._save_pool,
+                self._report,
+                step=plan.step,
+                timeline=self._timeline,
+            )
+
+    def start_loads(self) -> None:
+        """Submit the first rows of the step's layerwise loads; call right before the forward."""
+        if self._layerwise is not None:
+            self._layerwise.start()
+
+    def wait_layer(self, layer: str) -> None:
+        """Return when the row of ``layer`` may be read; at once if nothing is loaded."""
+        if self._layerwise is not None:
+            row = self._row(layer)
+            if row is not None:
+                for fence in self._layerwise.wait(row):
+                    self._mover.hold_compute(fence)
+        if self._timeline is not None:
+            self._computing = (self._row_of_layer.get(layer, -1), Timeline.now())
+
+    def layer_written(self, layer: str) -> None:
+        """``layer`` has written its row; save it if that was the row's last layer."""
+        if self._timeline is not None and self._plan is not None:
+            row, began = self._computing
+            self._timeline.add(Lane.COMPUTE, self._plan.step, row, began)
+        if self._saves is not None and layer in self._last_layers:
+            self._saves.row_written(self._row_of_layer[layer])
+
+    def end_step(self) -> None:
+        """Finish the step's loads and sweep its saves; call after the forward."""
+        self._finish_loads()
+        saves, self._saves = self._saves, None
+        if saves is not None:
+            saves.sweep()
+        plan, self._plan = self._plan, None
+        if plan is not None and not plan.forward and plan.outstanding and not self._receipts:
+            self._news.wait(IDLE_WAIT)
+        self._news.clear()
+
+    def collect(self) -> Outcomes:
+        """Everything that has ended since the last call.
+
+        An engine that runs draft models asks before it ends the step; the step's loads are
+        finished then, because their failures must be known now.
+        """
+        self._finish_loads()
+        arrived = set()
+        for run in list(self._parked):
+            if not run.over and run.expired:
+                run.give_up("deadline")
+            if run.over:
+                self._parked.remove(run)
+                self._settle(run)
+                arrived.update(load.order.request_id for load in run.loads)
+        receipts = []
+        while self._receipts:
+            receipts.append(self._receipts.popleft())
+        lost, self._lost_blocks = self._lost_blocks, set()
+        return Outcomes(Receipt(self._rank, tuple(receipts)), frozenset(arrived), frozenset(lost))
+
+    def close(self) -> None:
+        """Finish what is under way, within bounds, and release threads, files and memory."""
+        for run in self._parked:
+            run.give_up("closed")
+        ended = self._load_pool.close(CLOSE_TIMEOUT)
+        ended &= self._save_pool.close(CLOSE_TIMEOUT)
+        if self._writer is not None:
+            ended &= self._writer.close(CLOSE_TIMEOUT)
+        if not ended:
+            log.warning("transfers under way did not end within %.0f s", CLOSE_TIMEOUT)
+        if self._disk is not None:
+            self._disk.close()
+        if ended:
+            self._mover.close()
+        if self._timeline is not None:
+            self._timeline.write()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _open_sources(self) -> dict[TierName, RowSource]:
+        sources: dict[TierName, RowSource] = {
+            TierName.HOST: HostSource(self._host, self._mover, self._geometry)
+        }
+        if self._disk is not None:
+            sources[TierName.DISK] = DiskSource(
+                self._disk, self._mover, self._geometry, LOAD_THREADS
+            )
+        return sources
+
+    def _make_run(self, loads: list[Load], *, parked: bool) -> LoadRun:
+        geometry = self._geometry
+        blocks = sum(len(piece.blocks) for load in loads for piece in load.pieces)
+        row_bytes = blocks * max(row.page_bytes for row in geometry.rows)
+        window = window_rows(
+            self._config.load_ahead, self._config.staging, row_bytes, len(geometry.rows)
+        )
+        assert self._plan is not None
+        return LoadRun(
+            loads,
+            geometry,
+            self._sources,
+            self._load_pool,
+            window=window,
+            urgency=_PARKED if parked else _LAYERWISE,
+            self_driven=parked,
+            step=self._plan.step,
+            timeline=self._timeline,
+            done=self._wake,
+        )
+
+    def _finish_loads(self) -> None:
+        run, self._layerwise = self._layerwise, None
+        if run is None:
+            return
+        for fence in run.finish():
+            self._mover.hold_compute(fence)
+        self._settle(run)
+        if self._saves is not None and any(load.failed for load in run.loads):
+            self._saves.poison("load_failed")
+
+    def _settle(self, run: LoadRun) -> None:
+        for load in run.loads:
+            if load.failed:
+                self._lost_blocks |= load.lost_blocks()
+        self._report(load.receipt(run.waited) for load in run.loads)
+
+    def _report(self, receipts: Iterable[TransferReceipt]) -> None:
+        self._receipts.extend(receipts)
+        self._news.set()
+
+    def _wake(self, _: LoadRun) -> None:
+        self._news.set()
+
+    def _row(self, layer: str) -> int | None:
+        row = self._row_of_layer.get(layer)
+        if row is None and layer not in self._unknown_layers:
+            self._unknown_layers.add(layer)
+            log.warning("layer %r has no row in the cache geometry; nothing is loaded for it", layer)
+        return row
+
+
+def usable_cores() -> frozenset[int]:
+    """Cores that some thread of this process may run on. Engines pin their threads one by one, so
+    the caller's own affinity says little."""
+    cores: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            cores |= os.sched_getaffinity(int(task))
+    return frozenset(cores)

@@ -1,0 +1,369 @@
+"""The load pipeline: rows in order, a window of them in flight ahead of the one waited for.
+
+::
+
+    rows      0    1    2    3    4    5
+    start   [====][====]                        load_ahead = 2: rows 0 and 1 are submitted
+    wait 0        [====][====]                  row 0 has arrived; row 2 is submitted
+    wait 1              [====][====]            row 1 has arrived; row 3 is submitted
+
+For each row every request of the run is served. A request that fails is left out of later rows
+from its first bad chunk on; the others go on. A row that is waited for again returns at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from lamina.data.movers.base import Fence, Indices
+from lamina.data.worker_pool import WorkerPool
+from lamina.geometry import CacheGeometry
+from lamina.observe.timeline import Lane, Timeline
+from lamina.plan import ChunkKey, ChunkLoad, LoadOrder, Outcome, TierName, TransferReceipt
+
+PIECE_BYTES = 8 << 20
+"""Bytes of one row that one thread moves at a time: large enough to stream, small enough to share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring chunks of one load that come from the same tier.
+
+    Attributes:
+        tier: where they are.
+        first: index, in the load, of the first chunk.
+        keys: their keys.
+        slots: their slots.
+        pages: for each block wanted, its page among the pages of all chunks of the piece
+            (``chunk * blocks_per_chunk + block``).
+        blocks: for each block wanted, the engine block it goes to.
+    """
+
+    tier: TierName
+    first: int
+    keys: tuple[ChunkKey, ...]
+    slots: Indices
+    pages: Indices
+    blocks: Indices
+
+
+class BadChunks(Exception):
+    """Some chunks of a piece could not be read or did not verify.
+
+    Attributes:
+        indices: which, within the piece.
+        reason: a word for logs and metrics.
+    """
+
+    def __init__(self, indices: Sequence[int], reason: str) -> None:
+        super().__init__(f"{len(indices)} chunks: {reason}")
+        self.indices = tuple(indices)
+        self.reason = reason
+
+
+class RowSource(Protocol):
+    """A tier, as the load pipeline sees it."""
+
+    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+        """Bring one row of a piece into the engine.
+
+        Args:
+            row: the row.
+            piece: what to bring.
+            admit: to be called right before engine memory is written; False means that the
+                load was given up and nothing may be written any more. Each call that returned
+                True keeps the load from being declared over until this method returns.
+
+        Returns:
+            A fence behind the copy, or None if it was given up.
+
+        Raises:
+            BadChunks: if chunks are missing or do not verify; the others were loaded.
+        """
+
+
+class Load:
+    """One order on its way into the engine.
+
+    Args:
+        order: what to load.
+        geometry: the engine's cache.
+    """
+
+    def __init__(self, order: LoadOrder, geometry: CacheGeometry) -> None:
+        self.order = order
+        self.pieces = _cut(order.chunks, geometry)
+        self.began = time.perf_counter()
+        self.moved_bytes = 0
+        self.bad: set[int] = set()
+        self.reason = ""
+        self.outstanding = 0
+        self._given_up = False
+        self._writing = 0
+        self._changed = threading.Condition()
+
+    @property
+    def failed(self) -> bool:
+        """Whether some chunk could not be delivered."""
+        return bool(self.bad)
+
+    @property
+    def first_bad(self) -> int:
+        """Index of the first chunk that could not be delivered; the number of chunks if all could."""
+        return min(self.bad, default=len(self.order.chunks))
+
+    def fail(self, chunks: Sequence[int], reason: str) -> None:
+        """Note that chunks could not be delivered."""
+        self.bad.update(chunks)
+        self.reason = self.reason or reason
+
+    def admit(self) -> bool:
+        """Ask to write engine memory; pairs with :meth:`leave` if granted."""
+        with self._changed:
+            if self._given_up:
+                return False
+            self._writing += 1
+            return True
+
+    def leave(self, grants: int) -> None:
+        """Give back what :meth:`admit` granted."""
+        with self._changed:
+            self._writing -= grants
+            self._changed.notify_all()
+
+    def give_up(self, reason: str) -> None:
+        """Fail what has not arrived. When this returns no thread writes engine memory for this
+        load, now or later."""
+        with self._changed:
+            self._given_up = True
+            while self._writing:
+                self._changed.wait()
+        if self.outstanding:
+            self.fail(range(len(self.order.chunks)), reason)
+
+    def lost_blocks(self) -> set[int]:
+        """Engine blocks that do not hold what they should."""
+        return {
+            block for chunk in self.order.chunks[self.first_bad :] for block in chunk.blocks
+        }  # fmt: skip
+
+    def receipt(self, waited: float) -> TransferReceipt:
+        """What to report of this load now that it is over."""
+        return TransferReceipt(
+            transfer=self.order.transfer,
+            outcome=Outcome.FAILED if self.failed else Outcome.DONE,
+            moved_bytes=self.moved_bytes,
+            seconds=time.perf_counter() - self.began,
+            waited=waited,
+            bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.bad)),
+            reason=self.reason,
+        )
+
+
+class LoadRun:
+    """Some loads that run together, row by row.
+
+    Args:
+        loads: what to load.
+        geometry: the engine's cache.
+        sources: the tiers.
+        pool: threads that move pieces.
+        window: rows in flight ahead of the one waited for.
+        urgency: the pool's first priority; the row is the second.
+        self_driven: whether a row that has arrived stands for one that was waited for, because
+            no model waits (a parked load).
+        done: called once, from a pool thread or from a waiter, when every row has arrived.
+        step: for the timeline.
+        timeline: where spans go.
+    """
+
+    def __init__(
+        self,
+        loads: Sequence[Load],
+        geometry: CacheGeometry,
+        sources: Mapping[TierName, RowSource],
+        pool: WorkerPool,
+        *,
+        window: int,
+        urgency: float,
+        self_driven: bool,
+        step: int = 0,
+        timeline: Timeline | None = None,
+        done: Callable[[LoadRun], None] | None = None,
+    ) -> None:
+        self.loads = tuple(loads)
+        self.waited = 0.0
+        self.deadline = min(load.began + load.order.deadline for load in loads)
+        self._rows = len(geometry.rows)
+        self._page_bytes = [row.page_bytes for row in geometry.rows]
+        self._sources = sources
+        self._pool = pool
+        self._window = window
+        self._urgency = urgency
+        self._self_driven = self_driven
+        self._step = step
+        self._timeline = timeline
+        self._done = done
+        self._submitted = 0
+        self._arrived_rows = 0
+        self._waited_rows: set[int] = set()
+        self._lock = threading.Lock()
+        self._arrived = [threading.Event() for _ in range(self._rows)]
+        self._fences: list[list[Fence]] = [[] for _ in range(self._rows)]
+        pieces = sum(len(load.pieces) for load in self.loads)
+        self._left = [pieces] * self._rows
+        for load in self.loads:
+            load.outstanding = len(load.pieces) * self._rows
+
+    def start(self) -> None:
+        """Submit the first rows of the window."""
+        for _ in range(self._window):
+            self._submit_next()
+
+    def wait(self, row: int) -> list[Fence]:
+        """Block until ``row`` has arrived, and submit one more row the first time.
+
+        Returns:
+            The fences that the engine's next work must come after; empty when the row was
+            waited for before.
+        """
+        if row in self._waited_rows:
+            return []
+        began = time.perf_counter()
+        while row >= self._submitted:
+            self._submit_next()
+        if not self._arrived[row].wait(max(0.0, self.deadline - began)):
+            self.give_up("deadline")
+        self._waited_rows.add(row)
+        self._submit_next()
+        self.waited += time.perf_counter() - began
+        if self._timeline is not None:
+            self._timeline.add(Lane.WAIT, self._step, row, began)
+        return self._fences[row]
+
+    def finish(self) -> list[Fence]:
+        """Wait for every row that was not waited for."""
+        return [fence for row in range(self._rows) for fence in self.wait(row)]
+
+    def give_up(self, reason: str) -> None:
+        """Fail what has not arrived; afterwards nothing of this run writes engine memory."""
+        for load in self.loads:
+            load.give_up(reason)
+        for fences in self._fences:
+            for fence in fences:
+                fence.wait()
+        for arrived in self._arrived:
+            arrived.set()
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline of one of its loads has passed."""
+        return time.perf_counter() > self.deadline
+
+    @property
+    def over(self) -> bool:
+        """Whether every row has arrived or was given up."""
+        return self._arrived[-1].is_set() and all(event.is_set() for event in self._arrived)
+
+    def _submit_next(self) -> None:
+        with self._lock:
+            row = self._submitted
+            if row == self._rows:
+                return
+            self._submitted += 1
+        for load in self.loads:
+            for piece in load.pieces:
+                self._pool.submit((self._urgency, row), partial(self._move, row, load, piece))
+
+    def _move(self, row: int, load: Load, piece: Piece) -> None:
+        began = time.perf_counter()
+        grants = 0
+        fence: Fence | None = None
+
+        def admit() -> bool:
+            nonlocal grants
+            granted = load.admit()
+            grants += granted
+            return granted
+
+        try:
+            if piece.first < load.first_bad:
+                fence = self._sources[piece.tier].load_row(row, piece, admit)
+        except BadChunks as error:
+            load.fail([piece.first + i for i in error.indices], error.reason)
+        except Exception as error:
+            load.fail(range(piece.first, piece.first + len(piece.keys)), type(error).__name__)
+            raise
+        finally:
+            self._piece_over(row, load, fence, len(piece.blocks) * self._page_bytes[row])
+            load.leave(grants)
+            if self._timeline is not None:
+                size = len(piece.blocks) * self._page_bytes[row]
+                self._timeline.add(Lane.LOAD, self._step, row, began, size)
+
+    def _piece_over(self, row: int, load: Load, fence: Fence | None, size: int) -> None:
+        with self._lock:
+            load.outstanding -= 1
+            if fence is not None:
+                load.moved_bytes += size
+                self._fences[row].append(fence)
+            self._left[row] -= 1
+            if self._left[row]:
+                return
+            self._arrived_rows += 1
+            last = self._arrived_rows == self._rows
+        self._arrived[row].set()
+        if self._self_driven:
+            self._submit_next()
+        if last and self._done is not None:
+            self._done(self)
+
+
+def window_rows(load_ahead: int | str, staging: int, row_bytes: int, rows: int) -> int:
+    """How many rows to keep in flight.
+
+    Args:
+        load_ahead: an integer is obeyed exactly; ``"auto"`` fills the staging budget.
+        staging: the budget in bytes.
+        row_bytes: bytes of one row over all loads of the run.
+        rows: rows of the model.
+    """
+    if isinstance(load_ahead, int):
+        return load_ahead
+    return max(1, min(rows, staging // max(1, row_bytes)))
+
+
+def _cut(chunks: Sequence[ChunkLoad], geometry: CacheGeometry) -> tuple[Piece, ...]:
+    """Cut a load into pieces, in prefix order."""
+    per_piece = max(1, PIECE_BYTES // max(geometry.extent_bytes))
+    pieces: list[Piece] = []
+    start = 0
+    while start < len(chunks):
+        tier = chunks[start].tier
+        end = start + 1
+        while end < len(chunks) and end - start < per_piece and chunks[end].tier is tier:
+            end += 1
+        part = chunks[start:end]
+        pages = [
+            np.arange(len(chunk.blocks)) + i * geometry.blocks_per_chunk + chunk.first_block
+            for i, chunk in enumerate(part)
+        ]
+        pieces.append(
+            Piece(
+                tier=tier,
+                first=start,
+                keys=tuple(chunk.key for chunk in part),
+                slots=np.fromiter((chunk.slot for chunk in part), np.int64, len(part)),
+                pages=np.concatenate(pages).astype(np.int64),
+                blocks=np.fromiter((b for chunk in part for b in chunk.blocks), np.int64),
+            )
+        )
+        start = end
+    return tuple(pieces)

@@ -1,0 +1,117 @@
+"""The save pipeline: a row is copied out once its last layer has written it.
+
+Nothing in the forward path waits: the hook records a fence and queues a job. A row whose hook
+did not fire is swept at the end of the step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import numpy as np
+
+from lamina.data.movers.base import Fence, Mover
+from lamina.data.tiers.host import HostTier
+from lamina.data.worker_pool import WorkerPool
+from lamina.geometry import CacheGeometry
+from lamina.observe.timeline import Lane, Timeline
+from lamina.plan import Outcome, SaveOrder, TransferReceipt
+
+
+class SaveRun:
+    """The saves of one step.
+
+    Args:
+        orders: what to save.
+        geometry: the engine's cache.
+        host: where to.
+        mover: copies pages out of the engine.
+        pool: the thread that copies.
+        report: called from that thread with the receipts, once every row has been copied.
+        step: for the timeline.
+        timeline: where spans go.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[SaveOrder],
+        geometry: CacheGeometry,
+        host: HostTier,
+        mover: Mover,
+        pool: WorkerPool,
+        report: Callable[[Iterable[TransferReceipt]], None],
+        *,
+        step: int = 0,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._orders = tuple(orders)
+        self._host = host
+        self._mover = mover
+        self._pool = pool
+        self._report = report
+        self._step = step
+        self._timeline = timeline
+        self._chunk_bytes = geometry.chunk_bytes
+        self._page_bytes = [row.page_bytes for row in geometry.rows]
+        per_chunk = geometry.blocks_per_chunk
+        slots = np.fromiter((order.slot for order in orders), np.int64, len(orders))
+        self._pages = (slots[:, None] * per_chunk + np.arange(per_chunk)).ravel()
+        self._blocks = np.fromiter((b for order in orders for b in order.blocks), np.int64)
+        self._began = time.perf_counter()
+        self._unsubmitted = set(range(len(geometry.rows)))
+        self._left = len(geometry.rows)
+        self._failure = ""
+        self._lock = threading.Lock()
+
+    def row_written(self, row: int) -> None:
+        """The engine has submitted everything that writes ``row`` in this step."""
+        if row in self._unsubmitted:
+            self._unsubmitted.remove(row)
+            fence = self._mover.fence_compute()
+            self._pool.submit((0, self._step), partial(self._copy, row, fence))
+
+    def sweep(self) -> None:
+        """The forward is over: save the rows whose hook did not fire."""
+        for row in sorted(self._unsubmitted):
+            self.row_written(row)
+
+    def poison(self, reason: str) -> None:
+        """What the step computed is not to be trusted: report every save as failed."""
+        with self._lock:
+            self._failure = self._failure or reason
+
+    def _copy(self, row: int, after: Fence) -> None:
+        began = time.perf_counter()
+        try:
+            if not self._failure:
+                pages = self._host.pages(row)
+                self._mover.save(row, self._blocks, pages, self._pages, after).wait()
+        except Exception as error:
+            self.poison(type(error).__name__)
+            raise
+        finally:
+            with self._lock:
+                self._left -= 1
+                over = self._left == 0
+            if over:
+                self._report(self._receipts())
+            if self._timeline is not None:
+                size = len(self._blocks) * self._page_bytes[row]
+                self._timeline.add(Lane.SAVE, self._step, row, began, size)
+
+    def _receipts(self) -> list[TransferReceipt]:
+        outcome = Outcome.FAILED if self._failure else Outcome.DONE
+        seconds = time.perf_counter() - self._began
+        return [
+            TransferReceipt(
+                order.transfer,
+                outcome,
+                moved_bytes=0 if self._failure else self._chunk_bytes,
+                seconds=seconds,
+                reason=self._failure,
+            )
+            for order in self._orders
+        ]

@@ -1,0 +1,85 @@
+"""Tiers as the load pipeline sees them: where one row of some chunks comes from."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from lamina.data.load_pipeline import PIECE_BYTES, BadChunks, Piece
+from lamina.data.movers.base import Fence, Mover
+from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.host import HostTier
+from lamina.geometry import CacheGeometry, align_up
+
+
+class HostSource:
+    """Host memory: one copy, nothing that can fail.
+
+    Args:
+        host: the tier.
+        mover: copies pages into the engine.
+        geometry: the engine's cache.
+    """
+
+    def __init__(self, host: HostTier, mover: Mover, geometry: CacheGeometry) -> None:
+        self._host = host
+        self._mover = mover
+        self._per_chunk = geometry.blocks_per_chunk
+
+    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+        """See :class:`~lamina.data.load_pipeline.RowSource`."""
+        if not admit():
+            return None
+        chunk, block = np.divmod(piece.pages, self._per_chunk)
+        pages = piece.slots[chunk] * self._per_chunk + block
+        return self._mover.load(row, self._host.pages(row), pages, piece.blocks)
+
+
+class DiskSource:
+    """The disk: read into a staging buffer, verify, copy. The chunk never passes through the
+    host tier.
+
+    Args:
+        disk: the tier.
+        mover: copies pages into the engine and gives staging memory.
+        geometry: the engine's cache.
+        buffers: staging buffers, one for each thread that may load at a time.
+    """
+
+    def __init__(
+        self, disk: DiskTier, mover: Mover, geometry: CacheGeometry, buffers: int
+    ) -> None:
+        self._disk = disk
+        self._mover = mover
+        self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
+        self._extent_bytes = geometry.extent_bytes
+        self._per_chunk = geometry.blocks_per_chunk
+        size = align_up(max(PIECE_BYTES, max(geometry.extent_bytes)))
+        self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for _ in range(buffers):
+            self._staging.put(mover.allocate_host(size))
+
+    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+        """See :class:`~lamina.data.load_pipeline.RowSource`."""
+        staging = self._staging.get()
+        try:
+            extent = self._extent_bytes[row]
+            flat = staging[: len(piece.keys) * extent]
+            into = flat.numpy().reshape(-1, extent)
+            good = self._disk.read_row(row, piece.slots.tolist(), piece.keys, into)
+            pages, blocks = piece.pages, piece.blocks
+            if not good.all():
+                wanted = good[pages // self._per_chunk]
+                pages, blocks = pages[wanted], blocks[wanted]
+            if not admit():
+                return None
+            fence = self._mover.load(row, flat.view(-1, self._page_bytes[row]), pages, blocks)
+            fence.wait()
+            if not good.all():
+                raise BadChunks(np.flatnonzero(~good).tolist(), "disk_verification")
+            return fence
+        finally:
+            self._staging.put(staging)

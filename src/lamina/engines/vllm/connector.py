@@ -1,0 +1,227 @@
+"""``LaminaConnector``: vLLM's connector interface, handed on to the two sides."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lamina.config import load_config
+from lamina.engines.vllm import layout
+from lamina.engines.vllm.messages import LaminaPlan
+from lamina.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
+from lamina.engines.vllm.scheduler_side import SchedulerSide
+from lamina.engines.vllm.worker_side import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps vLLM's KV cache in host memory and on disk, and brings it back layer by layer.
+
+    vLLM makes one in its scheduler and one in every worker; each has one side and never the
+    other.
+
+    Raises:
+        ValueError: for a configuration or a model that cannot be served; the message names the
+            key and says what would be right.
+    """
+
+    worker_side: ClassVar[type[WorkerSide]] = WorkerSide
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = load_config(self._kv_transfer_config.kv_connector_extra_config, os.environ)
+        layout.check_supported(vllm_config, kv_cache_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(config, vllm_config, kv_cache_config)
+        else:
+            self._worker = self.worker_side(config, vllm_config, kv_cache_config)
+
+    @property
+    def _on_scheduler(self) -> SchedulerSide:
+        assert self._scheduler is not None, "this is the worker's connector"
+        return self._scheduler
+
+    @property
+    def _on_worker(self) -> WorkerSide:
+        assert self._worker is not None, "this is the scheduler's connector"
+        return self._worker
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is dropped is a miss later on, so no request has to wait for one."""
+        return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layer hooks do not run inside a full graph. Without layerwise loads they need not:
+        rows that no hook announced are saved at the end of the step."""
+        load = extra_config.get("load")
+        return not (isinstance(load, dict) and load.get("mode") == "parked")
+
+    # -- worker --------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM has allocated its cache."""
+        self._on_worker.open(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """This rank's tiers, on their way to the scheduler."""
+        return self._on_worker.report()
+
+    def has_connector_metadata(self) -> bool:
+        """Whether layers have to call the two layer hooks: vLLM asks this for every layer, so a
+        step with nothing to move skips them here."""
+        return self._on_worker.executor.moves_rows
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """The first hook of every step, before anything of it runs."""
+        assert isinstance(kv_connector_metadata, LaminaPlan)
+        self._on_worker.begin_step(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Right before the forward if the step has layerwise loads, else after it."""
+        self._on_worker.executor.start_loads()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Before a layer reads its cache."""
+        self._on_worker.executor.wait_layer(layer_name)
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """After a layer has written its cache."""
+        self._on_worker.executor.layer_written(layer_name)
+
+    def wait_for_save(self) -> None:
+        """The end of every step. Waits for no save."""
+        self._on_worker.executor.end_step()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Parked loads that are over."""
+        return self._on_worker.collect()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks whose load failed; vLLM recomputes them or fails the request."""
+        return self._on_worker.lost_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Receipts, on their way to the scheduler."""
+        return self._on_worker.receipts()
+
+    def shutdown(self) -> None:
+        """The engine ends."""
+        if self._worker is not None:
+            self._worker.close()
+
+    # -- scheduler -----------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """vLLM's cache manager exists now."""
+        self._on_scheduler.bind(kv_cache_manager)
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Every rank's tiers have arrived."""
+        self._on_scheduler.open(metadata)  # type: ignore[arg-type]
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """What can be loaded for a request beyond its local hit."""
+        return self._on_scheduler.lookup(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """The request has its blocks."""
+        self._on_scheduler.admitted(request, num_external_tokens)
+
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """Which tier supplied how much, for vLLM's own counters."""
+        return self._on_scheduler.hit_sources(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The plan of the step."""
+        return LaminaPlan(self._on_scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Receipts of the step."""
+        self._on_scheduler.receive(connector_output.kv_connector_worker_meta)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request has ended. Its blocks may be freed: those still to be read are leased."""
+        self._on_scheduler.finished(request, block_ids[0])
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine must keep stepping so that saves and writes come to an end."""
+        return self._on_scheduler.planner.has_work
+
+    def reset_cache(self) -> bool | None:
+        """Forget everything in every tier."""
+        self._on_scheduler.planner.reset()
+        return True
+
+    # -- metrics -------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Figures since the last call; the scheduler has them all."""
+        return None if self._scheduler is None else self._scheduler.stats()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        """Unpack figures that came from another process."""
+        return LaminaStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """Publish Lamina's metrics beside vLLM's."""
+        return LaminaPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,195 @@
+"""vLLM's description of its cache, as a :class:`~lamina.geometry.CacheGeometry`.
+
+Everything comes from ``KVCacheTensor`` (vLLM 0.32, ``vllm/v1/kv_cache_interface.py``): layer
+``l``'s page of block ``b`` starts ``offset + l * layer_stride + b * block_stride`` bytes into the
+backing allocation. Tensor shapes say nothing reliable and are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpecKind,
+    UniformTypeKVCacheSpecs,
+    get_kv_cache_spec_kind,
+)
+
+from lamina.geometry import CacheGeometry, Row, chunk_tokens_for
+
+SERVED_KINDS = (KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION)
+"""Kinds of cache that can be served: all of a prefix is needed, and nothing else."""
+
+
+class UnsupportedModel(ValueError):
+    """The model's cache, or how it is spread, cannot be served without risking a wrong token."""
+
+
+@dataclass(frozen=True)
+class BoundCache:
+    """A rank's cache: where pages are, and the memory they are in.
+
+    Attributes:
+        geometry: where pages are.
+        allocations: one flat uint8 tensor for each backing allocation.
+    """
+
+    geometry: CacheGeometry
+    allocations: tuple[torch.Tensor, ...]
+
+
+def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
+    """Refuse what this version would serve wrongly.
+
+    Raises:
+        UnsupportedModel: says what is not supported and what to do.
+    """
+    kinds = {get_kv_cache_spec_kind(group.kv_cache_spec) for group in cache.kv_cache_groups}
+    foreign = sorted(kind.value for kind in kinds if kind not in SERVED_KINDS)
+    if foreign or len(cache.kv_cache_groups) != 1:
+        what = ", ".join(foreign) if foreign else f"{len(cache.kv_cache_groups)} cache groups"
+        raise UnsupportedModel(
+            f"LaminaConnector does not serve models with {what} yet, only uniform full-attention "
+            "and MLA models. Serve this model without --kv-transfer-config."
+        )
+    parallel = vllm_config.parallel_config
+    for name in (
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedModel(
+                f"LaminaConnector does not support {name} > 1 yet; use tensor parallelism, or "
+                "serve without --kv-transfer-config."
+            )
+
+
+def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
+    """Tokens of a chunk.
+
+    Args:
+        cache: vLLM's cache.
+        configured: ``chunk_tokens`` of the configuration.
+
+    Raises:
+        ValueError: if it is not a whole number of blocks.
+    """
+    block = block_tokens(cache)
+    if isinstance(configured, str):
+        return chunk_tokens_for(block)
+    if configured % block:
+        raise ValueError(
+            f"chunk_tokens: {configured} is not a whole number of blocks; vLLM's block size here "
+            f"is {block}, so use a multiple of it or \"auto\""
+        )
+    return configured
+
+
+def block_tokens(cache: KVCacheConfig) -> int:
+    """Tokens of a block."""
+    return int(cache.kv_cache_groups[0].kv_cache_spec.block_size)
+
+
+def bind(
+    cache: KVCacheConfig,
+    views: Mapping[str, torch.Tensor],
+    forward_order: Sequence[str],
+    configured_chunk: int | str,
+) -> BoundCache:
+    """The geometry of a rank's cache and the memory behind it.
+
+    Args:
+        cache: vLLM's cache.
+        views: per layer, vLLM's view of it; only its address and storage are used.
+        forward_order: layer names in the order in which a forward pass uses them.
+        configured_chunk: ``chunk_tokens`` of the configuration.
+
+    Raises:
+        UnsupportedModel: if a layer is not where ``KVCacheTensor`` says.
+    """
+    allocations: dict[int, tuple[int, torch.Tensor]] = {}
+    places: dict[tuple[int, int], tuple[list[str], int, int]] = {}
+    page_bytes = {
+        layer: size
+        for group in cache.kv_cache_groups
+        for layer, size in _page_bytes(group).items()
+    }
+    for tensor in cache.kv_cache_tensors:
+        for position, layer in enumerate(tensor.layers):
+            if layer not in views:
+                raise UnsupportedModel(f"vLLM registered no cache for layer {layer!r}")
+            offset = tensor.offset + position * tensor.layer_stride
+            view = views[layer]
+            base = view.data_ptr() - offset
+            if base not in allocations:
+                allocations[base] = (len(allocations), _flat(view, base, tensor.size, layer))
+            key = (allocations[base][0], offset)
+            layers, stride, size = places.setdefault(
+                key, ([], tensor.block_stride, page_bytes[layer])
+            )
+            if (stride, size) != (tensor.block_stride, page_bytes[layer]):
+                raise UnsupportedModel(
+                    f"layers {layers[0]!r} and {layer!r} share memory but not a page size"
+                )
+            layers.append(layer)
+    rank = {layer: i for i, layer in enumerate(forward_order)}
+    last = len(rank)
+    rows = [
+        Row(
+            layers=tuple(sorted(layers, key=lambda name: rank.get(name, last))),
+            allocation=allocation,
+            offset=offset,
+            block_stride=stride,
+            page_bytes=size,
+        )
+        for (allocation, offset), (layers, stride, size) in places.items()
+    ]
+    rows.sort(key=lambda row: rank.get(row.layers[0], last))
+    tensors = tuple(tensor for _, tensor in allocations.values())
+    geometry = CacheGeometry(
+        rows=tuple(rows),
+        num_blocks=cache.num_blocks,
+        block_tokens=block_tokens(cache),
+        chunk_tokens=chunk_tokens(cache, configured_chunk),
+        allocation_bytes=tuple(tensor.numel() for tensor in tensors),
+    )
+    return BoundCache(geometry, tensors)
+
+
+def describe(cache: KVCacheConfig) -> str:
+    """How bytes are arranged inside pages, as far as vLLM's description says."""
+    specs = sorted({type(group.kv_cache_spec).__name__ for group in cache.kv_cache_groups})
+    return " ".join([str(cache.kv_cache_layout), *specs])
+
+
+def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:
+    """Bytes of one page of every layer, in vLLM's order of layers."""
+    return tuple(
+        size for group in cache.kv_cache_groups for size in _page_bytes(group).values()
+    )
+
+
+def _page_bytes(group: KVCacheGroupSpec) -> dict[str, int]:
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return {name: int(s.page_size_bytes) for name, s in spec.kv_cache_specs.items()}
+    return dict.fromkeys(group.layer_names, int(spec.page_size_bytes))
+
+
+def _flat(view: torch.Tensor, base: int, size: int, layer: str) -> torch.Tensor:
+    storage = view.untyped_storage()
+    start = base - storage.data_ptr()
+    if start < 0 or start + size > storage.nbytes():
+        raise UnsupportedModel(
+            f"layer {layer!r} is not where vLLM's KVCacheTensor says it is; this version of vLLM "
+            "lays its cache out in a way that Lamina does not know"
+        )
+    flat = torch.empty(0, dtype=torch.uint8, device=view.device)
+    flat.set_(storage, start, (size,), (1,))  # type: ignore[call-overload]
+    return flat

@@ -1,0 +1,39 @@
+"""What vLLM carries between Lamina's two sides for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from lamina.plan import RankReport, Receipt, StepPlan
+
+
+@dataclass(frozen=True)
+class LaminaPlan(KVConnectorMetadata):
+    """Scheduler to workers: the plan of a step."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True)
+class LaminaReceipts(KVConnectorWorkerMetadata):
+    """Workers to scheduler: the receipts of a step, one of each rank that has any."""
+
+    receipts: tuple[Receipt, ...]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> LaminaReceipts:
+        """Join the words of two ranks."""
+        assert isinstance(other, LaminaReceipts)
+        return LaminaReceipts(self.receipts + other.receipts)
+
+
+@dataclass(frozen=True)
+class LaminaReport(KVConnectorHandshakeMetadata):
+    """Workers to scheduler, once: what tiers a rank has."""
+
+    report: RankReport

@@ -1,0 +1,82 @@
+"""What sets this engine's chunks apart from all others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from lamina.checkpoint import fingerprint
+from lamina.config import Config
+from lamina.engines.vllm import layout
+from lamina.keys import Namespace
+
+_IRRELEVANT = ("_name_or_path", "transformers_version")
+"""Keys of a model's configuration that say where it is from and not what it computes."""
+
+
+def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> Namespace:
+    """The namespace of an engine; equal on every rank and after a restart.
+
+    Raises:
+        ValueError: if the weights cannot be told apart from others; says to set ``identity``.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return Namespace(
+        model=_model(vllm_config),
+        checkpoint=_checkpoint(config, vllm_config),
+        model_dtype=str(model.dtype),
+        cache_dtype=str(vllm_config.cache_config.cache_dtype),
+        quantization=str(model.quantization or ""),
+        block_tokens=layout.block_tokens(cache),
+        chunk_tokens=layout.chunk_tokens(cache, config.chunk_tokens),
+        layout=layout.describe(cache),
+        page_bytes=layout.page_sizes(cache),
+        tensor_parallel=parallel.tensor_parallel_size,
+        pipeline_parallel=parallel.pipeline_parallel_size,
+        context_parallel=parallel.decode_context_parallel_size,
+        speculation=_speculation(vllm_config),
+        engine="vllm",
+        engine_format=_engine_format(vllm_config),
+    )
+
+
+def _model(vllm_config: VllmConfig) -> str:
+    fields = vllm_config.model_config.hf_config.to_dict()
+    relevant = {key: value for key, value in fields.items() if key not in _IRRELEVANT}
+    return json.dumps(relevant, sort_keys=True, default=str)
+
+
+def _checkpoint(config: Config, vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    if config.identity != "auto":
+        return f"identity {config.identity}"
+    if vllm_config.load_config.load_format == "dummy":
+        return f"dummy weights, seed {model.seed}"
+    return fingerprint(Path(model.model))
+
+
+def _speculation(vllm_config: VllmConfig) -> str:
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.draft_model_config is None:
+        return ""
+    draft = speculative.draft_model_config
+    if draft.model == vllm_config.model_config.model:
+        return str(speculative.method)
+    return f"{speculative.method} {fingerprint(Path(draft.model))}"
+
+
+def _engine_format(vllm_config: VllmConfig) -> str:
+    """vLLM's attention kernels arrange bytes inside a page as suits them and the hardware."""
+    backend = vllm_config.attention_config.backend
+    parts = [f"vllm {vllm.__version__}", str(backend), current_platform.device_type]
+    if current_platform.is_cpu():
+        parts.append(torch.backends.cpu.get_cpu_capability())
+    else:
+        parts.append(current_platform.get_device_name())
+    return " ".join(parts)

@@ -1,0 +1,74 @@
+"""vLLM's requests and block pool, as control sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vllm.v1.core.block_pool import BlockPool as VllmPool
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.request import Request
+
+from lamina.keys import pack
+
+
+class VllmRequest:
+    """One request.
+
+    Args:
+        request: vLLM's request, read at the moment of each call.
+        blocks: gives the request's block ids of the one cache group.
+        adapter: identity of its LoRA adapter, empty without one.
+        recompute_tokens: tokens that must be computed even on a full hit.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        blocks: Callable[[], Sequence[int]],
+        adapter: str,
+        recompute_tokens: int,
+    ) -> None:
+        self._request = request
+        self.request_id: str = request.request_id
+        self.num_prompt_tokens: int = request.num_prompt_tokens
+        self.recompute_tokens = recompute_tokens
+        self.blocks = blocks
+        self.root_extra = pack((request.cache_salt, adapter))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return int(self._request.num_tokens)
+
+    def tokens(self) -> Sequence[int]:
+        """All known token ids."""
+        tokens: list[int] = self._request._all_token_ids
+        return tokens
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        """Hashes of the multimodal inputs and prompt embeddings that lie in the chunk."""
+        request = self._request
+        if not request.mm_features and request.prompt_embeds is None:
+            return b""
+        extra, _ = generate_block_hash_extra_keys(request, start, end, 0)
+        return b"" if extra is None else pack(extra)
+
+
+class VllmBlockPool:
+    """Leases as reference counts in vLLM's own block pool.
+
+    Args:
+        pool: vLLM's pool.
+    """
+
+    def __init__(self, pool: VllmPool) -> None:
+        self._pool = pool
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add one reference to each block."""
+        self._pool.touch([self._pool.blocks[block] for block in blocks])
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Take one reference from each block, the last one first, as vLLM does: the end of a
+        prefix is given up before its beginning."""
+        self._pool.free_blocks([self._pool.blocks[block] for block in reversed(blocks)])

@@ -1,0 +1,150 @@
+"""The connector's half in vLLM's scheduler: translates between vLLM and the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import Request
+
+from lamina.checkpoint import fingerprint
+from lamina.config import Config
+from lamina.control.planner import ChunkShape, Planner
+from lamina.engines.vllm import layout
+from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
+from lamina.engines.vllm.metrics import LaminaStats
+from lamina.engines.vllm.namespace import build_namespace
+from lamina.engines.vllm.requests import VllmBlockPool, VllmRequest
+from lamina.observe.metrics import Meter
+from lamina.plan import LoadMode, StepPlan, TierName
+
+_SOURCES = {TierName.HOST: CacheHitSource.HOST, TierName.DISK: CacheHitSource.DISK}
+
+
+class SchedulerSide:
+    """See the module.
+
+    Args:
+        config: Lamina's configuration.
+        vllm_config: vLLM's.
+        cache: vLLM's cache.
+    """
+
+    def __init__(self, config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        self._config = config
+        self._loads: bool = transfer.is_kv_consumer
+        self._saves: bool = transfer.is_kv_producer
+        self._shape = ChunkShape(
+            layout.block_tokens(cache), layout.chunk_tokens(cache, config.chunk_tokens)
+        )
+        self._namespace = build_namespace(config, vllm_config, cache)
+        self._reports_blocks = len(cache.kv_cache_groups) == 1
+        speculative = vllm_config.speculative_config
+        self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        self._meter = Meter()
+        self._manager: KVCacheManager | None = None
+        self._planner: Planner | None = None
+        self._adapters: dict[str, str] = {}
+        self._moved = True
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """vLLM's cache manager exists now."""
+        self._manager = manager
+
+    def open(self, reports: Mapping[tuple[int, int], LaminaReport]) -> None:
+        """Every rank has reported its tiers: requests can be served."""
+        assert self._manager is not None
+        self._planner = Planner(
+            self._config,
+            self._shape,
+            self._namespace.fingerprint,
+            VllmBlockPool(self._manager.block_pool),
+            [message.report for _, message in sorted(reports.items())],
+            self._meter,
+            reports_blocks=self._reports_blocks,
+        )
+
+    @property
+    def planner(self) -> Planner:
+        """The planner; it exists from the handshake on."""
+        assert self._planner is not None, "vLLM scheduled before its workers had reported"
+        return self._planner
+
+    def lookup(self, request: Request, computed: int) -> tuple[int, bool]:
+        """Tokens to load beyond ``computed``, and whether between steps."""
+        hit = self.planner.lookup(self._view(request), computed)
+        if not self._loads or request.skip_reading_prefix_cache or hit.tokens == 0:
+            return 0, False
+        return hit.tokens, hit.mode is LoadMode.PARKED
+
+    def admitted(self, request: Request, loaded: int) -> None:
+        """vLLM has given the request its blocks."""
+        self.planner.admitted(request.request_id, loaded)
+        self._moved = True
+
+    def hit_sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
+        """Where ``tokens`` come from."""
+        sources = self.planner.hit_sources(request.request_id)
+        return {_SOURCES[tier]: count for tier, count in sources.items()} if tokens else {}
+
+    def plan(self, output: SchedulerOutput) -> StepPlan:
+        """The plan of the step that vLLM has just scheduled."""
+        progress = self._progress(output) if self._saves else ()
+        plan = self.planner.plan_step(progress, forward=output.total_num_scheduled_tokens > 0)
+        self._moved |= not plan.is_empty
+        return plan
+
+    def receive(self, message: KVConnectorWorkerMetadata | None) -> None:
+        """Take in what the ranks report."""
+        if message is not None:
+            assert isinstance(message, LaminaReceipts)
+            self.planner.receive(message.receipts)
+            self._moved = True
+
+    def finished(self, request: Request, blocks: list[int]) -> None:
+        """A request has ended and its blocks are about to be freed."""
+        computed = request.num_computed_tokens if self._saves else 0
+        self.planner.finished(request.request_id, computed, blocks)
+
+    def stats(self) -> LaminaStats | None:
+        """Figures since the last call; None if nothing has moved."""
+        if not self._moved or self._planner is None:
+            return None
+        self._moved = False
+        self._planner.gauges()
+        readings = self._meter.drain()
+        return None if readings.is_empty else LaminaStats.of(readings)
+
+    def _progress(self, output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            yield new.req_id, new.num_computed_tokens + scheduled[new.req_id]
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            yield request_id, computed + scheduled[request_id]
+
+    def _view(self, request: Request) -> VllmRequest:
+        manager = self._manager
+        assert manager is not None
+        return VllmRequest(
+            request,
+            lambda: manager.get_block_ids(request.request_id)[0],
+            self._adapter(request),
+            self._recompute,
+        )
+
+    def _adapter(self, request: Request) -> str:
+        lora = request.lora_request
+        if lora is None:
+            return ""
+        if lora.lora_path not in self._adapters:
+            self._adapters[lora.lora_path] = fingerprint(Path(lora.lora_path))
+        return self._adapters[lora.lora_path]

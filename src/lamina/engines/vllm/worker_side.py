@@ -1,0 +1,120 @@
+"""The connector's half in a vLLM worker: translates between vLLM's hooks and the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from lamina.config import Config
+from lamina.data.executor import Executor
+from lamina.data.load_pipeline import RowSource
+from lamina.data.movers import Mover, make_mover
+from lamina.data.tiers.disk import DiskTier, StoreNamespace
+from lamina.data.tiers.host import HostTier
+from lamina.engines.vllm import layout
+from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
+from lamina.engines.vllm.namespace import build_namespace
+from lamina.geometry import CacheGeometry
+from lamina.observe.timeline import Timeline
+from lamina.plan import Receipt, StepPlan, TierName
+
+
+class WorkerSide:
+    """See the module.
+
+    Args:
+        config: Lamina's configuration.
+        vllm_config: vLLM's.
+        cache: vLLM's cache, as this rank has it.
+    """
+
+    def __init__(self, config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
+        self._config = config
+        self._vllm_config = vllm_config
+        self._cache = cache
+        self._receipt = Receipt(vllm_config.parallel_config.rank)
+        self._lost_blocks: frozenset[int] = frozenset()
+        self._executor: Executor | None = None
+
+    @property
+    def executor(self) -> Executor:
+        """The executor; it exists once vLLM has registered its caches."""
+        assert self._executor is not None, "vLLM ran a step before it registered its caches"
+        return self._executor
+
+    def open(self, views: Mapping[str, torch.Tensor]) -> None:
+        """vLLM's caches exist now: bind to them and open the tiers.
+
+        Args:
+            views: per layer, vLLM's view of its cache.
+        """
+        config, parallel = self._config, self._vllm_config.parallel_config
+        order = self._vllm_config.compilation_config.static_forward_context
+        bound = layout.bind(self._cache, views, list(order), config.chunk_tokens)
+        geometry = bound.geometry
+        mover = make_mover(geometry, bound.allocations)
+        capacity = config.host.capacity_bytes(parallel.world_size)
+        host = HostTier(geometry, capacity, mover.allocate_host)
+        disk = None
+        if config.disk is not None:
+            namespace = build_namespace(config, self._vllm_config, self._cache)
+            path = config.disk.path
+            if parallel.data_parallel_size > 1:
+                path = path / f"dp-{parallel.data_parallel_index}"
+            disk = DiskTier(
+                path=path,
+                namespace=StoreNamespace(namespace.hex, namespace.describe()),
+                rank=parallel.rank,
+                extent_bytes=geometry.extent_bytes,
+                capacity=config.disk.capacity,
+                direct=None if config.disk.direct == "auto" else config.disk.direct,
+            )
+        path = config.observe.timeline
+        self._executor = Executor(
+            rank=parallel.rank,
+            geometry=geometry,
+            mover=mover,
+            host=host,
+            disk=disk,
+            config=config.load,
+            sources=self._sources(geometry, mover, host, disk),
+            timeline=None if path is None else Timeline(path),
+        )
+
+    def _sources(
+        self, geometry: CacheGeometry, mover: Mover, host: HostTier, disk: DiskTier | None
+    ) -> Mapping[TierName, RowSource] | None:
+        """Where loads come from; None for the tiers as they are."""
+        del geometry, mover, host, disk
+        return None
+
+    def report(self) -> LaminaReport:
+        """This rank's tiers, for the handshake."""
+        return LaminaReport(self.executor.report())
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Before anything of the step runs."""
+        self.executor.begin_step(plan)
+
+    def collect(self) -> KVConnectorTransferResults:
+        """Parked loads that are over. What else there is to say follows in the next two calls."""
+        outcomes = self.executor.collect()
+        self._receipt, self._lost_blocks = outcomes.receipt, outcomes.lost_blocks
+        return KVConnectorTransferResults(finished_recving=set(outcomes.arrived))
+
+    def lost_blocks(self) -> set[int]:
+        """Blocks whose load failed, as of :meth:`collect`."""
+        return set(self._lost_blocks)
+
+    def receipts(self) -> LaminaReceipts | None:
+        """The receipt for control, as of :meth:`collect`."""
+        return LaminaReceipts((self._receipt,)) if self._receipt.transfers else None
+
+    def close(self) -> None:
+        """The engine shuts down."""
+        if self._executor is not None:
+            self._executor.close()
