@@ -312,6 +312,10 @@ class Planner:
             blocks: its block ids, in token order.
         """
         record = self._requests.pop(request_id, None)
+        if record is not None:
+            # Chunks are published first to last; without this the beginning would go first.
+            for tier in self._catalog.tiers.values():
+                tier.use(record.chain.keys)
         if record is None or not record.admitted or record.load is not None:
             return
         self._plan_saves(record, computed, lambda: blocks)

@@ -1,0 +1,556 @@
+"""Control plans loads and saves that are right, leases what they read, and believes no failure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from lamina.config import load_config
+from lamina.control.planner import ChunkShape, Planner
+from lamina.observe.metrics import Meter, Readings
+from lamina.plan import (
+    ChunkKey,
+    LoadMode,
+    Outcome,
+    RankReport,
+    Receipt,
+    StepPlan,
+    StoredChunk,
+    TierName,
+    TransferId,
+    TransferReceipt,
+)
+
+BLOCK, CHUNK, CHUNK_BYTES = 16, 32, 1000
+
+
+class Pool:
+    """A block pool that only counts references."""
+
+    def __init__(self) -> None:
+        self.references: Counter[int] = Counter()
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        self.references.update(blocks)
+
+    def free(self, blocks: Sequence[int]) -> None:
+        self.references.subtract(blocks)
+        assert min(self.references.values()) >= 0, "released twice"
+
+    @property
+    def held(self) -> set[int]:
+        return set(+self.references)
+
+
+@dataclass
+class View:
+    """A request of an engine whose blocks are numbered from ``first_block``."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int = 0
+    recompute_tokens: int = 1
+    root_extra: bytes = b""
+    first_block: int = 1
+    extras: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def tokens(self) -> Sequence[int]:
+        return self.token_ids
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        return self.extras.get(start, b"")
+
+    def blocks(self) -> Sequence[int]:
+        return range(self.first_block, self.first_block + len(self.token_ids) // BLOCK + 1)
+
+
+class Engine:
+    """Drives a planner as an engine would, and answers for its ranks."""
+
+    def __init__(
+        self,
+        extra: dict[str, object] | None = None,
+        *,
+        ranks: int = 1,
+        host_slots: int = 100,
+        disk_slots: int = 0,
+        stored: tuple[StoredChunk, ...] = (),
+        reports_blocks: bool = True,
+    ) -> None:
+        settings: dict[str, object] = dict(extra or {})
+        if disk_slots:
+            settings.setdefault("disk", {"path": "/store", "capacity": "1GiB"})
+        self.pool = Pool()
+        self.meter = Meter()
+        self.now = 0.0
+        self.ranks = ranks
+        self.planner = Planner(
+            load_config(settings, {}),
+            ChunkShape(BLOCK, CHUNK),
+            b"namespace",
+            self.pool,
+            [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],
+            self.meter,
+            reports_blocks=reports_blocks,
+            clock=lambda: self.now,
+        )
+
+    def step(self, *progress: tuple[str, int]) -> StepPlan:
+        return self.planner.plan_step(progress, forward=bool(progress))
+
+    def answer(
+        self,
+        *transfers: TransferId,
+        outcome: Outcome = Outcome.DONE,
+        ranks: Sequence[int] | None = None,
+        bad: tuple[ChunkKey, ...] = (),
+    ) -> None:
+        for rank in range(self.ranks) if ranks is None else ranks:
+            items = tuple(
+                TransferReceipt(t, outcome, CHUNK_BYTES, bad_chunks=bad, reason="test")
+                for t in transfers
+            )
+            self.planner.receive([Receipt(rank, items)])
+
+    def save(self, view: View) -> StepPlan:
+        """Run a request to its end and let everything it saves arrive."""
+        hit = self.planner.lookup(view, 0)
+        self.planner.admitted(view.request_id, hit.tokens)
+        plan = self.step((view.request_id, view.num_tokens))
+        self.answer(*(o.transfer for o in (*plan.loads, *plan.saves)))
+        self.planner.finished(view.request_id, view.num_tokens, view.blocks())
+        return plan
+
+    def settle_writes(self) -> StepPlan:
+        plan = self.step()
+        self.answer(*(w.transfer for w in plan.writes))
+        return plan
+
+    def readings(self) -> Readings:
+        return self.meter.drain()
+
+    def count(self, name: str, *labels: str) -> float:
+        return self.readings().counters.get((name, labels), 0)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [seed * 1000 + i for i in range(length)]
+
+
+def test_what_was_saved_is_hit_by_the_same_prefix() -> None:
+    engine = Engine()
+    plan = engine.save(View("a", prompt(100)))
+    assert [order.blocks for order in plan.saves] == [(1, 2), (3, 4), (5, 6)]
+    assert engine.planner.lookup(View("b", prompt(100)), 0).tokens == 96
+    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 64
+    assert engine.planner.lookup(View("d", prompt(100, seed=1)), 0).tokens == 0
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(96)))
+    assert engine.planner.lookup(View("b", prompt(96)), 0).tokens == 80
+    assert engine.planner.lookup(View("c", prompt(97)), 0).tokens == 96
+    assert engine.planner.lookup(View("d", prompt(96), recompute_tokens=17), 0).tokens == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"root_extra": b"salt"}, {"extras": {0: b"image"}}],
+)
+def test_salts_adapters_and_images_keep_requests_apart(change: dict[str, object]) -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(100)))
+    assert engine.planner.lookup(View("b", prompt(100), **change), 0).tokens == 0  # type: ignore[arg-type]
+
+
+def test_any_block_boundary_may_be_the_floor() -> None:
+    engine = Engine({"load": {"min_tokens": 0}})
+    engine.save(View("a", prompt(100)))
+    view = View("b", prompt(100), first_block=50)
+    assert engine.planner.lookup(view, 16).tokens == 80
+    engine.planner.admitted("b", 80)
+    (order,) = engine.step(("b", 100)).loads
+    assert [(c.first_block, c.blocks) for c in order.chunks] == [
+        (1, (51,)),
+        (0, (52, 53)),
+        (0, (54, 55)),
+    ]
+
+
+def test_a_hit_that_ends_inside_a_chunk_loads_part_of_it() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(96)))
+    engine.planner.lookup(View("b", prompt(96), first_block=50), 0)
+    engine.planner.admitted("b", 80)
+    (order,) = engine.step(("b", 96)).loads
+    assert order.chunks[-1].blocks == (54,)
+
+
+def test_a_chunk_is_invisible_until_every_rank_has_it() -> None:
+    engine = Engine(ranks=2)
+    view = View("a", prompt(40))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    (order,) = engine.step(("a", 40)).saves
+    engine.answer(order.transfer, ranks=[0])
+    engine.answer(order.transfer, ranks=[0])
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 0
+    assert engine.pool.held == {1, 2}
+    engine.answer(order.transfer, ranks=[1])
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 32
+    assert engine.pool.held == set()
+
+
+def test_a_save_that_fails_on_one_rank_is_seen_by_none() -> None:
+    engine = Engine(ranks=2)
+    engine.planner.lookup(View("a", prompt(40)), 0)
+    engine.planner.admitted("a", 0)
+    (order,) = engine.step(("a", 40)).saves
+    engine.answer(order.transfer, ranks=[0])
+    engine.answer(order.transfer, ranks=[1], outcome=Outcome.FAILED)
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 0
+    assert engine.pool.held == set()
+    assert engine.count("failures", "save_test") == 1
+
+
+def test_blocks_are_leased_from_the_plan_until_they_are_read() -> None:
+    engine = Engine()
+    engine.planner.lookup(View("a", prompt(70)), 0)
+    engine.planner.admitted("a", 0)
+    first, second = engine.step(("a", 70)).saves
+    assert engine.pool.held == {1, 2, 3, 4}
+    engine.planner.finished("a", 70, range(1, 6))
+    assert engine.pool.held == {1, 2, 3, 4}
+    engine.answer(first.transfer, outcome=Outcome.SOURCE_FREE)
+    assert engine.pool.held == {3, 4}
+    engine.answer(first.transfer, second.transfer)
+    assert engine.pool.held == set()
+
+
+def test_a_chunk_is_saved_once_its_last_token_is_computed_and_never_again() -> None:
+    engine = Engine()
+    view = View("a", prompt(100))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    assert len(engine.step(("a", 31)).saves) == 0
+    assert len(engine.step(("a", 40)).saves) == 1
+    assert len(engine.step(("a", 60)).saves) == 0
+    assert len(engine.step(("a", 100)).saves) == 2
+    assert len(engine.step(("a", 101)).saves) == 0
+
+
+def test_draft_tokens_are_not_saved() -> None:
+    engine = Engine()
+    view = View("a", prompt(30))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    engine.step(("a", 30))
+    view.token_ids.append(7)
+    # Five drafts run with the one confirmed token: 36 computed, 31 of them known to stay.
+    assert engine.step(("a", 36)).saves == ()
+    view.token_ids.extend([8, 9])
+    assert len(engine.step(("a", 38)).saves) == 1
+
+
+def test_generated_tokens_are_saved_only_if_wanted() -> None:
+    for setting, saved in (("all", 2), ("prompt", 1)):
+        engine = Engine({"save": {"tokens": setting}})
+        view = View("a", prompt(70), num_prompt_tokens=40)
+        assert len(engine.save(view).saves) == saved
+
+
+def test_over_the_bound_fewer_saves_are_planned_and_made_up_for_later() -> None:
+    engine = Engine({"save": {"max_inflight": 2 * CHUNK_BYTES}})
+    view = View("a", prompt(200))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    first = engine.step(("a", 200)).saves
+    assert len(first) == 2
+    assert len(engine.step(("a", 200)).saves) == 0
+    engine.answer(*(o.transfer for o in first))
+    assert [o.blocks for o in engine.step(("a", 200)).saves] == [(5, 6), (7, 8)]
+    engine.planner.finished("a", 200, view.blocks())
+    readings = engine.readings().counters
+    assert readings["saves_held_back", ("max_inflight",)] == 2
+    assert readings["saves_dropped", ()] == 2
+
+
+def test_a_host_tier_full_of_leased_slots_saves_nothing_and_fails_nothing() -> None:
+    engine = Engine(host_slots=1)
+    engine.planner.lookup(View("a", prompt(70)), 0)
+    engine.planner.admitted("a", 0)
+    assert len(engine.step(("a", 70)).saves) == 1
+    assert engine.count("saves_held_back", "host_in_use") == 1
+
+
+def test_a_load_holds_its_slots_until_it_is_over() -> None:
+    engine = Engine(host_slots=2)
+    engine.save(View("a", prompt(70)))
+    engine.planner.lookup(View("b", prompt(70), first_block=50), 0)
+    engine.planner.admitted("b", 64)
+    (load,) = engine.step(("b", 70)).loads
+    engine.planner.lookup(View("c", prompt(70, seed=2)), 0)
+    engine.planner.admitted("c", 0)
+    assert engine.step(("c", 70)).saves == ()
+    engine.answer(load.transfer)
+    assert len(engine.step(("c", 70)).saves) == 2
+
+
+def test_alone_a_load_is_layerwise_beside_others_it_is_parked() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(70)))
+    assert engine.planner.lookup(View("b", prompt(70)), 0).mode is LoadMode.LAYERWISE
+    engine.planner.admitted("b", 64)
+    assert engine.planner.lookup(View("c", prompt(70)), 0).mode is LoadMode.PARKED
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+def test_a_configured_mode_is_obeyed(mode: str) -> None:
+    engine = Engine({"load": {"mode": mode}})
+    engine.save(View("a", prompt(70)))
+    assert engine.planner.lookup(View("b", prompt(70)), 0).mode.value == mode
+
+
+def test_a_fallible_load_is_parked_where_failures_cannot_be_taken_back() -> None:
+    engine = Engine({"load": {"mode": "layerwise"}}, disk_slots=8, reports_blocks=False)
+    engine.save(View("a", prompt(40)))
+    engine.settle_writes()
+    engine.planner._catalog.host.clear()
+    assert engine.planner.lookup(View("b", prompt(40)), 0).mode is LoadMode.PARKED
+
+
+def test_below_the_minimum_nothing_is_loaded() -> None:
+    engine = Engine({"load": {"min_tokens": 65}})
+    engine.save(View("a", prompt(100)))
+    assert engine.planner.lookup(View("b", prompt(70)), 0).tokens == 0
+    engine.planner.admitted("b", 0)
+    assert engine.count("loads_skipped", "below_min_tokens") == 1
+    assert engine.planner.lookup(View("c", prompt(100)), 0).tokens == 96
+
+
+def failed_load(engine: Engine) -> None:
+    """A request whose second of two chunks cannot be delivered, with a save of the third."""
+    engine.save(View("a", prompt(70)))
+    engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
+    engine.planner.admitted("b", 64)
+    plan = engine.step(("b", 100))
+    (load,), (save,) = plan.loads, plan.saves
+    engine.answer(save.transfer)
+    engine.answer(load.transfer, outcome=Outcome.FAILED, bad=(load.chunks[1].key,))
+
+
+def test_a_chunk_that_could_not_be_delivered_is_dropped() -> None:
+    engine = Engine()
+    failed_load(engine)
+    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 32
+    assert engine.count("failures", "load_test") == 1
+
+
+def test_what_was_computed_on_a_failed_load_never_becomes_visible() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(70)))
+    engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
+    engine.planner.admitted("b", 64)
+    plan = engine.step(("b", 100))
+    later = View("c", prompt(40, seed=3), first_block=80)
+    engine.planner.lookup(later, 0)
+    engine.planner.admitted("c", 0)
+    after = engine.step(("c", 40))
+    engine.planner.receive(
+        [
+            Receipt(
+                0,
+                (
+                    TransferReceipt(plan.saves[0].transfer, Outcome.DONE),
+                    TransferReceipt(plan.loads[0].transfer, Outcome.FAILED, reason="test"),
+                    TransferReceipt(after.saves[0].transfer, Outcome.DONE),
+                ),
+            )
+        ]
+    )
+    assert not engine.planner._catalog.holds(plan.saves[0].key)
+    assert not engine.planner._catalog.holds(after.saves[0].key)
+    assert engine.pool.held == set()
+
+
+def test_after_a_failed_load_the_recomputed_chunks_are_saved_again() -> None:
+    engine = Engine()
+    failed_load(engine)
+    assert [o.blocks for o in engine.step(("b", 100)).saves] == [(52, 53)]
+
+
+def test_a_preempted_request_is_looked_up_anew_and_stale_receipts_change_nothing() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(70)))
+    view = View("b", prompt(70), first_block=50)
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("b", 64)
+    (old,) = engine.step(("b", 70)).loads
+    view.first_block = 80
+    assert engine.planner.lookup(view, 0).tokens == 64
+    engine.planner.admitted("b", 64)
+    (new,) = engine.step(("b", 70)).loads
+    assert new.transfer != old.transfer
+    assert new.chunks[0].blocks == (80, 81)
+    engine.answer(old.transfer, outcome=Outcome.FAILED)
+    engine.answer(old.transfer, outcome=Outcome.FAILED)
+    engine.answer(new.transfer)
+    assert not engine.planner.has_work
+
+
+def test_a_call_after_a_parked_load_does_not_count_as_a_second_admission() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(70)))
+    engine.readings()
+    engine.planner.lookup(View("b", prompt(70)), 0)
+    engine.planner.admitted("b", 64)
+    engine.planner.admitted("b", 0)
+    readings = engine.readings().counters
+    assert readings["lookups", ()] == 1
+    assert ("loads_skipped", ("declined_by_engine",)) not in readings
+
+
+def test_a_repeated_lookup_sees_what_has_become_visible_and_what_is_gone() -> None:
+    engine = Engine(host_slots=3)
+    waiting = View("w", prompt(100))
+    assert engine.planner.lookup(waiting, 0).tokens == 0
+    engine.save(View("a", prompt(40)))
+    assert engine.planner.lookup(waiting, 0).tokens == 32
+    engine.save(View("b", prompt(100)))
+    assert engine.planner.lookup(waiting, 0).tokens == 96
+    engine.save(View("c", prompt(70, seed=1)))
+    assert engine.planner.lookup(waiting, 0).tokens == 32
+
+
+def test_chunks_are_written_through_and_found_on_disk() -> None:
+    engine = Engine(disk_slots=8)
+    engine.save(View("a", prompt(70)))
+    plan = engine.step()
+    assert [(w.host_slot, w.disk_slot) for w in plan.writes] == [(0, 0), (1, 1)]
+    assert engine.planner.has_work
+    engine.answer(*(w.transfer for w in plan.writes))
+    assert not engine.planner.has_work
+    engine.planner._catalog.host.clear()
+    engine.planner.lookup(View("b", prompt(70), first_block=50), 0)
+    assert engine.planner.hit_sources("b") == {TierName.DISK: 64}
+    engine.planner.admitted("b", 64)
+    plan = engine.step(("b", 70))
+    assert {c.tier for c in plan.loads[0].chunks} == {TierName.DISK}
+    # What came from disk is wanted on the host as well, and is not written to disk again.
+    assert len(plan.saves) == 2
+    engine.answer(plan.loads[0].transfer, *(o.transfer for o in plan.saves))
+    assert engine.step().writes == ()
+
+
+def test_writes_in_flight_are_bounded_and_the_rest_follows() -> None:
+    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": 2 * CHUNK_BYTES}
+    engine = Engine({"disk": disk}, disk_slots=8)
+    engine.save(View("a", prompt(100)))
+    assert len(engine.settle_writes().writes) == 2
+    assert engine.planner.has_work
+    assert len(engine.settle_writes().writes) == 1
+    assert not engine.planner.has_work
+
+
+def test_a_write_that_fails_leaves_the_host_copy_and_frees_the_slot() -> None:
+    engine = Engine(disk_slots=8)
+    engine.save(View("a", prompt(40)))
+    (write,) = engine.step().writes
+    engine.answer(write.transfer, outcome=Outcome.FAILED)
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 32
+    assert engine.step().drop_disk == (write.disk_slot,)
+    assert engine.planner._catalog.disk is not None
+    assert engine.planner._catalog.disk.used == 0
+
+
+def test_a_damaged_disk_chunk_is_forgotten_on_disk_too() -> None:
+    stored = (StoredChunk(ChunkKey(b"x" * 20), 5, 1.0),)
+    engine = Engine(disk_slots=8, stored=stored)
+    engine.save(View("a", prompt(40)))
+    engine.settle_writes()
+    engine.planner._catalog.host.clear()
+    engine.planner.lookup(View("b", prompt(40)), 0)
+    engine.planner.admitted("b", 32)
+    (load,) = engine.step(("b", 40)).loads
+    engine.answer(load.transfer, outcome=Outcome.FAILED, bad=(load.chunks[0].key,))
+    assert engine.step().drop_disk == (load.chunks[0].slot,)
+    assert engine.planner.lookup(View("c", prompt(40)), 0).tokens == 0
+
+
+def test_only_what_every_rank_found_on_disk_is_hit() -> None:
+    engine = Engine(disk_slots=8)
+    keys = engine.save(View("a", prompt(70))).saves
+    reports = [
+        RankReport(0, 4, 8, CHUNK_BYTES, tuple(StoredChunk(o.key, i, 1.0) for i, o in enumerate(keys))),
+        RankReport(1, 4, 8, CHUNK_BYTES, (StoredChunk(keys[0].key, 0, 1.0), StoredChunk(keys[1].key, 3, 1.0))),
+    ]  # fmt: skip
+    settings = load_config({"disk": {"path": "/store", "capacity": "1GiB"}}, {})
+    planner = Planner(settings, ChunkShape(BLOCK, CHUNK), b"namespace", Pool(), reports, Meter())
+    assert planner.lookup(View("b", prompt(70)), 0).tokens == 32
+    assert planner.plan_step((), forward=False).drop_disk == (1, 3)
+
+
+def test_reset_forgets_every_tier_and_what_is_on_its_way() -> None:
+    engine = Engine(disk_slots=8)
+    engine.save(View("a", prompt(70)))
+    engine.settle_writes()
+    engine.planner.lookup(View("b", prompt(70, seed=2), first_block=50), 0)
+    engine.planner.admitted("b", 0)
+    saves = engine.step(("b", 70)).saves
+    engine.planner.reset()
+    engine.answer(*(o.transfer for o in saves))
+    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 0
+    assert engine.planner.lookup(View("d", prompt(70, seed=2)), 0).tokens == 0
+    assert sorted(engine.step().drop_disk) == [0, 1]
+    assert engine.pool.held == set()
+
+
+def test_an_overdue_save_lets_go_of_its_blocks_and_is_never_shown() -> None:
+    engine = Engine()
+    engine.planner.lookup(View("a", prompt(40)), 0)
+    engine.planner.admitted("a", 0)
+    (order,) = engine.step(("a", 40)).saves
+    engine.now = 1000.0
+    engine.step(("a", 41))
+    assert engine.pool.held == set()
+    assert not engine.planner.has_work
+    engine.answer(order.transfer)
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 0
+
+
+def test_a_request_that_ends_saves_its_last_whole_chunk() -> None:
+    engine = Engine()
+    view = View("a", prompt(60))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    engine.answer(*(o.transfer for o in engine.step(("a", 60)).saves))
+    view.token_ids.extend(range(5))
+    engine.planner.finished("a", 64, list(view.blocks()))
+    assert engine.planner.has_work
+    assert [o.blocks for o in engine.step().saves] == [(3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots", "message"),
+    [
+        ({"save": {"max_inflight": 10}}, 4, "save.max_inflight"),
+        ({}, 0, "host.capacity"),
+        ({"disk": {"path": "/s", "capacity": 1, "max_inflight": 10}}, 4, "disk.max_inflight"),
+    ],
+)
+def test_a_bound_smaller_than_a_chunk_is_an_error_at_the_start(
+    settings: dict[str, object], slots: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(settings, host_slots=slots)
