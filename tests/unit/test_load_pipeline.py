@@ -61,7 +61,9 @@ class RecordingSource:
         self.stall: threading.Event | None = None
         self.seen = threading.Event()
 
-    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
         self.served.extend((row, key) for key in piece.keys)
         self.seen.set()
         if self.stall is not None:
@@ -109,6 +111,7 @@ def start(
         geometry(rows),
         {TierName.HOST: source},
         pool,
+        after=Passed(),
         window=window,
         urgency=0,
         self_driven=self_driven,

@@ -135,7 +135,7 @@ class Planner:
             floor: tokens at its beginning that the engine already has, on a block boundary.
         """
         record = self._requests.get(view.request_id)
-        if record is None:
+        if record is None or record.ended:
             chain = ChunkChain(self._namespace, self._shape.chunk_tokens, view.root_extra)
             record = self._requests[view.request_id] = RequestRecord(view, chain)
         elif record.admitted:
@@ -228,7 +228,11 @@ class Planner:
         return split
 
     def _others_active(self, request_id: str) -> bool:
-        return any(r.admitted for name, r in self._requests.items() if name != request_id)
+        return any(
+            record.admitted and not record.ended
+            for name, record in self._requests.items()
+            if name != request_id
+        )
 
     def _plan_load(self, record: RequestRecord, tokens: int) -> None:
         shape, block = self._shape, self._shape.block_tokens
@@ -311,17 +315,22 @@ class Planner:
             computed: tokens of it that are computed once every step in flight has run.
             blocks: its block ids, in token order.
         """
-        record = self._requests.pop(request_id, None)
-        if record is not None:
-            # Chunks are published first to last; without this the beginning would go first.
-            for tier in self._catalog.tiers.values():
-                tier.use(record.chain.keys)
-        if record is None or not record.admitted or record.load is not None:
+        record = self._requests.get(request_id)
+        if record is None:
             return
-        self._plan_saves(record, computed, lambda: blocks)
-        left = self._saveable(record, computed) - record.next_save
-        if left > 0:
-            self._meter.count("saves_dropped", left)
+        # Chunks are published first to last; without this the beginning would go first.
+        for tier in self._catalog.tiers.values():
+            tier.use(record.chain.keys)
+        still_loading = record.load is not None
+        if record.admitted and not (still_loading and record.mode is LoadMode.PARKED):
+            self._plan_saves(record, computed, lambda: blocks)
+            left = self._saveable(record, computed) - record.next_save
+            if left > 0:
+                self._meter.count("saves_dropped", left)
+        if still_loading:
+            record.ended = True
+        else:
+            del self._requests[request_id]
 
     def _saveable(self, record: RequestRecord, computed: int) -> int:
         limit = min(computed, record.view.num_tokens)
@@ -472,6 +481,8 @@ class Planner:
                 story.reason = transfer.reason
                 record.next_save = 0
             stories.info("%s", story.line(transfer.request_id))
+            if record.ended:
+                del self._requests[transfer.request_id]
 
     def _drop_bad(self, transfer: Transfer) -> None:
         for place in transfer.chunks:

@@ -109,6 +109,7 @@ class RequestRecord:
         chain: its chunk keys, extended as tokens become known.
         hit: the memoised hit.
         admitted: whether the engine gave it blocks in this epoch.
+        ended: whether the engine is done with it; kept until its load is terminal.
         load: its load that is not terminal.
         next_save: first chunk that was not yet considered for saving.
         promote: chunks loaded from disk that the host tier should hold, too.
@@ -119,6 +120,7 @@ class RequestRecord:
     chain: ChunkChain
     hit: FoundPrefix = field(default_factory=FoundPrefix)
     admitted: bool = False
+    ended: bool = False
     load: TransferId | None = None
     next_save: int = 0
     promote: set[ChunkKey] = field(default_factory=set)

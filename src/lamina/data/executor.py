@@ -24,7 +24,7 @@ from lamina.config import LoadConfig
 from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
 from lamina.data.movers.base import Mover
 from lamina.data.save_pipeline import SaveRun
-from lamina.data.sources import DiskSource, HostSource
+from lamina.data.sources import LOAD_THREADS
 from lamina.data.tiers.disk import DiskTier
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
@@ -35,7 +35,6 @@ from lamina.plan import LoadMode, RankReport, Receipt, StepPlan, TierName, Trans
 
 log = logging.getLogger("lamina.data")
 
-LOAD_THREADS = 4
 IDLE_WAIT = 0.002
 """Seconds that a step without a forward waits for a receipt, so that an engine with nothing to
 run neither spins on the interpreter lock nor is late for the next request."""
@@ -70,7 +69,7 @@ class Executor:
         host: the host tier.
         disk: the disk tier, if there is one.
         config: the ``load`` section.
-        sources: tiers to load from; None for the given ``host`` and ``disk``.
+        sources: the tiers as loads see them, see :func:`~lamina.data.sources.tier_sources`.
         timeline: records what happens when; None records nothing.
     """
 
@@ -83,7 +82,7 @@ class Executor:
         host: HostTier,
         disk: DiskTier | None,
         config: LoadConfig,
-        sources: Mapping[TierName, RowSource] | None = None,
+        sources: Mapping[TierName, RowSource],
         timeline: Timeline | None = None,
     ) -> None:
         self._rank = rank
@@ -99,8 +98,6 @@ class Executor:
         self._load_pool = WorkerPool("load", LOAD_THREADS, cores)
         self._save_pool = WorkerPool("save", 1, cores)
         self._writer: DiskWriter | None = None
-        if sources is None:
-            sources = self._open_sources()
         self._sources = sources
         if disk is not None:
             self._writer = DiskWriter(
@@ -244,16 +241,6 @@ class Executor:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _open_sources(self) -> dict[TierName, RowSource]:
-        sources: dict[TierName, RowSource] = {
-            TierName.HOST: HostSource(self._host, self._mover, self._geometry)
-        }
-        if self._disk is not None:
-            sources[TierName.DISK] = DiskSource(
-                self._disk, self._mover, self._geometry, LOAD_THREADS
-            )
-        return sources
-
     def _make_run(self, loads: list[Load], *, parked: bool) -> LoadRun:
         geometry = self._geometry
         blocks = sum(len(piece.blocks) for load in loads for piece in load.pieces)
@@ -267,6 +254,7 @@ class Executor:
             geometry,
             self._sources,
             self._load_pool,
+            after=self._mover.fence_compute(),
             window=window,
             urgency=_PARKED if parked else _LAYERWISE,
             self_driven=parked,

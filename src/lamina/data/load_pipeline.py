@@ -71,12 +71,15 @@ class BadChunks(Exception):
 class RowSource(Protocol):
     """A tier, as the load pipeline sees it."""
 
-    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
         """Bring one row of a piece into the engine.
 
         Args:
             row: the row.
             piece: what to bring.
+            after: behind everything that may still use the engine blocks for something else.
             admit: to be called right before engine memory is written; False means that the
                 load was given up and nothing may be written any more. Each call that returned
                 True keeps the load from being declared over until this method returns.
@@ -100,7 +103,7 @@ class Load:
     def __init__(self, order: LoadOrder, geometry: CacheGeometry) -> None:
         self.order = order
         self.pieces = _cut(order.chunks, geometry)
-        self.began = time.perf_counter()
+        self.began = self.ended = time.perf_counter()
         self.moved_bytes = 0
         self.bad: set[int] = set()
         self.reason = ""
@@ -160,7 +163,7 @@ class Load:
             transfer=self.order.transfer,
             outcome=Outcome.FAILED if self.failed else Outcome.DONE,
             moved_bytes=self.moved_bytes,
-            seconds=time.perf_counter() - self.began,
+            seconds=self.ended - self.began,
             waited=waited,
             bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.bad)),
             reason=self.reason,
@@ -175,6 +178,7 @@ class LoadRun:
         geometry: the engine's cache.
         sources: the tiers.
         pool: threads that move pieces.
+        after: behind everything that may still use the engine blocks for something else.
         window: rows in flight ahead of the one waited for.
         urgency: the pool's first priority; the row is the second.
         self_driven: whether a row that has arrived stands for one that was waited for, because
@@ -191,6 +195,7 @@ class LoadRun:
         sources: Mapping[TierName, RowSource],
         pool: WorkerPool,
         *,
+        after: Fence,
         window: int,
         urgency: float,
         self_driven: bool,
@@ -205,6 +210,7 @@ class LoadRun:
         self._page_bytes = [row.page_bytes for row in geometry.rows]
         self._sources = sources
         self._pool = pool
+        self._after = after
         self._window = window
         self._urgency = urgency
         self._self_driven = self_driven
@@ -295,7 +301,7 @@ class LoadRun:
 
         try:
             if piece.first < load.first_bad:
-                fence = self._sources[piece.tier].load_row(row, piece, admit)
+                fence = self._sources[piece.tier].load_row(row, piece, self._after, admit)
         except BadChunks as error:
             load.fail([piece.first + i for i in error.indices], error.reason)
         except Exception as error:
@@ -311,6 +317,7 @@ class LoadRun:
     def _piece_over(self, row: int, load: Load, fence: Fence | None, size: int) -> None:
         with self._lock:
             load.outstanding -= 1
+            load.ended = time.perf_counter()
             if fence is not None:
                 load.moved_bytes += size
                 self._fences[row].append(fence)

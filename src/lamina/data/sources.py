@@ -8,11 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lamina.data.load_pipeline import PIECE_BYTES, BadChunks, Piece
+from lamina.data.load_pipeline import PIECE_BYTES, BadChunks, Piece, RowSource
 from lamina.data.movers.base import Fence, Mover
 from lamina.data.tiers.disk import DiskTier
 from lamina.data.tiers.host import HostTier
 from lamina.geometry import CacheGeometry, align_up
+from lamina.plan import TierName
+
+LOAD_THREADS = 4
+"""Threads that load; each holds one staging buffer at a time."""
 
 
 class HostSource:
@@ -29,13 +33,15 @@ class HostSource:
         self._mover = mover
         self._per_chunk = geometry.blocks_per_chunk
 
-    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
         """See :class:`~lamina.data.load_pipeline.RowSource`."""
         if not admit():
             return None
         chunk, block = np.divmod(piece.pages, self._per_chunk)
         pages = piece.slots[chunk] * self._per_chunk + block
-        return self._mover.load(row, self._host.pages(row), pages, piece.blocks)
+        return self._mover.load(row, self._host.pages(row), pages, piece.blocks, after)
 
 
 class DiskSource:
@@ -46,12 +52,9 @@ class DiskSource:
         disk: the tier.
         mover: copies pages into the engine and gives staging memory.
         geometry: the engine's cache.
-        buffers: staging buffers, one for each thread that may load at a time.
     """
 
-    def __init__(
-        self, disk: DiskTier, mover: Mover, geometry: CacheGeometry, buffers: int
-    ) -> None:
+    def __init__(self, disk: DiskTier, mover: Mover, geometry: CacheGeometry) -> None:
         self._disk = disk
         self._mover = mover
         self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
@@ -59,10 +62,12 @@ class DiskSource:
         self._per_chunk = geometry.blocks_per_chunk
         size = align_up(max(PIECE_BYTES, max(geometry.extent_bytes)))
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        for _ in range(buffers):
+        for _ in range(LOAD_THREADS):
             self._staging.put(mover.allocate_host(size))
 
-    def load_row(self, row: int, piece: Piece, admit: Callable[[], bool]) -> Fence | None:
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
         """See :class:`~lamina.data.load_pipeline.RowSource`."""
         staging = self._staging.get()
         try:
@@ -76,10 +81,21 @@ class DiskSource:
                 pages, blocks = pages[wanted], blocks[wanted]
             if not admit():
                 return None
-            fence = self._mover.load(row, flat.view(-1, self._page_bytes[row]), pages, blocks)
+            staged = flat.view(-1, self._page_bytes[row])
+            fence = self._mover.load(row, staged, pages, blocks, after)
             fence.wait()
             if not good.all():
                 raise BadChunks(np.flatnonzero(~good).tolist(), "disk_verification")
             return fence
         finally:
             self._staging.put(staging)
+
+
+def tier_sources(
+    host: HostTier, disk: DiskTier | None, mover: Mover, geometry: CacheGeometry
+) -> dict[TierName, RowSource]:
+    """Every tier as loads see it."""
+    sources: dict[TierName, RowSource] = {TierName.HOST: HostSource(host, mover, geometry)}
+    if disk is not None:
+        sources[TierName.DISK] = DiskSource(disk, mover, geometry)
+    return sources

@@ -13,6 +13,7 @@ from lamina.config import Config
 from lamina.data.executor import Executor
 from lamina.data.load_pipeline import RowSource
 from lamina.data.movers import Mover, make_mover
+from lamina.data.sources import tier_sources
 from lamina.data.tiers.disk import DiskTier, StoreNamespace
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
@@ -81,16 +82,15 @@ class WorkerSide:
             host=host,
             disk=disk,
             config=config.load,
-            sources=self._sources(geometry, mover, host, disk),
+            sources=self.sources(host, disk, mover, geometry),
             timeline=None if path is None else Timeline(path),
         )
 
-    def _sources(
-        self, geometry: CacheGeometry, mover: Mover, host: HostTier, disk: DiskTier | None
-    ) -> Mapping[TierName, RowSource] | None:
-        """Where loads come from; None for the tiers as they are."""
-        del geometry, mover, host, disk
-        return None
+    def sources(
+        self, host: HostTier, disk: DiskTier | None, mover: Mover, geometry: CacheGeometry
+    ) -> Mapping[TierName, RowSource]:
+        """The tiers as loads see them."""
+        return tier_sources(host, disk, mover, geometry)
 
     def report(self) -> LaminaReport:
         """This rank's tiers, for the handshake."""
