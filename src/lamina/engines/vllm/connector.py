@@ -102,7 +102,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def has_connector_metadata(self) -> bool:
         """Whether layers have to call the two layer hooks: vLLM asks this for every layer, so a
         step with nothing to move skips them here."""
-        return self._on_worker.executor.moves_rows
+        return self._on_worker.moves_rows
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """The first hook of every step, before anything of it runs."""
@@ -158,7 +158,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Every rank's tiers have arrived."""
-        self._on_scheduler.open(metadata)  # type: ignore[arg-type]
+        self._on_scheduler.open(metadata)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

@@ -59,15 +59,25 @@ class SchedulerSide:
         """vLLM's cache manager exists now."""
         self._manager = manager
 
-    def open(self, reports: Mapping[tuple[int, int], LaminaReport]) -> None:
-        """Every rank has reported its tiers: requests can be served."""
+    def open(self, messages: Mapping[tuple[int, int], object]) -> None:
+        """Every rank has reported its tiers: requests can be served.
+
+        Raises:
+            ValueError: if the reports are another connector's.
+        """
         assert self._manager is not None
+        reports = [m.report for _, m in sorted(messages.items()) if isinstance(m, LaminaReport)]
+        if len(reports) != len(messages):
+            raise ValueError(
+                "another connector has taken Lamina's place in vLLM's handshake; in a "
+                "MultiConnector name LaminaConnector before every connector that has one"
+            )
         self._planner = Planner(
             self._config,
             self._shape,
             self._namespace.fingerprint,
             VllmBlockPool(self._manager.block_pool),
-            [message.report for _, message in sorted(reports.items())],
+            reports,
             self._meter,
             reports_blocks=self._reports_blocks,
         )

@@ -1,0 +1,300 @@
+"""The executor brings back the bytes that were saved, reports every transfer once, and trusts
+nothing that was computed on a failed load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lamina.config import LoadConfig
+from lamina.data.executor import Executor
+from lamina.data.load_pipeline import BadChunks, Piece, RowSource
+from lamina.data.movers import Fence, make_mover
+from lamina.data.sources import tier_sources
+from lamina.data.tiers.host import HostTier
+from lamina.geometry import CacheGeometry, Row
+from lamina.observe.timeline import Lane, Timeline
+from lamina.plan import (
+    ChunkKey,
+    ChunkLoad,
+    LoadMode,
+    LoadOrder,
+    Outcome,
+    SaveOrder,
+    StepPlan,
+    TierName,
+    TransferId,
+    TransferReceipt,
+)
+
+BLOCKS, STRIDE = 40, 640
+PAGES = (512, 640, 384)
+"""Rows of different page sizes in one block-outermost allocation would need one stride each;
+layer-outermost ones share it, and the gap after a short page must stay untouched."""
+
+
+def geometry() -> CacheGeometry:
+    return CacheGeometry(
+        rows=tuple(
+            Row((f"layer.{i}",), 0, i * BLOCKS * STRIDE, STRIDE, page)
+            for i, page in enumerate(PAGES)
+        ),
+        num_blocks=BLOCKS,
+        block_tokens=16,
+        chunk_tokens=32,
+        allocation_bytes=(len(PAGES) * BLOCKS * STRIDE,),
+    )
+
+
+class FlakySource:
+    """A tier that loses chunks of one row, or stalls."""
+
+    def __init__(self, inner: RowSource) -> None:
+        self.inner = inner
+        self.bad_row = -1
+        self.stall: threading.Event | None = None
+
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
+        if self.stall is not None:
+            assert self.stall.wait(10)
+        if row == self.bad_row:
+            raise BadChunks([0], "lost")
+        return self.inner.load_row(row, piece, after, admit)
+
+
+class Rank:
+    """One rank: an engine cache of random bytes, a host tier, an executor."""
+
+    def __init__(self, config: LoadConfig | None = None) -> None:
+        self.geometry = geometry()
+        self.cache = torch.randint(0, 256, (self.geometry.allocation_bytes[0],), dtype=torch.uint8)
+        mover = make_mover(self.geometry, [self.cache])
+        host = HostTier(self.geometry, 10 * self.geometry.chunk_bytes, mover.allocate_host)
+        inner = tier_sources(host, None, mover, self.geometry)
+        self.source = FlakySource(inner[TierName.HOST])
+        self.timeline = Timeline()
+        self.executor = Executor(
+            rank=0,
+            geometry=self.geometry,
+            mover=mover,
+            host=host,
+            disk=None,
+            config=config or LoadConfig(),
+            sources={TierName.HOST: self.source},
+            timeline=self.timeline,
+        )
+        self.step = 0
+
+    def pages(self, blocks: Sequence[int]) -> list[bytes]:
+        return [
+            bytes(self.cache[row.offset + b * STRIDE :][: row.page_bytes].tolist())
+            for row in self.geometry.rows
+            for b in blocks
+        ]
+
+    def run(self, plan: StepPlan, *, hooks: bool = True) -> None:
+        """One step of an engine, whose layers write nothing."""
+        self.step += 1
+        self.executor.begin_step(replace(plan, step=self.step))
+        self.executor.start_loads()
+        if plan.forward and hooks and self.executor.moves_rows:
+            for row in self.geometry.rows:
+                self.executor.wait_layer(row.layers[0])
+                self.executor.layer_written(row.layers[0])
+        self.executor.end_step()
+
+    def settle(self, count: int) -> list[TransferReceipt]:
+        """Collect until ``count`` receipts have come, and see that no more follow."""
+        receipts: list[TransferReceipt] = []
+        deadline = time.monotonic() + 10
+        while len(receipts) < count and time.monotonic() < deadline:
+            receipts += self.executor.collect().receipt.transfers
+            time.sleep(0.001)
+        assert len(receipts) == count
+        assert self.executor.collect().receipt.transfers == ()
+        return receipts
+
+    def save(self, key: bytes, slot: int, blocks: tuple[int, ...]) -> None:
+        self.run(StepPlan(0, saves=(save(1, key, slot, blocks),)))
+        (receipt,) = self.settle(1)
+        assert receipt.outcome is Outcome.DONE
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    rank = Rank()
+    yield rank
+    rank.executor.close()
+
+
+def save(number: int, key: bytes, slot: int, blocks: tuple[int, ...]) -> SaveOrder:
+    return SaveOrder(TransferId(number), "r", ChunkKey(key), slot, blocks)
+
+
+def load(
+    number: int,
+    blocks: tuple[int, ...],
+    *,
+    slot: int = 3,
+    first_block: int = 0,
+    mode: LoadMode = LoadMode.LAYERWISE,
+    deadline: float = 10.0,
+) -> LoadOrder:
+    chunk = ChunkLoad(ChunkKey(b"k"), TierName.HOST, slot, first_block, blocks)
+    return LoadOrder(TransferId(number), "r", mode, (chunk,), deadline)
+
+
+@pytest.mark.parametrize("mode", list(LoadMode))
+@pytest.mark.parametrize("load_ahead", [1, 2, 9, "auto"])
+def test_what_is_loaded_is_what_was_saved(mode: LoadMode, load_ahead: int | str) -> None:
+    rank = Rank(LoadConfig.model_validate({"load_ahead": load_ahead}))
+    rank.save(b"k", 3, (7, 2))
+    expected = rank.pages((7, 2))
+    untouched = rank.pages(range(20, 40))
+    rank.cache[: 20 * STRIDE] = 0
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=mode),)))
+    (receipt,) = rank.settle(1)
+    assert receipt.outcome is Outcome.DONE
+    assert receipt.moved_bytes == rank.geometry.chunk_bytes
+    assert rank.pages((11, 5)) == expected
+    assert rank.pages(range(20, 40)) == untouched
+    rank.executor.close()
+
+
+def test_half_a_chunk_is_loaded_by_half(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    expected, other = rank.pages((2,)), rank.pages((11,))
+    rank.run(StepPlan(0, loads=(load(2, (5,), first_block=1),)))
+    rank.settle(1)
+    assert rank.pages((5,)) == expected
+    assert rank.pages((11,)) == other
+
+
+def test_rows_that_no_hook_announces_are_moved_all_the_same(rank: Rank) -> None:
+    rank.run(StepPlan(0, saves=(save(1, b"k", 3, (7, 2)),)), hooks=False)
+    rank.settle(1)
+    expected = rank.pages((7, 2))
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)), hooks=False)
+    rank.settle(1)
+    assert rank.pages((11, 5)) == expected
+
+
+def test_a_row_is_saved_as_it_was_when_its_layer_had_written_it(rank: Rank) -> None:
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, b"k", 3, (7, 2)),)))
+    for row in rank.geometry.rows:
+        rank.executor.wait_layer(row.layers[0])
+        start = row.offset + 7 * STRIDE
+        rank.cache[start : start + row.page_bytes] = 99
+        rank.executor.layer_written(row.layers[0])
+    rank.executor.end_step()
+    rank.settle(1)
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
+    rank.settle(1)
+    assert rank.pages((11,)) == [bytes([99]) * page for page in PAGES]
+
+
+def test_a_row_is_saved_once_per_step(rank: Rank) -> None:
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, b"k", 3, (7, 2)),)))
+    for _ in range(3):
+        for row in rank.geometry.rows:
+            rank.executor.layer_written(row.layers[0])
+    rank.executor.end_step()
+    rank.settle(1)
+    spans = [span for span in rank.timeline.spans() if span.lane is Lane.SAVE]
+    assert sorted(span.row for span in spans) == [0, 1, 2]
+
+
+def test_an_unknown_layer_is_ignored(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    expected = rank.pages((7, 2))
+    rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
+    rank.executor.start_loads()
+    rank.executor.wait_layer("no.such.layer")
+    rank.executor.layer_written("no.such.layer")
+    rank.executor.end_step()
+    rank.settle(1)
+    assert rank.pages((11, 5)) == expected
+
+
+def test_a_step_with_nothing_to_move_asks_for_no_hooks(rank: Rank) -> None:
+    rank.executor.begin_step(StepPlan(1))
+    assert not rank.executor.moves_rows
+    rank.executor.end_step()
+
+
+def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_step(
+    rank: Rank,
+) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.bad_row = 1
+    orders = StepPlan(0, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),))
+    rank.executor.begin_step(orders)
+    rank.executor.start_loads()
+    rank.executor.end_step()
+    outcomes = rank.executor.collect()
+    assert outcomes.lost_blocks == {11, 5}
+    receipts = list(outcomes.receipt.transfers) + rank.settle(2 - len(outcomes.receipt.transfers))
+    by_id = {r.transfer: r for r in receipts}
+    assert by_id[TransferId(2)].outcome is Outcome.FAILED
+    assert by_id[TransferId(2)].bad_chunks == (b"k",)
+    assert by_id[TransferId(3)].outcome is Outcome.FAILED
+
+
+def test_failures_are_known_when_the_engine_asks_before_it_ends_the_step(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.bad_row = 2
+    rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
+    rank.executor.start_loads()
+    assert rank.executor.collect().lost_blocks == {11, 5}
+    rank.executor.end_step()
+    assert rank.executor.collect().lost_blocks == frozenset()
+
+
+def test_a_failed_parked_load_still_wakes_its_request(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.bad_row = 0
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
+    deadline = time.monotonic() + 10
+    outcomes = rank.executor.collect()
+    while not outcomes.arrived and time.monotonic() < deadline:
+        outcomes = rank.executor.collect()
+    assert outcomes.arrived == {"r"}
+    assert outcomes.lost_blocks == {11, 5}
+
+
+def test_a_parked_load_that_never_ends_wakes_its_request_at_the_deadline(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    before = rank.pages((11, 5))
+    rank.source.stall = threading.Event()
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, deadline=0.05),)))
+    deadline = time.monotonic() + 10
+    outcomes = rank.executor.collect()
+    while not outcomes.arrived and time.monotonic() < deadline:
+        outcomes = rank.executor.collect()
+    assert outcomes.arrived == {"r"}
+    assert outcomes.receipt.transfers[0].reason == "deadline"
+    rank.source.stall.set()
+    rank.executor.close()
+    assert rank.pages((11, 5)) == before
+
+
+def test_closing_ends_loads_under_way_and_all_threads(rank: Rank) -> None:
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
+    rank.executor.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("lamina-") and t.is_alive()]
+
+
+def test_an_idle_step_waits_for_news_but_not_for_long(rank: Rank) -> None:
+    rank.source.stall = threading.Event()
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
+    rank.run(StepPlan(0, forward=False, outstanding=True))
+    assert rank.executor.collect().arrived == frozenset()
+    rank.source.stall.set()
+    rank.settle(1)
