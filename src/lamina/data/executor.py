@@ -208,7 +208,7 @@ class Executor:
         finished then, because their failures must be known now.
         """
         self._finish_loads()
-        arrived = set()
+        arrived: set[str] = set()
         for run in list(self._parked):
             if not run.over and run.expired:
                 run.give_up("deadline")

@@ -78,7 +78,7 @@ class Mover(ABC):
 
         Raises:
             ValueError: if ``size`` is not positive.
-            OSError: if the address space cannot be had.
+            OSError: if the machine has no such amount of memory.
         """
 
     @abstractmethod
@@ -171,17 +171,17 @@ class Mover(ABC):
                 f"(pages, {shape.page_bytes}), not {host.dtype} {tuple(host.shape)} on "
                 f"{host.device}"
             )
-        if len(pages) != len(blocks):
-            raise ValueError(f"{len(pages)} host pages for {len(blocks)} blocks")
         _check_ids("host page", pages, host.shape[0])
         _check_ids("block", blocks, self._geometry.num_blocks)
+        if len(pages) != len(blocks):
+            raise ValueError(f"{len(pages)} host pages for {len(blocks)} blocks")
         return shape
 
 
 def _check_ids(what: str, ids: Indices, count: int) -> None:
     if ids.dtype != np.int64 or ids.ndim != 1:
         raise ValueError(f"{what} ids are one-dimensional int64, not {ids.ndim}-d {ids.dtype}")
-    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < count):
+    if len(ids) and (ids.min() < 0 or ids.max() >= count):
         raise IndexError(f"{what} ids {ids.min()} .. {ids.max()} are not all in 0 .. {count - 1}")
 
 

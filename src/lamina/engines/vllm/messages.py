@@ -34,6 +34,12 @@ class LaminaReceipts(KVConnectorWorkerMetadata):
 
 @dataclass(frozen=True)
 class LaminaReport(KVConnectorHandshakeMetadata):
-    """Workers to scheduler, once: what tiers a rank has."""
+    """Workers to scheduler, once: what tiers a rank has.
+
+    Attributes:
+        report: for control.
+        namespace: what the rank's store is named after, empty without one.
+    """
 
     report: RankReport
+    namespace: str

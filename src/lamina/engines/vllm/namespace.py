@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
 import torch
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import LoadConfig, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lamina.checkpoint import fingerprint
+from lamina.checkpoint import fingerprint, locate
 from lamina.config import Config
 from lamina.engines.vllm import layout
 from lamina.keys import Namespace
@@ -39,7 +37,8 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
         page_bytes=layout.page_sizes(cache),
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
-        context_parallel=parallel.decode_context_parallel_size,
+        context_parallel=parallel.decode_context_parallel_size
+        * parallel.prefill_context_parallel_size,
         speculation=_speculation(vllm_config),
         engine="vllm",
         engine_format=_engine_format(vllm_config),
@@ -58,7 +57,12 @@ def _checkpoint(config: Config, vllm_config: VllmConfig) -> str:
         return f"identity {config.identity}"
     if vllm_config.load_config.load_format == "dummy":
         return f"dummy weights, seed {model.seed}"
-    return fingerprint(Path(model.model))
+    return _content(model, vllm_config.load_config)
+
+
+def _content(model: ModelConfig, load: LoadConfig) -> str:
+    where = locate(model.model, revision=model.revision, download_dir=load.download_dir)
+    return fingerprint(where)
 
 
 def _speculation(vllm_config: VllmConfig) -> str:
@@ -68,7 +72,7 @@ def _speculation(vllm_config: VllmConfig) -> str:
     draft = speculative.draft_model_config
     if draft.model == vllm_config.model_config.model:
         return str(speculative.method)
-    return f"{speculative.method} {fingerprint(Path(draft.model))}"
+    return f"{speculative.method} {_content(draft, vllm_config.load_config)}"
 
 
 def _engine_format(vllm_config: VllmConfig) -> str:

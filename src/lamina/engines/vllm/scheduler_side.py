@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
@@ -13,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import Request
 
-from lamina.checkpoint import fingerprint
+from lamina.checkpoint import fingerprint, locate
 from lamina.config import Config
 from lamina.control.planner import ChunkShape, Planner
 from lamina.engines.vllm import layout
@@ -52,7 +51,7 @@ class SchedulerSide:
         self._meter = Meter()
         self._manager: KVCacheManager | None = None
         self._planner: Planner | None = None
-        self._adapters: dict[str, str] = {}
+        self._adapters: dict[tuple[str, int, str], str] = {}
         self._moved = True
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -63,21 +62,26 @@ class SchedulerSide:
         """Every rank has reported its tiers: requests can be served.
 
         Raises:
-            ValueError: if the reports are another connector's.
+            ValueError: if the reports are another connector's, or of another checkpoint.
         """
         assert self._manager is not None
-        reports = [m.report for _, m in sorted(messages.items()) if isinstance(m, LaminaReport)]
-        if len(reports) != len(messages):
+        ours = [m for _, m in sorted(messages.items()) if isinstance(m, LaminaReport)]
+        if len(ours) != len(messages):
             raise ValueError(
                 "another connector has taken Lamina's place in vLLM's handshake; in a "
                 "MultiConnector name LaminaConnector before every connector that has one"
+            )
+        if any(message.namespace not in ("", self._namespace.hex) for message in ours):
+            raise ValueError(
+                "the checkpoint changed while the engine was starting: its ranks disagree about "
+                "what they serve. Start again."
             )
         self._planner = Planner(
             self._config,
             self._shape,
             self._namespace.fingerprint,
             VllmBlockPool(self._manager.block_pool),
-            reports,
+            [message.report for message in ours],
             self._meter,
             reports_blocks=self._reports_blocks,
         )
@@ -152,9 +156,11 @@ class SchedulerSide:
         )
 
     def _adapter(self, request: Request) -> str:
+        """Identity of the request's adapter, read anew when vLLM is told to load it anew."""
         lora = request.lora_request
         if lora is None:
             return ""
-        if lora.lora_path not in self._adapters:
-            self._adapters[lora.lora_path] = fingerprint(Path(lora.lora_path))
-        return self._adapters[lora.lora_path]
+        name = (lora.lora_name, lora.lora_int_id, lora.lora_path)
+        if name not in self._adapters or lora.load_inplace:
+            self._adapters[name] = fingerprint(locate(lora.lora_path))
+        return self._adapters[name]

@@ -39,6 +39,7 @@ class WorkerSide:
         self._cache = cache
         self._receipt = Receipt(vllm_config.parallel_config.rank)
         self._lost_blocks: frozenset[int] = frozenset()
+        self._namespace = ""
         self._executor: Executor | None = None
 
     @property
@@ -69,6 +70,7 @@ class WorkerSide:
         disk = None
         if config.disk is not None:
             namespace = build_namespace(config, self._vllm_config, self._cache)
+            self._namespace = namespace.hex
             path = config.disk.path
             if parallel.data_parallel_size > 1:
                 path = path / f"dp-{parallel.data_parallel_index}"
@@ -80,7 +82,6 @@ class WorkerSide:
                 capacity=config.disk.capacity,
                 direct=None if config.disk.direct == "auto" else config.disk.direct,
             )
-        path = config.observe.timeline
         self._executor = Executor(
             rank=parallel.rank,
             geometry=geometry,
@@ -89,7 +90,7 @@ class WorkerSide:
             disk=disk,
             config=config.load,
             sources=self.sources(host, disk, mover, geometry),
-            timeline=None if path is None else Timeline(path),
+            timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
         )
 
     def sources(
@@ -100,7 +101,7 @@ class WorkerSide:
 
     def report(self) -> LaminaReport:
         """This rank's tiers, for the handshake."""
-        return LaminaReport(self.executor.report())
+        return LaminaReport(self.executor.report(), self._namespace)
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything of the step runs."""

@@ -1,0 +1,24 @@
+"""What the operator may decide: one validated tree, from vLLM's extra config and one YAML file.
+
+:func:`load_config` builds a :class:`Config`; :func:`table` documents it. A mistake is one
+:class:`ConfigError` at the start that names every wrong key and says what would be right.
+"""
+
+from lamina.config.sources import CONFIG_VARIABLE, ConfigError, load_config
+from lamina.config.table import table
+from lamina.config.tree import Config, DiskConfig, HostConfig, LoadConfig, ObserveConfig, SaveConfig
+from lamina.config.values import format_size
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "Config",
+    "ConfigError",
+    "DiskConfig",
+    "HostConfig",
+    "LoadConfig",
+    "ObserveConfig",
+    "SaveConfig",
+    "format_size",
+    "load_config",
+    "table",
+]

@@ -1,0 +1,170 @@
+"""Where a configuration comes from: the engine's extra config and a YAML file, as one tree.
+
+Both give the same keys. A key given in both places is an error, because either answer would
+surprise somebody.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lamina.config.tree import Config, Section, section_of
+from lamina.config.values import MIB, format_size, show
+
+CONFIG_VARIABLE = "LAMINA_CONFIG"
+"""The environment variable that names a YAML file with the same tree."""
+
+_MAX_FILE_BYTES = MIB
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong.
+
+    Attributes:
+        problems: one line for each mistake, which names the key or file and what would be right.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def load_config(extra: Mapping[str, object] | None, environ: Mapping[str, str]) -> Config:
+    """The configuration of this process.
+
+    Args:
+        extra: the engine's own place for it (vLLM: ``kv_connector_extra_config``).
+        environ: the environment; ``LAMINA_CONFIG`` names a YAML file, and is ignored when empty.
+
+    Raises:
+        ConfigError: with every mistake in both places.
+    """
+    problems: list[str] = []
+    given: Mapping[str, object] = extra or {}
+    if path := environ.get(CONFIG_VARIABLE):
+        try:
+            given = _merged(given, _read_file(path), Config, "", problems)
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        config = Config.model_validate(dict(given))
+    except ValidationError as error:
+        problems += map(_problem, error.errors(include_url=False))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _merged(
+    extra: Mapping[str, object],
+    file: Mapping[str, object],
+    section: type[Section],
+    prefix: str,
+    problems: list[str],
+) -> dict[str, object]:
+    merged = {**file, **extra}
+    for name in [name for name in file if name in extra]:
+        field = section.model_fields.get(name)
+        inner = section_of(field.annotation) if field else None
+        ours, theirs = extra[name], file[name]
+        if inner and isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            merged[name] = _merged(ours, theirs, inner, f"{prefix}{name}.", problems)
+        else:
+            problems.append(
+                f"{prefix}{_key(name)}: given both in the engine's extra config and in the file "
+                f"that {CONFIG_VARIABLE} names; keep one"
+            )
+    return merged
+
+
+def _problem(error: ErrorDetails) -> str:
+    """One line for one of pydantic's errors."""
+    name = ".".join(_key(part) for part in error["loc"])
+    value = show(error["input"])
+    match error["type"]:
+        case "value_error":
+            return f"{name}: {error['ctx']['error']}"
+        case "missing":
+            return f"{name}: is required"
+        case "extra_forbidden" | "invalid_key":
+            return f"{name}: unknown key; {_suggestion(name)}"
+        case _:
+            field = Config.model_fields[name]
+            inner = ", ".join(_keys(section_of(field.annotation) or Config, ""))
+            return f"{name}: must be a section with the keys {inner}, got {value}"
+
+
+def _suggestion(name: str) -> str:
+    known = [*_keys(Config, "")]
+    # A key that is only in the wrong section is recognised by its last part.
+    moved = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = moved or difflib.get_close_matches(name, [*known, *Config.model_fields], n=1)
+    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
+
+
+def _keys(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _key(part: object) -> str:
+    """A key as it may stand in a message: on one line, and not without end."""
+    name = str(part)
+    return name if name.isprintable() and len(name) <= 60 else show(name)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key may be given only once."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no key of ours, and reported as such
+            if key.value in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {_key(key.value)} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
+def _read_file(path: str) -> Mapping[str, object]:
+    """The tree in a YAML file; an empty file is an empty tree."""
+    source = f"{CONFIG_VARIABLE}={repr(path)[1:-1]}"
+    try:
+        # Opening a pipe must not block; only a regular file is read.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            content = file.read(_MAX_FILE_BYTES + 1) if regular else b""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError([f"{source}: cannot be read: {reason}"]) from error
+    if not regular:
+        raise ConfigError([f"{source}: is not a regular file"])
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError([f"{source}: is larger than {format_size(_MAX_FILE_BYTES)}"])
+    try:
+        document = yaml.load(content, _Loader)
+    except Exception as error:  # beyond YAMLError come whatever PyYAML's conversions raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError([f"{source}: is not valid YAML: {reason}"]) from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError([f"{source}: must hold a mapping of keys, got {show(document)}"])
+    return document

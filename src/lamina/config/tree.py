@@ -1,0 +1,160 @@
+"""The configuration tree: its keys, defaults and meanings, and nothing else.
+
+Every leaf is annotated with its :class:`~lamina.config.values.Kind`, which checks it; the
+description is its line in the configuration table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lamina.config.memory import memory_bytes
+from lamina.config.values import (
+    ABSOLUTE_PATH,
+    FLAG,
+    GIB,
+    MIB,
+    PATH,
+    SECONDS,
+    SIZE,
+    TEXT,
+    choice,
+    integer,
+)
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and without room for keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class LoadConfig(Section):
+    """How what is kept outside comes back into the engine."""
+
+    mode: Annotated[
+        Literal["auto", "layerwise", "parked"], choice("auto", "layerwise", "parked")
+    ] = Field(
+        default="auto",
+        description="How a load runs. `layerwise`: in the step itself, row by row ahead of the "
+        "model. `parked`: between steps, while other requests run. `auto` decides for each load.",
+    )
+    load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
+        default="auto",
+        description="The window: how many rows are in flight ahead of the one that is waited "
+        "for. An integer is obeyed exactly; `auto` fills `load.staging`.",
+    )
+    min_tokens: Annotated[int | Auto, integer(0).auto()] = Field(
+        default="auto",
+        description="The floor, in tokens, below which nothing is loaded and the tokens are "
+        "recomputed. `auto`: one chunk.",
+    )
+    deadline: Annotated[float, SECONDS] = Field(
+        default=30.0,
+        description="Seconds after which a load has failed and its tokens are recomputed.",
+    )
+    staging: Annotated[int, SIZE] = Field(
+        default=256 * MIB,
+        description="Bytes of rows that may be in flight at once, on each rank.",
+    )
+
+
+class SaveConfig(Section):
+    """What is kept, and how much may be on its way out."""
+
+    tokens: Annotated[Literal["all", "prompt"], choice("all", "prompt")] = Field(
+        default="all",
+        description="Save the KV cache of prompt and generated tokens, or of the prompt only.",
+    )
+    max_inflight: Annotated[int, SIZE] = Field(
+        default=GIB,
+        description="Bytes of saves outstanding, on each rank. Beyond it fewer chunks are "
+        "saved; the model never waits.",
+    )
+
+
+class HostConfig(Section):
+    """The tier in host memory."""
+
+    capacity: Annotated[int | Auto, SIZE.auto()] = Field(
+        default="auto",
+        description="Bytes of host memory that each rank keeps chunks in. `auto`: the smaller "
+        "of 4GiB and the rank's share of a quarter of the machine's (or the container's) memory.",
+    )
+
+    def capacity_bytes(self, ranks: int) -> int:
+        """What ``host.capacity`` comes to on this machine, in bytes for each rank.
+
+        Args:
+            ranks: how many ranks of the engine share this machine's memory.
+        """
+        if isinstance(self.capacity, int):
+            return self.capacity
+        return min(4 * GIB, memory_bytes() // 4 // ranks)
+
+
+class DiskConfig(Section):
+    """The tier on local disk."""
+
+    path: Annotated[Path, ABSOLUTE_PATH] = Field(
+        description="Directory of the store. Made if it is not there; used by one server at a "
+        "time.",
+    )
+    capacity: Annotated[int, SIZE] = Field(
+        description="Bytes of disk that each rank keeps chunks in; allocated at the start.",
+    )
+    direct: Annotated[bool | Auto, FLAG.auto()] = Field(
+        default="auto",
+        description="Whether to bypass the page cache. `auto`: where the file system can.",
+    )
+    max_inflight: Annotated[int, SIZE] = Field(
+        default=256 * MIB,
+        description="Bytes on their way to disk, on each rank. Beyond it chunks stay in host "
+        "memory only.",
+    )
+
+
+class ObserveConfig(Section):
+    """What Lamina writes down about itself, beyond metrics and log lines."""
+
+    timeline: Annotated[Path | None, PATH.nullable()] = Field(
+        default=None,
+        description="A file that receives a trace of every step.",
+    )
+
+
+class Config(Section):
+    """Everything that an operator may decide. ``Config()`` is the sensible default."""
+
+    chunk_tokens: Annotated[int | Auto, integer(1).auto()] = Field(
+        default="auto",
+        description="Tokens in one chunk, a whole number of the engine's blocks. `auto`: the "
+        "smallest multiple of the block size that is at least 64.",
+    )
+    identity: Annotated[str, TEXT.auto()] = Field(
+        default="auto",
+        description="What tells this model's weights from all others. `auto`: a fingerprint of "
+        "the checkpoint's content. Any other text stands in for it, and is the operator's "
+        "promise that it changes whenever the weights do.",
+    )
+    load: LoadConfig = LoadConfig()
+    save: SaveConfig = SaveConfig()
+    host: HostConfig = HostConfig()
+    disk: DiskConfig | None = Field(
+        default=None,
+        description="The tier on local disk; off unless `disk.path` and `disk.capacity` are given.",
+    )
+    observe: ObserveConfig = ObserveConfig()
+
+
+def section_of(annotation: object) -> type[Section] | None:
+    """The section that a field of this annotation holds; None for a leaf."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None

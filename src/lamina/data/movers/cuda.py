@@ -1,0 +1,199 @@
+"""The CUDA mover: one kernel launch per copy, on streams of its own, ordered by events.
+
+**Not yet run on a GPU.** The kernel is tested with Triton's interpreter and by what it compiles
+to; streams, events and pinning are written from the CUDA and torch documentation, and the tests
+only check the order in which they are used.
+
+Host memory is an ordinary mapping that is pinned afterwards with ``cudaHostRegister``, piece by
+piece and in the background. torch's own pinned allocator would round a slab up to a power of two,
+and block the start of the server until all of it is pinned. A copy that comes before its memory is
+pinned waits for that, on the pipeline's thread.
+
+A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
+descriptor per page. It takes few multiprocessors (see
+:data:`~lamina.data.movers.page_copy.PROGRAMS`), and loads, which the model waits for, go before
+everything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina.data.movers.base import Fence, Indices, Mover
+from lamina.data.movers.host_memory import HostMemory
+from lamina.geometry import CacheGeometry
+
+PIN_PIECE = 64 << 20
+"""Bytes to pin by one call: what the engine launches meanwhile may have to wait for the driver."""
+
+_LOAD_PRIORITY, _SAVE_PRIORITY = -1, 0
+_RELAXED_CAPTURE = 2
+
+
+class EventFence(Fence):
+    """A point in a stream.
+
+    Args:
+        stream: passes when what is now in this stream has run.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        # Blocking: a thread that waits sleeps; it would spin on one of the engine's cores.
+        self._event = torch.cuda.Event(blocking=True)
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        """See :class:`~lamina.data.movers.base.Fence`."""
+        self._event.synchronize()
+
+    def passed(self) -> bool:
+        """See :class:`~lamina.data.movers.base.Fence`."""
+        passed: bool = self._event.query()
+        return passed
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Make what ``stream`` is given next run after this fence; the host does not wait."""
+        stream.wait_event(self._event)
+
+
+class CudaMover(Mover):
+    """Copies with a Triton kernel on two streams, one for each direction.
+
+    Args:
+        geometry: where pages are.
+        allocations: as :class:`~lamina.data.movers.base.Mover` says, all on one CUDA device.
+
+    Raises:
+        ImportError: if Triton is not installed.
+    """
+
+    def __init__(self, geometry: CacheGeometry, allocations: Sequence[torch.Tensor]) -> None:
+        super().__init__(geometry, allocations)
+        from lamina.data.movers.page_copy import copy_pages  # nobody else needs Triton
+
+        self._copy_pages = copy_pages
+        self._device = self._allocations[0].device
+        self._rows = tuple(self._allocations[row.allocation][row.offset :] for row in geometry.rows)
+        self._runtime: Any = torch.cuda.cudart()
+        self._load_stream = torch.cuda.Stream(self._device, priority=_LOAD_PRIORITY)
+        self._save_stream = torch.cuda.Stream(self._device, priority=_SAVE_PRIORITY)
+        self._host: list[HostMemory] = []
+        self._pinned: list[int] = []
+        self._compile()
+
+    def allocate_host(self, size: int) -> torch.Tensor:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        memory = HostMemory(size, PIN_PIECE, self._pin)
+        self._host.append(memory)
+        return memory.tensor
+
+    def load(
+        self,
+        row: int,
+        source: torch.Tensor,
+        source_pages: Indices,
+        blocks: Indices,
+        after: Fence,
+    ) -> Fence:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        shape = self._check(row, source, source_pages, blocks)
+        self._await_pinned(source)
+        stream = self._load_stream
+        with torch.cuda.stream(stream):
+            _hold(stream, after)
+            self._copy_pages(
+                source.view(-1),
+                shape.page_bytes,
+                self._rows[row],
+                shape.block_stride,
+                self._pairs(source_pages, blocks),
+                shape.page_bytes,
+            )
+            return EventFence(stream)
+
+    def save(
+        self,
+        row: int,
+        blocks: Indices,
+        target: torch.Tensor,
+        target_pages: Indices,
+        after: Fence,
+    ) -> Fence:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        shape = self._check(row, target, target_pages, blocks)
+        self._await_pinned(target)
+        stream = self._save_stream
+        with torch.cuda.stream(stream):
+            _hold(stream, after)
+            self._copy_pages(
+                self._rows[row],
+                shape.block_stride,
+                target.view(-1),
+                shape.page_bytes,
+                self._pairs(blocks, target_pages),
+                shape.page_bytes,
+            )
+            return EventFence(stream)
+
+    def fence_compute(self) -> Fence:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        return EventFence(torch.cuda.current_stream(self._device))
+
+    def hold_compute(self, fence: Fence) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        _hold(torch.cuda.current_stream(self._device), fence)
+
+    def close(self) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        self._load_stream.synchronize()
+        self._save_stream.synchronize()
+        while self._host:
+            self._host.pop().close()
+        with torch.cuda.device(self._device):
+            while self._pinned:
+                torch.cuda.check_error(int(self._runtime.cudaHostUnregister(self._pinned.pop())))
+
+    def _pairs(self, sources: Indices, targets: Indices) -> torch.Tensor:
+        # Neither side has to be kept alive: torch's pinned allocator waits for the copy before it
+        # uses the memory again, and its device allocator hands it out on this stream only.
+        pairs = torch.from_numpy(np.stack((sources, targets), axis=1)).pin_memory()
+        return pairs.to(self._device, non_blocking=True)
+
+    def _await_pinned(self, host: torch.Tensor) -> None:
+        # A kernel that meets memory which is not pinned takes the engine's context down with it.
+        for memory in self._host:
+            if memory.holds(host):
+                memory.wait()
+                return
+        raise ValueError("host pages must be in memory that this mover's allocate_host returned")
+
+    def _pin(self, address: int, length: int) -> None:
+        # An engine may be capturing graphs just now. A capture forbids this call to every thread,
+        # or is spoilt by it, unless the thread says that it has nothing to do with the capture.
+        mode = ctypes.c_int(_RELAXED_CAPTURE)
+        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        with torch.cuda.device(self._device):
+            torch.cuda.check_error(int(self._runtime.cudaHostRegister(address, length, 0)))
+        self._pinned.append(address)
+
+    def _compile(self) -> None:
+        """Compile the kernel for every shape of row, so that no copy has to wait for that."""
+        host = torch.empty(16, dtype=torch.uint8).pin_memory()
+        nothing = torch.empty((0, 2), dtype=torch.int64, device=self._device)
+        with torch.cuda.stream(self._load_stream):
+            for row, pages in zip(self._geometry.rows, self._rows, strict=True):
+                engine, packed = row.block_stride, row.page_bytes
+                self._copy_pages(host, packed, pages, engine, nothing, packed)
+                self._copy_pages(pages, engine, host, packed, nothing, packed)
+
+
+def _hold(stream: torch.cuda.Stream, fence: Fence) -> None:
+    if isinstance(fence, EventFence):
+        fence.hold(stream)
+    else:
+        fence.wait()

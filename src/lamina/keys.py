@@ -1,0 +1,218 @@
+"""Names of chunks: two chunks have the same key only if their bytes may stand for each other.
+
+A key is a hash chain over token ids, rooted in everything else that changes the bytes. It is the
+same in every process, on every machine and after a restart: no pickle, no ``hash()``, nothing
+that depends on the environment.
+
+What is hashed is encoded by :func:`pack`, under which two different values never have the same
+bytes, so that nothing can slide from one field into the next.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from hashlib import blake2b
+
+from lamina.plan import ChunkKey
+
+KEY_BYTES = 20
+"""Length of a chunk key: 160 bits, so that chance never makes two keys equal."""
+
+NAMESPACE_BYTES = 16
+"""Length of a namespace fingerprint."""
+
+MAX_TOKEN = 2**32 - 1
+"""The largest token id that can be part of a key."""
+
+_SCHEME = "lamina keys 1"  # to be changed with anything that changes what is hashed, or how
+
+Packable = None | int | str | bytes | tuple["Packable", ...]
+"""What :func:`pack` encodes."""
+
+
+def pack(value: Packable) -> bytes:
+    """``value`` as bytes, such that different values have different bytes.
+
+    Every item is its type, its length and its content; ``1``, ``"1"``, ``b"1"`` and ``(1,)`` all
+    differ, and so do ``("ab", "c")`` and ``("a", "bc")``.
+
+    Raises:
+        TypeError: for any other type; a bool is one.
+    """
+    match value:
+        case None:
+            kind, content = b"N", b""
+        case bytes():
+            kind, content = b"B", value
+        case str():
+            kind, content = b"S", value.encode("utf-8", "surrogatepass")
+        case tuple():
+            kind, content = b"T", b"".join(map(pack, value))
+        case int() if not isinstance(value, bool):
+            kind, content = b"I", str(value).encode()
+        case _:
+            raise TypeError(f"a {type(value).__name__} cannot be part of a key: {value!r}")
+    return kind + len(content).to_bytes(8, "little") + content
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything but tokens that changes the bytes of a chunk.
+
+    The rank is not part of it: all ranks of an engine share keys, because the scheduler looks a
+    chunk up once for all of them, and what a rank keeps under a key is its own shard, in its own
+    store. For the same reason every field must have the same value on every rank.
+
+    Attributes:
+        model: what the engine computes: architecture and resolved configuration, with the
+            operator's overrides. Never a path, so that a moved checkpoint still hits.
+        checkpoint: which weights; a fingerprint of :mod:`lamina.checkpoint` or what the operator
+            gives for one.
+        model_dtype: type of the activations.
+        cache_dtype: type of the cache's elements, with its scaling.
+        quantization: how weights are quantised; empty if they are not.
+        block_tokens: tokens in one of the engine's blocks.
+        chunk_tokens: tokens in one chunk.
+        layout: how bytes are arranged inside a page: attention backend and cache layout.
+        page_bytes: bytes of one page, for each row.
+        tensor_parallel: ranks over which heads are divided.
+        pipeline_parallel: ranks over which layers are divided.
+        context_parallel: ranks over which tokens are divided.
+        speculation: what drafts tokens with rows in this cache, weights included; empty if
+            nothing does.
+        engine: name of the engine.
+        engine_format: the engine's version, as far as it decides what the cache's bytes mean.
+    """
+
+    model: str
+    checkpoint: str
+    model_dtype: str
+    cache_dtype: str
+    quantization: str
+    block_tokens: int
+    chunk_tokens: int
+    layout: str
+    page_bytes: tuple[int, ...]
+    tensor_parallel: int
+    pipeline_parallel: int
+    context_parallel: int
+    speculation: str
+    engine: str
+    engine_format: str
+
+    def __post_init__(self) -> None:
+        """Refuse a namespace in which unknown things would look equal.
+
+        Raises:
+            ValueError: if a field is empty that cannot be.
+        """
+        for name in ("model", "checkpoint", "model_dtype", "cache_dtype", "layout", "engine"):
+            if not getattr(self, name):
+                raise ValueError(f"a namespace without {name} would mix caches that differ in it")
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The namespace as :data:`NAMESPACE_BYTES` bytes."""
+        named = tuple((field.name, getattr(self, field.name)) for field in fields(self))
+        return blake2b(pack((_SCHEME, *sorted(named))), digest_size=NAMESPACE_BYTES).digest()
+
+    @cached_property
+    def hex(self) -> str:
+        """:attr:`fingerprint` as the name of a directory."""
+        return self.fingerprint.hex()
+
+    def describe(self) -> dict[str, str]:
+        """Field names and values for people."""
+        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
+
+
+class ChunkChain:
+    """The keys of one request's whole chunks, extended as its tokens become known.
+
+    The key of a chunk is the hash of the key before it, of what else the chunk depends on, and of
+    its token ids. So it names the whole prefix up to the end of the chunk.
+
+    Attributes:
+        chunk_tokens: tokens in one chunk.
+        keys: keys of the chunks hashed so far, in prefix order; not to be changed by the reader.
+    """
+
+    __slots__ = ("_root", "chunk_tokens", "keys")
+
+    def __init__(self, namespace: bytes, chunk_tokens: int, root_extra: bytes = b"") -> None:
+        """Start without tokens.
+
+        Args:
+            namespace: :attr:`Namespace.fingerprint`.
+            chunk_tokens: tokens in one chunk.
+            root_extra: what the whole request depends on (cache salt, adapter), from
+                :func:`pack`.
+
+        Raises:
+            ValueError: if ``chunk_tokens`` is not positive.
+        """
+        if chunk_tokens <= 0:
+            raise ValueError(f"a chunk must have at least one token, got {chunk_tokens}")
+        self.chunk_tokens = chunk_tokens
+        self.keys: list[ChunkKey] = []
+        self._root = blake2b(
+            pack((_SCHEME, namespace, chunk_tokens, root_extra)), digest_size=KEY_BYTES
+        ).digest()
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        extra_of: Callable[[int, int], bytes] | None = None,
+    ) -> None:
+        """Hash the whole chunks of ``tokens`` that are not hashed yet.
+
+        Args:
+            tokens: all token ids of the request, from its first one on; those of chunks hashed
+                before are not looked at again.
+            extra_of: for the token positions ``[start, end)`` of a chunk, what the chunk depends
+                on beyond its token ids (multimodal inputs, embeddings), from :func:`pack`, or
+                empty.
+
+        Raises:
+            ValueError: if a token id is not in ``0 .. MAX_TOKEN``; no key is added then.
+        """
+        size = self.chunk_tokens
+        start, end = len(self.keys) * size, len(tokens) // size * size
+        if start >= end:
+            return
+        try:
+            ids = array("I", tokens[start:end])
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"token ids must be integers in 0 .. {MAX_TOKEN}: {error}") from error
+        if len(ids) != end - start:  # bytes count as a sequence of integers, but not here
+            raise ValueError(f"token ids must be integers, got {type(tokens).__name__}")
+        if sys.byteorder == "big":
+            ids.byteswap()
+        content = ids.tobytes()
+        width = size * ids.itemsize
+        parent = self.keys[-1] if self.keys else self._root
+        added = []
+        for offset in range(0, len(content), width):
+            first = start + offset // ids.itemsize
+            extra = extra_of(first, first + size) if extra_of else b""
+            # Parent and tokens have a fixed length here, so only the extra needs its own.
+            parent = blake2b(
+                b"%b%b%b%b"
+                % (
+                    parent,
+                    len(extra).to_bytes(4, "little"),
+                    extra,
+                    content[offset : offset + width],
+                ),
+                digest_size=KEY_BYTES,
+            ).digest()
+            added.append(ChunkKey(parent))
+        self.keys += added
+
+    def truncate(self, tokens: int) -> None:
+        """Forget the keys of chunks that end after the first ``tokens`` tokens."""
+        del self.keys[max(tokens, 0) // self.chunk_tokens :]

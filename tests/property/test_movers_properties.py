@@ -1,0 +1,199 @@
+"""Promise: a mover moves exactly the pages it is told to, whatever the cache looks like.
+
+Random caches (page sizes, strides, offsets, several allocations, rows that share bytes) and random
+histories of loads and saves are run against a byte-by-byte model of them. Every byte of every
+allocation and of the host memory is compared, so padding between pages and blocks that were not
+named are watched too. The CUDA mover's kernel runs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina.data.movers import Mover, cpu, make_mover
+from lamina.geometry import CacheGeometry, Row
+
+Ids = npt.NDArray[np.int64]
+PAGE_BYTES = st.one_of(
+    st.integers(1, 300), st.sampled_from([1000, 4096, 4608, 16384, 18432, 20000, 32784])
+)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One load or save."""
+
+    row: int
+    is_load: bool
+    pages: Ids
+    blocks: Ids
+
+
+@dataclass(frozen=True)
+class History:
+    """A cache, how many host pages each row has, and what is done."""
+
+    geometry: CacheGeometry
+    host_pages: int
+    copies: tuple[Copy, ...]
+    seed: int
+
+
+@st.composite
+def allocations(draw: st.DrawFn, index: int, num_blocks: int) -> tuple[list[Row], int]:
+    """Rows of one allocation, one after the other or interleaved, and its size in bytes."""
+    offset = draw(st.integers(0, 40))
+    pages = draw(st.lists(PAGE_BYTES, min_size=1, max_size=3))
+    gaps = [draw(st.sampled_from([0, 0, 1, 24, 256])) for _ in pages]
+    rows = []
+    if draw(st.booleans()):
+        for page, gap in zip(pages, gaps, strict=True):
+            rows.append(Row((), index, offset, page + gap, page))
+            offset += num_blocks * (page + gap)
+    else:
+        stride = sum(pages) + sum(gaps)
+        for page, gap in zip(pages, gaps, strict=True):
+            rows.append(Row((), index, offset, stride, page))
+            offset += page + gap
+        offset += (num_blocks - 1) * stride
+    if draw(st.booleans()):
+        rows.append(rows[0])
+    return rows, offset + draw(st.integers(0, 9))
+
+
+@st.composite
+def ids(draw: st.DrawFn, count: int, amount: int, distinct: bool) -> Ids:
+    """Page ids: neighbours in order or in reverse, some runs, or anything."""
+    run = np.arange(amount) + draw(st.integers(0, count - amount))
+    kind = draw(st.sampled_from(["run", "reverse", "runs", "any", "repeated"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if kind == "run":
+        return run
+    if kind == "reverse":
+        return run[::-1].copy()
+    if kind == "runs":
+        return np.roll(np.sort(rng.permutation(count)[:amount]), amount // 2)
+    if kind == "repeated" and not distinct:
+        return rng.integers(0, count, amount)
+    return rng.permutation(count)[:amount]
+
+
+@st.composite
+def histories(draw: st.DrawFn, most_blocks: int = 40) -> History:
+    """A cache and what is done to it."""
+    num_blocks = draw(st.integers(1, most_blocks))
+    rows: list[Row] = []
+    sizes: list[int] = []
+    for index in range(draw(st.integers(1, 2))):
+        more, size = draw(allocations(index, num_blocks))
+        rows += more
+        sizes.append(size)
+    host_pages = draw(st.integers(1, most_blocks))
+    copies = []
+    for _ in range(draw(st.integers(1, 4))):
+        is_load = draw(st.booleans())
+        amount = draw(st.integers(0, min(num_blocks, host_pages)))
+        copies.append(
+            Copy(
+                row=draw(st.integers(0, len(rows) - 1)),
+                is_load=is_load,
+                pages=draw(ids(host_pages, amount, distinct=not is_load)),
+                blocks=draw(ids(num_blocks, amount, distinct=is_load)),
+            )
+        )
+    geometry = CacheGeometry(tuple(rows), num_blocks, 16, 16, tuple(sizes))
+    return History(geometry, host_pages, tuple(copies), draw(st.integers(0, 2**32 - 1)))
+
+
+def replay(
+    history: History, copy: Callable[[Copy, list[torch.Tensor], torch.Tensor], None]
+) -> None:
+    """Carry out a history with ``copy`` and with the model, and compare every byte."""
+    rng = np.random.default_rng(history.seed)
+    geometry = history.geometry
+    engine = [
+        torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8))
+        for size in geometry.allocation_bytes
+    ]
+    host = [
+        torch.from_numpy(rng.integers(0, 256, (history.host_pages, row.page_bytes), dtype=np.uint8))
+        for row in geometry.rows
+    ]
+    engine_model = [tensor.numpy().copy() for tensor in engine]
+    host_model = [tensor.numpy().copy() for tensor in host]
+    for step in history.copies:
+        copy(step, engine, host[step.row])
+        row, memory = geometry.rows[step.row], host_model[step.row]
+        cache = engine_model[row.allocation]
+        for page, block in zip(step.pages.tolist(), step.blocks.tolist(), strict=True):
+            start = row.offset + block * row.block_stride
+            if step.is_load:
+                cache[start : start + row.page_bytes] = memory[page]
+            else:
+                memory[page] = cache[start : start + row.page_bytes]
+    for tensor, model in zip(engine + host, engine_model + host_model, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), model)
+
+
+@given(histories(), st.sampled_from([1, 2048, cpu.TILE_BYTES]))
+def test_the_cpu_mover_moves_those_pages_and_no_other_byte(history: History, tile: int) -> None:
+    mover: list[Mover] = []
+
+    def copy(step: Copy, engine: list[torch.Tensor], host: torch.Tensor) -> None:
+        if not mover:
+            mover.append(make_mover(history.geometry, engine))
+        after = mover[0].fence_compute()
+        if step.is_load:
+            fence = mover[0].load(step.row, host, step.pages, step.blocks, after)
+        else:
+            fence = mover[0].save(step.row, step.blocks, host, step.pages, after)
+        assert fence.passed()
+
+    with patch.object(cpu, "TILE_BYTES", tile):
+        replay(history, copy)
+
+
+@pytest.fixture(scope="module")
+def page_copy() -> Iterator[ModuleType]:
+    pytest.importorskip("triton", reason="Triton's interpreter needs the package triton")
+    name = "lamina.data.movers.page_copy"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRITON_INTERPRET", "1")
+        patched.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module(name)
+        sys.modules.pop(name)
+
+
+@settings(deadline=None)
+@given(
+    history=histories(most_blocks=8),
+    tile=st.sampled_from([1024, 16384]),
+    programs=st.sampled_from([1, 3, 32]),
+)
+def test_the_kernel_moves_those_pages_and_no_other_byte(
+    page_copy: ModuleType, history: History, tile: int, programs: int
+) -> None:
+    def copy(step: Copy, engine: list[torch.Tensor], host: torch.Tensor) -> None:
+        row = history.geometry.rows[step.row]
+        cache = (engine[row.allocation][row.offset :], row.block_stride)
+        memory = (host.view(-1), row.page_bytes)
+        sides = (memory, cache) if step.is_load else (cache, memory)
+        pairs = (step.pages, step.blocks) if step.is_load else (step.blocks, step.pages)
+        page_copy.copy_pages(
+            *sides[0], *sides[1], torch.from_numpy(np.stack(pairs, axis=1)), row.page_bytes
+        )
+
+    with patch.multiple(page_copy, TILE_BYTES=tile, PROGRAMS=programs):
+        replay(history, copy)
