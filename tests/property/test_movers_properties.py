@@ -147,6 +147,7 @@ def replay(
         np.testing.assert_array_equal(tensor.numpy(), model)
 
 
+@settings(deadline=None)
 @given(histories(), st.sampled_from([1, 2048, cpu.TILE_BYTES]))
 def test_the_cpu_mover_moves_those_pages_and_no_other_byte(history: History, tile: int) -> None:
     mover: list[Mover] = []

@@ -30,7 +30,8 @@ class SaveRun:
         host: where to.
         mover: copies pages out of the engine.
         pool: the thread that copies.
-        report: called from that thread with the receipts, once every row has been copied.
+        report: called with the receipts, once every row has been copied and :meth:`sweep` has
+            said that the step is over: before that a load of the step could still fail.
         step: for the timeline.
         timeline: where spans go.
     """
@@ -62,7 +63,7 @@ class SaveRun:
         self._blocks = np.fromiter((b for order in orders for b in order.blocks), np.int64)
         self._began = time.perf_counter()
         self._unsubmitted = set(range(len(geometry.rows)))
-        self._left = len(geometry.rows)
+        self._left = len(geometry.rows) + 1  # the rows, and the end of the step
         self._failure = ""
         self._lock = threading.Lock()
 
@@ -74,9 +75,10 @@ class SaveRun:
             self._pool.submit((0, self._step), partial(self._copy, row, fence))
 
     def sweep(self) -> None:
-        """The forward is over: save the rows whose hook did not fire."""
+        """The step is over: save the rows whose hook did not fire."""
         for row in sorted(self._unsubmitted):
             self.row_written(row)
+        self._one_over()
 
     def poison(self, reason: str) -> None:
         """What the step computed is not to be trusted: report every save as failed."""
@@ -93,14 +95,17 @@ class SaveRun:
             self.poison(type(error).__name__)
             raise
         finally:
-            with self._lock:
-                self._left -= 1
-                over = self._left == 0
-            if over:
-                self._report(self._receipts())
+            self._one_over()
             if self._timeline is not None:
                 size = len(self._blocks) * self._page_bytes[row]
                 self._timeline.add(Lane.SAVE, self._step, row, began, size)
+
+    def _one_over(self) -> None:
+        with self._lock:
+            self._left -= 1
+            over = self._left == 0
+        if over:
+            self._report(self._receipts())
 
     def _receipts(self) -> list[TransferReceipt]:
         outcome = Outcome.FAILED if self._failure else Outcome.DONE

@@ -10,11 +10,12 @@ import json
 import time
 from collections import deque
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 
-class Lane(str, Enum):
+class Lane(StrEnum):
     """Who was busy."""
 
     COMPUTE = "compute"
@@ -93,3 +94,25 @@ class Timeline:
             for lane, i in lanes.items()
         ]
         self._path.write_text(json.dumps({"traceEvents": names + events}))
+
+
+def read_trace(path: Path) -> list[Span]:
+    """The spans of a trace that :meth:`Timeline.write` has written, in its order.
+
+    Raises:
+        ValueError: if the file is no such trace.
+        OSError: if it cannot be read.
+    """
+    try:
+        events = json.loads(path.read_text())["traceEvents"]
+        return [_span(event) for event in events if event["ph"] == "X"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a trace that Lamina has written: {error!r}") from error
+
+
+def _span(event: dict[str, Any]) -> Span:
+    lane, step, size = Lane(event["cat"]), event["args"]["step"], event["args"]["bytes"]
+    name = event["name"]
+    row = -1 if name == lane.value else int(name.removeprefix("row "))
+    start = event["ts"] / 1e6
+    return Span(lane, step, row, start, start + event["dur"] / 1e6, size)

@@ -1,0 +1,58 @@
+# Everything a contributor or CI runs. `make help` lists it.
+#
+# On a machine whose pip has extra package sources configured, they are used; elsewhere torch
+# comes from PyTorch's own index of CPU builds (see requirements/uv).
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/lock.txt)
+INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
+
+# Python's caches save 8 s of imports at every start of the engine: keep them whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/installed ## a real model answers a long question three times, once after a restart
+	@$(BIN)/lamina demo --model-dir models
+
+test: .venv/installed-tests ## the test suite, without what is marked slow
+	@$(BIN)/pytest -m "not slow"
+
+test-all: .venv/installed-tests ## the whole test suite
+	@$(BIN)/pytest
+
+lint: .venv/installed ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+lock: .venv/installed ## pin anew what is installed: requirements/lock.txt
+	@echo "resolving requirements/lock.in and pyproject.toml ..."
+	@requirements/uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" --override requirements/exclude.txt \
+		--extra bench --extra demo --extra dev requirements/lock.in pyproject.toml \
+		--output-file requirements/lock.txt
+
+clean: ## remove the environment, the demo's model and every cache
+	@rm -rf .venv models build dist out src/*.egg-info
+	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: requirements/lock.txt requirements/uv pyproject.toml
+	@echo "creating .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check "uv==$(UV_VERSION)"
+	@echo "installing $$(grep -c == requirements/lock.txt) packages, about 800 MB to download ..."
+	@$(INSTALL) --requirements requirements/lock.txt
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-tests: .venv/installed requirements/test-extra.txt
+	@echo "installing what only tests need, about 200 MB to download ..."
+	@$(INSTALL) --requirements requirements/test-extra.txt
+	@touch $@

@@ -1,0 +1,218 @@
+"""The command line of ``lamina bench``. Imports nothing that measures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from lamina.bench.settings import Dtype, ModelShape
+
+if TYPE_CHECKING:
+    from lamina.bench.progress import Progress
+    from lamina.bench.report import Report
+
+app = typer.Typer(
+    name="bench",
+    help="Measure what Lamina costs and gains on this machine. Needs vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+S = TypeVar("S")
+
+_TEMPORARY = Path(tempfile.gettempdir())
+_MODEL, _OUTPUT = "Model", "Output"
+Layers = Annotated[int, typer.Option(help="Layers.", rich_help_panel=_MODEL)]
+Hidden = Annotated[int, typer.Option(help="Width.", rich_help_panel=_MODEL)]
+KvHeads = Annotated[int, typer.Option(help="KV heads.", rich_help_panel=_MODEL)]
+HeadDim = Annotated[int, typer.Option(help="Numbers in one head.", rich_help_panel=_MODEL)]
+BlockSize = Annotated[
+    int, typer.Option(help="Tokens in one block of the engine.", rich_help_panel=_MODEL)
+]
+ModelDtype = Annotated[Dtype, typer.Option(help="Of weights and KV cache.", rich_help_panel=_MODEL)]
+Repeat = Annotated[int, typer.Option(help="Repetitions of each measurement.")]
+Directory = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where the disk tier is put, and removed afterwards.")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write every number.", rich_help_panel=_OUTPUT),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw it (.png, .svg).", rich_help_panel=_OUTPUT),
+]
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def ttft(
+    layers: Layers = 16,
+    hidden: Hidden = 1024,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that can be hit.")] = 8192,
+    repeat: Repeat = 5,
+    directory: Directory = _TEMPORARY,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Time to first token: recompute, and hits in the engine, in host memory and on disk.
+
+    The hit on disk comes after a restart of the engine's process. Hits are held against the plain
+    movement of their bytes: one memory copy and one step; the larger of plain reads and one step.
+    """
+    from lamina.bench.plots import draw_ttft
+    from lamina.bench.ttft import TtftSettings, measure
+
+    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    settings = _made(lambda: TtftSettings(shape, tokens, repeat, directory.absolute()))
+    _check_outputs(json, plot)
+    report = _measured(lambda progress: measure(settings, progress), json)
+    if plot is not None:
+        draw_ttft(report, plot)
+
+
+@app.command()
+def overlap(
+    layers: Layers = 16,
+    hidden: Hidden = 1024,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that are loaded.")] = 2048,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens of the prompt that are computed in the same step.")
+    ] = 1024,
+    latency_ms: Annotated[float, typer.Option(help="Latency of the link.")] = 2.0,
+    gb_per_second: Annotated[
+        float | None,
+        typer.Option(
+            help="Bandwidth of the link. Default: such that loading a row takes as long as "
+            "computing it."
+        ),
+    ] = None,
+    repeat: Repeat = 5,
+    json: Json = None,
+    plot: Plot = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw one step, row by row (.png, .svg).",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """How much of a load disappears behind the model's own work, for several windows and in bulk.
+
+    The host tier is put behind a link of a given pace, so that this can be seen on any machine.
+    """
+    from lamina.bench.overlap import OverlapSettings, measure
+    from lamina.bench.plots import draw_overlap
+
+    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    bandwidth = None if gb_per_second is None else gb_per_second * 1e9
+    settings = _made(
+        lambda: OverlapSettings(shape, tokens, new_tokens, repeat, latency_ms / 1e3, bandwidth)
+    )
+    _check_outputs(json, plot, timeline)
+    report = _measured(lambda progress: measure(settings, progress, timeline), json)
+    if plot is not None:
+        draw_overlap(report, plot)
+
+
+@app.command()
+def decode(
+    layers: Layers = 16,
+    hidden: Hidden = 256,
+    kv_heads: KvHeads = 2,
+    head_dim: HeadDim = 64,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(help="Decode steps in each repetition.")] = 100,
+    repeat: Repeat = 40,
+    directory: Directory = _TEMPORARY,
+    json: Json = None,
+) -> None:
+    """What a decode step that has nothing to move takes longer than without a connector."""
+    from lamina.bench.overhead import DecodeSettings, measure_decode
+
+    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    settings = _made(lambda: DecodeSettings(shape, tokens, repeat, directory.absolute()))
+    _check_outputs(json)
+    _measured(lambda progress: measure_decode(settings, progress), json)
+
+
+@app.command()
+def save(
+    layers: Layers = 16,
+    hidden: Hidden = 1024,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 8192,
+    repeat: Repeat = 5,
+    directory: Directory = _TEMPORARY,
+    json: Json = None,
+) -> None:
+    """Prefill throughput while everything is saved, against prefill without a connector."""
+    from lamina.bench.overhead import SaveSettings, measure_save
+
+    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    settings = _made(lambda: SaveSettings(shape, tokens, repeat, directory.absolute()))
+    _check_outputs(json)
+    _measured(lambda progress: measure_save(settings, progress), json)
+
+
+def _made(make: Callable[[], S]) -> S:
+    """Settings, or the usage error that says what is wrong with them."""
+    try:
+        return make()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _check_outputs(json: Path | None, *pictures: Path | None) -> None:
+    """Refuse, before minutes are spent, what could not be written in the end."""
+    from lamina.bench.plots import require_drawable
+
+    for path in (json, *pictures):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no directory {path.absolute().parent}")
+    for picture in pictures:
+        if picture is not None:
+            _made(lambda picture=picture: require_drawable(picture))  # type: ignore[misc]
+
+
+def _measured(measure: Callable[[Progress], Report], json: Path | None) -> Report:
+    from rich.console import Console
+
+    from lamina.bench.engine import BenchError
+    from lamina.bench.progress import Progress
+
+    try:
+        with Progress(Console(stderr=True)) as progress:
+            report = measure(progress)
+    except BenchError as error:
+        typer.echo(f"lamina bench: {error}", err=True)
+        raise typer.Exit(1) from None
+    console = Console()
+    console.print(report.as_table())
+    if json is not None:
+        json.write_text(report.as_json())
+    return report

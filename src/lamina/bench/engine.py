@@ -1,0 +1,152 @@
+"""An engine in a process of its own, as a bench sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+from lamina.bench.serving import Serving
+from lamina.bench.settings import EngineSpec
+
+_ANSWER_TIMEOUT = 600.0
+_EXIT_TIMEOUT = 60.0
+_LOG_TAIL = 25
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BenchError(Exception):
+    """A bench cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What an engine's process says instead of an answer."""
+
+    account: str
+
+
+class Engine:
+    """Starts the process; :meth:`ready` waits until it can serve.
+
+    Args:
+        spec: what to run.
+        logs: directory for the engine's log.
+    """
+
+    def __init__(self, spec: EngineSpec, logs: Path) -> None:
+        self.spec = spec
+        self._log = logs / f"{spec.name}.log"
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, spec, self._log))
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._kill()
+
+    def ready(self) -> None:
+        """Wait until the engine serves, and warm it up.
+
+        Raises:
+            BenchError: if it cannot start.
+        """
+        if not self._ready:
+            self._answer()
+            self._ready = True
+            self.call(Serving.warm_up)
+
+    def call(
+        self, method: Callable[Concatenate[Serving, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a method of :class:`~lamina.bench.serving.Serving` in the engine's process.
+
+        Raises:
+            BenchError: if it raised there, or the process ended or went silent.
+        """
+        self.ready()
+        self._pipe.send((method, args, kwargs))
+        return cast(T, self._answer())
+
+    def close(self) -> None:
+        """Shut the engine down: what it is saving and writing comes to its end.
+
+        Raises:
+            BenchError: as :meth:`call`, or if the process does not end.
+        """
+        if self._process.is_alive():
+            self.call(Serving.close)
+            self._pipe.close()
+            self._process.join(_EXIT_TIMEOUT)
+        if self._process.is_alive():
+            self._kill()
+            raise BenchError(f"engine {self.spec.name!r} did not exit{self._account()}")
+
+    def _answer(self) -> object:
+        try:
+            if not self._pipe.poll(_ANSWER_TIMEOUT):
+                self._kill()
+                raise BenchError(
+                    f"engine {self.spec.name!r} gave no answer for {_ANSWER_TIMEOUT:.0f} s; "
+                    f"choose fewer tokens or a smaller model{self._account()}"
+                )
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(_EXIT_TIMEOUT)
+            raise BenchError(
+                f"engine {self.spec.name!r} ended unexpectedly, exit code "
+                f"{self._process.exitcode} (-9: probably out of memory){self._account()}"
+            ) from None
+        if isinstance(answer, _Failure):
+            self._kill()
+            raise BenchError(f"engine {self.spec.name!r} failed\n{answer.account}{self._account()}")
+        return answer
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _account(self) -> str:
+        """The end of its log."""
+        with contextlib.suppress(OSError):
+            lines = self._log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
+            if lines:
+                return "\nthe end of its log:\n" + "\n".join(f"  {line}" for line in lines)
+        return ""
+
+
+def _serve(pipe: Connection, spec: EngineSpec, log: Path) -> None:
+    """The life of an engine's process: one answer for each call, until its parent is gone."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    serving: Serving | None = None
+    try:
+        serving = Serving(spec)
+        pipe.send(None)
+        while True:
+            method, args, kwargs = pipe.recv()
+            pipe.send(method(serving, *args, **kwargs))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception:
+        pipe.send(_Failure(traceback.format_exc()))

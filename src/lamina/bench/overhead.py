@@ -1,0 +1,234 @@
+"""``lamina bench decode`` and ``lamina bench save``: what Lamina costs while it brings nothing.
+
+The same work is done by engines without a connector and with one, in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.bench.engine import Engine
+from lamina.bench.progress import Progress
+from lamina.bench.report import Machine, Report
+from lamina.bench.room import require_room
+from lamina.bench.samples import Samples, Target, Unit, paired
+from lamina.bench.serving import Serving
+from lamina.bench.settings import (
+    EngineSpec,
+    ModelShape,
+    PromptSource,
+    require_positive,
+    require_whole,
+)
+from lamina.geometry import chunk_tokens_for
+
+DECODE_LIMIT = 50e-6
+"""Seconds that a decode step with nothing to move may take longer."""
+SAVE_LIMIT = 0.97
+"""Prefill throughput with saving on, as a multiple of that without a connector."""
+
+_PLAIN, _HOST, _DISK = "no connector", "host tier", "host and disk tier"
+_DECODE_PROMPT = 8
+_STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadSettings:
+    """Options of both benches.
+
+    Attributes:
+        shape: the model.
+        tokens: tokens of a prompt (``save``) or of an answer (``decode``).
+        repeat: repetitions of each measurement.
+        directory: where the disk tier is put.
+
+    Raises:
+        ValueError: if an option makes no sense; the message names it.
+    """
+
+    shape: ModelShape
+    tokens: int
+    repeat: int
+    directory: Path
+
+    def __post_init__(self) -> None:
+        require_positive("--repeat", self.repeat)
+
+
+class DecodeSettings(OverheadSettings):
+    """Options of ``decode``: no answer may fill a chunk, which would be saved."""
+
+    def __post_init__(self) -> None:
+        OverheadSettings.__post_init__(self)
+        limit = chunk_tokens_for(self.shape.block_size) - _DECODE_PROMPT - 1
+        if not 1 <= self.tokens <= limit:
+            raise ValueError(
+                f"--tokens must be from 1 to {limit}, so that no chunk is filled and saved, "
+                f"got {self.tokens}"
+            )
+
+
+class SaveSettings(OverheadSettings):
+    """Options of ``save``: every token of a prompt is saved."""
+
+    def __post_init__(self) -> None:
+        OverheadSettings.__post_init__(self)
+        require_whole("--tokens", self.tokens, self.shape.block_size)
+
+
+def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
+    """Decode steps that have nothing to load and nothing to save: the answers end before the
+    first chunk is full.
+
+    Raises:
+        BenchError: if an engine fails, or there is no room.
+    """
+    machine = Machine.here()
+    prompts = PromptSource()
+
+    def turn(engine: Engine) -> float:
+        prompt = prompts.prompt(_DECODE_PROMPT)
+        return statistics.median(engine.call(Serving.decode, prompt, settings.tokens))
+
+    with _engines(settings, progress) as engines:
+        measured = _in_turns(engines, turn, settings.repeat, progress)
+    plain = measured[_PLAIN]
+    return Report(
+        bench="decode",
+        title=f"One decode step with nothing to move, {settings.shape.layers} layers",
+        machine=machine,
+        settings=_options(settings),
+        samples=tuple(measured.values()),
+        compared=f"Longer than with {_PLAIN}",
+        targets=tuple(
+            Target(
+                paired(name, lambda a, b: a - b, samples, plain),
+                Unit.SECONDS,
+                DECODE_LIMIT,
+            )
+            for name, samples in measured.items()
+            if name != _PLAIN
+        ),
+        notes=(f"Each repetition is the median of {settings.tokens} steps.",),
+    )
+
+
+def measure_save(settings: SaveSettings, progress: Progress) -> Report:
+    """Prefill with and without saving what it computes.
+
+    Raises:
+        BenchError: if an engine fails, or there is no room.
+    """
+    machine = Machine.here()
+    prompts = PromptSource()
+    drained: dict[str, list[float]] = {}
+
+    def turn(engine: Engine) -> float:
+        seconds = engine.call(Serving.first_token, prompts.prompt(settings.tokens)).seconds
+        drained.setdefault(engine.spec.name, []).append(engine.call(Serving.drain))
+        return seconds
+
+    with _engines(settings, progress) as engines:
+        measured = _in_turns(engines, turn, settings.repeat, progress)
+    plain = measured[_PLAIN]
+    tails = ", ".join(
+        f"{name} {statistics.median(drained[name]):.2f} s" for name in measured if name != _PLAIN
+    )
+    return Report(
+        bench="save",
+        title=f"Prefill of {settings.tokens} tokens, nothing of them known",
+        machine=machine,
+        settings=_options(settings),
+        samples=tuple(measured.values()),
+        compared=f"Throughput, as a multiple of that with {_PLAIN}",
+        targets=tuple(
+            Target(
+                paired(name, lambda a, b: b / a, samples, plain),
+                Unit.RATIO,
+                SAVE_LIMIT,
+                at_most=False,
+            )
+            for name, samples in measured.items()
+            if name != _PLAIN
+        ),
+        notes=(f"Saves and writes that were left when the first token was there took: {tails}.",),
+    )
+
+
+@contextmanager
+def _engines(settings: OverheadSettings, progress: Progress) -> Iterator[list[Engine]]:
+    shape = settings.shape
+    size = shape.kv_bytes(settings.tokens + _STEP_TOKENS)
+    require_room(
+        memory=3 * (shape.weight_bytes + 2 * size) + 4 * size,
+        disk=2 * size,
+        directory=settings.directory,
+    )
+    host = {"capacity": 2 * size}
+    with (
+        tempfile.TemporaryDirectory(dir=settings.directory, prefix="lamina-bench-") as directory,
+        ExitStack() as stack,
+    ):
+        work = Path(directory)
+        shape.write_config(work)
+        disk = {"path": str(work / "store"), "capacity": 2 * size}
+        tiers: dict[str, Mapping[str, Any] | None] = {
+            _PLAIN: None,
+            _HOST: {"host": host},
+            _DISK: {"host": host, "disk": disk},
+        }
+        progress.say(f"starting {len(tiers)} engines")
+        engines = [
+            stack.enter_context(
+                Engine(
+                    EngineSpec(
+                        name=name,
+                        shape=shape,
+                        model=work,
+                        tokens=settings.tokens + 2 * shape.block_size,
+                        step_tokens=_STEP_TOKENS,
+                        lamina=lamina,
+                    ),
+                    work,
+                )
+            )
+            for name, lamina in tiers.items()
+        ]
+        for engine in engines:
+            engine.ready()
+        yield engines
+        progress.say("shutting down")
+
+
+def _in_turns(
+    engines: list[Engine],
+    turn: Callable[[Engine], float],
+    repeat: int,
+    progress: Progress,
+) -> dict[str, Samples]:
+    """Let every engine do its turn, ``repeat`` times and once before that does not count; each
+    time another one begins."""
+    values: dict[str, list[float]] = {engine.spec.name: [] for engine in engines}
+    for i in range(-1, repeat):
+        first = i % len(engines)
+        for engine in engines[first:] + engines[:first]:
+            what = f"{i + 1} of {repeat}" if i >= 0 else "once to warm up"
+            progress.say(f"{engine.spec.name}, {what}")
+            seconds = turn(engine)
+            if i >= 0:
+                values[engine.spec.name].append(seconds)
+    return {name: Samples(name, tuple(times)) for name, times in values.items()}
+
+
+def _options(settings: OverheadSettings) -> dict[str, str | int | float]:
+    return {
+        **settings.shape.options(),
+        "tokens": settings.tokens,
+        "repeat": settings.repeat,
+    }

@@ -1,0 +1,263 @@
+"""``lamina bench ttft``: what a hit is worth, from each place that it can be in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.bench.engine import BenchError, Engine
+from lamina.bench.plain_read import PlainFile, drop_page_cache
+from lamina.bench.progress import Progress
+from lamina.bench.report import Machine, Report
+from lamina.bench.room import require_room
+from lamina.bench.samples import Samples, Target, Unit, paired, ratio
+from lamina.bench.serving import Serving
+from lamina.bench.settings import (
+    EngineSpec,
+    ModelShape,
+    PromptSource,
+    TokenIds,
+    require_positive,
+    require_whole,
+)
+
+FLOOR_LIMIT = 1.25
+"""A hit may take this much longer than the plain movement of its bytes and one step."""
+
+_STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TtftSettings:
+    """Options of the bench.
+
+    Attributes:
+        shape: the model.
+        tokens: tokens of the prompt that can be hit; it has one more.
+        repeat: repetitions of each measurement.
+        directory: where the disk tier is put.
+
+    Raises:
+        ValueError: if an option makes no sense; the message names it.
+    """
+
+    shape: ModelShape
+    tokens: int
+    repeat: int
+    directory: Path
+
+    def __post_init__(self) -> None:
+        require_positive("--repeat", self.repeat)
+        require_whole("--tokens", self.tokens, self.shape.block_size)
+
+    @property
+    def hit_bytes(self) -> int:
+        """Bytes of KV cache that a hit moves."""
+        return self.shape.kv_bytes(self.tokens)
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Repetitions as they come in, seconds."""
+
+    recompute: list[float]
+    engine: list[float]
+    host: list[float]
+    copy: list[float]
+    disk: list[float]
+    engine_again: list[float]
+    read: list[float]
+    cold: float = 0.0
+    direct: bool = True
+
+
+def measure(settings: TtftSettings, progress: Progress) -> Report:
+    """Run the bench.
+
+    Raises:
+        BenchError: if an engine fails, a hit is not where it should be, or there is no room.
+    """
+    machine = Machine.here()
+    shape, size = settings.shape, settings.hit_bytes
+    require_room(
+        memory=2 * shape.weight_bytes + 8 * size,
+        disk=4 * size,
+        directory=settings.directory,
+    )
+    measured = _Measured([], [], [], [], [], [], [])
+    with tempfile.TemporaryDirectory(dir=settings.directory, prefix="lamina-bench-") as name:
+        work = Path(name)
+        shape.write_config(work)
+        source = PromptSource()
+        prompts = [[*source.prompt(settings.tokens), 1] for _ in range(2)]
+        _before_restart(settings, work, prompts, measured, progress)
+        _after_restart(settings, work, prompts, measured, progress)
+    return _report(settings, machine, measured)
+
+
+def _before_restart(
+    settings: TtftSettings,
+    work: Path,
+    prompts: list[TokenIds],
+    measured: _Measured,
+    progress: Progress,
+) -> None:
+    """Recompute against hits in the engine and in host memory, in turns; leaves the prompts on
+    disk."""
+    with ExitStack() as stack:
+        plain = stack.enter_context(Engine(_spec(settings, work, "recompute", None), work))
+        lamina = stack.enter_context(
+            Engine(_spec(settings, work, "saving", _config(settings, work, 3)), work)
+        )
+        progress.say("starting two engines, one without Lamina")
+        plain.ready()
+        lamina.ready()
+        for prompt in prompts:
+            progress.say("computing and saving a prompt")
+            _first_token(lamina, prompt, "nowhere")
+            lamina.call(Serving.drain)
+        for i in range(settings.repeat):
+            turn = f"{i + 1} of {settings.repeat}"
+            progress.say(f"recompute, {turn}")
+            plain.call(Serving.forget)
+            measured.recompute.append(_first_token(plain, prompts[0], "nowhere"))
+            progress.say(f"hits in host memory and in the engine, {turn}")
+            lamina.call(Serving.forget)
+            measured.host.append(_first_token(lamina, prompts[0], "host"))
+            measured.engine.append(_first_token(lamina, prompts[0], "engine"))
+            measured.copy.append(lamina.call(Serving.copy_memory, settings.hit_bytes))
+        progress.say("shutting down: what is not yet on disk is written")
+
+
+def _after_restart(
+    settings: TtftSettings,
+    work: Path,
+    prompts: list[TokenIds],
+    measured: _Measured,
+    progress: Progress,
+) -> None:
+    """Hits on disk, against plain reads.
+
+    A hit on disk is kept in host memory from then on. The host tier holds just one prompt here,
+    so that each of the two drives the other out, and both are on disk whenever they are asked for.
+    """
+    progress.say("writing a file for plain reads")
+    plain = PlainFile(work, settings.hit_bytes)
+    measured.direct = plain.direct
+    progress.say("restarting the engine")
+    spec = _spec(settings, work, "restarted", _config(settings, work, 1))
+    with Engine(spec, work) as engine:
+        engine.ready()
+        for i in range(-1, settings.repeat):
+            progress.say(
+                f"hit on disk, {i + 1} of {settings.repeat}" if i >= 0 else "first hit on disk"
+            )
+            prompt = prompts[i % 2]
+            engine.call(Serving.forget)
+            drop_page_cache(_store(work))
+            seconds = _first_token(engine, prompt, "disk")
+            engine.call(Serving.drain)
+            again = _first_token(engine, prompt, "engine")
+            if i < 0:
+                measured.cold = seconds
+                continue
+            measured.disk.append(seconds)
+            measured.engine_again.append(again)
+            progress.say("plain reads of as many bytes")
+            measured.read.append(plain.read())
+
+
+def _first_token(engine: Engine, prompt: TokenIds, place: str) -> float:
+    """Seconds to the first token, once it is certain that the whole prompt was hit in ``place``.
+
+    Raises:
+        BenchError: if it was not.
+    """
+    token = engine.call(Serving.first_token, prompt)
+    expected = 0 if place == "nowhere" else len(prompt) - 1
+    found = token.hits.get(place, 0) if expected else 0
+    if token.cached != expected or found != expected:
+        raise BenchError(
+            f"expected {expected} tokens from {place}, but {token.cached} were not computed "
+            f"({token.hits}): this measurement would not be what it says"
+        )
+    return token.seconds
+
+
+def _store(work: Path) -> Path:
+    return work / "store"
+
+
+def _spec(
+    settings: TtftSettings, work: Path, name: str, lamina: Mapping[str, Any] | None
+) -> EngineSpec:
+    return EngineSpec(
+        name=name,
+        shape=settings.shape,
+        model=work,
+        tokens=settings.tokens + 2 * settings.shape.block_size,
+        step_tokens=min(_STEP_TOKENS, settings.tokens),
+        lamina=lamina,
+    )
+
+
+def _config(settings: TtftSettings, work: Path, host_prompts: int) -> dict[str, Any]:
+    return {
+        "host": {"capacity": host_prompts * settings.hit_bytes},
+        "disk": {"path": str(_store(work)), "capacity": 3 * settings.hit_bytes},
+    }
+
+
+def _report(settings: TtftSettings, machine: Machine, measured: _Measured) -> Report:
+    engine = Samples("hit in the engine", tuple(measured.engine))
+    copy = Samples("one memory copy", tuple(measured.copy))
+    read = Samples("plain reads", tuple(measured.read))
+    step = Samples("hit in the engine, restarted", tuple(measured.engine_again))
+    host_floor = paired("copy + step", lambda a, b: a + b, copy, engine)
+    disk_floor = paired("max(reads, step)", max, read, step)
+    host = Samples("hit in host memory", tuple(measured.host), host_floor.median)
+    disk = Samples("hit on disk, restarted", tuple(measured.disk), disk_floor.median)
+    how = "direct I/O" if measured.direct else "page cache dropped before each"
+    return Report(
+        bench="ttft",
+        title=f"Time to first token, {settings.tokens} tokens, {settings.hit_bytes / 1e6:.0f} MB",
+        machine=machine,
+        settings={
+            **settings.shape.options(),
+            "tokens": settings.tokens,
+            "repeat": settings.repeat,
+            "disk_reads": how,
+        },
+        samples=(
+            Samples("recompute", tuple(measured.recompute)),
+            engine,
+            host,
+            disk,
+            copy,
+            read,
+        ),
+        compared="Hits against their floors",
+        targets=(
+            Target(
+                ratio("host hit ÷ (copy + step)", host, host_floor),
+                Unit.RATIO,
+                FLOOR_LIMIT,
+            ),
+            Target(
+                ratio("disk hit ÷ max(reads, step)", disk, disk_floor),
+                Unit.RATIO,
+                FLOOR_LIMIT,
+            ),
+        ),
+        speedups=True,
+        notes=(
+            f"Disk: {how}. One step: the hit in the engine. The very first hit after the restart, "
+            f"when the engine's memory had never been touched, took {measured.cold:.3f} s.",
+            "Recompute ran without a connector, in a process of its own. Ratios are taken "
+            "repetition by repetition.",
+        ),
+    )

@@ -1,0 +1,137 @@
+"""The root of the command: names its verbs, and imports nothing that a verb alone needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamina import __version__
+
+app = typer.Typer(
+    name="lamina",
+    help="Keeps the KV cache of large language models outside the engine, and brings it back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Store = Annotated[
+    Path, typer.Argument(metavar="PATH", help="Directory of a disk store (`disk.path`).")
+]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="lamina")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the model is prepared and kept; by default in the user's cache.",
+        ),
+    ] = None,
+) -> None:
+    """Show it: a real small model answers a long question three times.
+
+    The first time it has to compute the KV cache of the whole prompt. The second time the cache
+    comes from host memory, the third time, after a restart of the server, from disk. Needs vLLM,
+    about 4 GB of memory and two minutes; leaves nothing running.
+    """
+    from lamina.cli.demo import run
+
+    raise typer.Exit(run(model_dir))
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A directory that is to hold a disk store."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A configuration file to check (`LAMINA_CONFIG`)."),
+    ] = None,
+    kv_transfer_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What vLLM is given as `--kv-transfer-config`."),
+    ] = None,
+) -> None:
+    """Check this machine and a configuration, and say what to do.
+
+    Exits with 1 if something will not work.
+    """
+    from lamina.cli.doctor import run
+
+    raise typer.Exit(run(path, config, kv_transfer_config))
+
+
+@app.command()
+def config() -> None:
+    """Print every key of the configuration: its values, its default, its meaning."""
+    from lamina.config import table
+
+    typer.echo(table(), nl=False)
+
+
+@app.command()
+def inspect(path: Store) -> None:
+    """Say what is in a disk store: size, entries, age, models."""
+    from lamina.cli import store
+
+    store.inspect(path)
+
+
+@app.command()
+def verify(path: Store) -> None:
+    """Read a disk store back and check it against its checksums."""
+    from lamina.cli import store
+
+    store.verify(path)
+
+
+@app.command()
+def clear(
+    path: Store,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Empty a disk store."""
+    from lamina.cli import store
+
+    store.clear(path, yes=yes)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure it: `lamina bench ttft`, `lamina bench overlap`."""
+    from lamina.bench import app as benchmarks
+
+    benchmarks(context.args, prog_name="lamina bench")

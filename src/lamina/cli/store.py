@@ -1,0 +1,234 @@
+"""``lamina inspect``, ``verify`` and ``clear``: looking after a disk store."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from lamina.data.tiers import disk_store
+from lamina.data.tiers.disk_index import DamagedIndex, DiskIndex, IndexSummary, summarize
+from lamina.data.tiers.disk_shard import DiskShard
+from lamina.data.tiers.disk_slab import Slab, aligned_memory
+from lamina.data.tiers.disk_store import Shard, StoreError
+
+Store = Annotated[
+    Path, typer.Argument(metavar="PATH", help="Directory of a disk store (`disk.path`).")
+]
+
+_BATCH_BYTES = 16 << 20
+_SHOWN = 20
+
+
+def inspect(path: Store) -> None:
+    """Say what is in a disk store: models, size, entries, age."""
+    console = Console()
+    with _errors(console):
+        for store in disk_store.stores(path):
+            _inspect_one(console, store)
+
+
+def verify(path: Store) -> None:
+    """Read a disk store back and check it against its checksums.
+
+    Exits with 1 if anything is damaged. No server may be using the store.
+    """
+    console = Console()
+    # What is damaged is said once, in full, after the progress bar.
+    logging.getLogger("lamina").addHandler(logging.NullHandler())
+    damage: list[str] = []
+    with _errors(console):
+        for store in disk_store.stores(path):
+            disk_store.check_format(store)
+            shards = disk_store.shards(store)
+            with disk_store.hold(store, sorted({shard.rank for shard in shards})):
+                damage += _verify_all(console, shards)
+    for line in damage[:_SHOWN]:
+        console.print(line, style="red", soft_wrap=True, highlight=False)
+    if len(damage) > _SHOWN:
+        console.print(f"... and {len(damage) - _SHOWN} more", style="red")
+    if damage:
+        console.print(
+            "A server takes what is damaged for a miss and computes it again; `lamina clear` "
+            "empties the store.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    console.print("Everything reads back as it was written.", style="green")
+
+
+def clear(
+    path: Store,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Empty a disk store. Deletes only what is Lamina's; no server may be using the store."""
+    console = Console()
+    with _errors(console):
+        for store in disk_store.stores(path):
+            size = sum(shard.disk_bytes() for shard in disk_store.shards(store))
+            if not yes:
+                typer.confirm(f"Delete {_size(size)} of KV cache in {store}?", abort=True)
+            left = disk_store.clear(store)
+            console.print(f"Deleted {_size(size)} in {store}.", soft_wrap=True)
+            if left:
+                names = ", ".join(file.name for file in left)
+                console.print(f"Left alone, as not Lamina's: {names}", soft_wrap=True)
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except (StoreError, OSError) as error:
+        console.print(str(error), style="red", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _inspect_one(console: Console, store: Path) -> None:
+    disk_store.check_format(store)
+    shards = disk_store.shards(store)
+    console.print(f"{store}: {_size(sum(shard.disk_bytes() for shard in shards))}", soft_wrap=True)
+    for directory, ranks in groupby(shards, key=lambda shard: shard.directory):
+        _inspect_namespace(console, store, directory.name, list(ranks))
+
+
+def _inspect_namespace(console: Console, store: Path, name: str, shards: list[Shard]) -> None:
+    said = disk_store.description(shards[0])
+    console.print(f"\n{_model(said)}", style="bold", markup=False, soft_wrap=True)
+    console.print(f"namespace {name}", soft_wrap=True)
+    table = Table(box=box.SIMPLE)
+    for title in ("rank", "chunks", "tokens", "KV cache", "on disk", "oldest", "newest", "server"):
+        table.add_column(title, no_wrap=True)
+    notes = []
+    for shard in shards:
+        pid = disk_store.holder(store, shard.rank)
+        server = f"pid {pid}" if pid else "-"
+        on_disk = _size(shard.disk_bytes())
+        try:
+            found = summarize(shard.index)
+        except DamagedIndex as damage:
+            table.add_row(str(shard.rank), "?", "?", "?", on_disk, "?", "?", server)
+            notes.append(f"{shard.index} is damaged: {damage}")
+            continue
+        table.add_row(
+            str(shard.rank),
+            f"{found.entries} of {found.layout.slots}",
+            _tokens(said, found),
+            _size(found.entries * sum(found.layout.extent_bytes)),
+            on_disk,
+            _age(found.oldest),
+            _age(found.newest),
+            server,
+        )
+    console.print(table)
+    for note in notes:
+        console.print(note, style="red", soft_wrap=True, highlight=False)
+
+
+def _verify_all(console: Console, shards: list[Shard]) -> list[str]:
+    damage = []
+    summaries: dict[Shard, IndexSummary] = {}
+    for shard in shards:
+        try:
+            summaries[shard] = summarize(shard.index)
+        except DamagedIndex as error:
+            damage.append(f"{shard.index}: the index is damaged: {error}")
+    total = sum(found.entries * sum(found.layout.extent_bytes) for found in summaries.values())
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        for shard, found in summaries.items():
+            try:
+                for size, lines in _verify_shard(shard, found):
+                    damage += lines
+                    bar.advance(task, size)
+            except (DamagedIndex, OSError) as error:
+                damage.append(f"{shard.slab}: cannot be read: {error}")
+    return damage
+
+
+def _verify_shard(shard: Shard, found: IndexSummary) -> Iterator[tuple[int, list[str]]]:
+    """Read a shard; yields bytes read and what was wrong with them."""
+    layout = found.layout
+    with (
+        closing(DiskIndex(shard.index, layout)) as index,
+        closing(Slab(shard.slab, layout.extent_bytes, layout.slots, direct=None)) as slab,
+    ):
+        reader, stored = DiskShard(layout, slab, index), index.stored()
+        for row, extent in enumerate(layout.extent_bytes):
+            batch = max(1, _BATCH_BYTES // extent)
+            into = aligned_memory(batch * extent).reshape(batch, extent)
+            for start in range(0, len(stored), batch):
+                chunks = stored[start : start + batch]
+                slots, keys = [chunk.slot for chunk in chunks], [chunk.key for chunk in chunks]
+                good = reader.read_row(row, slots, keys, into[: len(chunks)])
+                yield (
+                    len(chunks) * extent,
+                    [
+                        f"{shard.slab}: row {row} of slot {slot} is damaged"
+                        for slot, sound in zip(slots, good, strict=True)
+                        if not sound
+                    ],
+                )
+
+
+def _model(said: dict[str, str]) -> str:
+    """One line for what a namespace stands for."""
+    model = said.get("model", "unknown model")
+    try:
+        architectures = json.loads(model)["architectures"]
+        model = ", ".join(architectures)
+    except (ValueError, LookupError, TypeError):
+        pass
+    details = [
+        f"{key} {said[key]}"
+        for key in ("checkpoint", "model_dtype", "cache_dtype", "chunk_tokens")
+        if said.get(key)
+    ]
+    return "; ".join([model[:80], *details])
+
+
+def _tokens(said: dict[str, str], found: IndexSummary) -> str:
+    tokens = said.get("chunk_tokens", "")
+    return str(found.entries * int(tokens)) if tokens.isdecimal() else "?"
+
+
+def _age(moment: float) -> str:
+    """How long ago a moment was; empty for none."""
+    if not moment:
+        return ""
+    seconds = max(0.0, time.time() - moment)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(size: int) -> str:
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            return f"{size / (1 << shift):.3g} {unit}"
+    return f"{size} B"

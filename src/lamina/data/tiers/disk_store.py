@@ -1,0 +1,366 @@
+"""The directory of a disk store: its format, who uses it, what lies in it.
+
+::
+
+    lamina-store.json            the format and its version
+    rank-<k>.lock                locked while a server uses rank k
+    <namespace>/namespace.json   what the fingerprint stands for, for people
+    <namespace>/rank-<k>.slab    rank k's chunks
+    <namespace>/rank-<k>.sqlite  which chunks these are
+
+A namespace's files of one rank are a *shard*. Only their owner may read or write them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("lamina.data")
+
+FORMAT_NAME = "lamina disk store"
+FORMAT_VERSION = 1
+"""Changed with anything that changes what a file of the store means."""
+
+_STORE_FILE = "lamina-store.json"
+_NAMESPACE_FILE = "namespace.json"
+_NAMESPACE = re.compile(r"[0-9a-f]{8,128}")
+_SHARD_FILE = re.compile(r"rank-(\d+)\.(?:slab|sqlite(?:-wal|-shm|\.damaged)?)")
+_LOCK_FILE = re.compile(r"rank-(\d+)\.lock")
+_TEMPORARY = re.compile(r"\.lamina-\d+\.tmp")
+
+
+class StoreError(RuntimeError):
+    """A disk store that cannot be used as it is; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreNamespace:
+    """What sets the chunks of one model and configuration apart from all others.
+
+    Attributes:
+        fingerprint: hexadecimal; names the directory.
+        description: for people. ``chunk_tokens`` lets them be told how many tokens are stored.
+    """
+
+    fingerprint: str
+    description: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.fingerprint):
+            raise ValueError(f"a namespace's fingerprint is hexadecimal, not {self.fingerprint!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where one rank's part of one namespace lies.
+
+    Attributes:
+        directory: the namespace's.
+        rank: the rank.
+    """
+
+    directory: Path
+    rank: int
+
+    @property
+    def slab(self) -> Path:
+        """The file of chunks."""
+        return self.directory / f"rank-{self.rank}.slab"
+
+    @property
+    def index(self) -> Path:
+        """The SQLite file."""
+        return self.directory / f"rank-{self.rank}.sqlite"
+
+    def files(self) -> list[Path]:
+        """What there is of it."""
+        return [
+            path
+            for path in self.directory.iterdir()
+            if (match := _SHARD_FILE.fullmatch(path.name)) and int(match[1]) == self.rank
+        ]
+
+    def disk_bytes(self) -> int:
+        """Bytes that it takes on the disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.files())
+
+    def last_used(self) -> float:
+        """When it was written last, in seconds since the epoch."""
+        return max((path.stat().st_mtime for path in self.files()), default=0.0)
+
+    def remove(self) -> None:
+        """Delete it, and the namespace's directory with the last shard in it."""
+        for path in self.files():
+            path.unlink(missing_ok=True)
+        _remove_if_empty(self.directory)
+
+
+def prepare(path: Path) -> None:
+    """Make sure that ``path`` is a store of this format, empty if there was none.
+
+    Raises:
+        StoreError: if it is not and cannot be.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (path / _STORE_FILE).exists():
+            _write(path / _STORE_FILE, {"format": FORMAT_NAME, "version": FORMAT_VERSION})
+    except OSError as error:
+        raise StoreError(
+            f"disk.path: cannot make a store in {path} ({error}): choose a directory that this "
+            "user can write to"
+        ) from error
+    check_format(path)
+
+
+def check_format(path: Path) -> None:
+    """Make sure that ``path`` is a store that this Lamina can read.
+
+    Raises:
+        StoreError: if it is not.
+    """
+    found = _read(path / _STORE_FILE)
+    if found.get("format") != FORMAT_NAME:
+        raise StoreError(
+            f"disk.path: {path} is not a Lamina store, or its {_STORE_FILE} is damaged"
+        )
+    if found.get("version") != FORMAT_VERSION:
+        raise StoreError(
+            f"disk.path: {path} is a store of format version {found.get('version')}, and this "
+            f"Lamina reads and writes version {FORMAT_VERSION}: choose another path, or give up "
+            f"what is stored with `lamina clear {path}`"
+        )
+
+
+def is_store(path: Path) -> bool:
+    """Whether ``path`` is a store of any version."""
+    return _read(path / _STORE_FILE).get("format") == FORMAT_NAME
+
+
+def acquire(path: Path, rank: int) -> int:
+    """Take a rank's part of a store for this process.
+
+    Returns:
+        A file descriptor; closing it, or the end of the process, gives the rank back.
+
+    Raises:
+        StoreError: if another process has it, or there can be no lock.
+    """
+    lock = path / f"rank-{rank}.lock"
+    while True:
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"disk.path: cannot lock {path}: {error}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(file, 32, 0).decode(errors="replace").strip()
+            os.close(file)
+            raise StoreError(
+                f"disk.path: rank {rank} of {path} is in use by process {holder}: stop it, or "
+                "choose another path; every server needs its own"
+            ) from error
+        except OSError as error:
+            os.close(file)
+            raise StoreError(f"disk.path: cannot lock {path}: {error}") from error
+        if os.fstat(file).st_nlink:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            return file
+        os.close(file)  # cleared between open and lock: this one no longer stands for the rank
+
+
+@contextmanager
+def hold(path: Path, ranks: Iterable[int]) -> Iterator[None]:
+    """Hold some ranks' parts of a store, see :func:`acquire`."""
+    with ExitStack() as held:
+        for rank in ranks:
+            held.callback(os.close, acquire(path, rank))
+        yield
+
+
+def holder(path: Path, rank: int) -> str:
+    """The process id of the server that uses a rank's part of a store; empty if none does."""
+    with suppress(OSError), (path / f"rank-{rank}.lock").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(32).decode(errors="replace").strip() or "unknown"
+    return ""
+
+
+def stores(path: Path) -> list[Path]:
+    """``path`` if it is a store, else the stores in it (one for each data-parallel engine).
+
+    Raises:
+        StoreError: if there is none.
+    """
+    found = [path] if is_store(path) else []
+    if not found and path.is_dir():
+        found = sorted(child for child in path.iterdir() if child.is_dir() and is_store(child))
+    if not found:
+        raise StoreError(f"{path} is not a Lamina disk store, and there is none in it")
+    return found
+
+
+def shards(path: Path) -> list[Shard]:
+    """Every shard in a store, by namespace and rank."""
+    found = {
+        Shard(directory, int(match[1]))
+        for directory in _namespaces(path)
+        for file in directory.iterdir()
+        if (match := _SHARD_FILE.fullmatch(file.name))
+    }
+    return sorted(found, key=lambda shard: (shard.directory, shard.rank))
+
+
+def describe(path: Path, namespace: StoreNamespace) -> Path:
+    """Make a namespace's directory and say in it, for people, what the namespace is.
+
+    Raises:
+        OSError: if that is not possible.
+    """
+    directory = path / namespace.fingerprint
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if _read(directory / _NAMESPACE_FILE) != namespace.description:
+        _write(directory / _NAMESPACE_FILE, dict(namespace.description))
+    return directory
+
+
+def description(shard: Shard) -> dict[str, str]:
+    """What :func:`describe` said; empty if that is lost."""
+    return {str(k): str(v) for k, v in _read(shard.directory / _NAMESPACE_FILE).items()}
+
+
+def make_room(path: Path, own: Shard, size: int, capacity: int) -> None:
+    """Remove shards of other namespaces, least recently used first, until those that are left
+    and ``size`` bytes of our own do not exceed ``capacity``.
+
+    They are this rank's; rank 0 also answers for ranks that no server uses any more.
+    """
+    candidates = [
+        shard
+        for shard in shards(path)
+        if shard.directory != own.directory and own.rank in {shard.rank, 0}
+    ]
+    taken = {shard: shard.disk_bytes() for shard in candidates}
+    for shard in sorted(candidates, key=Shard.last_used):
+        if sum(taken.values()) + size <= capacity:
+            return
+        if shard.rank != own.rank:
+            try:
+                with hold(path, [shard.rank]):
+                    shard.remove()
+            except StoreError:
+                del taken[shard]  # in use, so its own rank answers for it
+                continue
+        else:
+            shard.remove()
+        log.info(
+            "disk tier: removed rank %d of namespace %s (%d bytes) to stay within disk.capacity",
+            shard.rank,
+            shard.directory.name,
+            taken.pop(shard),
+        )
+
+
+def check_room(slab: Path, size: int) -> None:
+    """Make sure that a slab of ``size`` bytes fits on the disk.
+
+    Raises:
+        StoreError: if it does not.
+    """
+    missing = size - (slab.stat().st_blocks * 512 if slab.exists() else 0)
+    if missing > _free_bytes(slab.parent):
+        raise no_room(slab, missing)
+
+
+def no_room(slab: Path, missing: int) -> StoreError:
+    """The error for a slab that needs ``missing`` bytes more than there are."""
+    return StoreError(
+        f"disk.capacity: {slab.parent} has {_free_bytes(slab.parent)} bytes free, and {missing} "
+        "more are needed: lower disk.capacity, free some space, or choose another disk.path"
+    )
+
+
+def sync_directories(*directories: Path) -> None:
+    """Make durable which files are in these directories.
+
+    Raises:
+        OSError: if that fails.
+    """
+    for directory in directories:
+        file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def clear(path: Path) -> list[Path]:
+    """Delete everything in a store that is Lamina's, and nothing else.
+
+    Returns:
+        What is left in the directory.
+
+    Raises:
+        StoreError: if a server uses it; nothing was deleted then.
+    """
+    locks = {int(m[1]) for file in path.iterdir() if (m := _LOCK_FILE.fullmatch(file.name))}
+    found = shards(path)
+    with hold(path, sorted(locks | {shard.rank for shard in found})):
+        for shard in found:
+            shard.remove()
+        for directory in _namespaces(path):
+            _remove_if_empty(directory)
+        for file in list(path.iterdir()):
+            if _LOCK_FILE.fullmatch(file.name) or _TEMPORARY.fullmatch(file.name):
+                file.unlink()
+        (path / _STORE_FILE).unlink()
+    return sorted(path.iterdir())
+
+
+def _free_bytes(directory: Path) -> int:
+    system = os.statvfs(directory)
+    return system.f_bavail * system.f_frsize
+
+
+def _namespaces(path: Path) -> list[Path]:
+    return [each for each in path.iterdir() if _NAMESPACE.fullmatch(each.name) and each.is_dir()]
+
+
+def _remove_if_empty(namespace: Path) -> None:
+    """Delete a namespace's directory if no shard is left in it, nor anything that is not ours."""
+    there = list(namespace.iterdir())
+    if not any(_SHARD_FILE.fullmatch(path.name) for path in there):
+        for path in there:
+            if path.name == _NAMESPACE_FILE or _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            namespace.rmdir()
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, content: Mapping[str, object]) -> None:
+    temporary = file.with_name(f".lamina-{os.getpid()}.tmp")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        json.dump(content, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)

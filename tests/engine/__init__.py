@@ -1,0 +1,1 @@
+"""Tests against a real vLLM: tiny checkpoints, engines in processes of their own, real servers."""

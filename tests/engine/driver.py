@@ -1,0 +1,416 @@
+"""Drives real vLLM engines, each in a process of its own, from a test.
+
+vLLM keeps state per process, so an :class:`Engine` here is a child process with one ``vllm.LLM``
+in it, spoken to over a pipe. Children are forked from a server process that has imported vLLM
+once: an engine then starts in a second or two instead of ten. ``fresh=True`` starts a new
+interpreter instead, for tests of what differs from one interpreter to the next.
+
+The engine steps only while it is told to, so a test decides what is outstanding when::
+
+    with Engine(EngineSpec(model, lamina={}), log) as engine:
+        first, second = engine.generate([Ask(tokens), Ask(other)])   # runs, then settles
+        engine.forget()                        # vLLM's own prefix cache; Lamina's tiers stay
+        names = engine.submit([Ask(tokens)])   # step by step
+        answers = engine.step()
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = TESTS.parent / "src"
+
+START_SECONDS = 180.0
+"""Until an engine has started."""
+CALL_SECONDS = 120.0
+"""For one call. A test that needs longer hangs."""
+
+TOLERANCE = 1e-3
+"""Largest difference between log probabilities of equal answers. Rounding makes less than a
+hundredth of it in float32, one wrong token in the prompt more than ten times as much."""
+
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "block_size": 32,
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 2048,
+    "num_gpu_blocks_override": 640,
+    "disable_log_stats": False,
+    "seed": 0,
+}
+"""What :class:`EngineSpec` gives to ``vllm.LLM`` unless a test says otherwise."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One way to start an engine.
+
+    Attributes:
+        model: the checkpoint.
+        lamina: ``kv_connector_extra_config``; None runs vLLM without a connector.
+        options: arguments of ``vllm.LLM``, over :data:`OPTIONS`.
+        transfer: fields of vLLM's ``KVTransferConfig``, over the usual ones.
+        environment: variables of the child.
+        faults: what is wrong with the child's machine, see :mod:`engine.faults`.
+    """
+
+    model: Path
+    lamina: Mapping[str, object] | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    transfer: Mapping[str, object] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for equal specs."""
+        return json.dumps(vars(self), sort_keys=True, default=str)
+
+    def transfer_config(self) -> dict[str, Any] | None:
+        """vLLM's ``kv_transfer_config``, as on its command line."""
+        if self.lamina is None:
+            return None
+        return {
+            "kv_connector": "LaminaConnector",
+            "kv_connector_module_path": "lamina.engines.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": dict(self.lamina),
+            **self.transfer,
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.LLM``, but for the connector."""
+        return {"model": str(self.model), **OPTIONS, **self.options}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        tokens: the prompt.
+        max_tokens: tokens to generate; generation never ends earlier.
+        salt: ``cache_salt``.
+        adapter: a LoRA adapter.
+        n: samples; with ``seed`` drawn at temperature 1, else greedy.
+        seed: of the samples.
+    """
+
+    tokens: tuple[int, ...]
+    max_tokens: int = 8
+    salt: str | None = None
+    adapter: Path | None = None
+    n: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request.
+
+    Attributes:
+        name: the request's name.
+        samples: the tokens of each sample.
+        logprobs: their log probabilities, which tell more about the cache than the tokens do.
+        cached: prompt tokens that vLLM took from any cache.
+        finish: why it ended: ``length``, ``abort`` or ``error``.
+    """
+
+    name: str
+    samples: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    cached: int
+    finish: str
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens of the only sample."""
+        (tokens,) = self.samples
+        return tokens
+
+    def distance(self, other: Answer) -> float:
+        """The largest difference between log probabilities; infinite if a token differs."""
+        if self.samples != other.samples:
+            return float("inf")
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        return max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def differences(answers: Sequence[Answer], expected: Sequence[Answer]) -> list[str]:
+    """One line for each answer that is not the expected one; none if all are."""
+    return [
+        f"{index}: {answer.samples} at {distance:.1e} from {wanted.samples}"
+        for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True))
+        if (distance := answer.distance(wanted)) > TOLERANCE
+    ]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value of one published metric."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+class Metrics:
+    """What is published at one moment.
+
+    Args:
+        samples: all of it.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = tuple(samples)
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum over all samples of that name that have those labels; 0 without any."""
+        return sum(
+            sample.value
+            for sample in self.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def since(self, before: Metrics, name: str, **labels: str) -> float:
+        """How much :meth:`total` has grown."""
+        return self.total(name, **labels) - before.total(name, **labels)
+
+
+class EngineError(Exception):
+    """The child raised; the message is its traceback."""
+
+
+class EngineStartError(EngineError):
+    """The engine did not start."""
+
+
+class Engine:
+    """One engine in a child process. See the module.
+
+    Args:
+        spec: how to start it.
+        log: file that receives what the child writes to its standard streams.
+        fresh: a new interpreter, whose ``PYTHONHASHSEED`` may come from the environment.
+
+    Raises:
+        EngineStartError: with the child's traceback; the child has ended.
+    """
+
+    def __init__(self, spec: EngineSpec, log: Path, *, fresh: bool = False) -> None:
+        self.spec = spec
+        self._log = log
+        self._pipe, theirs = multiprocessing.Pipe()
+        with _child_environment(spec.environment if fresh else {}):
+            forkserver.set_forkserver_preload(["engine.child"])
+            context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+            self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
+                target=_run_child, args=(theirs, spec, log), name="engine"
+            )
+            self.process.start()
+        theirs.close()
+        try:
+            self._receive("start", START_SECONDS)
+        except EngineError as error:
+            self.process.join(CALL_SECONDS)
+            self.kill()
+            raise EngineStartError(*error.args) from None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- requests --------------------------------------------------------------------------
+
+    def generate(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Run ``asks`` together, then settle; answers are in their order."""
+        names = self.submit(asks)
+        answers = {answer.name: answer for answer in self.drain()}
+        return [answers[name] for name in names]
+
+    def ask(self, ask: Ask) -> Answer:
+        """Run one request, then settle."""
+        return self.generate([ask])[0]
+
+    def submit(self, asks: Sequence[Ask]) -> list[str]:
+        """Hand over requests without stepping; returns their names."""
+        return self._call("submit", list(asks))
+
+    def step(self) -> list[Answer]:
+        """One step of the engine; returns the requests that ended in it."""
+        return self._call("step")
+
+    def drain(self) -> list[Answer]:
+        """Step until every request has ended and every transfer is over."""
+        return self._call("drain")
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Abort requests."""
+        self._call("abort", list(names))
+
+    def progress(self) -> dict[str, int]:
+        """Tokens generated so far by each request that has not ended."""
+        return self._call("progress")
+
+    # -- state -----------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache and overwrite its memory, so that what is right
+        afterwards was brought back. The engine must have settled."""
+        assert self.reset(everywhere=False), "vLLM did not reset its prefix cache"
+        self._call("scribble")
+
+    def forget_all(self) -> None:
+        """Empty every tier of Lamina, too."""
+        assert self.reset(everywhere=True), "vLLM did not reset its caches"
+        self.drain()
+        self._call("scribble")
+
+    def reset(self, *, everywhere: bool) -> bool:
+        """vLLM's own call, with or without the connector's tiers; whether it succeeded."""
+        return self._call("reset", everywhere)
+
+    def pages(self, name: str) -> list[str]:
+        """A digest of the cache content of each block that a running request has, over all
+        layers and ranks, read through vLLM's own view of its cache."""
+        return self._call("pages", name)
+
+    def metrics(self) -> Metrics:
+        """What the engine publishes now."""
+        return Metrics(self._call("metrics"))
+
+    def free_blocks(self) -> int:
+        """Blocks in vLLM's pool that nobody holds."""
+        return self._call("free_blocks")
+
+    def log(self) -> str:
+        """What the child has written so far."""
+        return self._log.read_text(errors="replace")
+
+    # -- ends ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Shut the engine down in order."""
+        if self.process.is_alive():
+            self._call("close")
+            self.process.join(CALL_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the child, and what it has started, at once."""
+        if self.process.is_alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        self._pipe.close()
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        self._pipe.send((method, arguments))
+        return self._receive(method, CALL_SECONDS)
+
+    def _receive(self, method: str, seconds: float) -> Any:
+        ready = connection.wait([self._pipe, self.process.sentinel], seconds)
+        if not ready:
+            self.kill()
+            raise EngineError(f"{method} hung for {seconds:.0f} s:\n{self.log()[-4000:]}")
+        try:
+            good, result = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise EngineError(f"the child died in {method}:\n{self.log()[-4000:]}") from None
+        if not good:
+            raise EngineError(result)
+        return result
+
+
+class Fleet:
+    """Engines that tests share: one for each spec, the least recently used closed first.
+
+    A test that gets an engine finds all its caches empty.
+
+    Args:
+        folder: where logs go.
+        limit: engines alive at a time.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._started = 0
+        self._engines: dict[str, Engine] = {}
+
+    def get(self, spec: EngineSpec) -> Engine:
+        """The engine for ``spec``, started if need be."""
+        engine = self._engines.pop(spec.key, None)
+        if engine is None or not engine.process.is_alive():
+            while len(self._engines) >= self._limit:
+                self._engines.pop(next(iter(self._engines))).close()
+            engine = Engine(spec, self.next_log())
+        self._engines[spec.key] = engine
+        engine.drain()
+        engine.forget_all()
+        return engine
+
+    def next_log(self) -> Path:
+        """A log file for one more child."""
+        self._started += 1
+        return self._folder / f"engine-{self._started}.log"
+
+    def close(self) -> None:
+        """Close every engine."""
+        while self._engines:
+            self._engines.popitem()[1].close()
+
+
+def _run_child(pipe: connection.Connection, spec: EngineSpec, log: Path) -> None:
+    """The child's first function; vLLM is imported here in a fresh interpreter, and long
+    before in a forked one."""
+    enter_child(log)
+    from engine import child
+
+    child.run(pipe, spec)
+
+
+def enter_child(log: Path) -> None:
+    """Give a child a process group of its own, so that all of it can be ended, and a log."""
+    os.setpgid(0, 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+@contextmanager
+def _child_environment(more: Mapping[str, str]) -> Iterator[None]:
+    """The environment that an interpreter starts with: children find this package and Lamina
+    whatever is installed, and compute on one thread, because two that wait for each other on a
+    busy machine take many times as long."""
+    paths = [str(TESTS), str(PACKAGE), os.environ.get("PYTHONPATH", "")]
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,183 @@
+"""Tiny checkpoints with real random weights, in the shapes that Lamina has to serve or refuse.
+
+vLLM's dummy weights are so small that the answer hardly depends on the prompt. Here the matrices
+are scaled until one token changed early in a long prompt changes the greedy answer, so that a
+wrong page in the cache is a wrong answer (``test_harness`` holds the models to that).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 512
+"""Token ids of every model are below this."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model to be made.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        dtype: type that the weights are saved in.
+        gain: factor on all matrices.
+        fields: its configuration, beyond what all shapes share.
+    """
+
+    model_type: str
+    dtype: str
+    gain: float
+    fields: dict[str, Any]
+
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+SHAPES: dict[str, Shape] = {
+    "llama": Shape("llama", "float32", 5.0, {}),
+    "qwen3-moe": Shape("qwen3_moe", "float32", 5.0, _EXPERTS),
+    "mla": Shape(
+        "deepseek_v2",
+        "bfloat16",
+        3.0,
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "head_dim": 64,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 3,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "sliding-window": Shape("mistral", "float32", 5.0, {"sliding_window": 128}),
+    "interleaved-windows": Shape(
+        "gemma3_text",
+        "float32",
+        1.0,
+        {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "linear-attention": Shape(
+        "qwen3_next",
+        "bfloat16",
+        1.0,
+        {
+            **_EXPERTS,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "short-convolution": Shape(
+        "lfm2",
+        "float32",
+        1.0,
+        {
+            "block_auto_adjust_ff_dim": False,
+            "block_dim": 128,
+            "block_ff_dim": 128,
+            "conv_dim": 128,
+            "conv_dim_out": 128,
+            "layer_types": ["conv", "full_attention"] * 2,
+        },
+    ),
+}
+"""What :func:`make_model` can make, by name."""
+
+
+def make_model(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint ``name`` of :data:`SHAPES` into ``folder``.
+
+    Args:
+        name: which.
+        folder: made if it is not there.
+        seed: another seed makes other weights of the same shape.
+
+    Returns:
+        ``folder``.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = SHAPES[name]
+    config = AutoConfig.for_model(shape.model_type, **(_SHARED | shape.fields))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(shape.gain)
+    model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(model: Path, folder: Path, seed: int = 0) -> Path:
+    """Write a LoRA adapter of rank 8 for the attention of ``model`` into ``folder``.
+
+    Args:
+        model: a checkpoint that :func:`make_model` made.
+        folder: made if it is not there.
+        seed: another seed makes another adapter.
+
+    Returns:
+        ``folder``.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    hidden = config["hidden_size"]
+    widths = {
+        "q_proj": config["num_attention_heads"] * config["head_dim"],
+        "v_proj": config["num_key_value_heads"] * config["head_dim"],
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, width in widths.items():
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for part, size in (("lora_A", (8, hidden)), ("lora_B", (width, 8))):
+                tensors[f"{stem}.{part}.weight"] = torch.randn(size, generator=generator) / 4
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": sorted(widths),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    return folder

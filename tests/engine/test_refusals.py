@@ -1,0 +1,37 @@
+"""Models that this version would serve wrongly are refused at the start, in words that help."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import Checkpoints, Start
+
+from engine.driver import EngineSpec, EngineStartError
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "named"),
+    [
+        ("sliding-window", {}, "sliding_window"),
+        ("interleaved-windows", {}, "sliding_window"),
+        ("linear-attention", {"dtype": "bfloat16", "block_size": 256}, "mamba"),
+        ("short-convolution", {}, "mamba"),
+    ],
+)
+def test_a_model_with_other_caches_than_full_attention(
+    checkpoints: Checkpoints, start: Start, model: str, options: dict[str, object], named: str
+) -> None:
+    with pytest.raises(EngineStartError) as refusal:
+        start(EngineSpec(checkpoints.model(model), {}, options))
+    message = str(refusal.value).strip().splitlines()[-1]
+    assert "UnsupportedModel" in message
+    assert named in message
+    assert "without --kv-transfer-config" in message
+
+
+def test_chunks_that_are_no_whole_number_of_blocks(
+    checkpoints: Checkpoints, start: Start
+) -> None:
+    with pytest.raises(EngineStartError, match="chunk_tokens: 48 is not a whole number of blocks"):
+        start(EngineSpec(checkpoints.model("llama"), {"chunk_tokens": 48}))

@@ -1,0 +1,57 @@
+"""vLLM's call to reset its caches reaches every tier, and what was on its way stays away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Start
+
+from engine.driver import Ask, EngineSpec
+from engine.workload import CHUNK, loadable, prompt
+
+pytestmark = pytest.mark.engine
+
+ASK = Ask(prompt(41, 4 * CHUNK + 1))
+WHOLE = loadable(len(ASK.tokens))
+
+
+def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
+    lamina = {"disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    engine = start(EngineSpec(llama, lamina))
+    first = engine.ask(ASK)
+    engine.forget()
+    assert engine.ask(ASK).cached == WHOLE
+    assert engine.metrics().total("lamina_tier_used_bytes", tier="disk") > 0
+
+    engine.forget_all()
+    metrics = engine.metrics()
+    assert metrics.total("lamina_tier_used_bytes", tier="host") == 0
+    assert metrics.total("lamina_tier_used_bytes", tier="disk") == 0
+    again = engine.ask(ASK)
+    assert (again.cached, again.samples) == (0, first.samples)
+    engine.forget()
+    assert engine.ask(ASK).cached == WHOLE, "what is saved after a reset is found"
+
+
+def test_nothing_comes_back_after_a_restart(llama: Path, start: Start, tmp_path: Path) -> None:
+    lamina = {"disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    spec = EngineSpec(llama, lamina)
+    engine = start(spec)
+    engine.ask(ASK)
+    engine.forget_all()
+    engine.close()
+    assert start(spec).ask(ASK).cached == 0
+
+
+def test_reset_while_saves_are_under_way(llama: Path, start: Start) -> None:
+    engine = start(EngineSpec(llama, {}, faults={"slow_saves": 0.2}))
+    engine.submit([Ask(ASK.tokens, max_tokens=1)])
+    engine.step()  # the prompt is computed, and its saves have begun
+    assert engine.metrics().total("lamina_transfers", direction="save") > 0
+    # vLLM does not empty its own cache while blocks are held, as for a running request.
+    assert not engine.reset(everywhere=True)
+    engine.drain()
+    assert engine.metrics().total("lamina_leased_blocks") == 0
+    engine.forget()
+    assert engine.ask(ASK).cached == 0

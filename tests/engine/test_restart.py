@@ -1,0 +1,187 @@
+"""A hit survives the process, and nothing that changes the bytes is ever taken for the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from conftest import Checkpoints, Start
+
+from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.workload import CHUNK, loadable, mixed_prompts, prompt
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = mixed_prompts(21)
+ASKS = [Ask(tokens) for tokens in PROMPTS]
+ASK = Ask(prompt(22, 5 * CHUNK + 20))
+LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 3}
+
+
+def on_disk(store: Path, **load: object) -> Mapping[str, object]:
+    return {
+        "host": {"capacity": "128MiB"},
+        "disk": {"path": str(store), "capacity": "128MiB"},
+        "load": {"min_tokens": 1, **load},
+    }
+
+
+@pytest.fixture(scope="module")
+def full_store(
+    llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A store with all of :data:`ASKS`, whose server has ended."""
+    store = tmp_path_factory.mktemp("full") / "store"
+    engine = fleet.get(EngineSpec(llama, on_disk(store)))
+    engine.generate(ASKS)
+    engine.close()
+    return store
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"mode": "layerwise", "load_ahead": 1},
+        {"mode": "layerwise", "load_ahead": 2},
+        {"mode": "layerwise", "load_ahead": 99},
+        {"mode": "layerwise"},
+        {"mode": "parked", "load_ahead": 1},
+        {"mode": "parked"},
+        {},
+    ],
+    ids=lambda load: "-".join(map(str, load.values())) or "default",
+)
+def test_answers_from_the_disk_of_an_earlier_process(
+    llama: Path, fleet: Fleet, start: Start, full_store: Path, load: dict[str, object]
+) -> None:
+    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    engine = start(EngineSpec(llama, on_disk(full_store, **load)))
+    together = engine.generate(ASKS)
+    assert not differences(together, expected)
+    assert all(a.cached >= loadable(len(p)) for a, p in zip(together, PROMPTS, strict=True))
+    one_by_one = []
+    for ask in ASKS:
+        engine.forget()
+        one_by_one.append(engine.ask(ask))
+    assert not differences(one_by_one, expected)
+    assert [answer.cached for answer in one_by_one] == [loadable(len(p)) for p in PROMPTS]
+    metrics = engine.metrics()
+    assert metrics.total("lamina_hit_tokens_total", tier="disk") > 0
+    assert metrics.total("lamina_failures_total") == 0
+    engine.close()
+
+
+def test_an_interpreter_with_another_hash_seed(llama: Path, start: Start, tmp_path: Path) -> None:
+    expected = None
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed}
+        engine = start(
+            EngineSpec(llama, on_disk(tmp_path / "store"), environment=environment), fresh=True
+        )
+        answer = engine.ask(ASK)
+        engine.close()
+        if expected is None:
+            expected = answer
+            assert answer.cached == 0
+    assert expected is not None
+    assert answer.cached == loadable(len(ASK.tokens))
+    assert not differences([answer], [expected])
+
+
+def flip_a_weight(model: Path) -> None:
+    """Change one byte in the middle of the weights."""
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    file.write_bytes(content)
+
+
+def edit_nothing(model: Path) -> None:
+    """A copy elsewhere is the same checkpoint."""
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "hit"),
+    [
+        pytest.param(edit_nothing, {}, True, id="moved"),
+        pytest.param(flip_a_weight, {}, False, id="weights"),
+        pytest.param(edit_nothing, {"dtype": "bfloat16"}, False, id="dtype"),
+        pytest.param(edit_nothing, {"block_size": 64}, False, id="block-size"),
+        pytest.param(
+            edit_nothing, {"hf_overrides": {"rope_theta": 5e5}}, False, id="overridden-config"
+        ),
+    ],
+)
+def test_what_is_the_same_after_a_restart(
+    llama: Path,
+    start: Start,
+    tmp_path: Path,
+    edit: object,
+    options: dict[str, object],
+    hit: bool,
+) -> None:
+    spec = EngineSpec(llama, on_disk(tmp_path / "store"))
+    engine = start(spec)
+    engine.ask(ASK)
+    engine.close()
+
+    other = tmp_path / "checkpoint"
+    shutil.copytree(llama, other)
+    edit(other)
+    engine = start(EngineSpec(other, spec.lamina, options))
+    answer = engine.ask(ASK)
+    engine.close()
+    assert answer.cached == (loadable(len(ASK.tokens)) if hit else 0)
+
+    plain = start(EngineSpec(other, options=options))
+    assert not differences([answer], [plain.ask(ASK)])
+
+
+def test_weights_changed_in_place(llama: Path, start: Start, tmp_path: Path) -> None:
+    """The digest that is remembered for a file must not outlive its content."""
+    model = tmp_path / "checkpoint"
+    shutil.copytree(llama, model)
+    spec = EngineSpec(model, on_disk(tmp_path / "store"))
+    engine = start(spec)
+    engine.ask(ASK)
+    engine.close()
+    flip_a_weight(model)
+    engine = start(spec)
+    assert engine.ask(ASK).cached == 0
+
+
+def test_salts_do_not_share(llama: Path, fleet: Fleet) -> None:
+    engine = fleet.get(EngineSpec(llama, {}))
+    cached = []
+    for salt in (None, "a", "b", "a", None):
+        engine.forget()
+        cached.append(engine.ask(Ask(ASK.tokens, salt=salt)).cached)
+    whole = loadable(len(ASK.tokens))
+    assert cached == [0, 0, 0, whole, whole]
+
+
+def test_adapters_do_not_share(
+    checkpoints: Checkpoints, llama: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    first, second = (checkpoints.adapter(llama, seed) for seed in (1, 2))
+    moved = tmp_path / "moved"
+    shutil.copytree(first, moved)
+    asks = [Ask(ASK.tokens, adapter=adapter) for adapter in (None, first, second, moved, None)]
+
+    plain = fleet.get(EngineSpec(llama, options=LORA))
+    expected = []
+    for ask in asks:
+        plain.forget()
+        expected.append(plain.ask(ask))
+    assert min(expected[0].distance(expected[1]), expected[1].distance(expected[2])) > 0.01
+
+    engine = fleet.get(EngineSpec(llama, {}, LORA))
+    answers = []
+    for ask in asks:
+        engine.forget()
+        answers.append(engine.ask(ask))
+    assert not differences(answers, expected)
+    whole = loadable(len(ASK.tokens))
+    assert [answer.cached for answer in answers] == [0, 0, 0, whole, whole]

@@ -1,0 +1,435 @@
+"""Guards that nothing which happens to a disk store, at rest or at run time, becomes a wrong byte
+or stops a server: it is a miss, or an error at the start that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lamina.data.tiers.disk import DiskTier, ReadFailure, StoreError, StoreNamespace
+from lamina.data.tiers.disk_aio import AioQueue
+from lamina.data.tiers.disk_index import summarize
+from lamina.data.tiers.disk_slab import aligned_memory
+from lamina.keys import KEY_BYTES
+from lamina.plan import ChunkKey
+
+NAMESPACE = StoreNamespace("ab" * 16, {"model": "tiny"})
+EXTENTS = (8192, 4096, 4096)
+SLOTS = 4
+CHUNK = sum(EXTENTS)
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(KEY_BYTES, "little"))
+
+
+def open_tier(path: Path, slots: int = SLOTS) -> DiskTier:
+    return DiskTier(
+        path=path, namespace=NAMESPACE, rank=0, extent_bytes=EXTENTS, capacity=slots * CHUNK
+    )
+
+
+def content(number: int, row: int) -> np.ndarray:
+    extent = aligned_memory(EXTENTS[row])
+    extent[:] = np.random.default_rng([number, row]).integers(0, 256, len(extent), dtype=np.uint8)
+    return extent
+
+
+def put(tier: DiskTier, slots: dict[int, int]) -> None:
+    tier.begin(list(slots))
+    for row in range(len(EXTENTS)):
+        tier.write_row(row, list(slots), [content(n, row) for n in slots.values()])
+    tier.commit([(slot, key(n)) for slot, n in slots.items()])
+
+
+def sound(tier: DiskTier, number: int, slot: int) -> list[bool]:
+    """Per row, whether chunk ``number`` is delivered; what is delivered must be right."""
+    found = []
+    for row, size in enumerate(EXTENTS):
+        into = aligned_memory(size).reshape(1, size)
+        (good,) = tier.read_row(row, [slot], [key(number)], into)
+        assert not good or (into[0] == content(number, row)).all()
+        found.append(bool(good))
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store in which slot *s* holds chunk *s*, closed."""
+    tier = open_tier(tmp_path)
+    put(tier, {slot: slot for slot in range(SLOTS)})
+    tier.close()
+    return tmp_path
+
+
+def file_of(store: Path, suffix: str) -> Path:
+    (found,) = store.rglob(f"rank-0.{suffix}")
+    return found
+
+
+# -- the slab ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offset", "damage"),
+    [
+        pytest.param(100, b"\x01", id="a byte"),
+        pytest.param(4096, bytes(4096), id="a sector that was never written"),
+        pytest.param(8191, b"\xff", id="the last byte of an extent"),
+    ],
+)
+def test_damage_in_the_slab_is_a_miss_there_and_nowhere_else(
+    store: Path, offset: int, damage: bytes
+) -> None:
+    with file_of(store, "slab").open("r+b") as slab:
+        slab.seek(1 * EXTENTS[0] + offset)  # row 0 of slot 1
+        there = slab.read(len(damage))
+        slab.seek(-len(damage), os.SEEK_CUR)
+        slab.write(damage if len(damage) > 1 else bytes([there[0] ^ damage[0]]))
+    tier = open_tier(store)
+    assert sound(tier, 1, 1) == [False, True, True]
+    assert sound(tier, 0, 0) == sound(tier, 2, 2) == [True] * 3
+    assert tier.failures == {ReadFailure.CHECKSUM: 1}
+    tier.close()
+
+
+def test_one_slot_never_passes_for_another(store: Path) -> None:
+    slab = file_of(store, "slab")
+    with slab.open("r+b") as file:
+        first = file.read(EXTENTS[0])
+        file.write(first)  # slot 1 now has the bytes of slot 0, where both are whole
+    tier = open_tier(store)
+    assert sound(tier, 1, 1) == [False, True, True]
+    tier.close()
+
+
+def test_a_slab_cut_short_or_gone_starts_empty_and_says_so(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.truncate(file_of(store, "slab"), CHUNK)
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert "cut short" in caplog.text
+    put(tier, {0: 7})
+    tier.close()
+
+    file_of(store, "slab").unlink()
+    caplog.clear()
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert "missing" in caplog.text
+    tier.close()
+
+
+def test_a_slab_cut_short_at_run_time_is_a_counted_miss(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = open_tier(store)
+    os.truncate(file_of(store, "slab"), SLOTS * EXTENTS[0] + EXTENTS[1])
+    assert sound(tier, 0, 0) == [True, True, False]
+    assert sound(tier, 3, 3) == [True, False, False]
+    assert tier.failures == {ReadFailure.IO_ERROR: 3}
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
+    tier.close()
+
+
+def test_an_unreadable_sector_is_a_counted_miss_of_its_extent(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = AioQueue.run
+
+    def flaky(self: AioQueue, *arguments: object) -> np.ndarray:
+        failed = run(self, *arguments)  # type: ignore[arg-type]
+        failed[1] = errno.EIO
+        return failed
+
+    tier = open_tier(store)
+    monkeypatch.setattr(AioQueue, "run", flaky)
+    into = aligned_memory(3 * EXTENTS[0]).reshape(3, -1)
+    good = tier.read_row(0, [0, 1, 2], [key(0), key(1), key(2)], into)
+    assert good.tolist() == [True, False, True]
+    assert (into[2] == content(2, 0)).all()
+    assert tier.failures == {ReadFailure.IO_ERROR: 1}
+    tier.close()
+
+
+# -- the index -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like ``store``, to be copied and never changed."""
+    path = tmp_path_factory.mktemp("pristine")
+    tier = open_tier(path)
+    put(tier, {slot: slot for slot in range(SLOTS)})
+    tier.close()
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@example(at=0, damage=b"not a database at all")
+@example(at=18, damage=b"\xff\xff")
+@example(at=100, damage=bytes(8000))
+@given(at=st.integers(0, 1 << 15), damage=st.binary(min_size=1, max_size=300))
+def test_any_damage_to_the_index_costs_at_most_what_was_stored(
+    pristine: Path, at: int, damage: bytes
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory) / "store"
+        shutil.copytree(pristine, store)
+        index = file_of(store, "sqlite")
+        original = index.read_bytes()
+        at %= len(original)
+        index.write_bytes(original[:at] + damage + original[at + len(damage) :])
+        tier = open_tier(store)
+        for chunk in tier.stored():
+            assert 0 <= chunk.slot < SLOTS
+            assert chunk.last_used >= 0
+        for slot in range(SLOTS):
+            sound(tier, slot, slot)
+        tier.close()
+
+
+def test_a_damaged_index_is_kept_aside(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = file_of(store, "sqlite")
+    index.write_bytes(b"x" * 5000)
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert index.with_name("rank-0.sqlite.damaged").read_bytes() == b"x" * 5000
+    assert "is damaged" in caplog.text
+    put(tier, {0: 1})
+    tier.close()
+    tier = open_tier(store)
+    assert len(tier.stored()) == 1
+    tier.close()
+
+
+def test_without_its_index_a_slab_is_empty(store: Path) -> None:
+    file_of(store, "sqlite").unlink()
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert sound(tier, 0, 0) == [False] * 3
+    tier.close()
+
+
+def test_an_index_of_an_earlier_time_never_delivers_what_came_later(store: Path) -> None:
+    index = file_of(store, "sqlite")
+    earlier = index.read_bytes()
+    tier = open_tier(store)
+    put(tier, {0: 5})
+    tier.close()
+    index.write_bytes(earlier)
+    tier = open_tier(store)
+    assert sound(tier, 0, 0) == [False] * 3
+    assert sound(tier, 5, 0) == [False] * 3
+    assert sound(tier, 1, 1) == [True] * 3
+    tier.close()
+
+
+# -- crashes -------------------------------------------------------------------------------------
+
+
+def killed_after(store: Path, work: Callable[[DiskTier], None]) -> None:
+    """Let another process open the store and do some work, and kill it without warning."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+
+    def serve() -> None:
+        tier = open_tier(store)
+        work(tier)
+        ready.set()
+        signal.pause()
+
+    server = fork.Process(target=serve)
+    server.start()
+    assert ready.wait(60)
+    server.kill()
+    server.join()
+
+
+def test_what_was_committed_survives_a_kill(tmp_path: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        put(tier, {0: 1, 1: 2})
+        put(tier, {0: 3})
+
+    killed_after(tmp_path, work)
+    tier = open_tier(tmp_path)
+    assert {c.slot: c.key for c in tier.stored()} == {0: key(3), 1: key(2)}
+    assert sound(tier, 3, 0) == sound(tier, 2, 1) == [True] * 3
+    tier.close()
+
+
+def test_what_was_begun_and_not_committed_is_gone_after_a_kill(store: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        tier.begin([0, 1])
+        for row in range(len(EXTENTS)):
+            tier.write_row(row, [0, 1], [content(8, row), content(9, row)])
+
+    killed_after(store, work)
+    tier = open_tier(store)
+    assert {c.slot for c in tier.stored()} == {2, 3}
+    for number in (0, 8):
+        assert sound(tier, number, 0) == [False] * 3
+    assert sound(tier, 2, 2) == [True] * 3
+    tier.close()
+
+
+def test_bytes_are_durable_before_the_index_names_them(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fdatasync = os.fdatasync
+    named = []
+
+    def watched(file: int) -> None:
+        fdatasync(file)
+        named.append(summarize(file_of(store, "sqlite")).entries)
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    tier = open_tier(store)
+    put(tier, {0: 7})
+    assert named == [SLOTS - 1]
+    assert summarize(file_of(store, "sqlite")).entries == SLOTS
+    tier.close()
+
+
+# -- the start -----------------------------------------------------------------------------------
+
+
+def test_a_second_server_is_refused_with_the_pid_of_the_first(store: Path) -> None:
+    tier = open_tier(store)
+    with pytest.raises(StoreError, match=rf"in use by process {os.getpid()}.*own"):
+        open_tier(store)
+    tier.close()
+    tier.close()
+    open_tier(store).close()
+
+
+def test_a_server_that_was_killed_does_not_keep_its_store(tmp_path: Path) -> None:
+    killed_after(tmp_path, lambda tier: None)
+    open_tier(tmp_path).close()
+
+
+def test_a_failed_start_gives_the_store_back(store: Path) -> None:
+    with pytest.raises(StoreError):
+        open_tier(store, slots=1 << 40)
+    open_tier(store).close()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps({"format": "lamina disk store", "version": 7}), "version 7.*lamina clear"),
+        (json.dumps({"format": "something else"}), "not a Lamina store"),
+        ("[]", "not a Lamina store"),
+        ("{", "not a Lamina store"),
+    ],
+)
+def test_a_store_of_another_format_is_refused_and_left_alone(
+    store: Path, text: str, message: str
+) -> None:
+    (store / "lamina-store.json").write_text(text)
+    before = {path: path.stat().st_size for path in store.rglob("*")}
+    with pytest.raises(StoreError, match=message):
+        open_tier(store)
+    assert {path: path.stat().st_size for path in store.rglob("*")} == before
+
+
+def test_a_path_that_cannot_be_written_to_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "store", Path("/proc/lamina")):
+        with pytest.raises(StoreError, match=r"disk\.path: cannot make a store in"):
+            open_tier(path)
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    return
+
+
+def test_more_than_the_disk_has_is_refused_before_anything_is_lost(store: Path) -> None:
+    with pytest.raises(StoreError, match=r"disk\.capacity: .* bytes free"):
+        open_tier(store, slots=1 << 40)
+    tier = open_tier(store)
+    assert len(tier.stored()) == SLOTS
+    tier.close()
+
+
+@pytest.mark.usefixtures("no_room")
+def test_a_disk_that_is_full_after_all_is_refused_and_given_back(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"disk\.capacity: .* bytes free"):
+        open_tier(tmp_path)
+    assert list(tmp_path.rglob("*.slab")) == []
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def test_a_write_that_the_disk_refuses_is_an_error_and_no_chunk(store: Path) -> None:
+    tier = open_tier(store)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tier.begin([0])
+    tier.write_row(0, [0], [content(7, 0)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (EXTENTS[0], limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write"):
+            tier.write_row(1, [0], [content(7, 1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sound(tier, 7, 0) == sound(tier, 0, 0) == [False] * 3
+    put(tier, {0: 7})
+    assert sound(tier, 7, 0) == [True] * 3
+    tier.close()
+
+
+def test_bytes_that_do_not_become_durable_are_no_chunk(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    tier = open_tier(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", broken)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            put(tier, {0: 7})
+    assert sound(tier, 7, 0) == [False] * 3
+    tier.close()
+    tier = open_tier(store)
+    assert {chunk.slot for chunk in tier.stored()} == {1, 2, 3}
+    tier.close()
+
+
+def test_an_index_that_cannot_be_written_is_an_error_and_no_chunk(store: Path) -> None:
+    tier = open_tier(store)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="index of the disk tier"):
+            tier.begin([0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sound(tier, 0, 0) == [False] * 3
+    with pytest.raises(ValueError, match="begun"):
+        tier.write_row(0, [0], [content(7, 0)])
+    put(tier, {0: 7})
+    assert sound(tier, 7, 0) == [True] * 3
+    tier.close()

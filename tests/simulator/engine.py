@@ -1,0 +1,333 @@
+"""The simulator: an engine's loop around Lamina's planner and executors."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Self
+
+from lamina.control.planner import ChunkShape, Planner
+from lamina.observe.metrics import Meter
+from lamina.plan import Receipt
+from simulator.content import Ledger, Violation
+from simulator.faults import Sky, Weather
+from simulator.forward import Part
+from simulator.options import BLOCK_TOKENS, Options
+from simulator.pool import EnginePool, LeasedPool
+from simulator.rank import Misread, Rank, Surroundings
+from simulator.request import Request, Status
+from simulator.scheduler import Scheduler, Step
+from simulator.virtual import World
+from simulator.watch import Watch
+
+STEP_SECONDS = 0.001
+"""What a step takes, if nothing is waited for."""
+
+PATIENCE = 1000
+"""Steps after which a request that is not served is a hang."""
+
+_NAMESPACE = b"simulator"
+
+
+class Simulator:
+    """See the module. Use it as a context manager.
+
+    Args:
+        seed: decides everything that the caller does not.
+        options: the engine.
+        store: directory for the disk tier; needed if there is one.
+        virtual: whether threads and time are virtual; else they are real, and no two histories
+            are the same.
+
+    Attributes:
+        steps: steps taken.
+        counts: what has happened how often.
+    """
+
+    def __init__(
+        self, seed: int, options: Options, store: Path | None = None, *, virtual: bool = True
+    ) -> None:
+        self.options = options
+        self.steps = 0
+        self.counts: Counter[str] = Counter()
+        self._random = Random(seed)
+        self._trace: deque[tuple[object, ...]] = deque(maxlen=80)
+        self._exit = ExitStack()
+        self._sky = Sky(self._random, options.deadline, options.takes_back)
+        self._world = World(self._random, self._sky.delay)
+        self._virtual = virtual
+        self._clock = self._world.read if virtual else time.monotonic
+        self._weights = 0
+        self._submitted = 0
+        self._queue: deque[Step] = deque()
+        self._outstanding: Counter[str] = Counter()
+        self._last_progress = 0
+        self._ledger = Ledger(options.ranks, options.rows)
+        self._watch = Watch(options, self._ledger)
+        self._pool = EnginePool(options.blocks, options.prefix_caching, self._watch.reused)
+        self._leased = LeasedPool(self._pool)
+        self._around = Surroundings(
+            self._sky, self._ledger, self._pump, self._clock, store or Path("/nowhere")
+        )
+
+    def __enter__(self) -> Self:
+        """Open the tiers and start the executors."""
+        if self._virtual:
+            self._exit.enter_context(self._world.entered())
+        options = self.options
+        self._ranks: list[Rank] = []
+        for number in range(options.ranks):
+            rank = Rank(number, options, self._around)
+            self._exit.callback(rank.executor.close)
+            self._ranks.append(rank)
+        self._exit.callback(self._world.hurry)
+        self._planner = Planner(
+            options.config(self._around.store),
+            ChunkShape(BLOCK_TOKENS, options.chunk_tokens),
+            _NAMESPACE,
+            self._leased,
+            [rank.executor.report() for rank in self._ranks],
+            Meter(),
+            reports_blocks=options.takes_back,
+            clock=self._clock,
+        )
+        self._watch.attach(self._planner, self._ranks, self._leased)
+        self._scheduler = Scheduler(
+            options,
+            self._pool,
+            self._planner,
+            self._note,
+            lambda: self._random.randint(0, options.drafts),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close everything."""
+        self._exit.close()
+
+    # -- what may happen -----------------------------------------------------------------------
+
+    def reseed(self, seed: int) -> None:
+        """Decide by another seed from now on."""
+        self._random.seed(seed)
+
+    @property
+    def weather(self) -> Weather:
+        """What can go wrong."""
+        return self._sky.weather
+
+    @weather.setter
+    def weather(self, weather: Weather) -> None:
+        self._sky.weather = weather
+
+    @property
+    def active(self) -> list[str]:
+        """Requests that are not over."""
+        requests = self._scheduler.requests.values()
+        return [r.request_id for r in requests if r.status is not Status.FINISHED]
+
+    def submit(self, prompt: Sequence[int], max_tokens: int, salt: int = 0) -> str:
+        """A new request; returns its name."""
+        self._submitted += 1
+        recompute = 1 + self.options.drafts
+        request = Request(
+            f"r{self._submitted}", prompt, max_tokens, salt, recompute, _NAMESPACE,
+            self.options.chunk_tokens, self._weights,
+        )  # fmt: skip
+        self._learn(request, 0)
+        self._scheduler.submit(request)
+        self._note("submit", request.request_id, len(prompt), max_tokens)
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """A client hangs up."""
+        request = self._scheduler.requests[request_id]
+        self._note("abort", request_id, request.status.value)
+        self._scheduler.finish(request)
+
+    def preempt(self) -> None:
+        """The next step begins with the preemption of the last request."""
+        self._scheduler.preempt_next = True
+
+    def hurry(self) -> None:
+        """Everything slow or hanging comes back."""
+        self._world.hurry()
+
+    def reset(self) -> None:
+        """Forget what is kept outside of the engine."""
+        self._note("reset")
+        self._planner.reset()
+
+    def forget_prefixes(self) -> None:
+        """Empty the engine's own prefix cache."""
+        self._note("forget prefixes")
+        self._pool.forget_all()
+
+    def change_weights(self) -> bool:
+        """Load other weights: all that was computed is wrong from now on, wherever it is.
+
+        Returns:
+            Whether it was done; like vLLM, not while loads are under way.
+        """
+        while self._queue:
+            self._finish_step(self._queue.popleft())
+        if self._scheduler.holding or len(self._scheduler.requests) > len(self.active):
+            return False
+        self._note("change weights")
+        self._scheduler.preempt_all()
+        self._pool.forget_all()
+        self._planner.reset()
+        self._watch.forget()
+        self._weights += 1
+        for request in self._scheduler.requests.values():
+            request.rehash(self._weights)
+            self._learn(request, 0)
+        return True
+
+    # -- the engine's loop -----------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine steps on its own."""
+        return bool(self._queue) or self._scheduler.has_requests or self._planner.has_work
+
+    def step(self) -> None:
+        """One turn of the engine's loop; nothing if there is no work.
+
+        Raises:
+            Violation: if a promise was broken.
+        """
+        try:
+            self._step(self._scheduler.has_requests or self._planner.has_work)
+        except Violation as violation:
+            violation.add_note(self.describe())
+            raise
+
+    def _step(self, plan: bool) -> None:
+        self.steps += 1
+        self._world.now += STEP_SECONDS
+        if plan:
+            step = self._scheduler.schedule()
+            self._watch.planned(step.plan)
+            self._count(step)
+            self._queue.append(step)
+            if self.options.asynchronous and len(self._queue) < 2 and step.items:
+                return
+        if self._queue:
+            self._finish_step(self._queue.popleft())
+        if self.steps % 16 == 0:
+            self._watch.check_tiers()
+        if self._scheduler.requests and self.steps - self._last_progress > PATIENCE:
+            raise Violation(f"nothing has moved for {PATIENCE} steps: {self.active}")
+
+    def _finish_step(self, step: Step) -> None:
+        parts = [Part(item, self._random, self._ledger) for item in step.items]
+        lost: set[int] = set()
+        arrived: list[str] = []
+        receipts: list[Receipt] = []
+        misreads: list[Misread] = []
+        for rank in self._ranks:
+            outcomes, wrong = rank.run(step, parts)
+            self._watch.reported(outcomes.receipt)
+            lost |= outcomes.lost_blocks
+            misreads += wrong
+            for request_id in outcomes.arrived:
+                self._outstanding[request_id] += 1
+                if self._outstanding[request_id] == self.options.ranks:
+                    del self._outstanding[request_id]
+                    arrived.append(request_id)
+            receipts.append(rank.mail.exchange(outcomes.receipt))
+        self._judge(misreads, lost)
+        for part in parts:
+            part.item.run.position = part.after
+        if lost:
+            self._note("lost", *sorted(lost))
+            self.counts["failed loads"] += 1
+        before = {id(part.item): part.item.run.request.num_tokens for part in parts}
+        self._scheduler.update(step, lost, arrived, receipts)
+        for part in parts:
+            self._learn(part.item.run.request, before[id(part.item)])
+        if parts or arrived:
+            self._last_progress = self.steps
+
+    def _judge(self, misreads: Sequence[Misread], lost: set[int]) -> None:
+        if self._around.violations:
+            raise self._around.violations[0]
+        for error in self._world.failures:
+            if not isinstance(error, OSError):
+                raise Violation(f"a job raised {error!r}") from error
+        self._world.failures.clear()
+        for misread in misreads:
+            if not lost.intersection(misread.run.blocks.ids[: misread.index + 1]):
+                raise Violation(f"a wrong token: {misread.text}")
+
+    def drain(self) -> None:
+        """Let every request and every transfer come to its end, and check what is left.
+
+        Raises:
+            Violation: if a promise was broken.
+        """
+        try:
+            self._drain()
+        except Violation as violation:
+            violation.add_note(self.describe())
+            raise
+
+    def _drain(self) -> None:
+        steps = 0
+        while self.has_work:
+            self._step(self._scheduler.has_requests or self._planner.has_work)
+            steps += 1
+            if steps > 20 * PATIENCE:
+                raise Violation("the engine would step for ever")
+        # What hangs comes back at last, when nobody believes in it any more.
+        self.weather = Weather()
+        self._world.hurry()
+        for _ in range(100):
+            self._world.settle()
+            self._step(plan=True)
+            while self._queue:
+                self._finish_step(self._queue.popleft())
+        self._watch.check_end()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        if self._virtual:
+            self._world.pump(4)
+
+    def _learn(self, request: Request, known: int) -> None:
+        if request.num_tokens > known:
+            self._ledger.note(
+                request.hashes[known:].tolist(),
+                f"{request.request_id} (weights {self._weights})",
+                known,
+            )
+            self._watch.learn(request)
+
+    def _count(self, step: Step) -> None:
+        self.counts["saves"] += len(step.plan.saves)
+        self.counts["writes"] += len(step.plan.writes)
+        self.counts["forwards"] += bool(step.items)
+        for order in step.plan.loads:
+            self.counts[f"{order.mode.value} loads"] += 1
+        if not step.plan.is_empty:
+            self._note(
+                "plan",
+                [(o.transfer, o.request_id, o.mode.value) for o in step.plan.loads],
+                [(o.transfer, o.request_id, o.slot, o.blocks) for o in step.plan.saves],
+            )
+
+    def _note(self, *what: object) -> None:
+        self._trace.append((self.steps, *what))
+        self.counts[str(what[0])] += 1
+
+    def describe(self) -> str:
+        """The engine, the weather and what has happened last."""
+        lines = [f"{self.options}", f"{self.weather}", f"after {self.steps} steps"]
+        lines += [" ".join(map(str, entry)) for entry in self._trace]
+        return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""The forward pass: which stamps a step writes, and what its requests read before they go on."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.content import SPOILED, Ledger, Stamps, extend
+from simulator.options import BLOCK_TOKENS
+from simulator.request import VOCABULARY, Request, RunState
+from simulator.scheduler import Item
+
+Indices = npt.NDArray[np.int64]
+
+_RIGHT_DRAFTS = 0.7
+
+
+class Part:
+    """An item of a step, ready to be computed on every rank.
+
+    Its tokens are those that are known and, behind them, drafts; ``item.sampled`` is what the
+    model says after the last known token and after each draft that was right.
+
+    Args:
+        item: the item.
+        random: decides which drafts are right.
+        ledger: learns whose the stamps are.
+
+    Attributes:
+        after: tokens of its run that are computed when the step is over.
+        trusted: whether its run is believed so far, so that what it reads must be right.
+        spoiled: whether it has read something wrong.
+        written: the hashes to write, shape ``(count,)``.
+        blocks: the block for each of them.
+        offsets: the token within its block.
+        prefix: the hashes that must be there, shape ``(start,)``.
+        prefix_blocks: the blocks that hold them.
+    """
+
+    def __init__(self, item: Item, random: Random, ledger: Ledger) -> None:
+        run, request = item.run, item.run.request
+        start = run.position
+        self.item = item
+        self.trusted = run.state is not RunState.DROPPED
+        self.spoiled = not self.trusted
+        self.after = start + item.count
+        known = max(0, request.num_tokens - start)
+        written = request.hashes[start : start + item.count]
+        if self.trusted and known <= item.count:
+            drafts = self._sample(item, request, item.count - known, random)
+            added = extend(int(request.hashes[-1]), drafts)
+            ledger.note(added, f"a draft of {request.request_id}", request.num_tokens)
+            written = np.concatenate([written, np.array(added, np.uint64)])
+            self.after -= len(drafts) - (len(item.sampled) - 1)
+        if len(written) < item.count:  # not believed, so that no token is known to be its own
+            written = np.resize(np.append(written, np.uint64(1)), item.count)
+        self.written: Stamps = written
+        positions = np.arange(start, start + item.count)
+        blocks = np.array(run.blocks.ids, np.int64)
+        self.blocks: Indices = blocks[positions // BLOCK_TOKENS]
+        self.offsets: Indices = positions % BLOCK_TOKENS
+        self.prefix: Stamps = request.hashes[:start]
+        self.prefix_blocks: Indices = blocks[: -(-start // BLOCK_TOKENS)]
+
+    @staticmethod
+    def _sample(item: Item, request: Request, count: int, random: Random) -> list[int]:
+        """Drafts to run with the item, and what is sampled with them."""
+        parent = int(request.hashes[-1])
+        item.sampled = [Request.next_token(parent)]
+        drafts: list[int] = []
+        while len(drafts) < count:
+            accepting = len(item.sampled) > len(drafts)
+            right = item.sampled[-1]
+            token = right if random.random() < _RIGHT_DRAFTS else random.randrange(VOCABULARY)
+            drafts.append(token)
+            if accepting and token == right:
+                parent = extend(parent, [token])[0]
+                item.sampled.append(Request.next_token(parent))
+        return drafts
+
+
+class Pages:
+    """One rank's cache: stamps by block, row and token, and a gap after each block.
+
+    Args:
+        blocks: how many blocks.
+        rows: how many rows.
+        salts: of this rank's rows, shape ``(rows,)``.
+        ledger: names what is found.
+
+    Attributes:
+        memory: all of it, shape ``(blocks, rows * BLOCK_TOKENS + 1)``.
+    """
+
+    _GAP = 0x0123456789ABCDEF
+
+    def __init__(self, blocks: int, rows: int, salts: Stamps, ledger: Ledger) -> None:
+        width = rows * BLOCK_TOKENS
+        self.memory: Stamps = np.zeros((blocks, width + 1), np.uint64)
+        self.memory[:, width] = self._GAP
+        self._stamps = np.lib.stride_tricks.as_strided(
+            self.memory,
+            (blocks, rows, BLOCK_TOKENS),
+            (self.memory.strides[0], BLOCK_TOKENS * 8, 8),
+        )
+        self._salts = salts
+        self._ledger = ledger
+
+    @property
+    def gaps_untouched(self) -> bool:
+        """Whether nothing but pages was ever written."""
+        return bool((self.memory[:, -1] == self._GAP).all())
+
+    def write(self, part: Part, rows: slice) -> None:
+        """Write what a part computes, in some rows."""
+        salts = self._salts[rows] ^ np.uint64(SPOILED if part.spoiled else 0)
+        self._stamps[part.blocks, rows, part.offsets] = part.written[:, None] ^ salts
+
+    def misread(self, part: Part, rows: slice) -> tuple[int, str] | None:
+        """What of a part's prefix is not what it should be, in some rows.
+
+        Returns:
+            The index of the first wrong block of the request, and words; None if all is right.
+        """
+        count = len(part.prefix)
+        found = self._stamps[part.prefix_blocks, rows].swapaxes(0, 1)
+        found = found.reshape(found.shape[0], -1)[:, :count]
+        wrong = found != part.prefix ^ self._salts[rows, None]
+        if not wrong.any():
+            return None
+        position = int(np.flatnonzero(wrong.any(axis=0))[0])
+        row = int(np.flatnonzero(wrong[:, position])[0])
+        index = position // BLOCK_TOKENS
+        return index, (
+            f"{part.item.run.request.request_id} read token {position} in row "
+            f"{range(len(self._salts))[rows][row]} of block {part.prefix_blocks[index]} and found: "
+            f"{self._ledger.name(int(found[row, position]))}"
+        )

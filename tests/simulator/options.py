@@ -1,0 +1,149 @@
+"""What kind of engine is simulated, and how Lamina is configured for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from lamina.config import Config, load_config
+from lamina.geometry import CacheGeometry, Row
+
+BLOCK_TOKENS = 4
+STAMP_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """One engine. Sizes are small, so that everything runs out all the time.
+
+    Attributes:
+        ranks: tensor-parallel ranks.
+        rows: rows of the cache.
+        blocks: blocks in the engine's pool, with the one that is never used.
+        chunk_blocks: blocks in a chunk.
+        budget: tokens in one step at most.
+        max_running: requests in one step at most.
+        drafts: speculative tokens after each sampled one at most.
+        asynchronous: whether a step is planned before the one ahead of it has run.
+        prefix_caching: whether the engine has a prefix cache of its own.
+        takes_back: whether the engine can take back single blocks of a failed load.
+        fails_requests: whether a failed load ends its request instead of being recomputed.
+        host_slots: chunks in host memory.
+        disk_slots: chunks on disk, 0 for no disk.
+        mode: ``load.mode``.
+        load_ahead: ``load.load_ahead``.
+        min_tokens: ``load.min_tokens``.
+        deadline: ``load.deadline``, seconds.
+        staging: ``load.staging``, bytes.
+        save_tokens: ``save.tokens``.
+        saves_in_flight: ``save.max_inflight`` in chunks.
+        writes_in_flight: ``disk.max_inflight`` in chunks.
+    """
+
+    ranks: int = 1
+    rows: int = 3
+    blocks: int = 64
+    chunk_blocks: int = 2
+    budget: int = 64
+    max_running: int = 6
+    drafts: int = 0
+    asynchronous: bool = False
+    prefix_caching: bool = True
+    takes_back: bool = True
+    fails_requests: bool = False
+    host_slots: int = 64
+    disk_slots: int = 0
+    mode: Literal["auto", "layerwise", "parked"] = "auto"
+    load_ahead: int | Literal["auto"] = "auto"
+    min_tokens: int = 0
+    deadline: float = 0.05
+    staging: int = 1 << 20
+    save_tokens: Literal["all", "prompt"] = "all"
+    saves_in_flight: int = 64
+    writes_in_flight: int = 8
+
+    @classmethod
+    def draw(cls, random: Random, disk: bool = False) -> Options:
+        """Any engine; one with a disk if ``disk``."""
+        takes_back = random.random() < 0.8
+        return cls(
+            ranks=random.choice((1, 2)),
+            rows=random.randint(2, 4),
+            blocks=random.choice((28, 40, 64)),
+            chunk_blocks=random.randint(1, 3),
+            budget=random.choice((8, 24, 64)),
+            max_running=random.choice((2, 6)),
+            drafts=random.choice((0, 0, 3)),
+            asynchronous=random.random() < 0.5,
+            prefix_caching=random.random() < 0.6,
+            takes_back=takes_back,
+            fails_requests=random.random() < 0.2,
+            host_slots=random.choice((2, 8, 40, 100)),
+            disk_slots=random.choice((4, 32)) if disk else 0,
+            mode=random.choice(("auto", "layerwise", "layerwise", "parked")),
+            load_ahead=random.choice((1, 2, 9, "auto")),
+            min_tokens=random.choice((0, 0, 8)),
+            staging=random.choice((64, 1 << 20)),
+            save_tokens=random.choice(("all", "all", "all", "prompt")),
+            saves_in_flight=random.choice((1, 3, 64)),
+            writes_in_flight=random.choice((1, 8)),
+        )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_blocks * BLOCK_TOKENS
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk on one rank."""
+        return self.rows * self.chunk_tokens * STAMP_BYTES
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that always fits in the pool."""
+        return (self.blocks // 2 - 2) * BLOCK_TOKENS - 4
+
+    def geometry(self) -> CacheGeometry:
+        """The cache: blocks outermost, with a gap between them that nobody may touch."""
+        page = BLOCK_TOKENS * STAMP_BYTES
+        stride = self.rows * page + STAMP_BYTES
+        return CacheGeometry(
+            rows=tuple(
+                Row((f"layer.{row}",), 0, row * page, stride, page) for row in range(self.rows)
+            ),
+            num_blocks=self.blocks,
+            block_tokens=BLOCK_TOKENS,
+            chunk_tokens=self.chunk_tokens,
+            allocation_bytes=(self.blocks * stride,),
+        )
+
+    def config(self, store: Path | None) -> Config:
+        """Lamina's configuration.
+
+        Args:
+            store: directory of the disk tier.
+        """
+        settings: dict[str, object] = {
+            "load": {
+                "mode": self.mode,
+                "load_ahead": self.load_ahead,
+                "min_tokens": self.min_tokens,
+                "deadline": self.deadline,
+                "staging": self.staging,
+            },
+            "save": {
+                "tokens": self.save_tokens,
+                "max_inflight": self.saves_in_flight * self.chunk_bytes,
+            },
+            "host": {"capacity": self.host_slots * self.chunk_bytes},
+        }
+        if self.disk_slots:
+            settings["disk"] = {
+                "path": str(store),
+                "capacity": "1GiB",
+                "max_inflight": self.writes_in_flight * self.chunk_bytes,
+            }
+        return load_config(settings, {})

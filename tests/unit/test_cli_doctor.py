@@ -1,0 +1,233 @@
+"""Guards `lamina doctor`: what will not work is a failure with exit code 1 and words on what to do,
+what merely may hurt is a warning, and no input makes it stumble."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lamina.cli import checks
+from lamina.cli.checks import Finding, Verdict
+from lamina.cli.doctor import examine, transfer_config
+from lamina.cli.main import app
+from lamina.config import CONFIG_VARIABLE, Config, DiskConfig
+
+RIGHT: dict[str, object] = {
+    "kv_connector": "LaminaConnector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+    "kv_connector_extra_config": {"host": {"capacity": "64MiB"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the import of torch."""
+    monkeypatch.setattr(checks, "software", lambda: iter(()))
+
+
+def subjects(findings: list[Finding], verdict: Verdict) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings if finding.verdict is verdict}
+
+
+def failed(
+    path: Path | None = None, config: Path | None = None, transfer: object = None
+) -> dict[str, Finding]:
+    text = transfer if isinstance(transfer, str) or transfer is None else json.dumps(transfer)
+    return subjects([*examine(path, config, text)], Verdict.FAILED)
+
+
+def test_a_right_configuration_on_this_machine_fails_nothing(quick: None, tmp_path: Path) -> None:
+    assert failed(path=tmp_path, transfer=RIGHT) == {}
+
+
+def test_exit_code_and_advice_of_a_failure(quick: None) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--kv-transfer-config", "{}"])
+    assert result.exit_code == 1
+    assert 'must be "LaminaConnector"' in result.output
+    assert "2 failed" in result.output
+
+
+def test_exit_code_without_a_failure(quick: None) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--kv-transfer-config", json.dumps(RIGHT)])
+    assert result.exit_code == 0
+    assert "0 failed" in result.output
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "{'kv_connector': 'x'}", "\0"])
+def test_transfer_config_that_is_no_json_object(quick: None, text: str) -> None:
+    finding = failed(transfer=text)["--kv-transfer-config"]
+    assert finding.advice
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_connector", "OffloadingConnector"),
+        ("kv_connector", None),
+        ("kv_connector", ["LaminaConnector"]),
+        ("kv_connector_module_path", "lamina.engines"),
+        ("kv_role", "both"),
+        ("kv_role", None),
+        ("kv_load_failure_policy", "retry"),
+        ("kv_load_failure_policy", {}),
+        ("kv_connector_extra_config", []),
+        ("kv_connector_extra_config", None),
+    ],
+)
+def test_a_wrong_key_is_named_with_what_is_right(quick: None, key: str, value: object) -> None:
+    finding = failed(transfer={**RIGHT, key: value})[key]
+    assert finding.advice.startswith("must be ")
+
+
+@pytest.mark.parametrize("policy", [{}, {"kv_load_failure_policy": "fail"}])
+def test_failing_requests_is_a_warning(policy: dict[str, object]) -> None:
+    document = {name: RIGHT[name] for name in ("kv_connector", "kv_role")} | policy
+    warnings = subjects([*transfer_config(document)], Verdict.WARNING)
+    assert "recompute" in warnings["kv_load_failure_policy"].advice
+
+
+def test_the_connector_may_be_named_with_its_module() -> None:
+    document = {**RIGHT, "kv_connector_module_path": "lamina.engines.vllm"}
+    assert subjects([*transfer_config(document)], Verdict.FAILED) == {}
+
+
+def test_every_mistake_in_the_extra_config_is_told(quick: None) -> None:
+    wrong = {"host": {"capacity": "lots"}, "dsk": {}}
+    findings = [*examine(None, None, json.dumps({**RIGHT, "kv_connector_extra_config": wrong}))]
+    told = [f.found for f in findings if f.subject == "configuration"]
+    assert len(told) == 2
+    assert any("host.capacity" in line for line in told)
+    assert any("dsk" in line for line in told)
+
+
+@pytest.mark.parametrize("content", ["load: {load_ahead: 0}", "- a list", "load: [", "\x00", None])
+def test_a_wrong_configuration_file(quick: None, tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "lamina.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert "configuration" in failed(config=file)
+
+
+def test_the_configuration_file_is_named_and_used(quick: None, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    store = tmp_path / "store"
+    file.write_text(f"disk: {{path: {store}, capacity: 1TiB}}\nhost: {{capacity: 900TiB}}\n")
+    findings = [*examine(None, file, None)]
+    assert str(file) in subjects(findings, Verdict.GOOD)["configuration"].found
+    assert set(subjects(findings, Verdict.FAILED)) == {"memory", "disk space"}
+
+
+def test_memory_that_is_there_but_taken_is_a_warning() -> None:
+    capacity = Config().host.capacity_bytes(ranks=1)
+    assert checks.host_memory(Config(), available=capacity).verdict is Verdict.GOOD
+    assert checks.host_memory(Config(), available=capacity - 1).verdict is Verdict.WARNING
+
+
+@pytest.mark.parametrize(
+    ("make", "subject"),
+    [(Path.touch, "disk store"), (lambda path: path.symlink_to("nowhere"), None)],
+)
+def test_a_path_that_is_no_directory(
+    tmp_path: Path, make: Callable[[Path], None], subject: str | None
+) -> None:
+    path = tmp_path / "store"
+    make(path)
+    found = subjects([*checks.disk(path, None)], Verdict.FAILED)
+    assert set(found) == ({subject} if subject else set())
+
+
+def test_a_directory_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    found = subjects([*checks.disk(tmp_path / "store", None)], Verdict.FAILED)
+    assert str(tmp_path) in found["disk store"].found
+
+
+def test_a_store_that_exists_counts_as_room_for_itself(tmp_path: Path) -> None:
+    stat = os.statvfs(tmp_path)
+    free = stat.f_bavail * stat.f_frsize
+    taken = tmp_path / "slab"
+    taken.write_bytes(os.urandom(64 << 20))
+    settings = DiskConfig(path=tmp_path, capacity=free - (16 << 20))
+    assert "disk space" not in subjects([*checks.disk(tmp_path, settings)], Verdict.FAILED)
+
+
+@pytest.mark.parametrize(("direct", "verdict"), [("auto", Verdict.WARNING), (True, Verdict.FAILED)])
+def test_no_direct_io(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    direct: bool | str,
+    verdict: Verdict,
+) -> None:
+    def refuse(directory: Path) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(checks, "_write_and_read_direct", refuse)
+    settings = DiskConfig.model_validate({"path": tmp_path, "capacity": 4096, "direct": direct})
+    found = subjects([*checks.disk(tmp_path, settings)], verdict)
+    assert "Invalid argument" in found["direct I/O"].found
+
+
+def test_direct_io_leaves_no_file_behind(tmp_path: Path) -> None:
+    [*checks.disk(tmp_path, None)]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
+    assert checks.shared_memory(tmp_path / "shm").verdict is Verdict.FAILED
+
+
+def test_shared_memory_that_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MIN_SHARED_MEMORY", 1 << 62)
+    assert checks.shared_memory(tmp_path).verdict is Verdict.WARNING
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.32.0", "0.3.2"])
+def test_another_vllm_fails(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert checks.vllm_version("vllm").verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7+cpu", "0.32.1.post1"])
+def test_the_supported_vllm(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert checks.vllm_version("vllm").verdict is Verdict.GOOD
+
+
+def test_no_vllm_fails_and_says_how_to_install_it() -> None:
+    finding = checks.vllm_version(None)
+    assert finding.verdict is Verdict.FAILED
+    assert "pip install" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("registered", "allowed", "verdict"),
+    [
+        (True, None, Verdict.GOOD),
+        (True, "lora,lamina", Verdict.GOOD),
+        (True, "lora", Verdict.FAILED),
+        (True, "", Verdict.FAILED),
+        (False, None, Verdict.WARNING),
+    ],
+)
+def test_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, registered: bool, allowed: str | None, verdict: Verdict
+) -> None:
+    monkeypatch.setattr(metadata, "entry_points", lambda **match: ["lamina"] * registered)
+    finding = checks.plugin(allowed)
+    assert finding.verdict is verdict
+    assert bool(finding.advice) is (verdict is not Verdict.GOOD)

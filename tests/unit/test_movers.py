@@ -1,0 +1,292 @@
+"""Promise: a copy that cannot be right is refused before a byte moves; host memory is there at once
+and made resident behind the scenes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import platform
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from lamina.data.movers import Fence, Mover, make_mover
+from lamina.data.movers.host_memory import HostMemory, populate
+from lamina.geometry import CacheGeometry, Row
+
+PAGE, BLOCKS, HOST_PAGES = 64, 16, 20
+PADDED = Row(("b",), 0, BLOCKS * PAGE, PAGE + 8, PAGE)
+GEOMETRY = CacheGeometry(
+    rows=(Row(("a",), 0, 0, PAGE, PAGE), PADDED),
+    num_blocks=BLOCKS,
+    block_tokens=16,
+    chunk_tokens=16,
+    allocation_bytes=(BLOCKS * (2 * PAGE + 8),),
+)
+Ids = npt.NDArray[np.int64]
+
+
+def random_bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+@pytest.fixture
+def engine() -> torch.Tensor:
+    return random_bytes(GEOMETRY.allocation_bytes[0])
+
+
+@pytest.fixture
+def mover(engine: torch.Tensor) -> Iterator[Mover]:
+    mover = make_mover(GEOMETRY, [engine])
+    yield mover
+    mover.close()
+
+
+@pytest.fixture
+def host(mover: Mover) -> torch.Tensor:
+    pages = mover.allocate_host(HOST_PAGES * PAGE).view(HOST_PAGES, PAGE)
+    return pages.copy_(random_bytes(HOST_PAGES, PAGE))
+
+
+def block(engine: torch.Tensor, row: int, index: int) -> torch.Tensor:
+    shape = GEOMETRY.rows[row]
+    start = shape.offset + index * shape.block_stride
+    return engine[start : start + PAGE]
+
+
+ORDERS = {
+    "run": np.arange(3, 13),
+    "reverse": np.arange(3, 13)[::-1].copy(),
+    "two runs": np.array([9, 10, 11, 12, 13, 2, 3, 4, 5, 6]),
+    "scattered": np.array([15, 2, 9, 0, 4, 13, 7, 11, 1, 6]),
+}
+
+
+@pytest.mark.parametrize("row", [0, 1], ids=["packed", "padded"])
+@pytest.mark.parametrize("blocks", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("pages", ORDERS.values(), ids=ORDERS)
+def test_pages_go_where_they_are_told(
+    mover: Mover, engine: torch.Tensor, host: torch.Tensor, row: int, blocks: Ids, pages: Ids
+) -> None:
+    mover.save(row, blocks, host, pages, mover.fence_compute()).wait()
+    for i in range(len(pages)):
+        assert torch.equal(host[pages[i]], block(engine, row, blocks[i]))
+    saved = host.clone()
+    engine.fill_(0)
+    mover.load(row, host, pages, blocks[::-1].copy(), mover.fence_compute()).wait()
+    for i in range(len(pages)):
+        assert torch.equal(saved[pages[i]], block(engine, row, blocks[-1 - i]))
+    assert int(engine.count_nonzero()) == int(saved[pages].count_nonzero())
+
+
+IDS = np.array([1, 2, 3])
+
+
+def copy(
+    mover: Mover, is_load: bool, row: int, host: torch.Tensor, pages: Ids, blocks: Ids, after: Fence
+) -> Fence:
+    if is_load:
+        return mover.load(row, host, pages, blocks, after)
+    return mover.save(row, blocks, host, pages, after)
+
+
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+@pytest.mark.parametrize(
+    ("row", "pages", "blocks", "error"),
+    [
+        (0, IDS, np.array([1, 2, BLOCKS]), IndexError),
+        (0, IDS, np.array([1, 2, -1]), IndexError),
+        (0, np.array([0, 1, HOST_PAGES]), IDS, IndexError),
+        (0, np.array([0, 1, -1]), IDS, IndexError),
+        (2, IDS, IDS, IndexError),
+        (-1, IDS, IDS, IndexError),
+        (0, IDS, IDS[:2], ValueError),
+        (0, IDS.astype(np.int32), IDS, ValueError),
+        (0, IDS, IDS.astype(np.float64), ValueError),
+        (0, IDS[:, None], IDS[:, None], ValueError),
+    ],
+)
+def test_wrong_ids_are_refused_before_a_byte_moves(
+    mover: Mover,
+    engine: torch.Tensor,
+    host: torch.Tensor,
+    is_load: bool,
+    row: int,
+    pages: Ids,
+    blocks: Ids,
+    error: type[Exception],
+) -> None:
+    before = engine.clone(), host.clone()
+    with pytest.raises(error):
+        copy(mover, is_load, row, host, pages, blocks, mover.fence_compute())
+    assert torch.equal(engine, before[0])
+    assert torch.equal(host, before[1])
+
+
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        torch.zeros(HOST_PAGES, PAGE + 1, dtype=torch.uint8),
+        torch.zeros(HOST_PAGES * PAGE, dtype=torch.uint8),
+        torch.zeros(HOST_PAGES, PAGE, dtype=torch.int8),
+        torch.zeros(HOST_PAGES, 2 * PAGE, dtype=torch.uint8)[:, :PAGE],
+        torch.zeros(HOST_PAGES, PAGE, dtype=torch.uint8, device="meta"),
+    ],
+    ids=["page size", "shape", "dtype", "not contiguous", "device"],
+)
+def test_wrong_host_pages_are_refused(mover: Mover, host: torch.Tensor, is_load: bool) -> None:
+    with pytest.raises(ValueError, match=r"host pages of row 0"):
+        copy(mover, is_load, 0, host, IDS, IDS, mover.fence_compute())
+
+
+@pytest.mark.parametrize(
+    "allocations",
+    [
+        [],
+        [random_bytes(GEOMETRY.allocation_bytes[0] - 1)],
+        [random_bytes(GEOMETRY.allocation_bytes[0])] * 2,
+        [random_bytes(1, GEOMETRY.allocation_bytes[0])],
+        [random_bytes(GEOMETRY.allocation_bytes[0]).view(torch.int8)],
+        [random_bytes(GEOMETRY.allocation_bytes[0]).to("meta")],
+    ],
+    ids=["none", "too small", "too many", "not flat", "dtype", "device"],
+)
+def test_allocations_that_do_not_fit_the_geometry_are_refused(
+    allocations: list[torch.Tensor],
+) -> None:
+    with pytest.raises(ValueError, match=r"alloc|tensors|mover"):
+        make_mover(GEOMETRY, allocations)
+
+
+class Gate(Fence):
+    """A fence that a test opens."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.asked = threading.Event()
+
+    def wait(self) -> None:
+        self.asked.set()
+        assert self.opened.wait(30)
+
+    def passed(self) -> bool:
+        return self.opened.is_set()
+
+
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+def test_nothing_is_copied_before_the_fence(
+    mover: Mover, engine: torch.Tensor, host: torch.Tensor, is_load: bool
+) -> None:
+    before = engine.clone(), host.clone()
+    gate = Gate()
+    thread = threading.Thread(target=copy, args=(mover, is_load, 0, host, IDS, IDS, gate))
+    thread.start()
+    assert gate.asked.wait(30)
+    assert torch.equal(engine, before[0])
+    assert torch.equal(host, before[1])
+    gate.opened.set()
+    thread.join()
+    assert torch.equal(host[1], block(engine, 0, 1))
+
+
+def test_compute_is_held_until_the_fence(mover: Mover) -> None:
+    gate = Gate()
+    thread = threading.Thread(target=mover.hold_compute, args=(gate,))
+    thread.start()
+    assert gate.asked.wait(30)
+    assert thread.is_alive()
+    gate.opened.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_host_memory_is_page_aligned_zeros_and_outlives_its_mover(mover: Mover) -> None:
+    size = 3 * mmap.PAGESIZE + 5
+    memory = mover.allocate_host(size)
+    assert memory.shape == (size,)
+    assert memory.dtype == torch.uint8
+    assert memory.data_ptr() % mmap.PAGESIZE == 0
+    assert int(memory.count_nonzero()) == 0
+    mover.close()
+    mover.close()
+    memory.fill_(7)
+    assert int(memory.sum()) == 7 * size
+
+
+def test_host_memory_that_no_machine_has_is_refused(mover: Mover) -> None:
+    with pytest.raises(OSError, match=r"lower host\.capacity"):
+        mover.allocate_host(1 << 60)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_host_memory_of_no_size_is_refused(mover: Mover, size: int) -> None:
+    with pytest.raises(ValueError, match=str(size)):
+        mover.allocate_host(size)
+
+
+def test_host_memory_is_committed_once_in_order_and_whole() -> None:
+    pieces: list[tuple[int, int]] = []
+    memory = HostMemory(10_000, 4096, lambda address, length: pieces.append((address, length)))
+    memory.wait()
+    base = memory.tensor.data_ptr()
+    assert pieces == [(base, 4096), (base + 4096, 4096), (base + 8192, 1808)]
+
+
+def test_host_memory_is_given_before_it_is_committed_and_closing_stops_at_the_next_piece() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    pieces: list[int] = []
+
+    def commit(_: int, length: int) -> None:
+        pieces.append(length)
+        begun.set()
+        assert go_on.wait(30)
+
+    memory = HostMemory(4 << 30, 1 << 30, commit)
+    assert begun.wait(30)
+    closer = threading.Thread(target=memory.close)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive()
+    go_on.set()
+    closer.join(30)
+    assert pieces == [1 << 30]
+    with pytest.raises(RuntimeError, match="closed"):
+        memory.wait()
+
+
+def test_host_memory_that_cannot_be_committed_says_which_key_to_change() -> None:
+    def commit(_: int, __: int) -> None:
+        raise OSError("no memory")
+
+    memory = HostMemory(4096, 4096, commit)
+    with pytest.raises(RuntimeError, match=r"no memory.*host\.capacity"):
+        memory.wait()
+
+
+def test_host_memory_knows_its_own() -> None:
+    memory = HostMemory(8192, 4096, lambda _, __: None)
+    assert memory.holds(memory.tensor[:10])
+    assert memory.holds(memory.tensor[8191:])
+    assert not memory.holds(torch.zeros(10, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(
+    tuple(map(int, platform.release().split(".")[:2])) < (5, 14),
+    reason="Linux before 5.14 cannot populate memory",
+)
+def test_populating_makes_memory_resident() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+    size = 64 << 20
+    before = resident()
+    memory = HostMemory(size, size, populate)
+    memory.wait()
+    assert resident() - before > 0.9 * size
+    assert int(memory.tensor[:: mmap.PAGESIZE].count_nonzero()) == 0

@@ -1,0 +1,369 @@
+"""Promise: what the CUDA mover submits is ordered on the device, never by stopping the host, and no
+kernel meets memory that is not pinned.
+
+There is no GPU here. A fake of torch's streams and events writes down what is submitted to which
+stream and in which order, and the tests look at that; what a real device makes of it they cannot
+say. The kernel itself runs in Triton's interpreter (see the property tests), and is compiled here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lamina.data.movers import cuda as cuda_module
+from lamina.data.movers.base import Fence
+from lamina.data.movers.cuda import CudaMover
+from lamina.geometry import CacheGeometry, Row
+
+PAGE, STRIDE, BLOCKS = 64, 96, 8
+GEOMETRY = CacheGeometry(
+    rows=(Row(("a",), 0, 0, STRIDE, PAGE), Row(("b",), 0, PAGE, STRIDE, 32)),
+    num_blocks=BLOCKS,
+    block_tokens=16,
+    chunk_tokens=16,
+    allocation_bytes=(BLOCKS * STRIDE,),
+)
+PAGES, IDS = np.array([5, 0, 2]), np.array([1, 7, 3])
+PAGE_COPY = "lamina.data.movers.page_copy"
+
+
+class Stream:
+    """Writes down what it is given."""
+
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
+        self.priority = priority
+        self.log: list[tuple[str, Event]] = []
+
+    def wait_event(self, event: Event) -> None:
+        self.log.append(("wait", event))
+
+    def synchronize(self) -> None:
+        self.log.append(("synchronize", Event()))
+
+
+class Event:
+    """Knows where it was recorded and whether the host waited for it."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.blocking = blocking
+        self.host_waits = 0
+
+    def record(self, stream: Stream) -> None:
+        stream.log.append(("record", self))
+
+    def synchronize(self) -> None:
+        self.host_waits += 1
+
+    def query(self) -> bool:
+        return False
+
+
+class Device:
+    """What a fake GPU was asked to do."""
+
+    def __init__(self) -> None:
+        self.compute = self.current = Stream()
+        self.copies: list[tuple[Stream, list[list[int]]]] = []
+        self.registered: dict[int, int] = {}
+        self.may_register = threading.Event()
+        self.may_register.set()
+        self.result = 0
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def copy_pages(  # as the real one
+        self,
+        source: torch.Tensor,
+        source_stride: int,
+        target: torch.Tensor,
+        target_stride: int,
+        pairs: torch.Tensor,
+        page_bytes: int,
+    ) -> None:
+        self.copies.append((self.current, pairs.tolist()))
+        self.current.log.append(("copy", Event()))
+        for i, j in pairs.tolist():
+            page = source[i * source_stride : i * source_stride + page_bytes]
+            target[j * target_stride : j * target_stride + page_bytes] = page
+
+    def register(self, address: int, length: int, _: int) -> int:
+        assert self.may_register.wait(30)
+        self.registered[address] = length
+        return self.result
+
+    def unregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    runtime = SimpleNamespace(
+        cudaHostRegister=device.register, cudaHostUnregister=device.unregister
+    )
+    driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: 0)
+
+    def check_error(code: int) -> None:
+        if code:
+            raise RuntimeError("out of memory")
+
+    for name, fake in {
+        "Stream": Stream,
+        "Event": Event,
+        "stream": device.stream,
+        "current_stream": lambda _: device.compute,
+        "device": lambda _: contextlib.nullcontext(),
+        "cudart": lambda: runtime,
+        "check_error": check_error,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "PIN_PIECE", 4096)
+    monkeypatch.setitem(sys.modules, PAGE_COPY, SimpleNamespace(copy_pages=device.copy_pages))
+    return device
+
+
+@pytest.fixture
+def engine() -> torch.Tensor:
+    return torch.randint(0, 256, (BLOCKS * STRIDE,), dtype=torch.uint8)
+
+
+@pytest.fixture
+def mover(device: Device, engine: torch.Tensor) -> CudaMover:
+    mover = CudaMover(GEOMETRY, [engine])
+    device.copies.clear()
+    return mover
+
+
+@pytest.fixture
+def host(mover: CudaMover) -> torch.Tensor:
+    return mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
+
+
+def events(stream: Stream) -> list[str]:
+    return [what for what, _ in stream.log]
+
+
+def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_copy(
+    device: Device, mover: CudaMover, host: torch.Tensor
+) -> None:
+    after = mover.fence_compute()
+    fence = mover.save(0, IDS, host, PAGES, after)
+    ((stream, pairs),) = device.copies
+    assert pairs == [[1, 5], [7, 0], [3, 2]]
+    assert events(stream)[-3:] == ["wait", "copy", "record"]
+    (_, computed), (_, awaited), (_, recorded) = device.compute.log[0], *stream.log[-3::2]
+    assert awaited is computed
+    assert computed.host_waits == 0
+    fence.wait()
+    assert recorded.host_waits == 1
+    assert recorded.blocking, "a waiting thread would spin on one of the engine's cores"
+
+
+def test_a_load_runs_on_a_stream_of_its_own_before_saves(
+    device: Device, mover: CudaMover, host: torch.Tensor
+) -> None:
+    after = mover.fence_compute()
+    mover.save(0, IDS, host, PAGES, after)
+    mover.load(0, host, PAGES, IDS, after)
+    (save, _), (load, pairs) = device.copies
+    assert pairs == [[5, 1], [0, 7], [2, 3]]
+    assert load is not save
+    assert device.compute not in (load, save)
+    assert load.priority < save.priority
+    assert events(load)[-3:] == ["wait", "copy", "record"]
+    assert load.log[-3][1] is device.compute.log[0][1]
+
+
+def test_compute_is_held_on_the_device(
+    device: Device, mover: CudaMover, host: torch.Tensor
+) -> None:
+    fence = mover.load(0, host, PAGES, IDS, mover.fence_compute())
+    mover.hold_compute(fence)
+    recorded = device.copies[0][0].log[-1][1]
+    assert device.compute.log[-1] == ("wait", recorded)
+    assert recorded.host_waits == 0
+
+
+def test_a_fence_of_another_kind_is_waited_for(
+    device: Device, mover: CudaMover, host: torch.Tensor
+) -> None:
+    class Foreign(Fence):
+        waited = False
+
+        def wait(self) -> None:
+            assert not device.copies
+            Foreign.waited = True
+
+        def passed(self) -> bool:
+            return True
+
+    mover.load(0, host, PAGES, IDS, Foreign())
+    assert Foreign.waited
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_what_is_saved_comes_back(
+    mover: CudaMover, engine: torch.Tensor, host: torch.Tensor, row: int
+) -> None:
+    before = engine.clone()
+    pages = host.view(-1, GEOMETRY.rows[row].page_bytes)
+    mover.save(row, IDS, pages, PAGES, mover.fence_compute())
+    for block in IDS:
+        start = GEOMETRY.rows[row].offset + block * STRIDE
+        engine[start : start + GEOMETRY.rows[row].page_bytes] = 0
+    assert not torch.equal(engine, before)
+    mover.load(row, pages, PAGES, IDS, mover.fence_compute())
+    assert torch.equal(engine, before)
+
+
+def test_memory_that_is_not_the_movers_is_refused(device: Device, mover: CudaMover) -> None:
+    elsewhere = torch.zeros(BLOCKS, PAGE, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="allocate_host"):
+        mover.save(0, IDS, elsewhere, PAGES, mover.fence_compute())
+    with pytest.raises(ValueError, match="allocate_host"):
+        mover.load(0, elsewhere, PAGES, IDS, mover.fence_compute())
+    with pytest.raises(IndexError):
+        mover.load(0, elsewhere, PAGES, IDS + BLOCKS, mover.fence_compute())
+    assert not device.copies
+
+
+def test_a_copy_waits_until_its_memory_is_pinned(device: Device, mover: CudaMover) -> None:
+    device.may_register.clear()
+    host = mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
+    thread = threading.Thread(target=mover.load, args=(0, host, PAGES, IDS, mover.fence_compute()))
+    thread.start()
+    thread.join(0.05)
+    assert not device.copies
+    device.may_register.set()
+    thread.join(30)
+    assert len(device.copies) == 1
+
+
+def test_memory_that_cannot_be_pinned_takes_part_in_no_copy(
+    device: Device, mover: CudaMover
+) -> None:
+    device.result = 2
+    host = mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
+    with pytest.raises(RuntimeError, match=r"out of memory.*host\.capacity"):
+        mover.load(0, host, PAGES, IDS, mover.fence_compute())
+    assert not device.copies
+
+
+def test_memory_is_pinned_whole_and_let_go_at_the_end(device: Device, mover: CudaMover) -> None:
+    memory = mover.allocate_host(10_000)
+    base = memory.data_ptr()
+    mover.load(0, memory[:PAGE].view(1, PAGE), IDS[:0], IDS[:0], mover.fence_compute())
+    assert device.registered == {base: 4096, base + 4096: 4096, base + 8192: 1808}
+    mover.close()
+    mover.close()
+    assert not device.registered
+    memory.fill_(1)
+
+
+@pytest.fixture
+def real_page_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
+    pytest.importorskip("triton", reason="compiling the kernel needs the package triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(sys.modules, PAGE_COPY, raising=False)
+    yield importlib.import_module(PAGE_COPY)
+    sys.modules.pop(PAGE_COPY)
+
+
+def accesses(page_copy: ModuleType, capability: int, word: int, aligned: bool) -> set[str]:
+    """How the kernel, compiled for a device that is not here, reads and writes pages."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = page_copy._copy_tiles
+    constants = {
+        "word_type": page_copy._WORDS[word],
+        "word_bytes": word,
+        "tile_words": page_copy.TILE_BYTES // word,
+        "programs": page_copy.PROGRAMS,
+    }
+    types = {"source": "*u8", "target": "*u8", "pairs": "*i64"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    sixteens = ["pairs"]
+    if aligned:
+        sixteens += ["source", "source_stride", "target", "target_stride", "page_bytes"]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sixteens},
+    )
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    found: set[str] = set(re.findall(r"(?:ld|st)\.global\S*", compiled.asm["ptx"]))
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_aligned_pages_are_copied_sixteen_bytes_at_a_time(
+    real_page_copy: ModuleType, capability: int
+) -> None:
+    assert accesses(real_page_copy, capability, word=8, aligned=True) == {
+        "ld.global.v2.b64",
+        "st.global.v2.b64",
+        "ld.global.b64",  # the page ids
+    }
+
+
+def test_pages_on_odd_addresses_are_copied_byte_by_byte(real_page_copy: ModuleType) -> None:
+    assert accesses(real_page_copy, 90, word=1, aligned=False) == {
+        "ld.global.b8",
+        "st.global.b8",
+        "ld.global.b64",  # the page ids
+    }
+
+
+@pytest.mark.parametrize(
+    ("offset", "stride", "page", "word"),
+    [
+        (0, 64, 64, 8),
+        (8, 72, 64, 8),
+        (4, 64, 64, 4),
+        (0, 66, 64, 2),
+        (0, 64, 60, 4),
+        (1, 64, 64, 1),
+    ],
+)
+def test_words_divide_every_address(
+    real_page_copy: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    offset: int,
+    stride: int,
+    page: int,
+    word: int,
+) -> None:
+    launched: dict[str, object] = {}
+    launcher: Callable[..., None] = lambda *_, **named: launched.update(named)  # noqa: E731
+    monkeypatch.setattr(real_page_copy, "_copy_tiles", {(real_page_copy.PROGRAMS,): launcher})
+    cache, host = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1024, dtype=torch.uint8)
+    pairs = torch.zeros((1, 2), dtype=torch.int64)
+    real_page_copy.copy_pages(cache[offset:], stride, host, page, pairs, page)
+    assert launched["word_bytes"] == word
+    real_page_copy.copy_pages(host, page, cache[offset:], stride, pairs, page)
+    assert launched["word_bytes"] == word
