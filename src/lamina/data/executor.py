@@ -210,9 +210,9 @@ class Executor:
         self._finish_loads()
         arrived: set[str] = set()
         for run in list(self._parked):
-            if not run.over and run.expired:
+            if run.expired and not run.landed:
                 run.give_up("deadline")
-            if run.over:
+            if run.landed:
                 self._parked.remove(run)
                 self._settle(run)
                 arrived.update(load.order.request_id for load in run.loads)

@@ -278,6 +278,11 @@ class LoadRun:
         """Whether every row has arrived or was given up."""
         return self._arrived[-1].is_set() and all(event.is_set() for event in self._arrived)
 
+    @property
+    def landed(self) -> bool:
+        """Whether the run is over and the device has carried out every copy."""
+        return self.over and all(fence.passed() for fences in self._fences for fence in fences)
+
     def _submit_next(self) -> None:
         with self._lock:
             row = self._submitted
