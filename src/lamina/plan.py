@@ -12,7 +12,7 @@ that control no longer knows, and is dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import NewType
 
 TransferId = NewType("TransferId", int)
@@ -22,14 +22,14 @@ ChunkKey = NewType("ChunkKey", bytes)
 """Content address of one chunk; :data:`lamina.keys.KEY_BYTES` long."""
 
 
-class TierName(str, Enum):
+class TierName(StrEnum):
     """Where chunks are kept."""
 
     HOST = "host"
     DISK = "disk"
 
 
-class LoadMode(str, Enum):
+class LoadMode(StrEnum):
     """How a load runs."""
 
     LAYERWISE = "layerwise"
@@ -38,7 +38,7 @@ class LoadMode(str, Enum):
     """Between steps; the request is resumed when the load is done."""
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """What a receipt says of its transfer."""
 
     SOURCE_FREE = "source_free"

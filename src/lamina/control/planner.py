@@ -264,9 +264,7 @@ class Planner:
         for tier in self._catalog.tiers.values():
             tier.use([place.key for place in record.hit.places])
         self._loads.append(
-            LoadOrder(
-                transfer.id, transfer.request_id, record.mode, tuple(chunks), float(deadline)
-            )
+            LoadOrder(transfer.id, transfer.request_id, record.mode, tuple(chunks), float(deadline))
         )
         for tier_name, count in self.hit_sources(record.view.request_id).items():
             self._meter.count("hit_tokens", count, tier=tier_name.value)
@@ -431,7 +429,7 @@ class Planner:
             )  # fmt: skip
             if transfer.lease is not None:
                 # What is read from now on may be another request's block: never show it.
-                transfer.poisoned = True
+                self._poison(transfer)
                 transfer.lease.release()
 
     # -- receipts ----------------------------------------------------------------------------
@@ -496,9 +494,27 @@ class Planner:
     def _poison_since(self, step: int) -> None:
         for transfer in self._transfers.live():
             if transfer.kind is Kind.SAVE and transfer.step >= step:
-                transfer.poisoned = True
+                self._poison(transfer)
         for record in self._requests.values():
             record.next_save = 0
+
+    def _poison(self, transfer: Transfer) -> None:
+        """What a save or write brings must never become visible. Its key is free at once, so that
+        a good copy can be made; its slot only when nothing is written there any more."""
+        if not transfer.poisoned:
+            transfer.poisoned = True
+            target = transfer.chunks[-1]
+            tier = self._catalog.tiers[target.tier]
+            tier.lease(target.slot)
+            tier.abandon(target.key)
+
+    def _give_back_target(self, transfer: Transfer) -> None:
+        target = transfer.chunks[-1]
+        tier = self._catalog.tiers[target.tier]
+        if transfer.poisoned:
+            tier.release(target.slot)
+        else:
+            tier.abandon(target.key)
 
     def _settle_save(self, transfer: Transfer) -> None:
         assert transfer.lease is not None
@@ -506,7 +522,7 @@ class Planner:
         self._transfers.close(transfer)
         (place,) = transfer.chunks
         if transfer.state is State.FAILED or transfer.poisoned:
-            self._catalog.host.abandon(place.key)
+            self._give_back_target(transfer)
             reason = transfer.reason or "poisoned"
             self._meter.count("failures", 1, kind=f"save_{reason}")
             return
@@ -523,7 +539,7 @@ class Planner:
         assert disk is not None
         self._catalog.host.release(source.slot)
         if transfer.state is State.FAILED:
-            disk.abandon(target.key)
+            self._give_back_target(transfer)
             self._drop_disk.append(target.slot)
             self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'unknown'}")
             return
@@ -541,7 +557,7 @@ class Planner:
         self._backlog.clear()
         for transfer in self._transfers.live():
             if transfer.kind is not Kind.LOAD:
-                transfer.poisoned = True
+                self._poison(transfer)
         for record in self._requests.values():
             record.next_save = 0
             record.hit = FoundPrefix()
@@ -549,9 +565,10 @@ class Planner:
     @property
     def has_work(self) -> bool:
         """Whether the engine must keep stepping so that orders go out and receipts come in."""
-        return bool(
-            self._saves or self._loads or self._drop_disk or self._backlog
-        ) or self._transfers.pending
+        return (
+            bool(self._saves or self._loads or self._drop_disk or self._backlog)
+            or self._transfers.pending
+        )
 
     def gauges(self) -> None:
         """Write the present state of tiers, leases and queues to the meter."""

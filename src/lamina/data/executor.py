@@ -290,7 +290,9 @@ class Executor:
         row = self._row_of_layer.get(layer)
         if row is None and layer not in self._unknown_layers:
             self._unknown_layers.add(layer)
-            log.warning("layer %r has no row in the cache geometry; nothing is loaded for it", layer)
+            log.warning(
+                "layer %r has no row in the cache geometry; nothing is loaded for it", layer
+            )
         return row
 
 

@@ -92,7 +92,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker --------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """vLLM has allocated its cache."""
+        """VLLM has allocated its cache."""
         self._on_worker.open(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -151,7 +151,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     # -- scheduler -----------------------------------------------------------------------------
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """vLLM's cache manager exists now."""
+        """VLLM's cache manager exists now."""
         self._on_scheduler.bind(kv_cache_manager)
 
     def set_xfer_handshake_metadata_pp_aware(

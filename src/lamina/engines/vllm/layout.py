@@ -86,7 +86,7 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     if configured % block:
         raise ValueError(
             f"chunk_tokens: {configured} is not a whole number of blocks; vLLM's block size here "
-            f"is {block}, so use a multiple of it or \"auto\""
+            f'is {block}, so use a multiple of it or "auto"'
         )
     return configured
 
@@ -116,9 +116,7 @@ def bind(
     allocations: dict[int, tuple[int, torch.Tensor]] = {}
     places: dict[tuple[int, int], tuple[list[str], int, int]] = {}
     page_bytes = {
-        layer: size
-        for group in cache.kv_cache_groups
-        for layer, size in _page_bytes(group).items()
+        layer: size for group in cache.kv_cache_groups for layer, size in _page_bytes(group).items()
     }
     for tensor in cache.kv_cache_tensors:
         for position, layer in enumerate(tensor.layers):
@@ -170,9 +168,7 @@ def describe(cache: KVCacheConfig) -> str:
 
 def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:
     """Bytes of one page of every layer, in vLLM's order of layers."""
-    return tuple(
-        size for group in cache.kv_cache_groups for size in _page_bytes(group).values()
-    )
+    return tuple(size for group in cache.kv_cache_groups for size in _page_bytes(group).values())
 
 
 def _page_bytes(group: KVCacheGroupSpec) -> dict[str, int]:
@@ -191,5 +187,5 @@ def _flat(view: torch.Tensor, base: int, size: int, layer: str) -> torch.Tensor:
             "lays its cache out in a way that Lamina does not know"
         )
     flat = torch.empty(0, dtype=torch.uint8, device=view.device)
-    flat.set_(storage, start, (size,), (1,))  # type: ignore[call-overload]
+    flat.set_(storage, start, (size,), (1,))
     return flat

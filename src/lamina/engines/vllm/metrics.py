@@ -22,6 +22,8 @@ _SEPARATOR = "\x1f"
 class LaminaStats(KVConnectorStats):
     """Readings in the shape that vLLM ships between its processes: nested plain dicts."""
 
+    data: dict[str, Any]
+
     @classmethod
     def of(cls, readings: Readings) -> LaminaStats:
         """Pack readings."""

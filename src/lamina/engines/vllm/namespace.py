@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+
 import torch
 import vllm
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -76,7 +77,7 @@ def _speculation(vllm_config: VllmConfig) -> str:
 
 
 def _engine_format(vllm_config: VllmConfig) -> str:
-    """vLLM's attention kernels arrange bytes inside a page as suits them and the hardware."""
+    """VLLM's attention kernels arrange bytes inside a page as suits them and the hardware."""
     backend = vllm_config.attention_config.backend
     parts = [f"vllm {vllm.__version__}", str(backend), current_platform.device_type]
     if current_platform.is_cpu():

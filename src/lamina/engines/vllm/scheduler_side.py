@@ -55,7 +55,7 @@ class SchedulerSide:
         self._moved = True
 
     def bind(self, manager: KVCacheManager) -> None:
-        """vLLM's cache manager exists now."""
+        """VLLM's cache manager exists now."""
         self._manager = manager
 
     def open(self, messages: Mapping[tuple[int, int], object]) -> None:
@@ -100,7 +100,7 @@ class SchedulerSide:
         return hit.tokens, hit.mode is LoadMode.PARKED
 
     def admitted(self, request: Request, loaded: int) -> None:
-        """vLLM has given the request its blocks."""
+        """VLLM has given the request its blocks."""
         self.planner.admitted(request.request_id, loaded)
         self._moved = True
 

@@ -55,7 +55,7 @@ class WorkerSide:
         return self._executor is not None and self._executor.moves_rows
 
     def open(self, views: Mapping[str, torch.Tensor]) -> None:
-        """vLLM's caches exist now: bind to them and open the tiers.
+        """VLLM's caches exist now: bind to them and open the tiers.
 
         Args:
             views: per layer, vLLM's view of its cache.
