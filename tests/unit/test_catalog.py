@@ -1,4 +1,4 @@
-"""The catalog shows only complete chunks, never reuses a leased slot, and evicts the rest by use."""
+"""The catalog shows only complete chunks, never reuses a leased slot, evicts the rest by use."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.data.tiers.disk_checksum import agree, checksum, key_tags
@@ -25,6 +25,7 @@ def sums(data: np.ndarray) -> np.ndarray:
     return np.array([checksum(extent) for extent in data], np.uint32)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(0, 99))
 def test_sound_extents_agree_with_their_crc(shape: tuple[int, int], seed: int) -> None:
     data = extents(shape, seed)
@@ -32,6 +33,7 @@ def test_sound_extents_agree_with_their_crc(shape: tuple[int, int], seed: int) -
     assert agree(data, sums(data)).tolist() == [True] * shape[0]
 
 
+@settings(deadline=None)
 @given(shapes.filter(lambda shape: shape[0] > 0), st.integers(0, 99), st.data())
 def test_a_flipped_bit_is_found_where_it_is(
     shape: tuple[int, int], seed: int, draw: st.DataObject

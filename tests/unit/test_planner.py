@@ -491,10 +491,19 @@ def test_a_damaged_disk_chunk_is_forgotten_on_disk_too() -> None:
 def test_only_what_every_rank_found_on_disk_is_hit() -> None:
     engine = Engine(disk_slots=8)
     keys = engine.save(View("a", prompt(70))).saves
+    slots_of_rank = ((0, 1), (0, 3))
     reports = [
-        RankReport(0, 4, 8, CHUNK_BYTES, tuple(StoredChunk(o.key, i, 1.0) for i, o in enumerate(keys))),
-        RankReport(1, 4, 8, CHUNK_BYTES, (StoredChunk(keys[0].key, 0, 1.0), StoredChunk(keys[1].key, 3, 1.0))),
-    ]  # fmt: skip
+        RankReport(
+            rank,
+            host_slots=4,
+            disk_slots=8,
+            chunk_bytes=CHUNK_BYTES,
+            stored=tuple(
+                StoredChunk(order.key, slot, 1.0) for order, slot in zip(keys, slots, strict=True)
+            ),
+        )
+        for rank, slots in enumerate(slots_of_rank)
+    ]
     settings = load_config({"disk": {"path": "/store", "capacity": "1GiB"}}, {})
     planner = Planner(settings, ChunkShape(BLOCK, CHUNK), b"namespace", Pool(), reports, Meter())
     assert planner.lookup(View("b", prompt(70)), 0).tokens == 32

@@ -171,7 +171,7 @@ def require_whole(option: str, tokens: int, block_size: int) -> None:
         ValueError: names the option and the next number that would do.
     """
     chunk = chunk_tokens_for(block_size)
-    if tokens % chunk:
+    if tokens < chunk or tokens % chunk:
         nearest = max(1, round(tokens / chunk)) * chunk
         raise ValueError(
             f"{option} must be a whole number of chunks of {chunk} tokens, so that all of them can "

@@ -29,7 +29,7 @@ from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import ChunkKey, ChunkLoad, LoadOrder, Outcome, TierName, TransferReceipt
 
 PIECE_BYTES = 8 << 20
-"""Bytes of one row that one thread moves at a time: large enough to stream, small enough to share."""
+"""Bytes of one row that one thread moves at a time: enough to stream, little enough to share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Load:
 
     @property
     def first_bad(self) -> int:
-        """Index of the first chunk that could not be delivered; the number of chunks if all could."""
+        """Index of the first chunk that could not be delivered; past the end if all could."""
         return min(self.bad, default=len(self.order.chunks))
 
     def fail(self, chunks: Sequence[int], reason: str) -> None:

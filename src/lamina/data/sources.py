@@ -60,7 +60,7 @@ class DiskSource:
         self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
         self._extent_bytes = geometry.extent_bytes
         self._per_chunk = geometry.blocks_per_chunk
-        size = align_up(max(PIECE_BYTES, max(geometry.extent_bytes)))
+        size = align_up(max(PIECE_BYTES, *geometry.extent_bytes))
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for _ in range(LOAD_THREADS):
             self._staging.put(mover.allocate_host(size))

@@ -45,7 +45,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("lookups", _C, "Requests admitted after a lookup"),
         Metric("lookup_tokens", _C, "Tokens of admitted requests"),
-        Metric("hit_tokens", _C, "Tokens found, by where they were: engine, host or disk", ("tier",)),
+        Metric("hit_tokens", _C, "Tokens found, by where they were", ("tier",)),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
         Metric("save_bytes", _C, "Bytes saved from the engine to the host tier"),

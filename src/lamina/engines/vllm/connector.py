@@ -109,7 +109,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(kv_connector_metadata, LaminaPlan)
         self._on_worker.begin_step(kv_connector_metadata.plan)
 
-    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         """Right before the forward if the step has layerwise loads, else after it."""
         self._on_worker.executor.start_loads()
 
@@ -122,7 +122,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         layer_name: str,
         kv_layer: torch.Tensor,
         attn_metadata: AttentionMetadata,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """After a layer has written its cache."""
         self._on_worker.executor.layer_written(layer_name)
