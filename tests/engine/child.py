@@ -22,6 +22,7 @@ from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 
 import lamina.engines.vllm.connector  # noqa: F401
 from engine import faults
@@ -94,6 +95,10 @@ class Service:
                 ignore_eos=True,
                 detokenize=False,
                 logprobs=0,
+                # Several samples come together only at the end; one is watched as it grows.
+                output_kind=(
+                    RequestOutputKind.FINAL_ONLY if ask.n > 1 else RequestOutputKind.CUMULATIVE
+                ),
             )
             adapter = self._adapter(ask.adapter)
             self._live[name] = self._engine.add_request(name, prompt, params, lora_request=adapter)

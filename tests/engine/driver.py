@@ -216,7 +216,7 @@ class Engine:
         self.spec = spec
         self._log = log
         self._pipe, theirs = multiprocessing.Pipe()
-        with _child_environment(spec.environment if fresh else {}):
+        with child_environment(spec.environment if fresh else {}):
             forkserver.set_forkserver_preload(["engine.child"])
             context = multiprocessing.get_context("spawn" if fresh else "forkserver")
             self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
@@ -398,7 +398,7 @@ def enter_child(log: Path) -> None:
 
 
 @contextmanager
-def _child_environment(more: Mapping[str, str]) -> Iterator[None]:
+def child_environment(more: Mapping[str, str]) -> Iterator[None]:
     """The environment that an interpreter starts with: children find this package and Lamina
     whatever is installed, and compute on one thread, because two that wait for each other on a
     busy machine take many times as long."""

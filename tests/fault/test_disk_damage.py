@@ -12,8 +12,10 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +204,8 @@ def test_any_damage_to_the_index_costs_at_most_what_was_stored(
             assert chunk.last_used >= 0
         for slot in range(SLOTS):
             sound(tier, slot, slot)
+        put(tier, {0: 9, 3: 8})
+        assert sound(tier, 9, 0) == sound(tier, 8, 3) == [True] * 3
         tier.close()
 
 
@@ -216,6 +220,18 @@ def test_a_damaged_index_is_kept_aside(store: Path, caplog: pytest.LogCaptureFix
     tier.close()
     tier = open_tier(store)
     assert len(tier.stored()) == 1
+    tier.close()
+
+
+def test_damage_that_only_a_later_write_would_meet_is_found_at_the_start(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with file_of(store, "sqlite").open("r+b") as index:
+        index.seek(32)  # of the file header: the first free page, and how many there are
+        index.write(bytes([0, 0, 0, 2, 0, 0, 0, 1]))
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert "is damaged" in caplog.text
     tier.close()
 
 
@@ -238,6 +254,39 @@ def test_an_index_of_an_earlier_time_never_delivers_what_came_later(store: Path)
     assert sound(tier, 0, 0) == [False] * 3
     assert sound(tier, 5, 0) == [False] * 3
     assert sound(tier, 1, 1) == [True] * 3
+    tier.close()
+
+
+def test_an_index_with_keys_in_the_wrong_slots_delivers_nothing(store: Path) -> None:
+    with closing(sqlite3.connect(file_of(store, "sqlite"))) as index, index:
+        for slot, number in ((0, 1), (1, 0)):
+            index.execute("UPDATE chunk SET key = ? WHERE slot = ?", (key(number), slot))
+    tier = open_tier(store)
+    assert len(tier.stored()) == SLOTS
+    assert sound(tier, 1, 0) == sound(tier, 0, 1) == [False] * 3
+    assert tier.failures == {ReadFailure.CHECKSUM: 6}
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "slot = slot + 1000",
+        "slot = slot - 2",
+        "key = substr(key, 2)",
+        "key = substr(hex(key), 1, 20)",
+        "checksums = checksums || x'00'",
+        "last_used = 'yesterday'",
+    ],
+)
+def test_an_index_that_makes_no_sense_is_not_used(
+    store: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(sqlite3.connect(file_of(store, "sqlite"))) as index, index:
+        index.execute(f"UPDATE chunk SET {change} WHERE slot = 1")
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    assert "make no sense" in caplog.text
     tier.close()
 
 
@@ -286,6 +335,20 @@ def test_what_was_begun_and_not_committed_is_gone_after_a_kill(store: Path) -> N
     for number in (0, 8):
         assert sound(tier, number, 0) == [False] * 3
     assert sound(tier, 2, 2) == [True] * 3
+    tier.close()
+
+
+def test_use_is_written_with_what_is_committed_next(tmp_path: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        put(tier, {0: 1})
+        put(tier, {1: 2})
+        tier.note_used([0])
+        put(tier, {2: 3})
+
+    killed_after(tmp_path, work)
+    tier = open_tier(tmp_path)
+    used = {chunk.slot: chunk.last_used for chunk in tier.stored()}
+    assert used[1] < used[0] <= used[2]
     tier.close()
 
 
@@ -356,6 +419,34 @@ def test_a_path_that_cannot_be_written_to_is_refused_by_name(tmp_path: Path) -> 
             open_tier(path)
 
 
+def test_a_kernel_without_asynchronous_io_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.data.tiers.disk_aio._SETUP", 9999)
+    with pytest.raises(StoreError, match=r"no asynchronous I/O .*: allow io_setup"):
+        open_tier(tmp_path)
+
+
+def test_a_kernel_that_has_no_more_queues_makes_a_counted_miss(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(store)
+    run = AioQueue.run
+    inside: list[list[bool]] = []
+
+    def meanwhile(self: AioQueue, *arguments: object) -> np.ndarray:
+        monkeypatch.setattr(AioQueue, "run", run)
+        monkeypatch.setattr("lamina.data.tiers.disk_aio._SETUP", 9999)
+        inside.append(sound(tier, 0, 0))  # the only queue is taken, and there is no other
+        return run(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AioQueue, "run", meanwhile)
+    assert sound(tier, 1, 1) == [True] * 3
+    assert inside == [[False] * 3]
+    assert tier.failures == {ReadFailure.IO_ERROR: 3}
+    tier.close()
+
+
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def full(file: int, offset: int, size: int) -> None:
@@ -380,20 +471,28 @@ def test_a_disk_that_is_full_after_all_is_refused_and_given_back(tmp_path: Path)
     assert list(tmp_path.rglob("*.slab")) == []
 
 
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """No file can be written beyond ``limit`` bytes, as if the disk were full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 # -- writing -------------------------------------------------------------------------------------
 
 
-def test_a_write_that_the_disk_refuses_is_an_error_and_no_chunk(store: Path) -> None:
+@pytest.mark.parametrize("limit", [0, EXTENTS[0] // 2])
+def test_a_write_that_the_disk_refuses_or_takes_in_part_is_an_error_and_no_chunk(
+    store: Path, limit: int
+) -> None:
     tier = open_tier(store)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     tier.begin([0])
-    tier.write_row(0, [0], [content(7, 0)])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (EXTENTS[0], limits[1]))
-    try:
-        with pytest.raises(OSError, match="cannot write"):
-            tier.write_row(1, [0], [content(7, 1)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(limit), pytest.raises(OSError, match="cannot write"):
+        tier.write_row(0, [0], [content(7, 0)])
     assert sound(tier, 7, 0) == sound(tier, 0, 0) == [False] * 3
     put(tier, {0: 7})
     assert sound(tier, 7, 0) == [True] * 3
@@ -420,13 +519,8 @@ def test_bytes_that_do_not_become_durable_are_no_chunk(
 
 def test_an_index_that_cannot_be_written_is_an_error_and_no_chunk(store: Path) -> None:
     tier = open_tier(store)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        with pytest.raises(OSError, match="index of the disk tier"):
-            tier.begin([0])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(0), pytest.raises(OSError, match="index of the disk tier"):
+        tier.begin([0])
     assert sound(tier, 0, 0) == [False] * 3
     with pytest.raises(ValueError, match="begun"):
         tier.write_row(0, [0], [content(7, 0)])

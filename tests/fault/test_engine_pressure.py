@@ -83,10 +83,8 @@ def test_abort_while_a_parked_load_is_under_way(llama: Path, fleet: Fleet, start
     engine.abort([first])
     # Blocks that the load still writes must not go to the next request.
     engine.submit(CROWD[2:])
-    answers = engine.drain()
-    assert not differences(answers[:1], expected[1:2]) or len(answers) == 7
-    by_name = sorted(answers, key=lambda answer: int(answer.name[1:]))
-    assert not differences(by_name, expected[1:])
+    answers = sorted(engine.drain(), key=lambda answer: int(answer.name[1:]))
+    assert not differences(answers, expected[1:])
     expect_nothing_held(engine, free)
     engine.forget()
     assert not differences(engine.generate(CROWD[:1]), expected[:1])
@@ -123,7 +121,7 @@ def test_abort_after_the_prompt(llama: Path, fleet: Fleet, start: Start) -> None
 def test_several_samples(llama: Path, fleet: Fleet, mode: str) -> None:
     asks = [Ask(prompt(60 + n, 300), n=n, seed=n, max_tokens=70) for n in (2, 3)]
     expected = fleet.get(EngineSpec(llama)).generate(asks)
-    assert len(set(expected[1].samples)) == 3
+    assert [len(set(answer.samples)) for answer in expected] == [2, 3]
     engine = fleet.get(EngineSpec(llama, {"load": {"mode": mode}}))
     assert not differences(engine.generate(asks), expected)
     engine.forget()

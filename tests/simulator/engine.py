@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Self
+from unittest.mock import patch
 
 from lamina.control.planner import ChunkShape, Planner
 from lamina.observe.metrics import Meter
@@ -63,6 +65,7 @@ class Simulator:
         self._clock = self._world.read if virtual else time.monotonic
         self._weights = 0
         self._submitted = 0
+        self._hurried = threading.Event()
         self._queue: deque[Step] = deque()
         self._outstanding: Counter[str] = Counter()
         self._last_progress = 0
@@ -71,7 +74,7 @@ class Simulator:
         self._pool = EnginePool(options.blocks, options.prefix_caching, self._watch.reused)
         self._leased = LeasedPool(self._pool)
         self._around = Surroundings(
-            self._sky, self._ledger, self._pump, self._clock, store or Path("/nowhere")
+            self._sky, self._ledger, self._pump, self._stall, self._clock, store or Path("/nowhere")
         )
 
     def __enter__(self) -> Self:
@@ -79,12 +82,15 @@ class Simulator:
         if self._virtual:
             self._exit.enter_context(self._world.entered())
         options = self.options
+        piece = options.piece_chunks * options.chunk_bytes // options.rows
+        for module in ("load_pipeline", "sources"):
+            self._exit.enter_context(patch(f"lamina.data.{module}.PIECE_BYTES", piece))
         self._ranks: list[Rank] = []
         for number in range(options.ranks):
             rank = Rank(number, options, self._around)
             self._exit.callback(rank.executor.close)
             self._ranks.append(rank)
-        self._exit.callback(self._world.hurry)
+        self._exit.callback(self.hurry)
         self._planner = Planner(
             options.config(self._around.store),
             ChunkShape(BLOCK_TOKENS, options.chunk_tokens),
@@ -156,6 +162,15 @@ class Simulator:
     def hurry(self) -> None:
         """Everything slow or hanging comes back."""
         self._world.hurry()
+        self._hurried.set()
+        self._hurried = threading.Event()
+
+    def damage_disk(self) -> None:
+        """Bits flip on disk."""
+        if self.options.disk_slots:
+            self._note("damage")
+            self._watch.disk_is_damaged = True
+            self._random.choice(self._ranks).damage_disk()
 
     def reset(self) -> None:
         """Forget what is kept outside of the engine."""
@@ -235,7 +250,7 @@ class Simulator:
             self._watch.reported(outcomes.receipt)
             lost |= outcomes.lost_blocks
             misreads += wrong
-            for request_id in outcomes.arrived:
+            for request_id in sorted(outcomes.arrived):
                 self._outstanding[request_id] += 1
                 if self._outstanding[request_id] == self.options.ranks:
                     del self._outstanding[request_id]
@@ -286,13 +301,25 @@ class Simulator:
                 raise Violation("the engine would step for ever")
         # What hangs comes back at last, when nobody believes in it any more.
         self.weather = Weather()
-        self._world.hurry()
-        for _ in range(100):
-            self._world.settle()
+        self.hurry()
+        for _ in range(PATIENCE):
+            if self._virtual:
+                self._world.settle()
+            else:
+                time.sleep(STEP_SECONDS)
             self._step(plan=True)
             while self._queue:
                 self._finish_step(self._queue.popleft())
+            if self._watch.is_quiet:
+                break
         self._watch.check_end()
+
+    def _stall(self, seconds: float | None = None) -> None:
+        if self._virtual:
+            self._world.stall(seconds)
+        else:
+            seconds = self._sky.delay("load") if seconds is None else 0.0
+            self._hurried.wait(min(seconds, threading.TIMEOUT_MAX))
 
     # -- inside ----------------------------------------------------------------------------------
 

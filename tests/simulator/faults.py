@@ -17,6 +17,10 @@ from lamina.data.tiers.disk_slab import Extent
 from lamina.plan import ChunkKey, Receipt, TransferReceipt
 
 
+WRITE_TIME = 0.1
+"""Deadlines that the write of a stalled load into the engine takes at most."""
+
+
 class InjectedError(OSError):
     """The weather's own."""
 
@@ -34,6 +38,7 @@ class Weather:
         twice: of a receipt, that it is delivered again.
         stale: of a step, that a receipt of long ago is delivered again.
         shuffled: of a delivery, that the receipts in it change places.
+        overtaken: of a receipt, that it is held back and later ones are not.
         write_error: of a call that changes the disk, that it raises.
     """
 
@@ -45,6 +50,7 @@ class Weather:
     twice: float = 0.0
     stale: float = 0.0
     shuffled: float = 0.0
+    overtaken: float = 0.0
     write_error: float = 0.0
 
     @classmethod
@@ -63,6 +69,7 @@ class Weather:
             twice=chance(0.5),
             stale=chance(0.5),
             shuffled=chance(1.0),
+            overtaken=chance(0.5),
             write_error=chance(0.5),
         )
 
@@ -77,12 +84,13 @@ class Sky:
 
     Attributes:
         weather: may be changed at any time.
+        deadline: the unit of slowness, in seconds.
     """
 
     def __init__(self, random: Random, deadline: float, slow_loads: bool) -> None:
         self.weather = Weather()
         self.random = random
-        self._deadline = deadline
+        self.deadline = deadline
         self._slow_loads = slow_loads
 
     def strikes(self, probability: float) -> bool:
@@ -96,7 +104,7 @@ class Sky:
         if self.strikes(self.weather.hang):
             return math.inf
         if self.strikes(self.weather.slow):
-            return self.random.random() * 3 * self._deadline
+            return self.random.random() * 3 * self.deadline
         return 0.0
 
 
@@ -109,6 +117,8 @@ class RainySource:
         blocks_per_chunk: blocks in a chunk.
         fallible: whether this tier may fail at all.
         check: called with what is about to be written into the engine, once that was admitted.
+        stall: called where a job may take its time: without an argument where there is no telling
+            how long, else with seconds.
     """
 
     def __init__(
@@ -118,8 +128,10 @@ class RainySource:
         blocks_per_chunk: int,
         fallible: bool,
         check: Callable[[Piece], None],
+        stall: Callable[..., None],
     ) -> None:
         self._inner = inner
+        self._stall = stall
         self._sky = sky
         self._per_chunk = blocks_per_chunk
         self._fallible = fallible
@@ -130,6 +142,7 @@ class RainySource:
     ) -> Fence | None:
         """See :class:`~lamina.data.load_pipeline.RowSource`."""
         sky = self._sky
+        self._stall()
         if self._fallible and sky.strikes(sky.weather.error):
             raise InjectedError("the tier is gone")
         bad: set[int] = set()
@@ -143,6 +156,7 @@ class RainySource:
         def checked() -> bool:
             granted = admit()
             if granted:
+                self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
                 self._check(rest)
             return granted
 
@@ -215,6 +229,10 @@ class Mail:
         if sky.strikes(weather.late):
             cut = sky.random.randint(0, len(now))
             now, self._queue = now[:cut], now[cut:]
+        if weather.overtaken:
+            held = [item for item in now if sky.strikes(weather.overtaken)]
+            now = [item for item in now if item not in held]
+            self._queue = held + self._queue
         self._old.extend(now)
         now += [item for item in now if sky.strikes(weather.twice)]
         if self._old and sky.strikes(weather.stale):

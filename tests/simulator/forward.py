@@ -44,9 +44,9 @@ class Part:
         start = run.position
         self.item = item
         self.trusted = run.state is not RunState.DROPPED
-        self.spoiled = not self.trusted
         self.after = start + item.count
         known = max(0, request.num_tokens - start)
+        self.spoiled = not self.trusted and known == 0  # goes on from a token that did not count
         written = request.hashes[start : start + item.count]
         if self.trusted and known <= item.count:
             drafts = self._sample(item, request, item.count - known, random)
@@ -54,7 +54,7 @@ class Part:
             ledger.note(added, f"a draft of {request.request_id}", request.num_tokens)
             written = np.concatenate([written, np.array(added, np.uint64)])
             self.after -= len(drafts) - (len(item.sampled) - 1)
-        if len(written) < item.count:  # not believed, so that no token is known to be its own
+        if len(written) < item.count:
             written = np.resize(np.append(written, np.uint64(1)), item.count)
         self.written: Stamps = written
         positions = np.arange(start, start + item.count)

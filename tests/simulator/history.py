@@ -33,7 +33,7 @@ class Prompts:
     def draw(self) -> tuple[list[int], int]:
         """A prompt and how many tokens may follow it."""
         random = self._random
-        max_tokens = random.choice((1, 2, 6, 12))
+        max_tokens = random.choice((1, 1, 2, 8))
         most = max(2, self._longest - max_tokens - 4)
         document = random.choice(self._documents)
         prompt = document[: random.randint(1, most)]
@@ -42,13 +42,16 @@ class Prompts:
         return prompt, max_tokens
 
 
-def run_history(seed: int, steps: int, store: Path | None = None) -> Counter[str]:
+def run_history(
+    seed: int, steps: int, store: Path | None = None, *, virtual: bool = True
+) -> Counter[str]:
     """Live through ``steps`` steps, then let everything end.
 
     Args:
         seed: decides.
         steps: how long.
         store: a directory for a disk tier; without one there is none.
+        virtual: whether threads and time are virtual.
 
     Returns:
         What has happened how often.
@@ -59,7 +62,7 @@ def run_history(seed: int, steps: int, store: Path | None = None) -> Counter[str
     random = Random(seed)
     options = Options.draw(random, disk=store is not None)
     prompts = Prompts(random, options.longest)
-    with Simulator(seed, options, store) as simulator:
+    with Simulator(seed, options, store, virtual=virtual) as simulator:
         try:
             for _ in range(steps):
                 happen(simulator, random, prompts)
@@ -76,20 +79,22 @@ def happen(simulator: Simulator, random: Random, prompts: Prompts) -> None:
     """Whatever may happen between two steps."""
     dice = random.random()
     active = simulator.active
-    if dice < 0.30 and len(active) < _BUSY:
+    if dice < 0.35 and len(active) < _BUSY:
         prompt, max_tokens = prompts.draw()
         simulator.submit(prompt, max_tokens, salt=int(random.random() < 0.05))
-    elif dice < 0.33 and active:
+    elif dice < 0.38 and active:
         simulator.abort(random.choice(active))
-    elif dice < 0.36:
-        simulator.preempt()
-    elif dice < 0.38:
-        simulator.weather = Weather.draw(random)
     elif dice < 0.40:
+        simulator.preempt()
+    elif dice < 0.42:
+        simulator.weather = Weather.draw(random)
+    elif dice < 0.44:
         simulator.hurry()
-    elif dice < 0.43:
+    elif dice < 0.47:
         simulator.forget_prefixes()
-    elif dice < 0.433:
+    elif dice < 0.474:
         simulator.reset()
-    elif dice < 0.436:
+    elif dice < 0.476:
         simulator.change_weights()
+    elif dice < 0.48:
+        simulator.damage_disk()

@@ -34,6 +34,7 @@ class Options:
         disk_slots: chunks on disk, 0 for no disk.
         mode: ``load.mode``.
         load_ahead: ``load.load_ahead``.
+        piece_chunks: chunks that one thread loads at a time.
         min_tokens: ``load.min_tokens``.
         deadline: ``load.deadline``, seconds.
         staging: ``load.staging``, bytes.
@@ -57,6 +58,7 @@ class Options:
     disk_slots: int = 0
     mode: Literal["auto", "layerwise", "parked"] = "auto"
     load_ahead: int | Literal["auto"] = "auto"
+    piece_chunks: int = 100
     min_tokens: int = 0
     deadline: float = 0.05
     staging: int = 1 << 20
@@ -73,17 +75,18 @@ class Options:
             rows=random.randint(2, 4),
             blocks=random.choice((28, 40, 64)),
             chunk_blocks=random.randint(1, 3),
-            budget=random.choice((8, 24, 64)),
+            budget=random.choice((12, 40, 100)),
             max_running=random.choice((2, 6)),
             drafts=random.choice((0, 0, 3)),
             asynchronous=random.random() < 0.5,
-            prefix_caching=random.random() < 0.6,
+            prefix_caching=random.random() < 0.5,
             takes_back=takes_back,
             fails_requests=random.random() < 0.2,
-            host_slots=random.choice((2, 8, 40, 100)),
+            host_slots=random.choice((3, 12, 40, 100)),
             disk_slots=random.choice((4, 32)) if disk else 0,
             mode=random.choice(("auto", "layerwise", "layerwise", "parked")),
             load_ahead=random.choice((1, 2, 9, "auto")),
+            piece_chunks=random.choice((1, 2, 100)),
             min_tokens=random.choice((0, 0, 8)),
             staging=random.choice((64, 1 << 20)),
             save_tokens=random.choice(("all", "all", "all", "prompt")),

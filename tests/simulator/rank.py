@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,10 @@ from lamina.data.movers import make_mover
 from lamina.data.sources import tier_sources
 from lamina.data.tiers.disk import DiskTier, StoreNamespace
 from lamina.data.tiers.host import HostTier
-from lamina.geometry import align_up
+from lamina.geometry import DIRECT_IO_ALIGNMENT, align_up
 from lamina.plan import ChunkKey, LoadMode, LoadOrder, TierName, TransferId
 from simulator.content import Ledger, Stamps, Violation
-from simulator.faults import Mail, RainyDisk, RainySource, Sky
+from simulator.faults import WRITE_TIME, Mail, RainyDisk, RainySource, Sky
 from simulator.forward import Pages, Part
 from simulator.options import Options
 from simulator.request import Blocks, Run
@@ -64,6 +65,7 @@ class Surroundings:
         sky: what goes wrong.
         ledger: names stamps.
         pump: lets threads run for a while.
+        stall: called by a thread where it may take its time.
         clock: the time.
         store: directory of the disk tier.
         violations: what pool threads have found.
@@ -72,6 +74,7 @@ class Surroundings:
     sky: Sky
     ledger: Ledger
     pump: Callable[[], None]
+    stall: Callable[..., None]
     clock: Callable[[], float]
     store: Path
     violations: list[Violation] = field(default_factory=list)
@@ -118,6 +121,7 @@ class Rank:
                 options.chunk_blocks,
                 options.takes_back or tier is TierName.DISK,
                 self._check_write,
+                around.stall,
             )
             for tier, source in tier_sources(self._host, self._disk, mover, geometry).items()
         }
@@ -154,7 +158,7 @@ class Rank:
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
         deadline = self._options.deadline
-        if waited > deadline * 1.01:
+        if waited > deadline * (1.01 + WRITE_TIME):
             raise Violation(f"the forward waited {waited:.3f} s, the deadline is {deadline} s")
         return outcomes, misreads
 
@@ -179,9 +183,11 @@ class Rank:
         for part in parts:
             self.pages.write(part, rows)
         for part in parts:
-            if part.trusted and (found := self.pages.misread(part, rows)) is not None:
+            if (found := self.pages.misread(part, rows)) is not None:
                 part.spoiled = True
-                misreads.append(Misread(part.item.run, found[0], f"rank {self.number}: {found[1]}"))
+                if part.trusted:
+                    text = f"rank {self.number}: {found[1]}"
+                    misreads.append(Misread(part.item.run, found[0], text))
 
     # -- what must hold ------------------------------------------------------------------------
 
@@ -241,8 +247,23 @@ class Rank:
                 extents.append(into[0].copy())
         return np.stack([e.view(np.uint64) for e in extents]) ^ self._salts[:, None]
 
+    def damage_disk(self) -> None:
+        """Flip a bit of what is on disk, behind the back of everybody."""
+        random = self._around.sky.random
+        for slab in self._around.store.rglob(f"rank-{self.number}.slab"):
+            with slab.open("r+b") as file:
+                # Extents are much shorter than the page that each of them starts at.
+                pages = slab.stat().st_size // DIRECT_IO_ALIGNMENT
+                extent = min(self._geometry.extent_bytes)
+                position = random.randrange(pages) * DIRECT_IO_ALIGNMENT + random.randrange(extent)
+                file.seek(position)
+                byte = file.read(1)[0]
+                file.seek(position)
+                file.write(bytes([byte ^ 1 << random.randrange(8)]))
+                file.flush()
+                os.fsync(file.fileno())
+
     @property
     def is_idle(self) -> bool:
         """Whether no parked load is under way and control knows everything."""
         return not self._parked and self.mail.is_empty
-

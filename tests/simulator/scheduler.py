@@ -85,7 +85,7 @@ class Scheduler:
         self._note = note
         self._some_drafts = some_drafts
         self._arrived: set[str] = set()
-        self._failed: set[str] = set()
+        self._under_way: deque[Step] = deque()
         self._scheduled_steps = 0
         self._processed_steps = 0
         self._deferred: deque[tuple[int, Blocks]] = deque()
@@ -129,7 +129,9 @@ class Scheduler:
             if self.options.asynchronous and not prefilling:
                 request.placeholders += 1 + item.drafts
                 request.drafts = self.options.drafts
-        return Step(items, plan, loads, loads_now)
+        step = Step(items, plan, loads, loads_now)
+        self._under_way.append(step)
+        return step
 
     def _blocks_of(self, request_id: str) -> Blocks:
         run = self.requests[request_id].run
@@ -233,7 +235,8 @@ class Scheduler:
             self._processed_steps += 1
             while self._deferred and self._deferred[0][0] <= self._processed_steps:
                 self._release(self._deferred.popleft()[1])
-        failed = self._take_back(step, set(lost)) if lost else set()
+        failed = self._take_back(set(lost)) if lost else []
+        self._under_way.popleft()
         for item in step.items:
             request = item.run.request
             request.in_flight -= item.count
@@ -276,48 +279,48 @@ class Scheduler:
 
     # -- failed loads --------------------------------------------------------------------------
 
-    def _take_back(self, step: Step, lost: set[int]) -> set[Request]:
-        """Truncate whoever has a lost block, and what was computed on it."""
+    def _take_back(self, lost: set[int]) -> list[Request]:
+        """Cut back whoever has a lost block, and whoever has computed on one."""
+        items = [item for step in self._under_way for item in step.items]
         holders = [*self.parked, *self.running]
-        cut: dict[Request, int] = {}
-        changed = True
-        while changed:
-            changed = False
-            for request in holders:
-                assert request.run is not None
-                blocks = request.run.blocks.ids[: -(-request.computed // BLOCK_TOKENS)]
-                first = next((i for i, block in enumerate(blocks) if block in lost), None)
-                if first is not None and first < cut.get(request, len(blocks)):
-                    cut[request], changed = first, True
-                    lost.update(request.run.blocks.ids[first:])
-        for request, first in cut.items():
-            run = request.run
-            assert run is not None
-            request.computed = first * BLOCK_TOKENS
-            run.blocks.cached = min(run.blocks.cached, first)
-            self._note("take back", request.request_id, request.computed)
-            if request.status is Status.PARKED:
-                self._failed.add(request.request_id)
-                continue
-            if not self.options.takes_back:
-                raise Violation(f"the load of {request.request_id} failed after it was released")
-            run.state = RunState.DROPPED
-            request.run = Run(request, request.computed, run.blocks)
-            request.placeholders = request.drafts = 0
-        for item in step.items:
-            if lost.intersection(item.run.blocks.ids):
-                item.run.state = RunState.DROPPED
+        runs = [*(i.run for i in items), *(r.run for r in holders if r.run is not None)]
+        tables = {run: _computed_blocks(run) for run in runs}
+        before = 0
+        while before < len(lost):
+            before = len(lost)
+            for table in tables.values():
+                lost.update(table[_first(table, lost) :])
         for block in lost:
             self._pool.forget(block)
-        return set(cut)
+        cut = []
+        for run, table in tables.items():
+            if (good := _first(table, lost)) < len(table):
+                if run.request.status is not Status.PARKED:
+                    run.state = RunState.DROPPED
+                if run is run.request.run and run.request in holders:
+                    self._cut(run.request, good)
+                    cut.append(run.request)
+        return cut
+
+    def _cut(self, request: Request, good: int) -> None:
+        """Nothing behind the first ``good`` blocks of a request counts any more."""
+        run = request.run
+        assert run is not None
+        request.computed = good * BLOCK_TOKENS
+        run.blocks.cached = min(run.blocks.cached, good)
+        self._note("cut", request.request_id, request.computed)
+        if request.status is Status.PARKED:
+            return
+        if not self.options.takes_back:
+            raise Violation(f"the load of {request.request_id} failed after it was released")
+        request.run = Run(request, request.computed, run.blocks)
+        request.placeholders = request.drafts = 0
 
     def _promote(self, request: Request) -> bool:
         """A parked request whose load is over waits like any other, with its blocks."""
         if request.request_id not in self._arrived:
             return False
         self._arrived.remove(request.request_id)
-        if request.request_id in self._failed:
-            self._failed.remove(request.request_id)
         self._note("arrived", request.request_id, request.computed)
         if request.computed:
             self._remember(request, request.computed)
@@ -333,7 +336,6 @@ class Scheduler:
         request_id = request.request_id
         under_way = request.status is Status.PARKED and request_id not in self._arrived
         self._arrived.discard(request_id)
-        self._failed.discard(request_id)
         self._leave_queues(request)
         request.status = Status.FINISHED
         covered = -(-request.computed // BLOCK_TOKENS)
@@ -429,3 +431,15 @@ class Scheduler:
     def _release(self, blocks: Blocks) -> None:
         blocks.held = False
         self._pool.release(reversed(blocks.ids))
+
+
+def _computed_blocks(run: Run) -> Sequence[int]:
+    """Blocks of a run that something was computed in or loaded into."""
+    if run is not run.request.run:
+        return run.blocks.ids
+    return run.blocks.ids[: -(-run.request.computed // BLOCK_TOKENS)]
+
+
+def _first(table: Sequence[int], lost: set[int]) -> int:
+    """Index of the first block of a table that is lost; its length if none is."""
+    return next((index for index, block in enumerate(table) if block in lost), len(table))

@@ -1,9 +1,10 @@
 """Virtual threads and virtual time: a seed decides which job runs when.
 
-Lamina's data side has its threads, events and clock from three modules. Inside :meth:`World.entered`
-they are replaced: a job runs when somebody waits or when the simulator says so, whole and on the
-thread that waits; time passes when nothing is left to run before a timeout. A job can be as slow
-as the weather wants, up to never, and is then late, not absent: it still runs when it comes back.
+Lamina's data side has its threads, locks and clock from a few modules. Inside
+:meth:`World.entered` they are replaced: a job runs when somebody waits or when the simulator says
+so, and time passes when nothing is left to run before a timeout. A job may also stall half-way
+(:meth:`World.stall`), for as long as the weather wants, and goes on behind the back of those who
+have given it up. Only one thread runs at any moment, and which one is no accident.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from heapq import heappop, heappush
 from random import Random
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from unittest.mock import patch
 
 from lamina.data.worker_pool import Job, WorkerPool
+from simulator.content import Violation
 
 _PATCHED = {
     "lamina.data.executor.WorkerPool": "pool",
@@ -35,20 +37,23 @@ class World:
 
     Args:
         random: decides the order of jobs.
-        delay: how long a job of the pool of that name is under way before it runs, in seconds;
-            infinity until :meth:`hurry`.
+        delay: for the name of a pool, for how long its next job stalls, in seconds; infinity
+            until :meth:`hurry`.
 
     Attributes:
         now: the time, in seconds.
+        stalls_inside: pools whose jobs call :meth:`stall`; others stall before they begin.
         failures: what jobs raised, oldest first.
     """
 
     def __init__(self, random: Random, delay: Callable[[str], float]) -> None:
         self.now = 1000.0
         self.random = random
+        self.stalls_inside = {"load"}
         self.failures: list[Exception] = []
         self._delay = delay
         self._pools: list[VirtualPool] = []
+        self._running: VirtualThread | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -57,8 +62,8 @@ class World:
             "pool": self._make_pool,
             "threading": SimpleNamespace(
                 Event=lambda: VirtualEvent(self),
+                Condition=lambda: VirtualCondition(self),
                 Lock=threading.Lock,
-                Condition=threading.Condition,
             ),
             "time": SimpleNamespace(perf_counter=self.read, monotonic=self.read),
         }
@@ -83,21 +88,53 @@ class World:
             pass
 
     def hurry(self) -> None:
-        """Make every job due that is under way, however slow it was going to be."""
+        """Make everything due that stalls."""
         for pool in self._pools:
-            pool.busy = [(self.now, job) for _, job in pool.busy]
+            for thread in pool.threads:
+                thread.due = min(thread.due, self.now)
 
     def wait(self, done: Callable[[], bool], timeout: float) -> bool:
-        """Run jobs until ``done``, or until ``timeout`` seconds have passed."""
+        """Run jobs until ``done``, or until ``timeout`` seconds have passed.
+
+        Raises:
+            Violation: if that would be never.
+        """
         end = self.now + timeout
         while not done():
             if self._run_one():
                 continue
-            soonest = min((due for pool in self._pools for due, _ in pool.busy), default=math.inf)
-            self.now = min(max(soonest, self.now), end)
+            soonest = min((t.due for pool in self._pools for t in pool.threads), default=math.inf)
+            if min(soonest, end) == math.inf:
+                raise Violation("somebody waits, without a deadline, for what never comes")
+            self.now = max(self.now, min(soonest, end))
             if soonest > end:
                 return done()
         return True
+
+    def stall(self, seconds: float | None = None) -> None:
+        """Called inside a job, where it may take its time: others go on.
+
+        Args:
+            seconds: for how long; None for as long as the weather wants. Nothing happens to a job
+                for which the weather wants nothing.
+        """
+        thread = self._running
+        if thread is not None and thread.strand is not None:
+            thread.due = self.now + (thread.stalls_for if seconds is None else seconds)
+            thread.strand.stall()
+
+    def _go_on(self, thread: VirtualThread) -> bool:
+        """Run a thread's job until it is over or stalls; says whether it is over."""
+        if not thread.stalls_for:
+            thread.job()
+            return True
+        if thread.strand is None:
+            thread.strand = Strand(thread.job)
+        before, self._running = self._running, thread
+        try:
+            return thread.strand.go_on()
+        finally:
+            self._running = before
 
     def _make_pool(
         self, name: str, threads: int, cores: frozenset[int] | None = None
@@ -107,35 +144,102 @@ class World:
         return pool
 
     def _run_one(self) -> bool:
-        due = []
+        due: list[tuple[VirtualPool, VirtualThread]] = []
         for pool in self._pools:
             pool.take(self._delay)
-            due += [(pool, entry) for entry in pool.busy if entry[0] <= self.now]
+            due += [(pool, thread) for thread in pool.threads if thread.due <= self.now]
         if not due:
             return False
-        pool, entry = due[self.random.randrange(len(due))] if len(due) > 1 else due[0]
-        pool.busy.remove(entry)
+        pool, thread = due[self.random.randrange(len(due))] if len(due) > 1 else due[0]
+        pool.threads.remove(thread)
         try:
-            entry[1]()
+            if not self._go_on(thread):
+                pool.threads.append(thread)
         except Exception as error:
             self.failures.append(error)
         return True
 
 
-class VirtualPool(WorkerPool):
-    """A :class:`~lamina.data.worker_pool.WorkerPool` whose threads are entries in a list.
+class VirtualThread:
+    """A thread of a pool with a job.
+
+    Args:
+        job: the job.
+        stalls_for: seconds that it stalls half-way.
+        due: when it can go on.
 
     Attributes:
-        busy: for each thread that has a job: when the job runs, and the job.
+        strand: the real thread that it needs to stall.
     """
 
-    def __init__(self, world: World, name: str, threads: int) -> None:
+    __slots__ = ("due", "job", "stalls_for", "strand")
+
+    def __init__(self, job: Job, stalls_for: float, due: float) -> None:
+        self.job = job
+        self.stalls_for = stalls_for
+        self.due = due
+        self.strand: Strand | None = None
+
+
+class Strand:
+    """A job on a real thread, of which and the caller exactly one runs.
+
+    Args:
+        job: the job.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> bool:
+        """Run the job until it stalls or is over; says whether it is over."""
+        self._mine.release()
+        self._theirs.acquire()
+        if self._over:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._over
+
+    def stall(self) -> None:
+        """Called inside the job: let the caller go on until it calls :meth:`go_on` again."""
+        self._theirs.release()
+        self._mine.acquire()
+
+    def _run(self) -> None:
+        self._mine.acquire()
+        try:
+            self._job()
+        except Exception as error:
+            self._error = error
+        self._over = True
+        self._theirs.release()
+
+
+class VirtualPool(WorkerPool):
+    """A :class:`~lamina.data.worker_pool.WorkerPool` in a world.
+
+    Args:
+        world: the world.
+        name: as there.
+        size: how many threads.
+
+    Attributes:
+        threads: those that have a job.
+    """
+
+    def __init__(self, world: World, name: str, size: int) -> None:
         self._world = world
         self._name = name
-        self._size = threads
+        self._size = size
         self._count = 0
         self._waiting: list[tuple[tuple[float, int], int, Job]] = []
-        self.busy: list[tuple[float, Job]] = []
+        self.threads: list[VirtualThread] = []
 
     def submit(self, priority: tuple[float, int], job: Job) -> None:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""
@@ -148,13 +252,18 @@ class VirtualPool(WorkerPool):
 
     def close(self, timeout: float) -> bool:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""
-        return self._world.wait(lambda: not self._waiting and not self.busy, timeout)
+        return self._world.wait(lambda: not self._waiting and not self.threads, timeout)
 
     def take(self, delay: Callable[[str], float]) -> None:
         """Give every idle thread its next job."""
-        while self._waiting and len(self.busy) < self._size:
+        while self._waiting and len(self.threads) < self._size:
             job = heappop(self._waiting)[2]
-            self.busy.append((self._world.now + delay(self._name), job))
+            seconds = delay(self._name)
+            if self._name in self._world.stalls_inside:
+                thread = VirtualThread(job, seconds, self._world.now)
+            else:
+                thread = VirtualThread(job, 0.0, self._world.now + seconds)
+            self.threads.append(thread)
 
 
 class VirtualEvent:
@@ -183,3 +292,37 @@ class VirtualEvent:
     def wait(self, timeout: float | None = None) -> bool:
         """See :class:`threading.Event`."""
         return self._world.wait(self.is_set, math.inf if timeout is None else timeout)
+
+
+class VirtualCondition:
+    """A :class:`threading.Condition` that runs jobs while it is waited for.
+
+    No job stalls while it holds one, so there is nothing to lock.
+
+    Args:
+        world: whose jobs.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._notified = False
+
+    def __enter__(self) -> None:
+        """See :class:`threading.Condition`."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """See :class:`threading.Condition`."""
+
+    def notify_all(self) -> None:
+        """See :class:`threading.Condition`."""
+        self._notified = True
+
+    def wait(self) -> None:
+        """See :class:`threading.Condition`."""
+        self._notified = False
+        self._world.wait(lambda: self._notified, math.inf)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lamina.control.catalog import TierCatalog
 from lamina.control.planner import Planner
-from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
+from lamina.plan import ChunkKey, Receipt, SaveOrder, StepPlan, TierName, TransferId
 from simulator.content import Ledger, Stamps, Violation
 from simulator.options import Options
 from simulator.pool import LeasedPool
@@ -25,6 +25,9 @@ class Watch:
     Args:
         options: the engine.
         ledger: names stamps.
+
+    Attributes:
+        disk_is_damaged: whether a disk may fail to deliver what it shows.
     """
 
     def __init__(self, options: Options, ledger: Ledger) -> None:
@@ -34,7 +37,7 @@ class Watch:
         self._orders: dict[TransferId, SaveOrder] = {}
         self._reading: dict[TransferId, set[int]] = {}
         self._readers: dict[int, set[TransferId]] = {}
-        self.published = 0
+        self.disk_is_damaged = False
 
     def attach(self, planner: Planner, ranks: Sequence[Rank], leased: LeasedPool) -> None:
         """Look over these shoulders."""
@@ -101,7 +104,6 @@ class Watch:
         self, tier: TierCatalog, publish: Callable[[ChunkKey], None], key: ChunkKey
     ) -> None:
         publish(key)
-        self.published += 1
         slot = tier.find(key)
         if slot is None:
             raise Violation(f"a chunk was published in {tier.name.value} and is not visible")
@@ -114,6 +116,8 @@ class Watch:
         for rank in self._ranks:
             found = rank.held(tier, slot, key)
             if found is None:
+                if self.disk_is_damaged:
+                    continue
                 raise Violation(f"{tier.value} shows a chunk that rank {rank.number} cannot read")
             wrong = np.argwhere(found != expected)
             if len(wrong):
@@ -136,6 +140,12 @@ class Watch:
 
     # -- the end -----------------------------------------------------------------------------------
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether control knows that everything has ended."""
+        idle = all(rank.is_idle for rank in self._ranks)
+        return idle and not self._planner.has_work and not len(self._planner._transfers)
+
     def check_end(self) -> None:
         """Nothing is left when every request is gone and every transfer has ended."""
         planner = self._planner
@@ -155,6 +165,7 @@ class Watch:
             ],
             "saves without a receipt": list(self._reading),
             "work": planner.has_work,
+            "requests that wait for a load": [r.number for r in self._ranks if not r.is_idle],
             "writes to the gaps between blocks": [
                 rank.number for rank in self._ranks if not rank.pages.gaps_untouched
             ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,12 @@ def test_a_limit_from_below_is_shown_as_one() -> None:
     text = printed(report(Target(Samples("t", (0.99,)), Unit.RATIO, 0.97, at_most=False)))
     assert "≥ 0.970x" in text
     assert "missed" not in text
+
+
+@pytest.mark.parametrize(("busy", "warned"), [(0.5, False), (1.5, True)])
+def test_a_busy_machine_is_no_place_to_measure(busy: float, warned: bool) -> None:
+    made = replace(report(), machine=Machine("a cpu", 2, 1 << 30, busy, {}))
+    assert ("The machine was busy" in printed(made)) is warned
 
 
 def test_this_machine_describes_itself() -> None:

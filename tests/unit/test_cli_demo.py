@@ -20,11 +20,14 @@ from lamina.cli.main import app
 FAKE_SERVER = """
 import json, os, signal, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 folder, mode = Path(os.environ["FAKE_FOLDER"]), os.environ["FAKE_MODE"]
 option = lambda name: sys.argv[sys.argv.index(name) + 1]
 engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+memory = SharedMemory(create=True, size=4096)
+(folder / f"memory-{os.getpid()}").write_text(memory.name)
 with (folder / "pids").open("a") as pids:
     pids.write(f"{os.getpid()} {engine.pid}\\n")
 print("the fake server has", engine.pid)
@@ -100,12 +103,14 @@ def run_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> Result
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Processes of the fake server that still run, and files that the demo did not remove."""
+    """Processes of the fake server that still run, and files and memory that still are there."""
     pids = (folder / "pids").read_text().split()
     deadline = time.monotonic() + 10  # an orphan is reaped by its new parent, not by us
     while (alive := [pid for pid in pids if _is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return [*alive, *(path.name for path in (folder / "tmp").iterdir())]
+    files = [path.name for path in (folder / "tmp").iterdir()]
+    names = (file.read_text() for file in folder.glob("memory-*"))
+    return [*alive, *files, *(name for name in names if Path("/dev/shm", name).exists())]
 
 
 def _is_running(pid: str) -> bool:

@@ -247,6 +247,24 @@ def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_s
     assert by_id[TransferId(3)].outcome is Outcome.FAILED
 
 
+def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.bad_row = len(PAGES) - 1
+    orders = StepPlan(9, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),))
+    rank.executor.begin_step(orders)
+    rank.executor.start_loads()
+    for row in rank.geometry.rows:
+        rank.executor.wait_layer(row.layers[0])
+        rank.executor.layer_written(row.layers[0])
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and len(PAGES) > sum(
+        span.lane is Lane.SAVE and span.step == 9 for span in rank.timeline.spans()
+    ):
+        time.sleep(0.001)
+    rank.executor.end_step()
+    assert {receipt.outcome for receipt in rank.settle(2)} == {Outcome.FAILED}
+
+
 def test_failures_are_known_when_the_engine_asks_before_it_ends_the_step(rank: Rank) -> None:
     rank.save(b"k", 3, (7, 2))
     rank.source.bad_row = 2

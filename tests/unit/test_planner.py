@@ -387,7 +387,27 @@ def test_what_was_computed_on_a_failed_load_never_becomes_visible() -> None:
 def test_after_a_failed_load_the_recomputed_chunks_are_saved_again() -> None:
     engine = Engine()
     failed_load(engine)
-    assert [o.blocks for o in engine.step(("b", 100)).saves] == [(52, 53)]
+    assert [o.blocks for o in engine.step(("b", 100)).saves] == [(52, 53), (54, 55)]
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.FAILED])
+def test_a_save_is_shown_only_when_the_loads_that_the_model_computed_on_are_known_to_be_good(
+    outcome: Outcome,
+) -> None:
+    engine = Engine({"load": {"mode": "layerwise"}}, ranks=2)
+    engine.save(View("a", prompt(70)))
+    engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
+    engine.planner.admitted("b", 64)
+    plan = engine.step(("b", 100))
+    engine.answer(plan.saves[0].transfer)
+    engine.answer(plan.loads[0].transfer, ranks=[1])
+    assert engine.planner._catalog.host.find(plan.saves[0].key) is None
+    assert engine.pool.held == set()
+    assert engine.planner.has_work
+    engine.answer(plan.loads[0].transfer, ranks=[0], outcome=outcome)
+    shown = engine.planner._catalog.host.find(plan.saves[0].key) is not None
+    assert shown == (outcome is Outcome.DONE)
+    assert not engine.planner.has_work
 
 
 def test_a_preempted_request_is_looked_up_anew_and_stale_receipts_change_nothing() -> None:

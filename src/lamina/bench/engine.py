@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
-from lamina.bench.serving import Serving
-from lamina.bench.settings import EngineSpec
+from lamina.bench.serving import FirstToken, Serving
+from lamina.bench.settings import EngineSpec, TokenIds
 
 _ANSWER_TIMEOUT = 600.0
 _EXIT_TIMEOUT = 60.0
@@ -86,6 +86,26 @@ class Engine:
         self.ready()
         self._pipe.send((method, args, kwargs))
         return cast(T, self._answer())
+
+    def first_token(self, prompt: TokenIds, *, hit: int, place: str = "") -> FirstToken:
+        """Time to the first token of ``prompt``, once it is certain where it was hit.
+
+        Args:
+            prompt: what to send.
+            hit: tokens that must be hit, no more and no fewer.
+            place: where: ``engine``, ``host`` or ``disk``.
+
+        Raises:
+            BenchError: if it was hit elsewhere, or as :meth:`call`.
+        """
+        token = self.call(Serving.first_token, prompt)
+        if token.cached != hit or (hit and token.hits.get(place) != hit):
+            raise BenchError(
+                f"engine {self.spec.name!r}: {hit} tokens were to be hit in {place or 'no place'}, "
+                f"but {token.cached} were not computed, found in {token.hits}: this measurement "
+                "would not be what it says"
+            )
+        return token
 
     def close(self) -> None:
         """Shut the engine down: what it is saving and writing comes to its end.

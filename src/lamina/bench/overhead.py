@@ -130,7 +130,7 @@ def measure_save(settings: SaveSettings, progress: Progress) -> Report:
     drained: dict[str, list[float]] = {}
 
     def turn(engine: Engine) -> float:
-        seconds = engine.call(Serving.first_token, prompts.prompt(settings.tokens)).seconds
+        seconds = engine.first_token(prompts.prompt(settings.tokens), hit=0).seconds
         drained.setdefault(engine.spec.name, []).append(engine.call(Serving.drain))
         return seconds
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.bench.engine import BenchError, Engine
+from lamina.bench.engine import Engine
 from lamina.bench.picture import Panel, draw_timeline
 from lamina.bench.progress import Progress
 from lamina.bench.report import Machine, Report
@@ -121,7 +121,7 @@ def measure(settings: OverlapSettings, progress: Progress, picture: Path | None 
             prefix = prompts.prompt(settings.tokens)
             for name, engine in engines.items():
                 progress.say(f"load_ahead {name}: computing and saving the prompt")
-                engine.call(Serving.first_token, [*prefix, 1])
+                engine.first_token([*prefix, 1], hit=0)
                 _turn(settings, engine, prefix, prompts, _Turns())
             for i in range(settings.repeat):
                 for name, engine in engines.items():
@@ -168,13 +168,7 @@ def _step(
     place: str,
 ) -> FirstToken:
     prompt = prefix + prompts.prompt(settings.new_tokens)
-    token = engine.call(Serving.first_token, prompt)
-    if token.cached != settings.tokens or token.hits.get(place) != settings.tokens:
-        raise BenchError(
-            f"expected {settings.tokens} tokens from {place}, but {token.cached} were not computed "
-            f"({token.hits}): this measurement would not be what it says"
-        )
-    return token
+    return engine.first_token(prompt, hit=settings.tokens, place=place)
 
 
 def _spec(settings: OverlapSettings, work: Path, name: str) -> EngineSpec:

@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 import shutil
+import statistics
 import subprocess
 import threading
 import time
@@ -41,17 +42,21 @@ class PlainFile:
             file.flush()
             os.fsync(file.fileno())
         self.direct = self._can_read_directly()
+        self._times: dict[str, list[float]] = {}
 
-    def read(self) -> float:
-        """Seconds that reading the file takes in the fastest of several ways: 1 to 8 threads in
-        pieces of 1 to 8 MiB, and ``dd``."""
-        times = [
-            self._read_parallel(threads, piece)
-            for threads, piece in itertools.product(_THREADS, _PIECES)
-        ]
+    def read(self) -> None:
+        """Read the file once in each of several ways: with 1 to 8 threads in pieces of 1 to 8 MiB,
+        and with ``dd``."""
+        for threads, piece in itertools.product(_THREADS, _PIECES):
+            way = f"{threads} threads, pieces of {piece >> 20} MiB"
+            self._times.setdefault(way, []).append(self._read_parallel(threads, piece))
         if (dd := shutil.which("dd")) is not None:
-            times.append(self._read_with_dd(dd))
-        return min(times)
+            self._times.setdefault("dd", []).append(self._read_with_dd(dd))
+
+    def fastest(self) -> tuple[str, list[float]]:
+        """The way with the smallest median so far, and its times in seconds, one for each call
+        of :meth:`read`."""
+        return min(self._times.items(), key=lambda item: statistics.median(item[1]))
 
     def _can_read_directly(self) -> bool:
         page = mmap.mmap(-1, DIRECT_IO_ALIGNMENT)

@@ -39,6 +39,11 @@ class Machine:
     busy: float
     versions: Mapping[str, str]
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something else ran, so that times mean little."""
+        return self.busy > self.cores / 2
+
     @classmethod
     def here(cls) -> Machine:
         """This machine."""
@@ -131,6 +136,9 @@ class Report:
         if self.targets:
             parts.append(_target_table(self.compared, self.targets))
         parts.extend(Text(note, style="dim") for note in self.notes)
+        if self.machine.is_busy:
+            busy = f"load average {self.machine.busy} on {self.machine.cores} cores"
+            parts.append(Text(f"The machine was busy ({busy}): run this again.", style="bold red"))
         return Group(*parts)
 
 

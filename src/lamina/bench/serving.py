@@ -124,23 +124,25 @@ class Serving:
         return tuple(seconds)
 
     def copy_memory(self, size: int) -> float:
-        """Seconds that one copy of ``size`` bytes takes, with all threads or with one, whichever
-        is faster."""
+        """Seconds that one copy of ``size`` bytes into the engine's kind of memory takes, with all
+        threads or with one, whichever is faster."""
         import numpy as np
         import torch
 
-        source = torch.ones(size, dtype=torch.uint8)
-        target = torch.zeros(size, dtype=torch.uint8)
-        ways = (
-            lambda: target.copy_(source),
-            lambda: np.copyto(target.numpy(), source.numpy()),
-        )
-        best = float("inf")
-        for way in ways:
-            began = time.perf_counter()
-            way()
-            best = min(best, time.perf_counter() - began)
-        return best
+        device = self._llm.llm_engine.vllm_config.device_config.device_type
+        on_device = device != "cpu"
+        source = torch.ones(size, dtype=torch.uint8, pin_memory=on_device)
+        target = torch.zeros(size, dtype=torch.uint8, device=device)
+        began = time.perf_counter()
+        target.copy_(source)
+        if on_device:
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - began
+        if on_device:
+            return seconds
+        began = time.perf_counter()
+        np.copyto(target.numpy(), source.numpy())
+        return min(seconds, time.perf_counter() - began)
 
     # -- between measurements --------------------------------------------------------------------
 

@@ -99,6 +99,8 @@ def _ask_three_times(console: Console, model: Path, scratch: Path) -> list[Run]:
         first = ask(server, "the first time")
         server.reset_engine_cache()
         second = ask(server, "again, engine's cache emptied")
+        with _step(console, "Stopping the server"):
+            server.stop()
     with _served(console, "Restarting the server", model, scratch) as server:
         third = ask(server, "again, server restarted")
     return [first, second, third]
@@ -133,8 +135,6 @@ def _served(console: Console, title: str, model: Path, scratch: Path) -> Iterato
         with _step(console, "Warming it up with another question, so that no run pays for that"):
             server.ask(_WARM_UP, max_tokens=4)
         yield server
-        with _step(console, "Stopping the server"):
-            stack.close()
 
 
 def _report(console: Console, runs: list[Run]) -> int:

@@ -97,14 +97,19 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._kill()
+
+    def stop(self) -> None:
+        """Let the server end the work in hand, writes to disk included, and exit.
+
+        Raises:
+            ServerError: if it does not.
+        """
+        self._process.terminate()
         try:
-            if kind is None:
-                self._process.terminate()
-                self._process.wait(STOP_DEADLINE + 15)
+            self._process.wait(STOP_DEADLINE + 15)
         except subprocess.TimeoutExpired:
             raise self._failure("the server did not stop") from None
-        finally:
-            self._kill()
 
     def ask(self, question: str, max_tokens: int) -> Answer:
         """Put one question, greedily answered.
@@ -199,10 +204,34 @@ class Server:
         return ServerError("\n".join([what, "the server's last words:", *tail]))
 
     def _kill(self) -> None:
-        # The group outlives its leader: the engine and its workers are in it.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End every process of the group now, the engine and its workers among them."""
+        group = self._process.pid
+        # Python's resource trackers end by themselves, once they have removed the shared memory
+        # of those that are gone.
+        for pid in _members(group):
+            if not _is_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        deadline = time.monotonic() + 5
+        while any(map(_is_tracker, _members(group))) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def _members(group: int) -> Iterator[int]:
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            if os.getpgid(pid := int(entry)) == group:
+                yield pid
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _free_port() -> int:

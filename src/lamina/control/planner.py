@@ -120,6 +120,7 @@ class Planner:
         self._requests: dict[str, RequestRecord] = {}
         self._loads: list[LoadOrder] = []
         self._saves: list[SaveOrder] = []
+        self._ended_saves: list[Transfer] = []
         self._backlog: deque[ChunkKey] = deque()
         self._step = 0
 
@@ -259,6 +260,7 @@ class Planner:
             expires=self._clock() + 2 * deadline,
             size=tokens // block * self._chunk_bytes // shape.blocks,
             chunks=record.hit.places,
+            layerwise=record.mode is LoadMode.LAYERWISE,
         )
         record.load = transfer.id
         for tier in self._catalog.tiers.values():
@@ -442,20 +444,18 @@ class Planner:
                 transfer = self._transfers.get(item.transfer)
                 if transfer is None or not transfer.apply(receipt.rank, item):
                     continue
-                if transfer.state is State.SOURCE_FREE:
-                    assert transfer.lease is not None
+                if transfer.lease is not None:
                     transfer.lease.release()
-                else:
+                if transfer.state is not State.SOURCE_FREE:
                     settled.append(transfer)
-        # Failed loads first: what was computed on top of them must not become visible.
         for transfer in settled:
             if transfer.kind is Kind.LOAD:
                 self._settle_load(transfer)
-        for transfer in settled:
-            if transfer.kind is Kind.SAVE:
-                self._settle_save(transfer)
             elif transfer.kind is Kind.WRITE:
                 self._settle_write(transfer)
+        self._ended_saves += (t for t in settled if t.kind is Kind.SAVE)
+        if self._ended_saves:
+            self._settle_saves()
 
     def _settle_load(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
@@ -516,9 +516,19 @@ class Planner:
         else:
             tier.abandon(target.key)
 
+    def _settle_saves(self) -> None:
+        """Settle the saves that have ended, unless a load that the model computed on, in their
+        step or before it, has no outcome yet: what they saved may be worthless."""
+        layerwise = (t.step for t in self._transfers.live() if t.layerwise)
+        doubt = min(layerwise, default=self._step)
+        ended, self._ended_saves = self._ended_saves, []
+        for transfer in ended:
+            if transfer.step < doubt:
+                self._settle_save(transfer)
+            else:
+                self._ended_saves.append(transfer)
+
     def _settle_save(self, transfer: Transfer) -> None:
-        assert transfer.lease is not None
-        transfer.lease.release()
         self._transfers.close(transfer)
         (place,) = transfer.chunks
         if transfer.state is State.FAILED or transfer.poisoned:

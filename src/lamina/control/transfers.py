@@ -57,6 +57,8 @@ class Transfer:
         size: bytes over all ranks.
         chunks: where the chunks of a load are; the key and slot of a save or write.
         lease: hold on engine blocks, for a save.
+        layerwise: whether it is a load that runs in the step itself, so that the model computes on
+            it before anybody knows its outcome.
         reading: ranks that may still read the source.
         moving: ranks that are not terminal.
         poisoned: built on data that turned out bad; must never become visible.
@@ -73,6 +75,7 @@ class Transfer:
     reading: set[int]
     moving: set[int]
     lease: BlockLease | None = None
+    layerwise: bool = False
     state: State = State.PLANNED
     poisoned: bool = False
     overdue: bool = False
@@ -133,6 +136,7 @@ class TransferTable:
         size: int,
         chunks: tuple[Location, ...],
         lease: BlockLease | None = None,
+        layerwise: bool = False,
     ) -> Transfer:
         """A new transfer under an identity that was never used before."""
         self._next += 1
@@ -146,6 +150,7 @@ class TransferTable:
             size=size,
             chunks=chunks,
             lease=lease,
+            layerwise=layerwise,
             reading=set(ranks),
             moving=set(ranks),
         )

@@ -78,7 +78,10 @@ class Slab:
             size = stride = self._strides[row]
             target = aligned_memory(len(slots) * stride).reshape(-1, stride)
         addresses = _address(target) + stride * np.arange(len(slots))
-        failed = self._run(Operation.READ, row, slots, addresses, size)
+        try:
+            failed = self._run(Operation.READ, row, slots, addresses, size)
+        except OSError as error:  # no queue, and so nothing was read
+            failed = np.full(len(slots), error.errno, np.int32)
         if target is not into:
             into[:] = target[:, : into.shape[1]]
         return failed

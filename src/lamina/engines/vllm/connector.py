@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +59,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_beside_vllm()
         config = load_config(self._kv_transfer_config.kv_connector_extra_config, os.environ)
         layout.check_supported(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
@@ -225,3 +227,13 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KVConnectorPromMetrics:
         """Publish Lamina's metrics beside vLLM's."""
         return LaminaPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _log_beside_vllm() -> None:
+    """Lamina's messages go where vLLM's go, unless somebody has decided otherwise: vLLM
+    configures no logger but its own, and Python drops what is below a warning."""
+    ours, theirs = logging.getLogger("lamina"), logging.getLogger("vllm")
+    if not ours.handlers and ours.level == logging.NOTSET:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = theirs.propagate

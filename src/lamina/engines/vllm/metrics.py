@@ -91,6 +91,10 @@ class LaminaPromMetrics(KVConnectorPromMetrics):
                 labelnames=[*labelnames, *metric.labels],
                 **options,
             )
+            if not metric.labels:
+                # Published from the start, so that what never happened reads as 0.
+                for values in per_engine_labelvalues.values():
+                    self._metrics[metric.name].labels(*values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Feed one engine's readings."""

@@ -1,0 +1,65 @@
+"""The benches run from beginning to end, and every hit they time is where they say it is.
+
+A bench stops with an error when a hit is in another place than the one it measures, so that it
+ends well is what is tested; the times are not.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+TINY = ["--layers", "2", "--hidden", "128", "--kv-heads", "2", "--head-dim", "64"]
+
+
+def run(tmp_path: Path, command: str, *options: str) -> dict[str, object]:
+    """The report of one bench of a tiny model."""
+    target = tmp_path / "report.json"
+    code = "from lamina.bench import app; app()"
+    arguments = [command, *TINY, *options, "--repeat", "2", "--json", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, object] = json.loads(target.read_text())
+    assert all(len(sample["values"]) >= 2 for sample in report["samples"])  # type: ignore[attr-defined]
+    return report
+
+
+def test_ttft_finds_the_prompt_in_every_place(tmp_path: Path) -> None:
+    plot, store = tmp_path / "plot.png", tmp_path / "store"
+    store.mkdir()
+    report = run(
+        tmp_path, "ttft", "--tokens", "256", "--plot", str(plot), "--directory", str(store)
+    )
+    assert len(report["targets"]) == 2  # type: ignore[arg-type]
+    assert plot.exists()
+    assert list(store.iterdir()) == [], "what it wrote is removed"
+
+
+def test_overlap_measures_every_window_and_draws_the_step(tmp_path: Path) -> None:
+    picture = tmp_path / "timeline.png"
+    report = run(
+        tmp_path, "overlap", "--tokens", "256", "--new-tokens", "128", "--timeline", str(picture)
+    )
+    names = [target["name"] for target in report["targets"]]  # type: ignore[attr-defined]
+    assert names == [f"load_ahead {window}" for window in ("1", "2", "4", "auto")] + ["in bulk"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("command", "tokens"), [("decode", "20"), ("save", "256")])
+def test_overheads_are_measured_for_host_and_disk(
+    tmp_path: Path, command: str, tokens: str
+) -> None:
+    report = run(tmp_path, command, "--tokens", tokens, "--directory", str(tmp_path))
+    names = [target["name"] for target in report["targets"]]  # type: ignore[attr-defined]
+    assert names == ["host tier", "host and disk tier"]

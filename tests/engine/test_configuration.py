@@ -1,0 +1,135 @@
+"""Promise 7: a mistake in the configuration is an error at the start of the engine that names
+the key and says what would be right. The engine exits; it does not hang and it does not serve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from conftest import Start
+
+from engine.driver import Ask, Engine, EngineSpec, EngineStartError, Fleet
+from engine.workload import CHUNK, prompt
+
+pytestmark = pytest.mark.engine
+
+CHUNK_BYTES = CHUNK * 4 * 2 * 2 * 32 * 4
+
+
+def refusal(fleet: Fleet, spec: EngineSpec) -> str:
+    """The last line that the engine says before it exits."""
+    with pytest.raises(EngineStartError) as error:
+        Engine(spec, fleet.next_log())
+    return str(error.value).strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "x"])
+def test_load_ahead(llama: Path, fleet: Fleet, value: object) -> None:
+    said = refusal(fleet, EngineSpec(llama, {"load": {"load_ahead": value}}))
+    assert "load.load_ahead: must be" in said
+    assert "an integer of at least 1" in said
+    assert json.dumps(value) in said.replace("True", "true").replace("'", '"')
+
+
+@pytest.mark.parametrize(
+    ("lamina", "words"),
+    [
+        ({"hots": {}}, ["hots: unknown key", "host"]),
+        ({"load": {"ahead": 2}}, ["load.ahead: unknown key", "load.load_ahead"]),
+        ({"load": {"mode": "fast"}}, ["load.mode: must be", '"layerwise"', "'fast'"]),
+        ({"host": {"capacity": "4GB"}}, ["host.capacity: must be", "4GiB"]),
+        ({"host": {"capacity": CHUNK_BYTES - 1}}, ["host.capacity:", "less than one chunk"]),
+        ({"disk": {"path": "/tmp"}}, ["disk.capacity: is required"]),
+        ({"disk": {"path": "store", "capacity": 1}}, ["disk.path: must be an absolute path"]),
+        ({"save": {"max_inflight": 1}}, ["save.max_inflight:", "less than one chunk"]),
+    ],
+)
+def test_a_key_that_is_wrong(
+    llama: Path, fleet: Fleet, lamina: Mapping[str, object], words: list[str]
+) -> None:
+    said = refusal(fleet, EngineSpec(llama, lamina))
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_a_key_that_is_given_twice(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    file.write_text("host:\n  capacity: 1GiB\n")
+    environment = {"LAMINA_CONFIG": str(file)}
+    spec = EngineSpec(llama, {"host": {"capacity": "2GiB"}}, environment=environment)
+    assert "host.capacity: given both" in refusal(fleet, spec)
+
+
+def test_a_file_is_as_good(llama: Path, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    file.write_text("host:\n  capacity: 8MiB\n")
+    engine = start(EngineSpec(llama, {}, environment={"LAMINA_CONFIG": str(file)}))
+    engine.ask(Ask(prompt(1, CHUNK)))
+    assert engine.metrics().total("lamina_tier_capacity_bytes", tier="host") == 8 << 20
+
+
+class TestDisk:
+    """Disk paths that cannot be used."""
+
+    def lamina(self, path: Path, capacity: object = "8MiB") -> Mapping[str, object]:
+        return {"disk": {"path": str(path), "capacity": capacity}}
+
+    def test_unwritable(self, llama: Path, fleet: Fleet) -> None:
+        # Not even root can make a directory there.
+        said = refusal(fleet, EngineSpec(llama, self.lamina(Path("/proc/lamina"))))
+        assert "disk.path: cannot make a store in /proc/lamina" in said
+        assert "choose a directory" in said
+
+    def test_a_file(self, llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        file.touch()
+        assert "disk.path: " in refusal(fleet, EngineSpec(llama, self.lamina(file)))
+
+    def test_too_small(self, llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+        said = refusal(fleet, EngineSpec(llama, self.lamina(tmp_path / "s", CHUNK_BYTES - 1)))
+        assert "disk.capacity: " in said
+        assert "less than one chunk" in said
+
+    def test_too_large(self, llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+        said = refusal(fleet, EngineSpec(llama, self.lamina(tmp_path / "store", "1000TiB")))
+        assert "disk.capacity: " in said
+        assert "bytes free" in said
+
+    def test_another_format_version(
+        self, llama: Path, fleet: Fleet, start: Start, tmp_path: Path
+    ) -> None:
+        store = tmp_path / "store"
+        start(EngineSpec(llama, self.lamina(store))).close()
+        file = store / "lamina-store.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "version": 999}))
+        content = sorted(os.walk(store))
+        said = refusal(fleet, EngineSpec(llama, self.lamina(store)))
+        assert "disk.path: " in said
+        assert "format version 999" in said
+        assert "lamina clear" in said
+        assert sorted(os.walk(store)) == content, "nothing is lost"
+
+    def test_a_directory_of_somebody_else(
+        self, llama: Path, fleet: Fleet, tmp_path: Path
+    ) -> None:
+        (tmp_path / "lamina-store.json").write_text("[]")
+        said = refusal(fleet, EngineSpec(llama, self.lamina(tmp_path)))
+        assert "disk.path: " in said
+        assert "not a Lamina store" in said
+
+    def test_two_servers(self, llama: Path, fleet: Fleet, start: Start, tmp_path: Path) -> None:
+        spec = EngineSpec(llama, self.lamina(tmp_path / "store"))
+        ask = Ask(prompt(2, 2 * CHUNK + 1))
+        first = start(spec)
+        answer = first.ask(ask)
+        said = refusal(fleet, spec)
+        assert "disk.path: " in said
+        assert f"in use by process {first.process.pid}" in said
+        first.forget()
+        again = first.ask(ask)
+        assert (again.samples, again.cached) == (answer.samples, 2 * CHUNK), "it still serves"
+        first.kill()
+        assert start(spec).ask(ask).cached == 2 * CHUNK, "a dead server holds nothing"

@@ -1,0 +1,97 @@
+"""What a person sees of Lamina on a real server: metrics, log lines, and that a hit outlives
+the server.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Checkpoints
+
+from engine.driver import EngineSpec, Fleet
+from engine.server import Server, ServerEnded
+from engine.workload import CHUNK, loadable, prompt
+from lamina.observe.metrics import METRICS, MetricKind
+
+pytestmark = pytest.mark.engine
+
+TOKENS = prompt(91, 5 * CHUNK + 30)
+HIT = loadable(len(TOKENS))
+CHUNK_BYTES = CHUNK * 4 * 2 * 2 * 32 * 4
+"""Tokens, layers, keys and values, heads, head size, float32."""
+
+
+def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+    lamina = {
+        "host": {"capacity": "16MiB"},
+        "disk": {"path": str(tmp_path / "store"), "capacity": "16MiB"},
+    }
+    # By its name alone the connector is found through vLLM's plugins.
+    spec = EngineSpec(llama, lamina, transfer={"kv_connector_module_path": None})
+    with Server(spec, fleet.next_log()) as server:
+        first = server.complete(TOKENS)
+        server.wait_until(
+            lambda: server.metrics().total("lamina_write_bytes_total") == 5 * CHUNK_BYTES, 30
+        )
+        server.forget()
+        before = server.metrics()
+        second = server.complete(TOKENS)
+        server.wait_until(
+            lambda: server.metrics().since(before, "lamina_load_seconds_count") == 1, 30
+        )
+        after = server.metrics()
+        host_log = server.log()
+        server.stop()
+    assert first == second
+
+    assert before.total("vllm:external_prefix_cache_queries_total") == len(TOKENS)
+    assert before.total("vllm:external_prefix_cache_hits_total") == 0
+    assert after.total("vllm:external_prefix_cache_hits_total") == HIT
+    cached = "vllm:prompt_tokens_cached_by_source_total"
+    assert after.total(cached, source="host") == HIT
+    assert after.total(cached, source="disk") == 0
+    assert after.total(cached, source="external_unspecified") == 0
+    assert after.total("lamina_lookups_total") == 2
+    assert after.total("lamina_lookup_tokens_total") == 2 * len(TOKENS)
+    assert after.total("lamina_hit_tokens_total", tier="host") == HIT
+    assert after.total("lamina_load_bytes_total") == HIT // CHUNK * CHUNK_BYTES
+    assert after.total("lamina_save_bytes_total") == 5 * CHUNK_BYTES
+    assert after.total("lamina_wait_seconds_count") == 1
+    assert after.total("lamina_failures_total") == 0
+    for tier in ("host", "disk"):
+        assert after.total("lamina_tier_capacity_bytes", tier=tier) == 16 << 20
+        assert after.total("lamina_tier_used_bytes", tier=tier) == 5 * CHUNK_BYTES
+    published = {sample.name for sample in after.samples}
+    for metric in METRICS.values():
+        if not metric.labels:
+            suffix = {MetricKind.COUNTER: "_total", MetricKind.HISTOGRAM: "_bucket"}
+            assert f"lamina_{metric.name}{suffix.get(metric.kind, '')}" in published
+
+    line = re.search(r"INFO .*request \S+: prompt 350 tokens.*", host_log)
+    assert line, "a loaded request is told of at INFO"
+    assert re.search(
+        rf"hit engine 0 host {HIT} disk 0, loaded {HIT} \(\w+\), recomputed {350 - HIT}, "
+        r"load [\d.]+ ms, model waited [\d.]+ ms",
+        line[0],
+    )
+    assert len(re.findall(r"request \S+: prompt", host_log)) == 1, "one line, not two; no miss"
+
+    with Server(spec, fleet.next_log()) as server:
+        third = server.complete(TOKENS)
+        metrics = server.metrics()
+        assert metrics.total(cached, source="disk") == HIT
+        assert metrics.total(cached, source="host") == 0
+        assert metrics.total("vllm:external_prefix_cache_hits_total") == HIT
+        assert metrics.total("lamina_hit_tokens_total", tier="disk") == HIT
+        assert f"host 0 disk {HIT}, loaded {HIT}" in server.log()
+    assert third == first
+
+
+def test_a_mistake_stops_the_server_with_a_reason(llama: Path, fleet: Fleet) -> None:
+    spec = EngineSpec(llama, {"hots": {"capacity": "1GiB"}})
+    with pytest.raises(ServerEnded) as end:
+        Server(spec, fleet.next_log())
+    assert end.value.code != 0
+    assert "hots: unknown key; did you mean host" in str(end.value)
