@@ -109,6 +109,7 @@ class Load:
         self.reason = ""
         self.outstanding = 0
         self._given_up = False
+        self._refused = False
         self._writing = 0
         self._changed = threading.Condition()
 
@@ -131,6 +132,7 @@ class Load:
         """Ask to write engine memory; pairs with :meth:`leave` if granted."""
         with self._changed:
             if self._given_up:
+                self._refused = True
                 return False
             self._writing += 1
             return True
@@ -148,7 +150,8 @@ class Load:
             self._given_up = True
             while self._writing:
                 self._changed.wait()
-        if self.outstanding:
+        # A piece that was refused while this waited for another one is over and not outstanding.
+        if self.outstanding or self._refused:
             self.fail(range(len(self.order.chunks)), reason)
 
     def lost_blocks(self) -> set[int]:

@@ -74,7 +74,10 @@ class DiskSource:
             extent = self._extent_bytes[row]
             flat = staging[: len(piece.keys) * extent]
             into = flat.numpy().reshape(-1, extent)
-            good = self._disk.read_row(row, piece.slots.tolist(), piece.keys, into)
+            slots = piece.slots.tolist()
+            good = self._disk.read_row(row, slots, piece.keys, into)
+            if row == 0:
+                self._disk.note_used(slots)
             pages, blocks = piece.pages, piece.blocks
             if not good.all():
                 wanted = good[pages // self._per_chunk]
