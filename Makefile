@@ -47,7 +47,7 @@ clean: ## remove the environment, the demo's model and every cache
 	@echo "creating .venv ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check "uv==$(UV_VERSION)"
-	@echo "installing $$(grep -c == requirements/lock.txt) packages, about 800 MB to download ..."
+	@echo "installing $$(grep -c == requirements/lock.txt) packages, about 740 MB to download ..."
 	@$(INSTALL) --requirements requirements/lock.txt
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@

@@ -42,3 +42,17 @@ def slow_saves(seconds: float) -> None:
         return save(self, *arguments)
 
     CpuMover.save = slowly
+
+
+def async_scheduling(_: float) -> None:
+    """The next step is planned before the last one has ended, as on a GPU; vLLM switches that off
+    on a CPU, where it brings nothing."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: type, config: object) -> None:
+        check(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(keep)

@@ -68,6 +68,7 @@ def test_prefill_in_chunks(llama: Path, fleet: Fleet, mode: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_compiled(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, COMPILED, {"mode": mode})

@@ -47,7 +47,9 @@ class Ledger:
     """
 
     def __init__(self, ranks: int, rows: int) -> None:
-        salts = [[hash((rank, row, 0x5A17)) & _MASK for row in range(rows)] for rank in range(ranks)]
+        salts = [
+            [hash((rank, row, 0x5A17)) & _MASK for row in range(rows)] for rank in range(ranks)
+        ]
         self.salts: Stamps = np.array(salts, np.uint64)
         self._names: dict[int, tuple[str, int]] = {}
 

@@ -74,7 +74,13 @@ class Simulator:
         self._pool = EnginePool(options.blocks, options.prefix_caching, self._watch.reused)
         self._leased = LeasedPool(self._pool)
         self._around = Surroundings(
-            self._sky, self._ledger, self._pump, self._stall, self._clock, store or Path("/nowhere")
+            sky=self._sky,
+            ledger=self._ledger,
+            pump=self._pump,
+            stall=self._stall,
+            clock=self._clock,
+            slack=STEP_SECONDS if virtual else 10.0,
+            store=store or Path("/nowhere"),
         )
 
     def __enter__(self) -> Self:

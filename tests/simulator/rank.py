@@ -67,6 +67,7 @@ class Surroundings:
         pump: lets threads run for a while.
         stall: called by a thread where it may take its time.
         clock: the time.
+        slack: seconds by which that may be wrong.
         store: directory of the disk tier.
         violations: what pool threads have found.
     """
@@ -76,6 +77,7 @@ class Surroundings:
     pump: Callable[[], None]
     stall: Callable[..., None]
     clock: Callable[[], float]
+    slack: float
     store: Path
     violations: list[Violation] = field(default_factory=list)
 
@@ -158,7 +160,7 @@ class Rank:
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
         deadline = self._options.deadline
-        if waited > deadline * (1.01 + WRITE_TIME):
+        if waited > deadline * (1 + WRITE_TIME) + around.slack:
             raise Violation(f"the forward waited {waited:.3f} s, the deadline is {deadline} s")
         return outcomes, misreads
 
@@ -223,7 +225,7 @@ class Rank:
         for transfer, began in list(self._parked.items()):
             if transfer in over:
                 del self._parked[transfer]
-            elif asked - began > self._options.deadline * 1.01:
+            elif asked - began > self._options.deadline + self._around.slack:
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
                 )

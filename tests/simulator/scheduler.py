@@ -326,6 +326,8 @@ class Scheduler:
             self._remember(request, request.computed)
         else:
             self._free(request)
+            self.holding.remove(request)
+            self.waiting.appendleft(request)
         request.status = Status.PREEMPTED if request.preemptions else Status.WAITING
         return True
 

@@ -51,6 +51,11 @@ def test_rows_come_through_the_link_one_after_the_other() -> None:
     assert loading(panel()) == [Bar(0, 1.0, 2.0), Bar(1, 2.0, 3.0), Bar(2, 3.0, 4.0)]
 
 
+def test_a_row_that_comes_late_is_drawn_when_it_came() -> None:
+    spans = (Span(Lane.LOAD, 0, 0, 1.0, 4.0), Span(Lane.LOAD, 0, 1, 1.0, 3.0))
+    assert loading(Panel("", spans, 0.5, 5.0, 5.0)) == [Bar(1, 1.0, 3.0), Bar(0, 3.0, 4.0)]
+
+
 def test_a_lane_has_its_own_spans() -> None:
     assert plain(panel(), Lane.SAVE) == [Bar(0, 2.4, 2.5)]
     assert plain(panel(), Lane.WRITE) == [], "what has no row is in no lane of rows"

@@ -21,7 +21,7 @@ from lamina.config import (
 )
 from lamina.config.memory import memory_bytes
 
-DOCUMENT = Path(__file__).parents[2] / "docs/configuration.md"
+ROOT = Path(__file__).parents[2]
 DISK = {"path": "/var/lib/lamina", "capacity": "1GiB"}
 
 
@@ -371,10 +371,10 @@ class TestTable:
         assert defaults["`disk`"] == "`null`"
         assert defaults["`disk.path`"] == "required"
 
-    def test_the_document_contains_it(self) -> None:
-        assert table() in DOCUMENT.read_text(), (
-            "docs/configuration.md is out of step; its table is "
-            '`python -c "from lamina.config import table; print(table())"`'
+    @pytest.mark.parametrize("document", ["docs/configuration.md", "README.md"])
+    def test_the_documents_contain_it(self, document: str) -> None:
+        assert table() in (ROOT / document).read_text(), (
+            f"{document} is out of step; `lamina config` prints the table it should contain"
         )
 
     @pytest.mark.parametrize(

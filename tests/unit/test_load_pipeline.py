@@ -205,6 +205,21 @@ def test_giving_up_waits_for_a_write_that_was_admitted() -> None:
     assert not load.admit()
 
 
+def test_what_is_refused_while_giving_up_waits_for_a_write_has_failed() -> None:
+    load = Load(order("a", 2), geometry())
+    load.outstanding = 2
+    assert load.admit()
+    thread = threading.Thread(target=lambda: load.give_up("test"))
+    thread.start()
+    while load.admit():
+        load.leave(1)
+    load.outstanding = 0
+    load.leave(1)
+    thread.join(10)
+    assert load.lost_blocks() == {0, 1, 2, 3}
+    assert load.receipt(0.0).outcome is Outcome.FAILED
+
+
 def test_auto_fills_the_staging_budget() -> None:
     assert window_rows("auto", staging=100, row_bytes=30, rows=16) == 3
     assert window_rows("auto", staging=100, row_bytes=1000, rows=16) == 1

@@ -483,6 +483,20 @@ def test_writes_in_flight_are_bounded_and_the_rest_follows() -> None:
     assert not engine.planner.has_work
 
 
+def test_a_disk_that_hangs_does_not_keep_the_engine_awake() -> None:
+    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": CHUNK_BYTES}
+    engine = Engine({"disk": disk}, disk_slots=8)
+    engine.save(View("a", prompt(100)))
+    (hanging,) = engine.step().writes
+    assert engine.planner.has_work
+    engine.now = 1000.0
+    engine.step()
+    assert not engine.planner.has_work
+    engine.answer(hanging.transfer)
+    assert engine.planner.has_work
+    assert len(engine.settle_writes().writes) == 1
+
+
 def test_a_write_that_fails_leaves_the_host_copy_and_frees_the_slot() -> None:
     engine = Engine(disk_slots=8)
     engine.save(View("a", prompt(40)))

@@ -71,14 +71,17 @@ def computing(panel: Panel) -> list[Bar]:
 def loading(panel: Panel) -> list[Bar]:
     """When each row was under way: from the moment the one before it had come, because one link
     carries one after the other."""
-    bars: list[Bar] = []
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for span in panel.spans:
+        if span.lane is Lane.LOAD:
+            first[span.row] = min(span.start, first.get(span.row, span.start))
+            last[span.row] = max(span.end, last.get(span.row, span.end))
+    bars = []
     arrived = panel.began
-    for row in sorted({span.row for span in panel.spans if span.lane is Lane.LOAD}):
-        of_row = [span for span in panel.spans if span.lane is Lane.LOAD and span.row == row]
-        end = max(span.end for span in of_row)
-        start = max(arrived, min(span.start for span in of_row))
-        bars.append(Bar(row, min(start, end), end))
-        arrived = max(arrived, end)
+    for row, end in sorted(last.items(), key=lambda item: item[1]):
+        bars.append(Bar(row, max(arrived, first[row]), end))
+        arrived = end
     return bars
 
 

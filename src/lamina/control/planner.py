@@ -391,10 +391,7 @@ class Planner:
         if disk is None or self._config.disk is None or not self._backlog:
             return ()
         writes = []
-        limit = self._config.disk.max_inflight * self._ranks
-        while self._backlog:
-            if self._transfers.bytes_in_flight(Kind.WRITE) + self._chunk_bytes > limit:
-                break
+        while self._backlog and self._may_write():
             key = self._backlog.popleft()
             host_slot = self._catalog.host.find(key)
             if host_slot is None or disk.holds(key):
@@ -417,6 +414,11 @@ class Planner:
             )
             writes.append(WriteThrough(transfer.id, key, host_slot, disk_slot))
         return tuple(writes)
+
+    def _may_write(self) -> bool:
+        assert self._config.disk is not None
+        in_flight = self._transfers.bytes_in_flight(Kind.WRITE)
+        return in_flight + self._chunk_bytes <= self._config.disk.max_inflight * self._ranks
 
     def _mark_overdue(self) -> None:
         now = self._clock()
@@ -576,7 +578,8 @@ class Planner:
     def has_work(self) -> bool:
         """Whether the engine must keep stepping so that orders go out and receipts come in."""
         return (
-            bool(self._saves or self._loads or self._drop_disk or self._backlog)
+            bool(self._saves or self._loads or self._drop_disk)
+            or bool(self._backlog and self._may_write())
             or self._transfers.pending
         )
 

@@ -1,0 +1,168 @@
+"""Promises 1, 2 and 4 under everything that an engine, its clients and broken hardware can do: no
+wrong token, no hang, nothing unverified, nothing left behind. See ``tests/simulator``.
+
+``LAMINA_SOAK_STEPS`` is the budget of the random histories in steps; a history is named by its
+seed and is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from simulator.engine import Simulator
+from simulator.faults import Weather
+from simulator.history import run_history
+from simulator.options import Options
+
+BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
+STEPS = 400
+"""Steps of one random history."""
+DISK_SHARE = 0.1
+"""Of the budget; a step beside a disk takes many times as long."""
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * (1 - DISK_SHARE) / STEPS)))
+def test_random_histories(seed: int) -> None:
+    run_history(seed, STEPS)
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    """A directory in memory where there is one: a disk would be waited for most of the time."""
+    memory = "/dev/shm"
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as path:
+        yield Path(path)
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS)))
+def test_random_histories_with_a_disk(seed: int, store: Path) -> None:
+    run_history(seed, STEPS, store)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_histories_on_real_threads(seed: int) -> None:
+    run_history(seed, STEPS, virtual=False)
+
+
+probability = st.sampled_from((0.0, 0.05, 0.3))
+engines = st.builds(
+    Options,
+    ranks=st.sampled_from((1, 2)),
+    rows=st.sampled_from((2, 3)),
+    blocks=st.sampled_from((64, 28)),
+    chunk_blocks=st.sampled_from((1, 2, 3)),
+    budget=st.sampled_from((100, 12)),
+    max_running=st.sampled_from((6, 2)),
+    drafts=st.sampled_from((0, 3)),
+    asynchronous=st.booleans(),
+    prefix_caching=st.booleans(),
+    fails_requests=st.booleans(),
+    host_slots=st.sampled_from((100, 12, 3)),
+    mode=st.sampled_from(("auto", "layerwise", "parked")),
+    load_ahead=st.sampled_from(("auto", 1, 2)),
+    piece_chunks=st.sampled_from((100, 1)),
+    saves_in_flight=st.sampled_from((64, 1)),
+)
+weathers = st.builds(
+    Weather,
+    bad=probability,
+    error=probability,
+    slow=probability,
+    hang=st.sampled_from((0.0, 0.03)),
+    late=probability,
+    twice=probability,
+    stale=probability,
+    shuffled=probability,
+    overtaken=probability,
+)
+
+
+class Histories(RuleBasedStateMachine):
+    """What hypothesis does to an engine; a failure comes with the shortest way to it."""
+
+    @initialize(options=engines, seed=st.integers(0, 2**16))
+    def start(self, options: Options, seed: int) -> None:
+        self.simulator = Simulator(seed, options).__enter__()
+        random = Random(0)
+        self.documents = [[random.randrange(50) for _ in range(options.longest)] for _ in range(2)]
+
+    @property
+    def active(self) -> list[str]:
+        return self.simulator.active
+
+    @rule(
+        document=st.integers(0, 1),
+        blocks=st.integers(0, 20),
+        more=st.integers(0, 4),
+        own=st.booleans(),
+        max_tokens=st.sampled_from((1, 2, 9)),
+        salt=st.sampled_from((0, 0, 0, 1)),
+    )
+    def submit(
+        self, document: int, blocks: int, more: int, own: bool, max_tokens: int, salt: int
+    ) -> None:
+        if len(self.active) < 6:
+            most = self.simulator.options.longest - max_tokens - 5
+            prompt = self.documents[document][: max(1, min(4 * blocks + more, most))]
+            self.simulator.submit(prompt + [77] * own, max_tokens, salt)
+
+    @rule(count=st.integers(1, 12), seed=st.integers(0, 2**16))
+    def step(self, count: int, seed: int) -> None:
+        self.simulator.reseed(seed)
+        for _ in range(count):
+            self.simulator.step()
+
+    @rule(weather=weathers)
+    def turn(self, weather: Weather) -> None:
+        self.simulator.weather = weather
+
+    @precondition(lambda self: self.active)
+    @rule(which=st.integers(0, 5))
+    def abort(self, which: int) -> None:
+        self.simulator.abort(self.active[which % len(self.active)])
+
+    @rule()
+    def preempt(self) -> None:
+        self.simulator.preempt()
+
+    @rule()
+    def forget_prefixes(self) -> None:
+        self.simulator.forget_prefixes()
+
+    @rule()
+    def hurry(self) -> None:
+        self.simulator.hurry()
+
+    @rule()
+    def reset(self) -> None:
+        self.simulator.reset()
+
+    @rule()
+    def change_weights(self) -> None:
+        self.simulator.change_weights()
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulator"):
+            try:
+                self.simulator.drain()
+            finally:
+                self.simulator.__exit__()
+
+
+Histories.TestCase.settings = settings(
+    max_examples=max(50, BUDGET // 400),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestHistories = Histories.TestCase
