@@ -29,6 +29,7 @@ test-all: .venv/installed-tests ## the whole test suite
 lint: .venv/installed ## ruff and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@echo "mypy ..."
 	@$(BIN)/mypy
 
 lock: .venv/installed ## pin anew what is installed: requirements/lock.txt

@@ -5,41 +5,16 @@ Nothing here starts anything until a test asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engine import models
-from engine.driver import Engine, EngineSpec, Fleet
+from engine.driver import Engine, EngineSpec, Fleet, Start
+from engine.models import Checkpoints
 
 LIVE_ENGINES = 4
 """Engines kept alive at a time: each holds a few hundred MiB."""
-
-
-Start = Callable[..., Engine]
-"""Starts an engine that only the asking test uses: ``start(spec, fresh=False)``."""
-
-
-class Checkpoints:
-    """Models and adapters, made when they are first asked for and the same for the session.
-
-    Args:
-        folder: where they go.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def model(self, name: str, seed: int = 0) -> Path:
-        """See :func:`engine.models.make_model`."""
-        path = self._folder / f"{name}-{seed}"
-        return path if path.exists() else models.make_model(name, path, seed)
-
-    def adapter(self, model: Path, seed: int = 0) -> Path:
-        """See :func:`engine.models.make_adapter`."""
-        path = self._folder / f"{model.name}-adapter-{seed}"
-        return path if path.exists() else models.make_adapter(model, path, seed)
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +30,12 @@ def llama(checkpoints: Checkpoints) -> Path:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path_factory.mktemp("engines"), LIVE_ENGINES)
-    yield fleet
-    fleet.close()
+    """Shared engines. What they would leave in the user's cache goes where all else goes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        fleet = Fleet(tmp_path_factory.mktemp("engines"), LIVE_ENGINES)
+        yield fleet
+        fleet.close()
 
 
 @pytest.fixture

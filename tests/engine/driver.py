@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
@@ -336,6 +336,10 @@ class Engine:
         if not good:
             raise EngineError(result)
         return result
+
+
+Start = Callable[..., Engine]
+"""Starts an engine that only the asking test uses: ``start(spec, fresh=False)``."""
 
 
 class Fleet:

@@ -181,3 +181,24 @@ def make_adapter(model: Path, folder: Path, seed: int = 0) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     return folder
+
+
+class Checkpoints:
+    """Models and adapters, made when they are first asked for and the same for the session.
+
+    Args:
+        folder: where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def model(self, name: str, seed: int = 0) -> Path:
+        """See :func:`make_model`."""
+        path = self._folder / f"{name}-{seed}"
+        return path if path.exists() else make_model(name, path, seed)
+
+    def adapter(self, model: Path, seed: int = 0) -> Path:
+        """See :func:`make_adapter`."""
+        path = self._folder / f"{model.name}-adapter-{seed}"
+        return path if path.exists() else make_adapter(model, path, seed)

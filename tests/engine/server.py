@@ -106,9 +106,7 @@ class Server:
 
     def forget(self) -> None:
         """Empty vLLM's own prefix cache, as soon as no block is held any more."""
-        self.wait_until(
-            lambda: self._post("/reset_prefix_cache", {})["success"], CALL_SECONDS
-        )
+        self.wait_until(lambda: self._post("/reset_prefix_cache", {})["success"], CALL_SECONDS)
 
     def metrics(self) -> Metrics:
         """What the server publishes now."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints, Start
 
-from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet
+from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start
+from engine.models import Checkpoints
 from engine.workload import BLOCK, CHUNK, loadable, prompt
 
 pytestmark = pytest.mark.engine
@@ -83,9 +83,7 @@ def test_a_round_through_the_disk(llama: Path, start: Start, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
-def test_arithmetic_goes_on_as_from_vllms_own_cache(
-    llama: Path, fleet: Fleet, mode: str
-) -> None:
+def test_arithmetic_goes_on_as_from_vllms_own_cache(llama: Path, fleet: Fleet, mode: str) -> None:
     """In bfloat16 a resumed prefill differs from a whole one; from the same boundary, with the
     same bytes, it does not."""
     options = {"dtype": "bfloat16", "block_size": CHUNK}

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Ask, Engine, EngineSpec, EngineStartError, Fleet
+from engine.driver import Ask, Engine, EngineSpec, EngineStartError, Fleet, Start
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine
@@ -112,9 +111,7 @@ class TestDisk:
         assert "lamina clear" in said
         assert sorted(os.walk(store)) == content, "nothing is lost"
 
-    def test_a_directory_of_somebody_else(
-        self, llama: Path, fleet: Fleet, tmp_path: Path
-    ) -> None:
+    def test_a_directory_of_somebody_else(self, llama: Path, fleet: Fleet, tmp_path: Path) -> None:
         (tmp_path / "lamina-store.json").write_text("[]")
         said = refusal(fleet, EngineSpec(llama, self.lamina(tmp_path)))
         assert "disk.path: " in said

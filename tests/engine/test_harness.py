@@ -7,9 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
 
 from engine.driver import TOLERANCE, Ask, EngineSpec, Fleet
+from engine.models import Checkpoints
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts, prompt
 
 pytestmark = pytest.mark.engine

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
 
 from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.models import Checkpoints
 from engine.workload import loadable, mixed_prompts
 
 pytestmark = pytest.mark.engine
@@ -24,14 +24,19 @@ HOST = {"capacity": "192MiB"}
 EAGER: dict[str, object] = {}
 CHUNKED = {"max_num_batched_tokens": 96, "max_num_seqs": 16}
 COMPILED = {"enforce_eager": False}
+NO_FAULTS: dict[str, float] = {}
 
 
 def expect_same_answers(
-    fleet: Fleet, model: Path, options: Mapping[str, object], load: Mapping[str, object]
+    fleet: Fleet,
+    model: Path,
+    options: Mapping[str, object],
+    load: Mapping[str, object],
+    faults: Mapping[str, float] = NO_FAULTS,
 ) -> None:
     expected = fleet.get(EngineSpec(model, options=options)).generate(ASKS)
     load = {"min_tokens": 1, **load}  # a chunk of which the engine has half is loaded by half
-    engine = fleet.get(EngineSpec(model, {"host": HOST, "load": load}, options))
+    engine = fleet.get(EngineSpec(model, {"host": HOST, "load": load}, options, faults=faults))
 
     assert not differences(engine.generate(ASKS), expected)
     engine.forget()
@@ -67,8 +72,14 @@ def test_prefill_in_chunks(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, CHUNKED, {"mode": mode})
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("options", [EAGER, CHUNKED], ids=["eager", "chunked"])
+@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+def test_planned_a_step_ahead(
+    llama: Path, fleet: Fleet, mode: str, options: dict[str, object]
+) -> None:
+    expect_same_answers(fleet, llama, options, {"mode": mode}, {"async_scheduling": 1})
+
+
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_compiled(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, COMPILED, {"mode": mode})

@@ -8,9 +8,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Ask, EngineSpec
+from engine.driver import Ask, EngineSpec, Start
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Checkpoints, Start
 
-from engine.driver import EngineSpec, EngineStartError
+from engine.driver import EngineSpec, EngineStartError, Start
+from engine.models import Checkpoints
 
 pytestmark = pytest.mark.engine
 
@@ -30,8 +30,6 @@ def test_a_model_with_other_caches_than_full_attention(
     assert "without --kv-transfer-config" in message
 
 
-def test_chunks_that_are_no_whole_number_of_blocks(
-    checkpoints: Checkpoints, start: Start
-) -> None:
+def test_chunks_that_are_no_whole_number_of_blocks(checkpoints: Checkpoints, start: Start) -> None:
     with pytest.raises(EngineStartError, match="chunk_tokens: 48 is not a whole number of blocks"):
         start(EngineSpec(checkpoints.model("llama"), {"chunk_tokens": 48}))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Ask, EngineSpec
+from engine.driver import Ask, EngineSpec, Start
 from engine.workload import CHUNK, loadable, prompt
 
 pytestmark = pytest.mark.engine

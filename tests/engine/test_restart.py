@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints, Start
 
-from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.driver import Ask, EngineSpec, Fleet, Start, differences
+from engine.models import Checkpoints
 from engine.workload import CHUNK, loadable, mixed_prompts, prompt
 
 pytestmark = pytest.mark.engine
@@ -29,9 +29,7 @@ def on_disk(store: Path, **load: object) -> Mapping[str, object]:
 
 
 @pytest.fixture(scope="module")
-def full_store(
-    llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def full_store(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with all of :data:`ASKS`, whose server has ended."""
     store = tmp_path_factory.mktemp("full") / "store"
     engine = fleet.get(EngineSpec(llama, on_disk(store)))

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
 
 from engine.driver import EngineSpec, Fleet
 from engine.server import Server, ServerEnded

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.driver import Ask, EngineSpec, Fleet, Start, differences
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -77,9 +76,7 @@ def test_two_ranks(llama: Path, start: Start, tmp_path: Path) -> None:
     assert metrics.total("lamina_leased_blocks") == 0
 
 
-def test_one_rank_has_lost_its_shard(
-    llama: Path, start: Start, tmp_path: Path
-) -> None:
+def test_one_rank_has_lost_its_shard(llama: Path, start: Start, tmp_path: Path) -> None:
     """What one rank cannot deliver no rank delivers; what one rank finds damaged is recomputed
     by both."""
     store = tmp_path / "store"

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, differences
+from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.workload import CHUNK, loadable, prompt
 
 pytestmark = pytest.mark.engine
@@ -146,12 +145,18 @@ def test_recomputed_while_the_saves_of_the_failed_step_are_under_way(
     expect_whole(engine, expected)
 
 
+@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
 @pytest.mark.parametrize("load", [{"mode": "layerwise"}, {"mode": "parked"}, {}])
 def test_one_bad_request_among_good_ones(
-    llama: Path, fleet: Fleet, start: Start, full_store: Path, load: dict[str, object]
+    llama: Path,
+    fleet: Fleet,
+    start: Start,
+    full_store: Path,
+    load: dict[str, object],
+    faults: dict[str, float],
 ) -> None:
     expected = fleet.get(EngineSpec(llama)).generate(ASKS)
-    engine = start(EngineSpec(llama, lamina(full_store, **load)))
+    engine = start(EngineSpec(llama, lamina(full_store, **load), faults=faults))
     flip(full_store, range(1, 2), range(CHUNKS + 2, CHUNKS + 3))
     answers = engine.generate(ASKS)
     assert not differences(answers, expected)
@@ -159,15 +164,21 @@ def test_one_bad_request_among_good_ones(
     assert engine.metrics().total("lamina_failures_total", kind="load_disk_verification") == 1
 
 
+@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_requests_that_share_a_bad_chunk(
-    llama: Path, fleet: Fleet, start: Start, full_store: Path, mode: str
+    llama: Path,
+    fleet: Fleet,
+    start: Start,
+    full_store: Path,
+    mode: str,
+    faults: dict[str, float],
 ) -> None:
     """In one step a request may build on blocks that another one loads: both are recomputed."""
     shared = ASKS[0].tokens[: 4 * CHUNK]
     asks = [Ask(shared + prompt(80 + seed, 50 + seed)) for seed in range(4)]
     expected = fleet.get(EngineSpec(llama)).generate(asks)
-    engine = start(EngineSpec(llama, lamina(full_store, mode=mode)))
+    engine = start(EngineSpec(llama, lamina(full_store, mode=mode), faults=faults))
     flip(full_store, range(2, 3), range(1, 2))
     assert not differences(engine.generate(asks), expected)
     engine.forget()

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Start
 
-from engine.driver import Ask, Engine, EngineSpec, Fleet, differences
+from engine.driver import Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine
@@ -35,8 +34,17 @@ def expect_nothing_held(engine: Engine, free_blocks: int) -> None:
         ({"mode": "parked"}, {}),
         ({}, {"slow_saves": 0.005}),
         ({"mode": "parked"}, {"slow_saves": 0.005, "slow_loads": 0.01}),
+        ({"mode": "layerwise"}, {"slow_saves": 0.005, "async_scheduling": 1}),
+        ({"mode": "parked"}, {"slow_loads": 0.01, "async_scheduling": 1}),
     ],
-    ids=["layerwise", "parked", "slow-saves", "slow-everything"],
+    ids=[
+        "layerwise",
+        "parked",
+        "slow-saves",
+        "slow-everything",
+        "a-step-ahead-layerwise",
+        "a-step-ahead-parked",
+    ],
 )
 def test_preemption(
     llama: Path, fleet: Fleet, start: Start, load: dict[str, object], faults: dict[str, float]
@@ -114,7 +122,7 @@ def test_abort_after_the_prompt(llama: Path, fleet: Fleet, start: Start) -> None
     engine.forget()
     again = engine.generate(CROWD)
     assert not differences(again, expected)
-    assert all(a.cached == len(ask.tokens) // CHUNK * CHUNK for a, ask in zip(again, CROWD))
+    assert [a.cached for a in again] == [len(ask.tokens) // CHUNK * CHUNK for ask in CROWD]
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])

@@ -7,6 +7,7 @@ seed and is the same on every machine.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ STEPS = 400
 """Steps of one random history."""
 DISK_SHARE = 0.1
 """Of the budget; a step beside a disk takes many times as long."""
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "lamina")
 
 
 @pytest.mark.parametrize("seed", range(int(BUDGET * (1 - DISK_SHARE) / STEPS)))

@@ -29,7 +29,7 @@ from simulator.watch import Watch
 STEP_SECONDS = 0.001
 """What a step takes, if nothing is waited for."""
 
-PATIENCE = 1000
+PATIENCE = 500
 """Steps after which a request that is not served is a hang."""
 
 _NAMESPACE = b"simulator"
@@ -303,7 +303,7 @@ class Simulator:
         while self.has_work:
             self._step(self._scheduler.has_requests or self._planner.has_work)
             steps += 1
-            if steps > 20 * PATIENCE:
+            if steps > 10 * PATIENCE:
                 raise Violation("the engine would step for ever")
         # What hangs comes back at last, when nobody believes in it any more.
         self.weather = Weather()

@@ -16,7 +16,7 @@ from lamina.data.tiers.disk import DiskTier
 from lamina.data.tiers.disk_slab import Extent
 from lamina.plan import ChunkKey, Receipt, TransferReceipt
 
-WRITE_TIME = 0.1
+WRITE_TIME = 0.5
 """Deadlines that the write of a stalled load into the engine takes at most."""
 
 

@@ -43,7 +43,13 @@ class Prompts:
 
 
 def run_history(
-    seed: int, steps: int, store: Path | None = None, *, virtual: bool = True
+    seed: int,
+    steps: int,
+    store: Path | None = None,
+    *,
+    options: Options | None = None,
+    weather: Weather | None = None,
+    virtual: bool = True,
 ) -> Counter[str]:
     """Live through ``steps`` steps, then let everything end.
 
@@ -51,6 +57,8 @@ def run_history(
         seed: decides.
         steps: how long.
         store: a directory for a disk tier; without one there is none.
+        options: the engine, if the seed is not to decide.
+        weather: likewise; does not change then.
         virtual: whether threads and time are virtual.
 
     Returns:
@@ -60,11 +68,14 @@ def run_history(
         Violation: if a promise was broken; its notes say what led to it.
     """
     random = Random(seed)
-    options = Options.draw(random, disk=store is not None)
+    options = options or Options.draw(random, disk=store is not None)
     prompts = Prompts(random, options.longest)
     with Simulator(seed, options, store, virtual=virtual) as simulator:
+        simulator.weather = weather or Weather()
         try:
             for _ in range(steps):
+                if weather is None and random.random() < 0.02:
+                    simulator.weather = Weather.draw(random)
                 happen(simulator, random, prompts)
                 simulator.step()
             simulator.drain()
@@ -87,14 +98,12 @@ def happen(simulator: Simulator, random: Random, prompts: Prompts) -> None:
     elif dice < 0.40:
         simulator.preempt()
     elif dice < 0.42:
-        simulator.weather = Weather.draw(random)
-    elif dice < 0.44:
         simulator.hurry()
-    elif dice < 0.47:
+    elif dice < 0.45:
         simulator.forget_prefixes()
-    elif dice < 0.474:
+    elif dice < 0.454:
         simulator.reset()
-    elif dice < 0.476:
+    elif dice < 0.456:
         simulator.change_weights()
-    elif dice < 0.48:
+    elif dice < 0.46:
         simulator.damage_disk()

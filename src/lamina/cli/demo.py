@@ -65,7 +65,7 @@ def run(model_dir: Path | None) -> int:
         model = _model(console, model_dir or demo_model.default_directory())
         with tempfile.TemporaryDirectory(prefix="lamina-demo-") as scratch:
             runs = _ask_three_times(console, model, Path(scratch))
-    except (ModelError, ServerError) as error:
+    except (ModelError, ServerError, OSError) as error:
         console.print(f"[bold red]The demo failed:[/] {escape(str(error))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -45,7 +45,13 @@ class SchedulerSide:
             layout.block_tokens(cache), layout.chunk_tokens(cache, config.chunk_tokens)
         )
         self._namespace = build_namespace(config, vllm_config, cache)
-        self._reports_blocks = len(cache.kv_cache_groups) == 1
+        # vLLM 0.32 recomputes a load that failed within a step rightly only for one group, if the
+        # next step is not planned yet (vLLM issue 45138), and with its first model runner (49250).
+        self._reports_blocks = (
+            len(cache.kv_cache_groups) == 1
+            and not vllm_config.scheduler_config.async_scheduling
+            and not vllm_config.use_v2_model_runner
+        )
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._meter = Meter()

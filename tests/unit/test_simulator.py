@@ -1,0 +1,419 @@
+"""The simulator sees what it is there to see: Lamina, broken on purpose in many ways, is caught
+each time, and what is caught is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import pytest
+
+from lamina.control.catalog import Catalog, TierCatalog
+from lamina.control.leases import BlockLease, LeaseBook
+from lamina.control.planner import Planner
+from lamina.control.requests import RequestRecord
+from lamina.control.transfers import Transfer, TransferTable
+from lamina.data.executor import Executor, Outcomes
+from lamina.data.load_pipeline import Load, LoadRun
+from lamina.keys import ChunkChain
+from lamina.plan import Outcome, StepPlan, TransferId, TransferReceipt
+from simulator.content import Violation
+from simulator.engine import Simulator
+from simulator.faults import Weather
+from simulator.history import run_history
+from simulator.options import Options
+from simulator.pool import EnginePool, LeasedPool
+from simulator.virtual import World
+
+SEEDS = 60
+STEPS = 300
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "lamina")
+
+
+# -- Lamina, broken ------------------------------------------------------------------------------
+
+
+def saved_blocks_are_not_leased(patch: Patch) -> None:
+    patch.setattr(LeaseBook, "take", lambda book, blocks: BlockLease(None, blocks))
+
+
+def leases_are_kept(patch: Patch) -> None:
+    patch.setattr(BlockLease, "release", lambda lease: None)
+
+
+def leases_are_released_twice(patch: Patch) -> None:
+    patch.setattr(BlockLease, "release", lambda lease: lease._book.give_back(lease.blocks))
+
+
+def one_rank_is_enough(patch: Patch) -> None:
+    apply = Transfer.apply
+
+    def first(transfer: Transfer, rank: int, item: TransferReceipt) -> bool:
+        if item.outcome is Outcome.DONE and rank in transfer.moving:
+            transfer.moving = {rank}
+        return apply(transfer, rank, item)
+
+    patch.setattr(Transfer, "apply", first)
+
+
+def one_failed_rank_ends_it_for_all(patch: Patch) -> None:
+    apply = Transfer.apply
+
+    def first(transfer: Transfer, rank: int, item: TransferReceipt) -> bool:
+        if item.outcome is Outcome.FAILED and rank in transfer.moving:
+            transfer.moving = {rank}
+        return apply(transfer, rank, item)
+
+    patch.setattr(Transfer, "apply", first)
+
+
+def identities_are_used_again(patch: Patch) -> None:
+    opened = TransferTable.open
+
+    def lowest(table: TransferTable, *args: object, **others: object) -> Transfer:
+        table._next = 0
+        while TransferId(table._next + 1) in table._live:
+            table._next += 1
+        return opened(table, *args, **others)  # type: ignore[arg-type]
+
+    patch.setattr(TransferTable, "open", lowest)
+
+
+def saves_on_a_failed_load_are_believed(patch: Patch) -> None:
+    patch.setattr(Planner, "_poison_since", lambda planner, step: None)
+
+
+def saves_are_believed_before_the_loads_under_them(patch: Patch) -> None:
+    def settle(planner: Planner) -> None:
+        while planner._ended_saves:
+            planner._settle_save(planner._ended_saves.pop(0))
+
+    patch.setattr(Planner, "_settle_saves", settle)
+
+
+def saves_survive_a_reset(patch: Patch) -> None:
+    reset = Planner.reset
+
+    def unpoisoned(planner: Planner) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(planner, "_poison", lambda transfer: None)
+            reset(planner)
+
+    patch.setattr(Planner, "reset", unpoisoned)
+
+
+def overdue_saves_are_believed(patch: Patch) -> None:
+    overdue = Planner._mark_overdue
+
+    def unpoisoned(planner: Planner) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(planner, "_poison", lambda transfer: None)
+            overdue(planner)
+
+    patch.setattr(Planner, "_mark_overdue", unpoisoned)
+
+
+def overdue_transfers_keep_the_engine_awake(patch: Patch) -> None:
+    patch.setattr(TransferTable, "pending", property(lambda table: bool(table._live)))
+
+
+def a_remembered_hit_is_never_stale(patch: Patch) -> None:
+    patch.setattr(Catalog, "generation", 0)
+
+
+def loaded_slots_are_not_leased(patch: Patch) -> None:
+    patch.setattr(TierCatalog, "lease", lambda tier, slot: None)
+    patch.setattr(TierCatalog, "release", lambda tier, slot: None)
+
+
+def a_dropped_slot_is_free_at_once(patch: Patch) -> None:
+    patch.setattr(TierCatalog, "_retire", lambda tier, slot: tier._free.append(slot))
+
+
+def one_token_more_is_saved(patch: Patch) -> None:
+    saveable = Planner._saveable
+
+    def more(planner: Planner, record: RequestRecord, computed: int) -> int:
+        return saveable(planner, record, computed + 1)
+
+    patch.setattr(Planner, "_saveable", more)
+
+
+def nothing_is_left_to_compute(patch: Patch) -> None:
+    find = Planner._find_prefix
+
+    def whole(planner: Planner, record: RequestRecord, floor: int) -> object:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(record.view, "recompute_tokens", 0)
+            return find(planner, record, floor)
+
+    patch.setattr(Planner, "_find_prefix", whole)
+
+
+def salts_are_not_looked_at(patch: Patch) -> None:
+    patch.setattr(
+        "lamina.control.planner.ChunkChain",
+        lambda namespace, size, extra: ChunkChain(namespace, size),
+    )
+
+
+def more_is_saved_than_is_allowed(patch: Patch) -> None:
+    plan = Planner._plan_save
+
+    def unbounded(planner: Planner, *args: object) -> str | None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(planner._transfers, "bytes_in_flight", lambda kind: 0)
+            return plan(planner, *args)  # type: ignore[arg-type]
+
+    patch.setattr(Planner, "_plan_save", unbounded)
+
+
+def requests_that_end_while_loading_are_kept(patch: Patch) -> None:
+    settle = Planner._settle_load
+
+    def kept(planner: Planner, transfer: Transfer) -> None:
+        record = planner._requests.get(transfer.request_id)
+        settle(planner, transfer)
+        if record is not None and record.ended:
+            planner._requests[transfer.request_id] = record
+
+    patch.setattr(Planner, "_settle_load", kept)
+
+
+def a_load_that_was_given_up_writes_all_the_same(patch: Patch) -> None:
+    def admit(load: Load) -> bool:
+        load._writing += 1
+        return True
+
+    patch.setattr(Load, "admit", admit)
+
+
+def a_refused_piece_has_arrived(patch: Patch) -> None:
+    admit = Load.admit
+
+    def forgetful(load: Load) -> bool:
+        granted = admit(load)
+        load._refused = False
+        return granted
+
+    patch.setattr(Load, "admit", forgetful)
+
+
+def lost_blocks_are_not_named(patch: Patch) -> None:
+    patch.setattr(Load, "lost_blocks", lambda load: set())
+
+
+def a_row_is_not_waited_for(patch: Patch) -> None:
+    wait = LoadRun.wait
+
+    def hasty(run: LoadRun, row: int) -> object:
+        return [] if row == 0 else wait(run, row)
+
+    patch.setattr(LoadRun, "wait", hasty)
+
+
+def a_deadline_is_not_looked_at(patch: Patch) -> None:
+    patch.setattr(LoadRun, "expired", False)
+
+
+def a_failed_load_wakes_nobody(patch: Patch) -> None:
+    collect = Executor.collect
+
+    def silent(executor: Executor) -> Outcomes:
+        failed = {
+            load.order.request_id
+            for run in executor._parked
+            for load in run.loads
+            if run.over and load.failed
+        }
+        outcomes = collect(executor)
+        arrived = outcomes.arrived - failed
+        return Outcomes(outcomes.receipt, arrived, outcomes.lost_blocks)
+
+    patch.setattr(Executor, "collect", silent)
+
+
+def rows_are_saved_before_they_are_written(patch: Patch) -> None:
+    begin = Executor.begin_step
+
+    def hasty(executor: Executor, plan: StepPlan) -> None:
+        begin(executor, plan)
+        if executor._saves is not None:
+            executor._saves.row_written(0)
+
+    patch.setattr(Executor, "begin_step", hasty)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How Lamina is broken, and what is to be said of it.
+
+    Attributes:
+        broken: breaks it.
+        said: a pattern.
+        options: an engine that it shows on soon; None for any.
+        weather: likewise.
+    """
+
+    broken: Callable[[Patch], None]
+    said: str
+    options: Options | None = None
+    weather: Weather | None = None
+
+
+ASYNC = Options(asynchronous=True, mode="layerwise", prefix_caching=False)
+LAYERWISE = Options(ranks=2, mode="layerwise", prefix_caching=False)
+PARKED = Options(mode="parked", prefix_caching=False, host_slots=12, chunk_blocks=1)
+PIECES = Options(mode="parked", prefix_caching=False, piece_chunks=1, host_slots=12)
+SLOW = Weather(slow=0.2, hang=0.02)
+
+CASES = [
+    Case(saved_blocks_are_not_leased, "is reused while save"),
+    Case(leases_are_kept, "there are still|nothing has moved|would step for ever"),
+    Case(leases_are_released_twice, "released twice"),
+    Case(one_rank_is_enough, "host shows a chunk", LAYERWISE),
+    Case(
+        one_failed_rank_ends_it_for_all,
+        "is reused while save|saves are in flight",
+        LAYERWISE,
+        Weather(bad=0.2, slow=0.1),
+    ),
+    Case(identities_are_used_again, "host shows a chunk|is reused while save"),
+    Case(saves_on_a_failed_load_are_believed, "host shows a chunk", ASYNC, Weather(bad=0.2)),
+    Case(
+        saves_are_believed_before_the_loads_under_them,
+        "host shows a chunk",
+        ASYNC,
+        Weather(bad=0.2, overtaken=0.5),
+    ),
+    Case(saves_survive_a_reset, "host shows a chunk", None, SLOW),
+    Case(overdue_saves_are_believed, "is reused while save|host shows a chunk"),
+    Case(overdue_transfers_keep_the_engine_awake, "step for ever", None, Weather(hang=0.1)),
+    Case(a_remembered_hit_is_never_stale, "a wrong token", PARKED),
+    Case(loaded_slots_are_not_leased, "a wrong token", PARKED, SLOW),
+    Case(a_dropped_slot_is_free_at_once, "a wrong token", PARKED, Weather(slow=0.2, bad=0.05)),
+    Case(one_token_more_is_saved, "host shows a chunk"),
+    Case(nothing_is_left_to_compute, "leaves fewer than"),
+    Case(salts_are_not_looked_at, "host shows a chunk"),
+    Case(more_is_saved_than_is_allowed, "saves are in flight"),
+    Case(requests_that_end_while_loading_are_kept, "there are still requests"),
+    Case(a_load_that_was_given_up_writes_all_the_same, "is written by a load", PIECES, SLOW),
+    Case(a_refused_piece_has_arrived, "a wrong token", PIECES, SLOW),
+    Case(lost_blocks_are_not_named, "a wrong token"),
+    Case(a_row_is_not_waited_for, "a wrong token", LAYERWISE),
+    Case(a_deadline_is_not_looked_at, "still under way", PARKED, SLOW),
+    Case(a_failed_load_wakes_nobody, "nothing has moved", PARKED, Weather(bad=0.1)),
+    Case(rows_are_saved_before_they_are_written, "host shows a chunk"),
+]
+
+
+def run_histories(case: Case) -> None:
+    for seed in range(SEEDS):
+        run_history(seed, STEPS, options=case.options, weather=case.weather)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.broken.__name__)
+def test_a_broken_promise_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.broken(monkeypatch)
+    with pytest.raises(Violation, match=case.said):
+        run_histories(case)
+
+
+# -- the simulator itself ------------------------------------------------------------------------
+
+
+def test_a_seed_is_a_history() -> None:
+    assert run_history(7, STEPS) == run_history(7, STEPS)
+
+
+def test_histories_are_eventful() -> None:
+    counts = sum((run_history(seed, STEPS) for seed in range(12)), Counter[str]())
+    for event in (
+        "parked loads", "layerwise loads", "saves", "failed loads", "cut", "arrived", "abort",
+        "preempt", "complete", "reset", "change weights",
+    ):  # fmt: skip
+        assert counts[event] > 0, event
+
+
+def test_a_wrong_byte_is_named() -> None:
+    with Simulator(0, Options()) as simulator:
+        simulator.submit(range(20), 5)
+        simulator.submit(range(100, 120), 5)
+        simulator.step()
+        (pages,) = (rank.pages for rank in simulator._ranks)
+        first, second = (r.blocks() for r in simulator._scheduler.running)
+        pages.memory[second[1]] = pages.memory[first[2]]
+        with pytest.raises(Violation, match=r"r2 read token 4 in row 0 .* token 8 of r1 "):
+            simulator.step()
+
+
+def test_a_write_beside_the_pages_is_seen() -> None:
+    with Simulator(0, Options()) as simulator:
+        simulator._ranks[0].pages.memory[3, -1] = 0
+        with pytest.raises(Violation, match="gaps between blocks"):
+            simulator.drain()
+
+
+def test_blocks_are_reused_as_vllm_does() -> None:
+    pool = EnginePool(6, True, lambda block: None)
+    assert pool.take(5) == [1, 2, 3, 4, 5]
+    pool.remember(1, 11)
+    pool.remember(2, 12)
+    pool.release([2, 4, 1, 5])
+    assert pool.find(12) == 2
+    assert pool.take(3) == [4, 5, 2]
+    assert (pool.find(11), pool.find(12)) == (1, None)
+    with pytest.raises(Violation, match="freed more often"):
+        pool.release([4, 4])
+
+
+def test_a_lease_on_nobodys_block_is_seen() -> None:
+    leased = LeasedPool(EnginePool(6, True, lambda block: None))
+    with pytest.raises(Violation, match="nobody holds"):
+        leased.hold([3])
+
+
+def test_virtual_time_passes_when_nothing_is_left_to_run() -> None:
+    delays = [0.0, 5.0, float("inf")]
+    world = World(Random(0), lambda name: delays.pop(0))
+    pool = world._make_pool("save", 3)
+    done: list[int] = []
+    for number in range(3):
+        pool.submit((0, number), lambda number=number: done.append(number))  # type: ignore[misc]
+    start = world.now
+    assert world.wait(lambda: len(done) == 2, 60.0)
+    assert (sorted(done), world.now - start) == ([0, 1], 5.0)
+    assert not world.wait(lambda: len(done) == 3, 60.0)
+    assert world.now - start == 65.0
+    with pytest.raises(Violation, match="without a deadline"):
+        world.wait(lambda: len(done) == 3, float("inf"))
+    world.hurry()
+    world.settle()
+    assert len(done) == 3
+
+
+def test_a_job_that_stalls_goes_on_behind_the_back_of_those_who_wait() -> None:
+    world = World(Random(0), lambda name: 5.0)
+    pool = world._make_pool("load", 1)
+    said: list[str] = []
+
+    def job() -> None:
+        said.append("begins")
+        world.stall()
+        said.append("goes on")
+
+    pool.submit((0, 0), job)
+    assert not world.wait(lambda: len(said) == 2, 1.0)
+    said.append("is given up")
+    assert world.wait(lambda: len(said) == 3, 10.0)
+    assert said == ["begins", "is given up", "goes on"]
