@@ -11,7 +11,7 @@ that control no longer knows, and is dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
@@ -41,12 +41,10 @@ class LoadMode(StrEnum):
 class Outcome(StrEnum):
     """What a receipt says of its transfer."""
 
-    SOURCE_FREE = "source_free"
-    """A save has read every page; the engine's blocks may be reused."""
     DONE = "done"
-    """Terminal: a load is in the engine, a save is loadable, a write-through is durable."""
+    """A load is in the engine; a save has read its blocks and is loadable; a write is durable."""
     FAILED = "failed"
-    """Terminal: nothing of a save may become visible; a load's ``bad_chunks`` are named."""
+    """Nothing of a save or write may become visible; a load did not deliver all of its chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ class TransferReceipt:
         moved_bytes: bytes moved by this rank.
         seconds: wall time from order to outcome.
         waited: seconds that the forward pass itself waited for this load.
-        bad_chunks: keys of a load's chunks that could not be delivered.
+        bad_chunks: keys of a load's chunks that are damaged or gone, and not only late.
         reason: for a failure, a short word that becomes a metric label.
     """
 
@@ -215,7 +213,9 @@ class Receipt:
     Attributes:
         rank: the rank.
         transfers: in the order in which they happened.
+        queued: pieces of work that no thread of the rank has taken up yet.
     """
 
     rank: int
-    transfers: tuple[TransferReceipt, ...] = field(default=())
+    transfers: tuple[TransferReceipt, ...] = ()
+    queued: int = 0

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from simulator.engine import Simulator
 from simulator.faults import Weather
-from simulator.history import run_history
+from simulator.history import Prompts, run_history
 from simulator.options import Options
 
 BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
@@ -58,6 +59,30 @@ def test_random_histories_with_a_disk(seed: int, store: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_histories_on_real_threads(seed: int) -> None:
     run_history(seed, STEPS, virtual=False)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_in_fair_weather_everything_is_kept(seed: int) -> None:
+    random = Random(seed)
+    options = replace(
+        Options.draw(random),
+        host_slots=2000,
+        saves_in_flight=2000,
+        save_tokens="all",
+    )
+    prompts = Prompts(random, options.longest)
+    with Simulator(seed, options) as simulator:
+        for step in range(STEPS):
+            if step % 4 == 0:
+                simulator.submit(*prompts.draw())
+            if step % 50 == 0:
+                simulator.preempt()
+            if step % 70 == 0:
+                simulator.forget_prefixes()
+            simulator.step()
+        simulator.drain()
+        assert simulator.counts["complete"] == STEPS // 4
+        assert simulator.missing() == 0
 
 
 probability = st.sampled_from((0.0, 0.05, 0.3))

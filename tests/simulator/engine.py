@@ -22,7 +22,8 @@ from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import EnginePool, LeasedPool
 from simulator.rank import Misread, Rank, Surroundings
 from simulator.request import Request, Status
-from simulator.scheduler import Scheduler, Step
+from simulator.scheduler import Scheduler
+from simulator.step import Step
 from simulator.virtual import World
 from simulator.watch import Watch
 
@@ -112,8 +113,9 @@ class Simulator:
             options,
             self._pool,
             self._planner,
+            self._watch.check_hit,
             self._note,
-            lambda: self._random.randint(0, options.drafts),
+            self._random,
         )
         return self
 
@@ -209,6 +211,10 @@ class Simulator:
             self._learn(request, 0)
         return True
 
+    def missing(self) -> int:
+        """Chunks that a request has computed and that no tier holds, if none was aborted."""
+        return self._watch.missing()
+
     # -- the engine's loop -----------------------------------------------------------------------
 
     @property
@@ -242,6 +248,7 @@ class Simulator:
             self._finish_step(self._queue.popleft())
         if self.steps % 16 == 0:
             self._watch.check_tiers()
+            self._planner.gauges()
         if self._scheduler.requests and self.steps - self._last_progress > PATIENCE:
             raise Violation(f"nothing has moved for {PATIENCE} steps: {self.active}")
 

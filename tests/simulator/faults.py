@@ -98,7 +98,7 @@ class Sky:
 
     def delay(self, pool: str) -> float:
         """How long a job takes, in seconds."""
-        if pool == "load" and not self._slow_loads:
+        if pool.startswith("load") and not self._slow_loads:
             return 0.0
         if self.strikes(self.weather.hang):
             return math.inf

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from simulator.content import SPOILED, Ledger, Stamps, extend
 from simulator.options import BLOCK_TOKENS
 from simulator.request import VOCABULARY, Request, RunState
-from simulator.scheduler import Item
+from simulator.step import Item
 
 Indices = npt.NDArray[np.int64]
 

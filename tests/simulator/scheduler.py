@@ -1,58 +1,27 @@
 """The engine's scheduler: vLLM's rules, as far as they decide what Lamina is asked and told.
 
-What it does better than vLLM 0.32, because that would be a wrong token of vLLM's own: a step that
-is under way when a load fails is not believed either, and what was computed on a failed load
-leaves the prefix cache.
+It does some things better than vLLM 0.32, because what comes of those is vLLM's own and would hide
+what is Lamina's. When a load fails, a step that is under way is not believed either, and what was
+computed on the load leaves the prefix cache. A request that has lost all of its load does not
+stand before those whose load is there.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from random import Random
 
 from lamina.control.planner import Planner
-from lamina.plan import LoadMode, Receipt, StepPlan, TransferId
+from lamina.plan import LoadMode, Receipt
 from simulator.content import Violation
 from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import EnginePool
 from simulator.request import Blocks, Request, Run, RunState, Status
+from simulator.step import Item, Step
 
-
-@dataclass(eq=False, slots=True)
-class Item:
-    """A request's part in one step.
-
-    Attributes:
-        run: what it belongs to.
-        count: tokens to compute.
-        drafts: how many of them are drafts.
-        sampled: what came of it.
-        spoiled: whether it read something wrong.
-    """
-
-    run: Run
-    count: int
-    drafts: int
-    sampled: list[int] = field(default_factory=list)
-    spoiled: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Step:
-    """One step, from its plan to its output.
-
-    Attributes:
-        items: what the forward computes.
-        plan: Lamina's plan.
-        loads: the blocks of the request that each load of the plan is for.
-        loads_now: whether the forward needs a load of this step.
-    """
-
-    items: list[Item]
-    plan: StepPlan
-    loads: dict[TransferId, Blocks]
-    loads_now: bool
+DECLINED = 0.02
+"""Of hits: the engine does not want them, as vLLM for a request that asks for prompt logprobs."""
 
 
 class Scheduler:
@@ -62,8 +31,9 @@ class Scheduler:
         options: the engine.
         pool: its blocks.
         planner: Lamina's scheduler side.
+        check_hit: called with a request, the engine's own hit and what Lamina adds to it.
         note: told what happens, for the trace.
-        some_drafts: how many drafts follow a sampled token.
+        random: decides what an engine is free to decide.
     """
 
     def __init__(
@@ -71,8 +41,9 @@ class Scheduler:
         options: Options,
         pool: EnginePool,
         planner: Planner,
+        check_hit: Callable[[Request, int, int], None],
         note: Callable[..., None],
-        some_drafts: Callable[[], int],
+        random: Random,
     ) -> None:
         self.options = options
         self.requests: dict[str, Request] = {}
@@ -83,7 +54,8 @@ class Scheduler:
         self._pool = pool
         self._planner = planner
         self._note = note
-        self._some_drafts = some_drafts
+        self._check_hit = check_hit
+        self._random = random
         self._arrived: set[str] = set()
         self._under_way: deque[Step] = deque()
         self._scheduled_steps = 0
@@ -182,13 +154,10 @@ class Scheduler:
                 found = self._find(request)
                 floor = len(found) * BLOCK_TOKENS
                 hit = self._planner.lookup(request, floor)
-                extra, parked = hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
+                self._check_hit(request, floor, hit.tokens)
+                if hit.tokens and self._random.random() > DECLINED:
+                    extra, parked = hit.tokens, hit.mode is LoadMode.PARKED
                 known = floor + extra
-                if extra and known > request.num_tokens - request.recompute_tokens:
-                    raise Violation(
-                        f"a hit of {known} of {request.num_tokens} tokens leaves fewer than "
-                        f"{request.recompute_tokens} to compute"
-                    )
             count = 0 if parked else min(request.num_tokens - known, budget)
             if not self._admit(request, found, known + count, parked=parked):
                 break
@@ -204,17 +173,16 @@ class Scheduler:
             loads_now |= extra > 0
             request.status = Status.RUNNING
             self.running.append(request)
-            self._remember(request, min(known + count, request.num_tokens))
             budget -= count
-            self._add(items, request, count, remember=False)
+            self._add(items, request, count)
         return loads_now
 
-    def _add(self, items: list[Item], request: Request, count: int, remember: bool = True) -> None:
+    def _add(self, items: list[Item], request: Request, count: int) -> None:
+        """Compute ``count`` tokens; full blocks of known tokens can be found from now on."""
         assert request.run is not None
-        beyond = request.computed + count - request.num_tokens - request.placeholders
-        if remember:
-            self._remember(request, min(request.computed + count, request.num_tokens))
-        items.append(Item(request.run, count, max(0, beyond)))
+        self._remember(request, min(request.computed + count, request.num_tokens))
+        drafts = request.computed + count - request.num_tokens - request.placeholders
+        items.append(Item(request.run, count, max(0, drafts)))
 
     def update(
         self,
@@ -275,7 +243,7 @@ class Scheduler:
         elif fresh and self.options.asynchronous:
             self._remember(request, request.computed - request.placeholders)
         elif fresh:
-            request.drafts = self._some_drafts()
+            request.drafts = self._random.randint(0, self.options.drafts)
 
     # -- failed loads --------------------------------------------------------------------------
 

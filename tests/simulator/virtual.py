@@ -32,6 +32,10 @@ _PATCHED = {
 }
 
 
+STALLING = "load"
+"""How the names of pools begin whose jobs call :meth:`World.stall`; others stall before they begin."""
+
+
 class World:
     """Every virtual thread there is, and the clock.
 
@@ -42,14 +46,12 @@ class World:
 
     Attributes:
         now: the time, in seconds.
-        stalls_inside: pools whose jobs call :meth:`stall`; others stall before they begin.
         failures: what jobs raised, oldest first.
     """
 
     def __init__(self, random: Random, delay: Callable[[str], float]) -> None:
         self.now = 1000.0
         self.random = random
-        self.stalls_inside = {"load"}
         self.failures: list[Exception] = []
         self._delay = delay
         self._pools: list[VirtualPool] = []
@@ -259,7 +261,7 @@ class VirtualPool(WorkerPool):
         while self._waiting and len(self.threads) < self._size:
             job = heappop(self._waiting)[2]
             seconds = delay(self._name)
-            if self._name in self._world.stalls_inside:
+            if self._name.startswith(STALLING):
                 thread = VirtualThread(job, seconds, self._world.now)
             else:
                 thread = VirtualThread(job, 0.0, self._world.now + seconds)

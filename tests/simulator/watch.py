@@ -9,9 +9,9 @@ import numpy as np
 
 from lamina.control.catalog import TierCatalog
 from lamina.control.planner import Planner
-from lamina.plan import ChunkKey, Receipt, SaveOrder, StepPlan, TierName, TransferId
+from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
 from simulator.content import Ledger, Stamps, Violation
-from simulator.options import Options
+from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import LeasedPool
 from simulator.rank import Rank
 from simulator.request import Request
@@ -34,8 +34,11 @@ class Watch:
         self._options = options
         self._ledger = ledger
         self._chunks: dict[ChunkKey, Stamps] = {}
+        self._computed: set[ChunkKey] = set()
         self._orders: dict[TransferId, SaveOrder] = {}
         self._reading: dict[TransferId, set[int]] = {}
+        self._loads: dict[TransferId, str] = {}
+        self._unlucky: set[str] = set()
         self._readers: dict[int, set[TransferId]] = {}
         self.disk_is_damaged = False
 
@@ -51,18 +54,23 @@ class Watch:
         if len(self._chunks) > _CHUNKS:
             kept = (k for tier in self._planner._catalog.tiers.values() for k in tier._visible)
             self._chunks = {key: self._chunks[key] for key in kept}
+            self._computed.clear()
         for index, key in enumerate(request.chain.keys):
             if key not in self._chunks:
                 self._chunks[key] = request.hashes[index * size : (index + 1) * size].copy()
+        # The last token of a request is known, but nobody computes it.
+        self._computed.update(request.chain.keys[: (request.num_tokens - 1) // size])
 
     def forget(self) -> None:
         """Every chunk has other content from now on."""
         self._chunks.clear()
+        self._computed.clear()
 
     # -- engine blocks ---------------------------------------------------------------------------
 
     def planned(self, plan: StepPlan) -> None:
         """A plan was made: its saves read their blocks from now on."""
+        self._loads.update((order.transfer, order.request_id) for order in plan.loads)
         for order in plan.saves:
             self._orders[order.transfer] = order
             self._reading[order.transfer] = set(range(self._options.ranks))
@@ -79,6 +87,8 @@ class Watch:
     def reported(self, receipt: Receipt) -> None:
         """A rank has made these receipts, whenever they will arrive."""
         for item in receipt.transfers:
+            if item.outcome is Outcome.FAILED and item.transfer in self._loads:
+                self._unlucky.add(self._loads[item.transfer])
             ranks = self._reading.get(item.transfer)
             if ranks is None:
                 continue
@@ -97,6 +107,34 @@ class Watch:
                     f"block {block} is reused while save {transfer} of "
                     f"{self._orders[transfer].request_id} still reads it"
                 )
+
+    # -- hits ------------------------------------------------------------------------------------
+
+    def check_hit(self, request: Request, floor: int, tokens: int) -> None:
+        """A lookup was answered: it must be the longest hit that leaves enough to compute. A
+        request that has had a failed load may be left to itself.
+
+        Args:
+            request: who asked.
+            floor: tokens of the engine's own hit.
+            tokens: tokens that Lamina would add.
+        """
+        size = self._options.chunk_tokens
+        end = floor // size
+        tiers = self._planner._catalog.tiers.values()
+        keys = request.chain.keys
+        while end < len(keys) and any(keys[end] in tier._visible for tier in tiers):
+            end += 1
+        usable = (request.num_tokens - request.recompute_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        longest = min(end * size, usable) - floor
+        expected = longest if longest >= max(1, self._options.min_tokens) else 0
+        declined = tokens == 0 and request.request_id in self._unlucky
+        if tokens != expected and not declined:
+            raise Violation(
+                f"a hit of {tokens} tokens for {request.request_id} after {floor} of "
+                f"{request.num_tokens}, of which {request.recompute_tokens} must be computed; "
+                f"it should be {expected}"
+            )
 
     # -- tiers -----------------------------------------------------------------------------------
 
@@ -128,6 +166,11 @@ class Watch:
                     f"{rank.number} is: {self._ledger.name(int(found[row, token] ^ salt))}; it "
                     f"should be: {self._ledger.name(int(expected[token] ^ salt))}"
                 )
+
+    def missing(self) -> int:
+        """Chunks that no tier shows, of requests that all have come to their end."""
+        tiers = self._planner._catalog.tiers.values()
+        return sum(all(key not in tier._visible for tier in tiers) for key in self._computed)
 
     def check_tiers(self) -> None:
         """Every slot of every tier is in exactly one condition."""

@@ -110,13 +110,12 @@ def start(
         loads,
         geometry(rows),
         {TierName.HOST: source},
-        pool,
-        after=Passed(),
+        {TierName.HOST: pool},
         window=window,
         urgency=0,
         self_driven=self_driven,
     )
-    run.start()
+    run.start(Passed())
     return run
 
 
@@ -238,3 +237,33 @@ def test_a_load_is_cut_where_the_tier_changes_and_pages_follow_the_blocks() -> N
     assert (host.first, host.slots.tolist(), host.pages.tolist()) == (0, [7, 3], [1, 2, 3])
     assert host.blocks.tolist() == [50, 51, 52]
     assert (disk.first, disk.tier, disk.pages.tolist()) == (2, TierName.DISK, [0])
+
+
+class StuckSource(RecordingSource):
+    """A tier that stalls on the chunks of one request only."""
+
+    def __init__(self, prefix: bytes) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.release = threading.Event()
+
+    def load_row(
+        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
+    ) -> Fence | None:
+        if piece.keys[0].startswith(self.prefix):
+            assert self.release.wait(10)
+        return super().load_row(row, piece, after, admit)
+
+
+def test_a_load_that_is_stuck_fails_alone(pool: RecordingPool) -> None:
+    source = StuckSource(b"a")
+    run = start(pool, source, 1, order("a", 1, deadline=0.1), order("b", 1, deadline=0.1))
+    run.finish()
+    stuck, other = run.loads
+    assert stuck.failed
+    assert not other.failed
+    assert [row for row, key in source.written if key == b"b0"] == list(range(ROWS))
+    assert stuck.receipt(0.0).bad_chunks == ()
+    source.release.set()
+    assert pool.close(10)
+    assert all(key != b"a0" for _, key in source.written)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from lamina.config import load_config
-from lamina.control.planner import ChunkShape, Planner
+from lamina.control.planner import Planner
+from lamina.control.requests import ChunkShape
 from lamina.observe.metrics import Meter, Readings
 from lamina.plan import (
     ChunkKey,
@@ -232,9 +233,9 @@ def test_blocks_are_leased_from_the_plan_until_they_are_read() -> None:
     assert engine.pool.held == {1, 2, 3, 4}
     engine.planner.finished("a", 70, range(1, 6))
     assert engine.pool.held == {1, 2, 3, 4}
-    engine.answer(first.transfer, outcome=Outcome.SOURCE_FREE)
+    engine.answer(first.transfer)
     assert engine.pool.held == {3, 4}
-    engine.answer(first.transfer, second.transfer)
+    engine.answer(second.transfer)
     assert engine.pool.held == set()
 
 
@@ -597,3 +598,85 @@ def test_a_bound_smaller_than_a_chunk_is_an_error_at_the_start(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(settings, host_slots=slots)
+
+
+def test_a_reset_does_not_bring_back_what_running_requests_computed_before_it() -> None:
+    engine = Engine()
+    view = View("a", prompt(70))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    engine.answer(*(o.transfer for o in engine.step(("a", 70)).saves))
+    engine.planner.reset()
+    view.token_ids.extend(range(40))
+    assert engine.step(("a", 110)).saves == ()
+    engine.planner.finished("a", 110, view.blocks())
+    assert engine.step().saves == ()
+    # Preempted and computed anew, it may be saved again.
+    again = View("b", prompt(70), first_block=50)
+    engine.planner.lookup(again, 0)
+    engine.planner.admitted("b", 0)
+    engine.planner.reset()
+    engine.planner.lookup(again, 0)
+    engine.planner.admitted("b", 0)
+    assert len(engine.step(("b", 70)).saves) == 2
+
+
+def test_a_load_that_was_only_late_loses_no_chunk_but_is_not_asked_for_again() -> None:
+    engine = Engine({"load": {"mode": "parked"}})
+    engine.save(View("a", prompt(70)))
+    view = View("b", prompt(70), first_block=50)
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("b", 64)
+    (load,) = engine.step().loads
+    engine.answer(load.transfer, outcome=Outcome.FAILED)
+    assert engine.planner.lookup(view, 0).tokens == 0
+    engine.planner.admitted("b", 0)
+    assert engine.count("loads_skipped", "failed_before") == 1
+    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 64
+
+
+def test_a_failed_parked_load_casts_no_doubt_on_what_others_computed() -> None:
+    engine = Engine({"load": {"mode": "parked"}})
+    engine.save(View("a", prompt(70)))
+    engine.planner.lookup(View("b", prompt(70), first_block=50), 0)
+    engine.planner.admitted("b", 64)
+    engine.planner.lookup(View("c", prompt(40, seed=1)), 0)
+    engine.planner.admitted("c", 0)
+    plan = engine.step(("c", 40))
+    engine.answer(plan.loads[0].transfer, outcome=Outcome.FAILED)
+    engine.answer(plan.saves[0].transfer)
+    assert engine.planner.lookup(View("d", prompt(40, seed=1)), 0).tokens == 32
+
+
+def test_a_load_that_failed_in_the_engines_eyes_keeps_saves_from_being_seen() -> None:
+    engine = Engine()
+    engine.planner.lookup(View("a", prompt(40)), 0)
+    engine.planner.admitted("a", 0)
+    (order,) = engine.step(("a", 40)).saves
+    engine.planner.distrust()
+    engine.answer(order.transfer)
+    assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 0
+    assert len(engine.step(("a", 41)).saves) == 1
+
+
+def test_a_request_for_which_nothing_may_be_loaded_is_still_saved() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(40)))
+    view = View("b", prompt(70), first_block=50)
+    assert engine.planner.lookup(view, 0, declined="kv_role").tokens == 0
+    engine.planner.admitted("b", 0)
+    assert engine.count("loads_skipped", "kv_role") == 1
+    assert [o.blocks for o in engine.step(("b", 70)).saves] == [(52, 53)]
+
+
+def test_what_waits_to_be_written_is_bounded() -> None:
+    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": CHUNK_BYTES}
+    engine = Engine({"disk": disk}, host_slots=3, disk_slots=50)
+    engine.save(View("a", prompt(40)))
+    engine.step()
+    for seed in range(1, 6):
+        engine.save(View(f"r{seed}", prompt(40, seed=seed)))
+    engine.planner.gauges()
+    readings = engine.readings()
+    assert readings.gauges["write_backlog", ()] <= 3
+    assert readings.counters["writes_skipped", ("backlog",)] >= 2

@@ -42,7 +42,9 @@ class LoadConfig(Section):
     ] = Field(
         default="auto",
         description="How a load runs. `layerwise`: in the step itself, row by row ahead of the "
-        "model. `parked`: between steps, while other requests run. `auto` decides for each load.",
+        "model. `parked`: between steps, while other requests run. `auto` decides for each load. "
+        "What is on disk is always parked where the engine cannot take a failed load back (vLLM "
+        "with asynchronous scheduling).",
     )
     load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",
@@ -56,11 +58,13 @@ class LoadConfig(Section):
     )
     deadline: Annotated[float, SECONDS] = Field(
         default=30.0,
-        description="Seconds after which a load has failed and its tokens are recomputed.",
+        description="Seconds after which a load has failed and its tokens are recomputed, and "
+        "after which a save or write is given up.",
     )
     staging: Annotated[int, SIZE] = Field(
         default=256 * MIB,
-        description="Bytes of rows that may be in flight at once, on each rank.",
+        description="Bytes of rows that `load_ahead: auto` keeps in flight, for the loads of a "
+        "step and for each parked load, on each rank.",
     )
 
 
@@ -114,8 +118,8 @@ class DiskConfig(Section):
     )
     max_inflight: Annotated[int, SIZE] = Field(
         default=256 * MIB,
-        description="Bytes on their way to disk, on each rank. Beyond it chunks stay in host "
-        "memory only.",
+        description="Bytes on their way to disk, on each rank. Beyond it chunks wait in host "
+        "memory.",
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,38 +16,23 @@ from lamina.config import Config
 from lamina.control.catalog import Catalog, Location, TierCatalog
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.policy import LoadPolicy, Situation
-from lamina.control.requests import FoundPrefix, RequestRecord, RequestView, Story
+from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, RequestView, Story
+from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.keys import ChunkChain
 from lamina.observe.metrics import Meter
 from lamina.plan import (
-    ChunkKey,
     ChunkLoad,
     LoadMode,
     LoadOrder,
     RankReport,
     Receipt,
-    SaveOrder,
     StepPlan,
     TierName,
-    WriteThrough,
 )
 
 log = logging.getLogger("lamina.control")
 stories = logging.getLogger("lamina.requests")
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkShape:
-    """Tokens and blocks of a chunk, all that control needs of the geometry."""
-
-    block_tokens: int
-    chunk_tokens: int
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in one chunk."""
-        return self.chunk_tokens // self.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +85,6 @@ class Planner:
         self._meter = meter
         self._reports_blocks = reports_blocks
         self._clock = clock
-        self._ranks = len(reports)
         self._chunk_bytes = sum(report.chunk_bytes for report in reports)
         for key, bound in (
             ("save.max_inflight", config.save.max_inflight),
@@ -116,17 +99,26 @@ class Planner:
         self._policy = LoadPolicy(config.load, shape.chunk_tokens)
         self._leases = LeaseBook(pool)
         self._transfers = TransferTable(len(reports))
-        self._catalog, self._drop_disk = _open_catalog(reports)
+        self._catalog, stray = _open_catalog(reports)
+        self._saving = SavePlanner(
+            config,
+            shape,
+            self._catalog,
+            self._transfers,
+            self._leases,
+            meter,
+            chunk_bytes=self._chunk_bytes,
+            ranks=len(reports),
+        )
+        self._saving.forgotten += stray
         self._requests: dict[str, RequestRecord] = {}
         self._loads: list[LoadOrder] = []
-        self._saves: list[SaveOrder] = []
-        self._ended_saves: list[Transfer] = []
-        self._backlog: deque[ChunkKey] = deque()
+        self._queued = 0
         self._step = 0
 
     # -- lookup and admission ------------------------------------------------------------
 
-    def lookup(self, view: RequestView, floor: int) -> Hit:
+    def lookup(self, view: RequestView, floor: int, *, declined: str = "") -> Hit:
         """How many tokens beyond ``floor`` will be loaded for a request that has no blocks yet.
 
         Free of side effects on tiers and leases; called again for as long as the request waits.
@@ -134,6 +126,7 @@ class Planner:
         Args:
             view: the request.
             floor: tokens at its beginning that the engine already has, on a block boundary.
+            declined: why nothing may be loaded for it, if so; a word for logs and metrics.
         """
         record = self._requests.get(view.request_id)
         if record is None or record.ended:
@@ -148,12 +141,10 @@ class Planner:
         situation = Situation(
             hit_tokens=tokens,
             disk_tokens=by_tier[TierName.DISK],
-            remaining_tokens=view.num_tokens - floor - tokens,
             others_active=self._others_active(view.request_id),
             reports_blocks=self._reports_blocks,
         )
-        decision = self._policy.decide(situation)
-        record.mode = decision.mode
+        decision = self._policy.decide(situation, declined or record.distrust)
         record.story = Story(
             prompt=view.num_tokens,
             engine=floor,
@@ -260,13 +251,15 @@ class Planner:
             expires=self._clock() + 2 * deadline,
             size=tokens // block * self._chunk_bytes // shape.blocks,
             chunks=record.hit.places,
-            layerwise=record.mode is LoadMode.LAYERWISE,
+            layerwise=record.story.mode is LoadMode.LAYERWISE,
         )
         record.load = transfer.id
         for tier in self._catalog.tiers.values():
             tier.use([place.key for place in record.hit.places])
         self._loads.append(
-            LoadOrder(transfer.id, transfer.request_id, record.mode, tuple(chunks), float(deadline))
+            LoadOrder(
+                transfer.id, transfer.request_id, record.story.mode, tuple(chunks), float(deadline)
+            )
         )
         for tier_name, count in self.hit_sources(record.view.request_id).items():
             self._meter.count("hit_tokens", count, tier=tier_name.value)
@@ -281,30 +274,30 @@ class Planner:
                 computed when the step is over, draft tokens included.
             forward: whether the step runs the model.
         """
+        now = self._clock()
         for request_id, computed in progress:
             record = self._requests.get(request_id)
             if record is not None:
-                self._plan_saves(record, computed, record.view.blocks)
-        writes = self._plan_writes()
+                self._saving.consider(
+                    record, computed, record.view.blocks, step=self._step, now=now
+                )
+        writes = self._saving.order_writes(step=self._step, now=now)
         outstanding = len(self._transfers) > 0
         plan = StepPlan(
             step=self._step,
             loads=tuple(self._loads),
-            saves=tuple(self._saves),
+            saves=tuple(self._saving.orders),
             writes=writes,
-            drop_disk=tuple(self._drop_disk),
+            drop_disk=tuple(self._saving.forgotten),
             forward=forward,
             outstanding=outstanding,
         )
         self._step += 1
-        if plan.loads:
-            self._loads = []
-        if plan.saves:
-            self._saves = []
-        if plan.drop_disk:
-            self._drop_disk = []
+        self._loads.clear()
+        self._saving.orders.clear()
+        self._saving.forgotten.clear()
         if outstanding:
-            self._mark_overdue()
+            self._mark_overdue(now)
         return plan
 
     def finished(self, request_id: str, computed: int, blocks: Sequence[int]) -> None:
@@ -322,118 +315,28 @@ class Planner:
         for tier in self._catalog.tiers.values():
             tier.use(record.chain.keys)
         still_loading = record.load is not None
-        if record.admitted and not (still_loading and record.mode is LoadMode.PARKED):
-            self._plan_saves(record, computed, lambda: blocks)
-            left = self._saveable(record, computed) - record.next_save
-            if left > 0:
+        if record.admitted and not (still_loading and record.story.mode is LoadMode.PARKED):
+            left = self._saving.consider(
+                record, computed, lambda: blocks, step=self._step, now=self._clock()
+            )
+            if left:
                 self._meter.count("saves_dropped", left)
         if still_loading:
             record.ended = True
         else:
             del self._requests[request_id]
 
-    def _saveable(self, record: RequestRecord, computed: int) -> int:
-        limit = min(computed, record.view.num_tokens)
-        if self._config.save.tokens == "prompt":
-            limit = min(limit, record.view.num_prompt_tokens)
-        return limit // self._shape.chunk_tokens
-
-    def _plan_saves(
-        self, record: RequestRecord, computed: int, blocks_of: Callable[[], Sequence[int]]
-    ) -> None:
-        end = self._saveable(record, computed)
-        if end <= record.next_save:
-            return
-        keys = record.known_keys()
-        per_chunk = self._shape.blocks
-        blocks: Sequence[int] = ()
-        for index in range(record.next_save, end):
-            key = keys[index]
-            if self._wanted_on_host(record, key):
-                blocks = blocks or blocks_of()
-                chunk_blocks = tuple(blocks[index * per_chunk : (index + 1) * per_chunk])
-                refusal = self._plan_save(record, key, chunk_blocks)
-                if refusal is not None:
-                    if record.held_back != index:
-                        record.held_back = index
-                        self._meter.count("saves_held_back", 1, reason=refusal)
-                    return
-            record.next_save = index + 1
-
-    def _wanted_on_host(self, record: RequestRecord, key: ChunkKey) -> bool:
-        if key in record.promote:
-            return not self._catalog.host.holds(key)
-        return not self._catalog.holds(key)
-
-    def _plan_save(
-        self, record: RequestRecord, key: ChunkKey, blocks: tuple[int, ...]
-    ) -> str | None:
-        in_flight = self._transfers.bytes_in_flight(Kind.SAVE)
-        if in_flight + self._chunk_bytes > self._config.save.max_inflight * self._ranks:
-            return "max_inflight"
-        slot = self._catalog.host.reserve(key)
-        if slot is None:
-            return "host_in_use"
-        transfer = self._transfers.open(
-            Kind.SAVE,
-            record.view.request_id,
-            step=self._step,
-            expires=self._clock() + self._config.load.deadline,
-            size=self._chunk_bytes,
-            chunks=(Location(key, TierName.HOST, slot),),
-            lease=self._leases.take(blocks),
-        )
-        self._saves.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks))
-        return None
-
-    def _plan_writes(self) -> tuple[WriteThrough, ...]:
-        disk = self._catalog.disk
-        if disk is None or self._config.disk is None or not self._backlog:
-            return ()
-        writes = []
-        while self._backlog and self._may_write():
-            key = self._backlog.popleft()
-            host_slot = self._catalog.host.find(key)
-            if host_slot is None or disk.holds(key):
-                continue
-            disk_slot = disk.reserve(key)
-            if disk_slot is None:
-                self._meter.count("writes_skipped", 1, reason="disk_in_use")
-                continue
-            self._catalog.host.lease(host_slot)
-            transfer = self._transfers.open(
-                Kind.WRITE,
-                "",
-                step=self._step,
-                expires=self._clock() + self._config.load.deadline,
-                size=self._chunk_bytes,
-                chunks=(
-                    Location(key, TierName.HOST, host_slot),
-                    Location(key, TierName.DISK, disk_slot),
-                ),
-            )
-            writes.append(WriteThrough(transfer.id, key, host_slot, disk_slot))
-        return tuple(writes)
-
-    def _may_write(self) -> bool:
-        assert self._config.disk is not None
-        in_flight = self._transfers.bytes_in_flight(Kind.WRITE)
-        return in_flight + self._chunk_bytes <= self._config.disk.max_inflight * self._ranks
-
-    def _mark_overdue(self) -> None:
-        now = self._clock()
+    def _mark_overdue(self, now: float) -> None:
         for transfer in self._transfers.live():
             if transfer.overdue or transfer.expires > now:
                 continue
             transfer.overdue = True
-            self._meter.count("failures", 1, kind=f"{transfer.kind.value}_overdue")
-            log.warning(
-                "%s %d of request %r is overdue after step %d; it no longer holds engine blocks",
-                transfer.kind.value, transfer.id, transfer.request_id, transfer.step,
-            )  # fmt: skip
+            kind = transfer.kind.value
+            self._meter.count("failures", 1, kind=f"{kind}_overdue")
+            log.warning("%s %d of step %d is overdue", kind, transfer.id, transfer.step)
             if transfer.lease is not None:
                 # What is read from now on may be another request's block: never show it.
-                self._poison(transfer)
+                self._saving.poison(transfer)
                 transfer.lease.release()
 
     # -- receipts ----------------------------------------------------------------------------
@@ -442,47 +345,60 @@ class Planner:
         """Take in what the ranks report after a step."""
         settled: list[Transfer] = []
         for receipt in receipts:
+            self._queued = receipt.queued
             for item in receipt.transfers:
                 transfer = self._transfers.get(item.transfer)
                 if transfer is None or not transfer.apply(receipt.rank, item):
                     continue
                 if transfer.lease is not None:
                     transfer.lease.release()
-                if transfer.state is not State.SOURCE_FREE:
-                    settled.append(transfer)
+                settled.append(transfer)
+        waits: dict[int, float] = {}
         for transfer in settled:
             if transfer.kind is Kind.LOAD:
                 self._settle_load(transfer)
+                if transfer.layerwise:
+                    waits[transfer.step] = max(transfer.waited, waits.get(transfer.step, 0.0))
             elif transfer.kind is Kind.WRITE:
-                self._settle_write(transfer)
-        self._ended_saves += (t for t in settled if t.kind is Kind.SAVE)
-        if self._ended_saves:
-            self._settle_saves()
+                self._saving.settle_write(transfer)
+        for waited in waits.values():
+            self._meter.observe("wait_seconds", waited)
+        self._saving.settle((t for t in settled if t.kind is Kind.SAVE), step=self._step)
+
+    def distrust(self, step: int = 0) -> None:
+        """A load has failed in the engine's own eyes: nothing that was saved in ``step`` or later
+        and is not visible yet may become visible, and everything is considered for saving anew.
+        """
+        self._saving.poison_saves_since(step)
+        for record in self._requests.values():
+            record.next_save = 0
 
     def _settle_load(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
         for place in transfer.chunks:
             self._catalog.tiers[place.tier].release(place.slot)
         record = self._requests.get(transfer.request_id)
-        current = record is not None and record.load == transfer.id
         failed = transfer.state is State.FAILED
         self._meter.count("load_bytes", transfer.moved_bytes)
         self._meter.observe("load_seconds", transfer.seconds)
-        self._meter.observe("wait_seconds", transfer.waited)
         if failed:
             self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
             self._drop_bad(transfer)
-            self._poison_since(transfer.step)
-        if record is not None and current:
-            record.load = None
-            story = record.story
-            story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
-            if failed:
-                story.reason = transfer.reason
-                record.next_save = 0
-            stories.info("%s", story.line(transfer.request_id))
-            if record.ended:
-                del self._requests[transfer.request_id]
+            if transfer.layerwise:
+                self.distrust(transfer.step)
+        if record is None or record.load != transfer.id:
+            return
+        record.load = None
+        story = record.story
+        story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
+        if failed:
+            story.reason = transfer.reason
+            record.next_save = 0
+            # What was not delivered may still be in its tier: do not ask for it for ever.
+            record.distrust = "failed_before"
+        stories.info("%s", story.line(transfer.request_id))
+        if record.ended:
+            del self._requests[transfer.request_id]
 
     def _drop_bad(self, transfer: Transfer) -> None:
         for place in transfer.chunks:
@@ -491,95 +407,24 @@ class Planner:
                 if tier.find(place.key) == place.slot:
                     tier.drop(place.key)
                     if place.tier is TierName.DISK:
-                        self._drop_disk.append(place.slot)
-
-    def _poison_since(self, step: int) -> None:
-        for transfer in self._transfers.live():
-            if transfer.kind is Kind.SAVE and transfer.step >= step:
-                self._poison(transfer)
-        for record in self._requests.values():
-            record.next_save = 0
-
-    def _poison(self, transfer: Transfer) -> None:
-        """What a save or write brings must never become visible. Its key is free at once, so that
-        a good copy can be made; its slot only when nothing is written there any more."""
-        if not transfer.poisoned:
-            transfer.poisoned = True
-            target = transfer.chunks[-1]
-            tier = self._catalog.tiers[target.tier]
-            tier.lease(target.slot)
-            tier.abandon(target.key)
-
-    def _give_back_target(self, transfer: Transfer) -> None:
-        target = transfer.chunks[-1]
-        tier = self._catalog.tiers[target.tier]
-        if transfer.poisoned:
-            tier.release(target.slot)
-        else:
-            tier.abandon(target.key)
-
-    def _settle_saves(self) -> None:
-        """Settle the saves that have ended, unless a load that the model computed on, in their
-        step or before it, has no outcome yet: what they saved may be worthless."""
-        layerwise = (t.step for t in self._transfers.live() if t.layerwise)
-        doubt = min(layerwise, default=self._step)
-        ended, self._ended_saves = self._ended_saves, []
-        for transfer in ended:
-            if transfer.step < doubt:
-                self._settle_save(transfer)
-            else:
-                self._ended_saves.append(transfer)
-
-    def _settle_save(self, transfer: Transfer) -> None:
-        self._transfers.close(transfer)
-        (place,) = transfer.chunks
-        if transfer.state is State.FAILED or transfer.poisoned:
-            self._give_back_target(transfer)
-            reason = transfer.reason or "poisoned"
-            self._meter.count("failures", 1, kind=f"save_{reason}")
-            return
-        self._catalog.host.publish(place.key)
-        self._meter.count("save_bytes", transfer.moved_bytes)
-        self._meter.observe("save_seconds", transfer.seconds)
-        if self._catalog.disk is not None and not self._catalog.disk.holds(place.key):
-            self._backlog.append(place.key)
-
-    def _settle_write(self, transfer: Transfer) -> None:
-        self._transfers.close(transfer)
-        source, target = transfer.chunks
-        disk = self._catalog.disk
-        assert disk is not None
-        self._catalog.host.release(source.slot)
-        if transfer.state is State.FAILED:
-            self._give_back_target(transfer)
-            self._drop_disk.append(target.slot)
-            self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'unknown'}")
-            return
-        disk.publish(target.key)
-        self._meter.count("write_bytes", transfer.moved_bytes)
-        self._meter.observe("write_seconds", transfer.seconds)
+                        self._saving.forgotten.append(place.slot)
 
     # -- the whole ---------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget every chunk in every tier; what is on its way will not become visible."""
-        self._catalog.host.clear()
-        if self._catalog.disk is not None:
-            self._drop_disk.extend(self._catalog.disk.clear())
-        self._backlog.clear()
-        for transfer in self._transfers.live():
-            if transfer.kind is not Kind.LOAD:
-                self._poison(transfer)
+        self._saving.reset()
         for record in self._requests.values():
-            record.next_save = 0
             record.hit = FoundPrefix()
+            # What a running request has computed was computed before the reset.
+            record.barred = record.admitted
 
     @property
     def has_work(self) -> bool:
         """Whether the engine must keep stepping so that orders go out and receipts come in."""
         return (
-            bool(self._saves or self._loads or self._drop_disk)
-            or bool(self._backlog and self._may_write())
+            bool(self._loads or self._saving.orders or self._saving.forgotten)
+            or self._saving.may_write
             or self._transfers.pending
         )
 
@@ -594,7 +439,8 @@ class Planner:
                 "bytes_in_flight", self._transfers.bytes_in_flight(kind), direction=kind.value
             )
             self._meter.gauge("transfers", self._transfers.count(kind), direction=kind.value)
-        self._meter.gauge("write_backlog", len(self._backlog))
+        self._meter.gauge("write_backlog", self._saving.backlog)
+        self._meter.gauge("queue_depth", self._queued)
         self._meter.gauge("leased_blocks", self._leases.leased_blocks)
 
 

@@ -15,14 +15,12 @@ class Situation:
     Attributes:
         hit_tokens: tokens, beyond what the engine has, that a tier could deliver.
         disk_tokens: how many of them come from a fallible tier.
-        remaining_tokens: tokens that must be computed if everything is loaded.
         others_active: whether the engine has other requests to run.
         reports_blocks: whether the engine can take back a failed load once the request runs.
     """
 
     hit_tokens: int
     disk_tokens: int
-    remaining_tokens: int
     others_active: bool
     reports_blocks: bool
 
@@ -54,8 +52,15 @@ class LoadPolicy:
         self._mode = config.mode
         self._min_tokens = chunk_tokens if config.min_tokens == "auto" else config.min_tokens
 
-    def decide(self, situation: Situation) -> Decision:
-        """See the class."""
+    def decide(self, situation: Situation, declined: str = "") -> Decision:
+        """See the class.
+
+        Args:
+            situation: what the decision may depend on.
+            declined: why nothing may be loaded whatever the situation; empty if it may.
+        """
+        if declined:
+            return Decision(0, LoadMode.LAYERWISE, declined)
         if situation.hit_tokens == 0:
             return Decision(0, LoadMode.LAYERWISE, "miss")
         if situation.hit_tokens < self._min_tokens:

@@ -11,6 +11,19 @@ from lamina.keys import ChunkChain
 from lamina.plan import ChunkKey, LoadMode, TransferId
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """Tokens and blocks of a chunk, all that control needs of the geometry."""
+
+    block_tokens: int
+    chunk_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in one chunk."""
+        return self.chunk_tokens // self.block_tokens
+
+
 class RequestView(Protocol):
     """An engine's request, as control needs to see it. Read at the moment of the call."""
 
@@ -114,6 +127,10 @@ class RequestRecord:
         next_save: first chunk that was not yet considered for saving.
         promote: chunks loaded from disk that the host tier should hold, too.
         held_back: first chunk that found no room, so that it is counted once.
+        barred: whether it may not be saved in this epoch, because what it holds was computed before
+            a reset.
+        distrust: why nothing is loaded for it any more; empty while it may be.
+        story: what became of its hit.
     """
 
     view: RequestView
@@ -125,7 +142,8 @@ class RequestRecord:
     next_save: int = 0
     promote: set[ChunkKey] = field(default_factory=set)
     held_back: int = -1
-    mode: LoadMode = LoadMode.LAYERWISE
+    barred: bool = False
+    distrust: str = ""
     story: Story = field(default_factory=Story)
 
     def new_epoch(self) -> None:
@@ -135,6 +153,7 @@ class RequestRecord:
         self.next_save = 0
         self.hit = FoundPrefix()
         self.held_back = -1
+        self.barred = False
         self.promote.clear()
 
     def known_keys(self) -> list[ChunkKey]:

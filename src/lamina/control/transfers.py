@@ -2,9 +2,9 @@
 
 ::
 
-    LOAD   PLANNED → MOVING → DONE | FAILED
-    SAVE   PLANNED → MOVING → SOURCE_FREE → DONE | FAILED      (DONE: loadable from the host)
-    WRITE  PLANNED → MOVING → DONE | FAILED                    (DONE: durable on disk)
+    LOAD   PLANNED → DONE (in the engine) | FAILED
+    SAVE   PLANNED → DONE (its source is free, and it is loadable from the host) | FAILED
+    WRITE  PLANNED → DONE (durable on disk) | FAILED
 
 With several ranks a state is reached when every rank has reported it, by identity and not by
 count; a transfer has failed when one rank has failed and all are terminal.
@@ -33,8 +33,6 @@ class State(Enum):
     """How far a transfer is."""
 
     PLANNED = "planned"
-    MOVING = "moving"
-    SOURCE_FREE = "source_free"
     DONE = "done"
     FAILED = "failed"
 
@@ -59,7 +57,6 @@ class Transfer:
         lease: hold on engine blocks, for a save.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
-        reading: ranks that may still read the source.
         moving: ranks that are not terminal.
         poisoned: built on data that turned out bad; must never become visible.
         overdue: past its deadline; it no longer keeps the engine awake.
@@ -72,7 +69,6 @@ class Transfer:
     expires: float
     size: int
     chunks: tuple[Location, ...]
-    reading: set[int]
     moving: set[int]
     lease: BlockLease | None = None
     layerwise: bool = False
@@ -90,26 +86,22 @@ class Transfer:
         """Take in one rank's word; a repeated or late one changes nothing.
 
         Returns:
-            Whether the transfer's state changed.
+            Whether that was the last rank, and the transfer is terminal.
         """
-        before = self.state
-        if self.state.terminal or rank not in self.moving:
+        if rank not in self.moving:
             return False
-        self.reading.discard(rank)
-        if receipt.outcome is not Outcome.SOURCE_FREE:
-            self.moving.discard(rank)
-            self.moved_bytes += receipt.moved_bytes
-            self.seconds = max(self.seconds, receipt.seconds)
-            self.waited = max(self.waited, receipt.waited)
+        self.moving.remove(rank)
+        self.moved_bytes += receipt.moved_bytes
+        self.seconds = max(self.seconds, receipt.seconds)
+        self.waited = max(self.waited, receipt.waited)
         if receipt.outcome is Outcome.FAILED:
             self.failed = True
             self.reason = self.reason or receipt.reason
             self.bad_chunks.update(receipt.bad_chunks)
-        if not self.moving:
-            self.state = State.FAILED if self.failed or self.poisoned else State.DONE
-        elif not self.reading and self.kind is Kind.SAVE:
-            self.state = State.SOURCE_FREE
-        return self.state is not before
+        if self.moving:
+            return False
+        self.state = State.FAILED if self.failed or self.poisoned else State.DONE
+        return True
 
 
 class TransferTable:
@@ -151,7 +143,6 @@ class TransferTable:
             chunks=chunks,
             lease=lease,
             layerwise=layerwise,
-            reading=set(ranks),
             moving=set(ranks),
         )
         self._live[transfer.id] = transfer

@@ -95,7 +95,10 @@ class Executor:
         self._row_of_layer = geometry.row_of_layer
         self._last_layers = frozenset(geometry.last_layer_of_row)
         cores = usable_cores()
-        self._load_pool = WorkerPool("load", LOAD_THREADS, cores)
+        # A pool for each tier: a disk that hangs takes its own threads with it, and no others.
+        self._load_pools = {
+            tier: WorkerPool(f"load-{tier.value}", LOAD_THREADS[tier], cores) for tier in sources
+        }
         self._save_pool = WorkerPool("save", 1, cores)
         self._writer: DiskWriter | None = None
         self._sources = sources
@@ -150,7 +153,7 @@ class Executor:
             if order.mode is LoadMode.PARKED:
                 run = self._make_run([Load(order, self._geometry)], parked=True)
                 self._parked.append(run)
-                run.start()
+                run.start(self._mover.fence_compute())
         layerwise = [o for o in plan.loads if o.mode is LoadMode.LAYERWISE]
         if layerwise:
             loads = [Load(order, self._geometry) for order in layerwise]
@@ -170,7 +173,8 @@ class Executor:
     def start_loads(self) -> None:
         """Submit the first rows of the step's layerwise loads; call right before the forward."""
         if self._layerwise is not None:
-            self._layerwise.start()
+            # Here and not earlier: engines prepare blocks (zero, copy) once the step has begun.
+            self._layerwise.start(self._mover.fence_compute())
 
     def wait_layer(self, layer: str) -> None:
         """Return when the row of ``layer`` may be read; at once if nothing is loaded."""
@@ -220,21 +224,25 @@ class Executor:
         while self._receipts:
             receipts.append(self._receipts.popleft())
         lost, self._lost_blocks = self._lost_blocks, set()
-        return Outcomes(Receipt(self._rank, tuple(receipts)), frozenset(arrived), frozenset(lost))
+        queued = sum(pool.depth() for pool in (*self._load_pools.values(), self._save_pool))
+        receipt = Receipt(self._rank, tuple(receipts), queued)
+        return Outcomes(receipt, frozenset(arrived), frozenset(lost))
 
     def close(self) -> None:
         """Finish what is under way, within bounds, and release threads, files and memory."""
         for run in self._parked:
             run.give_up("closed")
-        ended = self._load_pool.close(CLOSE_TIMEOUT)
+        ended = True
+        for pool in self._load_pools.values():
+            ended &= pool.close(CLOSE_TIMEOUT)
         ended &= self._save_pool.close(CLOSE_TIMEOUT)
         if self._writer is not None:
             ended &= self._writer.close(CLOSE_TIMEOUT)
         if not ended:
             log.warning("transfers under way did not end within %.0f s", CLOSE_TIMEOUT)
-        if self._disk is not None:
-            self._disk.close()
-        if ended:
+        if ended:  # else files and memory that a thread still uses go with the process
+            if self._disk is not None:
+                self._disk.close()
             self._mover.close()
         if self._timeline is not None:
             self._timeline.write()
@@ -253,8 +261,7 @@ class Executor:
             loads,
             geometry,
             self._sources,
-            self._load_pool,
-            after=self._mover.fence_compute(),
+            self._load_pools,
             window=window,
             urgency=_PARKED if parked else _LAYERWISE,
             self_driven=parked,

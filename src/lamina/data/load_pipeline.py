@@ -106,6 +106,7 @@ class Load:
         self.began = self.ended = time.perf_counter()
         self.moved_bytes = 0
         self.bad: set[int] = set()
+        self.damaged: set[int] = set()
         self.reason = ""
         self.outstanding = 0
         self._given_up = False
@@ -123,9 +124,11 @@ class Load:
         """Index of the first chunk that could not be delivered; past the end if all could."""
         return min(self.bad, default=len(self.order.chunks))
 
-    def fail(self, chunks: Sequence[int], reason: str) -> None:
-        """Note that chunks could not be delivered."""
+    def fail(self, chunks: Sequence[int], reason: str, *, damaged: bool = False) -> None:
+        """Note that chunks could not be delivered; ``damaged`` if they never can be."""
         self.bad.update(chunks)
+        if damaged:
+            self.damaged.update(chunks)
         self.reason = self.reason or reason
 
     def admit(self) -> bool:
@@ -168,7 +171,7 @@ class Load:
             moved_bytes=self.moved_bytes,
             seconds=self.ended - self.began,
             waited=waited,
-            bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.bad)),
+            bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.damaged)),
             reason=self.reason,
         )
 
@@ -180,10 +183,9 @@ class LoadRun:
         loads: what to load.
         geometry: the engine's cache.
         sources: the tiers.
-        pool: threads that move pieces.
-        after: behind everything that may still use the engine blocks for something else.
+        pools: for each tier, the threads that move its pieces.
         window: rows in flight ahead of the one waited for.
-        urgency: the pool's first priority; the row is the second.
+        urgency: the pools' first priority; the row is the second.
         self_driven: whether a row that has arrived stands for one that was waited for, because
             no model waits (a parked load).
         done: called once, from a pool thread or from a waiter, when every row has arrived.
@@ -196,9 +198,8 @@ class LoadRun:
         loads: Sequence[Load],
         geometry: CacheGeometry,
         sources: Mapping[TierName, RowSource],
-        pool: WorkerPool,
+        pools: Mapping[TierName, WorkerPool],
         *,
-        after: Fence,
         window: int,
         urgency: float,
         self_driven: bool,
@@ -212,8 +213,8 @@ class LoadRun:
         self._rows = len(geometry.rows)
         self._page_bytes = [row.page_bytes for row in geometry.rows]
         self._sources = sources
-        self._pool = pool
-        self._after = after
+        self._pools = pools
+        self._after: Fence | None = None
         self._window = window
         self._urgency = urgency
         self._self_driven = self_driven
@@ -221,18 +222,24 @@ class LoadRun:
         self._timeline = timeline
         self._done = done
         self._submitted = 0
+        self._extended = False
         self._arrived_rows = 0
         self._waited_rows: set[int] = set()
         self._lock = threading.Lock()
         self._arrived = [threading.Event() for _ in range(self._rows)]
         self._fences: list[list[Fence]] = [[] for _ in range(self._rows)]
-        pieces = sum(len(load.pieces) for load in self.loads)
-        self._left = [pieces] * self._rows
+        self._left = [[len(load.pieces) for load in self.loads] for _ in range(self._rows)]
+        self._alive = set(range(len(self.loads)))
         for load in self.loads:
             load.outstanding = len(load.pieces) * self._rows
 
-    def start(self) -> None:
-        """Submit the first rows of the window."""
+    def start(self, after: Fence) -> None:
+        """Submit the first rows of the window.
+
+        Args:
+            after: behind everything that may still use the engine blocks for something else.
+        """
+        self._after = after
         for _ in range(self._window):
             self._submit_next()
 
@@ -248,8 +255,8 @@ class LoadRun:
         began = time.perf_counter()
         while row >= self._submitted:
             self._submit_next()
-        if not self._arrived[row].wait(max(0.0, self.deadline - began)):
-            self.give_up("deadline")
+        while not self._arrived[row].wait(max(0.0, self.deadline - time.perf_counter())):
+            self._give_up_stuck(row)
         self._waited_rows.add(row)
         self._submit_next()
         self.waited += time.perf_counter() - began
@@ -263,13 +270,32 @@ class LoadRun:
 
     def give_up(self, reason: str) -> None:
         """Fail what has not arrived; afterwards nothing of this run writes engine memory."""
-        for load in self.loads:
-            load.give_up(reason)
+        self._give_up(set(self._alive), reason)
+
+    def _give_up_stuck(self, row: int) -> None:
+        """Give up the loads that keep ``row`` from arriving. The others, which could not go on
+        behind it, get their time anew, but once only: a forward waits twice the deadline at most.
+        """
+        with self._lock:
+            stuck = {i for i in self._alive if self._left[row][i]}
+        if self._extended:
+            stuck = set(self._alive)
+        self._extended = True
+        self._give_up(stuck, "deadline")
+        patience = min((self.loads[i].order.deadline for i in self._alive), default=0.0)
+        self.deadline = time.perf_counter() + patience
+
+    def _give_up(self, which: set[int], reason: str) -> None:
+        for i in which:
+            self.loads[i].give_up(reason)
         for fences in self._fences:
             for fence in fences:
                 fence.wait()
-        for arrived in self._arrived:
-            arrived.set()
+        with self._lock:
+            self._alive -= which
+            rows = range(self._submitted if self._alive else self._rows)
+        for row in rows:
+            self._note_arrival(row)
 
     @property
     def expired(self) -> bool:
@@ -292,12 +318,16 @@ class LoadRun:
             if row == self._rows:
                 return
             self._submitted += 1
-        for load in self.loads:
-            for piece in load.pieces:
-                self._pool.submit((self._urgency, row), partial(self._move, row, load, piece))
+            alive = sorted(self._alive)
+        for i in alive:
+            for piece in self.loads[i].pieces:
+                job = partial(self._move, row, i, piece)
+                self._pools[piece.tier].submit((self._urgency, row), job)
 
-    def _move(self, row: int, load: Load, piece: Piece) -> None:
+    def _move(self, row: int, index: int, piece: Piece) -> None:
         began = time.perf_counter()
+        load = self.loads[index]
+        assert self._after is not None, "a row was submitted before the run was started"
         grants = 0
         fence: Fence | None = None
 
@@ -311,30 +341,36 @@ class LoadRun:
             if piece.first < load.first_bad:
                 fence = self._sources[piece.tier].load_row(row, piece, self._after, admit)
         except BadChunks as error:
-            load.fail([piece.first + i for i in error.indices], error.reason)
+            load.fail([piece.first + i for i in error.indices], error.reason, damaged=True)
         except Exception as error:
             load.fail(range(piece.first, piece.first + len(piece.keys)), type(error).__name__)
             raise
         finally:
-            self._piece_over(row, load, fence, len(piece.blocks) * self._page_bytes[row])
+            self._piece_over(row, index, fence, len(piece.blocks) * self._page_bytes[row])
             load.leave(grants)
             if self._timeline is not None:
                 size = len(piece.blocks) * self._page_bytes[row]
                 self._timeline.add(Lane.LOAD, self._step, row, began, size)
 
-    def _piece_over(self, row: int, load: Load, fence: Fence | None, size: int) -> None:
+    def _piece_over(self, row: int, index: int, fence: Fence | None, size: int) -> None:
+        load = self.loads[index]
         with self._lock:
             load.outstanding -= 1
             load.ended = time.perf_counter()
             if fence is not None:
                 load.moved_bytes += size
                 self._fences[row].append(fence)
-            self._left[row] -= 1
-            if self._left[row]:
+            self._left[row][index] -= 1
+        self._note_arrival(row)
+
+    def _note_arrival(self, row: int) -> None:
+        """Set the row's event once every load that is not given up has its pieces there."""
+        with self._lock:
+            if self._arrived[row].is_set() or any(self._left[row][i] for i in self._alive):
                 return
+            self._arrived[row].set()
             self._arrived_rows += 1
             last = self._arrived_rows == self._rows
-        self._arrived[row].set()
         if self._self_driven:
             self._submit_next()
         if last and self._done is not None:

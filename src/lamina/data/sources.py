@@ -15,8 +15,9 @@ from lamina.data.tiers.host import HostTier
 from lamina.geometry import CacheGeometry, align_up
 from lamina.plan import TierName
 
-LOAD_THREADS = 4
-"""Threads that load; each holds one staging buffer at a time."""
+LOAD_THREADS = {TierName.HOST: 2, TierName.DISK: 4}
+"""Threads that load from each tier; two copy as fast as memory allows, a disk likes more at once,
+and each of its threads holds one staging buffer."""
 
 
 class HostSource:
@@ -62,7 +63,7 @@ class DiskSource:
         self._per_chunk = geometry.blocks_per_chunk
         size = align_up(max(PIECE_BYTES, *geometry.extent_bytes))
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        for _ in range(LOAD_THREADS):
+        for _ in range(LOAD_THREADS[TierName.DISK]):
             self._staging.put(mover.allocate_host(size))
 
     def load_row(

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger("lamina.data")
@@ -56,8 +57,9 @@ class WorkerPool:
         """
         for _ in self._threads:
             self._queue.put((_CLOSED, next(self._order), None))
+        deadline = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:

@@ -45,7 +45,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("lookups", _C, "Requests admitted after a lookup"),
         Metric("lookup_tokens", _C, "Tokens of admitted requests"),
-        Metric("hit_tokens", _C, "Tokens found, by where they were", ("tier",)),
+        Metric("hit_tokens", _C, "Tokens found and used, by where they were", ("tier",)),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
         Metric("save_bytes", _C, "Bytes saved from the engine to the host tier"),
@@ -63,6 +63,7 @@ METRICS: dict[str, Metric] = {
         Metric("bytes_in_flight", _G, "Bytes of unfinished transfers", ("direction",)),
         Metric("transfers", _G, "Unfinished transfers", ("direction",)),
         Metric("write_backlog", _G, "Chunks waiting to be written to disk"),
+        Metric("queue_depth", _G, "Pieces of work that no thread has taken up"),
         Metric("leased_blocks", _G, "Engine blocks held for saves"),
     )
 }  # fmt: skip

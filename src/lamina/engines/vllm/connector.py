@@ -186,7 +186,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Receipts of the step."""
-        self._on_scheduler.receive(connector_output.kv_connector_worker_meta)
+        self._on_scheduler.receive(connector_output)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -201,7 +201,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """Forget everything in every tier."""
-        self._on_scheduler.planner.reset()
+        self._on_scheduler.reset()
         return True
 
     # -- metrics -------------------------------------------------------------------------------

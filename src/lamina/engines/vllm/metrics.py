@@ -107,7 +107,7 @@ class LaminaPromMetrics(KVConnectorPromMetrics):
         for packed, value in transfer_stats_data.get("gauges", {}).items():
             self._series(packed, engine_idx).set(value)
 
-    def _series(self, packed: str, engine_idx: int) -> Any:  # noqa: ANN401 - one of three
+    def _series(self, packed: str, engine_idx: int) -> Any:
         name, *labels = packed.split(_SEPARATOR)
         return self._metrics[name].labels(*self.per_engine_labelvalues[engine_idx], *labels)
 

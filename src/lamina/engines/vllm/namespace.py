@@ -49,6 +49,9 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
 def _model(vllm_config: VllmConfig) -> str:
     fields = vllm_config.model_config.hf_config.to_dict()
     relevant = {key: value for key, value in fields.items() if key not in _IRRELEVANT}
+    if "longrope" in str(relevant):
+        # vLLM scales its positions by whether the longest sequence needs it.
+        relevant["max_model_len"] = vllm_config.model_config.max_model_len
     return json.dumps(relevant, sort_keys=True, default=str)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Iterator, Mapping
 
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lamina.checkpoint import fingerprint, locate
+from lamina.checkpoint import CheckpointError, fingerprint, locate
 from lamina.config import Config
-from lamina.control.planner import ChunkShape, Planner
+from lamina.control.planner import Planner
+from lamina.control.requests import ChunkShape
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
@@ -22,6 +25,8 @@ from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.requests import VllmBlockPool, VllmRequest
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
+
+log = logging.getLogger("lamina.engines.vllm")
 
 _SOURCES = {TierName.HOST: CacheHitSource.HOST, TierName.DISK: CacheHitSource.DISK}
 
@@ -100,10 +105,11 @@ class SchedulerSide:
 
     def lookup(self, request: Request, computed: int) -> tuple[int, bool]:
         """Tokens to load beyond ``computed``, and whether between steps."""
-        hit = self.planner.lookup(self._view(request), computed)
-        if not self._loads or request.skip_reading_prefix_cache or hit.tokens == 0:
-            return 0, False
-        return hit.tokens, hit.mode is LoadMode.PARKED
+        declined = "" if self._loads else "kv_role"
+        if request.skip_reading_prefix_cache:
+            declined = "skip_reading_prefix_cache"
+        hit = self.planner.lookup(self._view(request), computed, declined=declined)
+        return hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
 
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
@@ -122,12 +128,21 @@ class SchedulerSide:
         self._moved |= not plan.is_empty
         return plan
 
-    def receive(self, message: KVConnectorWorkerMetadata | None) -> None:
+    def receive(self, output: KVConnectorOutput) -> None:
         """Take in what the ranks report."""
+        if output.invalid_block_ids:
+            # Perhaps another connector's load: what was computed on it is in our saves.
+            self.planner.distrust()
+        message = output.kv_connector_worker_meta
         if message is not None:
             assert isinstance(message, LaminaReceipts)
             self.planner.receive(message.receipts)
             self._moved = True
+
+    def reset(self) -> None:
+        """Forget everything in every tier."""
+        self.planner.reset()
+        self._moved = True
 
     def finished(self, request: Request, blocks: list[int]) -> None:
         """A request has ended and its blocks are about to be freed."""
@@ -168,5 +183,13 @@ class SchedulerSide:
             return ""
         name = (lora.lora_name, lora.lora_int_id, lora.lora_path)
         if name not in self._adapters or lora.load_inplace:
-            self._adapters[name] = fingerprint(locate(lora.lora_path))
+            try:
+                self._adapters[name] = fingerprint(locate(lora.lora_path))
+            except CheckpointError as error:
+                log.warning(
+                    "adapter %s: its cache is of use to this process only: %s",
+                    lora.lora_name,
+                    error,
+                )
+                self._adapters[name] = f"unknown {uuid.uuid4()}"
         return self._adapters[name]

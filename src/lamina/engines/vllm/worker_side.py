@@ -65,7 +65,9 @@ class WorkerSide:
         bound = layout.bind(self._cache, views, list(order), config.chunk_tokens)
         geometry = bound.geometry
         mover = make_mover(geometry, bound.allocations)
-        capacity = config.host.capacity_bytes(parallel.world_size)
+        capacity = config.host.capacity_bytes(
+            parallel.world_size * parallel.data_parallel_size_local
+        )
         host = HostTier(geometry, capacity, mover.allocate_host)
         disk = None
         if config.disk is not None:

@@ -1,0 +1,267 @@
+"""What leaves the engine: which chunks are saved to the host, and which of those go to disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from lamina.config import Config
+from lamina.control.catalog import Catalog, Location
+from lamina.control.leases import LeaseBook
+from lamina.control.requests import ChunkShape, RequestRecord
+from lamina.control.transfers import Kind, State, Transfer, TransferTable
+from lamina.observe.metrics import Meter
+from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
+
+
+class SavePlanner:
+    """Plans saves and writes, and settles them. A part of the planner.
+
+    Args:
+        config: the whole tree.
+        shape: tokens of blocks and chunks.
+        catalog: where chunks are.
+        transfers: all transfers of the engine.
+        leases: holds on engine blocks.
+        meter: where figures go.
+        chunk_bytes: bytes of one chunk, all ranks.
+        ranks: how many ranks there are; the bounds of the configuration are for each.
+
+    Attributes:
+        orders: saves for the next plan.
+        forgotten: disk slots that the next plan drops.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ChunkShape,
+        catalog: Catalog,
+        transfers: TransferTable,
+        leases: LeaseBook,
+        meter: Meter,
+        *,
+        chunk_bytes: int,
+        ranks: int,
+    ) -> None:
+        self.orders: list[SaveOrder] = []
+        self.forgotten: list[int] = []
+        self._prompt_only = config.save.tokens == "prompt"
+        self._save_bound = config.save.max_inflight * ranks
+        self._write_bound = config.disk.max_inflight * ranks if config.disk else 0
+        self._patience = config.load.deadline
+        self._shape = shape
+        self._catalog = catalog
+        self._transfers = transfers
+        self._leases = leases
+        self._meter = meter
+        self._chunk_bytes = chunk_bytes
+        self._ended: list[Transfer] = []
+        self._backlog: deque[ChunkKey] = deque()
+
+    # -- saves -------------------------------------------------------------------------------
+
+    def consider(
+        self,
+        record: RequestRecord,
+        computed: int,
+        blocks_of: Callable[[], Sequence[int]],
+        *,
+        step: int,
+        now: float,
+    ) -> int:
+        """Order a save of every chunk that is complete and kept nowhere, as far as there is room.
+
+        Args:
+            record: the request.
+            computed: tokens of it that are computed when the step is over.
+            blocks_of: gives its block ids, in token order.
+            step: the step whose plan will carry the orders.
+            now: control's clock.
+
+        Returns:
+            Complete chunks for which there was no room.
+        """
+        end = self._complete_chunks(record, computed)
+        if end <= record.next_save or record.barred:
+            return 0
+        keys = record.known_keys()
+        per_chunk = self._shape.blocks
+        blocks: Sequence[int] = ()
+        for index in range(record.next_save, end):
+            if self._wanted(record, keys[index]):
+                blocks = blocks or blocks_of()
+                chunk_blocks = tuple(blocks[index * per_chunk : (index + 1) * per_chunk])
+                refusal = self._order_save(record, keys[index], chunk_blocks, step, now)
+                if refusal is not None:
+                    if record.held_back != index:
+                        record.held_back = index
+                        self._meter.count("saves_held_back", 1, reason=refusal)
+                    return end - index
+            record.next_save = index + 1
+        return 0
+
+    def _complete_chunks(self, record: RequestRecord, computed: int) -> int:
+        limit = min(computed, record.view.num_tokens)
+        if self._prompt_only:
+            limit = min(limit, record.view.num_prompt_tokens)
+        return limit // self._shape.chunk_tokens
+
+    def _wanted(self, record: RequestRecord, key: ChunkKey) -> bool:
+        if key in record.promote:
+            return not self._catalog.host.holds(key)
+        return not self._catalog.holds(key)
+
+    def _order_save(
+        self, record: RequestRecord, key: ChunkKey, blocks: tuple[int, ...], step: int, now: float
+    ) -> str | None:
+        if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
+            return "max_inflight"
+        slot = self._catalog.host.reserve(key)
+        if slot is None:
+            return "host_in_use"
+        transfer = self._transfers.open(
+            Kind.SAVE,
+            record.view.request_id,
+            step=step,
+            expires=now + self._patience,
+            size=self._chunk_bytes,
+            chunks=(Location(key, TierName.HOST, slot),),
+            lease=self._leases.take(blocks),
+        )
+        self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks))
+        return None
+
+    # -- writes ------------------------------------------------------------------------------
+
+    def order_writes(self, *, step: int, now: float) -> tuple[WriteThrough, ...]:
+        """Writes of chunks that have reached the host and not the disk, within the bound."""
+        disk = self._catalog.disk
+        writes: list[WriteThrough] = []
+        while disk is not None and self.may_write:
+            key = self._backlog.popleft()
+            host_slot = self._catalog.host.find(key)
+            if host_slot is None or disk.holds(key):
+                continue
+            disk_slot = disk.reserve(key)
+            if disk_slot is None:
+                self._meter.count("writes_skipped", 1, reason="disk_in_use")
+                continue
+            self._catalog.host.lease(host_slot)
+            transfer = self._transfers.open(
+                Kind.WRITE,
+                "",
+                step=step,
+                expires=now + self._patience,
+                size=self._chunk_bytes,
+                chunks=(
+                    Location(key, TierName.HOST, host_slot),
+                    Location(key, TierName.DISK, disk_slot),
+                ),
+            )
+            writes.append(WriteThrough(transfer.id, key, host_slot, disk_slot))
+        return tuple(writes)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether there is something to write, and room for it on the way."""
+        in_flight = self._transfers.bytes_in_flight(Kind.WRITE)
+        return bool(self._backlog) and in_flight + self._chunk_bytes <= self._write_bound
+
+    @property
+    def backlog(self) -> int:
+        """Chunks waiting to be written."""
+        return len(self._backlog)
+
+    def _enqueue_write(self, key: ChunkKey) -> None:
+        disk = self._catalog.disk
+        if disk is None or disk.holds(key):
+            return
+        if len(self._backlog) >= self._catalog.host.slots:
+            # More than the host can still hold: the oldest are likely gone from it.
+            self._backlog.popleft()
+            self._meter.count("writes_skipped", 1, reason="backlog")
+        self._backlog.append(key)
+
+    # -- outcomes ----------------------------------------------------------------------------
+
+    def settle(self, ended: Iterable[Transfer], *, step: int) -> None:
+        """Take in saves that have ended.
+
+        One is settled once no load that the model computed on, in its step or before it, is
+        without an outcome: what it saved may be worthless.
+        """
+        self._ended += ended
+        if not self._ended:
+            return
+        layerwise = (t.step for t in self._transfers.live() if t.layerwise)
+        doubt = min(layerwise, default=step)
+        waiting, self._ended = self._ended, []
+        for transfer in waiting:
+            if transfer.step < doubt:
+                self._settle_save(transfer)
+            else:
+                self._ended.append(transfer)
+
+    def _settle_save(self, transfer: Transfer) -> None:
+        self._transfers.close(transfer)
+        if transfer.state is State.FAILED or transfer.poisoned:
+            self._give_back_target(transfer)
+            self._meter.count("failures", 1, kind=f"save_{transfer.reason or 'poisoned'}")
+            return
+        (place,) = transfer.chunks
+        self._catalog.host.publish(place.key)
+        self._meter.count("save_bytes", transfer.moved_bytes)
+        self._meter.observe("save_seconds", transfer.seconds)
+        self._enqueue_write(place.key)
+
+    def settle_write(self, transfer: Transfer) -> None:
+        """Take in a write that has ended."""
+        self._transfers.close(transfer)
+        source, target = transfer.chunks
+        disk = self._catalog.disk
+        assert disk is not None
+        self._catalog.host.release(source.slot)
+        if transfer.state is State.FAILED:
+            self._give_back_target(transfer)
+            self.forgotten.append(target.slot)
+            self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'poisoned'}")
+            return
+        disk.publish(target.key)
+        self._meter.count("write_bytes", transfer.moved_bytes)
+        self._meter.observe("write_seconds", transfer.seconds)
+
+    def poison(self, transfer: Transfer) -> None:
+        """What a save or write brings must never become visible. Its key is free at once, so that
+        a good copy can be made; its slot only when nothing is written there any more.
+        """
+        if not transfer.poisoned:
+            transfer.poisoned = True
+            target = transfer.chunks[-1]
+            tier = self._catalog.tiers[target.tier]
+            tier.lease(target.slot)
+            tier.abandon(target.key)
+
+    def poison_saves_since(self, step: int) -> None:
+        """What was computed from ``step`` on may rest on a load that failed."""
+        for transfer in self._transfers.live():
+            if transfer.kind is Kind.SAVE and transfer.step >= step:
+                self.poison(transfer)
+
+    def reset(self) -> None:
+        """Forget every chunk in every tier; what is on its way will not become visible."""
+        self._catalog.host.clear()
+        if self._catalog.disk is not None:
+            self.forgotten += self._catalog.disk.clear()
+        self._backlog.clear()
+        for transfer in self._transfers.live():
+            if transfer.kind is not Kind.LOAD:
+                self.poison(transfer)
+
+    def _give_back_target(self, transfer: Transfer) -> None:
+        target = transfer.chunks[-1]
+        tier = self._catalog.tiers[target.tier]
+        if transfer.poisoned:
+            tier.release(target.slot)
+        else:
+            tier.abandon(target.key)
