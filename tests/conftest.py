@@ -5,6 +5,7 @@ Nothing here starts anything until a test asks for it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +31,11 @@ def llama(checkpoints: Checkpoints) -> Path:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Shared engines. What they would leave in the user's cache goes where all else goes."""
+    """Shared engines. Lamina's own cache is not the user's; vLLM's is: to
+    look into a model for the first time takes it ten seconds."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT", str(usual / "vllm")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         fleet = Fleet(tmp_path_factory.mktemp("engines"), LIVE_ENGINES)
         yield fleet

@@ -151,6 +151,9 @@ class Service:
     def free_blocks(self) -> int:
         return self._core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    def hash_of(self, text: str) -> int:
+        return hash(text)
+
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 

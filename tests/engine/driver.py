@@ -16,13 +16,13 @@ The engine steps only while it is told to, so a test decides what is outstanding
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
@@ -197,7 +197,15 @@ class EngineError(Exception):
 
 
 class EngineStartError(EngineError):
-    """The engine did not start."""
+    """The engine did not start, and its process has ended.
+
+    Attributes:
+        code: the exit status of the process.
+    """
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Engine:
@@ -228,8 +236,9 @@ class Engine:
             self._receive("start", START_SECONDS)
         except EngineError as error:
             self.process.join(CALL_SECONDS)
+            code = self.process.exitcode
             self.kill()
-            raise EngineStartError(*error.args) from None
+            raise EngineStartError(str(error), code) from None
 
     def __enter__(self) -> Engine:
         return self
@@ -300,6 +309,10 @@ class Engine:
         """Blocks in vLLM's pool that nobody holds."""
         return self._call("free_blocks")
 
+    def hash_of(self, text: str) -> int:
+        """What the child's interpreter makes of a text."""
+        return self._call("hash_of", text)
+
     def log(self) -> str:
         """What the child has written so far."""
         return self._log.read_text(errors="replace")
@@ -316,7 +329,9 @@ class Engine:
     def kill(self) -> None:
         """End the child, and what it has started, at once."""
         if self.process.is_alive():
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was just about to make its group
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
         self.process.join()
         self._pipe.close()
 
@@ -343,7 +358,7 @@ Start = Callable[..., Engine]
 
 
 class Fleet:
-    """Engines that tests share: one for each spec, the least recently used closed first.
+    """Engines that tests share: one for each spec, the least recently used ended first.
 
     A test that gets an engine finds all its caches empty.
 
@@ -363,7 +378,7 @@ class Fleet:
         engine = self._engines.pop(spec.key, None)
         if engine is None or not engine.process.is_alive():
             while len(self._engines) >= self._limit:
-                self._engines.pop(next(iter(self._engines))).close()
+                self._engines.pop(next(iter(self._engines))).kill()
             engine = Engine(spec, self.next_log())
         self._engines[spec.key] = engine
         engine.drain()
@@ -376,9 +391,9 @@ class Fleet:
         return self._folder / f"engine-{self._started}.log"
 
     def close(self) -> None:
-        """Close every engine."""
+        """End every engine."""
         while self._engines:
-            self._engines.popitem()[1].close()
+            self._engines.popitem()[1].kill()
 
 
 def _run_child(pipe: connection.Connection, spec: EngineSpec, log: Path) -> None:
@@ -401,7 +416,7 @@ def enter_child(log: Path) -> None:
     os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def child_environment(more: Mapping[str, str]) -> Iterator[None]:
     """The environment that an interpreter starts with: children find this package and Lamina
     whatever is installed, and compute on one thread, because two that wait for each other on a

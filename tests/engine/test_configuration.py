@@ -23,6 +23,7 @@ def refusal(fleet: Fleet, spec: EngineSpec) -> str:
     """The last line that the engine says before it exits."""
     with pytest.raises(EngineStartError) as error:
         Engine(spec, fleet.next_log())
+    assert error.value.code == 1
     return str(error.value).strip().splitlines()[-1]
 
 

@@ -72,6 +72,12 @@ def test_prefill_in_chunks(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, CHUNKED, {"mode": mode})
 
 
+@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+def test_loads_slower_than_the_model(llama: Path, fleet: Fleet, mode: str) -> None:
+    load = {"mode": mode, "load_ahead": 2}
+    expect_same_answers(fleet, llama, EAGER, load, {"slow_loads": 0.003})
+
+
 @pytest.mark.parametrize("options", [EAGER, CHUNKED], ids=["eager", "chunked"])
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_planned_a_step_ahead(

@@ -12,7 +12,8 @@ from random import Random
 from typing import Self
 from unittest.mock import patch
 
-from lamina.control.planner import ChunkShape, Planner
+from lamina.control.planner import Planner
+from lamina.control.requests import ChunkShape
 from lamina.observe.metrics import Meter
 from lamina.plan import Receipt
 from simulator.content import Ledger, Violation

@@ -159,7 +159,7 @@ class Rank:
             executor.end_step()
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
-        # A load that is stuck is given up alone; those that it has kept waiting get their time anew.
+        # A load that is stuck is given up alone; those that it has kept waiting begin anew.
         loads = sum(order.mode is LoadMode.LAYERWISE for order in step.plan.loads)
         longest = loads * self._options.deadline * (1 + WRITE_TIME)
         if waited > longest + around.slack:

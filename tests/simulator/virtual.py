@@ -33,7 +33,7 @@ _PATCHED = {
 
 
 STALLING = "load"
-"""How the names of pools begin whose jobs call :meth:`World.stall`; others stall before they begin."""
+"""Pools of this name have jobs that call :meth:`World.stall`; others stall before they begin."""
 
 
 class World:

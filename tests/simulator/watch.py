@@ -103,10 +103,7 @@ class Watch:
         for transfer in self._readers.get(block, ()):
             live = self._planner._transfers.get(transfer)
             if live is None or not live.poisoned:
-                raise Violation(
-                    f"block {block} is reused while save {transfer} of "
-                    f"{self._orders[transfer].request_id} still reads it"
-                )
+                raise Violation(f"block {block} is reused while save {transfer} still reads it")
 
     # -- hits ------------------------------------------------------------------------------------
 

@@ -103,14 +103,14 @@ def saves_are_believed_before_the_loads_under_them(patch: Patch) -> None:
 
 
 def saves_survive_a_reset(patch: Patch) -> None:
-    reset = Planner.reset
+    reset = SavePlanner.reset
 
-    def unpoisoned(planner: Planner) -> None:
+    def unpoisoned(saving: SavePlanner) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(planner._saving, "poison", lambda transfer: None)
-            reset(planner)
+            inner.setattr(saving, "poison", lambda transfer: None)
+            reset(saving)
 
-    patch.setattr(Planner, "reset", unpoisoned)
+    patch.setattr(SavePlanner, "reset", unpoisoned)
 
 
 def overdue_saves_are_believed(patch: Patch) -> None:
@@ -171,10 +171,10 @@ def salts_are_not_looked_at(patch: Patch) -> None:
 def more_is_saved_than_is_allowed(patch: Patch) -> None:
     order = SavePlanner._order_save
 
-    def unbounded(saving: SavePlanner, *args: object) -> str | None:
+    def unbounded(saving: SavePlanner, *arguments: object) -> str | None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(saving._transfers, "bytes_in_flight", lambda kind: 0)
-            return order(saving, *args)  # type: ignore[arg-type]
+            return order(saving, *arguments)  # type: ignore[arg-type]
 
     patch.setattr(SavePlanner, "_order_save", unbounded)
 
