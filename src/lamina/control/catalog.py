@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.control.eviction import LeastRecentlyUsed
-from lamina.plan import ChunkKey, StoredChunk, TierName
+from lamina.plan import ChunkKey, RankReport, StoredChunk, TierName
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +185,27 @@ class Catalog:
     def generation(self) -> int:
         """Changes whenever a visible chunk was lost; a memoised hit is stale then."""
         return sum(tier.generation for tier in self.tiers.values())
+
+
+def open_catalog(reports: Sequence[RankReport]) -> tuple[Catalog, list[int]]:
+    """A catalog of what every rank has, and the disk slots that not every rank agrees on.
+
+    Raises:
+        ValueError: if a rank's host tier is smaller than one chunk.
+    """
+    host_slots = min(report.host_slots for report in reports)
+    disk_slots = min(report.disk_slots for report in reports)
+    if host_slots < 1:
+        raise ValueError(
+            "host.capacity: too small for one chunk of "
+            f"{max(report.chunk_bytes for report in reports)} bytes on each rank"
+        )
+    host = TierCatalog(TierName.HOST, host_slots)
+    if not disk_slots:
+        return Catalog(host, None), []
+    disk = TierCatalog(TierName.DISK, disk_slots)
+    first, *others = [{(c.key, c.slot) for c in report.stored} for report in reports]
+    common = first.intersection(*others)
+    stray = set().union(first, *others) - common
+    disk.adopt(c for c in reports[0].stored if (c.key, c.slot) in common and c.slot < disk_slots)
+    return Catalog(host, disk), sorted({slot for _, slot in stray} - {s for _, s in common})

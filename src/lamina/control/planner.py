@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lamina.config import Config
-from lamina.control.catalog import Catalog, Location, TierCatalog
+from lamina.control.catalog import Location, open_catalog
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.policy import LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, RequestView, Story
@@ -99,7 +99,7 @@ class Planner:
         self._policy = LoadPolicy(config.load, shape.chunk_tokens)
         self._leases = LeaseBook(pool)
         self._transfers = TransferTable(len(reports))
-        self._catalog, stray = _open_catalog(reports)
+        self._catalog, stray = open_catalog(reports)
         self._saving = SavePlanner(
             config,
             shape,
@@ -442,23 +442,3 @@ class Planner:
         self._meter.gauge("write_backlog", self._saving.backlog)
         self._meter.gauge("queue_depth", self._queued)
         self._meter.gauge("leased_blocks", self._leases.leased_blocks)
-
-
-def _open_catalog(reports: Sequence[RankReport]) -> tuple[Catalog, list[int]]:
-    """A catalog of what every rank has; and the disk slots that not every rank agrees on."""
-    host_slots = min(report.host_slots for report in reports)
-    disk_slots = min(report.disk_slots for report in reports)
-    if host_slots < 1:
-        raise ValueError(
-            "host.capacity: too small for one chunk of "
-            f"{max(report.chunk_bytes for report in reports)} bytes on each rank"
-        )
-    host = TierCatalog(TierName.HOST, host_slots)
-    if not disk_slots:
-        return Catalog(host, None), []
-    disk = TierCatalog(TierName.DISK, disk_slots)
-    first, *others = [{(c.key, c.slot) for c in report.stored} for report in reports]
-    common = first.intersection(*others)
-    stray = set().union(first, *others) - common
-    disk.adopt(c for c in reports[0].stored if (c.key, c.slot) in common and c.slot < disk_slots)
-    return Catalog(host, disk), sorted({slot for _, slot in stray} - {s for _, s in common})
