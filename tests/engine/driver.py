@@ -55,6 +55,10 @@ OPTIONS: dict[str, Any] = {
 """What :class:`EngineSpec` gives to ``vllm.LLM`` unless a test says otherwise."""
 
 
+SMALL: dict[str, Any] = {"host": {"capacity": "64MiB"}}
+"""Lamina with a host tier that costs little to make. Left to itself it takes gigabytes."""
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """One way to start an engine.

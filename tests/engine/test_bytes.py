@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start
+from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start
 from engine.models import Checkpoints
 from engine.workload import BLOCK, CHUNK, loadable, prompt
 
@@ -52,7 +52,7 @@ def test_a_round_through_host_memory(
     block: int,
     mode: str,
 ) -> None:
-    lamina = {"host": {"capacity": "64MiB"}, "load": {"mode": mode}}
+    lamina = {**SMALL, "load": {"mode": mode}}
     engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options))
     saved, first = run_and_look(engine, TOKENS)
     engine.forget()
@@ -67,7 +67,7 @@ def test_a_round_through_host_memory(
 
 def test_a_round_through_the_disk(llama: Path, start: Start, tmp_path: Path) -> None:
     lamina = {
-        "host": {"capacity": "64MiB"},
+        **SMALL,
         "disk": {"path": str(tmp_path / "store"), "capacity": "64MiB"},
     }
     spec = EngineSpec(llama, lamina)
@@ -93,7 +93,7 @@ def test_arithmetic_goes_on_as_from_vllms_own_cache(llama: Path, fleet: Fleet, m
     plain.generate(asks)
     resumed = [plain.ask(ask) for ask in asks]
 
-    engine = fleet.get(EngineSpec(llama, {"load": {"mode": mode}}, options))
+    engine = fleet.get(EngineSpec(llama, {**SMALL, "load": {"mode": mode}}, options))
     engine.generate(asks)
     for ask, expected in zip(asks, resumed, strict=True):
         engine.forget()

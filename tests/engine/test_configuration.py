@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Ask, Engine, EngineSpec, EngineStartError, Fleet, Start
+from engine.driver import SMALL, Ask, Engine, EngineSpec, EngineStartError, Fleet, Start
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine
@@ -75,7 +75,7 @@ class TestDisk:
     """Disk paths that cannot be used."""
 
     def lamina(self, path: Path, capacity: object = "8MiB") -> Mapping[str, object]:
-        return {"disk": {"path": str(path), "capacity": capacity}}
+        return {**SMALL, "disk": {"path": str(path), "capacity": capacity}}
 
     def test_unwritable(self, llama: Path, fleet: Fleet) -> None:
         # Not even root can make a directory there.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, differences
+from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, differences
 from engine.workload import CHUNK, Tokens, prompt
 
 pytestmark = pytest.mark.engine
@@ -44,7 +44,7 @@ def two_turns(engine: Engine, first_prompt: Tokens, length: int) -> tuple[Answer
 def test_a_second_turn(llama: Path, fleet: Fleet, kept: str, hit: int) -> None:
     plain = fleet.get(EngineSpec(llama))
     expected = two_turns(plain, FIRST_TURN, 160)
-    engine = fleet.get(EngineSpec(llama, {"save": {"tokens": kept}}))
+    engine = fleet.get(EngineSpec(llama, {**SMALL, "save": {"tokens": kept}}))
     first, second, second_prompt = two_turns(engine, FIRST_TURN, 160)
     assert second_prompt == expected[2]
     assert not differences([first, second], expected[:2])
@@ -55,7 +55,7 @@ def test_a_second_turn(llama: Path, fleet: Fleet, kept: str, hit: int) -> None:
 def test_speculation(llama: Path, fleet: Fleet, mode: str) -> None:
     plain = fleet.get(EngineSpec(llama))
     expected = two_turns(plain, REPETITIVE, 200)
-    engine = fleet.get(EngineSpec(llama, {"load": {"mode": mode}}, DRAFTS))
+    engine = fleet.get(EngineSpec(llama, {**SMALL, "load": {"mode": mode}}, DRAFTS))
     before = engine.metrics()
     first, second, second_prompt = two_turns(engine, REPETITIVE, 200)
     after = engine.metrics()
@@ -70,7 +70,7 @@ def test_speculation(llama: Path, fleet: Fleet, mode: str) -> None:
 def test_speculation_in_a_batch(llama: Path, fleet: Fleet) -> None:
     asks = [Ask(prompt(seed, 12) * (3 + seed), max_tokens=80) for seed in range(12)]
     expected = fleet.get(EngineSpec(llama)).generate(asks)
-    engine = fleet.get(EngineSpec(llama, {}, DRAFTS))
+    engine = fleet.get(EngineSpec(llama, SMALL, DRAFTS))
     assert not differences(engine.generate(asks), expected)
     engine.forget()
     again = engine.generate(asks)

@@ -22,6 +22,7 @@ def test_vllm_is_told_of_the_plugin() -> None:
 
 @pytest.mark.parametrize("path", [None, "lamina.engines.vllm", "lamina.engines.vllm.connector"])
 def test_found(llama: Path, start: Start, path: str | None) -> None:
+    """And without any other configuration it serves."""
     spec = EngineSpec(llama, {}, transfer={"kv_connector_module_path": path})
     engine = start(spec)
     ask = Ask(prompt(3, CHUNK + 1))

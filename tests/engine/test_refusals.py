@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.driver import EngineSpec, EngineStartError, Start
+from engine.driver import SMALL, EngineSpec, EngineStartError, Start
 from engine.models import Checkpoints
 
 pytestmark = pytest.mark.engine
@@ -23,7 +23,7 @@ def test_a_model_with_other_caches_than_full_attention(
     checkpoints: Checkpoints, start: Start, model: str, options: dict[str, object], named: str
 ) -> None:
     with pytest.raises(EngineStartError) as refusal:
-        start(EngineSpec(checkpoints.model(model), {}, options))
+        start(EngineSpec(checkpoints.model(model), SMALL, options))
     message = str(refusal.value).strip().splitlines()[-1]
     assert "UnsupportedModel" in message
     assert named in message
@@ -32,4 +32,4 @@ def test_a_model_with_other_caches_than_full_attention(
 
 def test_chunks_that_are_no_whole_number_of_blocks(checkpoints: Checkpoints, start: Start) -> None:
     with pytest.raises(EngineStartError, match="chunk_tokens: 48 is not a whole number of blocks"):
-        start(EngineSpec(checkpoints.model("llama"), {"chunk_tokens": 48}))
+        start(EngineSpec(checkpoints.model("llama"), {**SMALL, "chunk_tokens": 48}))

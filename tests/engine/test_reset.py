@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Ask, EngineSpec, Start
+from engine.driver import SMALL, Ask, EngineSpec, Start
 from engine.workload import CHUNK, loadable, prompt
 
 pytestmark = pytest.mark.engine
@@ -16,7 +16,7 @@ WHOLE = loadable(len(ASK.tokens))
 
 
 def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
-    lamina = {"disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
     engine = start(EngineSpec(llama, lamina))
     first = engine.ask(ASK)
     engine.forget()
@@ -34,7 +34,7 @@ def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
 
 
 def test_nothing_comes_back_after_a_restart(llama: Path, start: Start, tmp_path: Path) -> None:
-    lamina = {"disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
     spec = EngineSpec(llama, lamina)
     engine = start(spec)
     engine.ask(ASK)
@@ -44,7 +44,7 @@ def test_nothing_comes_back_after_a_restart(llama: Path, start: Start, tmp_path:
 
 
 def test_reset_while_saves_are_under_way(llama: Path, start: Start) -> None:
-    engine = start(EngineSpec(llama, {}, faults={"slow_saves": 0.2}))
+    engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.2}))
     engine.submit([Ask(ASK.tokens, max_tokens=1)])
     engine.step()  # the prompt is computed, and its saves have begun
     assert engine.metrics().total("lamina_transfers", direction="save") > 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Ask, EngineSpec, Fleet, Start, differences
+from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
 from engine.models import Checkpoints
 from engine.workload import CHUNK, loadable, mixed_prompts, prompt
 
@@ -149,7 +149,7 @@ def test_weights_changed_in_place(llama: Path, start: Start, tmp_path: Path) -> 
 
 
 def test_salts_do_not_share(llama: Path, fleet: Fleet) -> None:
-    engine = fleet.get(EngineSpec(llama, {}))
+    engine = fleet.get(EngineSpec(llama, SMALL))
     cached = []
     for salt in (None, "a", "b", "a", None):
         engine.forget()
@@ -173,7 +173,7 @@ def test_adapters_do_not_share(
         expected.append(plain.ask(ask))
     assert min(expected[0].distance(expected[1]), expected[1].distance(expected[2])) > 0.01
 
-    engine = fleet.get(EngineSpec(llama, {}, LORA))
+    engine = fleet.get(EngineSpec(llama, SMALL, LORA))
     answers = []
     for ask in asks:
         engine.forget()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Ask, EngineSpec, Fleet, Start, differences
+from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -25,7 +25,7 @@ def two_ranks(model: Path, store: Path | None, mode: str = "auto") -> EngineSpec
     lamina: dict[str, object] | None = None
     if store is not None:
         lamina = {
-            "host": {"capacity": "64MiB"},
+            **SMALL,
             "disk": {"path": str(store), "capacity": "64MiB"},
             "load": {"mode": mode, "min_tokens": 1},
         }

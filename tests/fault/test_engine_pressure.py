@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import Ask, Engine, EngineSpec, Fleet, Start, differences
+from engine.driver import SMALL, Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine
@@ -50,7 +50,7 @@ def test_preemption(
     llama: Path, fleet: Fleet, start: Start, load: dict[str, object], faults: dict[str, float]
 ) -> None:
     expected = fleet.get(EngineSpec(llama)).generate(CROWD)
-    engine = start(EngineSpec(llama, {"load": load}, TIGHT, faults=faults))
+    engine = start(EngineSpec(llama, {**SMALL, "load": load}, TIGHT, faults=faults))
     free = engine.free_blocks()
     for _ in range(2):
         assert not differences(engine.generate(CROWD), expected)
@@ -64,7 +64,7 @@ def test_preemption(
 
 def test_a_bound_on_saves_only_costs_hits(llama: Path, fleet: Fleet, start: Start) -> None:
     expected = fleet.get(EngineSpec(llama)).generate(CROWD)
-    lamina = {"save": {"max_inflight": "256KiB"}}
+    lamina = {**SMALL, "save": {"max_inflight": "256KiB"}}
     engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.02}))
     free = engine.free_blocks()
     assert not differences(engine.generate(CROWD), expected)
@@ -74,7 +74,7 @@ def test_a_bound_on_saves_only_costs_hits(llama: Path, fleet: Fleet, start: Star
 
 def start_a_slow_load(start: Start, llama: Path, mode: str) -> tuple[Engine, Sequence[str], int]:
     """An engine with two requests whose load has begun and is far from its end."""
-    lamina = {"load": {"mode": mode, "load_ahead": 1}}
+    lamina = {**SMALL, "load": {"mode": mode, "load_ahead": 1}}
     engine = start(EngineSpec(llama, lamina, faults={"slow_loads": 0.2}))
     free = engine.free_blocks()
     engine.generate(CROWD)
@@ -111,7 +111,7 @@ def test_abort_of_everything(llama: Path, fleet: Fleet, start: Start) -> None:
 def test_abort_after_the_prompt(llama: Path, fleet: Fleet, start: Start) -> None:
     """What an aborted request had computed is kept; nothing that it had not is."""
     expected = fleet.get(EngineSpec(llama)).generate(CROWD)
-    engine = start(EngineSpec(llama, {}, faults={"slow_saves": 0.05}))
+    engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.05}))
     free = engine.free_blocks()
     names = engine.submit(CROWD)
     while min(engine.progress().values()) < 3:
@@ -130,7 +130,7 @@ def test_several_samples(llama: Path, fleet: Fleet, mode: str) -> None:
     asks = [Ask(prompt(60 + n, 300), n=n, seed=n, max_tokens=70) for n in (2, 3)]
     expected = fleet.get(EngineSpec(llama)).generate(asks)
     assert [len(set(answer.samples)) for answer in expected] == [2, 3]
-    engine = fleet.get(EngineSpec(llama, {"load": {"mode": mode}}))
+    engine = fleet.get(EngineSpec(llama, {**SMALL, "load": {"mode": mode}}))
     assert not differences(engine.generate(asks), expected)
     engine.forget()
     assert not differences(engine.generate(asks), expected)

@@ -43,8 +43,8 @@ class LoadConfig(Section):
         default="auto",
         description="How a load runs. `layerwise`: in the step itself, row by row ahead of the "
         "model. `parked`: between steps, while other requests run. `auto` decides for each load. "
-        "What is on disk is always parked where the engine cannot take a failed load back (vLLM "
-        "with asynchronous scheduling).",
+        "What is on disk is always parked where the engine cannot take a failed load back, as "
+        "vLLM 0.32 cannot.",
     )
     load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",

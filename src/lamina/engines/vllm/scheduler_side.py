@@ -50,13 +50,6 @@ class SchedulerSide:
             layout.block_tokens(cache), layout.chunk_tokens(cache, config.chunk_tokens)
         )
         self._namespace = build_namespace(config, vllm_config, cache)
-        # vLLM 0.32 recomputes a load that failed within a step rightly only for one group, if the
-        # next step is not planned yet (vLLM issue 45138), and with its first model runner (49250).
-        self._reports_blocks = (
-            len(cache.kv_cache_groups) == 1
-            and not vllm_config.scheduler_config.async_scheduling
-            and not vllm_config.use_v2_model_runner
-        )
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._meter = Meter()
@@ -94,7 +87,10 @@ class SchedulerSide:
             VllmBlockPool(self._manager.block_pool),
             [message.report for message in ours],
             self._meter,
-            reports_blocks=self._reports_blocks,
+            # vLLM 0.32 does not take back a load that failed in a step: with asynchronous
+            # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
+            # in its prefix cache, where the next request finds them if this one is aborted.
+            reports_blocks=False,
         )
 
     @property
