@@ -183,6 +183,7 @@ WAYS: dict[str, tuple[int, Callable[[int, int, Buffer], Reader]]] = {
     "preadv, 4 threads": (4, Preadv),
     "Linux AIO, 1 thread": (1, LinuxAio),
     "Linux AIO, 2 threads": (2, LinuxAio),
+    "Linux AIO, 4 threads": (4, LinuxAio),
     "io_uring (liburing), 1 thread": (1, Liburing),
     "NIXL POSIX, AIO": (1, lambda fd, extent, buffer: Nixl(fd, extent, buffer, "use_aio")),
     "NIXL POSIX, io_uring": (1, lambda fd, extent, buffer: Nixl(fd, extent, buffer, "use_uring")),
