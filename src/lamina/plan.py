@@ -47,6 +47,10 @@ class Outcome(StrEnum):
     """Nothing of a save or write may become visible; a load did not deliver all of its chunks."""
 
 
+LOAD_FAILED = "load_failed"
+"""Reason of a save whose step rests on a load that failed: no fault of the tier it goes to."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkLoad:
     """One chunk, or a run of its blocks, to be brought into the engine.

@@ -41,6 +41,8 @@ class Options:
         save_tokens: ``save.tokens``.
         saves_in_flight: ``save.max_inflight`` in chunks.
         writes_in_flight: ``disk.max_inflight`` in chunks.
+        breaker_failures: ``breaker.failures``.
+        breaker_pause: ``breaker.pause``, seconds.
     """
 
     ranks: int = 1
@@ -65,6 +67,8 @@ class Options:
     save_tokens: Literal["all", "prompt"] = "all"
     saves_in_flight: int = 64
     writes_in_flight: int = 8
+    breaker_failures: int = 1000
+    breaker_pause: float = 0.05
 
     @classmethod
     def draw(cls, random: Random, disk: bool = False) -> Options:
@@ -92,6 +96,8 @@ class Options:
             save_tokens=random.choice(("all", "all", "all", "prompt")),
             saves_in_flight=random.choice((1, 3, 64)),
             writes_in_flight=random.choice((1, 8)),
+            breaker_failures=random.choice((1, 3, 1000)),
+            breaker_pause=random.choice((0.01, 0.1)),
         )
 
     @property
@@ -142,6 +148,7 @@ class Options:
                 "max_inflight": self.saves_in_flight * self.chunk_bytes,
             },
             "host": {"capacity": self.host_slots * self.chunk_bytes},
+            "breaker": {"failures": self.breaker_failures, "pause": self.breaker_pause},
         }
         if self.disk_slots:
             settings["disk"] = {

@@ -108,8 +108,8 @@ class Watch:
     # -- hits ------------------------------------------------------------------------------------
 
     def check_hit(self, request: Request, floor: int, tokens: int) -> None:
-        """A lookup was answered: it must be the longest hit that leaves enough to compute. A
-        request that has had a failed load may be left to itself.
+        """A lookup was answered: it must be the longest hit, in tiers that are in use, that leaves
+        enough to compute. A request that has had a failed load may be left to itself.
 
         Args:
             request: who asked.
@@ -118,7 +118,12 @@ class Watch:
         """
         size = self._options.chunk_tokens
         end = floor // size
-        tiers = self._planner._catalog.tiers.values()
+        planner = self._planner
+        tiers = [
+            tier
+            for name, tier in planner._catalog.tiers.items()
+            if planner._breakers.readable(name)
+        ]
         keys = request.chain.keys
         while end < len(keys) and any(keys[end] in tier._visible for tier in tiers):
             end += 1

@@ -63,6 +63,7 @@ class TestDefaults:
             "save": {"tokens": "all", "max_inflight": 1 << 30},
             "host": {"capacity": "auto"},
             "disk": None,
+            "breaker": {"failures": 3, "pause": 10.0},
             "observe": {"timeline": None},
         }
 

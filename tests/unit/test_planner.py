@@ -2,150 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import pytest
+from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, Pool, View, prompt
 
 from lamina.config import load_config
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape
-from lamina.observe.metrics import Meter, Readings
+from lamina.observe.metrics import Meter
 from lamina.plan import (
     ChunkKey,
     LoadMode,
     Outcome,
     RankReport,
     Receipt,
-    StepPlan,
     StoredChunk,
     TierName,
-    TransferId,
     TransferReceipt,
 )
-
-BLOCK, CHUNK, CHUNK_BYTES = 16, 32, 1000
-
-
-class Pool:
-    """A block pool that only counts references."""
-
-    def __init__(self) -> None:
-        self.references: Counter[int] = Counter()
-
-    def hold(self, blocks: Sequence[int]) -> None:
-        self.references.update(blocks)
-
-    def free(self, blocks: Sequence[int]) -> None:
-        self.references.subtract(blocks)
-        assert min(self.references.values()) >= 0, "released twice"
-
-    @property
-    def held(self) -> set[int]:
-        return set(+self.references)
-
-
-@dataclass
-class View:
-    """A request of an engine whose blocks are numbered from ``first_block``."""
-
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int = 0
-    recompute_tokens: int = 1
-    root_extra: bytes = b""
-    first_block: int = 1
-    extras: dict[int, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    def tokens(self) -> Sequence[int]:
-        return self.token_ids
-
-    def chunk_extra(self, start: int, end: int) -> bytes:
-        return self.extras.get(start, b"")
-
-    def blocks(self) -> Sequence[int]:
-        return range(self.first_block, self.first_block + len(self.token_ids) // BLOCK + 1)
-
-
-class Engine:
-    """Drives a planner as an engine would, and answers for its ranks."""
-
-    def __init__(
-        self,
-        extra: dict[str, object] | None = None,
-        *,
-        ranks: int = 1,
-        host_slots: int = 100,
-        disk_slots: int = 0,
-        stored: tuple[StoredChunk, ...] = (),
-        reports_blocks: bool = True,
-    ) -> None:
-        settings: dict[str, object] = dict(extra or {})
-        if disk_slots:
-            settings.setdefault("disk", {"path": "/store", "capacity": "1GiB"})
-        self.pool = Pool()
-        self.meter = Meter()
-        self.now = 0.0
-        self.ranks = ranks
-        self.planner = Planner(
-            load_config(settings, {}),
-            ChunkShape(BLOCK, CHUNK),
-            b"namespace",
-            self.pool,
-            [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],
-            self.meter,
-            reports_blocks=reports_blocks,
-            clock=lambda: self.now,
-        )
-
-    def step(self, *progress: tuple[str, int]) -> StepPlan:
-        return self.planner.plan_step(progress, forward=bool(progress))
-
-    def answer(
-        self,
-        *transfers: TransferId,
-        outcome: Outcome = Outcome.DONE,
-        ranks: Sequence[int] | None = None,
-        bad: tuple[ChunkKey, ...] = (),
-    ) -> None:
-        for rank in range(self.ranks) if ranks is None else ranks:
-            items = tuple(
-                TransferReceipt(t, outcome, CHUNK_BYTES, bad_chunks=bad, reason="test")
-                for t in transfers
-            )
-            self.planner.receive([Receipt(rank, items)])
-
-    def save(self, view: View) -> StepPlan:
-        """Run a request to its end and let everything it saves arrive."""
-        hit = self.planner.lookup(view, 0)
-        self.planner.admitted(view.request_id, hit.tokens)
-        plan = self.step((view.request_id, view.num_tokens))
-        self.answer(*(o.transfer for o in (*plan.loads, *plan.saves)))
-        self.planner.finished(view.request_id, view.num_tokens, view.blocks())
-        return plan
-
-    def settle_writes(self) -> StepPlan:
-        plan = self.step()
-        self.answer(*(w.transfer for w in plan.writes))
-        return plan
-
-    def readings(self) -> Readings:
-        return self.meter.drain()
-
-    def count(self, name: str, *labels: str) -> float:
-        return self.readings().counters.get((name, labels), 0)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return [seed * 1000 + i for i in range(length)]
 
 
 def test_what_was_saved_is_hit_by_the_same_prefix() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lamina.control.catalog import Catalog, TierCatalog
 from lamina.control.leases import BlockLease, LeaseBook
+from lamina.control.loading import LoadPlanner
 from lamina.control.planner import Planner
 from lamina.control.requests import RequestRecord
 from lamina.control.saving import SavePlanner
@@ -151,14 +152,14 @@ def one_token_more_is_saved(patch: Patch) -> None:
 
 
 def nothing_is_left_to_compute(patch: Patch) -> None:
-    find = Planner._find_prefix
+    find = LoadPlanner._find_prefix
 
-    def whole(planner: Planner, record: RequestRecord, floor: int) -> object:
+    def whole(loading: LoadPlanner, record: RequestRecord, floor: int) -> object:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(record.view, "recompute_tokens", 0)
-            return find(planner, record, floor)
+            return find(loading, record, floor)
 
-    patch.setattr(Planner, "_find_prefix", whole)
+    patch.setattr(LoadPlanner, "_find_prefix", whole)
 
 
 def salts_are_not_looked_at(patch: Patch) -> None:

@@ -6,11 +6,20 @@
 
 from lamina.config.sources import CONFIG_VARIABLE, ConfigError, load_config
 from lamina.config.table import table
-from lamina.config.tree import Config, DiskConfig, HostConfig, LoadConfig, ObserveConfig, SaveConfig
+from lamina.config.tree import (
+    BreakerConfig,
+    Config,
+    DiskConfig,
+    HostConfig,
+    LoadConfig,
+    ObserveConfig,
+    SaveConfig,
+)
 from lamina.config.values import format_size
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "BreakerConfig",
     "Config",
     "ConfigError",
     "DiskConfig",

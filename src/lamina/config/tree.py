@@ -123,6 +123,22 @@ class DiskConfig(Section):
     )
 
 
+class BreakerConfig(Section):
+    """When a tier that keeps failing is taken out of use, and when it is tried again."""
+
+    failures: Annotated[int, integer(1)] = Field(
+        default=3,
+        description="Failures in a row, or transfers not ended in time, after which a tier is "
+        "not loaded from (or not written to) any more; serving goes on without it.",
+    )
+    pause: Annotated[float, SECONDS] = Field(
+        default=10.0,
+        description="Seconds until one transfer tries a tier that is out of use. Doubled with "
+        "every try that fails, up to 5 minutes. A load that tries has a tenth of "
+        "`load.deadline`.",
+    )
+
+
 class ObserveConfig(Section):
     """What Lamina writes down about itself, beyond metrics and log lines."""
 
@@ -153,6 +169,7 @@ class Config(Section):
         default=None,
         description="The tier on local disk; off unless `disk.path` and `disk.capacity` are given.",
     )
+    breaker: BreakerConfig = BreakerConfig()
     observe: ObserveConfig = ObserveConfig()
 
 

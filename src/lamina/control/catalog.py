@@ -7,7 +7,7 @@ leased is neither evicted nor reused, even after its chunk was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.control.eviction import LeastRecentlyUsed
@@ -153,9 +153,25 @@ class TierCatalog:
 
 
 class Catalog:
-    """Every tier, in the order in which a load prefers them."""
+    """Every tier, in the order in which a load prefers them.
 
-    def __init__(self, host: TierCatalog, disk: TierCatalog | None) -> None:
+    Args:
+        host: the host tier.
+        disk: the disk tier, if there is one.
+        readable: whether a tier may be loaded from now; what is only elsewhere is not found.
+
+    Attributes:
+        forgotten: disk slots whose content the disk has yet to be told to forget.
+    """
+
+    def __init__(
+        self,
+        host: TierCatalog,
+        disk: TierCatalog | None,
+        readable: Callable[[TierName], bool] = lambda _: True,
+    ) -> None:
+        self._readable = readable
+        self.forgotten: list[int] = []
         self.host = host
         self.disk = disk
         self.tiers: dict[TierName, TierCatalog] = {TierName.HOST: host}
@@ -164,7 +180,7 @@ class Catalog:
 
     def locate(self, key: ChunkKey) -> Location | None:
         """The best place to load ``key`` from."""
-        for tier in self.tiers.values():
+        for tier in self._readable_tiers():
             slot = tier.find(key)
             if slot is not None:
                 return Location(key, tier.name, slot)
@@ -175,11 +191,20 @@ class Catalog:
         return any(tier.holds(key) for tier in self.tiers.values())
 
     def prefix_end(self, keys: Sequence[ChunkKey], start: int) -> int:
-        """Index after the last of the chunks from ``start`` on that are all visible."""
-        end = start
-        while end < len(keys) and any(t.find(keys[end]) is not None for t in self.tiers.values()):
+        """Index after the last of the chunks from ``start`` on that can all be loaded."""
+        tiers, end = self._readable_tiers(), start
+        while end < len(keys) and any(t.find(keys[end]) is not None for t in tiers):
             end += 1
         return end
+
+    def out_of_use(self, key: ChunkKey) -> bool:
+        """Whether the chunk is visible, but only where nothing may be loaded from now."""
+        return self.locate(key) is None and any(
+            tier.find(key) is not None for tier in self.tiers.values()
+        )
+
+    def _readable_tiers(self) -> list[TierCatalog]:
+        return [tier for name, tier in self.tiers.items() if self._readable(name)]
 
     @property
     def generation(self) -> int:
@@ -187,8 +212,12 @@ class Catalog:
         return sum(tier.generation for tier in self.tiers.values())
 
 
-def open_catalog(reports: Sequence[RankReport]) -> tuple[Catalog, list[int]]:
-    """A catalog of what every rank has, and the disk slots that not every rank agrees on.
+def open_catalog(reports: Sequence[RankReport], readable: Callable[[TierName], bool]) -> Catalog:
+    """A catalog of what every rank has. Disk slots that not every rank agrees on are forgotten.
+
+    Args:
+        reports: one from each rank.
+        readable: see :class:`Catalog`.
 
     Raises:
         ValueError: if a rank's host tier is smaller than one chunk.
@@ -202,10 +231,12 @@ def open_catalog(reports: Sequence[RankReport]) -> tuple[Catalog, list[int]]:
         )
     host = TierCatalog(TierName.HOST, host_slots)
     if not disk_slots:
-        return Catalog(host, None), []
+        return Catalog(host, None, readable)
     disk = TierCatalog(TierName.DISK, disk_slots)
     first, *others = [{(c.key, c.slot) for c in report.stored} for report in reports]
     common = first.intersection(*others)
     stray = set().union(first, *others) - common
     disk.adopt(c for c in reports[0].stored if (c.key, c.slot) in common and c.slot < disk_slots)
-    return Catalog(host, disk), sorted({slot for _, slot in stray} - {s for _, s in common})
+    catalog = Catalog(host, disk, readable)
+    catalog.forgotten += sorted({slot for _, slot in stray} - {s for _, s in common})
+    return catalog

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from lamina.config import Config
-from lamina.control.catalog import Location, open_catalog
+from lamina.control.breakers import Breakers
+from lamina.control.catalog import open_catalog
 from lamina.control.leases import BlockPool, LeaseBook
-from lamina.control.policy import LoadPolicy, Situation
-from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, RequestView, Story
+from lamina.control.loading import Hit, LoadPlanner, stories
+from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, RequestView
 from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.keys import ChunkChain
 from lamina.observe.metrics import Meter
 from lamina.plan import (
-    ChunkLoad,
     LoadMode,
-    LoadOrder,
     RankReport,
     Receipt,
     StepPlan,
@@ -32,20 +30,6 @@ from lamina.plan import (
 )
 
 log = logging.getLogger("lamina.control")
-stories = logging.getLogger("lamina.requests")
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The answer to a lookup.
-
-    Attributes:
-        tokens: tokens beyond the engine's own hit that will be loaded.
-        mode: how.
-    """
-
-    tokens: int
-    mode: LoadMode
 
 
 class Planner:
@@ -83,7 +67,6 @@ class Planner:
         self._shape = shape
         self._namespace = namespace
         self._meter = meter
-        self._reports_blocks = reports_blocks
         self._clock = clock
         self._chunk_bytes = sum(report.chunk_bytes for report in reports)
         for key, bound in (
@@ -96,23 +79,33 @@ class Planner:
                     f"{key}: {bound} bytes is less than one chunk, so nothing could ever be "
                     f"moved; use at least {largest}"
                 )
-        self._policy = LoadPolicy(config.load, shape.chunk_tokens)
         self._leases = LeaseBook(pool)
         self._transfers = TransferTable(len(reports))
-        self._catalog, stray = open_catalog(reports)
+        self._breakers = Breakers(config.breaker, clock)
+        self._catalog = open_catalog(reports, self._breakers.readable)
+        self._loading = LoadPlanner(
+            config,
+            shape,
+            self._catalog,
+            self._transfers,
+            self._breakers,
+            meter,
+            chunk_bytes=self._chunk_bytes,
+            reports_blocks=reports_blocks,
+            clock=clock,
+        )
         self._saving = SavePlanner(
             config,
             shape,
             self._catalog,
             self._transfers,
             self._leases,
+            self._breakers,
             meter,
             chunk_bytes=self._chunk_bytes,
             ranks=len(reports),
         )
-        self._saving.forgotten += stray
         self._requests: dict[str, RequestRecord] = {}
-        self._loads: list[LoadOrder] = []
         self._queued = 0
         self._step = 0
 
@@ -135,26 +128,12 @@ class Planner:
         elif record.admitted:
             record.new_epoch()
         record.view = view
-        found = self._find_prefix(record, floor)
-        tokens = found.tokens
-        by_tier = self._tokens_by_tier(found)
-        situation = Situation(
-            hit_tokens=tokens,
-            disk_tokens=by_tier[TierName.DISK],
+        return self._loading.lookup(
+            record,
+            floor,
+            declined=declined,
             others_active=self._others_active(view.request_id),
-            reports_blocks=self._reports_blocks,
         )
-        decision = self._policy.decide(situation, declined or record.distrust)
-        record.story = Story(
-            prompt=view.num_tokens,
-            engine=floor,
-            host=by_tier[TierName.HOST],
-            disk=by_tier[TierName.DISK],
-            loaded=decision.tokens,
-            mode=decision.mode,
-            reason=decision.reason,
-        )
-        return Hit(decision.tokens, decision.mode)
 
     def admitted(self, request_id: str, loaded: int) -> None:
         """The engine has given a request its blocks and will have ``loaded`` tokens loaded.
@@ -178,46 +157,11 @@ class Planner:
             story.loaded = 0
             stories.debug("%s", story.line(request_id))
             return
-        self._plan_load(record, loaded)
+        self._loading.order(record, loaded, step=self._step)
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
-        story = self._requests[request_id].story
-        sources = {TierName.HOST: story.host, TierName.DISK: story.disk}
-        return {tier: tokens for tier, tokens in sources.items() if tokens}
-
-    def _find_prefix(self, record: RequestRecord, floor: int) -> FoundPrefix:
-        """The longest visible prefix; what was found before is extended, not sought again."""
-        found, generation = record.hit, self._catalog.generation
-        block, chunk = self._shape.block_tokens, self._shape.chunk_tokens
-        if found.floor != floor or found.generation != generation:
-            found = FoundPrefix(floor, generation, floor // chunk)
-        keys = record.known_keys()
-        end_chunk = self._catalog.prefix_end(keys, found.end_chunk)
-        if end_chunk == found.end_chunk:
-            record.hit = found
-            return found
-        usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // block * block
-        tokens = max(0, min(end_chunk * chunk, usable) - floor)
-        wanted = keys[floor // chunk : -(-(floor + tokens) // chunk)] if tokens else []
-        places = tuple(place for key in wanted if (place := self._catalog.locate(key)))
-        record.hit = FoundPrefix(floor, generation, end_chunk, tokens, places)
-        return record.hit
-
-    def _spans(self, found: FoundPrefix) -> Iterator[tuple[Location, int, int]]:
-        """Each chunk of a hit with the first token wanted of it and the one after the last."""
-        chunk, end = self._shape.chunk_tokens, found.floor + found.tokens
-        position = found.floor
-        for place in found.places:
-            upto = min((position // chunk + 1) * chunk, end)
-            yield place, position, upto
-            position = upto
-
-    def _tokens_by_tier(self, found: FoundPrefix) -> dict[TierName, int]:
-        split = dict.fromkeys(TierName, 0)
-        for place, start, end in self._spans(found):
-            split[place.tier] += end - start
-        return split
+        return self._requests[request_id].story.sources()
 
     def _others_active(self, request_id: str) -> bool:
         return any(
@@ -225,44 +169,6 @@ class Planner:
             for name, record in self._requests.items()
             if name != request_id
         )
-
-    def _plan_load(self, record: RequestRecord, tokens: int) -> None:
-        shape, block = self._shape, self._shape.block_tokens
-        blocks = record.view.blocks()
-        chunks = []
-        for place, start, end in self._spans(record.hit):
-            chunks.append(
-                ChunkLoad(
-                    key=place.key,
-                    tier=place.tier,
-                    slot=place.slot,
-                    first_block=start % shape.chunk_tokens // block,
-                    blocks=tuple(blocks[start // block : end // block]),
-                )
-            )
-            self._catalog.tiers[place.tier].lease(place.slot)
-            if place.tier is TierName.DISK:
-                record.promote.add(place.key)
-        deadline = self._config.load.deadline
-        transfer = self._transfers.open(
-            Kind.LOAD,
-            record.view.request_id,
-            step=self._step,
-            expires=self._clock() + 2 * deadline,
-            size=tokens // block * self._chunk_bytes // shape.blocks,
-            chunks=record.hit.places,
-            layerwise=record.story.mode is LoadMode.LAYERWISE,
-        )
-        record.load = transfer.id
-        for tier in self._catalog.tiers.values():
-            tier.use([place.key for place in record.hit.places])
-        self._loads.append(
-            LoadOrder(
-                transfer.id, transfer.request_id, record.story.mode, tuple(chunks), float(deadline)
-            )
-        )
-        for tier_name, count in self.hit_sources(record.view.request_id).items():
-            self._meter.count("hit_tokens", count, tier=tier_name.value)
 
     # -- the step --------------------------------------------------------------------------
 
@@ -285,17 +191,17 @@ class Planner:
         outstanding = len(self._transfers) > 0
         plan = StepPlan(
             step=self._step,
-            loads=tuple(self._loads),
+            loads=tuple(self._loading.orders),
             saves=tuple(self._saving.orders),
             writes=writes,
-            drop_disk=tuple(self._saving.forgotten),
+            drop_disk=tuple(self._catalog.forgotten),
             forward=forward,
             outstanding=outstanding,
         )
         self._step += 1
-        self._loads.clear()
+        self._loading.orders.clear()
         self._saving.orders.clear()
-        self._saving.forgotten.clear()
+        self._catalog.forgotten.clear()
         if outstanding:
             self._mark_overdue(now)
         return plan
@@ -334,10 +240,10 @@ class Planner:
             kind = transfer.kind.value
             self._meter.count("failures", 1, kind=f"{kind}_overdue")
             log.warning("%s %d of step %d is overdue", kind, transfer.id, transfer.step)
-            if transfer.lease is not None:
-                # What is read from now on may be another request's block: never show it.
-                self._saving.poison(transfer)
-                transfer.lease.release()
+            if transfer.kind is Kind.LOAD:
+                self._loading.overdue(transfer)
+            else:
+                self._saving.overdue(transfer)
 
     # -- receipts ----------------------------------------------------------------------------
 
@@ -374,40 +280,12 @@ class Planner:
             record.next_save = 0
 
     def _settle_load(self, transfer: Transfer) -> None:
-        self._transfers.close(transfer)
-        for place in transfer.chunks:
-            self._catalog.tiers[place.tier].release(place.slot)
         record = self._requests.get(transfer.request_id)
-        failed = transfer.state is State.FAILED
-        self._meter.count("load_bytes", transfer.moved_bytes)
-        self._meter.observe("load_seconds", transfer.seconds)
-        if failed:
-            self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
-            self._drop_bad(transfer)
-            if transfer.layerwise:
-                self.distrust(transfer.step)
-        if record is None or record.load != transfer.id:
-            return
-        record.load = None
-        story = record.story
-        story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
-        if failed:
-            story.reason = transfer.reason
-            record.next_save = 0
-            # What was not delivered may still be in its tier: do not ask for it for ever.
-            record.distrust = "failed_before"
-        stories.info("%s", story.line(transfer.request_id))
-        if record.ended:
+        self._loading.settle(transfer, record)
+        if transfer.state is State.FAILED and transfer.layerwise:
+            self.distrust(transfer.step)
+        if record is not None and record.ended and record.load is None:
             del self._requests[transfer.request_id]
-
-    def _drop_bad(self, transfer: Transfer) -> None:
-        for place in transfer.chunks:
-            if place.key in transfer.bad_chunks:
-                tier = self._catalog.tiers[place.tier]
-                if tier.find(place.key) == place.slot:
-                    tier.drop(place.key)
-                    if place.tier is TierName.DISK:
-                        self._saving.forgotten.append(place.slot)
 
     # -- the whole ---------------------------------------------------------------------------
 
@@ -423,7 +301,7 @@ class Planner:
     def has_work(self) -> bool:
         """Whether the engine must keep stepping so that orders go out and receipts come in."""
         return (
-            bool(self._loads or self._saving.orders or self._saving.forgotten)
+            bool(self._loading.orders or self._saving.orders or self._catalog.forgotten)
             or self._saving.may_write
             or self._transfers.pending
         )
@@ -434,6 +312,7 @@ class Planner:
             name = tier.name.value
             self._meter.gauge("tier_capacity_bytes", tier.slots * self._chunk_bytes, tier=name)
             self._meter.gauge("tier_used_bytes", tier.used * self._chunk_bytes, tier=name)
+            self._breakers.gauges(self._meter, tier.name)
         for kind in Kind:
             self._meter.gauge(
                 "bytes_in_flight", self._transfers.bytes_in_flight(kind), direction=kind.value

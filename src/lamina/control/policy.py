@@ -17,12 +17,16 @@ class Situation:
         disk_tokens: how many of them come from a fallible tier.
         others_active: whether the engine has other requests to run.
         reports_blocks: whether the engine can take back a failed load once the request runs.
+        trying: whether a tier that is out of use would be tried by this load.
+        out_of_use: whether more is kept, but only in tiers that are out of use.
     """
 
     hit_tokens: int
     disk_tokens: int
     others_active: bool
     reports_blocks: bool
+    trying: bool = False
+    out_of_use: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,14 @@ class LoadPolicy:
         if declined:
             return Decision(0, LoadMode.LAYERWISE, declined)
         if situation.hit_tokens == 0:
-            return Decision(0, LoadMode.LAYERWISE, "miss")
+            reason = "tier_out_of_use" if situation.out_of_use else "miss"
+            return Decision(0, LoadMode.LAYERWISE, reason)
         if situation.hit_tokens < self._min_tokens:
             return Decision(0, LoadMode.LAYERWISE, "below_min_tokens")
         return Decision(situation.hit_tokens, self._choose_mode(situation), "hit")
 
     def _choose_mode(self, situation: Situation) -> LoadMode:
-        if situation.disk_tokens and not situation.reports_blocks:
+        if situation.trying or (situation.disk_tokens and not situation.reports_blocks):
             return LoadMode.PARKED
         if self._mode != "auto":
             return LoadMode(self._mode)

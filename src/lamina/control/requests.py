@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lamina.control.catalog import Location
 from lamina.keys import ChunkChain
-from lamina.plan import ChunkKey, LoadMode, TransferId
+from lamina.plan import ChunkKey, LoadMode, TierName, TransferId
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,11 @@ class Story:
     seconds: float = 0.0
     waited: float = 0.0
     failed: bool = False
+
+    def sources(self) -> dict[TierName, int]:
+        """Tokens of the hit by the tier they are in."""
+        found = {TierName.HOST: self.host, TierName.DISK: self.disk}
+        return {tier: tokens for tier, tokens in found.items() if tokens}
 
     def line(self, request_id: str) -> str:
         """One line that says what was hit, where, what was loaded, and why the rest was not."""

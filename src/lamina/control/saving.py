@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from lamina.config import Config
+from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.leases import LeaseBook
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.observe.metrics import Meter
-from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
+from lamina.plan import LOAD_FAILED, ChunkKey, SaveOrder, TierName, WriteThrough
 
 
 class SavePlanner:
@@ -23,13 +24,13 @@ class SavePlanner:
         catalog: where chunks are.
         transfers: all transfers of the engine.
         leases: holds on engine blocks.
+        breakers: which tiers are in use.
         meter: where figures go.
         chunk_bytes: bytes of one chunk, all ranks.
         ranks: how many ranks there are; the bounds of the configuration are for each.
 
     Attributes:
         orders: saves for the next plan.
-        forgotten: disk slots that the next plan drops.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class SavePlanner:
         catalog: Catalog,
         transfers: TransferTable,
         leases: LeaseBook,
+        breakers: Breakers,
         meter: Meter,
         *,
         chunk_bytes: int,
         ranks: int,
     ) -> None:
         self.orders: list[SaveOrder] = []
-        self.forgotten: list[int] = []
         self._prompt_only = config.save.tokens == "prompt"
         self._save_bound = config.save.max_inflight * ranks
         self._write_bound = config.disk.max_inflight * ranks if config.disk else 0
@@ -54,6 +55,7 @@ class SavePlanner:
         self._catalog = catalog
         self._transfers = transfers
         self._leases = leases
+        self._breakers = breakers
         self._meter = meter
         self._chunk_bytes = chunk_bytes
         self._ended: list[Transfer] = []
@@ -117,9 +119,13 @@ class SavePlanner:
     ) -> str | None:
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
             return "max_inflight"
+        breaker = self._breakers.fills(TierName.HOST)
+        if not breaker.allows:
+            return "tier_out_of_use"
         slot = self._catalog.host.reserve(key)
         if slot is None:
             return "host_in_use"
+        breaker.ordered()
         transfer = self._transfers.open(
             Kind.SAVE,
             record.view.request_id,
@@ -147,6 +153,7 @@ class SavePlanner:
             if disk_slot is None:
                 self._meter.count("writes_skipped", 1, reason="disk_in_use")
                 continue
+            self._breakers.fills(TierName.DISK).ordered()
             self._catalog.host.lease(host_slot)
             transfer = self._transfers.open(
                 Kind.WRITE,
@@ -164,9 +171,13 @@ class SavePlanner:
 
     @property
     def may_write(self) -> bool:
-        """Whether there is something to write, and room for it on the way."""
+        """Whether there is something to write, room for it on the way, and a disk that takes it."""
         in_flight = self._transfers.bytes_in_flight(Kind.WRITE)
-        return bool(self._backlog) and in_flight + self._chunk_bytes <= self._write_bound
+        return (
+            bool(self._backlog)
+            and in_flight + self._chunk_bytes <= self._write_bound
+            and self._breakers.fills(TierName.DISK).allows
+        )
 
     @property
     def backlog(self) -> int:
@@ -203,8 +214,29 @@ class SavePlanner:
             else:
                 self._ended.append(transfer)
 
+    def overdue(self, transfer: Transfer) -> None:
+        """A save or write has not ended in time."""
+        self._breakers.fills(transfer.chunks[-1].tier).failed("overdue")
+        if transfer.lease is not None:
+            # What is read from now on may be another request's block: never show it.
+            self.poison(transfer)
+            transfer.lease.release()
+
+    def _judge_tier(self, transfer: Transfer) -> None:
+        """Tell the breaker, unless it knows."""
+        breaker = self._breakers.fills(transfer.chunks[-1].tier)
+        if transfer.overdue:
+            return
+        if not transfer.failed:
+            breaker.succeeded()
+        elif transfer.reason == LOAD_FAILED:
+            breaker.undecided()
+        else:
+            breaker.failed(transfer.reason or "unknown")
+
     def _settle_save(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
+        self._judge_tier(transfer)
         if transfer.state is State.FAILED or transfer.poisoned:
             self._give_back_target(transfer)
             self._meter.count("failures", 1, kind=f"save_{transfer.reason or 'poisoned'}")
@@ -218,13 +250,14 @@ class SavePlanner:
     def settle_write(self, transfer: Transfer) -> None:
         """Take in a write that has ended."""
         self._transfers.close(transfer)
+        self._judge_tier(transfer)
         source, target = transfer.chunks
         disk = self._catalog.disk
         assert disk is not None
         self._catalog.host.release(source.slot)
         if transfer.state is State.FAILED:
             self._give_back_target(transfer)
-            self.forgotten.append(target.slot)
+            self._catalog.forgotten.append(target.slot)
             self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'poisoned'}")
             return
         disk.publish(target.key)
@@ -252,7 +285,7 @@ class SavePlanner:
         """Forget every chunk in every tier; what is on its way will not become visible."""
         self._catalog.host.clear()
         if self._catalog.disk is not None:
-            self.forgotten += self._catalog.disk.clear()
+            self._catalog.forgotten += self._catalog.disk.clear()
         self._backlog.clear()
         for transfer in self._transfers.live():
             if transfer.kind is not Kind.LOAD:

@@ -31,7 +31,15 @@ from lamina.data.worker_pool import WorkerPool
 from lamina.data.write_through import DiskWriter
 from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Lane, Timeline
-from lamina.plan import LoadMode, RankReport, Receipt, StepPlan, TierName, TransferReceipt
+from lamina.plan import (
+    LOAD_FAILED,
+    LoadMode,
+    RankReport,
+    Receipt,
+    StepPlan,
+    TierName,
+    TransferReceipt,
+)
 
 log = logging.getLogger("lamina.data")
 
@@ -278,7 +286,7 @@ class Executor:
             self._mover.hold_compute(fence)
         self._settle(run)
         if self._saves is not None and any(load.failed for load in run.loads):
-            self._saves.poison("load_failed")
+            self._saves.poison(LOAD_FAILED)
 
     def _settle(self, run: LoadRun) -> None:
         for load in run.loads:

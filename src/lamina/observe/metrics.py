@@ -60,6 +60,7 @@ METRICS: dict[str, Metric] = {
         Metric("failures", _C, "Transfers that failed, by kind", ("kind",)),
         Metric("tier_capacity_bytes", _G, "Size of a tier, all ranks", ("tier",)),
         Metric("tier_used_bytes", _G, "Use of a tier, all ranks", ("tier",)),
+        Metric("tier_in_use", _G, "0 while it fails and is not used", ("tier", "direction")),
         Metric("bytes_in_flight", _G, "Bytes of unfinished transfers", ("direction",)),
         Metric("transfers", _G, "Unfinished transfers", ("direction",)),
         Metric("write_backlog", _G, "Chunks waiting to be written to disk"),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina.data.shared_memory import MemoryFile
 from lamina.geometry import CacheGeometry, Row
 
 Indices = npt.NDArray[np.int64]
@@ -70,14 +71,19 @@ class Mover(ABC):
         self._allocations = tuple(allocations)
 
     @abstractmethod
-    def allocate_host(self, size: int) -> torch.Tensor:
+    def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """A flat uint8 host tensor of ``size`` bytes, page aligned, fit for fast copies.
 
         Returns at once whatever the size: the memory is reserved now and made resident (and
-        pinned where the device wants that) in the background. It reads as zeros.
+        pinned where the device wants that) in the background. It reads as zeros, unless it is
+        shared and another process has written there.
+
+        Args:
+            size: bytes.
+            file: memory to be shared with other processes; None for private memory.
 
         Raises:
-            ValueError: if ``size`` is not positive.
+            ValueError: if ``size`` is not positive, or not the size of ``file``.
             OSError: if the machine has no such amount of memory.
         """
 

@@ -19,6 +19,7 @@ import torch
 
 from lamina.data.movers.base import Fence, Indices, Mover
 from lamina.data.movers.host_memory import POPULATE_PIECE, HostMemory, populate
+from lamina.data.shared_memory import MemoryFile
 from lamina.geometry import CacheGeometry, Row
 
 Pages = npt.NDArray[Any]
@@ -60,9 +61,9 @@ class CpuMover(Mover):
         )
         self._host: list[HostMemory] = []
 
-    def allocate_host(self, size: int) -> torch.Tensor:
+    def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        memory = HostMemory(size, POPULATE_PIECE, populate)
+        memory = HostMemory(size, POPULATE_PIECE, populate, file)
         self._host.append(memory)
         return memory.tensor
 

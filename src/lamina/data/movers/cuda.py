@@ -5,7 +5,7 @@ to; streams, events and pinning are written from the CUDA and torch documentatio
 only check the order in which they are used.
 
 Host memory is an ordinary mapping that is pinned afterwards with ``cudaHostRegister``, piece by
-piece and in the background. torch's own pinned allocator would round a slab up to a power of two,
+piece and in the background; memory that processes share is pinned by each of them. torch's own pinned allocator would round a slab up to a power of two,
 and block the start of the server until all of it is pinned. A copy that comes before its memory is
 pinned waits for that, on the pipeline's thread.
 
@@ -26,6 +26,7 @@ import torch
 
 from lamina.data.movers.base import Fence, Indices, Mover
 from lamina.data.movers.host_memory import HostMemory
+from lamina.data.shared_memory import MemoryFile
 from lamina.geometry import CacheGeometry
 
 PIN_PIECE = 64 << 20
@@ -86,9 +87,9 @@ class CudaMover(Mover):
         self._pinned: list[int] = []
         self._compile()
 
-    def allocate_host(self, size: int) -> torch.Tensor:
+    def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        memory = HostMemory(size, PIN_PIECE, self._pin)
+        memory = HostMemory(size, PIN_PIECE, self._pin, file)
         self._host.append(memory)
         return memory.tensor
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from lamina.data.shared_memory import MemoryFile, private_memory
+
 log = logging.getLogger("lamina.data")
 
 POPULATE_PIECE = 2 << 20
@@ -30,7 +32,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class HostMemory:
-    """One private anonymous mapping, on huge pages where the kernel has them.
+    """One mapping, on huge pages where the kernel has them.
 
     Children of a fork do not get it: a fork would otherwise copy its page tables, and the pages
     themselves where they are pinned.
@@ -40,20 +42,28 @@ class HostMemory:
         piece: bytes committed at a time, a multiple of the page size.
         commit: given the address and length of a piece, makes it resident. Called from a thread
             of this object's own; must release the GIL while it works.
+        file: memory that other processes have mapped or will map; None for private memory. Each
+            commits it: what one has made resident costs the next next to nothing.
 
     Attributes:
         tensor: the memory, flat, uint8, zeros; the mapping lives as long as it does.
 
     Raises:
-        ValueError: if ``size`` is not positive.
+        ValueError: if ``size`` is not positive, or not the size of ``file``.
         OSError: if the machine has no such amount of memory.
     """
 
-    def __init__(self, size: int, piece: int, commit: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        size: int,
+        piece: int,
+        commit: Callable[[int, int], None],
+        file: MemoryFile | None = None,
+    ) -> None:
         if size <= 0:
             raise ValueError(f"host memory of {size} bytes")
         try:
-            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = private_memory(size) if file is None else file.map(size, writable=True)
         except OSError as error:
             reason = f"{size} bytes of host memory cannot be reserved: lower host.capacity"
             raise OSError(error.errno, reason) from error

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers import disk_store
 from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, open_index
-from lamina.data.tiers.disk_shard import DiskShard, ReadFailure
+from lamina.data.tiers.disk_shard import DiskShard, ReadFailure, ShardReader
 from lamina.data.tiers.disk_slab import Slab, allocate, chunk_on_disk
 from lamina.data.tiers.disk_store import Shard, StoreError, StoreNamespace
+from lamina.data.tiers.disk_table import ChunkTable
 
-__all__ = ["DiskTier", "ReadFailure", "StoreError", "StoreNamespace"]
+__all__ = ["DiskReader", "DiskTier", "ReadFailure", "StoreError", "StoreNamespace"]
 
 log = logging.getLogger("lamina.data")
 
@@ -33,6 +35,7 @@ class DiskTier(DiskShard):
         extent_bytes: per row, bytes of one chunk.
         capacity: bytes of disk for this rank; allocated here, not when they are needed.
         direct: bypass the page cache; None: where the file system can.
+        table: memory for what followers need to read it, see :class:`DiskReader`.
 
     Raises:
         ValueError: if ``capacity`` is less than one chunk.
@@ -49,6 +52,7 @@ class DiskTier(DiskShard):
         extent_bytes: Sequence[int],
         capacity: int,
         direct: bool | None = None,
+        table: MemoryFile | None = None,
     ) -> None:
         chunk = chunk_on_disk(extent_bytes)
         if capacity < chunk:
@@ -65,7 +69,7 @@ class DiskTier(DiskShard):
                 shard = Shard(disk_store.describe(path, namespace), rank)
                 disk_store.make_room(path, shard, size, capacity)
                 disk_store.check_room(shard.slab, size)
-                index, slab = _open(shard, layout, size, direct, opened)
+                index, slab = _open(shard, layout, size, direct, table, opened)
                 disk_store.sync_directories(path, shard.directory)
             except OSError as error:
                 raise StoreError(f"disk.path: cannot use {path}: {error}") from error
@@ -84,12 +88,59 @@ class DiskTier(DiskShard):
         self._opened.close()
 
 
+class DiskReader(ShardReader):
+    """The disk tier of a leader, opened by a follower: it reads what the leader has stored, locks
+    and changes nothing.
+
+    Args:
+        path: the store's directory.
+        namespace: as the leader has it.
+        rank: the leader's.
+        extent_bytes: per row, bytes of one chunk.
+        slots: chunks that fit.
+        direct: whether the leader bypasses the page cache.
+        table: the memory that the leader's tier was given.
+
+    Raises:
+        StoreError: if the leader's files cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        namespace: StoreNamespace,
+        rank: int,
+        extent_bytes: Sequence[int],
+        slots: int,
+        direct: bool,
+        table: MemoryFile,
+    ) -> None:
+        layout = ShardLayout(tuple(extent_bytes), slots)
+        file = Shard(path / namespace.fingerprint, rank).slab
+        try:
+            self._file = Slab(file, layout.extent_bytes, slots, direct, writable=False)
+        except OSError as error:
+            raise StoreError(f"disk.path: cannot read {file}: {error}") from error
+        known = ChunkTable(slots, len(layout.extent_bytes), table, writable=False)
+        super().__init__(layout, self._file, known)
+
+    def close(self) -> None:
+        """Close the leader's file; no other call may be under way. Idempotent."""
+        self._file.close()
+
+
 def _open(
-    shard: Shard, layout: ShardLayout, size: int, direct: bool | None, opened: ExitStack
+    shard: Shard,
+    layout: ShardLayout,
+    size: int,
+    direct: bool | None,
+    table: MemoryFile | None,
+    opened: ExitStack,
 ) -> tuple[DiskIndex, Slab]:
     """Open a shard's files. The index is emptied before the slab changes, never after it."""
     whole = shard.slab.exists() and shard.slab.stat().st_size == size
-    index = open_index(shard.index, layout)
+    index = open_index(shard.index, layout, table)
     opened.callback(index.close)
     if not whole and len(index):
         log.warning(

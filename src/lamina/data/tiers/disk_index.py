@@ -1,6 +1,6 @@
 """The index: which key is in which slot of a slab, with the checksum of every row extent.
 
-Memory holds all of it, in arrays that are read without a lock; SQLite holds what survives. The
+Memory holds all of it (:mod:`~lamina.data.tiers.disk_table`); SQLite holds what survives. The
 file may be lost or damaged at any time: then the shard is empty, which costs only time.
 """
 
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers.disk_aio import Integers
 from lamina.data.tiers.disk_checksum import Bytes, Checksums, key_tags
+from lamina.data.tiers.disk_table import ChunkTable
 from lamina.keys import KEY_BYTES
-from lamina.plan import ChunkKey, StoredChunk
+from lamina.plan import ChunkKey
 
 log = logging.getLogger("lamina.data")
 
@@ -126,30 +127,27 @@ def summarize(path: Path) -> IndexSummary:
         raise DamagedIndex(str(error)) from error
 
 
-class DiskIndex:
+class DiskIndex(ChunkTable):
     """One shard's index. Any thread may look things up; changes come from one at a time.
 
     Args:
         path: the SQLite file. Made if it is not there; emptied, with a warning, if it describes
             another layout.
         layout: of the slab.
+        file: where other ranks can look things up, too; they must not before this returns.
 
     Raises:
         DamagedIndex: if the file is not what was written; :func:`open_index` starts anew then.
         OSError: if the file can be neither opened nor made.
     """
 
-    def __init__(self, path: Path, layout: ShardLayout) -> None:
+    def __init__(self, path: Path, layout: ShardLayout, file: MemoryFile | None = None) -> None:
+        super().__init__(layout.slots, len(layout.extent_bytes), file)
         self._path = path
         self._layout = layout
         self._lock = threading.Lock()
-        slots, rows = layout.slots, len(layout.extent_bytes)
-        self._held = np.zeros(slots, np.bool_)
-        self._recorded = np.zeros(slots, np.bool_)
-        self._stale = np.zeros(slots, np.bool_)
-        self._used = np.zeros(slots, np.float64)
-        self._keys = np.zeros((slots, KEY_BYTES), np.uint8)
-        self._sums = np.zeros((slots, rows), np.uint32)
+        self._recorded = np.zeros(layout.slots, np.bool_)
+        self._stale = np.zeros(layout.slots, np.bool_)
         # SQLite gives the file's mode to all that it puts beside it, and cannot be told one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -161,38 +159,6 @@ class DiskIndex:
         except DamagedIndex:
             self._database.close()
             raise
-
-    # -- looking up --------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        """Chunks that can be read."""
-        return int(np.count_nonzero(self._held))
-
-    def holds(self, slots: Integers, keys: Bytes) -> npt.NDArray[np.bool_]:
-        """Which slots hold the key that is expected there.
-
-        Args:
-            slots: shape ``(n,)``.
-            keys: shape ``(n, KEY_BYTES)``.
-        """
-        same: npt.NDArray[np.bool_] = (self._keys[slots] == keys).all(axis=1)
-        return self._held[slots] & same
-
-    def checksums(self, row: int, slots: Integers, keys: Bytes) -> Checksums:
-        """The CRC-32s of one row's extents, if the slots hold these keys (see :meth:`holds`)."""
-        mixed: Checksums = self._sums[slots, row]
-        return mixed ^ key_tags(keys)
-
-    def stored(self) -> tuple[StoredChunk, ...]:
-        """Every chunk that can be read."""
-        slots = np.flatnonzero(self._held)
-        keys = self._keys[slots].tobytes()
-        return tuple(
-            StoredChunk(ChunkKey(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]), slot, used)
-            for i, (slot, used) in enumerate(
-                zip(slots.tolist(), self._used[slots].tolist(), strict=True)
-            )
-        )
 
     # -- changing ----------------------------------------------------------------------------
 
@@ -302,7 +268,7 @@ class DiskIndex:
             self._sums[where] = np.frombuffer(b"".join(sums), _STORED_SUM).reshape(-1, rows)
             self._used[where] = used
             self._recorded[where] = True
-        self._used = np.clip(np.nan_to_num(self._used), 0, time.time())
+        self._used[:] = np.clip(np.nan_to_num(self._used), 0, time.time())
         self._held[self._newest_of_each_key()] = True
 
     def _newest_of_each_key(self) -> Integers:
@@ -343,14 +309,14 @@ class DiskIndex:
                 ) from error
 
 
-def open_index(path: Path, layout: ShardLayout) -> DiskIndex:
+def open_index(path: Path, layout: ShardLayout, file: MemoryFile | None = None) -> DiskIndex:
     """Open an index; if it is damaged, put it aside with a warning and start an empty one.
 
     Raises:
         OSError: if the file can be neither opened nor made.
     """
     try:
-        return DiskIndex(path, layout)
+        return DiskIndex(path, layout, file)
     except DamagedIndex as error:
         aside = path.with_name(f"{path.name}.damaged")
         log.warning(
@@ -364,7 +330,7 @@ def open_index(path: Path, layout: ShardLayout) -> DiskIndex:
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     try:
-        return DiskIndex(path, layout)
+        return DiskIndex(path, layout, file)
     except DamagedIndex as error:
         raise OSError(errno.EIO, f"cannot make an index: {error}", str(path)) from error
 

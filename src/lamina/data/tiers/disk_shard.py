@@ -22,6 +22,7 @@ from lamina.data.tiers.disk_aio import Integers
 from lamina.data.tiers.disk_checksum import Bytes, Checksums, agree, checksum
 from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, key_array
 from lamina.data.tiers.disk_slab import Extent, Slab
+from lamina.data.tiers.disk_table import ChunkTable
 from lamina.geometry import DIRECT_IO_ALIGNMENT
 from lamina.plan import ChunkKey, StoredChunk
 
@@ -39,20 +40,20 @@ class ReadFailure(StrEnum):
     """The bytes are not those that were written."""
 
 
-class DiskShard:
-    """Chunks in slots. Threads may read at once, and while one thread writes other slots.
+class ShardReader:
+    """Chunks in slots, to be read. Threads may read at once, and while another thread, or another
+    process, writes other slots.
 
     Args:
         layout: of the slab.
         slab: where the bytes are; the caller closes it.
-        index: what they are; the caller closes it.
+        table: what they are.
     """
 
-    def __init__(self, layout: ShardLayout, slab: Slab, index: DiskIndex) -> None:
+    def __init__(self, layout: ShardLayout, slab: Slab, table: ChunkTable) -> None:
         self._layout = layout
         self._slab = slab
-        self._index = index
-        self._pending: dict[int, dict[int, int]] = {}
+        self._table = table
         self._failures: Counter[ReadFailure] = Counter()
         self._counting = threading.Lock()
 
@@ -74,7 +75,7 @@ class DiskShard:
 
     def stored(self) -> tuple[StoredChunk, ...]:
         """Every chunk that can be read."""
-        return self._index.stored()
+        return self._table.stored()
 
     def read_row(
         self, row: int, slots: Sequence[int], keys: Sequence[ChunkKey], into: Bytes
@@ -97,8 +98,8 @@ class DiskShard:
         """
         self._check_target(row, len(slots), into)
         where, names = np.array(slots, np.int64), key_array(keys)
-        held = self._index.holds(where, names)
-        expected = self._index.checksums(row, where, names)
+        held = self._table.holds(where, names)
+        expected = self._table.checksums(row, where, names)
         failed = self._slab.read(row, where, into)
         read = held & (failed == 0)
         if read.all():
@@ -112,6 +113,55 @@ class DiskShard:
             self._count(ReadFailure.IO_ERROR, row, where[broken], failed[broken])
             self._count(ReadFailure.CHECKSUM, row, where[read & ~good])
         return good
+
+    def note_used(self, slots: Sequence[int]) -> None:
+        """These slots were of use just now. Who keeps the index has loaded them, too, and notes it."""
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _check_target(self, row: int, count: int, into: Bytes) -> None:
+        wanted = (count, self._layout.extent_bytes[row])
+        if into.shape != wanted or into.dtype != np.uint8 or not into.flags.c_contiguous:
+            raise ValueError(f"row {row} is read into C-contiguous uint8 of shape {wanted}")
+        if into.ctypes.data % DIRECT_IO_ALIGNMENT:
+            raise ValueError(f"rows are read to multiples of {DIRECT_IO_ALIGNMENT} bytes")
+
+    def _count(
+        self,
+        kind: ReadFailure,
+        row: int,
+        slots: Integers,
+        errors: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        if not slots.size:
+            return
+        with self._counting:
+            first = kind not in self._failures
+            self._failures[kind] += int(slots.size)
+        log.log(
+            logging.WARNING if first else logging.DEBUG,
+            "disk tier: %s in row %d of slots %s%s; these chunks are misses%s",
+            kind.value,
+            row,
+            slots.tolist(),
+            "" if errors is None else f" ({os.strerror(int(errors[0]))})",
+            " (said once, then counted)" if first else "",
+        )
+
+
+class DiskShard(ShardReader):
+    """Chunks in slots, to be read and written; changes come from one thread at a time.
+
+    Args:
+        layout: of the slab.
+        slab: where the bytes are; the caller closes it.
+        index: what they are; the caller closes it.
+    """
+
+    def __init__(self, layout: ShardLayout, slab: Slab, index: DiskIndex) -> None:
+        super().__init__(layout, slab, index)
+        self._index = index
+        self._pending: dict[int, dict[int, int]] = {}
 
     def begin(self, slots: Sequence[int]) -> None:
         """Durably forget what these slots hold; they may be written from now on.
@@ -176,39 +226,8 @@ class DiskShard:
         """These slots were of use just now; orders eviction after a restart."""
         self._index.note_used(np.array(slots, np.int64))
 
-    # -- inside ------------------------------------------------------------------------------
-
-    def _check_target(self, row: int, count: int, into: Bytes) -> None:
-        wanted = (count, self._layout.extent_bytes[row])
-        if into.shape != wanted or into.dtype != np.uint8 or not into.flags.c_contiguous:
-            raise ValueError(f"row {row} is read into C-contiguous uint8 of shape {wanted}")
-        if into.ctypes.data % DIRECT_IO_ALIGNMENT:
-            raise ValueError(f"rows are read to multiples of {DIRECT_IO_ALIGNMENT} bytes")
-
     def _begun(self, slot: int) -> dict[int, int]:
         try:
             return self._pending[slot]
         except KeyError:
             raise ValueError(f"slot {slot} is written before it was begun") from None
-
-    def _count(
-        self,
-        kind: ReadFailure,
-        row: int,
-        slots: Integers,
-        errors: npt.NDArray[np.int32] | None = None,
-    ) -> None:
-        if not slots.size:
-            return
-        with self._counting:
-            first = kind not in self._failures
-            self._failures[kind] += int(slots.size)
-        log.log(
-            logging.WARNING if first else logging.DEBUG,
-            "disk tier: %s in row %d of slots %s%s; these chunks are misses%s",
-            kind.value,
-            row,
-            slots.tolist(),
-            "" if errors is None else f" ({os.strerror(int(errors[0]))})",
-            " (said once, then counted)" if first else "",
-        )

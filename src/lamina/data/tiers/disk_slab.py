@@ -46,19 +46,26 @@ class Slab:
         extent_bytes: per row, bytes of one extent.
         slots: extents in each row.
         direct: bypass the page cache; None: where the file system can.
+        writable: whether it is written, too.
 
     Raises:
         OSError: if the file cannot be opened, or ``direct`` is True and it cannot be.
     """
 
     def __init__(
-        self, path: Path, extent_bytes: Sequence[int], slots: int, direct: bool | None
+        self,
+        path: Path,
+        extent_bytes: Sequence[int],
+        slots: int,
+        direct: bool | None,
+        *,
+        writable: bool = True,
     ) -> None:
         self._extent_bytes = tuple(extent_bytes)
         self._strides = tuple(map(align_up, extent_bytes))
         self._bases = tuple(accumulate((s * slots for s in self._strides), initial=0))
         self._queues: deque[AioQueue] = deque([AioQueue()])
-        self._file, self.direct = _open(path, direct)
+        self._file, self.direct = _open(path, direct, os.O_RDWR if writable else os.O_RDONLY)
 
     def read(self, row: int, slots: Integers, into: Bytes) -> npt.NDArray[np.int32]:
         """Read one row of some slots.
@@ -157,8 +164,8 @@ def allocate(path: Path, size: int) -> None:
         os.close(file)
 
 
-def _open(path: Path, direct: bool | None) -> tuple[int, bool]:
-    flags = os.O_RDWR | os.O_CLOEXEC
+def _open(path: Path, direct: bool | None, access: int) -> tuple[int, bool]:
+    flags = access | os.O_CLOEXEC
     if direct is False:
         return os.open(path, flags), False
     try:

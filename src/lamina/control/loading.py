@@ -1,0 +1,257 @@
+"""What comes back into the engine: which chunks are hit, whether they are loaded, and how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lamina.config import Config
+from lamina.control.breakers import Breakers
+from lamina.control.catalog import Catalog, Location
+from lamina.control.policy import LoadPolicy, Situation
+from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, Story
+from lamina.control.transfers import Kind, State, Transfer, TransferTable
+from lamina.observe.metrics import Meter
+from lamina.plan import ChunkLoad, LoadMode, LoadOrder, TierName
+
+stories = logging.getLogger("lamina.requests")
+
+TRY_DEADLINE = 0.1
+"""Share of ``load.deadline`` that a load has which tries a tier that is out of use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The answer to a lookup.
+
+    Attributes:
+        tokens: tokens beyond the engine's own hit that will be loaded.
+        mode: how.
+    """
+
+    tokens: int
+    mode: LoadMode
+
+
+class LoadPlanner:
+    """Finds hits, plans loads, and settles them. A part of the planner.
+
+    Args:
+        config: the whole tree.
+        shape: tokens of blocks and chunks.
+        catalog: where chunks are.
+        transfers: all transfers of the engine.
+        breakers: which tiers are in use.
+        meter: where figures go.
+        chunk_bytes: bytes of one chunk, all ranks.
+        reports_blocks: whether the engine can take back single blocks of a failed load.
+        clock: monotonic seconds.
+
+    Attributes:
+        orders: loads for the next plan.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ChunkShape,
+        catalog: Catalog,
+        transfers: TransferTable,
+        breakers: Breakers,
+        meter: Meter,
+        *,
+        chunk_bytes: int,
+        reports_blocks: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.orders: list[LoadOrder] = []
+        self._deadline = config.load.deadline
+        self._shape = shape
+        self._catalog = catalog
+        self._transfers = transfers
+        self._breakers = breakers
+        self._meter = meter
+        self._chunk_bytes = chunk_bytes
+        self._reports_blocks = reports_blocks
+        self._clock = clock
+        self._policy = LoadPolicy(config.load, shape.chunk_tokens)
+
+    # -- hits --------------------------------------------------------------------------------
+
+    def lookup(
+        self, record: RequestRecord, floor: int, *, declined: str, others_active: bool
+    ) -> Hit:
+        """What will be loaded for a request beyond ``floor``; writes its story anew.
+
+        Args:
+            record: the request.
+            floor: tokens at its beginning that the engine has.
+            declined: why nothing may be loaded for it; empty if it may.
+            others_active: whether the engine has other requests to run.
+        """
+        found = self._find_prefix(record, floor)
+        by_tier = self._tokens_by_tier(found)
+        situation = Situation(
+            hit_tokens=found.tokens,
+            disk_tokens=by_tier[TierName.DISK],
+            others_active=others_active,
+            reports_blocks=self._reports_blocks,
+            trying=any(
+                count and not self._breakers.loads(tier).closed for tier, count in by_tier.items()
+            ),
+            out_of_use=not found.tokens and self._is_out_of_use(record, found),
+        )
+        decision = self._policy.decide(situation, declined or record.distrust)
+        record.story = Story(
+            prompt=record.view.num_tokens,
+            engine=floor,
+            host=by_tier[TierName.HOST],
+            disk=by_tier[TierName.DISK],
+            loaded=decision.tokens,
+            mode=decision.mode,
+            reason=decision.reason,
+        )
+        return Hit(decision.tokens, decision.mode)
+
+    def _find_prefix(self, record: RequestRecord, floor: int) -> FoundPrefix:
+        """The longest visible prefix; what was found before is extended, not sought again."""
+        found = record.hit
+        generation = self._catalog.generation + self._breakers.refusals
+        block, chunk = self._shape.block_tokens, self._shape.chunk_tokens
+        if found.floor != floor or found.generation != generation:
+            found = FoundPrefix(floor, generation, floor // chunk)
+        keys = record.known_keys()
+        end_chunk = self._catalog.prefix_end(keys, found.end_chunk)
+        if end_chunk == found.end_chunk:
+            record.hit = found
+            return found
+        usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // block * block
+        tokens = max(0, min(end_chunk * chunk, usable) - floor)
+        wanted = keys[floor // chunk : -(-(floor + tokens) // chunk)] if tokens else []
+        places = tuple(place for key in wanted if (place := self._catalog.locate(key)))
+        record.hit = FoundPrefix(floor, generation, end_chunk, tokens, places)
+        return record.hit
+
+    def _is_out_of_use(self, record: RequestRecord, found: FoundPrefix) -> bool:
+        keys = record.known_keys()
+        return found.end_chunk < len(keys) and self._catalog.out_of_use(keys[found.end_chunk])
+
+    def _spans(self, found: FoundPrefix) -> Iterator[tuple[Location, int, int]]:
+        """Each chunk of a hit with the first token wanted of it and the one after the last."""
+        chunk, end = self._shape.chunk_tokens, found.floor + found.tokens
+        position = found.floor
+        for place in found.places:
+            upto = min((position // chunk + 1) * chunk, end)
+            yield place, position, upto
+            position = upto
+
+    def _tokens_by_tier(self, found: FoundPrefix) -> dict[TierName, int]:
+        split = dict.fromkeys(TierName, 0)
+        for place, start, end in self._spans(found):
+            split[place.tier] += end - start
+        return split
+
+    # -- loads -------------------------------------------------------------------------------
+
+    def order(self, record: RequestRecord, tokens: int, *, step: int) -> None:
+        """Load what the last lookup found, ``tokens`` of it, into the request's blocks."""
+        shape, block = self._shape, self._shape.block_tokens
+        blocks = record.view.blocks()
+        chunks = []
+        for place, start, end in self._spans(record.hit):
+            chunks.append(
+                ChunkLoad(
+                    key=place.key,
+                    tier=place.tier,
+                    slot=place.slot,
+                    first_block=start % shape.chunk_tokens // block,
+                    blocks=tuple(blocks[start // block : end // block]),
+                )
+            )
+            self._catalog.tiers[place.tier].lease(place.slot)
+            if place.tier is TierName.DISK:
+                record.promote.add(place.key)
+        tries = [self._breakers.loads(tier).ordered() for tier in _tiers(record.hit.places)]
+        deadline = self._deadline * TRY_DEADLINE if any(tries) else self._deadline
+        transfer = self._transfers.open(
+            Kind.LOAD,
+            record.view.request_id,
+            step=step,
+            expires=self._clock() + 2 * deadline,
+            size=tokens // block * self._chunk_bytes // shape.blocks,
+            chunks=record.hit.places,
+            layerwise=record.story.mode is LoadMode.LAYERWISE,
+        )
+        record.load = transfer.id
+        for tier in self._catalog.tiers.values():
+            tier.use([place.key for place in record.hit.places])
+        self.orders.append(
+            LoadOrder(
+                transfer.id, transfer.request_id, record.story.mode, tuple(chunks), float(deadline)
+            )
+        )
+        for tier_name, count in record.story.sources().items():
+            self._meter.count("hit_tokens", count, tier=tier_name.value)
+
+    def overdue(self, transfer: Transfer) -> None:
+        """A load has not ended in time."""
+        for tier in _tiers(transfer.chunks):
+            self._breakers.loads(tier).failed("overdue")
+
+    def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
+        """Take in a load that has ended.
+
+        Args:
+            transfer: the load.
+            record: its request, if the engine still has it.
+        """
+        self._transfers.close(transfer)
+        for place in transfer.chunks:
+            self._catalog.tiers[place.tier].release(place.slot)
+        failed = transfer.state is State.FAILED
+        self._meter.count("load_bytes", transfer.moved_bytes)
+        self._meter.observe("load_seconds", transfer.seconds)
+        if failed:
+            self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
+        self._judge_tiers(transfer, failed)
+        self._drop_bad(transfer)
+        if record is None or record.load != transfer.id:
+            return
+        record.load = None
+        story = record.story
+        story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
+        if failed:
+            story.reason = transfer.reason
+            record.next_save = 0
+            # What was not delivered may still be in its tier: do not ask for it for ever.
+            record.distrust = "failed_before"
+        stories.info("%s", story.line(transfer.request_id))
+
+    def _judge_tiers(self, transfer: Transfer, failed: bool) -> None:
+        """Tell the breakers. Of a load from two tiers that failed, what is not known to be the
+        memory's fault is the disk's."""
+        if transfer.overdue:
+            return  # they know
+        tiers = _tiers(transfer.chunks)
+        if not failed:
+            for tier in tiers:
+                self._breakers.loads(tier).succeeded()
+            return
+        bad = {place.tier for place in transfer.chunks if place.key in transfer.bad_chunks}
+        fallible = tiers & {TierName.DISK}
+        for tier in bad or fallible or tiers:
+            self._breakers.loads(tier).failed(transfer.reason or "unknown")
+
+    def _drop_bad(self, transfer: Transfer) -> None:
+        for place in transfer.chunks:
+            if place.key in transfer.bad_chunks:
+                tier = self._catalog.tiers[place.tier]
+                if tier.find(place.key) == place.slot:
+                    tier.drop(place.key)
+                    if place.tier is TierName.DISK:
+                        self._catalog.forgotten.append(place.slot)
+
+
+def _tiers(places: tuple[Location, ...]) -> set[TierName]:
+    return {place.tier for place in places}
