@@ -101,7 +101,9 @@ class Service:
                 ),
             )
             adapter = self._adapter(ask.adapter)
-            self._live[name] = self._engine.add_request(name, prompt, params, lora_request=adapter)
+            self._live[name] = self._engine.add_request(
+                name, prompt, params, lora_request=adapter, priority=ask.priority
+            )
             self._generated[name] = 0
             names.append(name)
         return names

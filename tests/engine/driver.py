@@ -113,6 +113,7 @@ class Ask:
         adapter: a LoRA adapter.
         n: samples; with ``seed`` drawn at temperature 1, else greedy.
         seed: of the samples.
+        priority: the lower, the sooner, where the scheduler looks at it.
     """
 
     tokens: tuple[int, ...]
@@ -121,6 +122,7 @@ class Ask:
     adapter: Path | None = None
     n: int = 1
     seed: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lamina.bench.room import require_room
 from lamina.bench.samples import Samples, Target, Unit, paired
 from lamina.bench.serving import Serving
 from lamina.bench.settings import (
+    Connector,
     EngineSpec,
     ModelShape,
     PromptSource,
@@ -34,6 +35,7 @@ SAVE_LIMIT = 0.97
 """Prefill throughput with saving on, as a multiple of that without a connector."""
 
 _PLAIN, _HOST, _DISK = "no connector", "host tier", "host and disk tier"
+_IDLE = "a connector that does nothing"
 _DECODE_PROMPT = 8
 _STEP_TOKENS = 2048
 
@@ -96,7 +98,7 @@ def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
         prompt = prompts.prompt(_DECODE_PROMPT)
         return statistics.median(engine.call(Serving.decode, prompt, settings.tokens))
 
-    with _engines(settings, progress) as engines:
+    with _engines(settings, progress, idle=True) as engines:
         measured = _in_turns(engines, turn, settings.repeat, progress)
     plain = measured[_PLAIN]
     return Report(
@@ -110,12 +112,15 @@ def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
             Target(
                 paired(name, lambda a, b: a - b, samples, plain),
                 Unit.SECONDS,
-                DECODE_LIMIT,
+                None if name == _IDLE else DECODE_LIMIT,
             )
             for name, samples in measured.items()
             if name != _PLAIN
         ),
-        notes=(f"Each repetition is the median of {settings.tokens} steps.",),
+        notes=(
+            f"Each repetition is the median of {settings.tokens} steps.",
+            f"What vLLM does for any connector is seen with {_IDLE}.",
+        ),
     )
 
 
@@ -162,7 +167,9 @@ def measure_save(settings: SaveSettings, progress: Progress) -> Report:
 
 
 @contextmanager
-def _engines(settings: OverheadSettings, progress: Progress) -> Iterator[list[Engine]]:
+def _engines(
+    settings: OverheadSettings, progress: Progress, *, idle: bool = False
+) -> Iterator[list[Engine]]:
     shape = settings.shape
     size = shape.kv_bytes(settings.tokens + _STEP_TOKENS)
     require_room(
@@ -178,12 +185,14 @@ def _engines(settings: OverheadSettings, progress: Progress) -> Iterator[list[En
         work = Path(directory)
         shape.write_config(work)
         disk = {"path": str(work / "store"), "capacity": 2 * size}
-        tiers: dict[str, Mapping[str, Any] | None] = {
-            _PLAIN: None,
-            _HOST: {"host": host},
-            _DISK: {"host": host, "disk": disk},
+        kinds: dict[str, tuple[Connector | None, Mapping[str, Any]]] = {
+            _PLAIN: (None, {}),
+            _HOST: (Connector.LAMINA, {"host": host}),
+            _DISK: (Connector.LAMINA, {"host": host, "disk": disk}),
         }
-        progress.say(f"starting {len(tiers)} engines")
+        if idle:
+            kinds[_IDLE] = (Connector.IDLE, {})
+        progress.say(f"starting {len(kinds)} engines")
         engines = [
             stack.enter_context(
                 Engine(
@@ -193,12 +202,13 @@ def _engines(settings: OverheadSettings, progress: Progress) -> Iterator[list[En
                         model=work,
                         tokens=settings.tokens + 2 * shape.block_size,
                         step_tokens=_STEP_TOKENS,
+                        connector=connector,
                         lamina=lamina,
                     ),
                     work,
                 )
             )
-            for name, lamina in tiers.items()
+            for name, (connector, lamina) in kinds.items()
         ]
         for engine in engines:
             engine.ready()

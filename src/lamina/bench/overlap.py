@@ -22,6 +22,7 @@ from lamina.bench.room import require_room
 from lamina.bench.samples import Samples, Target, Unit, paired, ratio
 from lamina.bench.serving import FirstToken, Serving
 from lamina.bench.settings import (
+    Connector,
     EngineSpec,
     ModelShape,
     PromptSource,
@@ -179,12 +180,12 @@ def _spec(settings: OverlapSettings, work: Path, name: str) -> EngineSpec:
         model=work,
         tokens=tokens + 2 * shape.block_size,
         step_tokens=tokens,
+        connector=Connector.PACED,
         lamina={
             "load": _LOADS[name],
             "host": {"capacity": shape.kv_bytes(tokens + 4 * settings.new_tokens)},
             "observe": {"timeline": str(_trace(work, name))},
         },
-        paced=True,
     )
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lamina.bench.settings import VOCABULARY, EngineSpec, TokenIds
+from lamina.bench.settings import VOCABULARY, Connector, EngineSpec, TokenIds
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -74,15 +74,14 @@ class Serving:
         )
 
     def _connector(self) -> KVTransferConfig | None:
-        if self._spec.lamina is None:
+        if self._spec.connector is None:
             return None
         from vllm.config import KVTransferConfig
 
+        name, module = self._spec.connector.value
         return KVTransferConfig(
-            kv_connector="PacedConnector" if self._spec.paced else "LaminaConnector",
-            kv_connector_module_path=(
-                "lamina.bench.paced" if self._spec.paced else "lamina.engines.vllm"
-            ),
+            kv_connector=name,
+            kv_connector_module_path=module,
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=dict(self._spec.lamina),
@@ -99,7 +98,7 @@ class Serving:
         )
         seconds = time.perf_counter() - began
         forward_ended = 0.0
-        if self._spec.paced:
+        if self._spec.connector is Connector.PACED:
             from lamina.bench.paced import PacedConnector
 
             forward_ended = PacedConnector.forward_ended

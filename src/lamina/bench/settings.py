@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,16 @@ class ModelShape:
         (directory / "config.json").write_text(json.dumps(config))
 
 
+class Connector(Enum):
+    """A connector's class and the module it is in."""
+
+    LAMINA = ("LaminaConnector", "lamina.engines.vllm")
+    PACED = ("PacedConnector", "lamina.bench.paced")
+    """Lamina with every tier behind a :class:`~lamina.bench.pacing.Link`."""
+    IDLE = ("IdleConnector", "lamina.bench.idle")
+    """One that does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """One engine, in one process.
@@ -126,8 +136,8 @@ class EngineSpec:
         model: directory of its ``config.json``.
         tokens: tokens that its KV cache holds.
         step_tokens: tokens that one step computes at most.
-        lamina: the connector's configuration; None for an engine without a connector.
-        paced: whether the host tier is behind a :class:`~lamina.bench.pacing.Link`.
+        connector: which connector; None for an engine without.
+        lamina: the connector's configuration.
     """
 
     name: str
@@ -135,8 +145,8 @@ class EngineSpec:
     model: Path
     tokens: int
     step_tokens: int
-    lamina: Mapping[str, Any] | None = field(default=None, hash=False)
-    paced: bool = False
+    connector: Connector | None = None
+    lamina: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 class PromptSource:

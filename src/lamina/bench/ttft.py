@@ -17,6 +17,7 @@ from lamina.bench.room import require_room
 from lamina.bench.samples import Samples, Target, Unit, paired, ratio
 from lamina.bench.serving import Serving
 from lamina.bench.settings import (
+    Connector,
     EngineSpec,
     ModelShape,
     PromptSource,
@@ -187,7 +188,8 @@ def _spec(
         model=work,
         tokens=settings.tokens + 2 * settings.shape.block_size,
         step_tokens=min(_STEP_TOKENS, settings.tokens),
-        lamina=lamina,
+        connector=None if lamina is None else Connector.LAMINA,
+        lamina=lamina or {},
     )
 
 
