@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.driver import SMALL, EngineSpec, EngineStartError, Start
+from engine.driver import SMALL, Engine, EngineSpec, EngineStartError, Fleet, Start
 from engine.models import Checkpoints
 
 pytestmark = pytest.mark.engine
@@ -33,3 +33,13 @@ def test_a_model_with_other_caches_than_full_attention(
 def test_chunks_that_are_no_whole_number_of_blocks(checkpoints: Checkpoints, start: Start) -> None:
     with pytest.raises(EngineStartError, match="chunk_tokens: 48 is not a whole number of blocks"):
         start(EngineSpec(checkpoints.model("llama"), {**SMALL, "chunk_tokens": 48}))
+
+
+@pytest.mark.slow
+def test_pipeline_parallelism(checkpoints: Checkpoints, fleet: Fleet) -> None:
+    """vLLM's CPU backend cannot run it either, so it is refused until it can be tried."""
+    spec = EngineSpec(checkpoints.model("llama"), SMALL, {"pipeline_parallel_size": 2})
+    log = fleet.next_log()
+    with pytest.raises(EngineStartError):
+        Engine(spec, log)
+    assert "does not support pipeline_parallel_size > 1" in log.read_text()
