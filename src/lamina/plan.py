@@ -160,7 +160,7 @@ class TransferReceipt:
     Attributes:
         transfer: which.
         outcome: see :class:`Outcome`.
-        moved_bytes: bytes moved by this rank.
+        moved_bytes: bytes moved by this rank; none of a save or write that another did for it.
         seconds: wall time from order to outcome.
         waited: seconds that the forward pass itself waited for this load.
         bad_chunks: keys of a load's chunks that are damaged or gone, and not only late.
@@ -201,6 +201,7 @@ class RankReport:
         disk_slots: slots of the disk tier, 0 without one.
         chunk_bytes: bytes of one chunk on this rank.
         stored: chunks found on disk.
+        follows: whether its tiers are another rank's, which keeps the same bytes for both.
     """
 
     rank: int
@@ -208,6 +209,7 @@ class RankReport:
     disk_slots: int
     chunk_bytes: int
     stored: tuple[StoredChunk, ...] = ()
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,13 @@ class Ledger:
     Args:
         ranks: how many ranks there are.
         rows: rows of the cache.
+        replicas: whether all ranks have the same stamps.
     """
 
-    def __init__(self, ranks: int, rows: int) -> None:
+    def __init__(self, ranks: int, rows: int, *, replicas: bool = False) -> None:
         salts = [
-            [hash((rank, row, 0x5A17)) & _MASK for row in range(rows)] for rank in range(ranks)
+            [hash((0 if replicas else rank, row, 0x5A17)) & _MASK for row in range(rows)]
+            for rank in range(ranks)
         ]
         self.salts: Stamps = np.array(salts, np.uint64)
         self._names: dict[int, tuple[str, int]] = {}

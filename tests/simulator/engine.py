@@ -71,7 +71,7 @@ class Simulator:
         self._queue: deque[Step] = deque()
         self._outstanding: Counter[str] = Counter()
         self._last_progress = 0
-        self._ledger = Ledger(options.ranks, options.rows)
+        self._ledger = Ledger(options.ranks, options.rows, replicas=options.replicas)
         self._watch = Watch(options, self._ledger)
         self._pool = EnginePool(options.blocks, options.prefix_caching, self._watch.reused)
         self._leased = LeasedPool(self._pool)
@@ -95,8 +95,11 @@ class Simulator:
             self._exit.enter_context(patch(f"lamina.data.{module}.PIECE_BYTES", piece))
         self._ranks: list[Rank] = []
         for number in range(options.ranks):
-            rank = Rank(number, options, self._around)
+            leader = self._ranks[0] if number and options.replicas else None
+            rank = Rank(number, options, self._around, leader)
             self._exit.callback(rank.executor.close)
+            for file in rank.files:
+                self._exit.callback(file.close)
             self._ranks.append(rank)
         self._exit.callback(self.hurry)
         self._planner = Planner(

@@ -20,6 +20,7 @@ class Options:
 
     Attributes:
         ranks: tensor-parallel ranks.
+        replicas: whether they hold the same cache, and the first keeps it for all.
         rows: rows of the cache.
         blocks: blocks in the engine's pool, with the one that is never used.
         chunk_blocks: blocks in a chunk.
@@ -46,6 +47,7 @@ class Options:
     """
 
     ranks: int = 1
+    replicas: bool = False
     rows: int = 3
     blocks: int = 64
     chunk_blocks: int = 2
@@ -96,6 +98,7 @@ class Options:
             save_tokens=random.choice(("all", "all", "all", "prompt")),
             saves_in_flight=random.choice((1, 3, 64)),
             writes_in_flight=random.choice((1, 8)),
+            replicas=random.random() < 0.4,
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +15,9 @@ import torch
 from lamina.data.executor import Executor, Outcomes
 from lamina.data.load_pipeline import Piece, RowSource
 from lamina.data.movers import make_mover
+from lamina.data.shared_memory import MemoryFile
 from lamina.data.sources import tier_sources
-from lamina.data.tiers.disk import DiskTier, StoreNamespace
+from lamina.data.tiers.disk import DiskReader, DiskTier, StoreNamespace
 from lamina.data.tiers.host import HostTier
 from lamina.geometry import DIRECT_IO_ALIGNMENT, align_up
 from lamina.plan import ChunkKey, LoadMode, LoadOrder, TierName, TransferId
@@ -25,6 +27,8 @@ from simulator.forward import Pages, Part
 from simulator.options import Options
 from simulator.request import Blocks, Run
 from simulator.step import Step
+
+_NAMESPACE = StoreNamespace("51" * 16, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,12 @@ class Rank:
         number: the rank.
         options: the engine.
         around: what it lives in.
+        leader: the rank that keeps chunks for this one; None if it keeps its own.
     """
 
-    def __init__(self, number: int, options: Options, around: Surroundings) -> None:
+    def __init__(
+        self, number: int, options: Options, around: Surroundings, leader: Rank | None = None
+    ) -> None:
         self.number = number
         self.mail = Mail(around.sky)
         self._options = options
@@ -101,19 +108,32 @@ class Rank:
         geometry = self._geometry = options.geometry()
         flat = torch.from_numpy(self.pages.memory.reshape(-1).view(np.uint8))
         mover = make_mover(geometry, [flat])
+        slab, table = leader.files if leader else (MemoryFile.create(), MemoryFile.create())
+        self.files = (slab, table)
         capacity = options.host_slots * geometry.chunk_bytes
-        self._host = HostTier(geometry, capacity, mover.allocate_host)
-        self._disk: DiskTier | None = None
-        if options.disk_slots:
+        self._host = HostTier(geometry, capacity, partial(mover.allocate_host, file=slab))
+        self._disk: DiskTier | DiskReader | None = None
+        self._staging = mover.allocate_host(max(geometry.extent_bytes))
+        if leader and leader._disk:
+            self._disk = DiskReader(
+                path=around.store,
+                namespace=_NAMESPACE,
+                rank=leader.number,
+                extent_bytes=geometry.extent_bytes,
+                slots=leader._disk.slots,
+                direct=leader._disk.direct,
+                table=table,
+            )
+        elif options.disk_slots:
             disk = DiskTier(
                 path=around.store,
-                namespace=StoreNamespace("51" * 16, {}),
+                namespace=_NAMESPACE,
                 rank=number,
                 extent_bytes=geometry.extent_bytes,
                 capacity=options.disk_slots * sum(map(align_up, geometry.extent_bytes)),
+                table=table,
             )
             self._disk = cast(DiskTier, RainyDisk(disk, around.sky))
-            self._staging = mover.allocate_host(max(geometry.extent_bytes))
         self._targets: dict[tuple[int, ChunkKey], Target] = {}
         self._parked: dict[TransferId, float] = {}
         sources: dict[TierName, RowSource] = {
@@ -135,6 +155,7 @@ class Rank:
             disk=self._disk,
             config=options.config(around.store).load,
             sources=sources,
+            follows=leader is not None,
         )
 
     def run(self, step: Step, parts: Sequence[Part]) -> tuple[Outcomes, list[Misread]]:

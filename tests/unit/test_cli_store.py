@@ -84,12 +84,6 @@ def test_inspect_survives_a_damaged_index(filled: Path) -> None:
     assert index.read_bytes() == b"x" * 5000
 
 
-def test_data_parallel_engines_are_found_below_the_path(filled: Path) -> None:
-    code, output = run("inspect", filled.parent)
-    assert code == 0
-    assert "3 of 10" in output
-
-
 def test_verify_finds_nothing_in_a_sound_store(filled: Path) -> None:
     code, output = run("verify", filled)
     assert code == 0

@@ -13,7 +13,11 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).parents[2]
 
 
-def test_no_room_imports_what_it_may_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_room_imports_what_it_may_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would disable every logger that there is, for all tests that follow.
+    monkeypatch.setattr("logging.config.dictConfig", lambda _: None)
     broken = lint_imports(
         config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True, verbose=False
     )

@@ -8,7 +8,7 @@ from typing import ClassVar
 from lamina.bench.pacing import Link, PacedSource
 from lamina.data.load_pipeline import RowSource
 from lamina.data.movers import Mover
-from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm.connector import LaminaConnector
 from lamina.engines.vllm.worker_side import WorkerSide
@@ -24,7 +24,7 @@ class PacedWorkerSide(WorkerSide):
     """Puts :data:`LINK` between every tier and the engine."""
 
     def sources(
-        self, host: HostTier, disk: DiskTier | None, mover: Mover, geometry: CacheGeometry
+        self, host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
     ) -> Mapping[TierName, RowSource]:
         """See :class:`~lamina.engines.vllm.worker_side.WorkerSide`."""
         plain = super().sources(host, disk, mover, geometry)

@@ -41,8 +41,8 @@ def inspect(path: Store) -> None:
     """Say what is in a disk store: models, size, entries, age."""
     console = Console()
     with _errors(console):
-        for store in disk_store.stores(path):
-            _inspect_one(console, store)
+        disk_store.require_store(path)
+        _inspect(console, path)
 
 
 def verify(path: Store) -> None:
@@ -53,13 +53,12 @@ def verify(path: Store) -> None:
     console = Console()
     # What is damaged is said once, in full, after the progress bar.
     logging.getLogger("lamina").addHandler(logging.NullHandler())
-    damage: list[str] = []
     with _errors(console):
-        for store in disk_store.stores(path):
-            disk_store.check_format(store)
-            shards = disk_store.shards(store)
-            with disk_store.hold(store, sorted({shard.rank for shard in shards})):
-                damage += _verify_all(console, shards)
+        disk_store.require_store(path)
+        disk_store.check_format(path)
+        shards = disk_store.shards(path)
+        with disk_store.hold(path, sorted({shard.rank for shard in shards})):
+            damage = _verify_all(console, shards)
     for line in damage[:_SHOWN]:
         console.print(line, style="red", soft_wrap=True, highlight=False)
     if len(damage) > _SHOWN:
@@ -81,15 +80,15 @@ def clear(
     """Empty a disk store. Deletes only what is Lamina's; no server may be using the store."""
     console = Console()
     with _errors(console):
-        for store in disk_store.stores(path):
-            size = sum(shard.disk_bytes() for shard in disk_store.shards(store))
-            if not yes:
-                typer.confirm(f"Delete {_size(size)} of KV cache in {store}?", abort=True)
-            left = disk_store.clear(store)
-            console.print(f"Deleted {_size(size)} in {store}.", soft_wrap=True)
-            if left:
-                names = ", ".join(file.name for file in left)
-                console.print(f"Left alone, as not Lamina's: {names}", soft_wrap=True)
+        disk_store.require_store(path)
+        size = sum(shard.disk_bytes() for shard in disk_store.shards(path))
+        if not yes:
+            typer.confirm(f"Delete {_size(size)} of KV cache in {path}?", abort=True)
+        left = disk_store.clear(path)
+        console.print(f"Deleted {_size(size)} in {path}.", soft_wrap=True)
+        if left:
+            names = ", ".join(file.name for file in left)
+            console.print(f"Left alone, as not Lamina's: {names}", soft_wrap=True)
 
 
 @contextmanager
@@ -101,7 +100,7 @@ def _errors(console: Console) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _inspect_one(console: Console, store: Path) -> None:
+def _inspect(console: Console, store: Path) -> None:
     disk_store.check_format(store)
     shards = disk_store.shards(store)
     console.print(f"{store}: {_size(sum(shard.disk_bytes() for shard in shards))}", soft_wrap=True)

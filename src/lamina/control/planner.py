@@ -68,7 +68,8 @@ class Planner:
         self._namespace = namespace
         self._meter = meter
         self._clock = clock
-        self._chunk_bytes = sum(report.chunk_bytes for report in reports)
+        kept = [report.chunk_bytes for report in reports if not report.follows]
+        self._kept_bytes = sum(kept)
         for key, bound in (
             ("save.max_inflight", config.save.max_inflight),
             ("disk.max_inflight", config.disk.max_inflight if config.disk else None),
@@ -90,7 +91,7 @@ class Planner:
             self._transfers,
             self._breakers,
             meter,
-            chunk_bytes=self._chunk_bytes,
+            chunk_bytes=sum(report.chunk_bytes for report in reports),
             reports_blocks=reports_blocks,
             clock=clock,
         )
@@ -102,8 +103,8 @@ class Planner:
             self._leases,
             self._breakers,
             meter,
-            chunk_bytes=self._chunk_bytes,
-            ranks=len(reports),
+            chunk_bytes=self._kept_bytes,
+            ranks=len(kept),
         )
         self._requests: dict[str, RequestRecord] = {}
         self._queued = 0
@@ -310,8 +311,8 @@ class Planner:
         """Write the present state of tiers, leases and queues to the meter."""
         for tier in self._catalog.tiers.values():
             name = tier.name.value
-            self._meter.gauge("tier_capacity_bytes", tier.slots * self._chunk_bytes, tier=name)
-            self._meter.gauge("tier_used_bytes", tier.used * self._chunk_bytes, tier=name)
+            self._meter.gauge("tier_capacity_bytes", tier.slots * self._kept_bytes, tier=name)
+            self._meter.gauge("tier_used_bytes", tier.used * self._kept_bytes, tier=name)
             self._breakers.gauges(self._meter, tier.name)
         for kind in Kind:
             self._meter.gauge(

@@ -26,8 +26,8 @@ class SavePlanner:
         leases: holds on engine blocks.
         breakers: which tiers are in use.
         meter: where figures go.
-        chunk_bytes: bytes of one chunk, all ranks.
-        ranks: how many ranks there are; the bounds of the configuration are for each.
+        chunk_bytes: bytes of one chunk, all ranks that keep it.
+        ranks: how many those are; the bounds of the configuration are for each.
 
     Attributes:
         orders: saves for the next plan.

@@ -25,7 +25,7 @@ from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
 from lamina.data.movers.base import Mover
 from lamina.data.save_pipeline import SaveRun
 from lamina.data.sources import LOAD_THREADS
-from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.disk import DiskReader, DiskTier
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
 from lamina.data.write_through import DiskWriter
@@ -34,6 +34,7 @@ from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import (
     LOAD_FAILED,
     LoadMode,
+    Outcome,
     RankReport,
     Receipt,
     StepPlan,
@@ -78,6 +79,7 @@ class Executor:
         disk: the disk tier, if there is one.
         config: the ``load`` section.
         sources: the tiers as loads see them, see :func:`~lamina.data.sources.tier_sources`.
+        follows: whether the tiers are another rank's, see :mod:`~lamina.data.replicas`.
         timeline: records what happens when; None records nothing.
     """
 
@@ -88,9 +90,10 @@ class Executor:
         geometry: CacheGeometry,
         mover: Mover,
         host: HostTier,
-        disk: DiskTier | None,
+        disk: DiskTier | DiskReader | None,
         config: LoadConfig,
         sources: Mapping[TierName, RowSource],
+        follows: bool = False,
         timeline: Timeline | None = None,
     ) -> None:
         self._rank = rank
@@ -99,6 +102,7 @@ class Executor:
         self._host = host
         self._disk = disk
         self._config = config
+        self._follows = follows
         self._timeline = timeline
         self._row_of_layer = geometry.row_of_layer
         self._last_layers = frozenset(geometry.last_layer_of_row)
@@ -110,7 +114,7 @@ class Executor:
         self._save_pool = WorkerPool("save", 1, cores)
         self._writer: DiskWriter | None = None
         self._sources = sources
-        if disk is not None:
+        if disk is not None and not isinstance(disk, DiskReader):
             self._writer = DiskWriter(
                 disk,
                 host,
@@ -138,6 +142,7 @@ class Executor:
             disk_slots=self._disk.slots if self._disk is not None else 0,
             chunk_bytes=self._geometry.chunk_bytes,
             stored=self._disk.stored() if self._disk is not None else (),
+            follows=self._follows,
         )
 
     @property
@@ -157,6 +162,8 @@ class Executor:
                 self._writer.drop(plan.drop_disk)
             if plan.writes:
                 self._writer.write(plan.writes, plan.step)
+        elif plan.writes:  # the leader writes them
+            self._report(TransferReceipt(order.transfer, Outcome.DONE) for order in plan.writes)
         for order in plan.loads:
             if order.mode is LoadMode.PARKED:
                 run = self._make_run([Load(order, self._geometry)], parked=True)
@@ -174,6 +181,7 @@ class Executor:
                 self._mover,
                 self._save_pool,
                 self._report,
+                follows=self._follows,
                 step=plan.step,
                 timeline=self._timeline,
             )

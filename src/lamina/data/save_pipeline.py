@@ -32,6 +32,7 @@ class SaveRun:
         pool: the thread that copies.
         report: called with the receipts, once every row has been copied and :meth:`sweep` has
             said that the step is over: before that a load of the step could still fail.
+        follows: whether another rank copies the same bytes, so that this one only answers.
         step: for the timeline.
         timeline: where spans go.
     """
@@ -45,6 +46,7 @@ class SaveRun:
         pool: WorkerPool,
         report: Callable[[Iterable[TransferReceipt]], None],
         *,
+        follows: bool = False,
         step: int = 0,
         timeline: Timeline | None = None,
     ) -> None:
@@ -55,15 +57,15 @@ class SaveRun:
         self._report = report
         self._step = step
         self._timeline = timeline
-        self._chunk_bytes = geometry.chunk_bytes
+        self._moved_bytes = 0 if follows else geometry.chunk_bytes
         self._page_bytes = [row.page_bytes for row in geometry.rows]
         per_chunk = geometry.blocks_per_chunk
         slots = np.fromiter((order.slot for order in orders), np.int64, len(orders))
         self._pages = (slots[:, None] * per_chunk + np.arange(per_chunk)).ravel()
         self._blocks = np.fromiter((b for order in orders for b in order.blocks), np.int64)
         self._began = time.perf_counter()
-        self._unsubmitted = set(range(len(geometry.rows)))
-        self._left = len(geometry.rows) + 1  # the rows, and the end of the step
+        self._unsubmitted = set() if follows else set(range(len(geometry.rows)))
+        self._left = len(self._unsubmitted) + 1  # the rows, and the end of the step
         self._failure = ""
         self._lock = threading.Lock()
 
@@ -114,7 +116,7 @@ class SaveRun:
             TransferReceipt(
                 order.transfer,
                 outcome,
-                moved_bytes=0 if self._failure else self._chunk_bytes,
+                moved_bytes=0 if self._failure else self._moved_bytes,
                 seconds=seconds,
                 reason=self._failure,
             )

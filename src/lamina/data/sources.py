@@ -10,7 +10,7 @@ import torch
 
 from lamina.data.load_pipeline import PIECE_BYTES, BadChunks, Piece, RowSource
 from lamina.data.movers.base import Fence, Mover
-from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.geometry import CacheGeometry, align_up
 from lamina.plan import TierName
@@ -55,7 +55,7 @@ class DiskSource:
         geometry: the engine's cache.
     """
 
-    def __init__(self, disk: DiskTier, mover: Mover, geometry: CacheGeometry) -> None:
+    def __init__(self, disk: ShardReader, mover: Mover, geometry: CacheGeometry) -> None:
         self._disk = disk
         self._mover = mover
         self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
@@ -96,7 +96,7 @@ class DiskSource:
 
 
 def tier_sources(
-    host: HostTier, disk: DiskTier | None, mover: Mover, geometry: CacheGeometry
+    host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
 ) -> dict[TierName, RowSource]:
     """Every tier as loads see it."""
     sources: dict[TierName, RowSource] = {TierName.HOST: HostSource(host, mover, geometry)}

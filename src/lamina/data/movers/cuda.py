@@ -5,9 +5,10 @@ to; streams, events and pinning are written from the CUDA and torch documentatio
 only check the order in which they are used.
 
 Host memory is an ordinary mapping that is pinned afterwards with ``cudaHostRegister``, piece by
-piece and in the background; memory that processes share is pinned by each of them. torch's own pinned allocator would round a slab up to a power of two,
-and block the start of the server until all of it is pinned. A copy that comes before its memory is
-pinned waits for that, on the pipeline's thread.
+piece and in the background; memory that processes share is pinned by each of them. torch's own
+pinned allocator would round a slab up to a power of two, and block the start of the server until
+all of it is pinned. A copy that comes before its memory is pinned waits for that, on the pipeline's
+thread.
 
 A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
 descriptor per page. It takes few multiprocessors (see

@@ -115,7 +115,8 @@ class ShardReader:
         return good
 
     def note_used(self, slots: Sequence[int]) -> None:
-        """These slots were of use just now. Who keeps the index has loaded them, too, and notes it."""
+        """These slots were of use just now. A reader notes nothing: who keeps the index has loaded
+        the same chunks."""
 
     # -- inside ------------------------------------------------------------------------------
 

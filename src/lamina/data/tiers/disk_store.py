@@ -198,18 +198,14 @@ def holder(path: Path, rank: int) -> str:
     return ""
 
 
-def stores(path: Path) -> list[Path]:
-    """``path`` if it is a store, else the stores in it (one for each data-parallel engine).
+def require_store(path: Path) -> None:
+    """Make sure that ``path`` is a store of any version.
 
     Raises:
-        StoreError: if there is none.
+        StoreError: if it is not.
     """
-    found = [path] if is_store(path) else []
-    if not found and path.is_dir():
-        found = sorted(child for child in path.iterdir() if child.is_dir() and is_store(child))
-    if not found:
-        raise StoreError(f"{path} is not a Lamina disk store, and there is none in it")
-    return found
+    if not is_store(path):
+        raise StoreError(f"{path} is not a Lamina disk store")
 
 
 def shards(path: Path) -> list[Shard]:

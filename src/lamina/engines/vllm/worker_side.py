@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
+import torch.distributed
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lamina.config import Config
 from lamina.data.executor import Executor
 from lamina.data.load_pipeline import RowSource
 from lamina.data.movers import Mover, make_mover
+from lamina.data.replicas import DiskPlace, Replicas
 from lamina.data.sources import tier_sources
-from lamina.data.tiers.disk import DiskTier, StoreNamespace
+from lamina.data.tiers.disk import StoreNamespace
+from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
@@ -22,6 +27,8 @@ from lamina.engines.vllm.namespace import build_namespace
 from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Timeline
 from lamina.plan import Receipt, StepPlan, TierName
+
+T = TypeVar("T")
 
 
 class WorkerSide:
@@ -65,38 +72,24 @@ class WorkerSide:
         bound = layout.bind(self._cache, views, list(order), config.chunk_tokens)
         geometry = bound.geometry
         mover = make_mover(geometry, bound.allocations)
-        capacity = config.host.capacity_bytes(
-            parallel.world_size * parallel.data_parallel_size_local
-        )
-        host = HostTier(geometry, capacity, mover.allocate_host)
-        disk = None
-        if config.disk is not None:
-            namespace = build_namespace(config, self._vllm_config, self._cache)
-            self._namespace = namespace.hex
-            path = config.disk.path
-            if parallel.data_parallel_size > 1:
-                path = path / f"dp-{parallel.data_parallel_index}"
-            disk = DiskTier(
-                path=path,
-                namespace=StoreNamespace(namespace.hex, namespace.describe()),
-                rank=parallel.rank,
-                extent_bytes=geometry.extent_bytes,
-                capacity=config.disk.capacity,
-                direct=None if config.disk.direct == "auto" else config.disk.direct,
-            )
+        replicas = Replicas(parallel.rank, self._cache.kv_tp_replicas, _gather)
+        slabs = parallel.world_size // replicas.count * parallel.data_parallel_size_local
+        capacity = config.host.capacity_bytes(slabs)
+        tiers = replicas.open_tiers(geometry, mover, capacity, self._place())
         self._executor = Executor(
             rank=parallel.rank,
             geometry=geometry,
             mover=mover,
-            host=host,
-            disk=disk,
+            host=tiers.host,
+            disk=tiers.disk,
             config=config.load,
-            sources=self.sources(host, disk, mover, geometry),
+            sources=self.sources(tiers.host, tiers.disk, mover, geometry),
+            follows=replicas.follows,
             timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
         )
 
     def sources(
-        self, host: HostTier, disk: DiskTier | None, mover: Mover, geometry: CacheGeometry
+        self, host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
     ) -> Mapping[TierName, RowSource]:
         """The tiers as loads see them."""
         return tier_sources(host, disk, mover, geometry)
@@ -127,3 +120,27 @@ class WorkerSide:
         """The engine shuts down."""
         if self._executor is not None:
             self._executor.close()
+
+    def _place(self) -> DiskPlace | None:
+        config, parallel = self._config.disk, self._vllm_config.parallel_config
+        if config is None:
+            return None
+        namespace = build_namespace(self._config, self._vllm_config, self._cache)
+        self._namespace = namespace.hex
+        return DiskPlace(
+            path=config.path,
+            namespace=StoreNamespace(namespace.hex, namespace.describe()),
+            # vLLM tells the engines of dense models that there is no data parallelism but for this.
+            first_shard=parallel.data_parallel_index * parallel.world_size,
+            capacity=config.capacity,
+            direct=None if config.direct == "auto" else config.direct,
+        )
+
+
+def _gather(word: T) -> list[T]:
+    """What every tensor-parallel rank has to say; without pipeline and context parallelism these
+    are all ranks."""
+    group = get_tp_group()
+    words = [word] * group.world_size
+    torch.distributed.all_gather_object(words, word, group=group.cpu_group)
+    return words

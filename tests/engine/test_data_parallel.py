@@ -1,0 +1,49 @@
+"""Engines of one data-parallel server each have tiers of their own, in one store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.driver import SMALL, Ask, EngineSpec, Fleet
+from engine.server import Server
+from engine.workload import CHUNK, prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+PROMPTS = [prompt(500 + seed, 3 * CHUNK + 5) for seed in range(6)]
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def test_two_engines(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    lamina = {**SMALL, "disk": {"path": str(store), "capacity": "32MiB"}}
+    spec = EngineSpec(llama, lamina, {"data_parallel_size": 2})
+    asks = [Ask(tokens) for tokens in PROMPTS]
+    expected = [answer.tokens for answer in fleet.get(EngineSpec(llama)).generate(asks)]
+    with Server(spec, tmp_path / "first.log") as server:
+        for _ in range(3):  # so that both engines have seen every prompt
+            assert [server.complete(tokens) for tokens in PROMPTS] == expected
+        server.wait_until(
+            lambda: server.metrics().total("lamina_transfers") == 0 and written(server) > 0, 60
+        )
+        assert server.stop() == 0
+    assert sorted(path.name for path in store.glob("*/rank-*.slab")) == [
+        "rank-0.slab",
+        "rank-1.slab",
+    ]
+    with Server(spec, tmp_path / "second.log") as server:
+        for _ in range(2):
+            assert [server.complete(tokens) for tokens in PROMPTS] == expected
+        metrics = server.metrics()
+        for engine in ("0", "1"):
+            assert metrics.total("lamina_hit_tokens_total", tier="disk", engine=engine) > 0
+        assert metrics.total("lamina_failures_total") == 0
+
+
+def written(server: Server) -> float:
+    """Bytes on disk of the engine that has fewer."""
+    metrics = server.metrics()
+    return min(metrics.total("lamina_write_bytes_total", engine=e) for e in ("0", "1"))
