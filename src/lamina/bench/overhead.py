@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lamina.bench.engine import Engine
 from lamina.bench.progress import Progress
 from lamina.bench.report import Machine, Report
@@ -92,36 +95,57 @@ def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
         BenchError: if an engine fails, or there is no room.
     """
     machine = Machine.here()
-    prompts = PromptSource()
-
-    def turn(engine: Engine) -> float:
-        prompt = prompts.prompt(_DECODE_PROMPT)
-        return statistics.median(engine.call(Serving.decode, prompt, settings.tokens))
-
     with _engines(settings, progress, idle=True) as engines:
-        measured = _in_turns(engines, turn, settings.repeat, progress)
-    plain = measured[_PLAIN]
+        steps = _step_by_step(engines, settings, progress)
+    plain = steps.pop(_PLAIN)
     return Report(
         bench="decode",
         title=f"One decode step with nothing to move, {settings.shape.layers} layers",
         machine=machine,
         settings=_options(settings),
-        samples=tuple(measured.values()),
+        samples=tuple(_medians(name, times) for name, times in {_PLAIN: plain, **steps}.items()),
         compared=f"Longer than with {_PLAIN}",
         targets=tuple(
             Target(
-                paired(name, lambda a, b: a - b, samples, plain),
+                _medians(name, np.subtract(times, plain)),
                 Unit.SECONDS,
                 None if name == _IDLE else DECODE_LIMIT,
             )
-            for name, samples in measured.items()
-            if name != _PLAIN
+            for name, times in steps.items()
         ),
         notes=(
-            f"Each repetition is the median of {settings.tokens} steps.",
+            f"The engines step in turns. Each repetition is the median of {settings.tokens} steps, "
+            "or of as many differences between neighbours.",
             f"What vLLM does for any connector is seen with {_IDLE}.",
         ),
     )
+
+
+def _step_by_step(
+    engines: list[Engine], settings: DecodeSettings, progress: Progress
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Per engine the seconds of its steps, shape ``(repeat, tokens)``; the engines take turns at
+    each step, so that what slows the machine down slows all of them down."""
+    prompts = PromptSource()
+    times = {engine.spec.name: np.zeros((settings.repeat, settings.tokens)) for engine in engines}
+    for i in range(-1, settings.repeat):
+        progress.say(f"{i + 1} of {settings.repeat}" if i >= 0 else "once to warm up")
+        prompt = prompts.prompt(_DECODE_PROMPT)
+        for engine in engines:
+            engine.call(Serving.begin_decode, prompt, settings.tokens)
+        for step in range(settings.tokens):
+            first = step % len(engines)
+            for engine in engines[first:] + engines[:first]:
+                seconds = engine.call(Serving.decode_step)
+                if i >= 0:
+                    times[engine.spec.name][i, step] = seconds
+        for engine in engines:
+            engine.call(Serving.drain)
+    return times
+
+
+def _medians(name: str, times: npt.NDArray[np.float64]) -> Samples:
+    return Samples(name, tuple(np.median(times, axis=1).tolist()))
 
 
 def measure_save(settings: SaveSettings, progress: Progress) -> Report:

@@ -110,17 +110,17 @@ class Serving:
             forward_ended=forward_ended,
         )
 
-    def decode(self, prompt: TokenIds, steps: int) -> tuple[float, ...]:
-        """Seconds of each of ``steps`` decode steps that follow ``prompt``."""
+    def begin_decode(self, prompt: TokenIds, steps: int) -> None:
+        """Compute ``prompt``, so that ``steps`` decode steps follow."""
         engine = self._llm.llm_engine
         engine.add_request("decode", {"prompt_token_ids": prompt}, self._sampling(steps + 1))
         engine.step()
-        seconds = []
-        while engine.has_unfinished_requests():
-            began = time.perf_counter()
-            engine.step()
-            seconds.append(time.perf_counter() - began)
-        return tuple(seconds)
+
+    def decode_step(self) -> float:
+        """Seconds of the next decode step."""
+        began = time.perf_counter()
+        self._llm.llm_engine.step()
+        return time.perf_counter() - began
 
     def copy_memory(self, size: int) -> float:
         """Seconds that one copy of ``size`` bytes into the engine's kind of memory takes, with all

@@ -182,9 +182,11 @@ class Planner:
             forward: whether the step runs the model.
         """
         now = self._clock()
+        chunk = self._shape.chunk_tokens
         for request_id, computed in progress:
             record = self._requests.get(request_id)
-            if record is not None:
+            # Most requests of most steps have completed no chunk.
+            if record is not None and computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
                 )

@@ -133,6 +133,7 @@ class Executor:
         self._lost_blocks: set[int] = set()
         self._unknown_layers: set[str] = set()
         self._computing = (-1, 0.0)
+        self._nothing = Outcomes(Receipt(rank), frozenset(), frozenset())
 
     def report(self) -> RankReport:
         """This rank's tiers and what they already hold."""
@@ -228,6 +229,8 @@ class Executor:
         finished then, because their failures must be known now.
         """
         self._finish_loads()
+        if not (self._parked or self._receipts or self._lost_blocks):
+            return self._nothing
         arrived: set[str] = set()
         for run in list(self._parked):
             if run.expired and not run.landed:

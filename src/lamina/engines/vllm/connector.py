@@ -64,6 +64,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         layout.check_supported(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._moves_rows = False
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(config, vllm_config, kv_cache_config)
         else:
@@ -102,14 +103,15 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         return self._on_worker.report()
 
     def has_connector_metadata(self) -> bool:
-        """Whether layers have to call the two layer hooks: vLLM asks this for every layer, so a
-        step with nothing to move skips them here."""
-        return self._on_worker.moves_rows
+        """Whether layers have to call the two layer hooks. vLLM asks this for every layer, so it
+        is looked up once a step, and a step with nothing to move skips them here."""
+        return self._moves_rows
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """The first hook of every step, before anything of it runs."""
         assert isinstance(kv_connector_metadata, LaminaPlan)
         self._on_worker.begin_step(kv_connector_metadata.plan)
+        self._moves_rows = self._on_worker.executor.moves_rows
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         """Right before the forward if the step has layerwise loads, else after it."""
@@ -132,6 +134,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """The end of every step. Waits for no save."""
         self._on_worker.executor.end_step()
+        self._moves_rows = False
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Parked loads that are over."""

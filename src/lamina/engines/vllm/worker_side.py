@@ -55,12 +55,6 @@ class WorkerSide:
         assert self._executor is not None, "vLLM ran a step before it registered its caches"
         return self._executor
 
-    @property
-    def moves_rows(self) -> bool:
-        """Whether the layers of this step have anything to wait for or to save. vLLM also asks
-        while it profiles and captures, before there is a cache."""
-        return self._executor is not None and self._executor.moves_rows
-
     def open(self, views: Mapping[str, torch.Tensor]) -> None:
         """VLLM's caches exist now: bind to them and open the tiers.
 
