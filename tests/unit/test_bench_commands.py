@@ -56,9 +56,9 @@ def test_small_blocks_make_chunks_of_several() -> None:
     assert "chunks of 64 tokens" in said
 
 
-@pytest.mark.parametrize("tokens", ["0", "120", "1000"])
+@pytest.mark.parametrize("tokens", ["0", "55", "120", "1000"])
 def test_decode_refuses_answers_that_would_be_saved(tokens: str) -> None:
-    assert "--tokens must be from 1 to 119" in refusal("decode", "--tokens", tokens)
+    assert "--tokens must be a multiple of 10 up to 119" in refusal("decode", "--tokens", tokens)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ SAVE_LIMIT = 0.97
 _PLAIN, _HOST, _DISK = "no connector", "host tier", "host and disk tier"
 _IDLE = "a connector that does nothing"
 _DECODE_PROMPT = 8
+_BURST, _COLD = 10, 2
 _STEP_TOKENS = 2048
 
 
@@ -72,10 +73,10 @@ class DecodeSettings(OverheadSettings):
     def __post_init__(self) -> None:
         OverheadSettings.__post_init__(self)
         limit = chunk_tokens_for(self.shape.block_size) - _DECODE_PROMPT - 1
-        if not 1 <= self.tokens <= limit:
+        if not _BURST <= self.tokens <= limit or self.tokens % _BURST:
             raise ValueError(
-                f"--tokens must be from 1 to {limit}, so that no chunk is filled and saved, "
-                f"got {self.tokens}"
+                f"--tokens must be a multiple of {_BURST} up to {limit}, so that no chunk is "
+                f"filled and saved, got {self.tokens}"
             )
 
 
@@ -96,7 +97,7 @@ def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
     """
     machine = Machine.here()
     with _engines(settings, progress, idle=True) as engines:
-        steps = _step_by_step(engines, settings, progress)
+        steps = _in_bursts(engines, settings, progress)
     plain = steps.pop(_PLAIN)
     return Report(
         bench="decode",
@@ -114,34 +115,37 @@ def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:
             for name, times in steps.items()
         ),
         notes=(
-            f"The engines step in turns. Each repetition is the median of {settings.tokens} steps, "
-            "or of as many differences between neighbours.",
+            f"The engines take turns after {_BURST} steps, of which the first {_COLD} do not "
+            "count. Each repetition is the median of all other steps, or of their differences.",
             f"What vLLM does for any connector is seen with {_IDLE}.",
         ),
     )
 
 
-def _step_by_step(
+def _in_bursts(
     engines: list[Engine], settings: DecodeSettings, progress: Progress
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Per engine the seconds of its steps, shape ``(repeat, tokens)``; the engines take turns at
-    each step, so that what slows the machine down slows all of them down."""
+    """Per engine the seconds of its steps, shape ``(repeat, steps)``. The engines take turns after
+    a few steps, so that what slows the machine down slows all of them down; those that warm the
+    processor's caches again do not count."""
     prompts = PromptSource()
-    times = {engine.spec.name: np.zeros((settings.repeat, settings.tokens)) for engine in engines}
+    times: dict[str, list[list[float]]] = {engine.spec.name: [] for engine in engines}
     for i in range(-1, settings.repeat):
         progress.say(f"{i + 1} of {settings.repeat}" if i >= 0 else "once to warm up")
         prompt = prompts.prompt(_DECODE_PROMPT)
+        steps: dict[str, list[float]] = {engine.spec.name: [] for engine in engines}
         for engine in engines:
             engine.call(Serving.begin_decode, prompt, settings.tokens)
-        for step in range(settings.tokens):
-            first = step % len(engines)
+        for burst in range(settings.tokens // _BURST):
+            first = burst % len(engines)
             for engine in engines[first:] + engines[:first]:
-                seconds = engine.call(Serving.decode_step)
-                if i >= 0:
-                    times[engine.spec.name][i, step] = seconds
+                steps[engine.spec.name] += engine.call(Serving.decode_steps, _BURST)[_COLD:]
         for engine in engines:
             engine.call(Serving.drain)
-    return times
+        if i >= 0:
+            for name, row in steps.items():
+                times[name].append(row)
+    return {name: np.array(rows) for name, rows in times.items()}
 
 
 def _medians(name: str, times: npt.NDArray[np.float64]) -> Samples:

@@ -116,11 +116,14 @@ class Serving:
         engine.add_request("decode", {"prompt_token_ids": prompt}, self._sampling(steps + 1))
         engine.step()
 
-    def decode_step(self) -> float:
-        """Seconds of the next decode step."""
-        began = time.perf_counter()
-        self._llm.llm_engine.step()
-        return time.perf_counter() - began
+    def decode_steps(self, count: int) -> tuple[float, ...]:
+        """Seconds of each of the next ``count`` decode steps."""
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            self._llm.llm_engine.step()
+            seconds.append(time.perf_counter() - began)
+        return tuple(seconds)
 
     def copy_memory(self, size: int) -> float:
         """Seconds that one copy of ``size`` bytes into the engine's kind of memory takes, with all
