@@ -13,6 +13,7 @@ block-outermost layouts and groups that alias the same bytes are all of this for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 DIRECT_IO_ALIGNMENT = 4096
@@ -20,6 +21,39 @@ DIRECT_IO_ALIGNMENT = 4096
 
 AUTO_CHUNK_TOKENS = 64
 """``chunk_tokens: auto`` is the smallest multiple of the block size that is at least this."""
+
+
+class GroupKind(StrEnum):
+    """What a group's layers need of a prefix, to go on behind it."""
+
+    FULL = "full"
+    """All of it."""
+    WINDOW = "window"
+    """Its last tokens."""
+    STATE = "state"
+    """One recurrent state, that at exactly its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that share their block ids; a block belongs to one group at a time.
+
+    Attributes:
+        kind: what of a prefix is needed.
+        block_tokens: tokens in one block; for states, between one that is kept and the next.
+        window: tokens that a layer looks at, the one it computes included; 0 unless it is one
+            of a ``WINDOW`` group.
+    """
+
+    kind: GroupKind
+    block_tokens: int
+    window: int = 0
+
+    def first_token(self, end: int) -> int:
+        """Of a prefix of ``end`` tokens, the first one that is needed."""
+        if self.kind is GroupKind.WINDOW:
+            return max(0, end - self.window + 1)
+        return end if self.kind is GroupKind.STATE else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +66,7 @@ class Row:
         offset: bytes from the start of the allocation to block 0 of this row.
         block_stride: bytes from one block to the next.
         page_bytes: bytes of one block in this row that carry content.
+        groups: the groups that its layers are of; blocks of others carry nothing here.
     """
 
     layers: tuple[str, ...]
@@ -39,6 +74,7 @@ class Row:
     offset: int
     block_stride: int
     page_bytes: int
+    groups: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if self.page_bytes <= 0 or self.block_stride < self.page_bytes or self.offset < 0:
@@ -55,7 +91,7 @@ class CacheGeometry:
     Attributes:
         rows: in the order in which a forward pass first uses them.
         num_blocks: blocks in the engine's pool; ids are ``0 .. num_blocks - 1``.
-        block_tokens: tokens in one block.
+        block_tokens: tokens in one block, of the group that has the fewest in one.
         chunk_tokens: tokens in one chunk, a whole number of blocks.
         allocation_bytes: size of each backing allocation.
     """
@@ -84,7 +120,7 @@ class CacheGeometry:
 
     @cached_property
     def blocks_per_chunk(self) -> int:
-        """Blocks in one chunk."""
+        """Pages of a chunk in one row, of the group that has the most."""
         return self.chunk_tokens // self.block_tokens
 
     @cached_property
@@ -109,7 +145,11 @@ class CacheGeometry:
 
 
 def chunk_tokens_for(block_tokens: int) -> int:
-    """The chunk size that ``chunk_tokens: auto`` stands for, in tokens."""
+    """The chunk size that ``chunk_tokens: auto`` stands for, in tokens.
+
+    Args:
+        block_tokens: tokens in a block; of groups that differ in it, their least common multiple.
+    """
     blocks = -(-AUTO_CHUNK_TOKENS // block_tokens)
     return blocks * block_tokens
 

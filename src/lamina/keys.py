@@ -28,7 +28,7 @@ NAMESPACE_BYTES = 16
 MAX_TOKEN = 2**32 - 1
 """The largest token id that can be part of a key."""
 
-_SCHEME = "lamina keys 1"  # to be changed with anything that changes what is hashed, or how
+_SCHEME = "lamina keys 2"  # to be changed with anything that changes what is hashed, or how
 
 Packable = None | int | str | bytes | tuple["Packable", ...]
 """What :func:`pack` encodes."""
@@ -75,7 +75,7 @@ class Namespace:
         model_dtype: type of the activations.
         cache_dtype: type of the cache's elements, with its scaling.
         quantization: how weights are quantised; empty if they are not.
-        block_tokens: tokens in one of the engine's blocks.
+        groups: kind, tokens of a block and window of each cache group.
         chunk_tokens: tokens in one chunk.
         layout: how bytes are arranged inside a page: attention backend and cache layout.
         page_bytes: bytes of one page, for each row.
@@ -93,7 +93,7 @@ class Namespace:
     model_dtype: str
     cache_dtype: str
     quantization: str
-    block_tokens: int
+    groups: tuple[tuple[str, int, int], ...]
     chunk_tokens: int
     layout: str
     page_bytes: tuple[int, ...]
@@ -136,14 +136,21 @@ class ChunkChain:
     The key of a chunk is the hash of the key before it, of what else the chunk depends on, and of
     its token ids. So it names the whole prefix up to the end of the chunk.
 
+    A model with several cache groups has a chunk of each for the same tokens, each with its own
+    key, derived from the common one. For a group of recurrent states it names the state behind the
+    chunk's last token.
+
     Attributes:
         chunk_tokens: tokens in one chunk.
-        keys: keys of the chunks hashed so far, in prefix order; not to be changed by the reader.
+        groups: per group, keys of the chunks hashed so far, in prefix order; not to be changed by
+            the reader.
     """
 
-    __slots__ = ("_root", "chunk_tokens", "keys")
+    __slots__ = ("_links", "_root", "chunk_tokens", "groups")
 
-    def __init__(self, namespace: bytes, chunk_tokens: int, root_extra: bytes = b"") -> None:
+    def __init__(
+        self, namespace: bytes, chunk_tokens: int, root_extra: bytes = b"", groups: int = 1
+    ) -> None:
         """Start without tokens.
 
         Args:
@@ -151,6 +158,7 @@ class ChunkChain:
             chunk_tokens: tokens in one chunk.
             root_extra: what the whole request depends on (cache salt, adapter), from
                 :func:`pack`.
+            groups: cache groups of the model.
 
         Raises:
             ValueError: if ``chunk_tokens`` is not positive.
@@ -158,10 +166,18 @@ class ChunkChain:
         if chunk_tokens <= 0:
             raise ValueError(f"a chunk must have at least one token, got {chunk_tokens}")
         self.chunk_tokens = chunk_tokens
-        self.keys: list[ChunkKey] = []
+        self._links: list[ChunkKey] = []
+        self.groups: tuple[list[ChunkKey], ...] = (self._links,)
+        if groups > 1:
+            self.groups = tuple([] for _ in range(groups))
         self._root = blake2b(
             pack((_SCHEME, namespace, chunk_tokens, root_extra)), digest_size=KEY_BYTES
         ).digest()
+
+    @property
+    def keys(self) -> list[ChunkKey]:
+        """Keys of the first group's chunks."""
+        return self.groups[0]
 
     def extend(
         self,
@@ -181,7 +197,7 @@ class ChunkChain:
             ValueError: if a token id is not in ``0 .. MAX_TOKEN``; no key is added then.
         """
         size = self.chunk_tokens
-        start, end = len(self.keys) * size, len(tokens) // size * size
+        start, end = len(self._links) * size, len(tokens) // size * size
         if start >= end:
             return
         try:
@@ -194,7 +210,7 @@ class ChunkChain:
             ids.byteswap()
         content = ids.tobytes()
         width = size * ids.itemsize
-        parent = self.keys[-1] if self.keys else self._root
+        parent = self._links[-1] if self._links else self._root
         added = []
         for offset in range(0, len(content), width):
             first = start + offset // ids.itemsize
@@ -211,8 +227,11 @@ class ChunkChain:
                 digest_size=KEY_BYTES,
             ).digest()
             added.append(ChunkKey(parent))
-        self.keys += added
+        self._links += added
+        if len(self.groups) > 1:
+            for group, keys in enumerate(self.groups):
+                keys += [_key_of_group(link, group) for link in added]
 
-    def truncate(self, tokens: int) -> None:
-        """Forget the keys of chunks that end after the first ``tokens`` tokens."""
-        del self.keys[max(tokens, 0) // self.chunk_tokens :]
+
+def _key_of_group(link: ChunkKey, group: int) -> ChunkKey:
+    return ChunkKey(blake2b(b"%b group %d" % (link, group), digest_size=KEY_BYTES).digest())

@@ -61,6 +61,7 @@ class ChunkLoad:
         slot: its slot in that tier.
         first_block: index, within the chunk, of the first block wanted.
         blocks: engine block ids, one for each block wanted, in order.
+        group: the cache group that they are of.
     """
 
     key: ChunkKey
@@ -68,6 +69,7 @@ class ChunkLoad:
     slot: int
     first_block: int
     blocks: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class SaveOrder:
         key: the chunk's key.
         slot: the host slot to fill.
         blocks: engine block ids of the whole chunk, in order.
+        group: the cache group that they are of.
     """
 
     transfer: TransferId
@@ -106,6 +109,7 @@ class SaveOrder:
     key: ChunkKey
     slot: int
     blocks: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

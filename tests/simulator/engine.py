@@ -104,7 +104,7 @@ class Simulator:
         self._exit.callback(self.hurry)
         self._planner = Planner(
             options.config(self._around.store),
-            ChunkShape(BLOCK_TOKENS, options.chunk_tokens),
+            ChunkShape.uniform(BLOCK_TOKENS, options.chunk_tokens),
             _NAMESPACE,
             self._leased,
             [rank.executor.report() for rank in self._ranks],

@@ -155,9 +155,13 @@ class Request:
         """Nothing: no images here."""
         return b""
 
-    def blocks(self) -> Sequence[int]:
+    def blocks(self, group: int = 0) -> Sequence[int]:
         """The blocks that the engine has given it."""
         return self.run.blocks.ids if self.run is not None else []
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        """See :class:`~lamina.control.requests.RequestView`."""
+        raise AssertionError("the simulated model has no states")
 
     def append(self, tokens: Sequence[int]) -> list[int]:
         """Add known tokens; returns their hashes."""

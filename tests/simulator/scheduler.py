@@ -309,7 +309,7 @@ class Scheduler:
         self._leave_queues(request)
         request.status = Status.FINISHED
         covered = -(-request.computed // BLOCK_TOKENS)
-        self._planner.finished(request_id, request.computed, request.blocks()[:covered])
+        self._planner.finished(request_id, request.computed, [request.blocks()[:covered]])
         if not under_way:
             self._free(request)
             del self.requests[request_id]

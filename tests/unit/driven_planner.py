@@ -67,8 +67,11 @@ class View:
     def chunk_extra(self, start: int, end: int) -> bytes:
         return self.extras.get(start, b"")
 
-    def blocks(self) -> Sequence[int]:
+    def blocks(self, group: int = 0) -> Sequence[int]:
         return range(self.first_block, self.first_block + len(self.token_ids) // BLOCK + 1)
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        raise AssertionError("this model has no states")
 
 
 class Engine:
@@ -93,7 +96,7 @@ class Engine:
         self.ranks = ranks
         self.planner = Planner(
             load_config(settings, {}),
-            ChunkShape(BLOCK, CHUNK),
+            ChunkShape.uniform(BLOCK, CHUNK),
             b"namespace",
             self.pool,
             [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],
@@ -125,7 +128,7 @@ class Engine:
         self.planner.admitted(view.request_id, hit.tokens)
         plan = self.step((view.request_id, view.num_tokens))
         self.answer(*(o.transfer for o in (*plan.loads, *plan.saves)))
-        self.planner.finished(view.request_id, view.num_tokens, view.blocks())
+        self.planner.finished(view.request_id, view.num_tokens, [view.blocks()])
         return plan
 
     def settle_writes(self) -> StepPlan:

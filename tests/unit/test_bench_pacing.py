@@ -123,6 +123,7 @@ GEOMETRY = CacheGeometry(
     allocation_bytes=(4000,),
 )
 PIECE = Piece(
+    group=0,
     tier=TierName.HOST,
     first=0,
     keys=(ChunkKey(b"a"), ChunkKey(b"b")),

@@ -91,7 +91,7 @@ def test_atom_1882_the_last_save_is_reported_though_no_request_is_left() -> None
     view = View("last", TOKENS)
     start_load(engine, view)
     plan = engine.step(("last", len(TOKENS)))
-    engine.planner.finished("last", len(TOKENS), view.blocks())
+    engine.planner.finished("last", len(TOKENS), [view.blocks()])
     assert engine.planner.has_work
     engine.answer(*(order.transfer for order in plan.saves))
     assert not engine.planner.has_work
@@ -174,7 +174,7 @@ def test_atom_2261_a_rank_that_never_reports_does_not_hold_blocks_for_ever() -> 
     start_load(engine, view)
     plan = engine.step(("pinned", len(TOKENS)))
     engine.answer(*(order.transfer for order in plan.saves), ranks=[0])
-    engine.planner.finished("pinned", len(TOKENS), view.blocks())
+    engine.planner.finished("pinned", len(TOKENS), [view.blocks()])
     assert engine.pool.held
     engine.now += 31
     engine.step()

@@ -57,7 +57,7 @@ def test_the_least_recently_used_chunk_is_evicted() -> None:
     tier.use([key(1)])
     tier.reserve(key(4))
     assert [tier.find(key(n)) is not None for n in (1, 2, 3)] == [True, False, True]
-    assert (tier.evictions, tier.generation) == (1, 1)
+    assert (tier.evictions, tier.losses) == (1, 1)
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
@@ -119,8 +119,8 @@ def test_the_host_is_preferred_and_the_prefix_may_span_tiers() -> None:
     fill(host, 1)
     fill(disk, 1, 2, 4)
     keys = [key(n) for n in (1, 2, 3, 4)]
-    assert catalog.prefix_end(keys, 0) == 2
-    assert catalog.prefix_end(keys, 3) == 4
+    assert catalog.prefix_end([keys], 0, len(keys)) == 2
+    assert catalog.prefix_end([keys], 3, len(keys)) == 4
     places = [catalog.locate(k) for k in keys]
     assert [p.tier if p else None for p in places] == [
         TierName.HOST,

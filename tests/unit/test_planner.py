@@ -104,7 +104,7 @@ def test_blocks_are_leased_from_the_plan_until_they_are_read() -> None:
     engine.planner.admitted("a", 0)
     first, second = engine.step(("a", 70)).saves
     assert engine.pool.held == {1, 2, 3, 4}
-    engine.planner.finished("a", 70, range(1, 6))
+    engine.planner.finished("a", 70, [range(1, 6)])
     assert engine.pool.held == {1, 2, 3, 4}
     engine.answer(first.transfer)
     assert engine.pool.held == {3, 4}
@@ -154,7 +154,7 @@ def test_over_the_bound_fewer_saves_are_planned_and_made_up_for_later() -> None:
     assert len(engine.step(("a", 200)).saves) == 0
     engine.answer(*(o.transfer for o in first))
     assert [o.blocks for o in engine.step(("a", 200)).saves] == [(5, 6), (7, 8)]
-    engine.planner.finished("a", 200, view.blocks())
+    engine.planner.finished("a", 200, [view.blocks()])
     readings = engine.readings().counters
     assert readings["saves_held_back", ("max_inflight",)] == 2
     assert readings["saves_dropped", ()] == 2
@@ -413,7 +413,7 @@ def test_only_what_every_rank_found_on_disk_is_hit() -> None:
         for rank, slots in enumerate(slots_of_rank)
     ]
     settings = load_config({"disk": {"path": "/store", "capacity": "1GiB"}}, {})
-    planner = Planner(settings, ChunkShape(BLOCK, CHUNK), b"namespace", Pool(), reports, Meter())
+    planner = Planner(settings, ChunkShape.uniform(BLOCK, CHUNK), b"namespace", Pool(), reports, Meter())
     assert planner.lookup(View("b", prompt(70)), 0).tokens == 32
     assert planner.plan_step((), forward=False).drop_disk == (1, 3)
 
@@ -453,7 +453,7 @@ def test_a_request_that_ends_saves_its_last_whole_chunk() -> None:
     engine.planner.admitted("a", 0)
     engine.answer(*(o.transfer for o in engine.step(("a", 60)).saves))
     view.token_ids.extend(range(5))
-    engine.planner.finished("a", 64, list(view.blocks()))
+    engine.planner.finished("a", 64, [view.blocks()])
     assert engine.planner.has_work
     assert [o.blocks for o in engine.step().saves] == [(3, 4)]
 
@@ -482,7 +482,7 @@ def test_a_reset_does_not_bring_back_what_running_requests_computed_before_it() 
     engine.planner.reset()
     view.token_ids.extend(range(40))
     assert engine.step(("a", 110)).saves == ()
-    engine.planner.finished("a", 110, view.blocks())
+    engine.planner.finished("a", 110, [view.blocks()])
     assert engine.step().saves == ()
     # Preempted and computed anew, it may be saved again.
     again = View("b", prompt(70), first_block=50)

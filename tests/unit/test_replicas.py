@@ -416,7 +416,7 @@ def test_control_counts_what_is_shared_once() -> None:
     # Room for one chunk on each rank that keeps any.
     settings = load_config({"save": {"max_inflight": CHUNK_BYTES}}, {})
     meter = Meter()
-    planner = Planner(settings, ChunkShape(BLOCK, CHUNK), b"namespace", Pool(), reports, meter)
+    planner = Planner(settings, ChunkShape.uniform(BLOCK, CHUNK), b"namespace", Pool(), reports, meter)
     planner.gauges()
     assert meter.drain().gauges["tier_capacity_bytes", ("host",)] == 4 * 2 * CHUNK_BYTES
     view = View("a", list(range(3 * CHUNK)))

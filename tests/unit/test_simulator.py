@@ -130,7 +130,7 @@ def overdue_transfers_keep_the_engine_awake(patch: Patch) -> None:
 
 
 def a_remembered_hit_is_never_stale(patch: Patch) -> None:
-    patch.setattr(Catalog, "generation", 0)
+    patch.setattr(Catalog, "losses", 0)
 
 
 def loaded_slots_are_not_leased(patch: Patch) -> None:
@@ -165,7 +165,7 @@ def nothing_is_left_to_compute(patch: Patch) -> None:
 def salts_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(
         "lamina.control.planner.ChunkChain",
-        lambda namespace, size, extra: ChunkChain(namespace, size),
+        lambda namespace, size, extra, groups: ChunkChain(namespace, size, b"", groups),
     )
 
 

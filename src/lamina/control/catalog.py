@@ -32,14 +32,16 @@ class TierCatalog:
 
     Attributes:
         evictions: chunks given up to make room, so far.
-        generation: chunks lost for any reason, so far.
+        losses: chunks lost for any reason, so far.
+        arrivals: chunks that became visible, so far.
     """
 
     def __init__(self, name: TierName, slots: int) -> None:
         self.name = name
         self.slots = slots
         self.evictions = 0
-        self.generation = 0
+        self.losses = 0
+        self.arrivals = 0
         self._visible: dict[ChunkKey, int] = {}
         self._filling: dict[ChunkKey, int] = {}
         self._order = LeastRecentlyUsed()
@@ -85,6 +87,7 @@ class TierCatalog:
 
     def publish(self, key: ChunkKey) -> None:
         """Make a filled chunk visible."""
+        self.arrivals += 1
         self._visible[key] = self._filling.pop(key)
         self._order.use(key)
 
@@ -100,7 +103,7 @@ class TierCatalog:
         """
         slot = self._visible.pop(key, None)
         if slot is not None:
-            self.generation += 1
+            self.losses += 1
             self._order.forget(key)
             self._retire(slot)
         return slot
@@ -190,12 +193,15 @@ class Catalog:
         """Whether any tier has the chunk, or will have it soon."""
         return any(tier.holds(key) for tier in self.tiers.values())
 
-    def prefix_end(self, keys: Sequence[ChunkKey], start: int) -> int:
-        """Index after the last of the chunks from ``start`` on that can all be loaded."""
-        tiers, end = self._readable_tiers(), start
-        while end < len(keys) and any(t.find(keys[end]) is not None for t in tiers):
-            end += 1
-        return end
+    def prefix_end(self, groups: Sequence[Sequence[ChunkKey]], start: int, end: int) -> int:
+        """Index, at most ``end``, after the last of the chunks from ``start`` on that can be loaded
+        of every one of ``groups``."""
+        tiers = self._readable_tiers()
+        for index in range(start, end):
+            for keys in groups:
+                if not any(tier.find(keys[index]) is not None for tier in tiers):
+                    return index
+        return max(start, end)
 
     def out_of_use(self, key: ChunkKey) -> bool:
         """Whether the chunk is visible, but only where nothing may be loaded from now."""
@@ -207,9 +213,14 @@ class Catalog:
         return [tier for name, tier in self.tiers.items() if self._readable(name)]
 
     @property
-    def generation(self) -> int:
+    def losses(self) -> int:
         """Changes whenever a visible chunk was lost; a memoised hit is stale then."""
-        return sum(tier.generation for tier in self.tiers.values())
+        return sum(tier.losses for tier in self.tiers.values())
+
+    @property
+    def arrivals(self) -> int:
+        """Changes whenever a chunk became visible; a memoised hit may be longer then."""
+        return sum(tier.arrivals for tier in self.tiers.values())
 
 
 def open_catalog(reports: Sequence[RankReport], readable: Callable[[TierName], bool]) -> Catalog:

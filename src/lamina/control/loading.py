@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.policy import LoadPolicy, Situation
-from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, Story
+from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
+from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
-from lamina.plan import ChunkLoad, LoadMode, LoadOrder, TierName
+from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName
 
 stories = logging.getLogger("lamina.requests")
 
@@ -92,14 +93,13 @@ class LoadPlanner:
         """
         found = self._find_prefix(record, floor)
         by_tier = self._tokens_by_tier(found)
+        tiers = _tiers(found.places)
         situation = Situation(
             hit_tokens=found.tokens,
-            disk_tokens=by_tier[TierName.DISK],
+            fallible=TierName.DISK in tiers,
             others_active=others_active,
             reports_blocks=self._reports_blocks,
-            trying=any(
-                count and not self._breakers.loads(tier).closed for tier, count in by_tier.items()
-            ),
+            trying=any(not self._breakers.loads(tier).closed for tier in tiers),
             out_of_use=not found.tokens and self._is_out_of_use(record, found),
         )
         decision = self._policy.decide(situation, declined or record.distrust)
@@ -115,60 +115,83 @@ class LoadPlanner:
         return Hit(decision.tokens, decision.mode)
 
     def _find_prefix(self, record: RequestRecord, floor: int) -> FoundPrefix:
-        """The longest visible prefix; what was found before is extended, not sought again."""
-        found = record.hit
-        generation = self._catalog.generation + self._breakers.refusals
-        block, chunk = self._shape.block_tokens, self._shape.chunk_tokens
-        if found.floor != floor or found.generation != generation:
-            found = FoundPrefix(floor, generation, floor // chunk)
-        keys = record.known_keys()
-        end_chunk = self._catalog.prefix_end(keys, found.end_chunk)
-        if end_chunk == found.end_chunk:
+        """The longest prefix of which every group has what it needs. What was found before is
+        extended, not sought again."""
+        found, shape, chunk = record.hit, self._shape, self._shape.chunk_tokens
+        losses = self._catalog.losses + self._breakers.refusals
+        arrivals = self._catalog.arrivals
+        if found.floor != floor or found.losses != losses:
+            found = FoundPrefix(floor, losses, -1, floor // chunk)
+        groups = record.known_keys()
+        known = len(groups[0])
+        end_chunk = self._catalog.prefix_end(
+            [groups[g] for g in shape.full], found.end_chunk, known
+        )
+        if end_chunk == found.end_chunk and (not shape.sparse or found.arrivals == arrivals):
             record.hit = found
             return found
-        usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // block * block
-        tokens = max(0, min(end_chunk * chunk, usable) - floor)
-        wanted = keys[floor // chunk : -(-(floor + tokens) // chunk)] if tokens else []
-        places = tuple(place for key in wanted if (place := self._catalog.locate(key)))
-        record.hit = FoundPrefix(floor, generation, end_chunk, tokens, places)
+        # Cut before looking: a state that is too far ahead cannot be cut afterwards.
+        resume = shape.resume_tokens
+        usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // resume * resume
+        end = max(floor, min(end_chunk * chunk, usable))
+        chunks = self._wanted(groups, floor, end)
+        while chunks is None:
+            end = (end - 1) // chunk * chunk
+            chunks = self._wanted(groups, floor, end) if end > floor else ()
+        tokens = max(0, end - floor)
+        record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks)
         return record.hit
 
-    def _is_out_of_use(self, record: RequestRecord, found: FoundPrefix) -> bool:
-        keys = record.known_keys()
-        return found.end_chunk < len(keys) and self._catalog.out_of_use(keys[found.end_chunk])
+    def _wanted(
+        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
+    ) -> tuple[FoundChunk, ...] | None:
+        """What a request must load to go on behind its first ``end`` tokens when it has the first
+        ``floor``; None if some of it cannot be."""
+        chunk = self._shape.chunk_tokens
+        wanted: list[FoundChunk] = []
+        if end <= floor:
+            return ()
+        for group, (shape, keys) in enumerate(zip(self._shape.groups, groups, strict=True)):
+            start = max(floor, shape.first_token(end) // shape.block_tokens * shape.block_tokens)
+            if shape.kind is GroupKind.STATE:
+                start = max(floor, end - chunk)
+            # From the end: that is where a chunk is most likely missing.
+            for index in range((end - 1) // chunk, start // chunk - 1, -1):
+                place = self._catalog.locate(keys[index])
+                if place is None:
+                    return None
+                first, last = max(start, index * chunk), min(end, (index + 1) * chunk)
+                wanted.append(FoundChunk(place, group, first, last))
+        wanted.sort(key=lambda found: (found.group, found.start))
+        return tuple(wanted)
 
-    def _spans(self, found: FoundPrefix) -> Iterator[tuple[Location, int, int]]:
-        """Each chunk of a hit with the first token wanted of it and the one after the last."""
-        chunk, end = self._shape.chunk_tokens, found.floor + found.tokens
-        position = found.floor
-        for place in found.places:
-            upto = min((position // chunk + 1) * chunk, end)
-            yield place, position, upto
-            position = upto
+    def _is_out_of_use(self, record: RequestRecord, found: FoundPrefix) -> bool:
+        return any(
+            self._catalog.out_of_use(keys[found.end_chunk])
+            for keys in record.known_keys()
+            if found.end_chunk < len(keys)
+        )
 
     def _tokens_by_tier(self, found: FoundPrefix) -> dict[TierName, int]:
+        """Tokens of a hit by where they are: as the first group has them that has all of them, or
+        else where any of what is needed is that is slower."""
         split = dict.fromkeys(TierName, 0)
-        for place, start, end in self._spans(found):
-            split[place.tier] += end - start
+        if self._shape.full:
+            for chunk in found.chunks:
+                if chunk.group == self._shape.full[0]:
+                    split[chunk.place.tier] += chunk.end - chunk.start
+        elif found.chunks:
+            tier = TierName.DISK if TierName.DISK in _tiers(found.places) else TierName.HOST
+            split[tier] = found.tokens
         return split
 
     # -- loads -------------------------------------------------------------------------------
 
     def order(self, record: RequestRecord, tokens: int, *, step: int) -> None:
         """Load what the last lookup found, ``tokens`` of it, into the request's blocks."""
-        shape, block = self._shape, self._shape.block_tokens
-        blocks = record.view.blocks()
-        chunks = []
-        for place, start, end in self._spans(record.hit):
-            chunks.append(
-                ChunkLoad(
-                    key=place.key,
-                    tier=place.tier,
-                    slot=place.slot,
-                    first_block=start % shape.chunk_tokens // block,
-                    blocks=tuple(blocks[start // block : end // block]),
-                )
-            )
+        end = record.hit.floor + tokens
+        loads = [load for chunk in record.hit.chunks for load in self._loads_of(record, chunk, end)]
+        for place in record.hit.places:
             self._catalog.tiers[place.tier].lease(place.slot)
             if place.tier is TierName.DISK:
                 record.promote.add(place.key)
@@ -179,7 +202,7 @@ class LoadPlanner:
             record.view.request_id,
             step=step,
             expires=self._clock() + 2 * deadline,
-            size=tokens // block * self._chunk_bytes // shape.blocks,
+            size=-(-tokens // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=record.hit.places,
             layerwise=record.story.mode is LoadMode.LAYERWISE,
         )
@@ -188,11 +211,27 @@ class LoadPlanner:
             tier.use([place.key for place in record.hit.places])
         self.orders.append(
             LoadOrder(
-                transfer.id, transfer.request_id, record.story.mode, tuple(chunks), float(deadline)
+                transfer.id, transfer.request_id, record.story.mode, tuple(loads), float(deadline)
             )
         )
         for tier_name, count in record.story.sources().items():
             self._meter.count("hit_tokens", count, tier=tier_name.value)
+
+    def _loads_of(self, record: RequestRecord, chunk: FoundChunk, end: int) -> Iterator[ChunkLoad]:
+        """Orders that bring a chunk of a hit of ``end`` tokens to where its request has blocks."""
+        place, group = chunk.place, chunk.group
+        shape = self._shape.groups[group]
+        if shape.kind is GroupKind.STATE:
+            for block in record.view.state_blocks(group, end):
+                yield ChunkLoad(place.key, place.tier, place.slot, 0, (block,), group)
+            return
+        size, table = shape.block_tokens, record.view.blocks(group)
+        blocks = list(table[chunk.start // size : chunk.end // size])
+        # What has fallen out of a window, or never was in it, has no block.
+        absent = blocks.count(self._shape.null_block)
+        if absent < len(blocks):
+            first = chunk.start % self._shape.chunk_tokens // size + absent
+            yield ChunkLoad(place.key, place.tier, place.slot, first, tuple(blocks[absent:]), group)
 
     def overdue(self, transfer: Transfer) -> None:
         """A load has not ended in time."""

@@ -16,7 +16,13 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import open_catalog
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadPlanner, stories
-from lamina.control.requests import ChunkShape, FoundPrefix, RequestRecord, RequestView
+from lamina.control.requests import (
+    BoundaryState,
+    ChunkShape,
+    FoundPrefix,
+    RequestRecord,
+    RequestView,
+)
 from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.keys import ChunkChain
@@ -124,7 +130,12 @@ class Planner:
         """
         record = self._requests.get(view.request_id)
         if record is None or record.ended:
-            chain = ChunkChain(self._namespace, self._shape.chunk_tokens, view.root_extra)
+            chain = ChunkChain(
+                self._namespace,
+                self._shape.chunk_tokens,
+                view.root_extra,
+                len(self._shape.groups),
+            )
             record = self._requests[view.request_id] = RequestRecord(view, chain)
         elif record.admitted:
             record.new_epoch()
@@ -173,13 +184,20 @@ class Planner:
 
     # -- the step --------------------------------------------------------------------------
 
-    def plan_step(self, progress: Iterable[tuple[str, int]], *, forward: bool) -> StepPlan:
+    def plan_step(
+        self,
+        progress: Iterable[tuple[str, int]],
+        *,
+        forward: bool,
+        states: Iterable[BoundaryState] = (),
+    ) -> StepPlan:
         """The plan of the step that the engine has just scheduled.
 
         Args:
             progress: for each request that runs in the step, how many tokens of it are
                 computed when the step is over, draft tokens included.
             forward: whether the step runs the model.
+            states: recurrent states that blocks hold when the step is over.
         """
         now = self._clock()
         chunk = self._shape.chunk_tokens
@@ -189,6 +207,12 @@ class Planner:
             if record is not None and computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
+                )
+        for state in states:
+            record = self._requests.get(state.request_id)
+            if record is not None:
+                self._saving.consider_state(
+                    record, state.group, state.block, state.end, step=self._step, now=now
                 )
         writes = self._saving.order_writes(step=self._step, now=now)
         outstanding = len(self._transfers) > 0
@@ -209,24 +233,25 @@ class Planner:
             self._mark_overdue(now)
         return plan
 
-    def finished(self, request_id: str, computed: int, blocks: Sequence[int]) -> None:
+    def finished(self, request_id: str, computed: int, blocks: Sequence[Sequence[int]]) -> None:
         """A request has ended; its blocks are freed after this call.
 
         Args:
             request_id: the request.
             computed: tokens of it that are computed once every step in flight has run.
-            blocks: its block ids, in token order.
+            blocks: per group, its block ids in token order.
         """
         record = self._requests.get(request_id)
         if record is None:
             return
         # Chunks are published first to last; without this the beginning would go first.
         for tier in self._catalog.tiers.values():
-            tier.use(record.chain.keys)
+            for keys in record.chain.groups:
+                tier.use(keys)
         still_loading = record.load is not None
         if record.admitted and not (still_loading and record.story.mode is LoadMode.PARKED):
             left = self._saving.consider(
-                record, computed, lambda: blocks, step=self._step, now=self._clock()
+                record, computed, lambda group: blocks[group], step=self._step, now=self._clock()
             )
             if left:
                 self._meter.count("saves_dropped", left)

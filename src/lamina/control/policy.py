@@ -14,7 +14,7 @@ class Situation:
 
     Attributes:
         hit_tokens: tokens, beyond what the engine has, that a tier could deliver.
-        disk_tokens: how many of them come from a fallible tier.
+        fallible: whether some of what is to be loaded comes from a tier that can fail.
         others_active: whether the engine has other requests to run.
         reports_blocks: whether the engine can take back a failed load once the request runs.
         trying: whether a tier that is out of use would be tried by this load.
@@ -22,7 +22,7 @@ class Situation:
     """
 
     hit_tokens: int
-    disk_tokens: int
+    fallible: bool
     others_active: bool
     reports_blocks: bool
     trying: bool = False
@@ -73,7 +73,7 @@ class LoadPolicy:
         return Decision(situation.hit_tokens, self._choose_mode(situation), "hit")
 
     def _choose_mode(self, situation: Situation) -> LoadMode:
-        if situation.trying or (situation.disk_tokens and not situation.reports_blocks):
+        if situation.trying or (situation.fallible and not situation.reports_blocks):
             return LoadMode.PARKED
         if self._mode != "auto":
             return LoadMode(self._mode)

@@ -4,24 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from lamina.control.catalog import Location
+from lamina.geometry import Group, GroupKind
 from lamina.keys import ChunkChain
 from lamina.plan import ChunkKey, LoadMode, TierName, TransferId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChunkShape:
-    """Tokens and blocks of a chunk, all that control needs of the geometry."""
+    """Tokens and groups of chunks, all that control needs of the geometry.
 
-    block_tokens: int
+    Attributes:
+        chunk_tokens: tokens of a chunk.
+        groups: cache groups of the model.
+        null_block: a block id that stands for none, where the engine's tables have gaps.
+    """
+
     chunk_tokens: int
+    groups: tuple[Group, ...]
+    null_block: int = -1
 
-    @property
-    def blocks(self) -> int:
-        """Blocks in one chunk."""
-        return self.chunk_tokens // self.block_tokens
+    @classmethod
+    def uniform(cls, block_tokens: int, chunk_tokens: int) -> ChunkShape:
+        """That of a model whose layers all look at the whole prefix."""
+        return cls(chunk_tokens, (Group(GroupKind.FULL, block_tokens),))
+
+    @cached_property
+    def full(self) -> tuple[int, ...]:
+        """Groups of which all of a prefix is needed."""
+        return self._of(GroupKind.FULL)
+
+    @cached_property
+    def sparse(self) -> tuple[int, ...]:
+        """Groups of which only the end of a prefix is needed."""
+        return self._of(GroupKind.WINDOW, GroupKind.STATE)
+
+    @cached_property
+    def paged(self) -> tuple[int, ...]:
+        """Groups that have blocks for all tokens that are computed."""
+        return self._of(GroupKind.FULL, GroupKind.WINDOW)
+
+    @cached_property
+    def resume_tokens(self) -> int:
+        """A hit ends on a multiple of this. A hit that ends inside a chunk needs no more than its
+        beginning; a state, or a window, is only kept for ends of chunks."""
+        return self.chunk_tokens if self.sparse else self.groups[0].block_tokens
+
+    def _of(self, *kinds: GroupKind) -> tuple[int, ...]:
+        return tuple(i for i, group in enumerate(self.groups) if group.kind in kinds)
 
 
 class RequestView(Protocol):
@@ -53,8 +86,30 @@ class RequestView(Protocol):
     def chunk_extra(self, start: int, end: int) -> bytes:
         """What sets the chunk of tokens ``start..end`` apart: its multimodal inputs."""
 
-    def blocks(self) -> Sequence[int]:
-        """The block ids that the engine has given the request, in token order."""
+    def blocks(self, group: int) -> Sequence[int]:
+        """The block ids of one group that the engine has given the request, in token order; where
+        it has none any more, or none yet, the shape's ``null_block``."""
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        """The blocks that must hold the state behind the first ``end`` tokens for the request to
+        go on there."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryState:
+    """A recurrent state that a block holds when the step is over.
+
+    Attributes:
+        request_id: whose it is.
+        group: the cache group.
+        block: the block.
+        end: tokens that it stands behind.
+    """
+
+    request_id: str
+    group: int
+    block: int
+    end: int
 
 
 @dataclass(slots=True)
@@ -100,22 +155,46 @@ class Story:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundChunk:
+    """A chunk of a hit.
+
+    Attributes:
+        place: where it is.
+        group: the cache group that it is of.
+        start: the first token wanted of it.
+        end: the one after the last.
+    """
+
+    place: Location
+    group: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class FoundPrefix:
     """A hit, remembered while its request waits.
 
     Attributes:
         floor: tokens that the engine had when it was taken; -1 for none taken.
-        generation: the catalog's generation then.
-        end_chunk: the chunk after the last visible one.
+        losses: the catalog's losses then.
+        arrivals: the catalog's arrivals then.
+        end_chunk: the chunk after the last one of which every whole prefix is visible.
         tokens: tokens of the hit beyond ``floor``.
-        places: where its chunks are, in prefix order.
+        chunks: what of it is wanted, by group, in prefix order.
     """
 
     floor: int = -1
-    generation: int = -1
+    losses: int = -1
+    arrivals: int = -1
     end_chunk: int = 0
     tokens: int = 0
-    places: tuple[Location, ...] = ()
+    chunks: tuple[FoundChunk, ...] = ()
+
+    @property
+    def places(self) -> tuple[Location, ...]:
+        """Where its chunks are."""
+        return tuple(chunk.place for chunk in self.chunks)
 
 
 @dataclass(slots=True)
@@ -161,8 +240,8 @@ class RequestRecord:
         self.barred = False
         self.promote.clear()
 
-    def known_keys(self) -> list[ChunkKey]:
-        """Keys of all whole chunks whose tokens are known."""
+    def known_keys(self) -> tuple[list[ChunkKey], ...]:
+        """Per group, keys of all whole chunks whose tokens are known."""
         if len(self.chain.keys) < self.view.num_tokens // self.chain.chunk_tokens:
             self.chain.extend(self.view.tokens(), self.view.chunk_extra)
-        return self.chain.keys
+        return self.chain.groups

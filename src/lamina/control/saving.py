@@ -67,7 +67,7 @@ class SavePlanner:
         self,
         record: RequestRecord,
         computed: int,
-        blocks_of: Callable[[], Sequence[int]],
+        blocks_of: Callable[[int], Sequence[int]],
         *,
         step: int,
         now: float,
@@ -77,7 +77,7 @@ class SavePlanner:
         Args:
             record: the request.
             computed: tokens of it that are computed when the step is over.
-            blocks_of: gives its block ids, in token order.
+            blocks_of: gives its block ids of one group, in token order.
             step: the step whose plan will carry the orders.
             now: control's clock.
 
@@ -88,13 +88,18 @@ class SavePlanner:
         if end <= record.next_save or record.barred:
             return 0
         keys = record.known_keys()
-        per_chunk = self._shape.blocks
-        blocks: Sequence[int] = ()
+        tables: dict[int, Sequence[int]] = {}
         for index in range(record.next_save, end):
-            if self._wanted(record, keys[index]):
-                blocks = blocks or blocks_of()
-                chunk_blocks = tuple(blocks[index * per_chunk : (index + 1) * per_chunk])
-                refusal = self._order_save(record, keys[index], chunk_blocks, step, now)
+            for group in self._shape.paged:
+                if not self._wanted(record, keys[group][index]):
+                    continue
+                if group not in tables:
+                    tables[group] = blocks_of(group)
+                size = self._shape.chunk_tokens // self._shape.groups[group].block_tokens
+                blocks = tuple(tables[group][index * size : (index + 1) * size])
+                if self._shape.null_block in blocks:
+                    continue  # fallen out of a window before there was room
+                refusal = self._order_save(record, keys[group][index], blocks, group, step, now)
                 if refusal is not None:
                     if record.held_back != index:
                         record.held_back = index
@@ -102,6 +107,35 @@ class SavePlanner:
                     return end - index
             record.next_save = index + 1
         return 0
+
+    def consider_state(
+        self,
+        record: RequestRecord,
+        group: int,
+        block: int,
+        end: int,
+        *,
+        step: int,
+        now: float,
+    ) -> None:
+        """Order a save of a recurrent state that a block holds when the step is over.
+
+        Args:
+            record: the request.
+            group: its cache group.
+            block: the block.
+            end: tokens that the state stands behind.
+            step: the step whose plan will carry the order.
+            now: control's clock.
+        """
+        index, rest = divmod(end, self._shape.chunk_tokens)
+        if rest or record.barred or index > self._complete_chunks(record, end):
+            return
+        key = record.known_keys()[group][index - 1]
+        if self._wanted(record, key):
+            refusal = self._order_save(record, key, (block,), group, step, now)
+            if refusal is not None:  # the state is gone with the next step
+                self._meter.count("saves_dropped", 1)
 
     def _complete_chunks(self, record: RequestRecord, computed: int) -> int:
         limit = min(computed, record.view.num_tokens)
@@ -115,7 +149,13 @@ class SavePlanner:
         return not self._catalog.holds(key)
 
     def _order_save(
-        self, record: RequestRecord, key: ChunkKey, blocks: tuple[int, ...], step: int, now: float
+        self,
+        record: RequestRecord,
+        key: ChunkKey,
+        blocks: tuple[int, ...],
+        group: int,
+        step: int,
+        now: float,
     ) -> str | None:
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
             return "max_inflight"
@@ -135,7 +175,7 @@ class SavePlanner:
             chunks=(Location(key, TierName.HOST, slot),),
             lease=self._leases.take(blocks),
         )
-        self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks))
+        self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks, group))
         return None
 
     # -- writes ------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Piece:
 
     Attributes:
         tier: where they are.
+        group: the cache group that they are of; rows without a layer of it have nothing of them.
         first: index, in the load, of the first chunk.
         keys: their keys.
         slots: their slots.
@@ -47,6 +48,7 @@ class Piece:
     """
 
     tier: TierName
+    group: int
     first: int
     keys: tuple[ChunkKey, ...]
     slots: Indices
@@ -212,6 +214,7 @@ class LoadRun:
         self.deadline = min(load.began + load.order.deadline for load in loads)
         self._rows = len(geometry.rows)
         self._page_bytes = [row.page_bytes for row in geometry.rows]
+        self._groups = [row.groups for row in geometry.rows]
         self._sources = sources
         self._pools = pools
         self._after: Fence | None = None
@@ -228,10 +231,13 @@ class LoadRun:
         self._lock = threading.Lock()
         self._arrived = [threading.Event() for _ in range(self._rows)]
         self._fences: list[list[Fence]] = [[] for _ in range(self._rows)]
-        self._left = [[len(load.pieces) for load in self.loads] for _ in range(self._rows)]
+        self._left = [
+            [sum(piece.group in groups for piece in load.pieces) for load in self.loads]
+            for groups in self._groups
+        ]
         self._alive = set(range(len(self.loads)))
-        for load in self.loads:
-            load.outstanding = len(load.pieces) * self._rows
+        for i, load in enumerate(self.loads):
+            load.outstanding = sum(left[i] for left in self._left)
 
     def start(self, after: Fence) -> None:
         """Submit the first rows of the window.
@@ -319,10 +325,15 @@ class LoadRun:
                 return
             self._submitted += 1
             alive = sorted(self._alive)
+        empty = True
         for i in alive:
             for piece in self.loads[i].pieces:
-                job = partial(self._move, row, i, piece)
-                self._pools[piece.tier].submit((self._urgency, row), job)
+                if piece.group in self._groups[row]:
+                    empty = False
+                    job = partial(self._move, row, i, piece)
+                    self._pools[piece.tier].submit((self._urgency, row), job)
+        if empty:
+            self._note_arrival(row)
 
     def _move(self, row: int, index: int, piece: Piece) -> None:
         began = time.perf_counter()
@@ -397,9 +408,12 @@ def _cut(chunks: Sequence[ChunkLoad], geometry: CacheGeometry) -> tuple[Piece, .
     pieces: list[Piece] = []
     start = 0
     while start < len(chunks):
-        tier = chunks[start].tier
+        kind = chunks[start].tier, chunks[start].group
         end = start + 1
-        while end < len(chunks) and end - start < per_piece and chunks[end].tier is tier:
+        while end < min(len(chunks), start + per_piece) and kind == (
+            chunks[end].tier,
+            chunks[end].group,
+        ):
             end += 1
         part = chunks[start:end]
         pages = [
@@ -408,7 +422,8 @@ def _cut(chunks: Sequence[ChunkLoad], geometry: CacheGeometry) -> tuple[Piece, .
         ]
         pieces.append(
             Piece(
-                tier=tier,
+                tier=kind[0],
+                group=kind[1],
                 first=start,
                 keys=tuple(chunk.key for chunk in part),
                 slots=np.fromiter((chunk.slot for chunk in part), np.int64, len(part)),

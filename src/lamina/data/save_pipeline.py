@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from lamina.data.movers.base import Fence, Mover
+from lamina.data.movers.base import Fence, Indices, Mover
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
 from lamina.geometry import CacheGeometry
@@ -57,12 +57,9 @@ class SaveRun:
         self._report = report
         self._step = step
         self._timeline = timeline
-        self._moved_bytes = 0 if follows else geometry.chunk_bytes
-        self._page_bytes = [row.page_bytes for row in geometry.rows]
-        per_chunk = geometry.blocks_per_chunk
-        slots = np.fromiter((order.slot for order in orders), np.int64, len(orders))
-        self._pages = (slots[:, None] * per_chunk + np.arange(per_chunk)).ravel()
-        self._blocks = np.fromiter((b for order in orders for b in order.blocks), np.int64)
+        self._follows = follows
+        self._rows = geometry.rows
+        self._copies = {row.groups: _copies(orders, row.groups, geometry) for row in geometry.rows}
         self._began = time.perf_counter()
         self._unsubmitted = set() if follows else set(range(len(geometry.rows)))
         self._left = len(self._unsubmitted) + 1  # the rows, and the end of the step
@@ -90,16 +87,16 @@ class SaveRun:
     def _copy(self, row: int, after: Fence) -> None:
         began = time.perf_counter()
         try:
-            if not self._failure:
-                pages = self._host.pages(row)
-                self._mover.save(row, self._blocks, pages, self._pages, after).wait()
+            blocks, pages = self._copies[self._rows[row].groups]
+            if len(blocks) and not self._failure:
+                self._mover.save(row, blocks, self._host.pages(row), pages, after).wait()
         except Exception as error:
             self.poison(type(error).__name__)
             raise
         finally:
             self._one_over()
             if self._timeline is not None:
-                size = len(self._blocks) * self._page_bytes[row]
+                size = len(self._copies[self._rows[row].groups][0]) * self._rows[row].page_bytes
                 self._timeline.add(Lane.SAVE, self._step, row, began, size)
 
     def _one_over(self) -> None:
@@ -116,9 +113,29 @@ class SaveRun:
             TransferReceipt(
                 order.transfer,
                 outcome,
-                moved_bytes=0 if self._failure else self._moved_bytes,
+                moved_bytes=self._moved_bytes(order),
                 seconds=seconds,
                 reason=self._failure,
             )
             for order in self._orders
         ]
+
+    def _moved_bytes(self, order: SaveOrder) -> int:
+        if self._failure or self._follows:
+            return 0
+        pages = sum(row.page_bytes for row in self._rows if order.group in row.groups)
+        return len(order.blocks) * pages
+
+
+def _copies(
+    orders: Sequence[SaveOrder], groups: tuple[int, ...], geometry: CacheGeometry
+) -> tuple[Indices, Indices]:
+    """Engine blocks and host pages of the orders that have something in rows of ``groups``."""
+    blocks: list[int] = []
+    pages: list[int] = []
+    for order in orders:
+        if order.group in groups:
+            first = order.slot * geometry.blocks_per_chunk
+            blocks += order.blocks
+            pages += range(first, first + len(order.blocks))
+    return np.array(blocks, np.int64), np.array(pages, np.int64)

@@ -7,8 +7,10 @@ backing allocation. Tensor shapes say nothing reliable and are not looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -16,14 +18,24 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpecKind,
+    MambaSpec,
     UniformTypeKVCacheSpecs,
     get_kv_cache_spec_kind,
 )
 
-from lamina.geometry import CacheGeometry, Row, chunk_tokens_for
+from lamina.geometry import CacheGeometry, Group, GroupKind, Row, chunk_tokens_for
 
-SERVED_KINDS = (KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION)
-"""Kinds of cache that can be served: all of a prefix is needed, and nothing else."""
+KINDS = {
+    KVCacheSpecKind.FULL_ATTENTION: GroupKind.FULL,
+    KVCacheSpecKind.MLA_ATTENTION: GroupKind.FULL,
+    KVCacheSpecKind.SLIDING_WINDOW: GroupKind.WINDOW,
+    KVCacheSpecKind.SLIDING_WINDOW_MLA: GroupKind.WINDOW,
+    KVCacheSpecKind.MAMBA: GroupKind.STATE,
+}
+"""Kinds of cache that can be served."""
+
+NULL_BLOCK = 0
+"""The block that stands for none in vLLM's tables (``vllm/v1/core/block_pool.py``)."""
 
 
 class UnsupportedModel(ValueError):
@@ -50,13 +62,19 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
         UnsupportedModel: says what is not supported and what to do.
     """
     kinds = {get_kv_cache_spec_kind(group.kv_cache_spec) for group in cache.kv_cache_groups}
-    foreign = sorted(kind.value for kind in kinds if kind not in SERVED_KINDS)
-    if foreign or len(cache.kv_cache_groups) != 1:
-        what = ", ".join(foreign) if foreign else f"{len(cache.kv_cache_groups)} cache groups"
+    if foreign := sorted(kind.value for kind in kinds if kind not in KINDS):
         raise UnsupportedModel(
-            f"LaminaConnector does not serve models with {what} yet, only uniform full-attention "
-            "and MLA models. Serve this model without --kv-transfer-config."
+            f"LaminaConnector does not serve models with {', '.join(foreign)}. Serve this model "
+            "without --kv-transfer-config."
         )
+    for group in cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode != "align":
+            raise UnsupportedModel(
+                f"LaminaConnector needs mamba_cache_mode 'align', not {spec.mamba_cache_mode!r}: "
+                "only then does vLLM keep recurrent states at known places. Serve with "
+                "--enable-prefix-caching --mamba-cache-mode align, or without --kv-transfer-config."
+            )
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",
@@ -80,7 +98,7 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     Raises:
         ValueError: if it is not a whole number of blocks.
     """
-    block = block_tokens(cache)
+    block = math.lcm(*(group.block_tokens for group in groups(cache)))
     if isinstance(configured, str):
         return chunk_tokens_for(block)
     if configured % block:
@@ -91,9 +109,27 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     return configured
 
 
-def block_tokens(cache: KVCacheConfig) -> int:
-    """Tokens of a block."""
-    return int(cache.kv_cache_groups[0].kv_cache_spec.block_size)
+def groups(cache: KVCacheConfig) -> tuple[Group, ...]:
+    """The cache groups, in vLLM's order."""
+    found = []
+    for group in cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        kind, window = KINDS[get_kv_cache_spec_kind(spec)], 0
+        if kind is GroupKind.WINDOW:
+            first = next(iter(_specs(group).values()))
+            window = int(first.sliding_window + first.extra_retained_tokens)
+        found.append(Group(kind, int(spec.block_size), window))
+    return tuple(found)
+
+
+def recurrent_layers(cache: KVCacheConfig) -> tuple[str, ...]:
+    """Layers whose cache is a recurrent state."""
+    return tuple(
+        layer
+        for group, shape in zip(cache.kv_cache_groups, groups(cache), strict=True)
+        if shape.kind is GroupKind.STATE
+        for layer in group.layer_names
+    )
 
 
 def bind(
@@ -115,6 +151,11 @@ def bind(
     """
     allocations: dict[int, tuple[int, torch.Tensor]] = {}
     places: dict[tuple[int, int], tuple[list[str], int, int]] = {}
+    group_of = {
+        layer: index
+        for index, group in enumerate(cache.kv_cache_groups)
+        for layer in group.layer_names
+    }
     page_bytes = {
         layer: size for group in cache.kv_cache_groups for layer, size in _page_bytes(group).items()
     }
@@ -145,6 +186,7 @@ def bind(
             offset=offset,
             block_stride=stride,
             page_bytes=size,
+            groups=tuple(sorted({group_of[layer] for layer in layers})),
         )
         for (allocation, offset), (layers, stride, size) in places.items()
     ]
@@ -153,7 +195,7 @@ def bind(
     geometry = CacheGeometry(
         rows=tuple(rows),
         num_blocks=cache.num_blocks,
-        block_tokens=block_tokens(cache),
+        block_tokens=min(group.block_tokens for group in groups(cache)),
         chunk_tokens=chunk_tokens(cache, configured_chunk),
         allocation_bytes=tuple(tensor.numel() for tensor in tensors),
     )
@@ -172,10 +214,14 @@ def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:
 
 
 def _page_bytes(group: KVCacheGroupSpec) -> dict[str, int]:
+    return {layer: int(spec.page_size_bytes) for layer, spec in _specs(group).items()}
+
+
+def _specs(group: KVCacheGroupSpec) -> dict[str, Any]:
     spec = group.kv_cache_spec
     if isinstance(spec, UniformTypeKVCacheSpecs):
-        return {name: int(s.page_size_bytes) for name, s in spec.kv_cache_specs.items()}
-    return dict.fromkeys(group.layer_names, int(spec.page_size_bytes))
+        return dict(spec.kv_cache_specs)
+    return dict.fromkeys(group.layer_names, spec)
 
 
 def _flat(view: torch.Tensor, base: int, size: int, layer: str) -> torch.Tensor:

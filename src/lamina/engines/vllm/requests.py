@@ -8,6 +8,7 @@ from vllm.v1.core.block_pool import BlockPool as VllmPool
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.request import Request
 
+from lamina.engines.vllm.layout import NULL_BLOCK
 from lamina.keys import pack
 
 
@@ -16,7 +17,8 @@ class VllmRequest:
 
     Args:
         request: vLLM's request, read at the moment of each call.
-        blocks: gives the request's block ids of the one cache group.
+        tables: gives the request's block ids of every cache group.
+        block_tokens: tokens of a block, per group.
         adapter: identity of its LoRA adapter, empty without one.
         recompute_tokens: tokens that must be computed even on a full hit.
     """
@@ -24,7 +26,8 @@ class VllmRequest:
     def __init__(
         self,
         request: Request,
-        blocks: Callable[[], Sequence[int]],
+        tables: Callable[[], Sequence[Sequence[int]]],
+        block_tokens: Sequence[int],
         adapter: str,
         recompute_tokens: int,
     ) -> None:
@@ -32,7 +35,8 @@ class VllmRequest:
         self.request_id: str = request.request_id
         self.num_prompt_tokens: int = request.num_prompt_tokens
         self.recompute_tokens = recompute_tokens
-        self.blocks = blocks
+        self._tables = tables
+        self._block_tokens = block_tokens
         self.root_extra = pack((request.cache_salt, adapter))
 
     @property
@@ -44,6 +48,17 @@ class VllmRequest:
         """All known token ids."""
         tokens: list[int] = self._request._all_token_ids
         return tokens
+
+    def blocks(self, group: int) -> Sequence[int]:
+        """Block ids of one group, in token order."""
+        return self._tables()[group]
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        """The block that keeps the state behind ``end`` for others, and, if the request runs in
+        this step, the block that its forward reads and writes: vLLM has copied the one to the
+        other before anything is loaded."""
+        table = self._tables()[group][end // self._block_tokens[group] - 1 :]
+        return [block for block in table if block != NULL_BLOCK]
 
     def chunk_extra(self, start: int, end: int) -> bytes:
         """Hashes of the multimodal inputs and prompt embeddings that lie in the chunk."""

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from lamina.checkpoint import CheckpointError, fingerprint, locate
 from lamina.config import Config
 from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape
+from lamina.control.requests import BoundaryState, ChunkShape
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
@@ -47,7 +47,9 @@ class SchedulerSide:
         self._loads: bool = transfer.is_kv_consumer
         self._saves: bool = transfer.is_kv_producer
         self._shape = ChunkShape(
-            layout.block_tokens(cache), layout.chunk_tokens(cache, config.chunk_tokens)
+            layout.chunk_tokens(cache, config.chunk_tokens),
+            layout.groups(cache),
+            layout.NULL_BLOCK,
         )
         self._namespace = build_namespace(config, vllm_config, cache)
         speculative = vllm_config.speculative_config
@@ -120,7 +122,11 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of the step that vLLM has just scheduled."""
         progress = self._progress(output) if self._saves else ()
-        plan = self.planner.plan_step(progress, forward=output.total_num_scheduled_tokens > 0)
+        plan = self.planner.plan_step(
+            progress,
+            forward=output.total_num_scheduled_tokens > 0,
+            states=_boundary_states(output) if self._saves else (),
+        )
         self._moved |= not plan.is_empty
         return plan
 
@@ -140,7 +146,7 @@ class SchedulerSide:
         self.planner.reset()
         self._moved = True
 
-    def finished(self, request: Request, blocks: list[int]) -> None:
+    def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
         """A request has ended and its blocks are about to be freed."""
         computed = request.num_computed_tokens if self._saves else 0
         self.planner.finished(request.request_id, computed, blocks)
@@ -167,7 +173,8 @@ class SchedulerSide:
         assert manager is not None
         return VllmRequest(
             request,
-            lambda: manager.get_block_ids(request.request_id)[0],
+            lambda: manager.get_block_ids(request.request_id),
+            [group.block_tokens for group in self._shape.groups],
             self._adapter(request),
             self._recompute,
         )
@@ -189,3 +196,12 @@ class SchedulerSide:
                 )
                 self._adapters[name] = f"unknown {uuid.uuid4()}"
         return self._adapters[name]
+
+
+def _boundary_states(output: SchedulerOutput) -> Iterator[BoundaryState]:
+    """Recurrent states that vLLM hands over with the step that computes them."""
+    state = output.kv_connector_block_state
+    if state is not None:
+        for request_id, offers in state.boundary_state_offloads.items():
+            for group, block, end in offers:
+                yield BoundaryState(request_id, group, block, end)
