@@ -12,7 +12,7 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint lock clean
+.PHONY: help demo test test-all soak lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,18 @@ test: .venv/installed-tests ## the test suite, without what is marked slow
 
 test-all: .venv/installed-tests ## the whole test suite
 	@$(BIN)/pytest
+
+SOAK_STEPS ?= 1000000
+SOAK_CYCLES ?= 300
+SOAK_ENGINE_CYCLES ?= 12
+SOAK_SERVER_CYCLES ?= 2
+SOAK_REQUESTS ?= 10000
+
+soak: .venv/installed-tests ## a million simulated steps, over 200 kills, 10,000 requests with aborts
+	@LAMINA_SOAK_STEPS=$(SOAK_STEPS) LAMINA_SOAK_CYCLES=$(SOAK_CYCLES) \
+		LAMINA_SOAK_ENGINE_CYCLES=$(SOAK_ENGINE_CYCLES) LAMINA_SOAK_REQUESTS=$(SOAK_REQUESTS) \
+		LAMINA_SOAK_SERVER_CYCLES=$(SOAK_SERVER_CYCLES) \
+		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py
 
 lint: .venv/installed ## ruff and mypy
 	@$(BIN)/ruff check

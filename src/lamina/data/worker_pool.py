@@ -73,3 +73,4 @@ class WorkerPool:
                 job()
             except Exception:
                 log.exception("a job of %s raised", threading.current_thread().name)
+            del job  # an idle thread keeps nothing alive

@@ -130,7 +130,13 @@ def check_format(path: Path) -> None:
     found = _read(path / _STORE_FILE)
     if found.get("format") != FORMAT_NAME:
         raise StoreError(
-            f"disk.path: {path} is not a Lamina store, or its {_STORE_FILE} is damaged"
+            f"disk.path: {path} is not a Lamina store, or its {_STORE_FILE} is damaged: choose an "
+            "empty directory, or, if it is a store, delete that file; what is stored is found again"
+        )
+    if not isinstance(found.get("version"), int):
+        raise StoreError(
+            f"disk.path: {_STORE_FILE} in {path} is damaged: delete that file; what is stored is "
+            "found again"
         )
     if found.get("version") != FORMAT_VERSION:
         raise StoreError(
