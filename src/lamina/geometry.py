@@ -138,11 +138,6 @@ class CacheGeometry:
         """Layer name to row index."""
         return {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
 
-    @cached_property
-    def last_layer_of_row(self) -> tuple[str, ...]:
-        """Per row, the layer after which the row's bytes of this step are complete."""
-        return tuple(row.layers[-1] for row in self.rows)
-
 
 def chunk_tokens_for(block_tokens: int) -> int:
     """The chunk size that ``chunk_tokens: auto`` stands for, in tokens.

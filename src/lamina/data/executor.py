@@ -60,11 +60,13 @@ class Outcomes:
     Attributes:
         receipt: for control.
         arrived: requests whose parked load is over, well or not.
+        failed: requests whose load failed, in the step or between steps.
         lost_blocks: engine blocks whose load failed.
     """
 
     receipt: Receipt
     arrived: frozenset[str]
+    failed: frozenset[str]
     lost_blocks: frozenset[int]
 
 
@@ -105,7 +107,7 @@ class Executor:
         self._follows = follows
         self._timeline = timeline
         self._row_of_layer = geometry.row_of_layer
-        self._last_layers = frozenset(geometry.last_layer_of_row)
+        self._unwritten: dict[int, set[str]] = {}
         cores = usable_cores()
         # A pool for each tier: a disk that hangs takes its own threads with it, and no others.
         self._load_pools = {
@@ -130,10 +132,11 @@ class Executor:
         self._parked: list[LoadRun] = []
         self._receipts: deque[TransferReceipt] = deque()
         self._news = threading.Event()
+        self._failed: set[str] = set()
         self._lost_blocks: set[int] = set()
         self._unknown_layers: set[str] = set()
         self._computing = (-1, 0.0)
-        self._nothing = Outcomes(Receipt(rank), frozenset(), frozenset())
+        self._nothing = Outcomes(Receipt(rank), frozenset(), frozenset(), frozenset())
 
     def report(self) -> RankReport:
         """This rank's tiers and what they already hold."""
@@ -204,17 +207,22 @@ class Executor:
             self._computing = (self._row_of_layer.get(layer, -1), Timeline.now())
 
     def layer_written(self, layer: str) -> None:
-        """``layer`` has written its row; save it if that was the row's last layer."""
+        """``layer`` has written its row; save it if all of the row's layers have."""
         if self._timeline is not None and self._plan is not None:
             row, began = self._computing
             self._timeline.add(Lane.COMPUTE, self._plan.step, row, began)
-        if self._saves is not None and layer in self._last_layers:
-            self._saves.row_written(self._row_of_layer[layer])
+        if self._saves is not None and (row := self._row(layer)) is not None:
+            # Not "the last layer of the row": in what order layers run is the model's affair.
+            left = self._unwritten.setdefault(row, set(self._geometry.rows[row].layers))
+            left.discard(layer)
+            if not left:
+                self._saves.row_written(row)
 
     def end_step(self) -> None:
         """Finish the step's loads and sweep its saves; call after the forward."""
-        self._finish_loads()
+        self.finish_loads()
         saves, self._saves = self._saves, None
+        self._unwritten.clear()
         if saves is not None:
             saves.sweep()
         plan, self._plan = self._plan, None
@@ -228,8 +236,8 @@ class Executor:
         An engine that runs draft models asks before it ends the step; the step's loads are
         finished then, because their failures must be known now.
         """
-        self._finish_loads()
-        if not (self._parked or self._receipts or self._lost_blocks):
+        self.finish_loads()
+        if not (self._parked or self._receipts or self._failed):
             return self._nothing
         arrived: set[str] = set()
         for run in list(self._parked):
@@ -242,10 +250,11 @@ class Executor:
         receipts = []
         while self._receipts:
             receipts.append(self._receipts.popleft())
+        failed, self._failed = self._failed, set()
         lost, self._lost_blocks = self._lost_blocks, set()
         queued = sum(pool.depth() for pool in (*self._load_pools.values(), self._save_pool))
         receipt = Receipt(self._rank, tuple(receipts), queued)
-        return Outcomes(receipt, frozenset(arrived), frozenset(lost))
+        return Outcomes(receipt, frozenset(arrived), frozenset(failed), frozenset(lost))
 
     def close(self) -> None:
         """Finish what is under way, within bounds, and release threads, files and memory."""
@@ -289,7 +298,8 @@ class Executor:
             done=self._wake,
         )
 
-    def _finish_loads(self) -> None:
+    def finish_loads(self) -> None:
+        """Wait for all of the step's layerwise loads."""
         run, self._layerwise = self._layerwise, None
         if run is None:
             return
@@ -302,6 +312,7 @@ class Executor:
     def _settle(self, run: LoadRun) -> None:
         for load in run.loads:
             if load.failed:
+                self._failed.add(load.order.request_id)
                 self._lost_blocks |= load.lost_blocks()
         self._report(load.receipt(run.waited) for load in run.loads)
 

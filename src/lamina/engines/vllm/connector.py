@@ -115,7 +115,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         """Right before the forward if the step has layerwise loads, else after it."""
-        self._on_worker.executor.start_loads()
+        self._on_worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Before a layer reads its cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -22,11 +23,14 @@ from lamina.data.tiers.disk import StoreNamespace
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
+from lamina.engines.vllm.hooks import hook_recurrent_layers
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Timeline
 from lamina.plan import Receipt, StepPlan, TierName
+
+log = logging.getLogger("lamina.engines.vllm")
 
 T = TypeVar("T")
 
@@ -46,6 +50,7 @@ class WorkerSide:
         self._cache = cache
         self._receipt = Receipt(vllm_config.parallel_config.rank)
         self._lost_blocks: frozenset[int] = frozenset()
+        self._unhooked: tuple[str, ...] = ()
         self._namespace = ""
         self._executor: Executor | None = None
 
@@ -82,6 +87,8 @@ class WorkerSide:
             timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
         )
 
+        self._hook(self._executor)
+
     def sources(
         self, host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
     ) -> Mapping[TierName, RowSource]:
@@ -96,11 +103,31 @@ class WorkerSide:
         """Before anything of the step runs."""
         self.executor.begin_step(plan)
 
+    def start_loads(self) -> None:
+        """Right before the forward, if the step has layerwise loads."""
+        self.executor.start_loads()
+        if self._unhooked:
+            self.executor.finish_loads()
+
     def collect(self) -> KVConnectorTransferResults:
-        """Parked loads that are over. What else there is to say follows in the next two calls."""
+        """Parked loads that are over. What else there is to say follows in the next two calls.
+
+        Raises:
+            RuntimeError: if a load failed in the step of a model with several cache groups.
+        """
         outcomes = self.executor.collect()
-        self._receipt, self._lost_blocks = outcomes.receipt, outcomes.lost_blocks
-        return KVConnectorTransferResults(finished_recving=set(outcomes.arrived))
+        self._receipt = outcomes.receipt
+        arrived, failed = set(outcomes.arrived), set(outcomes.failed)
+        if len(self._cache.kv_cache_groups) == 1:
+            self._lost_blocks = outcomes.lost_blocks
+            return KVConnectorTransferResults(finished_recving=arrived)
+        # Block ids say nothing here: vLLM takes back whole requests, and only waiting ones.
+        if stranded := failed - arrived:
+            raise RuntimeError(
+                f"a copy from host memory failed under requests {sorted(stranded)} while they ran, "
+                "and vLLM cannot take that back for a model with several cache groups"
+            )
+        return KVConnectorTransferResults(finished_recving=arrived, failed_recving=failed)
 
     def lost_blocks(self) -> set[int]:
         """Blocks whose load failed, as of :meth:`collect`."""
@@ -114,6 +141,22 @@ class WorkerSide:
         """The engine shuts down."""
         if self._executor is not None:
             self._executor.close()
+
+    def _hook(self, executor: Executor) -> None:
+        """Have recurrent layers wait for their rows, too, or all rows before the forward."""
+        self._unhooked = hook_recurrent_layers(
+            self._vllm_config.compilation_config.static_forward_context,
+            layout.recurrent_layers(self._cache),
+            executor.wait_layer,
+            executor.layer_written,
+            lambda: executor.moves_rows,
+        )
+        if self._unhooked:
+            log.warning(
+                "layers %s cannot be hooked in this version of vLLM: their model's rows are all "
+                "loaded before a forward, and not ahead of each layer",
+                ", ".join(self._unhooked),
+            )
 
     def _place(self) -> DiskPlace | None:
         config, parallel = self._config.disk, self._vllm_config.parallel_config
