@@ -140,7 +140,7 @@ class StepPlan:
         writes: write-throughs to start now.
         drop_disk: disk slots to forget (failed verification, cache reset).
         forward: whether this step runs the model at all.
-        outstanding: whether transfers of earlier plans are still on their way.
+        outstanding: whether transfers of this plan or an earlier one are on their way.
     """
 
     step: int

@@ -64,7 +64,7 @@ def sound(tier: DiskTier, number: int, slot: int) -> list[bool]:
     found = []
     for row, size in enumerate(EXTENTS):
         into = aligned_memory(size).reshape(1, size)
-        (good,) = tier.read_row(row, [slot], [key(number)], into)
+        (good,) = tier.read_row(row, [slot], [key(number)], into).good
         assert not good or (into[0] == content(number, row)).all()
         found.append(bool(good))
     return found
@@ -163,7 +163,7 @@ def test_an_unreadable_sector_is_a_counted_miss_of_its_extent(
     tier = open_tier(store)
     monkeypatch.setattr(AioQueue, "run", flaky)
     into = aligned_memory(3 * EXTENTS[0]).reshape(3, -1)
-    good = tier.read_row(0, [0, 1, 2], [key(0), key(1), key(2)], into)
+    good = tier.read_row(0, [0, 1, 2], [key(0), key(1), key(2)], into).good
     assert good.tolist() == [True, False, True]
     assert (into[2] == content(2, 0)).all()
     assert tier.failures == {ReadFailure.IO_ERROR: 1}

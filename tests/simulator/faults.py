@@ -162,9 +162,12 @@ class RainySource:
         try:
             fence = self._inner.load_row(row, rest, after, checked)
         except BadChunks as error:
-            raise BadChunks(sorted(bad.union(error.indices)), error.reason) from error
+            damaged = bad.union(error.damaged)
+            raise BadChunks(
+                sorted(bad.union(error.indices)), sorted(damaged), error.reason
+            ) from error
         if bad:
-            raise BadChunks(sorted(bad), "rain")
+            raise BadChunks(sorted(bad), sorted(bad), "rain")
         return fence
 
 

@@ -267,7 +267,7 @@ class Rank:
             extents = []
             for row in rows:
                 into = self._staging.numpy()[: self._geometry.extent_bytes[row]].reshape(1, -1)
-                if not self._disk.read_row(row, [slot], [key], into).all():
+                if not self._disk.read_row(row, [slot], [key], into).good.all():
                     return None
                 extents.append(into[0].copy())
         stamps: Stamps = np.stack([extent.view(np.uint64) for extent in extents])

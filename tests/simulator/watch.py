@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from lamina.control.breakers import BreakerState
 from lamina.control.catalog import TierCatalog
 from lamina.control.planner import Planner
 from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
@@ -209,6 +210,12 @@ class Watch:
                 key for tier in planner._catalog.tiers.values() for key in tier._filling
             ],
             "saves without a receipt": list(self._reading),
+            "tiers that are tried by nothing": [
+                breaker._name
+                for tier in planner._catalog.tiers
+                for breaker in (planner._breakers.loads(tier), planner._breakers.fills(tier))
+                if breaker._state is BreakerState.TRYING
+            ],
             "work": planner.has_work,
             "requests that wait for a load": [r.number for r in self._ranks if not r.is_idle],
             "writes to the gaps between blocks": [

@@ -105,6 +105,13 @@ class Engine:
             clock=lambda: self.now,
         )
 
+    def wait(self, seconds: float) -> None:
+        """Step with nothing to run for that long."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 1)
+            self.step()
+
     def step(self, *progress: tuple[str, int]) -> StepPlan:
         return self.planner.plan_step(progress, forward=bool(progress))
 
@@ -115,10 +122,10 @@ class Engine:
         ranks: Sequence[int] | None = None,
         bad: tuple[ChunkKey, ...] = (),
     ) -> None:
+        moved = CHUNK_BYTES if outcome is Outcome.DONE else 0
         for rank in range(self.ranks) if ranks is None else ranks:
             items = tuple(
-                TransferReceipt(t, outcome, CHUNK_BYTES, bad_chunks=bad, reason="test")
-                for t in transfers
+                TransferReceipt(t, outcome, moved, bad_chunks=bad, reason="test") for t in transfers
             )
             self.planner.receive([Receipt(rank, items)])
 

@@ -110,7 +110,7 @@ class Tier:
     ) -> Fence | None:
         self.asked.append((row, piece, self.clock.now))
         if self.bad:
-            raise BadChunks([0], "test")
+            raise BadChunks([0], [0], "test")
         return self.fence if admit() else None
 
 

@@ -32,17 +32,16 @@ def breaker(clock: Clock) -> CircuitBreaker:
 
 def open_it(breaker: CircuitBreaker) -> None:
     for _ in range(3):
-        breaker.ordered()
-        breaker.failed("test")
+        breaker.judge(good=False)
 
 
 def test_failures_in_a_row_open_it_and_a_success_between_them_does_not(
     breaker: CircuitBreaker,
 ) -> None:
     for _ in range(5):
-        breaker.failed("test")
-        breaker.failed("test")
-        breaker.succeeded()
+        breaker.judge(good=False)
+        breaker.judge(good=False)
+        breaker.judge(good=True)
     assert breaker.allows
     open_it(breaker)
     assert not breaker.allows
@@ -58,7 +57,7 @@ def test_after_the_pause_one_try_is_allowed_and_a_good_one_closes_it(
     assert breaker.allows
     assert breaker.ordered()
     assert not breaker.allows
-    breaker.succeeded()
+    breaker.judge(good=True, trying=True)
     assert breaker.allows
     assert not breaker.ordered()
 
@@ -74,17 +73,26 @@ def test_every_try_that_fails_doubles_the_pause_up_to_a_limit(
             clock.now += 1
         pauses.append(clock.now - before)
         breaker.ordered()
-        breaker.failed("test")
+        breaker.judge(good=False, trying=True)
     assert pauses == [10, 20, 40, 80, 160, MAX_PAUSE, MAX_PAUSE, MAX_PAUSE]
 
 
-def test_what_was_ordered_before_it_opened_does_not_double_the_pause(
-    breaker: CircuitBreaker, clock: Clock
+@pytest.mark.parametrize("good", [True, False])
+def test_what_was_ordered_before_it_opened_changes_nothing(
+    breaker: CircuitBreaker, clock: Clock, good: bool
 ) -> None:
     open_it(breaker)
-    for _ in range(5):
-        breaker.failed("late")
+    breaker.judge(good)
+    clock.now = 9.9
+    assert not breaker.allows
     clock.now = 10.0
+    breaker.ordered()
+    breaker.judge(good)
+    assert not breaker.allows
+    breaker.judge(good=False, trying=True)
+    clock.now = 29.9
+    assert not breaker.allows
+    clock.now = 30.0
     assert breaker.allows
 
 
@@ -94,7 +102,7 @@ def test_a_try_that_says_nothing_about_the_tier_may_be_made_again(
     open_it(breaker)
     clock.now = 10.0
     breaker.ordered()
-    breaker.undecided()
+    breaker.try_again()
     assert breaker.allows
 
 
@@ -162,8 +170,7 @@ def test_loads_that_do_not_end_in_time_count_once() -> None:
     engine = Engine({"breaker": {"failures": 2}}, disk_slots=20)
     on_disk(engine, *range(6))
     load(engine, 0, None)
-    engine.now += 61
-    engine.step()
+    engine.wait(61)
     (late,) = engine.planner._transfers.live()
     engine.answer(late.id, outcome=Outcome.FAILED)
     assert load(engine, 1, Outcome.FAILED) == 32
@@ -224,3 +231,85 @@ def test_saves_that_keep_failing_are_stopped_and_serving_goes_on() -> None:
         engine.answer(*(s.transfer for s in plan.saves), outcome=Outcome.FAILED)
     assert not engine.pool.held
     assert engine.count("saves_held_back", "tier_out_of_use") == 2
+
+
+def test_a_try_from_two_tiers_ends_for_both() -> None:
+    """The host is out of use, and the load that tries it fails by the disk's fault."""
+    engine = Engine({"breaker": {"failures": 1}}, disk_slots=50)
+    saves = engine.save(View("save", prompt(70))).saves
+    engine.settle_writes()
+    engine.planner._catalog.host.drop(saves[1].key)
+    host = engine.planner._breakers.loads(TierName.HOST)
+    host.judge(good=False)
+    engine.now += 10
+    hit = engine.planner.lookup(View("both", prompt(70)), 0)
+    assert hit.tokens == 64
+    engine.planner.admitted("both", hit.tokens)
+    (order,) = engine.step().loads
+    assert {chunk.tier for chunk in order.chunks} == set(TierName)
+    bad = next(chunk.key for chunk in order.chunks if chunk.tier is TierName.DISK)
+    engine.answer(order.transfer, outcome=Outcome.FAILED, bad=(bad,))
+    assert host.allows, "it was not the host's fault, and the next one may try"
+
+
+def test_what_only_a_dead_disk_has_is_kept_in_memory_again() -> None:
+    engine = Engine(disk_slots=20)
+    on_disk(engine, *range(5))
+    for seed in range(3):
+        load(engine, seed, Outcome.FAILED)
+    view = View("hot", prompt(40, 4))
+    assert engine.planner.lookup(view, 0).tokens == 0
+    engine.planner.admitted("hot", 0)
+    (save,) = engine.step(("hot", 40)).saves
+    engine.answer(save.transfer)
+    assert engine.planner.lookup(View("again", prompt(40, 4)), 0).tokens == 32
+
+
+def test_a_try_that_was_too_slow_but_brought_something_has_worked() -> None:
+    engine = Engine(disk_slots=20)
+    on_disk(engine, *range(5))
+    for seed in range(3):
+        load(engine, seed, Outcome.FAILED)
+    engine.now += 10
+    view = View("long", prompt(40, 3))
+    engine.planner.admitted("long", engine.planner.lookup(view, 0).tokens)
+    (order,) = engine.step().loads
+    late = TransferReceipt(order.transfer, Outcome.FAILED, moved_bytes=10, reason="deadline")
+    engine.planner.receive([Receipt(0, (late,))])
+    assert engine.planner._breakers.loads(TierName.DISK).closed
+
+
+def test_what_failed_together_is_one_failure() -> None:
+    engine = Engine(disk_slots=20)
+    for seed in range(5):
+        engine.save(View(f"s{seed}", prompt(40, seed)))
+    engine.step()
+    writes = list(engine.planner._transfers.live())
+    items = tuple(TransferReceipt(w.id, Outcome.FAILED, reason="OSError") for w in writes)
+    assert len(items) == 5
+    engine.planner.receive([Receipt(0, items)])
+    assert engine.planner._breakers.fills(TierName.DISK).closed
+
+
+def test_loads_of_what_a_reset_has_dropped_say_nothing_of_the_disk() -> None:
+    engine = Engine({"breaker": {"failures": 1}}, disk_slots=20)
+    on_disk(engine, 0)
+    view = View("r", prompt(40, 0))
+    engine.planner.admitted("r", engine.planner.lookup(view, 0).tokens)
+    (order,) = engine.step().loads
+    engine.planner.reset()
+    engine.answer(order.transfer, outcome=Outcome.FAILED, bad=(order.chunks[0].key,))
+    assert engine.planner._breakers.loads(TierName.DISK).closed
+
+
+def test_one_long_step_is_not_held_against_what_waits_for_its_end() -> None:
+    """A compilation, or a prefill on a slow machine, may take longer than any deadline."""
+    engine = Engine()
+    view = View("slow", prompt(40))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("slow", 0)
+    (save,) = engine.step(("slow", 40)).saves
+    engine.now += 600
+    engine.step()
+    engine.answer(save.transfer)
+    assert engine.planner.lookup(View("next", prompt(40)), 0).tokens == 32

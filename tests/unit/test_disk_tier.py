@@ -69,7 +69,7 @@ def get(
     whole = np.ones(len(slots), np.bool_)
     for row, size in enumerate(extents):
         into = aligned_memory(len(slots) * size).reshape(len(slots), size)
-        good = tier.read_row(row, list(slots), [key(n) for n in slots.values()], into)
+        good = tier.read_row(row, list(slots), [key(n) for n in slots.values()], into).good
         for n, sound, found in zip(slots.values(), good, into, strict=True):
             assert not sound or (found == content(n, row, size)).all()
         whole &= good

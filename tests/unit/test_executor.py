@@ -65,7 +65,7 @@ class FlakySource:
         if self.stall is not None:
             assert self.stall.wait(10)
         if row == self.bad_row:
-            raise BadChunks([0], "lost")
+            raise BadChunks([0], [0], "lost")
         return self.inner.load_row(row, piece, after, admit)
 
 

@@ -73,7 +73,7 @@ class RecordingSource:
         bad = [i for i, key in enumerate(piece.keys) if (row, key) in self.bad]
         self.written.extend((row, key) for key in piece.keys if (row, key) not in self.bad)
         if bad:
-            raise BadChunks(bad, "test")
+            raise BadChunks(bad, bad, "test")
         return Passed()
 
 

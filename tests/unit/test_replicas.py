@@ -111,7 +111,7 @@ class Rank:
     def reads(self, number: int, slot: int) -> bytes | None:
         """Row 1 of a chunk on disk, if it is delivered."""
         into = aligned_memory(PAGE).reshape(1, PAGE)
-        good = self.disk.read_row(1, [slot], [key(number)], into)
+        good = self.disk.read_row(1, [slot], [key(number)], into).good
         return bytes(into[0]) if good.all() else None
 
     def close(self) -> None:
@@ -301,7 +301,7 @@ class FlakySource:
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
         if self.lost:
-            raise BadChunks([0], "lost")
+            raise BadChunks([0], [0], "lost")
         return self.inner.load_row(row, piece, after, admit)
 
 
@@ -416,7 +416,9 @@ def test_control_counts_what_is_shared_once() -> None:
     # Room for one chunk on each rank that keeps any.
     settings = load_config({"save": {"max_inflight": CHUNK_BYTES}}, {})
     meter = Meter()
-    planner = Planner(settings, ChunkShape.uniform(BLOCK, CHUNK), b"namespace", Pool(), reports, meter)
+    planner = Planner(
+        settings, ChunkShape.uniform(BLOCK, CHUNK), b"namespace", Pool(), reports, meter
+    )
     planner.gauges()
     assert meter.drain().gauges["tier_capacity_bytes", ("host",)] == 4 * 2 * CHUNK_BYTES
     view = View("a", list(range(3 * CHUNK)))

@@ -183,7 +183,7 @@ def _verify_shard(shard: Shard, found: IndexSummary) -> Iterator[tuple[int, list
             for start in range(0, len(stored), batch):
                 chunks = stored[start : start + batch]
                 slots, keys = [chunk.slot for chunk in chunks], [chunk.key for chunk in chunks]
-                good = reader.read_row(row, slots, keys, into[: len(chunks)])
+                good = reader.read_row(row, slots, keys, into[: len(chunks)]).good
                 yield (
                     len(chunks) * extent,
                     [

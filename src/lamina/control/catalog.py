@@ -67,6 +67,10 @@ class TierCatalog:
         """Whether the chunk is visible or on its way."""
         return key in self._visible or key in self._filling
 
+    def fills(self, key: ChunkKey) -> bool:
+        """Whether the chunk is on its way."""
+        return key in self._filling
+
     def reserve(self, key: ChunkKey) -> int | None:
         """A slot to fill with ``key``, evicting if need be; None when every slot is in use.
 
@@ -189,9 +193,14 @@ class Catalog:
                 return Location(key, tier.name, slot)
         return None
 
-    def holds(self, key: ChunkKey) -> bool:
-        """Whether any tier has the chunk, or will have it soon."""
-        return any(tier.holds(key) for tier in self.tiers.values())
+    def keeps(self, key: ChunkKey) -> bool:
+        """Whether the chunk can be loaded, or is on its way to where it can. What only a tier has
+        that is out of use is as good as lost."""
+        return self.locate(key) is not None or any(t.fills(key) for t in self.tiers.values())
+
+    def held(self, place: Location) -> bool:
+        """Whether the chunk is still there."""
+        return self.tiers[place.tier].find(place.key) == place.slot
 
     def prefix_end(self, groups: Sequence[Sequence[ChunkKey]], start: int, end: int) -> int:
         """Index, at most ``end``, after the last of the chunks from ``start`` on that can be loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lamina.config import Config
@@ -47,7 +47,6 @@ class LoadPlanner:
         meter: where figures go.
         chunk_bytes: bytes of one chunk, all ranks.
         reports_blocks: whether the engine can take back single blocks of a failed load.
-        clock: monotonic seconds.
 
     Attributes:
         orders: loads for the next plan.
@@ -64,7 +63,6 @@ class LoadPlanner:
         *,
         chunk_bytes: int,
         reports_blocks: bool,
-        clock: Callable[[], float],
     ) -> None:
         self.orders: list[LoadOrder] = []
         self._deadline = config.load.deadline
@@ -75,7 +73,6 @@ class LoadPlanner:
         self._meter = meter
         self._chunk_bytes = chunk_bytes
         self._reports_blocks = reports_blocks
-        self._clock = clock
         self._policy = LoadPolicy(config.load, shape.chunk_tokens)
 
     # -- hits --------------------------------------------------------------------------------
@@ -187,24 +184,26 @@ class LoadPlanner:
 
     # -- loads -------------------------------------------------------------------------------
 
-    def order(self, record: RequestRecord, tokens: int, *, step: int) -> None:
-        """Load what the last lookup found, ``tokens`` of it, into the request's blocks."""
-        end = record.hit.floor + tokens
+    def order(self, record: RequestRecord, *, step: int, now: float) -> None:
+        """Load what the last lookup found into the request's blocks."""
+        end = record.hit.floor + record.hit.tokens
         loads = [load for chunk in record.hit.chunks for load in self._loads_of(record, chunk, end)]
         for place in record.hit.places:
             self._catalog.tiers[place.tier].lease(place.slot)
             if place.tier is TierName.DISK:
                 record.promote.add(place.key)
-        tries = [self._breakers.loads(tier).ordered() for tier in _tiers(record.hit.places)]
-        deadline = self._deadline * TRY_DEADLINE if any(tries) else self._deadline
+        tiers = _tiers(record.hit.places)
+        tries = frozenset(tier for tier in tiers if self._breakers.loads(tier).ordered())
+        deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
             step=step,
-            expires=self._clock() + 2 * deadline,
-            size=-(-tokens // self._shape.chunk_tokens) * self._chunk_bytes,
+            expires=now + 2 * deadline,
+            size=-(-record.hit.tokens // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=record.hit.places,
             layerwise=record.story.mode is LoadMode.LAYERWISE,
+            tries=tries,
         )
         record.load = transfer.id
         for tier in self._catalog.tiers.values():
@@ -233,11 +232,6 @@ class LoadPlanner:
             first = chunk.start % self._shape.chunk_tokens // size + absent
             yield ChunkLoad(place.key, place.tier, place.slot, first, tuple(blocks[absent:]), group)
 
-    def overdue(self, transfer: Transfer) -> None:
-        """A load has not ended in time."""
-        for tier in _tiers(transfer.chunks):
-            self._breakers.loads(tier).failed("overdue")
-
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
         """Take in a load that has ended.
 
@@ -253,7 +247,6 @@ class LoadPlanner:
         self._meter.observe("load_seconds", transfer.seconds)
         if failed:
             self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
-        self._judge_tiers(transfer, failed)
         self._drop_bad(transfer)
         if record is None or record.load != transfer.id:
             return
@@ -266,21 +259,6 @@ class LoadPlanner:
             # What was not delivered may still be in its tier: do not ask for it for ever.
             record.distrust = "failed_before"
         stories.info("%s", story.line(transfer.request_id))
-
-    def _judge_tiers(self, transfer: Transfer, failed: bool) -> None:
-        """Tell the breakers. Of a load from two tiers that failed, what is not known to be the
-        memory's fault is the disk's."""
-        if transfer.overdue:
-            return  # they know
-        tiers = _tiers(transfer.chunks)
-        if not failed:
-            for tier in tiers:
-                self._breakers.loads(tier).succeeded()
-            return
-        bad = {place.tier for place in transfer.chunks if place.key in transfer.bad_chunks}
-        fallible = tiers & {TierName.DISK}
-        for tier in bad or fallible or tiers:
-            self._breakers.loads(tier).failed(transfer.reason or "unknown")
 
     def _drop_bad(self, transfer: Transfer) -> None:
         for place in transfer.chunks:

@@ -38,6 +38,31 @@ from lamina.plan import (
 log = logging.getLogger("lamina.control")
 
 
+class EngineClock:
+    """Time as transfers feel it. While the model computes no receipt arrives, so that one long step
+    must not make everything overdue that waits for its end.
+
+    Args:
+        clock: monotonic seconds.
+        longest: seconds that one step counts as at most.
+
+    Attributes:
+        now: the time of the last tick.
+    """
+
+    def __init__(self, clock: Callable[[], float], longest: float) -> None:
+        self.now = 0.0
+        self._clock = clock
+        self._longest = longest
+        self._last = clock()
+
+    def tick(self) -> float:
+        """The engine is here, between two steps; returns :attr:`now`."""
+        last, self._last = self._last, self._clock()
+        self.now += min(self._last - last, self._longest)
+        return self.now
+
+
 class Planner:
     """See the module.
 
@@ -73,7 +98,7 @@ class Planner:
         self._shape = shape
         self._namespace = namespace
         self._meter = meter
-        self._clock = clock
+        self._clock = EngineClock(clock, config.load.deadline / 2)
         kept = [report.chunk_bytes for report in reports if not report.follows]
         self._kept_bytes = sum(kept)
         for key, bound in (
@@ -99,7 +124,6 @@ class Planner:
             meter,
             chunk_bytes=sum(report.chunk_bytes for report in reports),
             reports_blocks=reports_blocks,
-            clock=clock,
         )
         self._saving = SavePlanner(
             config,
@@ -169,7 +193,8 @@ class Planner:
             story.loaded = 0
             stories.debug("%s", story.line(request_id))
             return
-        self._loading.order(record, loaded, step=self._step)
+        assert loaded == record.hit.tokens, "a hit is taken whole or not at all"
+        self._loading.order(record, step=self._step, now=self._clock.tick())
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
@@ -199,7 +224,7 @@ class Planner:
             forward: whether the step runs the model.
             states: recurrent states that blocks hold when the step is over.
         """
-        now = self._clock()
+        now = self._clock.tick()
         chunk = self._shape.chunk_tokens
         for request_id, computed in progress:
             record = self._requests.get(request_id)
@@ -251,7 +276,7 @@ class Planner:
         still_loading = record.load is not None
         if record.admitted and not (still_loading and record.story.mode is LoadMode.PARKED):
             left = self._saving.consider(
-                record, computed, lambda group: blocks[group], step=self._step, now=self._clock()
+                record, computed, lambda group: blocks[group], step=self._step, now=self._clock.now
             )
             if left:
                 self._meter.count("saves_dropped", left)
@@ -261,16 +286,14 @@ class Planner:
             del self._requests[request_id]
 
     def _mark_overdue(self, now: float) -> None:
-        for transfer in self._transfers.live():
-            if transfer.overdue or transfer.expires > now:
-                continue
+        late = [t for t in self._transfers.live() if not t.overdue and t.expires <= now]
+        self._breakers.judge(late, self._catalog.held)
+        for transfer in late:
             transfer.overdue = True
             kind = transfer.kind.value
             self._meter.count("failures", 1, kind=f"{kind}_overdue")
             log.warning("%s %d of step %d is overdue", kind, transfer.id, transfer.step)
-            if transfer.kind is Kind.LOAD:
-                self._loading.overdue(transfer)
-            else:
+            if transfer.kind is not Kind.LOAD:
                 self._saving.overdue(transfer)
 
     # -- receipts ----------------------------------------------------------------------------
@@ -287,6 +310,7 @@ class Planner:
                 if transfer.lease is not None:
                     transfer.lease.release()
                 settled.append(transfer)
+        self._breakers.judge((t for t in settled if not t.overdue), self._catalog.held)
         waits: dict[int, float] = {}
         for transfer in settled:
             if transfer.kind is Kind.LOAD:

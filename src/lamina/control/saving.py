@@ -12,7 +12,7 @@ from lamina.control.leases import LeaseBook
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.observe.metrics import Meter
-from lamina.plan import LOAD_FAILED, ChunkKey, SaveOrder, TierName, WriteThrough
+from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
 
 
 class SavePlanner:
@@ -144,9 +144,9 @@ class SavePlanner:
         return limit // self._shape.chunk_tokens
 
     def _wanted(self, record: RequestRecord, key: ChunkKey) -> bool:
-        if key in record.promote:
-            return not self._catalog.host.holds(key)
-        return not self._catalog.holds(key)
+        if self._catalog.host.holds(key):
+            return False
+        return key in record.promote or not self._catalog.keeps(key)
 
     def _order_save(
         self,
@@ -165,7 +165,7 @@ class SavePlanner:
         slot = self._catalog.host.reserve(key)
         if slot is None:
             return "host_in_use"
-        breaker.ordered()
+        tries = frozenset({TierName.HOST}) if breaker.ordered() else frozenset()
         transfer = self._transfers.open(
             Kind.SAVE,
             record.view.request_id,
@@ -174,6 +174,7 @@ class SavePlanner:
             size=self._chunk_bytes,
             chunks=(Location(key, TierName.HOST, slot),),
             lease=self._leases.take(blocks),
+            tries=tries,
         )
         self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks, group))
         return None
@@ -193,7 +194,8 @@ class SavePlanner:
             if disk_slot is None:
                 self._meter.count("writes_skipped", 1, reason="disk_in_use")
                 continue
-            self._breakers.fills(TierName.DISK).ordered()
+            breaker = self._breakers.fills(TierName.DISK)
+            tries = frozenset({TierName.DISK}) if breaker.ordered() else frozenset()
             self._catalog.host.lease(host_slot)
             transfer = self._transfers.open(
                 Kind.WRITE,
@@ -205,6 +207,7 @@ class SavePlanner:
                     Location(key, TierName.HOST, host_slot),
                     Location(key, TierName.DISK, disk_slot),
                 ),
+                tries=tries,
             )
             writes.append(WriteThrough(transfer.id, key, host_slot, disk_slot))
         return tuple(writes)
@@ -256,27 +259,13 @@ class SavePlanner:
 
     def overdue(self, transfer: Transfer) -> None:
         """A save or write has not ended in time."""
-        self._breakers.fills(transfer.chunks[-1].tier).failed("overdue")
         if transfer.lease is not None:
             # What is read from now on may be another request's block: never show it.
             self.poison(transfer)
             transfer.lease.release()
 
-    def _judge_tier(self, transfer: Transfer) -> None:
-        """Tell the breaker, unless it knows."""
-        breaker = self._breakers.fills(transfer.chunks[-1].tier)
-        if transfer.overdue:
-            return
-        if not transfer.failed:
-            breaker.succeeded()
-        elif transfer.reason == LOAD_FAILED:
-            breaker.undecided()
-        else:
-            breaker.failed(transfer.reason or "unknown")
-
     def _settle_save(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
-        self._judge_tier(transfer)
         if transfer.state is State.FAILED or transfer.poisoned:
             self._give_back_target(transfer)
             self._meter.count("failures", 1, kind=f"save_{transfer.reason or 'poisoned'}")
@@ -290,7 +279,6 @@ class SavePlanner:
     def settle_write(self, transfer: Transfer) -> None:
         """Take in a write that has ended."""
         self._transfers.close(transfer)
-        self._judge_tier(transfer)
         source, target = transfer.chunks
         disk = self._catalog.disk
         assert disk is not None

@@ -18,7 +18,7 @@ from enum import Enum
 
 from lamina.control.catalog import Location
 from lamina.control.leases import BlockLease
-from lamina.plan import ChunkKey, Outcome, TransferId, TransferReceipt
+from lamina.plan import ChunkKey, Outcome, TierName, TransferId, TransferReceipt
 
 
 class Kind(Enum):
@@ -57,6 +57,7 @@ class Transfer:
         lease: hold on engine blocks, for a save.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
+        tries: tiers that were out of use, and are tried by it.
         moving: ranks that are not terminal.
         poisoned: built on data that turned out bad; must never become visible.
         overdue: past its deadline; it no longer keeps the engine awake.
@@ -72,6 +73,7 @@ class Transfer:
     moving: set[int]
     lease: BlockLease | None = None
     layerwise: bool = False
+    tries: frozenset[TierName] = frozenset()
     state: State = State.PLANNED
     poisoned: bool = False
     overdue: bool = False
@@ -81,6 +83,12 @@ class Transfer:
     moved_bytes: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+
+    @property
+    def tiers(self) -> frozenset[TierName]:
+        """Where it loads from, or saves or writes to."""
+        places = self.chunks if self.kind is Kind.LOAD else self.chunks[-1:]
+        return frozenset(place.tier for place in places)
 
     def apply(self, rank: int, receipt: TransferReceipt) -> bool:
         """Take in one rank's word; a repeated or late one changes nothing.
@@ -129,6 +137,7 @@ class TransferTable:
         chunks: tuple[Location, ...],
         lease: BlockLease | None = None,
         layerwise: bool = False,
+        tries: frozenset[TierName] = frozenset(),
     ) -> Transfer:
         """A new transfer under an identity that was never used before."""
         self._next += 1
@@ -143,6 +152,7 @@ class TransferTable:
             chunks=chunks,
             lease=lease,
             layerwise=layerwise,
+            tries=tries,
             moving=set(ranks),
         )
         self._live[transfer.id] = transfer

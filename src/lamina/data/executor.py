@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -47,8 +48,6 @@ log = logging.getLogger("lamina.data")
 IDLE_WAIT = 0.002
 """Seconds that a step without a forward waits for a receipt, so that an engine with nothing to
 run neither spins on the interpreter lock nor is late for the next request."""
-CLOSE_TIMEOUT = 30.0
-"""Seconds that closing waits for saves and writes under way."""
 
 _LAYERWISE, _PARKED = 0.0, 1.0
 
@@ -130,6 +129,7 @@ class Executor:
         self._layerwise: LoadRun | None = None
         self._saves: SaveRun | None = None
         self._parked: list[LoadRun] = []
+        self._landing: list[LoadRun] = []
         self._receipts: deque[TransferReceipt] = deque()
         self._news = threading.Event()
         self._failed: set[str] = set()
@@ -211,12 +211,12 @@ class Executor:
         if self._timeline is not None and self._plan is not None:
             row, began = self._computing
             self._timeline.add(Lane.COMPUTE, self._plan.step, row, began)
-        if self._saves is not None and (row := self._row(layer)) is not None:
+        if self._saves is not None and (written := self._row(layer)) is not None:
             # Not "the last layer of the row": in what order layers run is the model's affair.
-            left = self._unwritten.setdefault(row, set(self._geometry.rows[row].layers))
+            left = self._unwritten.setdefault(written, set(self._geometry.rows[written].layers))
             left.discard(layer)
             if not left:
-                self._saves.row_written(row)
+                self._saves.row_written(written)
 
     def end_step(self) -> None:
         """Finish the step's loads and sweep its saves; call after the forward."""
@@ -237,8 +237,11 @@ class Executor:
         finished then, because their failures must be known now.
         """
         self.finish_loads()
-        if not (self._parked or self._receipts or self._failed):
+        if not (self._parked or self._landing or self._receipts or self._failed):
             return self._nothing
+        for run in [run for run in self._landing if run.landed]:
+            self._landing.remove(run)
+            self._settle(run)
         arrived: set[str] = set()
         for run in list(self._parked):
             if run.expired and not run.landed:
@@ -257,17 +260,17 @@ class Executor:
         return Outcomes(receipt, frozenset(arrived), frozenset(failed), frozenset(lost))
 
     def close(self) -> None:
-        """Finish what is under way, within bounds, and release threads, files and memory."""
+        """Finish what is under way, within ``load.deadline``, and release threads, files, memory."""
         for run in self._parked:
             run.give_up("closed")
-        ended = True
-        for pool in self._load_pools.values():
-            ended &= pool.close(CLOSE_TIMEOUT)
-        ended &= self._save_pool.close(CLOSE_TIMEOUT)
+        give_up = time.monotonic() + self._config.deadline
+        pools: list[WorkerPool | DiskWriter] = [*self._load_pools.values(), self._save_pool]
         if self._writer is not None:
-            ended &= self._writer.close(CLOSE_TIMEOUT)
+            pools.append(self._writer)
+        left = [pool.close(max(0.0, give_up - time.monotonic())) for pool in pools]
+        ended = all(left)
         if not ended:
-            log.warning("transfers under way did not end within %.0f s", CLOSE_TIMEOUT)
+            log.warning("transfers under way did not end within %.0f s", self._config.deadline)
         if ended:  # else files and memory that a thread still uses go with the process
             if self._disk is not None:
                 self._disk.close()
@@ -305,8 +308,12 @@ class Executor:
             return
         for fence in run.finish():
             self._mover.hold_compute(fence)
-        self._settle(run)
-        if self._saves is not None and any(load.failed for load in run.loads):
+        failed = any(load.failed for load in run.loads)
+        if failed or run.landed:
+            self._settle(run)
+        else:  # A device may run behind. Who shares the slots does not wait for it, but for this.
+            self._landing.append(run)
+        if self._saves is not None and failed:
             self._saves.poison(LOAD_FAILED)
 
     def _settle(self, run: LoadRun) -> None:

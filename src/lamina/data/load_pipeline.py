@@ -61,12 +61,14 @@ class BadChunks(Exception):
 
     Attributes:
         indices: which, within the piece.
+        damaged: those of them that can never be delivered.
         reason: a word for logs and metrics.
     """
 
-    def __init__(self, indices: Sequence[int], reason: str) -> None:
+    def __init__(self, indices: Sequence[int], damaged: Sequence[int], reason: str) -> None:
         super().__init__(f"{len(indices)} chunks: {reason}")
         self.indices = tuple(indices)
+        self.damaged = tuple(damaged)
         self.reason = reason
 
 
@@ -126,11 +128,9 @@ class Load:
         """Index of the first chunk that could not be delivered; past the end if all could."""
         return min(self.bad, default=len(self.order.chunks))
 
-    def fail(self, chunks: Sequence[int], reason: str, *, damaged: bool = False) -> None:
-        """Note that chunks could not be delivered; ``damaged`` if they never can be."""
+    def fail(self, chunks: Sequence[int], reason: str) -> None:
+        """Note that chunks could not be delivered."""
         self.bad.update(chunks)
-        if damaged:
-            self.damaged.update(chunks)
         self.reason = self.reason or reason
 
     def admit(self) -> bool:
@@ -352,7 +352,8 @@ class LoadRun:
             if piece.first < load.first_bad:
                 fence = self._sources[piece.tier].load_row(row, piece, self._after, admit)
         except BadChunks as error:
-            load.fail([piece.first + i for i in error.indices], error.reason, damaged=True)
+            load.fail([piece.first + i for i in error.indices], error.reason)
+            load.damaged.update(piece.first + i for i in error.damaged)
         except Exception as error:
             load.fail(range(piece.first, piece.first + len(piece.keys)), type(error).__name__)
             raise

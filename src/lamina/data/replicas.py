@@ -96,11 +96,11 @@ class Replicas:
     def __init__(self, rank: int, count: int, gather: Gather) -> None:
         self._rank = rank
         self._gather = gather
-        self._any = count > 1
+        self._shares = count > 1
         self.leader, self.count = rank - rank % count, count
         self._slab: MemoryFile | None = None
         self._table: MemoryFile | None = None
-        if self._any:
+        if self._shares:
             self._meet()
 
     @property
@@ -158,22 +158,27 @@ class Replicas:
             return Tiers(host, disk)
 
         try:
-            return self._after_leader(keep, follow) if self._any else keep()
+            return self._after_leader(keep, follow) if self._shares else keep()
         finally:
             self._close()
 
     def _meet(self) -> None:
         """Share empty memory files with the followers, or learn that it cannot be done."""
-        if not self.follows:
-            self._slab, self._table = MemoryFile.create(), MemoryFile.create()
+        obstacle = ""
+        try:  # whatever happens, the others must not wait for what never comes
+            if not self.follows:
+                self._slab = MemoryFile.create()
+                self._table = MemoryFile.create()
+        except OSError as error:
+            obstacle = str(error)
         files = [file.address for file in (self._slab, self._table) if file is not None]
         addresses = self._gather(files)[self.leader]
-        obstacle = ""
-        if self.follows:
-            try:
-                self._slab, self._table = map(MemoryFile.open, addresses)
-            except OSError as error:
-                obstacle = str(error)
+        try:
+            if self.follows and len(addresses) == 2:
+                self._slab = MemoryFile.open(addresses[0])
+                self._table = MemoryFile.open(addresses[1])
+        except OSError as error:
+            obstacle = str(error)
         obstacles = self._gather(obstacle)[self.leader : self.leader + self.count]
         if any(obstacles):
             if not self.follows:

@@ -38,6 +38,7 @@ class HostSource:
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
         """See :class:`~lamina.data.load_pipeline.RowSource`."""
+        self._mover.await_host()
         if not admit():
             return None
         chunk, block = np.divmod(piece.pages, self._per_chunk)
@@ -76,7 +77,8 @@ class DiskSource:
             flat = staging[: len(piece.keys) * extent]
             into = flat.numpy().reshape(-1, extent)
             slots = piece.slots.tolist()
-            good = self._disk.read_row(row, slots, piece.keys, into)
+            read = self._disk.read_row(row, slots, piece.keys, into)
+            good = read.good
             if row == 0:
                 self._disk.note_used(slots)
             pages, blocks = piece.pages, piece.blocks
@@ -89,7 +91,8 @@ class DiskSource:
             fence = self._mover.load(row, staged, pages, blocks, after)
             fence.wait()
             if not good.all():
-                raise BadChunks(np.flatnonzero(~good).tolist(), "disk_verification")
+                bad, damaged = np.flatnonzero(~good), np.flatnonzero(read.damaged)
+                raise BadChunks(bad.tolist(), damaged.tolist(), f"disk_{read.failure}")
             return fence
         finally:
             self._staging.put(staging)

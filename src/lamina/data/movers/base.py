@@ -88,6 +88,11 @@ class Mover(ABC):
         """
 
     @abstractmethod
+    def await_host(self) -> None:
+        """Return when host memory is fit for copies. Until then a copy waits, and who has been
+        admitted to engine memory must not."""
+
+    @abstractmethod
     def load(
         self,
         row: int,

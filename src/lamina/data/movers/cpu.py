@@ -67,6 +67,10 @@ class CpuMover(Mover):
         self._host.append(memory)
         return memory.tensor
 
+    def await_host(self) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`. Memory that is not resident is slow, no
+        more."""
+
     def load(
         self,
         row: int,

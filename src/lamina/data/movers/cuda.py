@@ -94,6 +94,11 @@ class CudaMover(Mover):
         self._host.append(memory)
         return memory.tensor
 
+    def await_host(self) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`."""
+        for memory in self._host:
+            memory.wait()
+
     def load(
         self,
         row: int,

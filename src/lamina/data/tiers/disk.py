@@ -64,7 +64,7 @@ class DiskTier(DiskShard):
         size = layout.slots * chunk
         with ExitStack() as opened:
             disk_store.prepare(path)
-            opened.enter_context(disk_store.hold(path, [rank]))
+            opened.enter_context(disk_store.hold(path, [rank], disk_store.LOCK_PATIENCE))
             try:
                 shard = Shard(disk_store.describe(path, namespace), rank)
                 disk_store.make_room(path, shard, size, capacity)

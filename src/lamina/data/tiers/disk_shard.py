@@ -13,6 +13,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -38,6 +39,22 @@ class ReadFailure(StrEnum):
     """The disk did not give all of the bytes."""
     CHECKSUM = "checksum"
     """The bytes are not those that were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRead:
+    """One row of some chunks, read back. Masks have one element for each chunk.
+
+    Attributes:
+        good: the slot holds that chunk and the bytes are those that were written.
+        damaged: the chunk is not there any more, or never will be as it was written. What is
+            neither could not be read this time.
+        failure: what happened to one that is not good; None if all are.
+    """
+
+    good: npt.NDArray[np.bool_]
+    damaged: npt.NDArray[np.bool_]
+    failure: ReadFailure | None
 
 
 class ShardReader:
@@ -79,7 +96,7 @@ class ShardReader:
 
     def read_row(
         self, row: int, slots: Sequence[int], keys: Sequence[ChunkKey], into: Bytes
-    ) -> npt.NDArray[np.bool_]:
+    ) -> RowRead:
         """Read one row of some chunks and verify it.
 
         Args:
@@ -90,8 +107,8 @@ class ShardReader:
                 :data:`~lamina.geometry.DIRECT_IO_ALIGNMENT`. What is not delivered is undefined.
 
         Returns:
-            Shape ``(n,)``: True where the slot holds that chunk and the bytes are those that were
-            written. What goes wrong with the disk is False here and counted, never raised.
+            Which of them were delivered. What goes wrong with the disk is said here and counted,
+            never raised.
 
         Raises:
             ValueError: if ``into`` is not as described.
@@ -107,12 +124,16 @@ class ShardReader:
         else:
             good = read.copy()
             good[read] = agree(into[read], expected[read])
-        if not good.all():
-            self._count(ReadFailure.OTHER_KEY, row, where[~held])
-            broken = held & (failed != 0)
-            self._count(ReadFailure.IO_ERROR, row, where[broken], failed[broken])
-            self._count(ReadFailure.CHECKSUM, row, where[read & ~good])
-        return good
+        if good.all():
+            return RowRead(good, ~good, None)
+        damaged = ~held | (read & ~good)
+        broken = held & (failed != 0)
+        self._count(ReadFailure.OTHER_KEY, row, where[~held])
+        self._count(ReadFailure.IO_ERROR, row, where[broken], failed[broken])
+        self._count(ReadFailure.CHECKSUM, row, where[read & ~good])
+        if broken.any():
+            return RowRead(good, damaged, ReadFailure.IO_ERROR)
+        return RowRead(good, damaged, ReadFailure.CHECKSUM if held.all() else ReadFailure.OTHER_KEY)
 
     def note_used(self, slots: Sequence[int]) -> None:
         """These slots were of use just now. A reader notes nothing: who keeps the index has loaded

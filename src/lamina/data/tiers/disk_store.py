@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ _NAMESPACE_FILE = "namespace.json"
 _NAMESPACE = re.compile(r"[0-9a-f]{8,128}")
 _SHARD_FILE = re.compile(r"rank-(\d+)\.(?:slab|sqlite(?:-wal|-shm|\.damaged)?)")
 _LOCK_FILE = re.compile(r"rank-(\d+)\.lock")
+LOCK_PATIENCE = 2.0
+"""Seconds that a server waits for its part of a store, while another one may be removing an old
+model's shard from it."""
+_LOCK_POLL = 0.05
 _TEMPORARY = re.compile(r"\.lamina-\d+\.tmp")
 
 
@@ -151,8 +156,13 @@ def is_store(path: Path) -> bool:
     return _read(path / _STORE_FILE).get("format") == FORMAT_NAME
 
 
-def acquire(path: Path, rank: int) -> int:
+def acquire(path: Path, rank: int, patience: float = 0.0) -> int:
     """Take a rank's part of a store for this process.
+
+    Args:
+        path: the store.
+        rank: the rank.
+        patience: seconds to wait for another process to give it back.
 
     Returns:
         A file descriptor; closing it, or the end of the process, gives the rank back.
@@ -161,6 +171,7 @@ def acquire(path: Path, rank: int) -> int:
         StoreError: if another process has it, or there can be no lock.
     """
     lock = path / f"rank-{rank}.lock"
+    give_up = time.monotonic() + patience
     while True:
         try:
             file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -171,6 +182,9 @@ def acquire(path: Path, rank: int) -> int:
         except BlockingIOError as error:
             holder = os.pread(file, 32, 0).decode(errors="replace").strip()
             os.close(file)
+            if time.monotonic() < give_up:  # perhaps somebody only removes an old shard
+                time.sleep(_LOCK_POLL)
+                continue
             raise StoreError(
                 f"disk.path: rank {rank} of {path} is in use by process {holder}: stop it, or "
                 "choose another path; every server needs its own"
@@ -186,11 +200,11 @@ def acquire(path: Path, rank: int) -> int:
 
 
 @contextmanager
-def hold(path: Path, ranks: Iterable[int]) -> Iterator[None]:
+def hold(path: Path, ranks: Iterable[int], patience: float = 0.0) -> Iterator[None]:
     """Hold some ranks' parts of a store, see :func:`acquire`."""
     with ExitStack() as held:
         for rank in ranks:
-            held.callback(os.close, acquire(path, rank))
+            held.callback(os.close, acquire(path, rank, patience))
         yield
 
 
