@@ -105,6 +105,6 @@ def test_one_rank_keeps_what_both_hold(
     file.write_bytes(b"\x55" * file.stat().st_size)
     computed, _ = run_and_look(engine, SECOND)
     assert all(one == other for one, other in computed)
-    assert engine.metrics().total("lamina_failures_total", kind="load_disk_verification") == 1
+    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
     engine.forget()
     assert run_and_look(engine, SECOND) == (computed, CHUNKS * CHUNK)

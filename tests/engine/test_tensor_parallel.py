@@ -91,7 +91,7 @@ def test_one_rank_has_lost_its_shard(llama: Path, start: Start, tmp_path: Path) 
     slab.write_bytes(content)
     engine = start(two_ranks(llama, store, "layerwise"))
     assert not differences([engine.ask(ask)], [expected])
-    assert engine.metrics().total("lamina_failures_total", kind="load_disk_verification") == 1
+    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
     engine.close()
 
     (index,) = store.glob("*/rank-1.sqlite")

@@ -150,21 +150,24 @@ def test_a_slab_cut_short_at_run_time_is_a_counted_miss(
     tier.close()
 
 
+@pytest.mark.parametrize(("error", "damage"), [(errno.EIO, True), (errno.EAGAIN, False)])
 def test_an_unreadable_sector_is_a_counted_miss_of_its_extent(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch, error: int, damage: bool
 ) -> None:
+    """A machine that is short of something now has lost nothing."""
     run = AioQueue.run
 
     def flaky(self: AioQueue, *arguments: object) -> np.ndarray:
         failed = run(self, *arguments)  # type: ignore[arg-type]
-        failed[1] = errno.EIO
+        failed[1] = error
         return failed
 
     tier = open_tier(store)
     monkeypatch.setattr(AioQueue, "run", flaky)
     into = aligned_memory(3 * EXTENTS[0]).reshape(3, -1)
-    good = tier.read_row(0, [0, 1, 2], [key(0), key(1), key(2)], into).good
-    assert good.tolist() == [True, False, True]
+    read = tier.read_row(0, [0, 1, 2], [key(0), key(1), key(2)], into)
+    assert read.good.tolist() == [True, False, True]
+    assert read.damaged.tolist() == [False, damage, False]
     assert (into[2] == content(2, 0)).all()
     assert tier.failures == {ReadFailure.IO_ERROR: 1}
     tier.close()

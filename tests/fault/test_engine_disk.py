@@ -105,7 +105,7 @@ def test_damage_while_the_server_runs(
     damage(full_store)
     assert not differences(engine.generate(ASKS), expected)
     metrics = engine.metrics()
-    assert metrics.total("lamina_failures_total", kind="load_disk_verification") >= 1
+    assert metrics.total("lamina_failures_total", kind="load_disk_checksum") >= 1
     assert metrics.total("lamina_leased_blocks") == 0
     expect_whole(engine, expected)
 
@@ -161,7 +161,7 @@ def test_one_bad_request_among_good_ones(
     answers = engine.generate(ASKS)
     assert not differences(answers, expected)
     assert [answer.cached for answer in answers].count(WHOLE) >= 3
-    assert engine.metrics().total("lamina_failures_total", kind="load_disk_verification") == 1
+    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
 
 
 @pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +246,37 @@ def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_s
     assert by_id[TransferId(2)].outcome is Outcome.FAILED
     assert by_id[TransferId(2)].bad_chunks == (b"k",)
     assert by_id[TransferId(3)].outcome is Outcome.FAILED
+
+
+class LateFence(Fence):
+    """A device that runs behind its host."""
+
+    over = False
+
+    def wait(self) -> None:
+        """See :class:`~lamina.data.movers.base.Fence`."""
+
+    def passed(self) -> bool:
+        return self.over
+
+
+def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots are leased until then, and another process may share them."""
+    rank.save(b"k", 3, (7, 2))
+    fence, inner = LateFence(), rank.source.load_row
+
+    def late(*arguments: Any) -> Fence:
+        inner(*arguments)
+        return fence
+
+    monkeypatch.setattr(rank.source, "load_row", late)
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
+    assert rank.executor.collect().receipt.transfers == ()
+    fence.over = True
+    (receipt,) = rank.settle(1)
+    assert receipt.outcome is Outcome.DONE
 
 
 def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(rank: Rank) -> None:

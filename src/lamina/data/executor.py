@@ -260,7 +260,7 @@ class Executor:
         return Outcomes(receipt, frozenset(arrived), frozenset(failed), frozenset(lost))
 
     def close(self) -> None:
-        """Finish what is under way, within ``load.deadline``, and release threads, files, memory."""
+        """Finish what is under way, within ``load.deadline``, and release what is held."""
         for run in self._parked:
             run.give_up("closed")
         give_up = time.monotonic() + self._config.deadline

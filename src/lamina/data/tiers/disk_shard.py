@@ -8,6 +8,7 @@ promise, the checksum tells.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -30,6 +31,10 @@ from lamina.plan import ChunkKey, StoredChunk
 log = logging.getLogger("lamina.data")
 
 
+_PASSING = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors that say that the machine could not read just now, and nothing about the disk."""
+
+
 class ReadFailure(StrEnum):
     """Why an extent was not delivered."""
 
@@ -47,8 +52,8 @@ class RowRead:
 
     Attributes:
         good: the slot holds that chunk and the bytes are those that were written.
-        damaged: the chunk is not there any more, or never will be as it was written. What is
-            neither could not be read this time.
+        damaged: it is not there, or not as it was written, or the disk cannot read it. What is
+            neither could only not be read this time.
         failure: what happened to one that is not good; None if all are.
     """
 
@@ -126,7 +131,7 @@ class ShardReader:
             good[read] = agree(into[read], expected[read])
         if good.all():
             return RowRead(good, ~good, None)
-        damaged = ~held | (read & ~good)
+        damaged = ~good & ~(held & np.isin(failed, _PASSING))
         broken = held & (failed != 0)
         self._count(ReadFailure.OTHER_KEY, row, where[~held])
         self._count(ReadFailure.IO_ERROR, row, where[broken], failed[broken])
