@@ -98,9 +98,12 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     Raises:
         ValueError: if it is not a whole number of blocks.
     """
-    block = math.lcm(*(group.block_tokens for group in groups(cache)))
+    found = groups(cache)
+    block = math.lcm(*(group.block_tokens for group in found))
     if isinstance(configured, str):
-        return chunk_tokens_for(block)
+        # A prefill leaves a state at the last boundary of a block, wherever that is.
+        recurrent = any(group.kind is GroupKind.STATE for group in found)
+        return block if recurrent else chunk_tokens_for(block)
     if configured % block:
         raise ValueError(
             f"chunk_tokens: {configured} is not a whole number of blocks; vLLM's block size here "
