@@ -53,6 +53,7 @@ class View:
     root_extra: bytes = b""
     first_block: int = 1
     extras: dict[int, bytes] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)
@@ -68,10 +69,12 @@ class View:
         return self.extras.get(start, b"")
 
     def blocks(self, group: int = 0) -> Sequence[int]:
+        if group in self.tables:
+            return self.tables[group]
         return range(self.first_block, self.first_block + len(self.token_ids) // BLOCK + 1)
 
     def state_blocks(self, group: int, end: int) -> Sequence[int]:
-        raise AssertionError("this model has no states")
+        return self.tables[group]
 
 
 class Engine:
@@ -86,6 +89,7 @@ class Engine:
         disk_slots: int = 0,
         stored: tuple[StoredChunk, ...] = (),
         reports_blocks: bool = True,
+        shape: ChunkShape | None = None,
     ) -> None:
         settings: dict[str, object] = dict(extra or {})
         if disk_slots:
@@ -96,7 +100,7 @@ class Engine:
         self.ranks = ranks
         self.planner = Planner(
             load_config(settings, {}),
-            ChunkShape.uniform(BLOCK, CHUNK),
+            shape or ChunkShape.uniform(BLOCK, CHUNK),
             b"namespace",
             self.pool,
             [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],

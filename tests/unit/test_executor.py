@@ -73,8 +73,10 @@ class FlakySource:
 class Rank:
     """One rank: an engine cache of random bytes, a host tier, an executor."""
 
-    def __init__(self, config: LoadConfig | None = None) -> None:
-        self.geometry = geometry()
+    def __init__(
+        self, config: LoadConfig | None = None, shape: CacheGeometry | None = None
+    ) -> None:
+        self.geometry = shape or geometry()
         self.cache = torch.randint(0, 256, (self.geometry.allocation_bytes[0],), dtype=torch.uint8)
         mover = make_mover(self.geometry, [self.cache])
         host = HostTier(self.geometry, 10 * self.geometry.chunk_bytes, mover.allocate_host)
@@ -246,6 +248,70 @@ def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_s
     assert by_id[TransferId(2)].outcome is Outcome.FAILED
     assert by_id[TransferId(2)].bad_chunks == (b"k",)
     assert by_id[TransferId(3)].outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("mode", list(LoadMode))
+def test_a_row_moves_only_the_groups_that_have_a_layer_in_it(mode: LoadMode) -> None:
+    """Two groups share rows 0 and 2; row 1 is of the first alone, and chunks of the second have one
+    block, as those of states have."""
+    shape = geometry()
+    rows = [replace(row, groups=(0, 1)) for row in shape.rows]
+    rows[1] = replace(rows[1], groups=(0,))
+    rank = Rank(shape=replace(shape, rows=tuple(rows)))
+    orders = (
+        save(1, b"a", 3, (7, 2)),
+        replace(save(2, b"b", 4, (9,)), group=1),
+    )
+    rank.run(StepPlan(0, saves=orders))
+    receipts = {r.transfer: r.moved_bytes for r in rank.settle(2)}
+    assert receipts == {1: 2 * sum(PAGES), 2: PAGES[0] + PAGES[2]}
+    before = {block: rank.pages((block,)) for block in (7, 2, 9, 11, 5, 6)}
+    chunks = (
+        ChunkLoad(ChunkKey(b"a"), TierName.HOST, 3, 0, (11, 5)),
+        ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1),
+    )
+    order = LoadOrder(TransferId(3), "r", mode, chunks, 10.0)
+    rank.run(StepPlan(0, loads=(order,), forward=mode is LoadMode.LAYERWISE, outstanding=True))
+    (receipt,) = rank.settle(1)
+    assert receipt.outcome is Outcome.DONE
+    assert receipt.moved_bytes == 2 * sum(PAGES) + PAGES[0] + PAGES[2]
+    assert rank.pages((11, 5)) == rank.pages((7, 2))
+    assert rank.pages((6,)) == [before[9][0], before[6][1], before[9][2]]
+    rank.executor.close()
+
+
+def test_a_load_with_nothing_in_some_rows_ends(rank: Rank) -> None:
+    rows = [replace(row, groups=(i % 2,)) for i, row in enumerate(rank.geometry.rows)]
+    only = Rank(shape=replace(rank.geometry, rows=tuple(rows)))
+    chunk = ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1)
+    for number, mode in enumerate(LoadMode):
+        order = LoadOrder(TransferId(number), "r", mode, (chunk,), 10.0)
+        only.run(StepPlan(0, loads=(order,), outstanding=True))
+        (receipt,) = only.settle(1)
+        assert (receipt.outcome, receipt.moved_bytes) == (Outcome.DONE, PAGES[1])
+    only.executor.close()
+
+
+def test_a_row_is_saved_when_all_of_its_layers_have_written_it() -> None:
+    """In whatever order they run."""
+    shape = geometry()
+    rows = [replace(row, layers=(f"{i}.linear", f"{i}.full")) for i, row in enumerate(shape.rows)]
+    rank = Rank(shape=replace(shape, rows=tuple(rows)))
+    rank.executor.begin_step(StepPlan(0, saves=(save(1, b"a", 3, (7, 2)),)))
+    rank.executor.start_loads()
+    rank.executor.layer_written("0.full")
+    time.sleep(0.05)
+    assert not [span for span in rank.timeline.spans() if span.lane is Lane.SAVE]
+    rank.executor.layer_written("0.linear")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and not any(
+        span.lane is Lane.SAVE for span in rank.timeline.spans()
+    ):
+        time.sleep(0.001)
+    assert [span.row for span in rank.timeline.spans() if span.lane is Lane.SAVE] == [0]
+    rank.executor.end_step()
+    rank.settle(1)
+    rank.executor.close()
 
 
 class LateFence(Fence):

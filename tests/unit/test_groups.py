@@ -1,0 +1,196 @@
+"""Models with several kinds of cache: a hit ends where every group has what it needs, each group
+loads no more than that, and a state is kept only where it really stands.
+"""
+
+from __future__ import annotations
+
+import pytest
+from driven_planner import BLOCK, CHUNK, Engine, View, prompt
+
+from lamina.control.requests import BoundaryState, ChunkShape
+from lamina.geometry import Group, GroupKind
+from lamina.plan import ChunkLoad, StepPlan
+
+NONE = 0
+FULL, WINDOW, STATE = (
+    Group(GroupKind.FULL, BLOCK),
+    Group(GroupKind.WINDOW, BLOCK, window=CHUNK + 1),
+    Group(GroupKind.STATE, CHUNK),
+)
+CHUNKS = 4
+TOKENS = prompt(CHUNKS * CHUNK + 8)
+ROOM = 100
+
+
+def view(name: str, tokens: list[int] = TOKENS, **tables: list[int]) -> View:
+    """A request whose blocks of group *g* are numbered from ``ROOM * (g + 1)``."""
+    blocks = len(tokens) // BLOCK + 1
+    found = {g: list(range(ROOM * (g + 1), ROOM * (g + 1) + blocks)) for g in range(3)}
+    found |= {int(group.removeprefix("g")): table for group, table in tables.items()}
+    return View(name, tokens, tables=found)
+
+
+def engine_of(*groups: Group) -> Engine:
+    return Engine(shape=ChunkShape(CHUNK, groups, NONE))
+
+
+def compute(
+    engine: Engine, request: View, *states: tuple[int, int, int], computed: int | None = None
+) -> StepPlan:
+    """Compute a request in one step, in which vLLM hands over ``states`` (group, block, end)."""
+    name = request.request_id
+    engine.planner.lookup(request, 0)
+    engine.planner.admitted(name, 0)
+    plan = engine.planner.plan_step(
+        [(name, len(request.token_ids) if computed is None else computed)],
+        forward=True,
+        states=[BoundaryState(name, *state) for state in states],
+    )
+    engine.answer(*(order.transfer for order in plan.saves))
+    return plan
+
+
+def load(engine: Engine, request: View, floor: int = 0) -> tuple[int, tuple[ChunkLoad, ...]]:
+    """Tokens hit beyond ``floor``, and what is loaded for them."""
+    hit = engine.planner.lookup(request, floor)
+    engine.planner.admitted(request.request_id, hit.tokens)
+    loads = engine.step().loads
+    return hit.tokens, loads[0].chunks if loads else ()
+
+
+def drop(engine: Engine, plan: StepPlan, group: int, index: int) -> None:
+    keys = [order.key for order in plan.saves if order.group == group]
+    engine.planner._catalog.host.drop(keys[index])
+
+
+def test_every_group_saves_its_own_blocks_under_its_own_keys() -> None:
+    plan = compute(engine_of(FULL, WINDOW), view("a"))
+    assert len({order.key for order in plan.saves}) == 2 * CHUNKS
+    for group in (0, 1):
+        blocks = [block for o in plan.saves if o.group == group for block in o.blocks]
+        first = ROOM * (group + 1)
+        assert blocks == list(range(first, first + CHUNKS * CHUNK // BLOCK))
+
+
+def test_a_window_needs_only_its_end() -> None:
+    engine = engine_of(FULL, WINDOW)
+    plan = compute(engine, view("a"))
+    drop(engine, plan, 1, 0)
+    drop(engine, plan, 1, 1)
+    tokens, chunks = load(engine, view("b"))
+    assert tokens == CHUNKS * CHUNK
+    assert sum(chunk.group == 0 for chunk in chunks) == CHUNKS
+    # 33 tokens look back 32 from the next one: one chunk.
+    assert [chunk.blocks for chunk in chunks if chunk.group == 1] == [(206, 207)]
+
+
+def test_a_hit_ends_where_the_window_before_it_is_whole() -> None:
+    engine = engine_of(FULL, WINDOW)
+    plan = compute(engine, view("a"))
+    drop(engine, plan, 1, CHUNKS - 1)
+    assert load(engine, view("b"))[0] == (CHUNKS - 1) * CHUNK
+
+
+def test_what_the_engine_has_of_a_window_is_not_loaded_again() -> None:
+    engine = engine_of(FULL, Group(GroupKind.WINDOW, BLOCK, window=2 * CHUNK))
+    compute(engine, view("a"))
+    tokens, chunks = load(engine, view("b"), floor=3 * CHUNK)
+    assert tokens == CHUNK
+    assert [(c.group, c.blocks) for c in chunks] == [(0, (106, 107)), (1, (206, 207))]
+
+
+def test_blocks_that_a_request_has_not_are_not_filled() -> None:
+    """A window may begin in the middle of a chunk."""
+    engine = engine_of(FULL, Group(GroupKind.WINDOW, BLOCK, window=BLOCK + CHUNK))
+    compute(engine, view("a"))
+    table = [NONE] * 5 + [205, 206, 207, 208]
+    _, chunks = load(engine, view("b", g1=table))
+    window = [chunk for chunk in chunks if chunk.group == 1]
+    assert [(c.first_block, c.blocks) for c in window] == [(1, (205,)), (0, (206, 207))]
+
+
+def test_a_window_without_full_attention_beside_it() -> None:
+    engine = engine_of(WINDOW)
+    plan = compute(engine, view("a"))
+    for index in range(CHUNKS - 1):
+        drop(engine, plan, 0, index)
+    assert load(engine, view("b"))[0] == CHUNKS * CHUNK
+
+
+def test_what_has_left_the_window_before_there_was_room_is_not_saved() -> None:
+    plan = compute(engine_of(FULL, WINDOW), view("a", g1=[NONE] * 4 + list(range(204, 209))))
+    saved = [order.blocks for order in plan.saves if order.group == 1]
+    assert saved == [(204, 205), (206, 207)]
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+def test_a_hit_ends_at_a_boundary_that_has_a_state() -> None:
+    engine = engine_of(FULL, STATE)
+    plan = compute(engine, view("a"), (1, 250, 2 * CHUNK))
+    assert [order.blocks for order in plan.saves if order.group == 1] == [(250,)]
+    tokens, chunks = load(engine, view("b", g1=[301, 302]))
+    assert tokens == 2 * CHUNK
+    states = [chunk for chunk in chunks if chunk.group == 1]
+    assert [chunk.blocks for chunk in states] == [(301,), (302,)], (
+        "the kept one and the running one"
+    )
+    assert len({chunk.slot for chunk in states}) == 1
+
+
+def test_without_a_state_there_is_no_hit() -> None:
+    engine = engine_of(FULL, STATE)
+    compute(engine, view("a"))
+    assert load(engine, view("b")) == (0, ())
+
+
+def test_one_state_is_loaded_and_it_is_the_last() -> None:
+    engine = engine_of(FULL, STATE)
+    plan = compute(engine, view("a"), *((1, 250 + i, (i + 1) * CHUNK) for i in range(CHUNKS)))
+    states = [order for order in plan.saves if order.group == 1]
+    _, chunks = load(engine, view("b", g1=[300]))
+    assert [c.key for c in chunks if c.group == 1] == [states[-1].key]
+
+
+def test_the_hit_is_cut_before_it_is_looked_for() -> None:
+    """The state behind the last token knows the token that must be computed again."""
+    engine = engine_of(FULL, STATE)
+    whole = TOKENS[: 3 * CHUNK]
+    compute(engine, view("a", whole), *((1, 250 + i, (i + 1) * CHUNK) for i in range(3)))
+    assert load(engine, view("b", whole, g1=[300]))[0] == 2 * CHUNK
+
+
+@pytest.mark.parametrize("end", [CHUNK - 1, CHUNK + BLOCK, 2 * CHUNK + 1])
+def test_a_state_off_a_boundary_is_not_kept(end: int) -> None:
+    plan = compute(engine_of(FULL, STATE), view("a"), (1, 250, end))
+    assert not [order for order in plan.saves if order.group == 1]
+
+
+def test_a_state_of_tokens_that_are_not_confirmed_is_not_kept() -> None:
+    """Drafts run ahead of what is known."""
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    plan = compute(engine_of(FULL, STATE), request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    assert not [order for order in plan.saves if order.group == 1]
+
+
+def test_a_state_is_read_under_a_lease() -> None:
+    engine = engine_of(FULL, STATE)
+    request = view("a")
+    engine.planner.lookup(request, 0)
+    engine.planner.admitted("a", 0)
+    plan = engine.planner.plan_step(
+        [("a", CHUNK)], forward=True, states=[BoundaryState("a", 1, 250, CHUNK)]
+    )
+    assert 250 in engine.pool.held
+    engine.answer(*(order.transfer for order in plan.saves))
+    assert not engine.pool.held
+
+
+def test_a_longer_hit_is_found_when_its_state_arrives() -> None:
+    engine = engine_of(FULL, STATE)
+    compute(engine, view("a"), (1, 250, CHUNK))
+    waiting = view("w", g1=[300])
+    assert engine.planner.lookup(waiting, 0).tokens == CHUNK
+    compute(engine, view("c"), (1, 251, 3 * CHUNK))
+    assert engine.planner.lookup(waiting, 0).tokens == 3 * CHUNK
