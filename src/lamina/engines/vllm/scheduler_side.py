@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -23,6 +23,7 @@ from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.requests import VllmBlockPool, VllmRequest
+from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 
@@ -51,6 +52,9 @@ class SchedulerSide:
             layout.groups(cache),
             layout.NULL_BLOCK,
         )
+        self._recurrent = [
+            index for index, group in enumerate(self._shape.groups) if group.kind is GroupKind.STATE
+        ]
         self._namespace = build_namespace(config, vllm_config, cache)
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
@@ -121,11 +125,11 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of the step that vLLM has just scheduled."""
-        progress = self._progress(output) if self._saves else ()
+        progress = list(self._progress(output)) if self._saves else []
         plan = self.planner.plan_step(
             progress,
             forward=output.total_num_scheduled_tokens > 0,
-            states=_boundary_states(output) if self._saves else (),
+            states=self._boundary_states(output, progress) if self._saves else (),
         )
         self._moved |= not plan.is_empty
         return plan
@@ -168,6 +172,28 @@ class SchedulerSide:
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             yield request_id, computed + scheduled[request_id]
 
+    def _boundary_states(
+        self, output: SchedulerOutput, progress: Sequence[tuple[str, int]]
+    ) -> Iterator[BoundaryState]:
+        """Recurrent states that stand at a boundary when the step is over: those that vLLM keeps
+        for its own prefix cache and hands over, and those that it only passes by. What is drafted
+        may be taken back, so that with speculation only the former are sure."""
+        state = output.kv_connector_block_state
+        if state is None or not self._recurrent:
+            return
+        for request_id, offers in state.boundary_state_offloads.items():
+            for group, block, end in offers:
+                yield BoundaryState(request_id, group, block, end)
+        if self._recompute > 1:
+            return
+        for request_id, end in progress:
+            if end % self._shape.chunk_tokens == 0:
+                tables = state.resolve_block_ids(request_id)
+                for group in self._recurrent:
+                    index = end // self._shape.groups[group].block_tokens - 1
+                    if (block := tables[group][index]) != layout.NULL_BLOCK:
+                        yield BoundaryState(request_id, group, block, end)
+
     def _view(self, request: Request) -> VllmRequest:
         manager = self._manager
         assert manager is not None
@@ -196,12 +222,3 @@ class SchedulerSide:
                 )
                 self._adapters[name] = f"unknown {uuid.uuid4()}"
         return self._adapters[name]
-
-
-def _boundary_states(output: SchedulerOutput) -> Iterator[BoundaryState]:
-    """Recurrent states that vLLM hands over with the step that computes them."""
-    state = output.kv_connector_block_state
-    if state is not None:
-        for request_id, offers in state.boundary_state_offloads.items():
-            for group, block, end in offers:
-                yield BoundaryState(request_id, group, block, end)
