@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,9 @@ class Service:
         (blocks,) = manager.get_block_ids(self._live[name])
         by_rank = self._llm.collective_rpc(digest_blocks, args=(list(blocks),))
         return ["".join(digests) for digests in zip(*by_rank, strict=True)]
+
+    def in_workers(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> list[Any]:
+        return self._llm.collective_rpc(function, args=arguments)
 
     def metrics(self) -> list[Sample]:
         return [

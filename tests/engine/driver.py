@@ -307,6 +307,10 @@ class Engine:
         layers and ranks, read through vLLM's own view of its cache."""
         return self._call("pages", name)
 
+    def in_workers(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
+        """What ``function(worker, *arguments)`` returns in each worker of vLLM."""
+        return self._call("in_workers", function, arguments)
+
     def metrics(self) -> Metrics:
         """What the engine publishes now."""
         return Metrics(self._call("metrics"))

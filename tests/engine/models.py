@@ -8,7 +8,7 @@ wrong page in the cache is a wrong answer (``test_harness`` holds the models to 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ class Shape:
         dtype: type that the weights are saved in.
         gain: factor on all matrices.
         fields: its configuration, beyond what all shapes share.
+        constants: by the end of their names, parameters that have one value. Norms of queries and
+            keys above one make attention pick tokens; a small decay makes a state remember.
+        options: arguments of ``vllm.LLM`` without which the model does not run, or runs wrongly.
     """
 
     model_type: str
     dtype: str
     gain: float
     fields: dict[str, Any]
+    constants: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 _SHARED: dict[str, Any] = {
@@ -80,38 +85,84 @@ SHAPES: dict[str, Shape] = {
             "topk_group": 1,
         },
     ),
-    "sliding-window": Shape("mistral", "float32", 5.0, {"sliding_window": 128}),
+    "sliding-window": Shape(
+        "mistral", "float32", 7.0, {"num_hidden_layers": 5, "sliding_window": 192}
+    ),
     "interleaved-windows": Shape(
         "gemma3_text",
         "float32",
-        1.0,
-        {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        4.0,
+        {
+            "num_hidden_layers": 12,
+            "sliding_window": 128,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+        },
+        {"q_norm.weight": 3.0, "k_norm.weight": 3.0},
+    ),
+    "alternating-windows": Shape(
+        "gpt_oss",
+        "bfloat16",
+        8.0,
+        {
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        options={"dtype": "bfloat16"},
     ),
     "linear-attention": Shape(
         "qwen3_next",
         "bfloat16",
-        1.0,
+        8.0,
         {
             **_EXPERTS,
+            "num_hidden_layers": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
             "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
             "shared_expert_intermediate_size": 64,
         },
+        {"A_log": -5.0, "q_norm.weight": 2.0, "k_norm.weight": 2.0},
+        {"dtype": "bfloat16"},
     ),
     "short-convolution": Shape(
         "lfm2",
         "float32",
-        1.0,
+        5.0,
         {
+            "num_hidden_layers": 6,
+            "tie_word_embeddings": True,  # vLLM ties them in any case
             "block_auto_adjust_ff_dim": False,
             "block_dim": 128,
             "block_ff_dim": 128,
             "conv_dim": 128,
             "conv_dim_out": 128,
-            "layer_types": ["conv", "full_attention"] * 2,
+            "layer_types": ["conv", "conv", "full_attention"] * 2,
         },
+        {"q_layernorm.weight": 3.0, "k_layernorm.weight": 3.0},
+        # vLLM's rotary kernel for CPUs takes the heads of this model's queries for tokens.
+        {"compilation_config": {"custom_ops": ["-rotary_embedding"]}},
+    ),
+    "state-space": Shape(
+        "mamba2",
+        "float32",
+        2.0,
+        {
+            "intermediate_size": 256,
+            "num_heads": 8,
+            "head_dim": 32,
+            "state_size": 32,
+            "n_groups": 1,
+            "expand": 2,
+            "chunk_size": 64,
+        },
+        {"A_log": -4.0},
+        {"enable_prefix_caching": False},
     ),
 }
 """What :func:`make_model` can make, by name."""
@@ -136,9 +187,12 @@ def make_model(name: str, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(shape.gain)
+            for ending, value in shape.constants.items():
+                if parameter_name.endswith(ending):
+                    parameter.fill_(value)
     model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
     return folder
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from engine.driver import TOLERANCE, Ask, EngineSpec, Fleet
-from engine.models import Checkpoints
+from engine.models import SHAPES, Checkpoints
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts, prompt
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("model", [name for name in SHAPES if name != "mla"])
 def test_one_early_token_changes_the_answer(
     checkpoints: Checkpoints, fleet: Fleet, model: str
 ) -> None:
-    engine = fleet.get(EngineSpec(checkpoints.model(model)))
+    engine = fleet.get(EngineSpec(checkpoints.model(model), options=SHAPES[model].options))
     tokens = prompt(1, 600)
     changed = []
     for position in (0, 1, 70, 200, 400, 500):
