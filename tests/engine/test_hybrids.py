@@ -31,6 +31,7 @@ HYBRIDS = [
     "short-convolution",
     "linear-attention",
 ]
+STATES = ["short-convolution", "linear-attention"]
 HOST = {"capacity": "256MiB"}
 
 
@@ -94,22 +95,23 @@ def reference(
     def get(model: str) -> tuple[list[Talk], list[Answer]]:
         if model not in known:
             conversations = talks(BLOCKS.get(model, 32))
-            plain = fleet.get(EngineSpec(checkpoints.model(model), options=options_of(model)))
+            # By default vLLM keeps fewer boundaries than Lamina, and where it resumes decides how
+            # its arithmetic rounds.
+            options = {**options_of(model), "prefix_cache_retention_interval": None}
+            plain = fleet.get(EngineSpec(checkpoints.model(model), options=options))
             known[model] = conversations, hold(plain, conversations, lambda engine: engine)
         return known[model]
 
     return get
 
 
-def compare(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
+def compare(model: str, answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    cached = [(ours.cached, theirs.cached) for ours, theirs in zip(answers, expected, strict=True)]
+    if model in STATES:
+        assert all(ours == theirs for ours, theirs in cached), cached
+    else:  # vLLM has little room for windows, and gives some up
+        assert all(ours >= theirs for ours, theirs in cached), cached
     assert not differences(answers, expected)
-    # What it resumes from is in the answer's arithmetic: it must be as much, or nearly.
-    missed = [
-        (ours.cached, theirs.cached)
-        for ours, theirs in zip(answers, expected, strict=True)
-        if ours.cached < theirs.cached
-    ]
-    assert len(missed) <= len(answers) // 10, missed
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "parked", "auto"])
@@ -124,7 +126,7 @@ def test_from_host_memory(
         "load": {"mode": mode, "min_tokens": 1},
     }
     engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options_of(model)))
-    compare(hold(engine, conversations, forget), expected)
+    compare(model, hold(engine, conversations, forget), expected)
     metrics = engine.metrics()
     assert metrics.total("lamina_hit_tokens_total", tier="host") > 0
     assert metrics.total("lamina_failures_total") == 0
@@ -150,4 +152,4 @@ def test_from_disk_after_restarts(
         engine.close()
         return start(spec)
 
-    compare(hold(start(spec), conversations, restart), expected)
+    compare(model, hold(start(spec), conversations, restart), expected)
