@@ -7,6 +7,7 @@ whose cache is emptied and overwritten after every turn, so that Lamina has to b
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,3 +154,140 @@ def test_from_disk_after_restarts(
         return start(spec)
 
     compare(model, hold(start(spec), conversations, restart), expected)
+
+
+CHUNKED = {"max_num_batched_tokens": 96, "max_num_seqs": 8}
+
+
+@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+def test_many_at_once_in_small_pieces(checkpoints: Checkpoints, fleet: Fleet, model: str) -> None:
+    """Prefills end off boundaries, and running requests share prefixes."""
+    options = {**options_of(model), **CHUNKED}
+    asks = [Ask(talk.first) for talk in talks(32)] * 2
+    plain = {**options, "prefix_cache_retention_interval": None}
+    expected = fleet.get(EngineSpec(checkpoints.model(model), options=plain)).generate(asks)
+    lamina = {"host": HOST, "chunk_tokens": 32, "load": {"min_tokens": 1}}
+    engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options))
+    for _ in range(3):
+        answers = engine.generate(asks)
+        assert [a.samples for a in answers] == [e.samples for e in expected]
+        engine.forget()
+    assert engine.metrics().total("lamina_hit_tokens_total", tier="host") > 0
+    assert engine.metrics().total("lamina_failures_total") == 0
+
+
+@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: str) -> None:
+    """With too little memory for all of them, and saves on their way."""
+    room = {"num_gpu_blocks_override": 110, "max_num_seqs": 6, "max_model_len": 512}
+    options = {**options_of(model), **room}
+    asks = [Ask(prompt(700 + i, 150 + 30 * i), max_tokens=70) for i in range(8)]
+    expected = fleet.get(EngineSpec(checkpoints.model(model), options=options)).generate(asks)
+    engine = fleet.get(EngineSpec(checkpoints.model(model), {"host": HOST}, options))
+    free = engine.free_blocks()
+    for _ in range(2):
+        names = engine.submit(asks[:4])
+        for _ in range(5):
+            engine.step()
+        engine.abort(names)
+        engine.drain()
+        answers = engine.generate(asks)
+        assert [a.samples for a in answers] == [e.samples for e in expected]
+        engine.forget()
+    metrics = engine.metrics()
+    assert metrics.total("lamina_leased_blocks") == metrics.total("lamina_transfers") == 0
+    assert engine.free_blocks() == free
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+def test_a_load_that_fails(
+    checkpoints: Checkpoints, fleet: Fleet, start: Start, tmp_path: Path, model: str, policy: str
+) -> None:
+    """VLLM cannot take single blocks back here: the whole request is computed again, or fails."""
+    store = tmp_path / "store"
+    lamina = {"host": HOST, "disk": {"path": str(store), "capacity": "64MiB"}, "chunk_tokens": 32}
+    options = options_of(model)
+    asks = [Ask(prompt(800 + i, 200 + i)) for i in range(3)]
+    expected = fleet.get(EngineSpec(checkpoints.model(model), options=options)).generate(asks)
+    engine = start(EngineSpec(checkpoints.model(model), lamina, options))
+    for ask in asks:
+        engine.ask(ask)
+    engine.close()
+    (slab,) = store.glob("*/rank-0.slab")
+    content = bytearray(slab.read_bytes())
+    for slot in range(6):  # the first row of the first chunk of every group
+        content[slot * 16384 + 5000] ^= 1
+    slab.write_bytes(content)
+
+    transfer = {"kv_load_failure_policy": policy}
+    engine = start(EngineSpec(checkpoints.model(model), lamina, options, transfer=transfer))
+    bad, *good = engine.generate(asks)
+    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
+    assert not differences(good, expected[1:])
+    assert all(answer.cached > 0 for answer in good)
+    if policy == "fail":
+        assert bad.finish == "error"
+    else:
+        assert not differences([bad], expected[:1])
+    engine.forget()
+    assert not differences(engine.generate(asks), expected)
+    assert engine.metrics().total("lamina_leased_blocks") == 0
+
+
+@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution", "linear-attention"])
+def test_nothing_is_saved_twice(checkpoints: Checkpoints, fleet: Fleet, model: str) -> None:
+    """What is saved is what the geometry says: whole blocks of every group that has tokens in them,
+    and one state at each boundary that the prefill stopped at."""
+    block = BLOCKS.get(model, 32)
+    lamina = {"host": HOST, "chunk_tokens": block}
+    engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options_of(model)))
+    before = engine.metrics()
+    ask = Ask(prompt(850, 5 * block + 7), max_tokens=1)
+    engine.ask(ask)
+    engine.ask(ask)
+    saved = engine.metrics().since(before, "lamina_save_bytes_total")
+    page, rows, paged, recurrent = engine.in_workers(cache_shape)[0]
+    assert saved == rows * page * (5 * paged + recurrent)
+
+
+def cache_shape(worker: Any) -> tuple[int, int, int, int]:
+    """Bytes of a page, rows, groups with blocks for tokens, groups with states."""
+    config = worker.model_runner.kv_cache_config
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    recurrent = sum(type(spec).__name__ == "MambaSpec" for spec in specs)
+    rows = len(config.kv_cache_groups[0].layer_names)
+    return specs[0].page_size_bytes, rows, len(specs) - recurrent, recurrent
+
+
+CORES = sorted(os.sched_getaffinity(0))
+TWO_RANKS = {"tensor_parallel_size": 2}
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model", ["interleaved-windows", "linear-attention"])
+def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model: str) -> None:
+    conversations = talks(BLOCKS.get(model, 32), count=12)
+    options = {**options_of(model), **TWO_RANKS}
+    plain = {**options, "prefix_cache_retention_interval": None}
+    checkpoint = checkpoints.model(model)
+    engine = start(EngineSpec(checkpoint, None, plain, environment=TWO_CORES))
+    expected = hold(engine, conversations, lambda engine: engine)
+    engine.close()
+    lamina = {
+        "host": HOST,
+        "disk": {"path": str(tmp_path / "store"), "capacity": "128MiB"},
+        "chunk_tokens": BLOCKS.get(model, 32),
+        "load": {"min_tokens": 1},
+    }
+    spec = EngineSpec(checkpoint, lamina, options, environment=TWO_CORES)
+    engine = start(spec)
+    compare(model, hold(engine, conversations, forget), expected)
+    engine.close()
+    engine = start(spec)
+    again = [engine.ask(Ask(talk.first)) for talk in conversations]
+    assert not differences(again, expected[: len(conversations)])
+    assert sum(answer.cached for answer in again) > 0
+    assert engine.metrics().total("lamina_hit_tokens_total", tier="disk") > 0
