@@ -6,6 +6,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/lock.txt)
+# Two at a time: an engine computes on one core in the tests. A file stays together, for its engines.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 
 # Python's caches save 8 s of imports at every start of the engine: keep them whatever the shell says.
@@ -21,10 +23,10 @@ demo: .venv/installed ## a real model answers a long question three times, once 
 	@$(BIN)/lamina demo --model-dir models
 
 test: .venv/installed-tests ## the test suite, without what is marked slow
-	@$(BIN)/pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: .venv/installed-tests ## the whole test suite
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 SOAK_STEPS ?= 1000000
 SOAK_CYCLES ?= 300

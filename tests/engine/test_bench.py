@@ -56,6 +56,17 @@ def test_overlap_measures_every_window_and_draws_the_step(tmp_path: Path) -> Non
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_overlap_of_a_hybrid_loads_every_row_once(tmp_path: Path) -> None:
+    """The bench stops if other bytes come through the link than the rows of the hit, once."""
+    picture = tmp_path / "timeline.png"
+    hybrid = ["--model", "hybrid", "--layers", "8", "--block-size", "160", "--tokens", "320"]
+    report = run(tmp_path, "overlap", *hybrid, "--timeline", str(picture))
+    assert len(report["targets"]) == 5  # type: ignore[arg-type]
+    settings: dict[str, object] = report["settings"]  # type: ignore[assignment]
+    assert (settings["model"], settings["new_tokens"]) == ("hybrid", 160)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(("command", "tokens"), [("decode", "20"), ("save", "256")])
 def test_overheads_are_measured_for_host_and_disk(
     tmp_path: Path, command: str, tokens: str

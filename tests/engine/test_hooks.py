@@ -114,7 +114,11 @@ def unhook(worker: Any) -> None:
 
 @pytest.fixture(
     scope="module",
-    params=[(model, eager) for model in RECURRENT for eager in (True, False)],
+    params=[
+        pytest.param((model, eager), marks=() if eager else pytest.mark.slow)
+        for model in RECURRENT
+        for eager in (True, False)
+    ],
     ids=lambda case: f"{case[0]}-{'eager' if case[1] else 'compiled'}",
 )
 def spec(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> EngineSpec:

@@ -115,7 +115,9 @@ def compare(model: str, answers: Sequence[Answer], expected: Sequence[Answer]) -
     assert not differences(answers, expected)
 
 
-@pytest.mark.parametrize("mode", ["layerwise", "parked", "auto"])
+@pytest.mark.parametrize(
+    "mode", ["layerwise", "parked", pytest.param("auto", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("model", HYBRIDS)
 def test_from_host_memory(
     checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str, mode: str
@@ -134,7 +136,11 @@ def test_from_host_memory(
     assert metrics.total("lamina_leased_blocks") == metrics.total("lamina_transfers") == 0
 
 
-@pytest.mark.parametrize("model", HYBRIDS)
+@pytest.mark.parametrize(
+    "model",
+    ["short-convolution"]
+    + [pytest.param(m, marks=pytest.mark.slow) for m in HYBRIDS if m != "short-convolution"],
+)
 def test_from_disk_after_restarts(
     checkpoints: Checkpoints, start: Start, reference: Any, tmp_path: Path, model: str
 ) -> None:
