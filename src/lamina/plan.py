@@ -81,7 +81,8 @@ class LoadOrder:
         request_id: the engine's name for the request.
         mode: in the step or between steps.
         chunks: in prefix order.
-        deadline: seconds from receipt of the plan after which the load has failed.
+        deadline: seconds from receipt of the plan after which the load has failed; infinite for one
+            that the engine could not take back.
     """
 
     transfer: TransferId

@@ -62,7 +62,7 @@ def talks(block: int, count: int = TALKS) -> list[Talk]:
 
 def options_of(model: str) -> dict[str, Any]:
     block = BLOCKS.get(model, 32)
-    return {"block_size": block, "max_model_len": 4096, **SHAPES[model].options}
+    return {"block_size": block, "max_model_len": 64 * block, **SHAPES[model].options}
 
 
 def hold(
@@ -162,6 +162,49 @@ def test_from_disk_after_restarts(
     compare(model, hold(start(spec), conversations, restart), expected)
 
 
+@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+def test_planned_a_step_ahead(
+    checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str
+) -> None:
+    """Then the last token of a boundary that is passed while decoding is not known yet."""
+    conversations, expected = reference(model)
+    lamina = {"host": HOST, "chunk_tokens": 32, "load": {"min_tokens": 1}}
+    checkpoint, options = checkpoints.model(model), options_of(model)
+    engine = fleet.get(EngineSpec(checkpoint, lamina, options, faults={"async_scheduling": 1}))
+    compare(model, hold(engine, conversations, forget), expected)
+    assert engine.metrics().total("lamina_leased_blocks") == 0
+
+
+def test_a_load_that_is_late_is_waited_for(checkpoints: Checkpoints, fleet: Fleet) -> None:
+    """VLLM could not take it back, and memory does not fail."""
+    model = "interleaved-windows"
+    options, ask = options_of(model), Ask(prompt(870, 300))
+    expected = fleet.get(EngineSpec(checkpoints.model(model), options=options)).ask(ask)
+    lamina = {"host": HOST, "load": {"mode": "layerwise", "deadline": 0.1}}
+    slow = {"slow_loads": 0.3}
+    engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options, faults=slow))
+    assert not differences([engine.ask(ask)], [expected])
+    engine.forget()
+    again = engine.ask(ask)
+    assert again.cached > 0
+    assert not differences([again], [expected])
+
+
+def test_states_of_another_type_do_not_mix(
+    checkpoints: Checkpoints, start: Start, tmp_path: Path
+) -> None:
+    """Their pages have the same size."""
+    model = "short-convolution"
+    disk = {"path": str(tmp_path / "store"), "capacity": "32MiB"}
+    ask = Ask(prompt(880, 200))
+    for kind, cached in (("bfloat16", 0), ("bfloat16", 192), ("float16", 0)):
+        options = {**options_of(model), "mamba_cache_dtype": kind}
+        lamina = {"host": {"capacity": "64MiB"}, "disk": disk}
+        engine = start(EngineSpec(checkpoints.model(model), lamina, options))
+        assert engine.ask(ask).cached == cached
+        engine.close()
+
+
 CHUNKED = {"max_num_batched_tokens": 96, "max_num_seqs": 8}
 
 
@@ -206,7 +249,7 @@ def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: st
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+@pytest.mark.parametrize("model", ["sliding-window", "interleaved-windows", "short-convolution"])
 def test_a_load_that_fails(
     checkpoints: Checkpoints, fleet: Fleet, start: Start, tmp_path: Path, model: str, policy: str
 ) -> None:

@@ -194,3 +194,73 @@ def test_a_longer_hit_is_found_when_its_state_arrives() -> None:
     assert engine.planner.lookup(waiting, 0).tokens == CHUNK
     compute(engine, view("c"), (1, 251, 3 * CHUNK))
     assert engine.planner.lookup(waiting, 0).tokens == 3 * CHUNK
+
+
+def test_a_state_is_kept_once_its_last_token_is_known() -> None:
+    """An engine that plans a step ahead does not know it yet. The block is not written again."""
+    engine = engine_of(FULL, STATE)
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    plan = compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    assert not [order for order in plan.saves if order.group == 1]
+    assert 250 in engine.pool.held
+    request.token_ids = TOKENS[: 2 * CHUNK]
+    (state,) = (o for o in engine.step(("a", 2 * CHUNK + 1)).saves if o.group == 1)
+    assert state.blocks == (250,)
+    engine.answer(state.transfer)
+    assert 250 not in engine.pool.held
+
+
+@pytest.mark.parametrize("how", ["aborted", "preempted", "reset"])
+def test_a_state_whose_last_token_is_never_known_is_let_go(how: str) -> None:
+    engine = engine_of(FULL, STATE)
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    plan = compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    if how == "aborted":
+        engine.planner.finished("a", 0, [[], []])
+    elif how == "preempted":
+        engine.planner.lookup(request, 0)
+    else:
+        engine.planner.reset()
+    engine.step()
+    assert 250 not in engine.pool.held
+    assert plan.saves
+
+
+def test_groups_with_blocks_of_different_sizes_are_loaded_to_the_same_token() -> None:
+    engine = Engine(
+        shape=ChunkShape(CHUNK, (FULL, Group(GroupKind.FULL, CHUNK)), NONE), host_slots=100
+    )
+    wide = [*range(200, 200 + CHUNKS + 1)]
+    compute(engine, view("a", g1=wide))
+    whole = TOKENS[: 3 * CHUNK]  # a whole hit is cut by a block, of which size there are two
+    tokens, chunks = load(engine, view("b", whole, g1=wide))
+    assert tokens == 2 * CHUNK
+    assert sum(len(c.blocks) * BLOCK for c in chunks if c.group == 0) == tokens
+    assert sum(len(c.blocks) * CHUNK for c in chunks if c.group == 1) == tokens
+
+
+def test_a_full_tier_gives_up_the_end_of_a_prefix_first_in_all_groups() -> None:
+    engine = Engine(shape=ChunkShape(CHUNK, (FULL, WINDOW), NONE), host_slots=2 * CHUNKS)
+    request = view("a")
+    compute(engine, request)
+    engine.planner.finished("a", 0, [[], []])
+    compute(engine, view("other", prompt(2 * CHUNK + 1, seed=7)))
+    assert engine.planner.lookup(view("b"), 0).tokens == 2 * CHUNK
+
+
+def test_a_long_prompt_is_looked_up_once_though_nothing_sparse_is_there() -> None:
+    """One step back for each chunk, not one search for each step back."""
+    engine = Engine(shape=ChunkShape(CHUNK, (FULL, STATE), NONE), host_slots=500)
+    tokens = prompt(400 * CHUNK + 1)
+    compute(engine, view("a", tokens))
+    looked = 0
+    find = engine.planner._catalog.host.find
+
+    def counting(key: object) -> int | None:
+        nonlocal looked
+        looked += 1
+        return find(key)  # type: ignore[arg-type]
+
+    engine.planner._catalog.host.find = counting  # type: ignore[method-assign]
+    assert engine.planner.lookup(view("b", tokens), 0).tokens == 0
+    assert looked < 3 * 400

@@ -187,11 +187,24 @@ class Catalog:
 
     def locate(self, key: ChunkKey) -> Location | None:
         """The best place to load ``key`` from."""
-        for tier in self._readable_tiers():
-            slot = tier.find(key)
-            if slot is not None:
-                return Location(key, tier.name, slot)
-        return None
+        return self.finder()(key)
+
+    def finder(self) -> Callable[[ChunkKey], Location | None]:
+        """:meth:`locate` for many keys at one time."""
+        tiers = self._readable_tiers()
+
+        def find(key: ChunkKey) -> Location | None:
+            for tier in tiers:
+                slot = tier.find(key)
+                if slot is not None:
+                    return Location(key, tier.name, slot)
+            return None
+
+        return find
+
+    def readable(self) -> tuple[TierName, ...]:
+        """The tiers that may be loaded from now."""
+        return tuple(tier.name for tier in self._readable_tiers())
 
     def keeps(self, key: ChunkKey) -> bool:
         """Whether the chunk can be loaded, or is on its way to where it can. What only a tier has

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
@@ -112,55 +113,71 @@ class LoadPlanner:
         return Hit(decision.tokens, decision.mode)
 
     def _find_prefix(self, record: RequestRecord, floor: int) -> FoundPrefix:
-        """The longest prefix of which every group has what it needs. What was found before is
-        extended, not sought again."""
+        """The longest prefix of which every group has what it needs. The part of it that all of a
+        prefix is needed of is extended, not sought again."""
         found, shape, chunk = record.hit, self._shape, self._shape.chunk_tokens
         losses = self._catalog.losses + self._breakers.refusals
-        arrivals = self._catalog.arrivals
+        arrivals = self._catalog.arrivals, self._catalog.readable()
         if found.floor != floor or found.losses != losses:
-            found = FoundPrefix(floor, losses, -1, floor // chunk)
+            found = FoundPrefix(floor, losses, (-1, ()), floor // chunk)
         groups = record.known_keys()
-        known = len(groups[0])
-        end_chunk = self._catalog.prefix_end(
-            [groups[g] for g in shape.full], found.end_chunk, known
-        )
+        full = [groups[group] for group in shape.full]
+        end_chunk = self._catalog.prefix_end(full, found.end_chunk, len(groups[0]))
         if end_chunk == found.end_chunk and (not shape.sparse or found.arrivals == arrivals):
             record.hit = found
             return found
         # Cut before looking: a state that is too far ahead cannot be cut afterwards.
         resume = shape.resume_tokens
         usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // resume * resume
-        end = max(floor, min(end_chunk * chunk, usable))
-        chunks = self._wanted(groups, floor, end)
-        while chunks is None:
-            end = (end - 1) // chunk * chunk
-            chunks = self._wanted(groups, floor, end) if end > floor else ()
+        end = self._last_boundary(groups, floor, min(end_chunk * chunk, usable))
         tokens = max(0, end - floor)
-        record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks)
+        if tokens == found.tokens and found.arrivals[0] >= 0:
+            record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
+        else:
+            chunks = self._chunks_of(groups, floor, end) if tokens else ()
+            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks)
         return record.hit
 
-    def _wanted(
+    def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
+        """The last boundary up to ``end`` at which every window and state is there that a request
+        with the first ``floor`` tokens lacks; ``floor`` or less if there is none."""
+        chunk, held = self._shape.chunk_tokens, self._catalog.finder()
+        while end > floor:
+            gap = -1
+            for group in self._shape.sparse:
+                first = self._first_chunk(group, floor, end)
+                for index in range((end - 1) // chunk, first - 1, -1):
+                    if held(groups[group][index]) is None:
+                        gap = max(gap, index)
+                        break
+            if gap < 0:
+                return end
+            end = gap * chunk  # no later one does without that chunk
+        return end
+
+    def _first_chunk(self, group: int, floor: int, end: int) -> int:
+        """The first chunk that a group needs of a prefix of ``end`` tokens."""
+        shape, chunk = self._shape.groups[group], self._shape.chunk_tokens
+        if shape.kind is GroupKind.STATE:
+            return (end - 1) // chunk
+        return max(floor, shape.first_token(end)) // chunk
+
+    def _chunks_of(
         self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
-    ) -> tuple[FoundChunk, ...] | None:
+    ) -> tuple[FoundChunk, ...]:
         """What a request must load to go on behind its first ``end`` tokens when it has the first
-        ``floor``; None if some of it cannot be."""
-        chunk = self._shape.chunk_tokens
-        wanted: list[FoundChunk] = []
-        if end <= floor:
-            return ()
-        for group, (shape, keys) in enumerate(zip(self._shape.groups, groups, strict=True)):
-            start = max(floor, shape.first_token(end) // shape.block_tokens * shape.block_tokens)
-            if shape.kind is GroupKind.STATE:
-                start = max(floor, end - chunk)
-            # From the end: that is where a chunk is most likely missing.
-            for index in range((end - 1) // chunk, start // chunk - 1, -1):
-                place = self._catalog.locate(keys[index])
-                if place is None:
-                    return None
+        ``floor``."""
+        chunk, find = self._shape.chunk_tokens, self._catalog.finder()
+        found = []
+        for group, keys in enumerate(groups):
+            block = self._shape.groups[group].block_tokens
+            start = max(floor, self._shape.groups[group].first_token(end) // block * block)
+            for index in range(self._first_chunk(group, floor, end), -(-end // chunk)):
+                place = find(keys[index])
+                assert place is not None, "a boundary was found at which it is not there"
                 first, last = max(start, index * chunk), min(end, (index + 1) * chunk)
-                wanted.append(FoundChunk(place, group, first, last))
-        wanted.sort(key=lambda found: (found.group, found.start))
-        return tuple(wanted)
+                found.append(FoundChunk(place, group, first, last))
+        return tuple(found)
 
     def _is_out_of_use(self, record: RequestRecord, found: FoundPrefix) -> bool:
         return any(
@@ -195,6 +212,7 @@ class LoadPlanner:
         tiers = _tiers(record.hit.places)
         tries = frozenset(tier for tier in tiers if self._breakers.loads(tier).ordered())
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
+        layerwise = record.story.mode is LoadMode.LAYERWISE
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
@@ -202,15 +220,21 @@ class LoadPlanner:
             expires=now + 2 * deadline,
             size=-(-record.hit.tokens // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=record.hit.places,
-            layerwise=record.story.mode is LoadMode.LAYERWISE,
+            layerwise=layerwise,
             tries=tries,
         )
         record.load = transfer.id
+        by_prefix = sorted(record.hit.chunks, key=lambda chunk: chunk.start)
         for tier in self._catalog.tiers.values():
-            tier.use([place.key for place in record.hit.places])
+            tier.use([chunk.place.key for chunk in by_prefix])
         self.orders.append(
             LoadOrder(
-                transfer.id, transfer.request_id, record.story.mode, tuple(loads), float(deadline)
+                transfer.id,
+                transfer.request_id,
+                record.story.mode,
+                tuple(loads),
+                # Where a load cannot be taken back that runs in the step, it is only late.
+                inf if layerwise and not self._reports_blocks else float(deadline),
             )
         )
         for tier_name, count in record.story.sources().items():

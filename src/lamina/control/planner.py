@@ -226,18 +226,20 @@ class Planner:
         """
         now = self._clock.tick()
         chunk = self._shape.chunk_tokens
+        # First, because a hit needs one, and it is gone with the step.
+        self._saving.order_passed(step=self._step, now=now)
+        for state in states:
+            record = self._requests.get(state.request_id)
+            if record is not None:
+                self._saving.consider_state(
+                    record, state.group, state.block, state.end, step=self._step, now=now
+                )
         for request_id, computed in progress:
             record = self._requests.get(request_id)
             # Most requests of most steps have completed no chunk.
             if record is not None and computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
-                )
-        for state in states:
-            record = self._requests.get(state.request_id)
-            if record is not None:
-                self._saving.consider_state(
-                    record, state.group, state.block, state.end, step=self._step, now=now
                 )
         writes = self._saving.order_writes(step=self._step, now=now)
         outstanding = len(self._transfers) > 0
@@ -271,8 +273,8 @@ class Planner:
             return
         # Chunks are published first to last; without this the beginning would go first.
         for tier in self._catalog.tiers.values():
-            for keys in record.chain.groups:
-                tier.use(keys)
+            tier.use([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])
+        self._saving.order_passed(step=self._step, now=self._clock.now, ended=record)
         still_loading = record.load is not None
         if record.admitted and not (still_loading and record.story.mode is LoadMode.PARKED):
             left = self._saving.consider(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,14 +45,15 @@ class ChunkShape:
 
     @cached_property
     def paged(self) -> tuple[int, ...]:
-        """Groups that have blocks for all tokens that are computed."""
+        """Groups whose blocks are filled as tokens are computed; a window's are then given up."""
         return self._of(GroupKind.FULL, GroupKind.WINDOW)
 
     @cached_property
     def resume_tokens(self) -> int:
-        """A hit ends on a multiple of this. A hit that ends inside a chunk needs no more than its
-        beginning; a state, or a window, is only kept for ends of chunks."""
-        return self.chunk_tokens if self.sparse else self.groups[0].block_tokens
+        """A hit ends on a multiple of this. One that ends inside a chunk needs no more than whole
+        blocks of it; a state, or a window, is only kept for ends of chunks."""
+        blocks = math.lcm(*(group.block_tokens for group in self.groups))
+        return self.chunk_tokens if self.sparse else blocks
 
     def _of(self, *kinds: GroupKind) -> tuple[int, ...]:
         return tuple(i for i, group in enumerate(self.groups) if group.kind in kinds)
@@ -178,7 +180,7 @@ class FoundPrefix:
     Attributes:
         floor: tokens that the engine had when it was taken; -1 for none taken.
         losses: the catalog's losses then.
-        arrivals: the catalog's arrivals then.
+        arrivals: the catalog's arrivals then, and the tiers that could be read.
         end_chunk: the chunk after the last one of which every whole prefix is visible.
         tokens: tokens of the hit beyond ``floor``.
         chunks: what of it is wanted, by group, in prefix order.
@@ -186,7 +188,7 @@ class FoundPrefix:
 
     floor: int = -1
     losses: int = -1
-    arrivals: int = -1
+    arrivals: tuple[int, tuple[TierName, ...]] = (-1, ())
     end_chunk: int = 0
     tokens: int = 0
     chunks: tuple[FoundChunk, ...] = ()
@@ -205,6 +207,7 @@ class RequestRecord:
         view: the engine's request.
         chain: its chunk keys, extended as tokens become known.
         hit: the memoised hit.
+        epoch: how often the engine took its blocks away.
         admitted: whether the engine gave it blocks in this epoch.
         ended: whether the engine is done with it; kept until its load is terminal.
         load: its load that is not terminal.
@@ -220,6 +223,7 @@ class RequestRecord:
     view: RequestView
     chain: ChunkChain
     hit: FoundPrefix = field(default_factory=FoundPrefix)
+    epoch: int = 0
     admitted: bool = False
     ended: bool = False
     load: TransferId | None = None
@@ -232,6 +236,7 @@ class RequestRecord:
 
     def new_epoch(self) -> None:
         """The engine took the blocks away (preemption, failed load): everything is open again."""
+        self.epoch += 1
         self.admitted = False
         self.load = None
         self.next_save = 0

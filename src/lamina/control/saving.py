@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
-from lamina.control.leases import LeaseBook
+from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.observe.metrics import Meter
 from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
+
+
+@dataclass(frozen=True, slots=True)
+class PassedState:
+    """A recurrent state at a boundary whose last token the engine had not said yet when it planned
+    the step behind it.
+
+    Attributes:
+        record: the request.
+        epoch: its epoch then.
+        group: the cache group.
+        block: the block that holds the state.
+        end: tokens that it stands behind.
+        lease: hold on the block.
+    """
+
+    record: RequestRecord
+    epoch: int
+    group: int
+    block: int
+    end: int
+    lease: BlockLease
 
 
 class SavePlanner:
@@ -60,6 +83,7 @@ class SavePlanner:
         self._chunk_bytes = chunk_bytes
         self._ended: list[Transfer] = []
         self._backlog: deque[ChunkKey] = deque()
+        self._passed: list[PassedState] = []
 
     # -- saves -------------------------------------------------------------------------------
 
@@ -128,9 +152,40 @@ class SavePlanner:
             step: the step whose plan will carry the order.
             now: control's clock.
         """
-        index, rest = divmod(end, self._shape.chunk_tokens)
-        if rest or record.barred or index > self._complete_chunks(record, end):
+        if end % self._shape.chunk_tokens or record.barred:
             return
+        if end > record.view.num_tokens:
+            lease = self._leases.take((block,))
+            self._passed.append(PassedState(record, record.epoch, group, block, end, lease))
+        else:
+            self._order_state(record, group, block, end, step, now)
+
+    def order_passed(self, *, step: int, now: float, ended: RequestRecord | None = None) -> None:
+        """Order saves of states that were passed by before their last token was known. Their blocks
+        are not written again.
+
+        Args:
+            step: the step whose plan will carry the orders.
+            now: control's clock.
+            ended: a request of which no more tokens will be known.
+        """
+        waiting, self._passed = self._passed, []
+        for state in waiting:
+            record = state.record
+            lost = record.epoch != state.epoch or record.barred
+            if not lost and record.view.num_tokens >= state.end:
+                self._order_state(record, state.group, state.block, state.end, step, now)
+            elif not lost and record is not ended:
+                self._passed.append(state)
+                continue
+            state.lease.release()
+
+    def _order_state(
+        self, record: RequestRecord, group: int, block: int, end: int, step: int, now: float
+    ) -> None:
+        index = end // self._shape.chunk_tokens
+        if index > self._complete_chunks(record, end):
+            return  # behind the prompt, and only that is kept
         key = record.known_keys()[group][index - 1]
         if self._wanted(record, key):
             refusal = self._order_save(record, key, (block,), group, step, now)

@@ -32,6 +32,10 @@ PIECE_BYTES = 8 << 20
 """Bytes of one row that one thread moves at a time: enough to stream, little enough to share."""
 
 
+_LONGEST_WAIT = 3600.0
+"""Seconds; what waits without a deadline waits again after them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Neighbouring chunks of one load that come from the same tier.
@@ -261,14 +265,18 @@ class LoadRun:
         began = time.perf_counter()
         while row >= self._submitted:
             self._submit_next()
-        while not self._arrived[row].wait(max(0.0, self.deadline - time.perf_counter())):
-            self._give_up_stuck(row)
+        while not self._arrived[row].wait(self._patience()):
+            if time.perf_counter() >= self.deadline:
+                self._give_up_stuck(row)
         self._waited_rows.add(row)
         self._submit_next()
         self.waited += time.perf_counter() - began
         if self._timeline is not None:
             self._timeline.add(Lane.WAIT, self._step, row, began)
         return self._fences[row]
+
+    def _patience(self) -> float:
+        return min(max(0.0, self.deadline - time.perf_counter()), _LONGEST_WAIT)
 
     def finish(self) -> list[Fence]:
         """Wait for every row that was not waited for."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpecKind,
     MambaSpec,
+    RSWASpec,
     UniformTypeKVCacheSpecs,
     get_kv_cache_spec_kind,
 )
@@ -69,6 +71,11 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
         )
     for group in cache.kv_cache_groups:
         spec = group.kv_cache_spec
+        if isinstance(spec, RSWASpec) or not (spec.prefix_cacheable and group.enable_kv_transfer):
+            raise UnsupportedModel(
+                f"LaminaConnector does not serve models with a {type(spec).__name__} that vLLM "
+                "does not keep whole. Serve this model without --kv-transfer-config."
+            )
         if isinstance(spec, MambaSpec) and spec.mamba_cache_mode != "align":
             raise UnsupportedModel(
                 f"LaminaConnector needs mamba_cache_mode 'align', not {spec.mamba_cache_mode!r}: "
@@ -100,10 +107,14 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     """
     found = groups(cache)
     block = math.lcm(*(group.block_tokens for group in found))
+    recurrent = any(group.kind is GroupKind.STATE for group in found)
     if isinstance(configured, str):
-        # A prefill leaves a state at the last boundary of a block, wherever that is.
-        recurrent = any(group.kind is GroupKind.STATE for group in found)
         return block if recurrent else chunk_tokens_for(block)
+    if recurrent and configured != block:
+        raise ValueError(
+            f"chunk_tokens: {configured} would keep few states: a prefill leaves one at the last "
+            f'boundary of a block of {block} tokens, so use {block} or "auto"'
+        )
     if configured % block:
         raise ValueError(
             f"chunk_tokens: {configured} is not a whole number of blocks; vLLM's block size here "
@@ -205,10 +216,24 @@ def bind(
     return BoundCache(geometry, tensors)
 
 
+def by_blocks(cache: KVCacheConfig) -> bool:
+    """Whether vLLM can take back single blocks of a failed load: what comes before the first lost
+    one is all there, and its id says where that is."""
+    found = groups(cache)
+    return len(found) == 1 and found[0].kind is GroupKind.FULL
+
+
 def describe(cache: KVCacheConfig) -> str:
     """How bytes are arranged inside pages, as far as vLLM's description says."""
-    specs = sorted({type(group.kv_cache_spec).__name__ for group in cache.kv_cache_groups})
-    return " ".join([str(cache.kv_cache_layout), *specs])
+    parts = {str(cache.kv_cache_layout)}
+    for group in cache.kv_cache_groups:
+        for spec in _specs(group).values():
+            part = type(spec).__name__
+            if isinstance(spec, MambaSpec):
+                layout = envs.VLLM_SSM_CONV_STATE_LAYOUT
+                part += f" {spec.mamba_type} {spec.shapes} {spec.dtypes} {layout}"
+            parts.add(part)
+    return "; ".join(sorted(parts))
 
 
 def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:

@@ -81,15 +81,19 @@ class SchedulerSide:
                 "another connector has taken Lamina's place in vLLM's handshake; in a "
                 "MultiConnector name LaminaConnector before every connector that has one"
             )
-        if any(message.namespace not in ("", self._namespace.hex) for message in ours):
+        named = {message.namespace for message in ours} - {""}
+        if len(named) > 1:
             raise ValueError(
                 "the checkpoint changed while the engine was starting: its ranks disagree about "
                 "what they serve. Start again."
             )
+        # The ranks know their caches to the layer; the scheduler is shown less (vLLM replaces
+        # UniformTypeKVCacheSpecs by one of its members there).
+        fingerprint = bytes.fromhex(named.pop()) if named else self._namespace.fingerprint
         self._planner = Planner(
             self._config,
             self._shape,
-            self._namespace.fingerprint,
+            fingerprint,
             VllmBlockPool(self._manager.block_pool),
             [message.report for message in ours],
             self._meter,
@@ -174,25 +178,26 @@ class SchedulerSide:
 
     def _boundary_states(
         self, output: SchedulerOutput, progress: Sequence[tuple[str, int]]
-    ) -> Iterator[BoundaryState]:
+    ) -> list[BoundaryState]:
         """Recurrent states that stand at a boundary when the step is over: those that vLLM keeps
-        for its own prefix cache and hands over, and those that it only passes by. What is drafted
-        may be taken back, so that with speculation only the former are sure."""
+        for its own prefix cache and hands over, and those that it passes by. What is drafted may be
+        taken back, so that with speculation only the former are sure."""
         state = output.kv_connector_block_state
         if state is None or not self._recurrent:
-            return
-        for request_id, offers in state.boundary_state_offloads.items():
-            for group, block, end in offers:
-                yield BoundaryState(request_id, group, block, end)
-        if self._recompute > 1:
-            return
-        for request_id, end in progress:
+            return []
+        found = {
+            BoundaryState(request_id, group, block, end)
+            for request_id, offers in state.boundary_state_offloads.items()
+            for group, block, end in offers
+        }
+        for request_id, end in progress if self._recompute == 1 else ():
             if end % self._shape.chunk_tokens == 0:
                 tables = state.resolve_block_ids(request_id)
                 for group in self._recurrent:
                     index = end // self._shape.groups[group].block_tokens - 1
                     if (block := tables[group][index]) != layout.NULL_BLOCK:
-                        yield BoundaryState(request_id, group, block, end)
+                        found.add(BoundaryState(request_id, group, block, end))
+        return sorted(found, key=lambda state: (state.request_id, state.end, state.group))
 
     def _view(self, request: Request) -> VllmRequest:
         manager = self._manager

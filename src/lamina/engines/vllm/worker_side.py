@@ -113,19 +113,20 @@ class WorkerSide:
         """Parked loads that are over. What else there is to say follows in the next two calls.
 
         Raises:
-            RuntimeError: if a load failed in the step of a model with several cache groups.
+            RuntimeError: if a load failed in the step of a model that is not served by blocks.
         """
         outcomes = self.executor.collect()
         self._receipt = outcomes.receipt
         arrived, failed = set(outcomes.arrived), set(outcomes.failed)
-        if len(self._cache.kv_cache_groups) == 1:
+        if layout.by_blocks(self._cache):
             self._lost_blocks = outcomes.lost_blocks
             return KVConnectorTransferResults(finished_recving=arrived)
-        # Block ids say nothing here: vLLM takes back whole requests, and only waiting ones.
+        # What comes before a lost block is not all there, or has another meaning in another group:
+        # vLLM takes back whole requests, and only waiting ones.
         if stranded := failed - arrived:
             raise RuntimeError(
                 f"a copy from host memory failed under requests {sorted(stranded)} while they ran, "
-                "and vLLM cannot take that back for a model with several cache groups"
+                "and vLLM cannot take that back for a model with windows, states or several groups"
             )
         return KVConnectorTransferResults(finished_recving=arrived, failed_recving=failed)
 
