@@ -14,9 +14,10 @@ from lamina.bench import app, plots
 from lamina.bench.engine import BenchError
 from lamina.bench.plain_read import PlainFile, drop_page_cache
 from lamina.bench.room import require_room
-from lamina.bench.settings import Dtype, ModelShape, PromptSource
+from lamina.bench.settings import PromptSource
+from lamina.bench.shapes import SHAPES, Dtype, HybridShape, LlamaShape, Model
 
-SHAPE = ModelShape(16, 1024, 8, 128, 128, Dtype.BFLOAT16)
+SHAPE = LlamaShape(16, 1024, 8, 128, 128, Dtype.BFLOAT16)
 
 
 def refusal(*arguments: str) -> str:
@@ -59,6 +60,24 @@ def test_small_blocks_make_chunks_of_several() -> None:
 @pytest.mark.parametrize("tokens", ["0", "55", "120", "1000"])
 def test_decode_refuses_answers_that_would_be_saved(tokens: str) -> None:
     assert "--tokens must be a multiple of 10 up to 119" in refusal("decode", "--tokens", tokens)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--layers", "6", "--layers must be a multiple of 4 for a hybrid, got 6"),
+        ("--dtype", "float32", "--dtype must be bfloat16 for a hybrid, got float32"),
+        ("--block-size", "256", "--block-size must be at least 288 for this hybrid"),
+        ("--tokens", "1280", "--tokens must be a whole number of chunks of 512 tokens"),
+        ("--new-tokens", "1024", "--new-tokens must be one block, 512 tokens, for a hybrid"),
+        ("--new-tokens", "511", "--new-tokens must be one block, 512 tokens, for a hybrid"),
+        ("--hidden", "0", "--hidden must be at least 1, got 0"),
+    ],
+)
+def test_overlap_refuses_a_hybrid_that_is_not_computed_in_one_step(
+    option: str, value: str, complaint: str
+) -> None:
+    assert complaint in refusal("overlap", "--model", "hybrid", option, value)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +139,26 @@ def test_importing_the_bench_imports_nothing_that_measures() -> None:
 def test_the_shape_knows_its_bytes() -> None:
     assert SHAPE.row_token_bytes == 2 * 8 * 128 * 2
     assert SHAPE.kv_bytes(8192) == 16 * 8192 * 4096
-    assert ModelShape(1, 64, 2, 32, 32, Dtype.FLOAT32).kv_bytes(1) == 2 * 2 * 32 * 4
+    assert LlamaShape(1, 64, 2, 32, 32, Dtype.FLOAT32).kv_bytes(1) == 2 * 2 * 32 * 4
     assert SHAPE.heads == 8
-    assert ModelShape(1, 2048, 2, 128, 32, Dtype.FLOAT16).heads == 16
-    assert ModelShape(1, 64, 4, 128, 32, Dtype.FLOAT16).heads == 4, "at least one group"
+    assert LlamaShape(1, 2048, 2, 128, 32, Dtype.FLOAT16).heads == 16
+    assert LlamaShape(1, 64, 4, 128, 32, Dtype.FLOAT16).heads == 4, "at least one group"
+
+
+def test_a_hybrid_has_a_row_for_four_layers_and_a_state_for_three_of_them() -> None:
+    shape = HybridShape(8, 128, 2, 64, 160, Dtype.BFLOAT16)
+    page = 160 * 2 * 2 * 64 * 2
+    assert shape.rows == 2
+    assert shape.kv_bytes(320) == 2 * (2 + 3) * page
+    assert shape.kv_bytes(320, prompts=2) == 2 * (2 + 6) * page
+
+
+def test_sizes_that_are_not_chosen_are_the_models_own() -> None:
+    for model, shape in SHAPES.items():
+        assert shape.model is model
+        assert shape.but(dtype=shape.dtype, layers=None) == shape
+    changed = SHAPES[Model.HYBRID].but(dtype=Dtype.BFLOAT16, layers=8, hidden=None)
+    assert (changed.layers, changed.hidden) == (8, SHAPES[Model.HYBRID].hidden)
 
 
 def test_prompts_share_nothing_and_are_the_same_in_every_run() -> None:

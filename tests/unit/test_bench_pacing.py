@@ -146,6 +146,33 @@ def test_a_row_comes_when_its_bytes_have_come_through_the_link(row: int) -> None
     assert when == pytest.approx(100 + 4 * PAGES[row] / 100)
 
 
+def test_what_goes_to_two_places_comes_through_the_link_once() -> None:
+    clock = Clock()
+    pipe = link(clock, bandwidth=100)
+    key = PIECE.keys[0]
+    twice = Piece(
+        group=0,
+        tier=TierName.HOST,
+        first=0,
+        keys=(key, key),
+        slots=np.array([3, 3]),
+        pages=np.array([0, GEOMETRY.blocks_per_chunk]),
+        blocks=np.array([5, 7]),
+    )
+    PacedSource(Tier(clock), pipe, GEOMETRY).load_row(0, twice, Passed(), lambda: True)
+    assert clock.now == pytest.approx(100 + PAGES[0] / 100)
+    assert pipe.carried == PAGES[0]
+
+
+def test_what_came_is_counted_from_when_the_pace_was_set() -> None:
+    pipe = link(Clock())
+    pipe.carry(100)
+    pipe.carry(20)
+    assert pipe.carried == 120
+    pipe.pace(10, 0)
+    assert pipe.carried == 0
+
+
 def test_engine_memory_is_not_asked_for_before_the_bytes_are_there() -> None:
     clock = Clock()
     granted_at: list[float] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.bench.picture import Bar, Panel, computing, draw_timeline, loading, plain
+from lamina.bench.picture import Bar, Panel, computing, draw_timeline, loading, plain, turns
 from lamina.observe.timeline import Lane, Span
 
 ROWS = 3
@@ -39,6 +39,46 @@ def panel() -> Panel:
 
 def test_a_rows_turn_lasts_until_the_model_waits_for_the_next() -> None:
     assert computing(panel()) == [Bar(0, 2.0, 2.9), Bar(1, 3.0, 3.9), Bar(2, 4.0, 5.0)]
+
+
+def shared() -> Panel:
+    """Two rows, two layers each; the first layer of a row waits for it, and only the first."""
+    return Panel(
+        title="a hybrid's step",
+        spans=(
+            Span(Lane.WAIT, 7, 0, 1.0, 2.0),
+            Span(Lane.COMPUTE, 7, 0, 2.0, 2.2),
+            Span(Lane.COMPUTE, 7, 0, 2.5, 2.7),
+            Span(Lane.WAIT, 7, 1, 3.0, 3.5),
+            Span(Lane.COMPUTE, 7, 1, 3.5, 3.6),
+            Span(Lane.COMPUTE, 7, 1, 4.0, 4.2),
+        ),
+        began=0.9,
+        forward_ended=4.5,
+        ended=4.6,
+    )
+
+
+def test_layers_that_share_a_row_have_a_bar_each_and_one_turn() -> None:
+    bars = computing(shared())
+    assert bars == [Bar(0, 2.0, 2.5), Bar(0, 2.5, 3.0), Bar(1, 3.5, 4.0), Bar(1, 4.0, 4.5)]
+    assert turns(bars) == [Bar(0, 2.0, 3.0), Bar(1, 3.5, 4.5)]
+
+
+def test_a_row_that_is_used_again_has_another_turn() -> None:
+    bars = [Bar(0, 1.0, 2.0), Bar(1, 2.0, 3.0), Bar(0, 3.0, 4.0)]
+    assert turns(bars) == bars
+    assert turns([]) == []
+
+
+def test_the_picture_says_what_shares_a_row(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    path = tmp_path / "timeline.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_timeline([shared()], path, "each shared by two layers")
+    text = path.read_text()
+    assert "rows (each shared by two layers)" in text
+    assert text.count(">1</text>") == 1, "a row is named once, however many layers it has"
 
 
 def test_without_waits_a_turn_lasts_until_the_next() -> None:

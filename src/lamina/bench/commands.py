@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from lamina.bench.settings import Dtype, ModelShape
+from lamina.bench.shapes import SHAPES, Dtype, LlamaShape, Model
 
 if TYPE_CHECKING:
     from lamina.bench.progress import Progress
@@ -50,6 +50,18 @@ Plot = Annotated[
 ]
 
 
+def _sizes(help_text: str, name: str) -> Any:
+    """An option whose default depends on the model."""
+    usual = getattr(SHAPES[Model.LLAMA], name)
+    others = [
+        f"{model.value}: {size}"
+        for model, shape in SHAPES.items()
+        if (size := getattr(shape, name)) != usual
+    ]
+    shown = "; ".join([str(usual), *others])
+    return typer.Option(help=help_text, rich_help_panel=_MODEL, show_default=shown)
+
+
 @app.callback()
 def _root() -> None:
     pass
@@ -77,7 +89,7 @@ def ttft(
     from lamina.bench.plots import draw_ttft
     from lamina.bench.ttft import TtftSettings, measure
 
-    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    shape = _made(lambda: LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
     settings = _made(lambda: TtftSettings(shape, tokens, repeat, directory.absolute()))
     _check_outputs(json, plot)
     report = _measured(lambda progress: measure(settings, progress), json)
@@ -87,16 +99,30 @@ def ttft(
 
 @app.command()
 def overlap(
-    layers: Layers = 16,
-    hidden: Hidden = 1024,
-    kv_heads: KvHeads = 8,
-    head_dim: HeadDim = 128,
-    block_size: BlockSize = 128,
+    model: Annotated[
+        Model,
+        typer.Option(
+            help="llama: every layer keeps KV cache. hybrid: shaped like Qwen3-Next, three gated "
+            "delta nets to one full attention, and these four share a row.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = Model.LLAMA,
+    layers: Annotated[int | None, _sizes("Layers.", "layers")] = None,
+    hidden: Annotated[int | None, _sizes("Width.", "hidden")] = None,
+    kv_heads: Annotated[int | None, _sizes("KV heads.", "kv_heads")] = None,
+    head_dim: Annotated[int | None, _sizes("Numbers in one head.", "head_dim")] = None,
+    block_size: Annotated[
+        int | None, _sizes("Tokens in one block of the engine.", "block_size")
+    ] = None,
     dtype: ModelDtype = Dtype.BFLOAT16,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt that are loaded.")] = 2048,
     new_tokens: Annotated[
-        int, typer.Option(help="Tokens of the prompt that are computed in the same step.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            help="Tokens of the prompt that are computed in the same step.",
+            show_default=f"{SHAPES[Model.LLAMA].step_tokens}; hybrid: one block",
+        ),
+    ] = None,
     latency_ms: Annotated[float, typer.Option(help="Latency of the link.")] = 2.0,
     gb_per_second: Annotated[
         float | None,
@@ -124,10 +150,20 @@ def overlap(
     from lamina.bench.overlap import OverlapSettings, measure
     from lamina.bench.plots import draw_overlap
 
-    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    shape = _made(
+        lambda: SHAPES[model].but(
+            layers=layers,
+            hidden=hidden,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
+        )
+    )
+    computed = shape.step_tokens if new_tokens is None else new_tokens
     bandwidth = None if gb_per_second is None else gb_per_second * 1e9
     settings = _made(
-        lambda: OverlapSettings(shape, tokens, new_tokens, repeat, latency_ms / 1e3, bandwidth)
+        lambda: OverlapSettings(shape, tokens, computed, repeat, latency_ms / 1e3, bandwidth)
     )
     _check_outputs(json, plot, timeline)
     report = _measured(lambda progress: measure(settings, progress, timeline), json)
@@ -151,7 +187,7 @@ def decode(
     """What a decode step that has nothing to move takes longer than without a connector."""
     from lamina.bench.overhead import DecodeSettings, measure_decode
 
-    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    shape = _made(lambda: LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
     settings = _made(lambda: DecodeSettings(shape, tokens, repeat, directory.absolute()))
     _check_outputs(json)
     _measured(lambda progress: measure_decode(settings, progress), json)
@@ -173,7 +209,7 @@ def save(
     """Prefill throughput while everything is saved, against prefill without a connector."""
     from lamina.bench.overhead import SaveSettings, measure_save
 
-    shape = _made(lambda: ModelShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    shape = _made(lambda: LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
     settings = _made(lambda: SaveSettings(shape, tokens, repeat, directory.absolute()))
     _check_outputs(json)
     _measured(lambda progress: measure_save(settings, progress), json)

@@ -25,12 +25,10 @@ from lamina.bench.serving import Serving
 from lamina.bench.settings import (
     Connector,
     EngineSpec,
-    ModelShape,
     PromptSource,
-    require_positive,
     require_whole,
 )
-from lamina.geometry import chunk_tokens_for
+from lamina.bench.shapes import ModelShape, require_positive
 
 DECODE_LIMIT = 50e-6
 """Seconds that a decode step with nothing to move may take longer."""
@@ -72,7 +70,7 @@ class DecodeSettings(OverheadSettings):
 
     def __post_init__(self) -> None:
         OverheadSettings.__post_init__(self)
-        limit = chunk_tokens_for(self.shape.block_size) - _DECODE_PROMPT - 1
+        limit = self.shape.chunk_tokens - _DECODE_PROMPT - 1
         if not _BURST <= self.tokens <= limit or self.tokens % _BURST:
             raise ValueError(
                 f"--tokens must be a multiple of {_BURST} up to {limit}, so that no chunk is "
@@ -85,7 +83,7 @@ class SaveSettings(OverheadSettings):
 
     def __post_init__(self) -> None:
         OverheadSettings.__post_init__(self)
-        require_whole("--tokens", self.tokens, self.shape.block_size)
+        require_whole("--tokens", self.tokens, self.shape.chunk_tokens)
 
 
 def measure_decode(settings: DecodeSettings, progress: Progress) -> Report:

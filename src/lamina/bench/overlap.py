@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.bench.engine import Engine
+from lamina.bench.engine import BenchError, Engine
 from lamina.bench.picture import Panel, draw_timeline
 from lamina.bench.progress import Progress
 from lamina.bench.report import Machine, Report
@@ -24,11 +24,10 @@ from lamina.bench.serving import FirstToken, Serving
 from lamina.bench.settings import (
     Connector,
     EngineSpec,
-    ModelShape,
     PromptSource,
-    require_positive,
     require_whole,
 )
+from lamina.bench.shapes import ModelShape, require_positive
 from lamina.observe.timeline import read_trace
 
 OVERLAP_LIMIT = 1.10
@@ -72,12 +71,12 @@ class OverlapSettings:
 
     def __post_init__(self) -> None:
         require_positive("--repeat", self.repeat)
-        require_positive("--new-tokens", self.new_tokens)
+        self.shape.require_step(self.new_tokens)
         if not self.latency >= 0:
             raise ValueError(f"--latency-ms must not be negative, got {self.latency * 1e3}")
         if self.bandwidth is not None and not self.bandwidth > 0:
             raise ValueError(f"--gb-per-second must be positive, got {self.bandwidth / 1e9}")
-        require_whole("--tokens", self.tokens, self.shape.block_size)
+        require_whole("--tokens", self.tokens, self.shape.chunk_tokens)
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ def measure(settings: OverlapSettings, progress: Progress, picture: Path | None 
     """
     machine = Machine.here()
     engine_bytes = settings.shape.weight_bytes + settings.shape.kv_bytes(
-        3 * settings.tokens + 6 * settings.new_tokens
+        3 * settings.tokens + 6 * settings.new_tokens, prompts=10
     )
     require_room(memory=len(_LOADS) * engine_bytes, disk=0, directory=Path.cwd())
     turns = {name: _Turns() for name in _LOADS}
@@ -136,6 +135,7 @@ def measure(settings: OverlapSettings, progress: Progress, picture: Path | None 
                     _panel(work, turns, _BULK, "in bulk"),
                 ],
                 picture,
+                settings.shape.rows_are,
             )
     return _report(settings, machine, turns)
 
@@ -148,16 +148,21 @@ def _turn(
     turns: _Turns,
 ) -> None:
     """One repetition: the step with nothing to load, then the same with everything to load."""
-    shape = settings.shape
+    load_bytes = settings.shape.kv_bytes(settings.tokens)
+    row_bytes = load_bytes / settings.shape.rows
     engine.call(Serving.drain)
     compute = _step(settings, engine, prefix, prompts, "engine").seconds
-    row_bytes = settings.tokens * shape.row_token_bytes
-    bandwidth = settings.bandwidth or row_bytes * shape.layers / compute
+    bandwidth = settings.bandwidth or load_bytes / compute
     engine.call(Serving.pace, bandwidth, settings.latency)
     engine.call(Serving.forget)
     turns.step.append(_step(settings, engine, prefix, prompts, "host"))
+    if (carried := engine.call(Serving.carried)) != load_bytes:
+        raise BenchError(
+            f"engine {engine.spec.name!r}: {load_bytes} bytes were to be loaded, {carried} were: "
+            "this measurement would not be what it says"
+        )
     turns.compute.append(compute)
-    turns.load.append(row_bytes * shape.layers / bandwidth)
+    turns.load.append(load_bytes / bandwidth)
     turns.first_row.append(row_bytes / bandwidth + settings.latency)
 
 
@@ -183,7 +188,7 @@ def _spec(settings: OverlapSettings, work: Path, name: str) -> EngineSpec:
         connector=Connector.PACED,
         lamina={
             "load": _LOADS[name],
-            "host": {"capacity": shape.kv_bytes(tokens + 4 * settings.new_tokens)},
+            "host": {"capacity": shape.kv_bytes(tokens + 4 * settings.new_tokens, prompts=6)},
             "observe": {"timeline": str(_trace(work, name))},
         },
     )

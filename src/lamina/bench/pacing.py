@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from lamina.data.load_pipeline import Piece, RowSource
 from lamina.data.movers.base import Fence
 from lamina.geometry import CacheGeometry
@@ -30,6 +32,12 @@ class Link:
         self._bandwidth = float("inf")
         self._latency = 0.0
         self._free_at = 0.0
+        self._carried = 0
+
+    @property
+    def carried(self) -> int:
+        """Bytes asked for since the pace was set."""
+        return self._carried
 
     def pace(self, bandwidth: float, latency: float) -> None:
         """Set the pace of everything that is asked for from now on.
@@ -49,12 +57,14 @@ class Link:
             )
         with self._lock:
             self._bandwidth, self._latency = bandwidth, latency
+            self._carried = 0
 
     def carry(self, size: int) -> None:
         """Return when ``size`` bytes, asked for now, have arrived."""
         with self._lock:
             now = self._clock()
             self._free_at = max(self._free_at, now + self._latency) + size / self._bandwidth
+            self._carried += size
             wait = self._free_at - now
         if wait > 0:
             self._sleep(wait)
@@ -73,10 +83,14 @@ class PacedSource:
         self._source = source
         self._link = link
         self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
+        self._per_chunk = geometry.blocks_per_chunk
 
     def load_row(
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
         """See :class:`~lamina.data.load_pipeline.RowSource`."""
-        self._link.carry(len(piece.blocks) * self._page_bytes[row])
+        # A state goes to two blocks, but comes through the link once.
+        chunk, block = np.divmod(piece.pages, self._per_chunk)
+        pages = np.unique(piece.slots[chunk] * self._per_chunk + block)
+        self._link.carry(len(pages) * self._page_bytes[row])
         return self._source.load_row(row, piece, after, admit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,19 +50,20 @@ class Bar:
 
 
 def computing(panel: Panel) -> list[Bar]:
-    """What the model computed with each row: from the end of its wait to the next row's, for the
-    last row to the end of the forward pass."""
+    """What the model computed with each row, layer by layer: from the moment a layer had its row to
+    the moment the next one asked for its own, for the last layer to the end of the forward pass.
+    """
     starts = sorted(
         (span.start, span.row)
         for span in panel.spans
         if span.lane is Lane.COMPUTE and span.row >= 0
     )
-    waits = {span.row: span.start for span in panel.spans if span.lane is Lane.WAIT}
+    waits = [span.start for span in panel.spans if span.lane is Lane.WAIT]
     bars = []
     for index, (start, row) in enumerate(starts):
         if index + 1 < len(starts):
-            next_start, next_row = starts[index + 1]
-            end = waits.get(next_row, next_start)
+            until, _ = starts[index + 1]
+            end = min((wait for wait in waits if start < wait < until), default=until)
         else:
             end = max(start, panel.forward_ended)
         bars.append(Bar(row, start, end))
@@ -85,6 +87,12 @@ def loading(panel: Panel) -> list[Bar]:
     return bars
 
 
+def turns(bars: Sequence[Bar]) -> list[Bar]:
+    """One bar for all that follow each other and are of the same row."""
+    runs = (list(run) for _, run in groupby(bars, lambda bar: bar.row))
+    return [Bar(run[0].row, run[0].start, run[-1].end) for run in runs]
+
+
 def plain(panel: Panel, lane: Lane) -> list[Bar]:
     """The spans of a lane as they are."""
     return [Bar(s.row, s.start, s.end) for s in panel.spans if s.lane is lane and s.row >= 0]
@@ -100,12 +108,13 @@ _HAIRLINE = 0.0012
 """Fraction of the width below which a bar would not be seen."""
 
 
-def draw_timeline(panels: Sequence[Panel], path: Path) -> None:
+def draw_timeline(panels: Sequence[Panel], path: Path, rows_are: str = "layers") -> None:
     """Draw steps under each other, on one axis of time.
 
     Args:
         panels: one for each step.
         path: where to; its suffix says what kind of picture.
+        rows_are: what shares a row.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -122,7 +131,7 @@ def draw_timeline(panels: Sequence[Panel], path: Path) -> None:
         _draw_panel(axis, panel, rows)
     axes[-1].tick_params(axis="x", length=3, labelsize=9)
     axes[-1].set_xlabel(
-        "ms since the request. Numbers and colours: rows (layers). Grey: the model waits.",
+        f"ms since the request. Numbers and colours: rows ({rows_are}). Grey: the model waits.",
         color=_INK,
         fontsize=9,
     )
@@ -142,7 +151,9 @@ def _draw_panel(axis: Axes, panel: Panel, rows: int) -> None:
         ("save", plain(panel, Lane.SAVE)),
     ):
         for bar in bars:
-            _draw_bar(axis, panel, bar, lanes[lane], colours[bar.row], label=str(bar.row))
+            _draw_bar(axis, panel, bar, lanes[lane], colours[bar.row])
+        for turn in turns(bars):
+            _draw_label(axis, panel, turn, lanes[lane], colours[turn.row])
     ended = (panel.ended - panel.began) * 1e3
     axis.axvline(ended, color=_INK, linewidth=1.2)
     axis.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color=_INK, pad=4)
@@ -165,9 +176,7 @@ def _draw_panel(axis: Axes, panel: Panel, rows: int) -> None:
     axis.spines["bottom"].set_color(_FAINT)
 
 
-def _draw_bar(
-    axis: Axes, panel: Panel, bar: Bar, lane: int, colour: Colour, label: str | None = None
-) -> None:
+def _draw_bar(axis: Axes, panel: Panel, bar: Bar, lane: int, colour: Colour) -> None:
     full = axis.get_xlim()[1]
     start, width = (bar.start - panel.began) * 1e3, (bar.end - bar.start) * 1e3
     thin = width < 4 * _HAIRLINE * full
@@ -181,11 +190,22 @@ def _draw_bar(
         edgecolor="white",
         linewidth=0 if thin else 0.5,
     )
-    if label is not None and width >= _LABELLED * full:
-        axis.text(
-            start + width / 2, lane, label, ha="center", va="center_baseline", fontsize=8,
-            color=_readable_on(colour),
-        )  # fmt: skip
+
+
+def _draw_label(axis: Axes, panel: Panel, turn: Bar, lane: int, colour: Colour) -> None:
+    if (turn.end - turn.start) * 1e3 < _LABELLED * axis.get_xlim()[1]:
+        return
+    axis.text(
+        ((turn.start + turn.end) / 2 - panel.began) * 1e3,
+        lane,
+        str(turn.row),
+        ha="center",
+        va="center_baseline",
+        fontsize=8,
+        color=_readable_on(colour),
+        # Over the lines between its layers.
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2},
+    )
 
 
 def _readable_on(colour: Colour) -> str:

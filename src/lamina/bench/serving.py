@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lamina.bench.settings import VOCABULARY, Connector, EngineSpec, TokenIds
+from lamina.bench.settings import Connector, EngineSpec, TokenIds
+from lamina.bench.shapes import VOCABULARY
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _DRAIN_TIMEOUT = 120.0
 _IDLE_POLL = 0.001
+_SPARE = 4
+"""Blocks and prompts that the engine's cache has room for beyond the tokens asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Serving:
         from vllm import LLM
 
         shape = spec.shape
-        blocks = -(-spec.tokens // shape.block_size) + 4
+        blocks = -(-spec.tokens // shape.block_size) + _SPARE
         self._llm = LLM(
             model=str(spec.model),
             skip_tokenizer_init=True,
@@ -67,7 +70,7 @@ class Serving:
             max_model_len=spec.tokens,
             max_num_batched_tokens=spec.step_tokens,
             max_num_seqs=8,
-            kv_cache_memory_bytes=blocks * shape.kv_bytes(shape.block_size),
+            kv_cache_memory_bytes=shape.kv_bytes(blocks * shape.block_size, _SPARE),
             enable_prefix_caching=True,
             disable_log_stats=False,
             kv_transfer_config=self._connector(),
@@ -188,6 +191,12 @@ class Serving:
         from lamina.bench.paced import LINK
 
         LINK.pace(bandwidth, latency)
+
+    def carried(self) -> int:
+        """Bytes that have come through the link of a paced engine since its pace was set."""
+        from lamina.bench.paced import LINK
+
+        return LINK.carried
 
     def close(self) -> None:
         """Let what is under way come to its end, and shut the engine down."""

@@ -19,12 +19,11 @@ from lamina.bench.serving import Serving
 from lamina.bench.settings import (
     Connector,
     EngineSpec,
-    ModelShape,
     PromptSource,
     TokenIds,
-    require_positive,
     require_whole,
 )
+from lamina.bench.shapes import ModelShape, require_positive
 
 FLOOR_LIMIT = 1.25
 """A hit may take this much longer than the plain movement of its bytes and one step."""
@@ -53,7 +52,7 @@ class TtftSettings:
 
     def __post_init__(self) -> None:
         require_positive("--repeat", self.repeat)
-        require_whole("--tokens", self.tokens, self.shape.block_size)
+        require_whole("--tokens", self.tokens, self.shape.chunk_tokens)
 
     @property
     def hit_bytes(self) -> int:
