@@ -62,7 +62,7 @@ def talks(block: int, count: int = TALKS) -> list[Talk]:
 
 def options_of(model: str) -> dict[str, Any]:
     block = BLOCKS.get(model, 32)
-    return {"block_size": block, "max_model_len": 64 * block, **SHAPES[model].options}
+    return {"block_size": block, "max_model_len": min(64 * block, 4096), **SHAPES[model].options}
 
 
 def hold(
