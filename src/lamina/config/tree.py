@@ -59,7 +59,8 @@ class LoadConfig(Section):
     deadline: Annotated[float, SECONDS] = Field(
         default=30.0,
         description="Seconds after which a load has failed and its tokens are recomputed, and "
-        "after which a save or write is given up.",
+        "after which a save or write is given up. A load from host memory that runs in the step, "
+        "and that the engine could not take back, is waited for.",
     )
     staging: Annotated[int, SIZE] = Field(
         default=256 * MIB,
