@@ -28,7 +28,6 @@ log = logging.getLogger("lamina.control")
 MAX_PAUSE = 300.0
 """Seconds that the doubled pause does not exceed, unless ``breaker.pause`` itself does."""
 
-
 _FILLS = {TierName.HOST: Kind.SAVE, TierName.DISK: Kind.WRITE}
 
 
@@ -150,6 +149,10 @@ class Breakers:
         """For what is saved or written to ``tier``."""
         return self._fills[tier]
 
+    def order(self, kind: Kind, tiers: Iterable[TierName]) -> frozenset[TierName]:
+        """A transfer is ordered. Returns those of its tiers that it is the one try of."""
+        return frozenset(tier for tier in tiers if self._of(kind, tier).ordered())
+
     def readable(self, tier: TierName) -> bool:
         """Whether a load from ``tier`` may be ordered now."""
         return self._loads[tier].allows
@@ -167,7 +170,7 @@ class Breakers:
         successes: set[CircuitBreaker] = set()
         for transfer in ended:
             for tier in transfer.tiers:
-                breaker = self.loads(tier) if transfer.kind is Kind.LOAD else self.fills(tier)
+                breaker = self._of(transfer.kind, tier)
                 verdict, trying = _verdict(transfer, tier, held), tier in transfer.tries
                 if verdict is None:
                     if trying:
@@ -183,6 +186,9 @@ class Breakers:
         for breaker, reason in failures.items():
             if breaker not in successes:
                 breaker.judge(good=False, reason=reason)
+
+    def _of(self, kind: Kind, tier: TierName) -> CircuitBreaker:
+        return self._loads[tier] if kind is Kind.LOAD else self._fills[tier]
 
     @property
     def refusals(self) -> int:

@@ -209,8 +209,7 @@ class LoadPlanner:
             self._catalog.tiers[place.tier].lease(place.slot)
             if place.tier is TierName.DISK:
                 record.promote.add(place.key)
-        tiers = _tiers(record.hit.places)
-        tries = frozenset(tier for tier in tiers if self._breakers.loads(tier).ordered())
+        tries = self._breakers.order(Kind.LOAD, _tiers(record.hit.places))
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         layerwise = record.story.mode is LoadMode.LAYERWISE
         transfer = self._transfers.open(

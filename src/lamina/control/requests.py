@@ -44,6 +44,11 @@ class ChunkShape:
         return self._of(GroupKind.WINDOW, GroupKind.STATE)
 
     @cached_property
+    def recurrent(self) -> tuple[int, ...]:
+        """Groups of which one state is needed."""
+        return self._of(GroupKind.STATE)
+
+    @cached_property
     def paged(self) -> tuple[int, ...]:
         """Groups whose blocks are filled as tokens are computed; a window's are then given up."""
         return self._of(GroupKind.FULL, GroupKind.WINDOW)

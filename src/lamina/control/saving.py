@@ -214,13 +214,11 @@ class SavePlanner:
     ) -> str | None:
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
             return "max_inflight"
-        breaker = self._breakers.fills(TierName.HOST)
-        if not breaker.allows:
+        if not self._breakers.fills(TierName.HOST).allows:
             return "tier_out_of_use"
         slot = self._catalog.host.reserve(key)
         if slot is None:
             return "host_in_use"
-        tries = frozenset({TierName.HOST}) if breaker.ordered() else frozenset()
         transfer = self._transfers.open(
             Kind.SAVE,
             record.view.request_id,
@@ -229,7 +227,7 @@ class SavePlanner:
             size=self._chunk_bytes,
             chunks=(Location(key, TierName.HOST, slot),),
             lease=self._leases.take(blocks),
-            tries=tries,
+            tries=self._breakers.order(Kind.SAVE, [TierName.HOST]),
         )
         self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks, group))
         return None
@@ -249,8 +247,6 @@ class SavePlanner:
             if disk_slot is None:
                 self._meter.count("writes_skipped", 1, reason="disk_in_use")
                 continue
-            breaker = self._breakers.fills(TierName.DISK)
-            tries = frozenset({TierName.DISK}) if breaker.ordered() else frozenset()
             self._catalog.host.lease(host_slot)
             transfer = self._transfers.open(
                 Kind.WRITE,
@@ -262,7 +258,7 @@ class SavePlanner:
                     Location(key, TierName.HOST, host_slot),
                     Location(key, TierName.DISK, disk_slot),
                 ),
-                tries=tries,
+                tries=self._breakers.order(Kind.WRITE, [TierName.DISK]),
             )
             writes.append(WriteThrough(transfer.id, key, host_slot, disk_slot))
         return tuple(writes)

@@ -23,7 +23,6 @@ from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.requests import VllmBlockPool, VllmRequest
-from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 
@@ -52,9 +51,6 @@ class SchedulerSide:
             layout.groups(cache),
             layout.NULL_BLOCK,
         )
-        self._recurrent = [
-            index for index, group in enumerate(self._shape.groups) if group.kind is GroupKind.STATE
-        ]
         self._namespace = build_namespace(config, vllm_config, cache)
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
@@ -183,7 +179,7 @@ class SchedulerSide:
         for its own prefix cache and hands over, and those that it passes by. What is drafted may be
         taken back, so that with speculation only the former are sure."""
         state = output.kv_connector_block_state
-        if state is None or not self._recurrent:
+        if state is None or not self._shape.recurrent:
             return []
         found = {
             BoundaryState(request_id, group, block, end)
@@ -193,7 +189,7 @@ class SchedulerSide:
         for request_id, end in progress if self._recompute == 1 else ():
             if end % self._shape.chunk_tokens == 0:
                 tables = state.resolve_block_ids(request_id)
-                for group in self._recurrent:
+                for group in self._shape.recurrent:
                     index = end // self._shape.groups[group].block_tokens - 1
                     if (block := tables[group][index]) != layout.NULL_BLOCK:
                         found.add(BoundaryState(request_id, group, block, end))
