@@ -67,6 +67,8 @@ class Row:
         block_stride: bytes from one block to the next.
         page_bytes: bytes of one block in this row that carry content.
         groups: the groups that its layers are of; blocks of others carry nothing here.
+        heads: stretches of equal size that a page consists of, one for each KV head; 1 where a page
+            is not cut by heads.
     """
 
     layers: tuple[str, ...]
@@ -75,6 +77,7 @@ class Row:
     block_stride: int
     page_bytes: int
     groups: tuple[int, ...] = (0,)
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.page_bytes <= 0 or self.block_stride < self.page_bytes or self.offset < 0:

@@ -233,5 +233,27 @@ class ChunkChain:
                 keys += [_key_of_group(link, group) for link in added]
 
 
+def prompt_digest(tokens: Sequence[int], root_extra: bytes, extra: bytes) -> bytes:
+    """Names a whole prompt: two engines that were given the same one have the same digest.
+
+    Args:
+        tokens: its token ids.
+        root_extra: what it depends on as a whole, see :class:`ChunkChain`.
+        extra: what it depends on beyond that (multimodal inputs).
+
+    Raises:
+        ValueError: if a token id is not in ``0 .. MAX_TOKEN``.
+    """
+    try:
+        ids = array("I", tokens)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers in 0 .. {MAX_TOKEN}: {error}") from error
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return blake2b(
+        pack((_SCHEME, root_extra, extra, ids.tobytes())), digest_size=KEY_BYTES
+    ).digest()
+
+
 def _key_of_group(link: ChunkKey, group: int) -> ChunkKey:
     return ChunkKey(blake2b(b"%b group %d" % (link, group), digest_size=KEY_BYTES).digest())

@@ -42,13 +42,18 @@ class Outcome(StrEnum):
     """What a receipt says of its transfer."""
 
     DONE = "done"
-    """A load is in the engine; a save has read its blocks and is loadable; a write is durable."""
+    """A load, or a push from elsewhere, is in the engine; a save has read its blocks and is
+    loadable; a write is durable; a push to elsewhere has drained."""
     FAILED = "failed"
-    """Nothing of a save or write may become visible; a load did not deliver all of its chunks."""
+    """Nothing of a save or write may become visible; a load or push did not deliver everything."""
 
 
 LOAD_FAILED = "load_failed"
 """Reason of a save whose step rests on a load that failed: no fault of the tier it goes to."""
+
+
+TORN = "torn"
+"""Reason of a push of which a write has failed: what of it is in the network may still arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,117 @@ class WriteThrough:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerOrder:
+    """Make a decode engine known, so that pushes may name it.
+
+    Attributes:
+        incarnation: its name.
+        card: what it says of itself, as :func:`lamina.push.cards.encode_card` has it.
+    """
+
+    incarnation: str
+    card: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushPages:
+    """Pages of one cache group that go from engine to engine.
+
+    Attributes:
+        group: the group.
+        sources: block ids here.
+        targets: block ids there, one for each.
+    """
+
+    group: int
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PushOrder:
+    """Write pages of a prompt into a decode engine.
+
+    Attributes:
+        transfer: identity of this part of the push.
+        peer: the decode engine's incarnation.
+        epoch: its name for the whole push.
+        pages: what goes where.
+        computed: whether all of it was written before this step; else row by row in the step.
+        last: whether nothing follows, so that ``delivered`` is due when all has drained.
+        patience: seconds from receipt of the plan after which nothing is sent any more.
+    """
+
+    transfer: TransferId
+    peer: str
+    epoch: int
+    pages: tuple[PushPages, ...]
+    computed: bool
+    last: bool
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class PushStop:
+    """Send nothing more of a push, and call back what is on its way.
+
+    Attributes:
+        peer: the decode engine's incarnation.
+        epoch: its name for the push.
+    """
+
+    peer: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveOrder:
+    """Expect a push into blocks of a parked request.
+
+    Attributes:
+        transfer: identity of the push, which its senders name as ``epoch``.
+        request_id: the engine's name for the request.
+        deadline: seconds from receipt of the plan after which it has failed.
+    """
+
+    transfer: TransferId
+    request_id: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class PushPlan:
+    """What of a step has to do with other engines, in the order in which it is carried out.
+
+    Attributes:
+        peers: decode engines that are new.
+        gone: decode engines that are not connected any more.
+        stops: pushes to end.
+        orders: pages to send.
+        receives: pushes to expect.
+        give_ups: receives to end, if they have not.
+    """
+
+    peers: tuple[PeerOrder, ...] = ()
+    gone: tuple[str, ...] = ()
+    stops: tuple[PushStop, ...] = ()
+    orders: tuple[PushOrder, ...] = ()
+    receives: tuple[ReceiveOrder, ...] = ()
+    give_ups: tuple[TransferId, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it orders nothing."""
+        return not (
+            self.peers or self.gone or self.stops or self.orders or self.receives or self.give_ups
+        )
+
+
+NO_PUSH = PushPlan()
+"""The push plan of most steps."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything the data side is to begin in one engine step.
 
@@ -140,6 +256,7 @@ class StepPlan:
         saves: saves whose blocks are complete once this step's forward has run.
         writes: write-throughs to start now.
         drop_disk: disk slots to forget (failed verification, cache reset).
+        push: what goes to other engines and comes from them.
         forward: whether this step runs the model at all.
         outstanding: whether transfers of this plan or an earlier one are on their way.
     """
@@ -149,13 +266,16 @@ class StepPlan:
     saves: tuple[SaveOrder, ...] = ()
     writes: tuple[WriteThrough, ...] = ()
     drop_disk: tuple[int, ...] = ()
+    push: PushPlan = NO_PUSH
     forward: bool = True
     outstanding: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Whether the plan orders nothing."""
-        return not (self.loads or self.saves or self.writes or self.drop_disk)
+        return self.push.is_empty and not (
+            self.loads or self.saves or self.writes or self.drop_disk
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,9 @@ class Service:
                 ignore_eos=True,
                 detokenize=False,
                 logprobs=0,
+                extra_args=(
+                    None if ask.push is None else {"kv_transfer_params": {"lamina_push": ask.push}}
+                ),
                 # Several samples come together only at the end; one is watched as it grows.
                 output_kind=(
                     RequestOutputKind.FINAL_ONLY if ask.n > 1 else RequestOutputKind.CUMULATIVE

@@ -114,6 +114,7 @@ class Ask:
         n: samples; with ``seed`` drawn at temperature 1, else greedy.
         seed: of the samples.
         priority: the lower, the sooner, where the scheduler looks at it.
+        push: the push that it is part of, as a router would say.
     """
 
     tokens: tuple[int, ...]
@@ -123,6 +124,7 @@ class Ask:
     n: int = 1
     seed: int | None = None
     priority: int = 0
+    push: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from enum import Enum
 
 import numpy as np
 
+from lamina.control.requests import PushParameters
 from lamina.keys import ChunkChain, pack
 from simulator.content import Stamps, extend, root_hash
 
@@ -106,6 +107,7 @@ class Request:
         weights: int,
     ) -> None:
         self.request_id = request_id
+        self.push: PushParameters | None = None
         self.num_prompt_tokens = len(prompt)
         self.recompute_tokens = recompute_tokens
         self.root_extra = pack((str(salt), ""))

@@ -86,7 +86,10 @@ class Scheduler:
         loads_now = False
         if not preempted:
             loads_now = self._schedule_waiting(items, budget)
-        progress = [(i.run.request.request_id, i.run.request.computed + i.count) for i in items]
+        progress = [
+            (r.request_id, r.computed, r.computed + i.count)
+            for i, r in ((i, i.run.request) for i in items)
+        ]
         plan = self._planner.plan_step(progress, forward=bool(items))
         loads = {order.transfer: self._blocks_of(order.request_id) for order in plan.loads}
         if items:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lamina.config import load_config
 from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape
+from lamina.control.requests import ChunkShape, PushParameters
 from lamina.observe.metrics import Meter, Readings
 from lamina.plan import (
     ChunkKey,
@@ -56,6 +56,7 @@ class View:
     tables: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.push: PushParameters | None = None
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)
 
     @property
@@ -117,7 +118,8 @@ class Engine:
             self.step()
 
     def step(self, *progress: tuple[str, int]) -> StepPlan:
-        return self.planner.plan_step(progress, forward=bool(progress))
+        runs = [(name, 0, end) for name, end in progress]
+        return self.planner.plan_step(runs, forward=bool(runs))
 
     def answer(
         self,

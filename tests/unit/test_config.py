@@ -64,6 +64,7 @@ class TestDefaults:
             "host": {"capacity": "auto"},
             "disk": None,
             "breaker": {"failures": 3, "pause": 10.0},
+            "push": None,
             "observe": {"timeline": None},
         }
 

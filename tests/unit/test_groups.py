@@ -42,7 +42,7 @@ def compute(
     engine.planner.lookup(request, 0)
     engine.planner.admitted(name, 0)
     plan = engine.planner.plan_step(
-        [(name, len(request.token_ids) if computed is None else computed)],
+        [(name, 0, len(request.token_ids) if computed is None else computed)],
         forward=True,
         states=[BoundaryState(name, *state) for state in states],
     )
@@ -180,7 +180,7 @@ def test_a_state_is_read_under_a_lease() -> None:
     engine.planner.lookup(request, 0)
     engine.planner.admitted("a", 0)
     plan = engine.planner.plan_step(
-        [("a", CHUNK)], forward=True, states=[BoundaryState("a", 1, 250, CHUNK)]
+        [("a", 0, CHUNK)], forward=True, states=[BoundaryState("a", 1, 250, CHUNK)]
     )
     assert 250 in engine.pool.held
     engine.answer(*(order.transfer for order in plan.saves))

@@ -424,7 +424,7 @@ def test_control_counts_what_is_shared_once() -> None:
     view = View("a", list(range(3 * CHUNK)))
     planner.lookup(view, 0)
     planner.admitted("a", 0)
-    assert len(planner.plan_step([("a", view.num_tokens)], forward=True).saves) == 1
+    assert len(planner.plan_step([("a", 0, view.num_tokens)], forward=True).saves) == 1
     planner.gauges()
     gauges = meter.drain().gauges
     assert gauges["bytes_in_flight", ("save",)] == 2 * CHUNK_BYTES

@@ -13,6 +13,7 @@ from lamina.config.tree import (
     HostConfig,
     LoadConfig,
     ObserveConfig,
+    PushConfig,
     SaveConfig,
 )
 from lamina.config.values import format_size
@@ -26,6 +27,7 @@ __all__ = [
     "HostConfig",
     "LoadConfig",
     "ObserveConfig",
+    "PushConfig",
     "SaveConfig",
     "format_size",
     "load_config",

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lamina.config.memory import memory_bytes
 from lamina.config.values import (
     ABSOLUTE_PATH,
+    ADDRESS,
     FLAG,
     GIB,
     MIB,
@@ -140,6 +141,46 @@ class BreakerConfig(Section):
     )
 
 
+class PushConfig(Section):
+    """How a prefill engine hands what it computes to a decode engine, row by row."""
+
+    listen: Annotated[str | None, ADDRESS.nullable()] = Field(
+        default=None,
+        description="Where decode engines reach this engine, if it is to prefill for them: an "
+        "address of this machine and a port; with data parallelism each engine takes the next "
+        "port.",
+    )
+    token: Annotated[str | None, TEXT.nullable()] = Field(
+        default=None,
+        description="A secret that both sides must have. It is sent as it is, so use a private "
+        "network all the same.",
+    )
+    deadline: Annotated[float, SECONDS] = Field(
+        default=60.0,
+        description="Seconds that a decode engine waits for a prompt, and a prefill engine for a "
+        "destination. Past it the decode engine computes the prompt itself.",
+    )
+    silence: Annotated[float, SECONDS] = Field(
+        default=5.0,
+        description="Seconds without a word after which a peer counts as gone.",
+    )
+    quarantine: Annotated[float, SECONDS] = Field(
+        default=120.0,
+        description="Seconds for which blocks are kept that a lost peer may still write to, if it "
+        "cannot be asked.",
+    )
+    batch: Annotated[int, SIZE] = Field(
+        default=MIB,
+        description="Bytes that are sent at once: rows are sent when so many bytes of a prompt are "
+        "ready, and the rest at the end of its step. Prompts smaller than this take one write.",
+    )
+    max_inflight: Annotated[int, SIZE] = Field(
+        default=GIB,
+        description="Bytes on their way to decode engines, on each rank. Beyond it they wait in "
+        "the engine's blocks.",
+    )
+
+
 class ObserveConfig(Section):
     """What Lamina writes down about itself, beyond metrics and log lines."""
 
@@ -171,6 +212,11 @@ class Config(Section):
         description="The tier on local disk; off unless `disk.path` and `disk.capacity` are given.",
     )
     breaker: BreakerConfig = BreakerConfig()
+    push: PushConfig | None = Field(
+        default=None,
+        description="Prefill-to-decode; off unless the section is there (`push: {}` will do for a "
+        "decode engine).",
+    )
     observe: ObserveConfig = ObserveConfig()
 
 

@@ -20,6 +20,7 @@ KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
 _UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _SIZE = compile(r"\s*([0-9]{1,19})\s*(B|KiB|MiB|GiB|TiB)?\s*")
 _NEARLY_SIZE = compile(r"\s*([0-9]{1,19})\s*([KMGT])(?:i|i?B)?\s*", IGNORECASE)
+_ADDRESS = compile(r"(?:[^\s:\[\]/]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _MAX_SIZE = (1 << 63) - 1
 _MAX_SECONDS = 86_400
 _MAX_INTEGER = (1 << 31) - 1
@@ -154,7 +155,16 @@ def _parse_text(value: object) -> str:
     return value
 
 
+def _parse_address(value: object) -> str:
+    if not isinstance(value, str) or not (match := _ADDRESS.fullmatch(value)):
+        raise WrongValueError
+    if not 0 < int(match[1]) < 1 << 16:
+        raise WrongValueError("an address with a port from 1 to 65535")
+    return value
+
+
 FLAG = Kind("true or false", _parse_flag)
+ADDRESS = Kind('an address such as "10.0.0.1:9300" or "[::1]:9300"', _parse_address)
 SIZE = Kind('a size (bytes, or text with a binary unit such as "4GiB")', _parse_size)
 SECONDS = Kind(f"a number of seconds above 0 and at most {_MAX_SECONDS} (a day)", _parse_seconds)
 PATH = Kind("a path", _parse_path)

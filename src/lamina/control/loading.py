@@ -201,15 +201,27 @@ class LoadPlanner:
 
     # -- loads -------------------------------------------------------------------------------
 
-    def order(self, record: RequestRecord, *, step: int, now: float) -> None:
-        """Load what the last lookup found into the request's blocks."""
+    def order(self, record: RequestRecord, *, step: int, now: float, partial: bool = False) -> None:
+        """Load what the last lookup found into the request's blocks.
+
+        Args:
+            record: the request.
+            step: the step whose plan will carry the order.
+            now: control's clock.
+            partial: whether the request goes on from further ahead than the hit, so that the hit's
+                windows and states are of no use.
+        """
         end = record.hit.floor + record.hit.tokens
-        loads = [load for chunk in record.hit.chunks for load in self._loads_of(record, chunk, end)]
-        for place in record.hit.places:
+        chunks = record.hit.chunks
+        if partial:
+            chunks = tuple(chunk for chunk in chunks if chunk.group in self._shape.full)
+        places = tuple(chunk.place for chunk in chunks)
+        loads = [load for chunk in chunks for load in self._loads_of(record, chunk, end)]
+        for place in places:
             self._catalog.tiers[place.tier].lease(place.slot)
             if place.tier is TierName.DISK:
                 record.promote.add(place.key)
-        tries = self._breakers.order(Kind.LOAD, _tiers(record.hit.places))
+        tries = self._breakers.order(Kind.LOAD, _tiers(places))
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         layerwise = record.story.mode is LoadMode.LAYERWISE
         transfer = self._transfers.open(
@@ -218,12 +230,12 @@ class LoadPlanner:
             step=step,
             expires=now + 2 * deadline,
             size=-(-record.hit.tokens // self._shape.chunk_tokens) * self._chunk_bytes,
-            chunks=record.hit.places,
+            chunks=places,
             layerwise=layerwise,
             tries=tries,
         )
         record.load = transfer.id
-        by_prefix = sorted(record.hit.chunks, key=lambda chunk: chunk.start)
+        by_prefix = sorted(chunks, key=lambda chunk: chunk.start)
         for tier in self._catalog.tiers.values():
             tier.use([chunk.place.key for chunk in by_prefix])
         self.orders.append(

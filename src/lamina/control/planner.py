@@ -16,6 +16,8 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import open_catalog
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadPlanner, stories
+from lamina.control.push_source import PushSource
+from lamina.control.push_target import CANCELLED, PushTarget
 from lamina.control.requests import (
     BoundaryState,
     ChunkShape,
@@ -28,12 +30,16 @@ from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.keys import ChunkChain
 from lamina.observe.metrics import Meter
 from lamina.plan import (
+    NO_PUSH,
     LoadMode,
+    PushPlan,
     RankReport,
     Receipt,
     StepPlan,
     TierName,
 )
+from lamina.push.cards import EngineCard
+from lamina.push.letters import Letter, News
 
 log = logging.getLogger("lamina.control")
 
@@ -73,6 +79,7 @@ class Planner:
         pool: the engine's block pool.
         reports: one from each rank: its tiers and what they already hold.
         meter: where figures go.
+        card: this engine as other engines see it, if it takes part in pushes.
         reports_blocks: whether the engine can take back single blocks of a failed load.
         clock: monotonic seconds.
 
@@ -89,6 +96,7 @@ class Planner:
         reports: Sequence[RankReport],
         meter: Meter,
         *,
+        card: EngineCard | None = None,
         reports_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -136,6 +144,15 @@ class Planner:
             chunk_bytes=self._kept_bytes,
             ranks=len(kept),
         )
+        self._source: PushSource | None = None
+        self._target: PushTarget | None = None
+        if config.push is not None and card is not None:
+            self._source = PushSource(
+                config.push, shape, card, self._transfers, self._leases, meter
+            )
+            self._target = PushTarget(
+                config.push, config.breaker, shape, self._transfers, self._leases, meter, clock
+            )
         self._requests: dict[str, RequestRecord] = {}
         self._queued = 0
         self._step = 0
@@ -164,12 +181,30 @@ class Planner:
         elif record.admitted:
             record.new_epoch()
         record.view = view
-        return self._loading.lookup(
+        hit = self._loading.lookup(
             record,
             floor,
             declined=declined,
             others_active=self._others_active(view.request_id),
         )
+        record.story.pushed = 0
+        if self._target is not None and view.push is not None:
+            hit = self._with_push(record, floor, hit, declined)
+        record.offered = hit.tokens
+        return hit
+
+    def _with_push(self, record: RequestRecord, floor: int, hit: Hit, declined: str) -> Hit:
+        """A hit and what a prefill engine will push behind it."""
+        assert self._target is not None
+        end, declined = (0, declined) if declined else self._target.reach(record)
+        pushed = end - floor - hit.tokens
+        if pushed <= 0:
+            if declined:
+                record.story.reason = declined
+            return hit
+        record.story.pushed = pushed
+        record.story.mode = LoadMode.PARKED
+        return Hit(end - floor, LoadMode.PARKED)
 
     def admitted(self, request_id: str, loaded: int) -> None:
         """The engine has given a request its blocks and will have ``loaded`` tokens loaded.
@@ -182,6 +217,11 @@ class Planner:
             return
         record.admitted = True
         story = record.story
+        now = self._clock.tick()
+        if self._source is not None:
+            self._source.admitted(record, story.engine + loaded, now)
+        if self._target is not None and record.view.push is not None and not story.pushed:
+            self._target.decline(record)
         self._meter.count("lookups", 1)
         self._meter.count("lookup_tokens", story.prompt)
         self._meter.count("hit_tokens", story.engine, tier="engine")
@@ -193,8 +233,13 @@ class Planner:
             story.loaded = 0
             stories.debug("%s", story.line(request_id))
             return
-        assert loaded == record.hit.tokens, "a hit is taken whole or not at all"
-        self._loading.order(record, step=self._step, now=self._clock.tick())
+        assert loaded == record.offered, "what was offered is taken whole or not at all"
+        if story.pushed:
+            assert self._target is not None
+            start, end = story.engine + loaded - story.pushed, story.engine + loaded
+            self._target.order(record, story.engine, start, end, step=self._step)
+        if story.loaded:
+            self._loading.order(record, step=self._step, now=now, partial=story.pushed > 0)
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
@@ -211,7 +256,7 @@ class Planner:
 
     def plan_step(
         self,
-        progress: Iterable[tuple[str, int]],
+        progress: Iterable[tuple[str, int, int]],
         *,
         forward: bool,
         states: Iterable[BoundaryState] = (),
@@ -219,8 +264,8 @@ class Planner:
         """The plan of the step that the engine has just scheduled.
 
         Args:
-            progress: for each request that runs in the step, how many tokens of it are
-                computed when the step is over, draft tokens included.
+            progress: for each request that runs in the step, how many tokens of it are computed
+                before it and when it is over, draft tokens included.
             forward: whether the step runs the model.
             states: recurrent states that blocks hold when the step is over.
         """
@@ -234,14 +279,19 @@ class Planner:
                 self._saving.consider_state(
                     record, state.group, state.block, state.end, step=self._step, now=now
                 )
-        for request_id, computed in progress:
+                if self._source is not None:
+                    self._source.state(record, state)
+        for request_id, start, computed in progress:
             record = self._requests.get(request_id)
+            if self._source is not None and record is not None:
+                self._source.progress(record, start, computed)
             # Most requests of most steps have completed no chunk.
             if record is not None and computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
                 )
         writes = self._saving.order_writes(step=self._step, now=now)
+        push = self._plan_push(now)
         outstanding = len(self._transfers) > 0
         plan = StepPlan(
             step=self._step,
@@ -249,6 +299,7 @@ class Planner:
             saves=tuple(self._saving.orders),
             writes=writes,
             drop_disk=tuple(self._catalog.forgotten),
+            push=push,
             forward=forward,
             outstanding=outstanding,
         )
@@ -259,6 +310,49 @@ class Planner:
         if outstanding:
             self._mark_overdue(now)
         return plan
+
+    def _plan_push(self, now: float) -> PushPlan:
+        source, target = self._source, self._target
+        if source is None or target is None:
+            return NO_PUSH
+        target.tick(now)
+        source.plan(step=self._step, now=now)
+        plan = PushPlan(
+            peers=tuple(source.peers),
+            gone=tuple(source.gone),
+            stops=tuple(source.stops),
+            orders=tuple(source.orders),
+            receives=tuple(target.orders),
+            give_ups=tuple(target.give_ups),
+        )
+        if plan.is_empty:
+            return NO_PUSH
+        for orders in (
+            source.peers,
+            source.gone,
+            source.stops,
+            source.orders,
+            target.orders,
+            target.give_ups,
+        ):
+            orders.clear()
+        return plan
+
+    def take_news(self, news: Sequence[News]) -> None:
+        """Take in what other engines have to say."""
+        if news and self._source is not None and self._target is not None:
+            now = self._clock.tick()
+            self._source.receive(news, now)
+            self._target.receive(news, now)
+
+    def drain_letters(self) -> list[Letter]:
+        """Messages for other engines since the last call."""
+        if self._source is None or self._target is None:
+            return []
+        letters = self._source.letters + self._target.letters
+        self._source.letters.clear()
+        self._target.letters.clear()
+        return letters
 
     def finished(self, request_id: str, computed: int, blocks: Sequence[Sequence[int]]) -> None:
         """A request has ended; its blocks are freed after this call.
@@ -275,14 +369,18 @@ class Planner:
         for tier in self._catalog.tiers.values():
             tier.use([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])
         self._saving.order_passed(step=self._step, now=self._clock.now, ended=record)
-        still_loading = record.load is not None
-        if record.admitted and not (still_loading and record.story.mode is LoadMode.PARKED):
+        if self._source is not None:
+            self._source.finished(record, computed, blocks)
+        if self._target is not None and record.receive is not None:
+            self._target.give_up(record.receive, CANCELLED)
+        parked = record.moving and record.story.mode is LoadMode.PARKED
+        if record.admitted and not parked:
             left = self._saving.consider(
                 record, computed, lambda group: blocks[group], step=self._step, now=self._clock.now
             )
             if left:
                 self._meter.count("saves_dropped", left)
-        if still_loading:
+        if record.moving:
             record.ended = True
         else:
             del self._requests[request_id]
@@ -321,6 +419,11 @@ class Planner:
                     waits[transfer.step] = max(transfer.waited, waits.get(transfer.step, 0.0))
             elif transfer.kind is Kind.WRITE:
                 self._saving.settle_write(transfer)
+            elif transfer.kind is Kind.PUSH:
+                assert self._source is not None
+                self._source.settle(transfer)
+            elif transfer.kind is Kind.RECEIVE:
+                self._settle_receive(transfer)
         for waited in waits.values():
             self._meter.observe("wait_seconds", waited)
         self._saving.settle((t for t in settled if t.kind is Kind.SAVE), step=self._step)
@@ -330,6 +433,8 @@ class Planner:
         and is not visible yet may become visible, and everything is considered for saving anew.
         """
         self._saving.poison_saves_since(step)
+        if self._source is not None:
+            self._source.distrust(step)
         for record in self._requests.values():
             record.next_save = 0
 
@@ -338,7 +443,18 @@ class Planner:
         self._loading.settle(transfer, record)
         if transfer.state is State.FAILED and transfer.layerwise:
             self.distrust(transfer.step)
-        if record is not None and record.ended and record.load is None:
+        self._forget_if_over(transfer, record)
+
+    def _settle_receive(self, transfer: Transfer) -> None:
+        assert self._target is not None
+        record = self._requests.get(transfer.request_id)
+        self._target.settle(transfer, record)
+        if record is not None:
+            stories.info("%s", record.story.line(transfer.request_id))
+        self._forget_if_over(transfer, record)
+
+    def _forget_if_over(self, transfer: Transfer, record: RequestRecord | None) -> None:
+        if record is not None and record.ended and not record.moving:
             del self._requests[transfer.request_id]
 
     # -- the whole ---------------------------------------------------------------------------
@@ -358,6 +474,8 @@ class Planner:
             bool(self._loading.orders or self._saving.orders or self._catalog.forgotten)
             or self._saving.may_write
             or self._transfers.pending
+            or (self._source is not None and self._source.pending)
+            or (self._target is not None and self._target.pending)
         )
 
     def gauges(self) -> None:

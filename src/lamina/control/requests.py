@@ -64,6 +64,20 @@ class ChunkShape:
         return tuple(i for i, group in enumerate(self.groups) if group.kind in kinds)
 
 
+@dataclass(frozen=True, slots=True)
+class PushParameters:
+    """What a router says of a request that two engines serve.
+
+    Attributes:
+        id: names the push; the same for both.
+        prefill: where the prefill engine listens, if this one is to decode; None if it is to
+            prefill.
+    """
+
+    id: str
+    prefill: str | None
+
+
 class RequestView(Protocol):
     """An engine's request, as control needs to see it. Read at the moment of the call."""
 
@@ -86,6 +100,10 @@ class RequestView(Protocol):
     @property
     def root_extra(self) -> bytes:
         """What sets the request's keys apart from the first chunk on: salt, adapter."""
+
+    @property
+    def push(self) -> PushParameters | None:
+        """The push that it is part of, if it is."""
 
     def tokens(self) -> Sequence[int]:
         """All known token ids."""
@@ -131,6 +149,7 @@ class Story:
     host: int = 0
     disk: int = 0
     loaded: int = 0
+    pushed: int = 0
     mode: LoadMode = LoadMode.LAYERWISE
     reason: str = "miss"
     seconds: float = 0.0
@@ -144,19 +163,21 @@ class Story:
 
     def line(self, request_id: str) -> str:
         """One line that says what was hit, where, what was loaded, and why the rest was not."""
-        recomputed = self.prompt - self.engine - (0 if self.failed else self.loaded)
+        brought = 0 if self.failed else self.loaded + self.pushed
+        recomputed = self.prompt - self.engine - brought
         text = (
             f"request {request_id}: prompt {self.prompt} tokens, hit engine {self.engine} "
             f"host {self.host} disk {self.disk}, "
         )
         if self.failed:
-            text += f"load FAILED ({self.reason}), "
-        elif self.loaded:
-            text += f"loaded {self.loaded} ({self.mode.value}), "
-        else:
-            text += f"loaded 0 ({self.reason}), "
+            text += f"{'push' if self.pushed else 'load'} FAILED ({self.reason}), "
+        elif self.loaded or not self.pushed:
+            how = self.mode.value if self.loaded else self.reason
+            text += f"loaded {self.loaded} ({how}), "
+        if self.pushed:
+            text += f"pushed {self.pushed}, "
         text += f"recomputed {recomputed}"
-        if self.loaded:
+        if self.loaded or self.pushed:
             text += f", load {self.seconds * 1e3:.1f} ms, model waited {self.waited * 1e3:.1f} ms"
         return text
 
@@ -215,7 +236,10 @@ class RequestRecord:
         epoch: how often the engine took its blocks away.
         admitted: whether the engine gave it blocks in this epoch.
         ended: whether the engine is done with it; kept until its load is terminal.
+        offered: tokens beyond the engine's that the last lookup promised.
         load: its load that is not terminal.
+        receive: its receive that is not terminal.
+        push_over: why no push is waited for any more; empty while one may be.
         next_save: first chunk that was not yet considered for saving.
         promote: chunks loaded from disk that the host tier should hold, too.
         held_back: first chunk that found no room, so that it is counted once.
@@ -231,7 +255,10 @@ class RequestRecord:
     epoch: int = 0
     admitted: bool = False
     ended: bool = False
+    offered: int = 0
     load: TransferId | None = None
+    receive: TransferId | None = None
+    push_over: str = ""
     next_save: int = 0
     promote: set[ChunkKey] = field(default_factory=set)
     held_back: int = -1
@@ -244,11 +271,17 @@ class RequestRecord:
         self.epoch += 1
         self.admitted = False
         self.load = None
+        self.receive = None
         self.next_save = 0
         self.hit = FoundPrefix()
         self.held_back = -1
         self.barred = False
         self.promote.clear()
+
+    @property
+    def moving(self) -> bool:
+        """Whether something is on its way to its blocks."""
+        return self.load is not None or self.receive is not None
 
     def known_keys(self) -> tuple[list[ChunkKey], ...]:
         """Per group, keys of all whole chunks whose tokens are known."""

@@ -5,6 +5,8 @@
     LOAD   PLANNED → DONE (in the engine) | FAILED
     SAVE   PLANNED → DONE (its source is free, and it is loadable from the host) | FAILED
     WRITE  PLANNED → DONE (durable on disk) | FAILED
+    PUSH   PLANNED → DONE (drained, in the other engine) | FAILED
+    RECEIVE PLANNED → DONE (delivered by every sender) | FAILED
 
 With several ranks a state is reached when every rank has reported it, by identity and not by
 count; a transfer has failed when one rank has failed and all are terminal.
@@ -27,6 +29,8 @@ class Kind(Enum):
     LOAD = "load"
     SAVE = "save"
     WRITE = "write"
+    PUSH = "push"
+    RECEIVE = "receive"
 
 
 class State(Enum):
@@ -54,7 +58,7 @@ class Transfer:
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.
         chunks: where the chunks of a load are; the key and slot of a save or write.
-        lease: hold on engine blocks, for a save.
+        lease: hold on engine blocks that are read, for a save or a push.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
         tries: tiers that were out of use, and are tried by it.

@@ -17,13 +17,15 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lamina.config import LoadConfig
 from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
 from lamina.data.movers.base import Mover
+from lamina.data.push_pipeline import PushRun
+from lamina.data.push_wire import PushIdentity, PushWire
 from lamina.data.save_pipeline import SaveRun
 from lamina.data.sources import LOAD_THREADS
 from lamina.data.tiers.disk import DiskReader, DiskTier
@@ -42,6 +44,7 @@ from lamina.plan import (
     TierName,
     TransferReceipt,
 )
+from lamina.push.transports.base import Transport
 
 log = logging.getLogger("lamina.data")
 
@@ -61,12 +64,15 @@ class Outcomes:
         arrived: requests whose parked load is over, well or not.
         failed: requests whose load failed, in the step or between steps.
         lost_blocks: engine blocks whose load failed.
+        rejected: requests that have arrived, but not by a push: all of their blocks are to be
+            given up, because something may still be written to them.
     """
 
     receipt: Receipt
     arrived: frozenset[str]
     failed: frozenset[str]
     lost_blocks: frozenset[int]
+    rejected: frozenset[str] = frozenset()
 
 
 class Executor:
@@ -81,6 +87,7 @@ class Executor:
         config: the ``load`` section.
         sources: the tiers as loads see them, see :func:`~lamina.data.sources.tier_sources`.
         follows: whether the tiers are another rank's, see :mod:`~lamina.data.replicas`.
+        push: who this rank is among engines, and its wire to them; None if it takes no part.
         timeline: records what happens when; None records nothing.
     """
 
@@ -95,6 +102,7 @@ class Executor:
         config: LoadConfig,
         sources: Mapping[TierName, RowSource],
         follows: bool = False,
+        push: tuple[PushIdentity, Transport] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._rank = rank
@@ -126,17 +134,30 @@ class Executor:
                 timeline=timeline,
             )
         self._plan: StepPlan | None = None
+        self._pushes: PushRun | None = None
         self._layerwise: LoadRun | None = None
         self._saves: SaveRun | None = None
         self._parked: list[LoadRun] = []
+        self._awaited: Counter[str] = Counter()
         self._landing: list[LoadRun] = []
         self._receipts: deque[TransferReceipt] = deque()
         self._news = threading.Event()
         self._failed: set[str] = set()
+        self._rejected: set[str] = set()
         self._lost_blocks: set[int] = set()
         self._unknown_layers: set[str] = set()
+        self._step_failure = ""
         self._computing = (-1, 0.0)
         self._nothing = Outcomes(Receipt(rank), frozenset(), frozenset(), frozenset())
+        self._wire: PushWire | None = None
+        if push is not None:
+            self._wire = PushWire(
+                *push,
+                report=self._report,
+                wake=self._news.set,
+                cores=cores,
+                timeline=timeline,
+            )
 
     def report(self) -> RankReport:
         """This rank's tiers and what they already hold."""
@@ -152,7 +173,11 @@ class Executor:
     @property
     def moves_rows(self) -> bool:
         """Whether the layers of this step have anything to wait for or to save."""
-        return self._layerwise is not None or self._saves is not None
+        return (
+            self._layerwise is not None
+            or self._saves is not None
+            or (self._pushes is not None and self._pushes.moves_rows)
+        )
 
     # -- one step ----------------------------------------------------------------------------
 
@@ -172,11 +197,17 @@ class Executor:
             if order.mode is LoadMode.PARKED:
                 run = self._make_run([Load(order, self._geometry)], parked=True)
                 self._parked.append(run)
+                self._awaited[order.request_id] += 1
                 run.start(self._mover.fence_compute())
         layerwise = [o for o in plan.loads if o.mode is LoadMode.LAYERWISE]
         if layerwise:
             loads = [Load(order, self._geometry) for order in layerwise]
             self._layerwise = self._make_run(loads, parked=False)
+        if self._wire is not None and not plan.push.is_empty:
+            self._wire.carry_out(plan.push)
+            self._awaited.update(order.request_id for order in plan.push.receives)
+            if plan.push.orders:
+                self._pushes = PushRun(plan.push.orders, self._geometry, self._mover, self._wire)
         if plan.saves:
             self._saves = SaveRun(
                 plan.saves,
@@ -211,18 +242,27 @@ class Executor:
         if self._timeline is not None and self._plan is not None:
             row, began = self._computing
             self._timeline.add(Lane.COMPUTE, self._plan.step, row, began)
-        if self._saves is not None and (written := self._row(layer)) is not None:
+        if self._saves is None and self._pushes is None:
+            return
+        if (written := self._row(layer)) is not None:
             # Not "the last layer of the row": in what order layers run is the model's affair.
             left = self._unwritten.setdefault(written, set(self._geometry.rows[written].layers))
             left.discard(layer)
             if not left:
-                self._saves.row_written(written)
+                if self._pushes is not None:
+                    self._pushes.row_written(written)
+                if self._saves is not None:
+                    self._saves.row_written(written)
 
     def end_step(self) -> None:
         """Finish the step's loads and sweep its saves; call after the forward."""
         self.finish_loads()
         saves, self._saves = self._saves, None
         self._unwritten.clear()
+        pushes, self._pushes = self._pushes, None
+        if pushes is not None:
+            pushes.sweep(self._step_failure)
+        self._step_failure = ""
         if saves is not None:
             saves.sweep()
         plan, self._plan = self._plan, None
@@ -237,7 +277,8 @@ class Executor:
         finished then, because their failures must be known now.
         """
         self.finish_loads()
-        if not (self._parked or self._landing or self._receipts or self._failed):
+        pushed = self._wire.ended() if self._wire is not None else []
+        if not (self._parked or self._landing or self._receipts or self._failed or pushed):
             return self._nothing
         for run in [run for run in self._landing if run.landed]:
             self._landing.remove(run)
@@ -249,7 +290,13 @@ class Executor:
             if run.landed:
                 self._parked.remove(run)
                 self._settle(run)
-                arrived.update(load.order.request_id for load in run.loads)
+                for load in run.loads:
+                    self._one_arrived(load.order.request_id, arrived)
+        for request_id, push_receipt in pushed:
+            self._receipts.append(push_receipt)
+            if push_receipt.outcome is Outcome.FAILED:
+                self._rejected.add(request_id)
+            self._one_arrived(request_id, arrived)
         receipts = []
         while self._receipts:
             receipts.append(self._receipts.popleft())
@@ -257,16 +304,27 @@ class Executor:
         lost, self._lost_blocks = self._lost_blocks, set()
         queued = sum(pool.depth() for pool in (*self._load_pools.values(), self._save_pool))
         receipt = Receipt(self._rank, tuple(receipts), queued)
-        return Outcomes(receipt, frozenset(arrived), frozenset(failed), frozenset(lost))
+        return Outcomes(
+            receipt,
+            frozenset(arrived),
+            frozenset(failed),
+            frozenset(lost),
+            self._rejected_of(arrived),
+        )
 
     def close(self) -> None:
         """Finish what is under way, within ``load.deadline``, and release what is held."""
         for run in self._parked:
             run.give_up("closed")
         give_up = time.monotonic() + self._config.deadline
-        pools: list[WorkerPool | DiskWriter] = [*self._load_pools.values(), self._save_pool]
+        pools: list[WorkerPool | DiskWriter | PushWire] = [
+            *self._load_pools.values(),
+            self._save_pool,
+        ]
         if self._writer is not None:
             pools.append(self._writer)
+        if self._wire is not None:
+            pools.append(self._wire)
         left = [pool.close(max(0.0, give_up - time.monotonic())) for pool in pools]
         ended = all(left)
         if not ended:
@@ -277,6 +335,18 @@ class Executor:
             self._mover.close()
         if self._timeline is not None:
             self._timeline.write()
+
+    def _one_arrived(self, request_id: str, arrived: set[str]) -> None:
+        """Of what a parked request waits for, something has ended."""
+        self._awaited[request_id] -= 1
+        if self._awaited[request_id] <= 0:
+            del self._awaited[request_id]
+            arrived.add(request_id)
+
+    def _rejected_of(self, arrived: set[str]) -> frozenset[str]:
+        rejected = self._rejected & arrived
+        self._rejected -= rejected
+        return frozenset(rejected)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -313,8 +383,10 @@ class Executor:
             self._settle(run)
         else:  # A device may run behind. Who shares the slots does not wait for it, but for this.
             self._landing.append(run)
-        if self._saves is not None and failed:
-            self._saves.poison(LOAD_FAILED)
+        if failed:
+            self._step_failure = LOAD_FAILED
+            if self._saves is not None:
+                self._saves.poison(LOAD_FAILED)
 
     def _settle(self, run: LoadRun) -> None:
         for load in run.loads:

@@ -54,6 +54,10 @@ METRICS: dict[str, Metric] = {
         Metric("wait_seconds", _H, "Time the model waited for a load", buckets=_SECONDS),
         Metric("save_seconds", _H, "Duration of saves, order to loadable", buckets=_SECONDS),
         Metric("write_seconds", _H, "Duration of writes, order to durable", buckets=_SECONDS),
+        Metric("push_bytes", _C, "Bytes pushed to decode engines"),
+        Metric("push_seconds", _H, "Duration of pushes, order to drained", buckets=_SECONDS),
+        Metric("push_wait_seconds", _H, "Announcement of a prompt to delivery", buckets=_SECONDS),
+        Metric("pushes", _C, "Prompts pushed, by what became of them", ("outcome",)),
         Metric("saves_held_back", _C, "Chunks whose save had to wait for room", ("reason",)),
         Metric("saves_dropped", _C, "Chunks not saved because their request ended first"),
         Metric("writes_skipped", _C, "Chunks not written to disk", ("reason",)),
@@ -65,7 +69,7 @@ METRICS: dict[str, Metric] = {
         Metric("transfers", _G, "Unfinished transfers", ("direction",)),
         Metric("write_backlog", _G, "Chunks waiting to be written to disk"),
         Metric("queue_depth", _G, "Pieces of work that no thread has taken up"),
-        Metric("leased_blocks", _G, "Engine blocks held for saves"),
+        Metric("leased_blocks", _G, "Engine blocks held for saves and pushes"),
     )
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ class Lane(StrEnum):
     LOAD = "load"
     SAVE = "save"
     WRITE = "write"
+    PUSH = "push"
 
 
 @dataclass(frozen=True, slots=True)

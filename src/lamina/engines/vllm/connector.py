@@ -152,6 +152,8 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """The engine ends."""
         if self._worker is not None:
             self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
 
     # -- scheduler -----------------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """Whether the engine must keep stepping so that saves and writes come to an end."""
-        return self._on_scheduler.planner.has_work
+        return self._on_scheduler.has_work
 
     def reset_cache(self) -> bool | None:
         """Forget everything in every tier."""

@@ -36,6 +36,9 @@ KINDS = {
 }
 """Kinds of cache that can be served."""
 
+_CUT_BY_HEADS = (KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.SLIDING_WINDOW)
+"""Kinds of cache whose pages are divided among tensor-parallel ranks by heads."""
+
 NULL_BLOCK = 0
 """The block that stands for none in vLLM's tables (``vllm/v1/core/block_pool.py``)."""
 
@@ -201,6 +204,7 @@ def bind(
             block_stride=stride,
             page_bytes=size,
             groups=tuple(sorted({group_of[layer] for layer in layers})),
+            heads=_heads(cache, layers),
         )
         for (allocation, offset), (layers, stride, size) in places.items()
     ]
@@ -243,6 +247,20 @@ def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:
 
 def _page_bytes(group: KVCacheGroupSpec) -> dict[str, int]:
     return {layer: int(spec.page_size_bytes) for layer, spec in _specs(group).items()}
+
+
+def _heads(cache: KVCacheConfig, layers: Sequence[str]) -> int:
+    """Stretches of equal size, one for each KV head, that a page of these layers consists of."""
+    heads = set()
+    for group in cache.kv_cache_groups:
+        for layer, spec in _specs(group).items():
+            if layer in layers:
+                padded = getattr(spec, "page_size_padded", None) is not None
+                cut = get_kv_cache_spec_kind(spec) in _CUT_BY_HEADS and not padded
+                heads.add(int(spec.num_kv_heads) if cut else 1)
+    # Its dimensions from the outside in: layer, block, head, token (N), content.
+    outermost = str(cache.kv_cache_layout).replace("L", "").startswith("BH")
+    return heads.pop() if outermost and len(heads) == 1 else 1
 
 
 def _specs(group: KVCacheGroupSpec) -> dict[str, Any]:

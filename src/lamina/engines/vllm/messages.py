@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lamina.plan import RankReport, Receipt, StepPlan
+from lamina.push.cards import RankCard
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class LaminaReport(KVConnectorHandshakeMetadata):
     Attributes:
         report: for control.
         namespace: what the rank's store is named after, empty without one.
+        incarnation: names this run of the engine to others; empty if it takes no part in pushes.
+        card: the rank as other engines see it.
+        replicated: whether every rank holds the same bytes.
     """
 
     report: RankReport
     namespace: str
+    incarnation: str = ""
+    card: RankCard | None = None
+    replicated: bool = False

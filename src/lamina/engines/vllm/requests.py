@@ -8,8 +8,13 @@ from vllm.v1.core.block_pool import BlockPool as VllmPool
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.request import Request
 
+from lamina.control.requests import PushParameters
 from lamina.engines.vllm.layout import NULL_BLOCK
 from lamina.keys import pack
+from lamina.push.link import split_address
+
+PUSH_PARAMETER = "lamina_push"
+"""The key of ``kv_transfer_params`` that is Lamina's."""
 
 
 class VllmRequest:
@@ -21,6 +26,7 @@ class VllmRequest:
         block_tokens: tokens of a block, per group.
         adapter: identity of its LoRA adapter, empty without one.
         recompute_tokens: tokens that must be computed even on a full hit.
+        push: the push that it is part of.
     """
 
     def __init__(
@@ -30,11 +36,13 @@ class VllmRequest:
         block_tokens: Sequence[int],
         adapter: str,
         recompute_tokens: int,
+        push: PushParameters | None,
     ) -> None:
         self._request = request
         self.request_id: str = request.request_id
         self.num_prompt_tokens: int = request.num_prompt_tokens
         self.recompute_tokens = recompute_tokens
+        self.push = push
         self._tables = tables
         self._block_tokens = block_tokens
         self.root_extra = pack((request.cache_salt, adapter))
@@ -67,6 +75,27 @@ class VllmRequest:
             return b""
         extra, _ = generate_block_hash_extra_keys(request, start, end, 0)
         return b"" if extra is None else pack(extra)
+
+
+def push_parameters(request: Request) -> PushParameters | None:
+    """What the router says of a request: ``{"lamina_push": {"id": …, "prefill": …}}`` in vLLM's
+    ``kv_transfer_params``.
+
+    Raises:
+        ValueError: if it says something else under that name.
+    """
+    given = (request.kv_transfer_params or {}).get(PUSH_PARAMETER)
+    if given is None:
+        return None
+    match given:
+        case {"id": str(name), "prefill": str(address)} if name and len(given) == 2:
+            split_address(address)
+            return PushParameters(name, address)
+        case {"id": str(name)} if name and len(given) == 1:
+            return PushParameters(name, None)
+    raise ValueError(
+        f'must be {{"id": text}} or {{"id": text, "prefill": "HOST:PORT"}}, got {given!r}'
+    )
 
 
 class VllmBlockPool:

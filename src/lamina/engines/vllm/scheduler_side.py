@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -17,14 +18,16 @@ from vllm.v1.request import Request
 from lamina.checkpoint import CheckpointError, fingerprint, locate
 from lamina.config import Config
 from lamina.control.planner import Planner
-from lamina.control.requests import BoundaryState, ChunkShape
+from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
-from lamina.engines.vllm.requests import VllmBlockPool, VllmRequest
+from lamina.engines.vllm.requests import PUSH_PARAMETER, VllmBlockPool, VllmRequest, push_parameters
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
+from lamina.push.cards import EngineCard
+from lamina.push.link import Link, split_address
 
 log = logging.getLogger("lamina.engines.vllm")
 
@@ -57,6 +60,8 @@ class SchedulerSide:
         self._meter = Meter()
         self._manager: KVCacheManager | None = None
         self._planner: Planner | None = None
+        self._link: Link | None = None
+        self._first_port = vllm_config.parallel_config.data_parallel_index
         self._adapters: dict[tuple[str, int, str], str] = {}
         self._moved = True
 
@@ -86,6 +91,7 @@ class SchedulerSide:
         # The ranks know their caches to the layer; the scheduler is shown less (vLLM replaces
         # UniformTypeKVCacheSpecs by one of its members there).
         fingerprint = bytes.fromhex(named.pop()) if named else self._namespace.fingerprint
+        card = self._card(ours)
         self._planner = Planner(
             self._config,
             self._shape,
@@ -93,11 +99,59 @@ class SchedulerSide:
             VllmBlockPool(self._manager.block_pool),
             [message.report for message in ours],
             self._meter,
+            card=card,
             # vLLM 0.32 does not take back a load that failed in a step: with asynchronous
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
             reports_blocks=False,
         )
+        if card is not None:
+            self._link = self._open_link(card)
+
+    def _card(self, ours: Sequence[LaminaReport]) -> EngineCard | None:
+        """This engine as other engines see it, if it takes part in pushes."""
+        ranks = tuple(message.card for message in ours if message.card is not None)
+        if self._config.push is None or len(ranks) != len(ours):
+            return None
+        # Ranks of another number may hold the same content.
+        content = replace(self._namespace, tensor_parallel=1, chunk_tokens=1, page_bytes=())
+        return EngineCard(
+            ours[0].incarnation,
+            content.fingerprint,
+            ours[0].replicated,
+            self._namespace.groups,
+            ranks,
+        )
+
+    def _open_link(self, card: EngineCard) -> Link:
+        config = self._config.push
+        assert config is not None
+        listen = config.listen if self._saves else None
+        if listen is not None:
+            host, port = split_address(listen)
+            port += self._first_port
+            listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            return Link(card, listen=listen, token=config.token, silence=config.silence)
+        except OSError as error:
+            raise ValueError(f"push.listen: cannot listen at {listen}: {error}") from error
+
+    def _exchange(self) -> None:
+        """Say what the planner has to say to other engines, and hear what they say."""
+        if self._link is not None:
+            self.planner.take_news(self._link.news())
+            for letter in self.planner.drain_letters():
+                self._link.send(letter)
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self._link is not None:
+            self._link.close()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine must keep stepping, although it may have no request to run."""
+        return self.planner.has_work or (self._link is not None and self._link.has_news)
 
     @property
     def planner(self) -> Planner:
@@ -116,6 +170,7 @@ class SchedulerSide:
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
         self.planner.admitted(request.request_id, loaded)
+        self._exchange()
         self._moved = True
 
     def hit_sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
@@ -125,6 +180,7 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of the step that vLLM has just scheduled."""
+        self._exchange()
         progress = list(self._progress(output)) if self._saves else []
         plan = self.planner.plan_step(
             progress,
@@ -132,6 +188,7 @@ class SchedulerSide:
             states=self._boundary_states(output, progress) if self._saves else (),
         )
         self._moved |= not plan.is_empty
+        self._exchange()
         return plan
 
     def receive(self, output: KVConnectorOutput) -> None:
@@ -143,6 +200,7 @@ class SchedulerSide:
         if message is not None:
             assert isinstance(message, LaminaReceipts)
             self.planner.receive(message.receipts)
+            self._exchange()
             self._moved = True
 
     def reset(self) -> None:
@@ -154,6 +212,7 @@ class SchedulerSide:
         """A request has ended and its blocks are about to be freed."""
         computed = request.num_computed_tokens if self._saves else 0
         self.planner.finished(request.request_id, computed, blocks)
+        self._exchange()
 
     def stats(self) -> LaminaStats | None:
         """Figures since the last call; None if nothing has moved."""
@@ -164,16 +223,17 @@ class SchedulerSide:
         readings = self._meter.drain()
         return None if readings.is_empty else LaminaStats.of(readings)
 
-    def _progress(self, output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+    def _progress(self, output: SchedulerOutput) -> Iterator[tuple[str, int, int]]:
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
-            yield new.req_id, new.num_computed_tokens + scheduled[new.req_id]
+            computed = new.num_computed_tokens
+            yield new.req_id, computed, computed + scheduled[new.req_id]
         cached = output.scheduled_cached_reqs
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            yield request_id, computed + scheduled[request_id]
+            yield request_id, computed, computed + scheduled[request_id]
 
     def _boundary_states(
-        self, output: SchedulerOutput, progress: Sequence[tuple[str, int]]
+        self, output: SchedulerOutput, progress: Sequence[tuple[str, int, int]]
     ) -> list[BoundaryState]:
         """Recurrent states that stand at a boundary when the step is over: those that vLLM keeps
         for its own prefix cache and hands over, and those that it passes by. What is drafted may be
@@ -186,7 +246,7 @@ class SchedulerSide:
             for request_id, offers in state.boundary_state_offloads.items()
             for group, block, end in offers
         }
-        for request_id, end in progress if self._recompute == 1 else ():
+        for request_id, _, end in progress if self._recompute == 1 else ():
             if end % self._shape.chunk_tokens == 0:
                 tables = state.resolve_block_ids(request_id)
                 for group in self._shape.recurrent:
@@ -204,7 +264,28 @@ class SchedulerSide:
             [group.block_tokens for group in self._shape.groups],
             self._adapter(request),
             self._recompute,
+            self._push(request),
         )
+
+    def _push(self, request: Request) -> PushParameters | None:
+        """The push that a request is part of, if this engine can take its part in it."""
+        try:
+            push = push_parameters(request)
+        except ValueError as error:
+            log.warning("request %s: %s: %s", request.request_id, PUSH_PARAMETER, error)
+            return None
+        if push is None:
+            return None
+        able = self._loads if push.prefill is not None else self._saves
+        if self._link is None or not able:
+            log.warning(
+                "request %s is meant for a push, but this engine takes no part in any: it needs a "
+                "`push` section, and the kv_role kv_producer to prefill, kv_consumer to decode, or "
+                "kv_both",
+                request.request_id,
+            )
+            return None
+        return push
 
     def _adapter(self, request: Request) -> str:
         """Identity of the request's adapter, read anew when vLLM is told to load it anew."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from lamina.config import Config
 from lamina.data.executor import Executor
 from lamina.data.load_pipeline import RowSource
 from lamina.data.movers import Mover, make_mover
+from lamina.data.push_wire import PushIdentity
 from lamina.data.replicas import DiskPlace, Replicas
 from lamina.data.sources import tier_sources
 from lamina.data.tiers.disk import StoreNamespace
@@ -26,9 +29,11 @@ from lamina.engines.vllm import layout
 from lamina.engines.vllm.hooks import hook_recurrent_layers
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.namespace import build_namespace
+from lamina.engines.vllm.wire import open_wire, rank_card
 from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Timeline
 from lamina.plan import Receipt, StepPlan, TierName
+from lamina.push.transports.base import Transport
 
 log = logging.getLogger("lamina.engines.vllm")
 
@@ -52,6 +57,7 @@ class WorkerSide:
         self._lost_blocks: frozenset[int] = frozenset()
         self._unhooked: tuple[str, ...] = ()
         self._namespace = ""
+        self._identity: PushIdentity | None = None
         self._executor: Executor | None = None
 
     @property
@@ -84,6 +90,7 @@ class WorkerSide:
             config=config.load,
             sources=self.sources(tiers.host, tiers.disk, mover, geometry),
             follows=replicas.follows,
+            push=self._open_wire(bound),
             timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
         )
 
@@ -97,7 +104,15 @@ class WorkerSide:
 
     def report(self) -> LaminaReport:
         """This rank's tiers, for the handshake."""
-        return LaminaReport(self.executor.report(), self._namespace)
+        report = LaminaReport(self.executor.report(), self._namespace)
+        if (push := self._identity) is not None:
+            report = replace(
+                report,
+                incarnation=push.incarnation,
+                card=push.card,
+                replicated=push.replicated,
+            )
+        return report
 
     def begin_step(self, plan: StepPlan) -> None:
         """Before anything of the step runs."""
@@ -120,7 +135,10 @@ class WorkerSide:
         arrived, failed = set(outcomes.arrived), set(outcomes.failed)
         if layout.by_blocks(self._cache):
             self._lost_blocks = outcomes.lost_blocks
-            return KVConnectorTransferResults(finished_recving=arrived)
+            return KVConnectorTransferResults(
+                finished_recving=arrived, failed_recving=set(outcomes.rejected)
+            )
+        failed |= outcomes.rejected
         # What comes before a lost block is not all there, or has another meaning in another group:
         # vLLM takes back whole requests, and only waiting ones.
         if stranded := failed - arrived:
@@ -142,6 +160,22 @@ class WorkerSide:
         """The engine shuts down."""
         if self._executor is not None:
             self._executor.close()
+
+    def _open_wire(self, bound: layout.BoundCache) -> tuple[PushIdentity, Transport] | None:
+        config, parallel = self._config.push, self._vllm_config.parallel_config
+        if config is None:
+            return None
+        transport = open_wire(bound)
+        # Every rank must say the same, and another than any run before.
+        incarnation = _gather(uuid.uuid4().hex)[0]
+        self._identity = PushIdentity(
+            incarnation=incarnation,
+            card=rank_card(parallel.rank, bound, transport.describe()),
+            ranks=parallel.world_size,
+            replicated=self._cache.kv_tp_replicas > 1,
+            batch=config.batch,
+        )
+        return self._identity, transport
 
     def _hook(self, executor: Executor) -> None:
         """Have recurrent layers wait for their rows, too, or all rows before the forward."""

@@ -1,0 +1,585 @@
+"""The prefill engine's side of pushes: what is bound, sent, stopped, and fenced.
+
+::
+
+    WAITING ──announcement and request──▶ BOUND ──all sent, all drained──▶ over
+       │                                    │ a write fails, the request ends too early
+       └── patience, refusal ──▶ STOPPED ◀──┘ cancel, link lost
+                                    └── all drained ──▶ fenced, over
+
+``docs/push.md`` is the protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+from typing import TypeVar
+
+from lamina.config import PushConfig
+from lamina.control.leases import BlockLease, LeaseBook
+from lamina.control.requests import BoundaryState, ChunkShape, RequestRecord
+from lamina.control.transfers import Kind, State, Transfer, TransferTable
+from lamina.geometry import GroupKind
+from lamina.keys import prompt_digest
+from lamina.observe.metrics import Meter
+from lamina.plan import (
+    TORN,
+    LoadMode,
+    PeerOrder,
+    PushOrder,
+    PushPages,
+    PushStop,
+    TransferId,
+)
+from lamina.push.cards import EngineCard, ShapeMismatchError, encode_card
+from lamina.push.cards import match as match_cards
+from lamina.push.letters import Letter, Lost, News, Opened
+from lamina.push.messages import (
+    NO_BLOCK,
+    NO_EPOCH,
+    Announce,
+    Attempt,
+    Bound,
+    Cancel,
+    Failed,
+    Fenced,
+    LinkMessage,
+)
+
+log = logging.getLogger("lamina.control")
+
+Key = TypeVar("Key")
+
+REMEMBERED = 4096
+"""Attempts and pushes that are over and still known, so that a late word about them is answered."""
+
+HELD_SHARE = 2
+"""Of the engine's blocks one in so many may be held for requests that have ended and whose
+destination is not known."""
+
+
+class Stage(Enum):
+    """How far an outbound push is."""
+
+    WAITING = "waiting"
+    BOUND = "bound"
+    STOPPED = "stopped"
+    """Nothing more is sent; something may still be on its way."""
+
+
+@dataclass(slots=True)
+class Outbound:
+    """A push that a router has named, or a decode engine.
+
+    Attributes:
+        push: the router's id.
+        expires: control's clock after which nobody waits for it any more.
+        record: the request, once the engine has given it blocks.
+        peer: the decode engine's incarnation, empty until it is announced.
+        announce: what it has announced.
+        stage: how far it is.
+        floor: tokens that the request had when it got its blocks.
+        computed: its tokens that are computed before the step that is being planned.
+        planned: those that are computed when that step is over.
+        loading: whether a part of them arrives in that step.
+        sent: per group, index in the prompt of the first block that was not ordered.
+        states: per recurrent group, the newest boundary state: tokens that it stands behind, block,
+            lease.
+        tables: block ids per group, once the request has ended.
+        held: hold on those blocks, until everything is ordered.
+        moving: transfers that are not terminal.
+        ordered: whether everything is ordered.
+        torn: whether a write has failed.
+        let_go_at: control's clock after which, if it was stopped, its blocks are not held any
+            more, although something may still read them: it will not be believed.
+    """
+
+    push: str
+    expires: float
+    record: RequestRecord | None = None
+    peer: str = ""
+    announce: Announce | None = None
+    stage: Stage = Stage.WAITING
+    floor: int = 0
+    computed: int = 0
+    planned: int = 0
+    loading: bool = False
+    sent: list[int] = field(default_factory=list)
+    states: dict[int, tuple[int, int, BlockLease]] = field(default_factory=dict)
+    tables: tuple[tuple[int, ...], ...] | None = None
+    held: BlockLease | None = None
+    moving: set[TransferId] = field(default_factory=set)
+    ordered: bool = False
+    torn: bool = False
+    let_go_at: float = inf
+
+    def let_go(self) -> None:
+        """Give up every hold that belongs to no transfer."""
+        if self.held is not None:
+            self.held.release()
+        for _, _, lease in self.states.values():
+            lease.release()
+        self.states.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Pages of one group that can be sent.
+
+    Attributes:
+        group: the group.
+        upto: index in the prompt of the first block that is not among them.
+        sources: block ids here.
+        targets: block ids there.
+    """
+
+    group: int
+    upto: int
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+class PushSource:
+    """See the module. A part of the planner.
+
+    Args:
+        config: the ``push`` section.
+        shape: tokens and groups of chunks.
+        card: this engine.
+        transfers: all transfers of the engine.
+        leases: holds on engine blocks.
+        meter: where figures go.
+
+    Attributes:
+        orders: pages for the next plan.
+        stops: pushes that the next plan ends.
+        peers: decode engines that the next plan makes known.
+        gone: decode engines that are not connected any more.
+        letters: messages for the link.
+    """
+
+    def __init__(
+        self,
+        config: PushConfig,
+        shape: ChunkShape,
+        card: EngineCard,
+        transfers: TransferTable,
+        leases: LeaseBook,
+        meter: Meter,
+    ) -> None:
+        self.orders: list[PushOrder] = []
+        self.stops: list[PushStop] = []
+        self.peers: list[PeerOrder] = []
+        self.gone: list[str] = []
+        self.letters: list[Letter] = []
+        self._config = config
+        self._shape = shape
+        self._card = card
+        self._transfers = transfers
+        self._leases = leases
+        self._meter = meter
+        self._outbound: dict[str, Outbound] = {}
+        self._of_transfer: dict[TransferId, Outbound] = {}
+        self._open: dict[str, EngineCard] = {}
+        self._refusals: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._over: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._declined: OrderedDict[str, str] = OrderedDict()
+        self._bound_bytes = config.max_inflight * len(card.ranks)
+        self._max_held = card.ranks[0].num_blocks // HELD_SHARE
+        self._page_bytes = [
+            sum(row.page_bytes for rank in card.ranks for row in rank.rows if group in row.groups)
+            for group in range(len(shape.groups))
+        ]
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def admitted(self, record: RequestRecord, floor: int, now: float) -> None:
+        """A request has got its blocks, perhaps not for the first time.
+
+        Args:
+            record: the request.
+            floor: tokens that the engine has, with what is loaded.
+            now: control's clock.
+        """
+        push = record.view.push
+        if push is None or push.prefill is not None or push.id in self._declined:
+            return
+        out = self._outbound.get(push.id)
+        if out is None:
+            out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
+        if out.record is not None and out.record is not record:
+            return  # a second request under the same id is the router's mistake
+        out.record, out.floor = record, floor
+        out.computed = out.planned = 0
+        self._bind(out, now)
+
+    def progress(self, record: RequestRecord, start: int, end: int) -> None:
+        """A request runs in the step that is being planned.
+
+        Args:
+            record: the request.
+            start: its tokens that are computed before the step.
+            end: those that are computed when the step is over.
+        """
+        out = self._of(record)
+        if out is not None:
+            out.computed, out.planned = start, end
+            out.loading = record.load is not None and record.story.mode is LoadMode.LAYERWISE
+
+    def state(self, record: RequestRecord, state: BoundaryState) -> None:
+        """A recurrent state stands at a boundary when the step is over."""
+        out = self._of(record)
+        if out is None or out.ordered or state.end > self._end(out):
+            return
+        former = out.states.get(state.group)
+        if former is None or former[0] < state.end:
+            if former is not None:
+                former[2].release()
+            out.states[state.group] = (state.end, state.block, self._leases.take((state.block,)))
+
+    def finished(
+        self, record: RequestRecord, computed: int, blocks: Sequence[Sequence[int]]
+    ) -> None:
+        """A request has ended; its blocks are freed after this call."""
+        out = self._of(record)
+        if out is None or out.ordered or out.stage is Stage.STOPPED:
+            return
+        out.computed = out.planned = computed
+        if computed < self._end(out):
+            self._fail(out, "the prefill ended before the whole prompt was computed")
+            return
+        out.tables = tuple(tuple(table) for table in blocks)
+        null = self._shape.null_block
+        held = tuple(block for table in out.tables for block in table if block != null)
+        if self._leases.leased_blocks + len(held) > self._max_held:
+            self._fail(out, "too many blocks are held for other pushes")
+            return
+        out.held = self._leases.take(held)
+
+    def _of(self, record: RequestRecord) -> Outbound | None:
+        push = record.view.push
+        out = None if push is None else self._outbound.get(push.id)
+        return out if out is not None and out.record is record else None
+
+    def _end(self, out: Outbound) -> int:
+        """Tokens that the decode engine wants, or will at most."""
+        if out.announce is not None:
+            return out.announce.end
+        assert out.record is not None
+        return out.record.view.num_prompt_tokens - 1
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def plan(self, *, step: int, now: float) -> None:
+        """Order what can be sent of every push that has a destination."""
+        for out in list(self._outbound.values()):
+            if out.expires <= now and out.stage is not Stage.STOPPED:
+                self._fail(out, "too late")
+            elif out.stage is Stage.BOUND and not out.ordered:
+                self._order(out, step, now)
+            elif out.stage is Stage.STOPPED:
+                self._let_go(out, now)
+            # Until the engine says more, what this step computes is all that there is.
+            out.computed, out.loading = out.planned, False
+
+    def _let_go(self, out: Outbound, now: float) -> None:
+        """Of a push that nobody will believe, do not hold the blocks for ever that a peer which is
+        stopped keeps from draining."""
+        if out.let_go_at == inf:
+            out.let_go_at = now + self._config.silence
+        if now < out.let_go_at:
+            return
+        for transfer_id in out.moving:
+            transfer = self._transfers.get(transfer_id)
+            assert transfer is not None
+            assert transfer.lease is not None
+            transfer.lease.release()
+            transfer.overdue = True
+
+    def _order(self, out: Outbound, step: int, now: float) -> None:
+        if not out.loading:
+            self._send(out, self._due(out, out.computed), step, now, computed=True)
+        if out.stage is Stage.BOUND and not out.ordered:
+            self._send(out, self._due(out, out.planned), step, now, computed=False)
+
+    def _due(self, out: Outbound, reached: int) -> list[Due]:
+        """What was not ordered yet of the first ``reached`` tokens."""
+        assert out.announce is not None
+        due = []
+        for group, (shape, table) in enumerate(
+            zip(self._shape.groups, out.announce.tables, strict=True)
+        ):
+            first, end = out.sent[group], table.first + len(table.blocks)
+            if shape.kind is GroupKind.STATE:
+                upto = end if reached >= out.announce.end else first
+                sources = self._state_blocks(out, group) if upto > first else ()
+            else:
+                upto = (
+                    end if reached >= out.announce.end else min(end, reached // shape.block_tokens)
+                )
+                sources = self._blocks(out, group)[first:upto]
+            if upto <= first or len(sources) < upto - first:
+                continue
+            targets = table.blocks[first - table.first : upto - table.first]
+            pairs = [p for p in zip(sources, targets, strict=True) if p[1] != NO_BLOCK]
+            due.append(Due(group, upto, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)))
+        return due
+
+    def _send(
+        self, out: Outbound, due: list[Due], step: int, now: float, *, computed: bool
+    ) -> None:
+        announce = out.announce
+        assert announce is not None
+        sources = tuple(source for part in due for source in part.sources)
+        if self._shape.null_block in sources:
+            self._fail(out, "a block that is wanted has fallen out of its window")
+            return
+        size = sum(len(part.sources) * self._page_bytes[part.group] for part in due)
+        in_flight = self._transfers.bytes_in_flight(Kind.PUSH)
+        if in_flight and in_flight + size > self._bound_bytes:
+            return  # when something has drained
+        sent = {part.group: part.upto for part in due}
+        complete = all(
+            sent.get(group, out.sent[group]) >= table.first + len(table.blocks)
+            for group, table in enumerate(announce.tables)
+        )
+        if not (sources or complete):
+            return
+        transfer = self._transfers.open(
+            Kind.PUSH,
+            out.push,
+            step=step,
+            expires=inf,
+            size=size,
+            chunks=(),
+            lease=self._leases.take(sources),
+        )
+        out.moving.add(transfer.id)
+        self._of_transfer[transfer.id] = out
+        pages = tuple(PushPages(d.group, d.sources, d.targets) for d in due if d.sources)
+        self.orders.append(
+            PushOrder(
+                transfer.id,
+                out.peer,
+                announce.attempt.epoch,
+                pages,
+                computed,
+                complete,
+                max(0.0, out.expires - now),
+            )
+        )
+        for part in due:
+            out.sent[part.group] = part.upto
+        if complete:
+            out.ordered = True
+            out.let_go()
+
+    def _blocks(self, out: Outbound, group: int) -> Sequence[int]:
+        if out.tables is not None:
+            return out.tables[group]
+        return () if out.record is None else out.record.view.blocks(group)
+
+    def _state_blocks(self, out: Outbound, group: int) -> Sequence[int]:
+        assert out.announce is not None
+        assert out.record is not None
+        end, block, _ = out.states.get(group, (0, 0, None))
+        if end == out.announce.end:
+            return (block,)
+        if out.floor == out.announce.end and out.tables is None:
+            return out.record.view.state_blocks(group, out.floor)[:1]
+        return ()
+
+    # -- what happens ------------------------------------------------------------------------
+
+    def receive(self, news: Iterable[News], now: float) -> None:
+        """Take in what the link has to say."""
+        for item in news:
+            match item:
+                case Opened(peer, _, EngineCard() as card):
+                    self._open_peer(peer, card)
+                case Lost(peer):
+                    self._lose_peer(peer)
+                case Letter(peer, Announce() as announce):
+                    self._announced(peer, announce, now)
+                case Letter(peer, Cancel(attempt)):
+                    self._cancelled(peer, attempt)
+                case _:
+                    pass  # not ours to answer
+
+    def settle(self, transfer: Transfer) -> None:
+        """Take in a part of a push that has ended on every rank."""
+        self._transfers.close(transfer)
+        out = self._of_transfer.pop(transfer.id)
+        out.moving.discard(transfer.id)
+        out.torn |= transfer.reason == TORN
+        if transfer.state is State.FAILED:
+            self._meter.count("failures", 1, kind=f"push_{transfer.reason or 'unknown'}")
+            self._fail(out, transfer.reason or "a write failed")
+        else:
+            self._meter.count("push_bytes", transfer.moved_bytes)
+            self._meter.observe("push_seconds", transfer.seconds)
+        self._end_if_drained(out)
+
+    def distrust(self, step: int) -> None:
+        """What was computed from ``step`` on may rest on a load that failed."""
+        suspects = {
+            self._of_transfer[transfer.id].push
+            for transfer in self._transfers.live()
+            if transfer.kind is Kind.PUSH and transfer.step >= step
+        }
+        for push in suspects:
+            self._fail(self._outbound[push], "a load failed under the prefill")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a request has ended and waits for its destination."""
+        return any(out.held is not None for out in self._outbound.values())
+
+    def _open_peer(self, peer: str, card: EngineCard) -> None:
+        self._open[peer] = card
+        try:
+            match_cards(self._card, card)
+        except ShapeMismatchError as error:
+            self._refusals[peer] = str(error)
+            log.warning("decode engine %s cannot be served: %s", peer, error)
+
+    def _lose_peer(self, peer: str) -> None:
+        self._open.pop(peer, None)
+        self._refusals.pop(peer, None)
+        for out in [out for out in self._outbound.values() if out.peer == peer]:
+            self._stop(out)
+        if peer in self._told:
+            self._told.discard(peer)
+            self.gone.append(peer)
+
+    def _announced(self, peer: str, announce: Announce, now: float) -> None:
+        attempt = announce.attempt
+        out = self._outbound.get(attempt.push)
+        refusal = self._refusals.get(peer, "") or self._declined.get(attempt.push, "")
+        if (peer, attempt.epoch) in self._over:
+            refusal = "over"
+        elif out is not None and out.announce is not None:
+            if (out.peer, out.announce.attempt.epoch) == (peer, attempt.epoch):
+                return
+            refusal = "this push is bound to another request"
+        if refusal:
+            self._say(peer, Failed(attempt, refusal))
+            self._say(peer, self._fence(peer, attempt))
+            if out is not None and out.announce is None:
+                self._fail(out, refusal)  # nobody else will ask for it
+            return
+        if out is None:
+            out = self._outbound[attempt.push] = Outbound(attempt.push, now + announce.patience)
+        out.peer, out.announce = peer, announce
+        self._bind(out, now)
+
+    def _bind(self, out: Outbound, now: float) -> None:
+        announce = out.announce
+        if out.record is None or announce is None or out.stage is not Stage.WAITING:
+            return
+        refusal = self._misfit(out.record, announce, self._open[out.peer])
+        if refusal:
+            self._fail(out, refusal)
+            return
+        out.stage = Stage.BOUND
+        out.sent = [table.first for table in announce.tables]
+        out.expires = now + announce.patience
+        if out.peer not in self._told:
+            self._told.add(out.peer)
+            self.peers.append(PeerOrder(out.peer, encode_card(self._open[out.peer])))
+        self.letters.append(Letter(out.peer, Bound(announce.attempt)))
+
+    def _misfit(self, record: RequestRecord, announce: Announce, peer: EngineCard) -> str:
+        view = record.view
+        prompt = view.num_prompt_tokens
+        digest = prompt_digest(view.tokens()[:prompt], view.root_extra, view.chunk_extra(0, prompt))
+        if digest != announce.digest:
+            return (
+                "the engines were given different prompts: check that both have the same "
+                "tokenizer, chat template, adapter and salt"
+            )
+        if not 0 <= announce.start <= announce.end <= prompt or announce.end == 0:
+            return f"tokens {announce.start}..{announce.end} of a prompt of {prompt}"
+        if len(announce.tables) != len(self._shape.groups):
+            return f"{len(announce.tables)} tables for {len(self._shape.groups)} groups"
+        blocks = min(rank.num_blocks for rank in peer.ranks)
+        for group, table in zip(self._shape.groups, announce.tables, strict=True):
+            if table.first < 0 or table.first + len(table.blocks) != -(
+                -announce.end // group.block_tokens
+            ):
+                return f"a table of blocks {table.first}..{table.first + len(table.blocks)}"
+            if not all(block == NO_BLOCK or 0 <= block < blocks for block in table.blocks):
+                return f"block ids beyond the decode engine's {blocks}"
+        return ""
+
+    def _cancelled(self, peer: str, attempt: Attempt) -> None:
+        out = self._outbound.get(attempt.push)
+        if attempt.epoch == NO_EPOCH:
+            _remember(self._declined, attempt.push, "the decode engine had declined it")
+            if out is not None and out.announce is None:
+                out.let_go()
+                del self._outbound[attempt.push]
+            return
+        mine = out is not None and out.announce is not None and out.announce.attempt == attempt
+        if out is None or not mine or out.peer != peer:
+            if (peer, attempt.epoch) not in self._over:
+                _remember(self._over, (peer, attempt.epoch), "cancelled")
+            self._say(peer, self._fence(peer, attempt))
+            return
+        self._stop(out)
+
+    def _fence(self, peer: str, attempt: Attempt) -> Fenced:
+        """What there is to say of an attempt that is over, or never was."""
+        return Fenced(attempt, clean=self._over.get((peer, attempt.epoch)) != TORN)
+
+    def _fail(self, out: Outbound, reason: str) -> None:
+        if out.stage is Stage.STOPPED:
+            return
+        log.info("push %s is given up: %s", out.push, reason)
+        if out.announce is not None:
+            self._say(out.peer, Failed(out.announce.attempt, reason))
+        _remember(self._declined, out.push, reason)
+        self._stop(out)
+
+    def _stop(self, out: Outbound) -> None:
+        if out.stage is Stage.STOPPED:
+            return
+        out.stage = Stage.STOPPED
+        self._meter.count("pushes", 1, outcome="stopped")
+        out.let_go()
+        if out.moving and out.announce is not None:
+            self.stops.append(PushStop(out.peer, out.announce.attempt.epoch))
+        self._end_if_drained(out)
+
+    def _end_if_drained(self, out: Outbound) -> None:
+        if out.moving or not (out.ordered or out.stage is Stage.STOPPED):
+            return
+        if out.push not in self._outbound:
+            return
+        del self._outbound[out.push]
+        if out.announce is not None:
+            _remember(
+                self._over,
+                (out.peer, out.announce.attempt.epoch),
+                TORN if out.torn else "over",
+            )
+            if out.stage is Stage.STOPPED:
+                self._say(out.peer, Fenced(out.announce.attempt, clean=not out.torn))
+            else:
+                self._meter.count("pushes", 1, outcome="sent")
+
+    def _say(self, peer: str, message: LinkMessage) -> None:
+        if peer in self._open:
+            self.letters.append(Letter(peer, message))
+
+
+def _remember(known: OrderedDict[Key, str], key: Key, why: str) -> None:
+    known[key] = why
+    while len(known) > REMEMBERED:
+        known.popitem(last=False)

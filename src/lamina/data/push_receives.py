@@ -1,0 +1,100 @@
+"""Inbound pushes of one rank: which are expected, which are there, which come too late."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
+from lamina.push.messages import Delivered, MalformedMessageError, decode
+from lamina.push.transports.base import Notice
+
+log = logging.getLogger("lamina.data")
+
+EARLY = 4096
+"""Notices that are kept although nobody expects them yet."""
+
+
+@dataclass(slots=True)
+class Receive:
+    """A push that is expected.
+
+    Attributes:
+        order: the order.
+        began: when it came, on the clock of ``time.monotonic``.
+        senders: ranks that have delivered.
+    """
+
+    order: ReceiveOrder
+    began: float
+    senders: set[int] = field(default_factory=set)
+
+
+class Receives:
+    """Every push that this rank expects. Not thread safe.
+
+    Args:
+        incarnation: this engine.
+    """
+
+    def __init__(self, incarnation: str) -> None:
+        self._incarnation = incarnation
+        self._expected: dict[int, Receive] = {}
+        self._early: OrderedDict[int, list[Delivered]] = OrderedDict()
+        self._newest = 0
+        self._ended: list[tuple[str, TransferReceipt]] = []
+
+    def __len__(self) -> int:
+        return len(self._expected)
+
+    def expect(self, order: ReceiveOrder) -> None:
+        """A push will come; perhaps it has."""
+        self._newest = max(self._newest, order.transfer)
+        self._expected[order.transfer] = Receive(order, time.monotonic())
+        for delivered in self._early.pop(order.transfer, ()):
+            self._deliver(delivered)
+
+    def give_up(self, transfer: TransferId, reason: str) -> None:
+        """Nobody waits for it any more; nothing happens if it is over."""
+        receive = self._expected.pop(transfer, None)
+        if receive is not None:
+            self._end(receive, Outcome.FAILED, reason)
+
+    def notice(self, notice: Notice) -> None:
+        """Something has come from a peer; what is not for this run of the engine is dropped."""
+        try:
+            message = decode(notice.body)
+        except MalformedMessageError as error:
+            log.warning("a notice from %s is dropped: %s", notice.peer, error)
+            return
+        if isinstance(message, Delivered) and message.incarnation == self._incarnation:
+            self._deliver(message)
+
+    def ended(self) -> list[tuple[str, TransferReceipt]]:
+        """Requests whose push is over, well or not, since the last call."""
+        now = time.monotonic()
+        for receive in list(self._expected.values()):
+            if now - receive.began >= receive.order.deadline:
+                self.give_up(receive.order.transfer, "deadline")
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _deliver(self, message: Delivered) -> None:
+        receive = self._expected.get(message.epoch)
+        if receive is None:
+            if message.epoch > self._newest:  # the order is on its way
+                self._early.setdefault(message.epoch, []).append(message)
+                if len(self._early) > EARLY:
+                    self._early.popitem(last=False)
+            return
+        receive.senders.add(message.sender)
+        if receive.senders.issuperset(message.senders):
+            del self._expected[message.epoch]
+            self._end(receive, Outcome.DONE, "")
+
+    def _end(self, receive: Receive, outcome: Outcome, reason: str) -> None:
+        seconds = time.monotonic() - receive.began
+        receipt = TransferReceipt(receive.order.transfer, outcome, seconds=seconds, reason=reason)
+        self._ended.append((receive.order.request_id, receipt))

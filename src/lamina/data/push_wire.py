@@ -1,0 +1,288 @@
+"""One thread that owns a rank's transport: what leaves it, and what arrives.
+
+The engine's thread only queues; it never waits for the wire.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lamina.data.movers.base import Fence
+from lamina.data.push_receives import Receives
+from lamina.data.push_streams import PushRoute, PushStream, Sending
+from lamina.observe.timeline import Timeline
+from lamina.plan import (
+    PeerOrder,
+    PushOrder,
+    PushPlan,
+    PushStop,
+    TransferReceipt,
+)
+from lamina.push.cards import EngineCard, RankCard, decode_card, routes
+from lamina.push.transports.base import Peer, Transport, TransportError
+
+log = logging.getLogger("lamina.data")
+
+SENDING_POLL = 0.0002
+"""Seconds between two looks at writes under way."""
+
+RECEIVING_POLL = 0.001
+"""Seconds between two looks for notices while some are expected."""
+
+IDLE_POLL = 0.02
+"""Seconds between two looks while none is: of a push that was given up something may still arrive,
+and it must do so before its blocks are used again."""
+
+REMEMBERED = 4096
+"""Failed pushes that are still known."""
+
+Command = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PushIdentity:
+    """Who this rank is on the wire.
+
+    Attributes:
+        incarnation: the run of its engine.
+        card: itself.
+        ranks: how many the engine has.
+        replicated: whether every rank holds the same bytes.
+        batch: bytes that are written at once.
+    """
+
+    incarnation: str
+    card: RankCard
+    ranks: int
+    replicated: bool
+    batch: int
+
+
+class PushWire:
+    """See the module.
+
+    Args:
+        identity: who this rank is.
+        transport: its end of the wire; closed with this.
+        report: called with receipts, from the wire's thread.
+        wake: called when a receive has ended, from the wire's thread.
+        cores: cores the thread may run on.
+        timeline: where spans go.
+    """
+
+    def __init__(
+        self,
+        identity: PushIdentity,
+        transport: Transport,
+        *,
+        report: Callable[[Iterable[TransferReceipt]], None],
+        wake: Callable[[], None],
+        cores: frozenset[int] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._identity = identity
+        self._transport = transport
+        self._report = report
+        self._wake = wake
+        self._cores = cores
+        self._timeline = timeline
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._routes: dict[str, tuple[PushRoute, ...]] = {}
+        self._streams: dict[tuple[str, int], PushStream] = {}
+        self._failed: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._receives = Receives(identity.incarnation)
+        self._ended: deque[tuple[str, TransferReceipt]] = deque()
+        self._broken = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="lamina-push", daemon=True)
+        self._thread.start()
+
+    # -- the engine's thread -----------------------------------------------------------------
+
+    def carry_out(self, plan: PushPlan) -> None:
+        """Begin what does not depend on the step; its orders come through :meth:`begin`."""
+        for peer in plan.peers:
+            self._do(lambda peer=peer: self._connect(peer))  # type: ignore[misc]
+        for stop in plan.stops:
+            self._do(lambda stop=stop: self._stop(stop))  # type: ignore[misc]
+        for incarnation in plan.gone:
+            self._do(lambda name=incarnation: self._forget(name))  # type: ignore[misc]
+        for receive in plan.receives:
+            self._do(lambda order=receive: self._receives.expect(order))  # type: ignore[misc]
+        for transfer in plan.give_ups:
+            self._do(lambda t=transfer: self._receives.give_up(t, "given_up"))  # type: ignore[misc]
+
+    def begin(self, order: PushOrder) -> OutgoingOrder:
+        """An order whose rows will follow."""
+        outgoing = OutgoingOrder(self._do)
+        until = time.monotonic() + order.patience
+        self._do(lambda: self._begin(order, outgoing, until))
+        return outgoing
+
+    def ended(self) -> list[tuple[str, TransferReceipt]]:
+        """Requests whose push into this rank is over, since the last call."""
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        return ended
+
+    def close(self, timeout: float) -> bool:
+        """Call back what is on its way, and stop; False if that took longer than ``timeout``
+        seconds."""
+        self._commands.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _do(self, command: Command) -> None:
+        self._commands.put(command)
+
+    # -- the wire's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._cores is not None:
+            os.sched_setaffinity(0, self._cores)
+        while not self._closed:
+            try:
+                self._take_commands()
+                self._pump()
+            except Exception:
+                log.exception("the wire of rank %d raised", self._identity.card.rank)
+        for stream in self._streams.values():
+            stream.fail("closed")
+            stream.pump()
+        self._transport.close()
+
+    def _take_commands(self) -> None:
+        timeout = IDLE_POLL
+        if any(not stream.idle for stream in self._streams.values()):
+            timeout = SENDING_POLL
+        elif len(self._receives):
+            timeout = RECEIVING_POLL
+        try:
+            command = self._commands.get(timeout=timeout)
+            while True:
+                if command is None:
+                    self._closed = True
+                    return
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _pump(self) -> None:
+        for name, stream in list(self._streams.items()):
+            try:
+                stream.pump()
+            except Exception as error:
+                log.exception("push %d to %s", name[1], name[0])
+                stream.fail(type(error).__name__)
+            if stream.finished:
+                del self._streams[name]
+                if stream.failure:  # so that orders on their way do not begin it anew
+                    self._failed[name] = stream.failure
+                    while len(self._failed) > REMEMBERED:
+                        self._failed.popitem(last=False)
+        self._take_notices()
+        if ended := self._receives.ended():
+            self._ended.extend(ended)
+            self._wake()
+
+    def _take_notices(self) -> None:
+        try:
+            for notice in self._transport.notices():
+                self._receives.notice(notice)
+        except TransportError as error:
+            if not self._broken:
+                self._broken = True
+                log.warning("nothing more is received from other engines: %s", error)
+
+    def _connect(self, peer: PeerOrder) -> None:
+        mine, card = self._identity, decode_card(peer.card)
+        found = routes(
+            mine.card.rank,
+            mine.ranks,
+            len(card.ranks),
+            replicated=mine.replicated or card.replicated,
+        )
+        self._routes[peer.incarnation] = tuple(
+            PushRoute(route, card.ranks[route.rank], self._reach(card, route.rank))
+            for route in found
+        )
+
+    def _reach(self, card: EngineCard, rank: int) -> Peer:
+        try:
+            return self._transport.connect(card.ranks[rank].wire)
+        except TransportError as error:
+            log.warning("rank %d of decode engine %s: %s", rank, card.incarnation, error)
+            return Peer("")
+
+    def _begin(self, order: PushOrder, outgoing: OutgoingOrder, until: float) -> None:
+        name = (order.peer, order.epoch)
+        stream = self._streams.get(name)
+        if stream is None:
+            found = self._routes.get(order.peer)
+            stream = self._streams[name] = PushStream(
+                order.peer,
+                order.epoch,
+                self._identity.card.rank,
+                self._identity.card,
+                found or (),
+                self._transport,
+                failure=self._failed.get(name, "unreachable" if found is None else ""),
+                batch=self._identity.batch,
+                until=until,
+                report=lambda receipt: self._report([receipt]),
+                timeline=self._timeline,
+            )
+        outgoing.bind(stream, stream.begin(order))
+
+    def _stop(self, stop: PushStop) -> None:
+        stream = self._streams.get((stop.peer, stop.epoch))
+        if stream is not None:
+            stream.fail("stopped")
+
+    def _forget(self, incarnation: str) -> None:
+        self._routes.pop(incarnation, None)
+
+
+class OutgoingOrder:
+    """One order, as the engine's thread sees it.
+
+    Args:
+        do: queues something for the wire's thread.
+    """
+
+    def __init__(self, do: Callable[[Command], None]) -> None:
+        self._do = do
+        self._stream: PushStream | None = None
+        self._sending: Sending | None = None
+
+    def bind(self, stream: PushStream, sending: Sending) -> None:
+        """Used by :class:`PushWire` alone, on its thread."""
+        self._stream, self._sending = stream, sending
+
+    def row_ready(self, row: int, fence: Fence) -> None:
+        """A row is written once ``fence`` has passed."""
+        self._do(lambda: self._add(row, fence))
+
+    def over(self, failure: str) -> None:
+        """No more rows will come; ``failure`` says why none of it may be believed, if so."""
+        self._do(lambda: self._end(failure))
+
+    def _add(self, row: int, fence: Fence) -> None:
+        assert self._sending is not None
+        self._sending.fenced.append((row, fence))
+
+    def _end(self, failure: str) -> None:
+        assert self._stream is not None
+        assert self._sending is not None
+        self._sending.over = True
+        if failure:
+            self._stream.fail(failure)

@@ -1,0 +1,72 @@
+"""What the link tells control, and what control gives to the link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lamina.push.cards import EngineCard
+from lamina.push.messages import LinkMessage
+
+PeerName = str
+"""Of a prefill engine, its address as requests name it; of a decode engine, its incarnation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A peer is connected and has said who it is.
+
+    Attributes:
+        peer: its name.
+        incarnation: which run of it.
+        card: what a decode engine says of itself; None of a prefill engine.
+    """
+
+    peer: PeerName
+    incarnation: str
+    card: EngineCard | None = None
+
+
+class Fate(Enum):
+    """What is known of a peer that is not connected any more."""
+
+    CLOSED = "closed"
+    """Its process has closed the connection, or nobody listens where it did."""
+    SILENT = "silent"
+    """It does not answer, but its process is there: it may be stopped, and go on one day."""
+    UNREACHABLE = "unreachable"
+    """Its machine does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A peer is not connected any more, or could not be.
+
+    Attributes:
+        peer: its name.
+        reason: why.
+        was_open: whether it had been connected, so that it may have got what was sent.
+        fate: what is known of it.
+    """
+
+    peer: PeerName
+    reason: str
+    was_open: bool
+    fate: Fate
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A message from or to a peer.
+
+    Attributes:
+        peer: its name.
+        message: what is said.
+    """
+
+    peer: PeerName
+    message: LinkMessage
+
+
+News = Opened | Lost | Letter
+"""What the link has to say."""

@@ -1,0 +1,317 @@
+"""The link: connections between the schedulers of two engines, on a thread of their own.
+
+A decode engine dials the prefill engines that its requests name; a prefill engine listens. Messages
+on a connection are in order. A peer that is silent for too long, says what nobody understands, or
+lets too much queue up is disconnected, and both sides give up what they had under way with each
+other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import queue
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+
+from lamina.push.cards import EngineCard
+from lamina.push.letters import Fate, Letter, Lost, News, Opened
+from lamina.push.messages import (
+    LENGTH_BYTES,
+    MAX_MESSAGE,
+    VERSION,
+    Hello,
+    LinkMessage,
+    MalformedMessageError,
+    Ping,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("lamina.push")
+
+MAX_QUEUED = 64 << 20
+"""Bytes that wait for a peer that does not read; beyond it the connection is closed."""
+
+PINGS = 4
+"""Pings in the time after which silence means that a peer is gone."""
+
+
+class LinkClosedError(Exception):
+    """A connection is over; says why."""
+
+
+class PeerSilentError(LinkClosedError):
+    """Nothing has come from a peer for too long."""
+
+
+@dataclass(slots=True)
+class Connection:
+    """One connection.
+
+    Attributes:
+        peer: the other side's name, once it is known.
+        writer: where messages go.
+        queued: messages that wait for the connection to be made.
+    """
+
+    peer: str
+    writer: asyncio.StreamWriter | None = None
+    queued: list[LinkMessage] = field(default_factory=list)
+
+    def open(self, writer: asyncio.StreamWriter) -> None:
+        """The connection is made: what waited for it goes out."""
+        self.writer = writer
+        queued, self.queued = self.queued, []
+        for message in queued:
+            self.say(message)
+
+    def say(self, message: LinkMessage) -> None:
+        """Send a message, or keep it until the connection is made."""
+        if self.writer is None:
+            self.queued.append(message)
+            return
+        data = encode(message)
+        self.writer.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+        transport = self.writer.transport
+        if transport.get_write_buffer_size() > MAX_QUEUED:
+            transport.abort()
+
+
+class Link:
+    """See the module.
+
+    Args:
+        card: who this engine is.
+        listen: ``HOST:PORT`` to listen at; None to dial only.
+        token: a secret that both sides must have; None for none.
+        silence: seconds without a word after which a peer is gone.
+
+    Raises:
+        OSError: if the address cannot be listened at.
+    """
+
+    def __init__(
+        self, card: EngineCard, *, listen: str | None, token: str | None, silence: float
+    ) -> None:
+        self._card = card
+        self._token = token or ""
+        self._silence = silence
+        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._dialled: dict[str, Connection] = {}
+        self._accepted: dict[str, Connection] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+        if listen is not None:
+            host, port = split_address(listen)
+            self._server = self._loop.run_until_complete(
+                asyncio.start_server(self._accept, host, port)
+            )
+            self.port = int(self._server.sockets[0].getsockname()[1])
+        self._thread = threading.Thread(target=self._run, name="lamina-link", daemon=True)
+        self._thread.start()
+
+    # -- the scheduler's thread --------------------------------------------------------------
+
+    def send(self, letter: Letter) -> None:
+        """Say something to a peer: a prefill engine by its address, which is dialled if need be, or
+        a decode engine by its incarnation. Returns at once; what cannot be delivered becomes
+        :class:`~lamina.push.letters.Lost`."""
+        self._loop.call_soon_threadsafe(self._send, letter)
+
+    def news(self) -> list[News]:
+        """What has happened since the last call."""
+        found: list[News] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._news.get_nowait())
+        return found
+
+    @property
+    def has_news(self) -> bool:
+        """Whether :meth:`news` would say anything."""
+        return not self._news.empty()
+
+    def close(self) -> None:
+        """Close every connection and stop. Idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(self._silence)
+
+    # -- the link's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            gathered = asyncio.gather(*self._tasks, return_exceptions=True)
+            self._loop.run_until_complete(gathered)
+            if self._server is not None:
+                self._server.close()
+            self._loop.close()
+
+    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _send(self, letter: Letter) -> None:
+        if (connection := self._accepted.get(letter.peer)) is not None:
+            connection.say(letter.message)
+            return
+        try:
+            split_address(letter.peer)
+        except ValueError:
+            return  # a decode engine that is gone: it was reported as lost
+        connection = self._dialled.get(letter.peer)
+        if connection is None:
+            connection = self._dialled[letter.peer] = Connection(letter.peer)
+            self._spawn(self._dial(connection))
+        connection.say(letter.message)
+
+    async def _dial(self, connection: Connection) -> None:
+        """A connection to a prefill engine, from its beginning to its end."""
+        was_open, reason, fate = False, "closed", Fate.CLOSED
+        writer: asyncio.StreamWriter | None = None
+        try:
+            host, port = split_address(connection.peer)
+            async with asyncio.timeout(self._silence):
+                reader, writer = await asyncio.open_connection(host, port)
+                Connection(connection.peer, writer).say(Hello(VERSION, self._token, self._card))
+                welcome = _welcome(await _read(reader))
+            was_open = True
+            self._news.put(Opened(connection.peer, welcome.incarnation))
+            connection.open(writer)
+            await self._converse(reader, connection)
+        except TimeoutError:
+            reason = f"no answer within {self._silence:g} s"
+            fate = Fate.UNREACHABLE if writer is None else Fate.SILENT
+        except (OSError, LinkClosedError, MalformedMessageError) as error:
+            reason, fate = str(error), _fate(error)
+        finally:
+            if writer is not None:
+                writer.transport.abort()
+            if self._dialled.get(connection.peer) is connection:
+                del self._dialled[connection.peer]
+            self._news.put(Lost(connection.peer, reason, was_open, fate))
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection from a decode engine, from its beginning to its end."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        connection = Connection("", writer)
+        reason = "closed"
+        try:
+            async with asyncio.timeout(self._silence):
+                hello = await _read(reader)
+            if refusal := self._refusal(hello):
+                log.warning("a decode engine was refused: %s", refusal)
+                connection.say(Refused(refusal))
+                await writer.drain()
+                return
+            assert isinstance(hello, Hello)
+            peer = hello.card.incarnation
+            if (former := self._accepted.pop(peer, None)) is not None:
+                self._lose(former, "it has connected anew")
+            connection.peer = peer
+            self._accepted[peer] = connection
+            self._news.put(Opened(peer, peer, hello.card))
+            connection.say(Welcome(VERSION, self._card.incarnation))
+            await self._converse(reader, connection)
+        except TimeoutError:
+            reason = "no hello in time"
+        except (OSError, LinkClosedError, MalformedMessageError) as error:
+            reason = str(error)
+        except asyncio.CancelledError:
+            pass  # this side ends; asyncio's server would complain of a task that was cancelled
+        finally:
+            writer.close()
+            if connection.peer and self._accepted.get(connection.peer) is connection:
+                del self._accepted[connection.peer]
+                self._lose(connection, reason)
+
+    def _lose(self, connection: Connection, reason: str) -> None:
+        if connection.writer is not None:
+            connection.writer.transport.abort()
+        self._news.put(Lost(connection.peer, reason, was_open=True, fate=Fate.CLOSED))
+
+    def _refusal(self, hello: LinkMessage) -> str:
+        if not isinstance(hello, Hello):
+            return f"expected hello, not {type(hello).__name__}"
+        if hello.version != VERSION:
+            return f"this side speaks version {VERSION}, not {hello.version}"
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            return "push.token differs"
+        return ""
+
+    async def _converse(self, reader: asyncio.StreamReader, connection: Connection) -> None:
+        """Take in messages until the connection is over."""
+        pings = self._loop.create_task(self._ping(connection))
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self._silence):
+                        message = await _read(reader)
+                except TimeoutError:
+                    raise PeerSilentError(f"silent for {self._silence:g} s") from None
+                if not isinstance(message, Ping):
+                    self._news.put(Letter(connection.peer, message))
+        finally:
+            pings.cancel()
+
+    async def _ping(self, connection: Connection) -> None:
+        while True:
+            await asyncio.sleep(self._silence / PINGS)
+            connection.say(Ping())
+
+
+def _fate(error: Exception) -> Fate:
+    if isinstance(error, PeerSilentError):
+        return Fate.SILENT
+    refused = isinstance(error, ConnectionError | LinkClosedError | MalformedMessageError)
+    return Fate.CLOSED if refused else Fate.UNREACHABLE
+
+
+def _welcome(answer: LinkMessage) -> Welcome:
+    match answer:
+        case Welcome(version) if version == VERSION:
+            return answer
+        case Welcome(version):
+            raise LinkClosedError(f"it speaks version {version}, not {VERSION}")
+        case Refused(reason):
+            raise LinkClosedError(f"it refuses: {reason}")
+    raise LinkClosedError(f"it said {type(answer).__name__} first")
+
+
+async def _read(reader: asyncio.StreamReader) -> LinkMessage:
+    try:
+        size = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
+        if size > MAX_MESSAGE:
+            raise MalformedMessageError(f"a message of {size} bytes")
+        return decode(await reader.readexactly(size))
+    except asyncio.IncompleteReadError as error:
+        raise LinkClosedError("the other side has closed the connection") from error
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 <= int(port) < 1 << 16):
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -1,0 +1,199 @@
+"""What two engines say to each other about pushes, on the link and on the wire.
+
+``docs/push.md`` says what each message means. All are immutable, tagged and versioned; on the link
+each stands behind its length, on the wire a notice is one message.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from lamina.push.cards import EngineCard
+
+VERSION = 1
+"""Version of the protocol; both sides must have the same."""
+
+LENGTH_BYTES = 4
+"""Width of the length before each message on the link, little endian."""
+
+MAX_MESSAGE = 64 << 20
+"""Bytes; a longer message is not one of ours."""
+
+
+NO_EPOCH = 0
+"""Epoch of a push that was never announced, in a ``cancel``: nothing is needed of it."""
+
+NO_BLOCK = -1
+"""In a table: the decode engine needs nothing of this block."""
+
+
+class MalformedMessageError(ValueError):
+    """What arrived is not a message of this version."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Anything that is said."""
+
+
+class Attempt(msgspec.Struct, frozen=True, array_like=True):
+    """One attempt at one push.
+
+    Attributes:
+        push: the router's id of the push.
+        epoch: the decode engine's transfer; never used twice by one incarnation.
+    """
+
+    push: str
+    epoch: int
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """The decode engine's first word.
+
+    Attributes:
+        version: :data:`VERSION`.
+        token: ``push.token`` of its configuration.
+        card: who it is.
+    """
+
+    version: int
+    token: str
+    card: EngineCard
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The prefill engine's first word.
+
+    Attributes:
+        version: :data:`VERSION`.
+        incarnation: who it is.
+    """
+
+    version: int
+    incarnation: str
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The prefill engine's only word.
+
+    Attributes:
+        reason: why it does not talk to the decode engine.
+    """
+
+    reason: str
+
+
+class BlockTable(msgspec.Struct, frozen=True, array_like=True):
+    """Where the pages of one cache group go.
+
+    Attributes:
+        first: index in the prompt of the first block; of a recurrent group that of the block whose
+            last token the state stands behind.
+        blocks: the decode engine's block ids from there on; -1 where it needs nothing.
+    """
+
+    first: int
+    blocks: tuple[int, ...]
+
+
+class Announce(Message, frozen=True, tag="announce"):
+    """Where a prompt's pages go.
+
+    Attributes:
+        attempt: which.
+        digest: the prompt, as :func:`lamina.keys.prompt_digest` has it.
+        start: tokens at the beginning that the decode engine has.
+        end: tokens that it will have when all is delivered.
+        patience: seconds that it will wait.
+        tables: one for each cache group.
+    """
+
+    attempt: Attempt
+    digest: bytes
+    start: int
+    end: int
+    patience: float
+    tables: tuple[BlockTable, ...]
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """The decode engine has given up, or needs nothing."""
+
+    attempt: Attempt
+
+
+class Bound(Message, frozen=True, tag="bound"):
+    """The prefill engine has the prompt, and it fits."""
+
+    attempt: Attempt
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The push will not be complete.
+
+    Attributes:
+        attempt: which.
+        reason: why, in a few words.
+    """
+
+    attempt: Attempt
+    reason: str
+
+
+class Fenced(Message, frozen=True, tag="fenced"):
+    """Nothing of the attempt will be sent any more.
+
+    Attributes:
+        attempt: which.
+        clean: whether all that was sent has arrived, so that nothing is on its way. If not, a write
+            has failed, and what of it is in the network may still arrive.
+    """
+
+    attempt: Attempt
+    clean: bool
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """The sender is alive."""
+
+
+class Delivered(Message, frozen=True, tag="delivered"):
+    """A prefill rank's notice to a decode rank: all that it owes it has arrived.
+
+    Attributes:
+        incarnation: the decode engine that is meant.
+        epoch: its transfer.
+        sender: the prefill rank.
+        senders: all ranks that owe this decode rank something.
+    """
+
+    incarnation: str
+    epoch: int
+    sender: int
+    senders: tuple[int, ...]
+
+
+LinkMessage = (
+    Hello | Welcome | Refused | Announce | Cancel | Bound | Failed | Fenced | Ping | Delivered
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(LinkMessage)
+
+
+def encode(message: LinkMessage) -> bytes:
+    """A message as bytes, without its length."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> LinkMessage:
+    """The message that ``data`` is.
+
+    Raises:
+        MalformedMessageError: if it is none.
+    """
+    try:
+        message: LinkMessage = _decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise MalformedMessageError(f"not a message of push version {VERSION}: {error}") from error
+    return message

@@ -1,0 +1,1 @@
+"""The wires: an interface and what implements it."""
