@@ -103,6 +103,8 @@ class SaveOrder:
         slot: the host slot to fill.
         blocks: engine block ids of the whole chunk, in order.
         group: the cache group that they are of.
+        overwritten: whether they are complete before the step and the step overwrites them: they
+            are read before its forward.
     """
 
     transfer: TransferId
@@ -111,6 +113,7 @@ class SaveOrder:
     slot: int
     blocks: tuple[int, ...]
     group: int = 0
+    overwritten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class StepPlan:
     Attributes:
         step: number of the step; increases by one with every plan.
         loads: loads to start now.
-        saves: saves whose blocks are complete once this step's forward has run.
+        saves: saves whose blocks are complete once this step's forward has run, or before it.
         writes: write-throughs to start now.
         drop_disk: disk slots to forget (failed verification, cache reset).
         forward: whether this step runs the model at all.

@@ -48,7 +48,7 @@ class SchedulerSide:
         self._saves: bool = transfer.is_kv_producer
         self._shape = ChunkShape(
             layout.chunk_tokens(cache, config.chunk_tokens),
-            layout.groups(cache),
+            layout.groups(cache, config.chunk_tokens),
             layout.NULL_BLOCK,
         )
         self._namespace = build_namespace(config, vllm_config, cache)
@@ -190,7 +190,7 @@ class SchedulerSide:
             if end % self._shape.chunk_tokens == 0:
                 tables = state.resolve_block_ids(request_id)
                 for group in self._shape.recurrent:
-                    index = end // self._shape.groups[group].block_tokens - 1
+                    index = self._shape.groups[group].state_index(end)
                     if (block := tables[group][index]) != layout.NULL_BLOCK:
                         found.add(BoundaryState(request_id, group, block, end))
         return sorted(found, key=lambda state: (state.request_id, state.end, state.group))
@@ -201,7 +201,7 @@ class SchedulerSide:
         return VllmRequest(
             request,
             lambda: manager.get_block_ids(request.request_id),
-            [group.block_tokens for group in self._shape.groups],
+            self._shape.groups,
             self._adapter(request),
             self._recompute,
         )
