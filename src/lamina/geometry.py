@@ -22,6 +22,10 @@ DIRECT_IO_ALIGNMENT = 4096
 AUTO_CHUNK_TOKENS = 64
 """``chunk_tokens: auto`` is the smallest multiple of the block size that is at least this."""
 
+AUTO_STATE_TOKENS = 512
+"""``chunk_tokens: auto`` of a model that has only states, which are as large however few tokens lie
+between them."""
+
 
 class GroupKind(StrEnum):
     """What a group's layers need of a prefix, to go on behind it."""
@@ -43,17 +47,23 @@ class Group:
         block_tokens: tokens in one block; for states, between one that is kept and the next.
         window: tokens that a layer looks at, the one it computes included; 0 unless it is one
             of a ``WINDOW`` group.
+        in_place: of states, whether a request has one block, which every step overwrites.
     """
 
     kind: GroupKind
     block_tokens: int
     window: int = 0
+    in_place: bool = False
 
     def first_token(self, end: int) -> int:
         """Of a prefix of ``end`` tokens, the first one that is needed."""
         if self.kind is GroupKind.WINDOW:
             return max(0, end - self.window + 1)
         return end if self.kind is GroupKind.STATE else 0
+
+    def state_index(self, end: int) -> int:
+        """Which of a request's blocks holds the state behind its first ``end`` tokens."""
+        return 0 if self.in_place else end // self.block_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

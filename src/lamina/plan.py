@@ -108,6 +108,8 @@ class SaveOrder:
         slot: the host slot to fill.
         blocks: engine block ids of the whole chunk, in order.
         group: the cache group that they are of.
+        overwritten: whether they are complete before the step and the step overwrites them: they
+            are read before its forward.
     """
 
     transfer: TransferId
@@ -116,6 +118,7 @@ class SaveOrder:
     slot: int
     blocks: tuple[int, ...]
     group: int = 0
+    overwritten: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +256,7 @@ class StepPlan:
     Attributes:
         step: number of the step; increases by one with every plan.
         loads: loads to start now.
-        saves: saves whose blocks are complete once this step's forward has run.
+        saves: saves whose blocks are complete once this step's forward has run, or before it.
         writes: write-throughs to start now.
         drop_disk: disk slots to forget (failed verification, cache reset).
         push: what goes to other engines and comes from them.

@@ -164,6 +164,24 @@ SHAPES: dict[str, Shape] = {
         {"A_log": -4.0},
         {"enable_prefix_caching": False},
     ),
+    "attention-and-state-space": Shape(
+        "granitemoehybrid",
+        "float32",
+        4.0,
+        {
+            "num_hidden_layers": 6,
+            "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "attention_multiplier": 0.5,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "mamba_chunk_size": 64,
+        },
+        {"A_log": -4.0},
+        {"enable_prefix_caching": False},
+    ),
 }
 """What :func:`make_model` can make, by name."""
 

@@ -10,14 +10,16 @@ from engine.models import SHAPES, Checkpoints
 pytestmark = pytest.mark.engine
 
 
-def test_recurrent_states_that_vllm_keeps_nowhere(checkpoints: Checkpoints, start: Start) -> None:
-    """Without its prefix cache vLLM overwrites a state in place, while a save would read it."""
+def test_drafts_on_a_state_that_is_overwritten(checkpoints: Checkpoints, start: Start) -> None:
+    """Without its prefix cache vLLM keeps one state, and drafts run ahead of it."""
     model = "state-space"
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    options = {**SHAPES[model].options, "speculative_config": drafts}
     with pytest.raises(EngineStartError) as refusal:
-        start(EngineSpec(checkpoints.model(model), SMALL, SHAPES[model].options))
+        start(EngineSpec(checkpoints.model(model), SMALL, options))
     message = str(refusal.value).strip().splitlines()[-1]
     assert "UnsupportedModel" in message
-    assert "mamba_cache_mode 'align'" in message
+    assert "with speculative decoding while vLLM's prefix cache is off" in message
     assert "without --kv-transfer-config" in message
 
 

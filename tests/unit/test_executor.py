@@ -78,7 +78,7 @@ class Rank:
     ) -> None:
         self.geometry = shape or geometry()
         self.cache = torch.randint(0, 256, (self.geometry.allocation_bytes[0],), dtype=torch.uint8)
-        mover = make_mover(self.geometry, [self.cache])
+        mover = self.mover = make_mover(self.geometry, [self.cache])
         host = HostTier(self.geometry, 10 * self.geometry.chunk_bytes, mover.allocate_host)
         inner = tier_sources(host, None, mover, self.geometry)
         self.source = FlakySource(inner[TierName.HOST])
@@ -149,8 +149,9 @@ def load(
     first_block: int = 0,
     mode: LoadMode = LoadMode.LAYERWISE,
     deadline: float = 10.0,
+    key: bytes = b"k",
 ) -> LoadOrder:
-    chunk = ChunkLoad(ChunkKey(b"k"), TierName.HOST, slot, first_block, blocks)
+    chunk = ChunkLoad(ChunkKey(key), TierName.HOST, slot, first_block, blocks)
     return LoadOrder(TransferId(number), "r", mode, (chunk,), deadline)
 
 
@@ -187,6 +188,41 @@ def test_rows_that_no_hook_announces_are_moved_all_the_same(rank: Rank) -> None:
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)), hooks=False)
     rank.settle(1)
     assert rank.pages((11, 5)) == expected
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_what_the_forward_overwrites_is_saved_as_it_was_before(rank: Rank, hooks: bool) -> None:
+    slow, copy = threading.Event(), rank.mover.save
+
+    def slowly(*arguments: Any) -> Fence:
+        slow.wait(0.02)
+        return copy(*arguments)
+
+    rank.mover.save = slowly  # type: ignore[method-assign]
+    before, beside = rank.pages((7, 2)), rank.pages((4, 9))
+    passing = replace(save(1, b"k", 3, (7, 2)), overwritten=True)
+    rank.executor.begin_step(StepPlan(1, saves=(passing, save(2, b"l", 4, (4, 9)))))
+    for row in rank.geometry.rows:
+        for block in (7, 2):
+            start = row.offset + block * STRIDE
+            rank.cache[start : start + row.page_bytes] = 99
+        if hooks:
+            rank.executor.layer_written(row.layers[0])
+    rank.executor.end_step()
+    receipts = rank.settle(2)
+    assert {receipt.transfer for receipt in receipts} == {1, 2}
+    assert all(receipt.outcome is Outcome.DONE for receipt in receipts)
+    rank.run(StepPlan(0, loads=(load(3, (11, 5)), load(4, (12, 6), slot=4, key=b"l"))))
+    rank.settle(2)
+    assert rank.pages((11, 5)) == before
+    assert rank.pages((12, 6)) == beside
+
+
+def test_a_save_that_cannot_be_made_before_the_forward_does_not_stop_it(rank: Rank) -> None:
+    passing = replace(save(1, b"k", 3, (7, BLOCKS)), overwritten=True)
+    rank.run(StepPlan(0, saves=(passing,)))
+    (receipt,) = rank.settle(1)
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "IndexError")
 
 
 def test_a_row_is_saved_as_it_was_when_its_layer_had_written_it(rank: Rank) -> None:

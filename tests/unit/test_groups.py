@@ -9,13 +9,14 @@ from driven_planner import BLOCK, CHUNK, Engine, View, prompt
 
 from lamina.control.requests import BoundaryState, ChunkShape
 from lamina.geometry import Group, GroupKind
-from lamina.plan import ChunkLoad, StepPlan
+from lamina.plan import ChunkLoad, SaveOrder, StepPlan
 
 NONE = 0
-FULL, WINDOW, STATE = (
+FULL, WINDOW, STATE, IN_PLACE = (
     Group(GroupKind.FULL, BLOCK),
     Group(GroupKind.WINDOW, BLOCK, window=CHUNK + 1),
     Group(GroupKind.STATE, CHUNK),
+    Group(GroupKind.STATE, CHUNK, in_place=True),
 )
 CHUNKS = 4
 TOKENS = prompt(CHUNKS * CHUNK + 8)
@@ -224,6 +225,86 @@ def test_a_state_whose_last_token_is_never_known_is_let_go(how: str) -> None:
     engine.step()
     assert 250 not in engine.pool.held
     assert plan.saves
+
+
+# -- states in place -----------------------------------------------------------------------------
+
+
+def states_of(plan: StepPlan) -> list[SaveOrder]:
+    return [order for order in plan.saves if order.group == 1]
+
+
+def test_a_state_in_place_is_saved_before_the_next_step() -> None:
+    engine = engine_of(FULL, IN_PLACE)
+    plan = compute(engine, view("a"), (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    assert plan.saves
+    assert not states_of(plan), "its step has not run"
+    assert 250 in engine.pool.held
+    plan = engine.step(("a", 3 * CHUNK))
+    (state,) = states_of(plan)
+    assert (state.blocks, state.overwritten) == ((250,), True)
+    assert not any(order.overwritten for order in plan.saves if order.group == 0)
+    engine.answer(state.transfer)
+    assert 250 not in engine.pool.held
+    assert not states_of(engine.step(("a", 3 * CHUNK + 1)))
+    engine.planner.finished("a", 0, [[], []])
+    tokens, chunks = load(engine, view("b", g1=[300]))
+    assert tokens == 2 * CHUNK
+    assert [chunk.blocks for chunk in chunks if chunk.group == 1] == [(300,)]
+
+
+def test_a_state_in_place_is_lost_with_the_next_step() -> None:
+    """Its last token is not known when its only chance to be read comes."""
+    engine = engine_of(FULL, IN_PLACE)
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    assert not states_of(engine.step(("a", 2 * CHUNK + 1)))
+    assert 250 not in engine.pool.held
+    request.token_ids = TOKENS
+    assert not states_of(engine.step(("a", 2 * CHUNK + 2)))
+
+
+def test_a_state_in_place_is_saved_once_its_last_token_is_known() -> None:
+    """An engine that plans a step ahead knows it when the next one is planned."""
+    engine = engine_of(FULL, IN_PLACE)
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    request.token_ids = TOKENS[: 2 * CHUNK]
+    (state,) = states_of(engine.step(("a", 2 * CHUNK + 1)))
+    assert state.blocks == (250,)
+
+
+@pytest.mark.parametrize("end", [CHUNK - 1, CHUNK + BLOCK, 2 * CHUNK + 1])
+def test_a_state_in_place_off_a_boundary_is_not_kept(end: int) -> None:
+    engine = engine_of(FULL, IN_PLACE)
+    compute(engine, view("a"), (1, 250, end), computed=end)
+    assert 250 not in engine.pool.held
+    assert not states_of(engine.step(("a", end + 1)))
+
+
+def test_the_state_in_place_of_a_request_that_ends_on_it_is_saved() -> None:
+    engine = engine_of(FULL, IN_PLACE)
+    compute(engine, view("a"), (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    engine.planner.finished("a", 2 * CHUNK, [[], []])
+    assert engine.planner.has_work
+    assert 250 in engine.pool.held, "the engine frees it now"
+    (state,) = states_of(engine.step())
+    assert (state.blocks, state.overwritten) == ((250,), True)
+
+
+@pytest.mark.parametrize("how", ["preempted", "reset", "distrusted"])
+def test_a_state_in_place_that_is_worth_nothing_is_let_go(how: str) -> None:
+    engine = engine_of(FULL, IN_PLACE)
+    request = view("a")
+    compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    if how == "preempted":
+        engine.planner.lookup(request, 0)
+    elif how == "reset":
+        engine.planner.reset()
+    else:
+        engine.planner.distrust()
+    assert not states_of(engine.step())
+    assert 250 not in engine.pool.held
 
 
 def test_groups_with_blocks_of_different_sizes_are_loaded_to_the_same_token() -> None:

@@ -126,6 +126,81 @@ def clear(
     store.clear(path, yes=yes)
 
 
+@app.command()
+def push_proxy(
+    prefill: Annotated[
+        list[str],
+        typer.Option(
+            metavar="URL,HOST:PORT",
+            help="A prefill engine: its server, and where decode engines reach it for pushes. "
+            "Repeat it for several.",
+        ),
+    ],
+    decode: Annotated[
+        list[str],
+        typer.Option(metavar="URL", help="A decode engine's server. Repeat it for several."),
+    ],
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_PUSH_TOKEN", help="What clients have to show (`Authorization: Bearer`)."
+        ),
+    ] = None,
+    engine_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_PUSH_ENGINE_KEY",
+            help="What the engines are shown; without it and a token, what the client shows.",
+        ),
+    ] = None,
+    connect_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a connection to an engine.")
+    ] = 3.0,
+    first_byte_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Until an engine begins to answer.")
+    ] = 300.0,
+    stall_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between two pieces of an answer.")
+    ] = 60.0,
+    total_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a whole request.")
+    ] = 3600.0,
+    health_interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between two health checks of an engine.")
+    ] = 3.0,
+    max_outstanding: Annotated[
+        int, typer.Option(metavar="REQUESTS", help="More at a time are turned away with a 503.")
+    ] = 1024,
+    drain_seconds: Annotated[
+        int, typer.Option(metavar="SECONDS", help="How long requests may go on after SIGTERM.")
+    ] = 30,
+) -> None:
+    """Serve an OpenAI API with prefill engines that push to decode engines.
+
+    Chooses one of each for every request and tells them of each other; the KV cache goes directly
+    from one to the other. Publishes `/health` and `/metrics`.
+    """
+    from lamina.cli import push_proxy as proxy
+    from lamina.push.proxy.settings import Settings
+
+    with proxy.errors():
+        settings = Settings(
+            prefill=proxy.prefill_addresses(prefill),
+            decode=tuple(decode),
+            token=token,
+            engine_key=engine_key,
+            connect_timeout=connect_timeout,
+            first_byte_timeout=first_byte_timeout,
+            stall_timeout=stall_timeout,
+            total_timeout=total_timeout,
+            health_interval=health_interval,
+            max_outstanding=max_outstanding,
+        )
+    proxy.run(settings, proxy.Listening(host, port, drain_seconds))
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

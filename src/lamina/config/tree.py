@@ -196,7 +196,8 @@ class Config(Section):
     chunk_tokens: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",
         description="Tokens in one chunk, a whole number of the engine's blocks. `auto`: the "
-        "smallest multiple of the block size that is at least 64.",
+        "smallest multiple of the block size that is at least 64; one block where vLLM keeps "
+        "recurrent states in blocks; 512 where there are only states, each overwritten in place.",
     )
     identity: Annotated[str, TEXT.auto()] = Field(
         default="auto",

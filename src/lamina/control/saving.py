@@ -18,8 +18,9 @@ from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
 
 @dataclass(frozen=True, slots=True)
 class PassedState:
-    """A recurrent state at a boundary whose last token the engine had not said yet when it planned
-    the step behind it.
+    """A recurrent state at a boundary that a later plan has saved: because the engine had not said
+    its last token yet when it planned the step that computes it, or because it is overwritten in
+    place, and so is read between that step and the next.
 
     Attributes:
         record: the request.
@@ -154,15 +155,16 @@ class SavePlanner:
         """
         if end % self._shape.chunk_tokens or record.barred:
             return
-        if end > record.view.num_tokens:
+        if end > record.view.num_tokens or self._shape.groups[group].in_place:
             lease = self._leases.take((block,))
             self._passed.append(PassedState(record, record.epoch, group, block, end, lease))
         else:
             self._order_state(record, group, block, end, step, now)
 
     def order_passed(self, *, step: int, now: float, ended: RequestRecord | None = None) -> None:
-        """Order saves of states that were passed by before their last token was known. Their blocks
-        are not written again.
+        """Order saves of states that an earlier step has left behind, now that their last token is
+        known. Their blocks are not written again, but for those in place, which are lost if they
+        are not read now.
 
         Args:
             step: the step whose plan will carry the orders.
@@ -173,9 +175,10 @@ class SavePlanner:
         for state in waiting:
             record = state.record
             lost = record.epoch != state.epoch or record.barred
+            lasts = record is not ended and not self._shape.groups[state.group].in_place
             if not lost and record.view.num_tokens >= state.end:
                 self._order_state(record, state.group, state.block, state.end, step, now)
-            elif not lost and record is not ended:
+            elif not lost and lasts:
                 self._passed.append(state)
                 continue
             state.lease.release()
@@ -229,7 +232,10 @@ class SavePlanner:
             lease=self._leases.take(blocks),
             tries=self._breakers.order(Kind.SAVE, [TierName.HOST]),
         )
-        self.orders.append(SaveOrder(transfer.id, transfer.request_id, key, slot, blocks, group))
+        overwritten = self._shape.groups[group].in_place
+        self.orders.append(
+            SaveOrder(transfer.id, transfer.request_id, key, slot, blocks, group, overwritten)
+        )
         return None
 
     # -- writes ------------------------------------------------------------------------------
@@ -356,6 +362,8 @@ class SavePlanner:
 
     def poison_saves_since(self, step: int) -> None:
         """What was computed from ``step`` on may rest on a load that failed."""
+        while self._passed:
+            self._passed.pop().lease.release()
         for transfer in self._transfers.live():
             if transfer.kind is Kind.SAVE and transfer.step >= step:
                 self.poison(transfer)

@@ -2,7 +2,7 @@
 
 An engine adapter calls it around each forward pass, from one thread::
 
-    begin_step(plan)            parked loads, writes: before the forward
+    begin_step(plan)            parked loads, writes, saves of what the step overwrites
     start_loads()               the step's layerwise loads
       wait_layer(name)          before a layer reads its row
       layer_written(name)       after a layer has written its row
@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.config import LoadConfig
@@ -40,6 +40,7 @@ from lamina.plan import (
     Outcome,
     RankReport,
     Receipt,
+    SaveOrder,
     StepPlan,
     TierName,
     TransferReceipt,
@@ -208,18 +209,10 @@ class Executor:
             self._awaited.update(order.request_id for order in plan.push.receives)
             if plan.push.orders:
                 self._pushes = PushRun(plan.push.orders, self._geometry, self._mover, self._wire)
-        if plan.saves:
-            self._saves = SaveRun(
-                plan.saves,
-                self._geometry,
-                self._host,
-                self._mover,
-                self._save_pool,
-                self._report,
-                follows=self._follows,
-                step=plan.step,
-                timeline=self._timeline,
-            )
+        if overwritten := [order for order in plan.saves if order.overwritten]:
+            self._make_saves(overwritten).read_before_forward()
+        if written := [order for order in plan.saves if not order.overwritten]:
+            self._saves = self._make_saves(written)
 
     def start_loads(self) -> None:
         """Submit the first rows of the step's layerwise loads; call right before the forward."""
@@ -369,6 +362,20 @@ class Executor:
             step=self._plan.step,
             timeline=self._timeline,
             done=self._wake,
+        )
+
+    def _make_saves(self, orders: Sequence[SaveOrder]) -> SaveRun:
+        assert self._plan is not None
+        return SaveRun(
+            orders,
+            self._geometry,
+            self._host,
+            self._mover,
+            self._save_pool,
+            self._report,
+            follows=self._follows,
+            step=self._plan.step,
+            timeline=self._timeline,
         )
 
     def finish_loads(self) -> None:

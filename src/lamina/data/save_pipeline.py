@@ -1,11 +1,12 @@
 """The save pipeline: a row is copied out once its last layer has written it.
 
 Nothing in the forward path waits: the hook records a fence and queues a job. A row whose hook
-did not fire is swept at the end of the step.
+did not fire is swept at the end of the step. What the forward overwrites is read before it.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from lamina.data.worker_pool import WorkerPool
 from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import Outcome, SaveOrder, TransferReceipt
+
+log = logging.getLogger("lamina.data")
 
 
 class SaveRun:
@@ -79,6 +82,20 @@ class SaveRun:
             self.row_written(row)
         self._one_over()
 
+    def read_before_forward(self) -> None:
+        """What there is to save is complete and the step overwrites it: have the forward run after
+        it is read. A device that orders its work by itself does not stall the caller."""
+        after = self._mover.fence_compute()
+        while self._unsubmitted:
+            row = min(self._unsubmitted)
+            self._unsubmitted.remove(row)
+            began = time.perf_counter()
+            read = self._read(row, after)
+            if read is not None:
+                self._mover.hold_compute(read)
+            self._pool.submit((0, self._step), partial(self._finish, row, read, began))
+        self._one_over()
+
     def poison(self, reason: str) -> None:
         """What the step computed is not to be trusted: report every save as failed."""
         with self._lock:
@@ -86,10 +103,24 @@ class SaveRun:
 
     def _copy(self, row: int, after: Fence) -> None:
         began = time.perf_counter()
+        self._finish(row, self._read(row, after), began)
+
+    def _read(self, row: int, after: Fence) -> Fence | None:
+        """Copy a row; None if there is nothing to wait for."""
+        blocks, pages = self._copies[self._rows[row].groups]
+        if not len(blocks) or self._failure:
+            return None
         try:
-            blocks, pages = self._copies[self._rows[row].groups]
-            if len(blocks) and not self._failure:
-                self._mover.save(row, blocks, self._host.pages(row), pages, after).wait()
+            return self._mover.save(row, blocks, self._host.pages(row), pages, after)
+        except Exception as error:
+            log.exception("row %d could not be saved", row)
+            self.poison(type(error).__name__)
+            return None
+
+    def _finish(self, row: int, read: Fence | None, began: float) -> None:
+        try:
+            if read is not None:
+                read.wait()
         except Exception as error:
             self.poison(type(error).__name__)
             raise

@@ -25,7 +25,14 @@ from vllm.v1.kv_cache_interface import (
     get_kv_cache_spec_kind,
 )
 
-from lamina.geometry import CacheGeometry, Group, GroupKind, Row, chunk_tokens_for
+from lamina.geometry import (
+    AUTO_STATE_TOKENS,
+    CacheGeometry,
+    Group,
+    GroupKind,
+    Row,
+    chunk_tokens_for,
+)
 
 KINDS = {
     KVCacheSpecKind.FULL_ATTENTION: GroupKind.FULL,
@@ -79,12 +86,18 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
                 f"LaminaConnector does not serve models with a {type(spec).__name__} that vLLM "
                 "does not keep whole. Serve this model without --kv-transfer-config."
             )
-        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode != "align":
-            raise UnsupportedModel(
-                f"LaminaConnector needs mamba_cache_mode 'align', not {spec.mamba_cache_mode!r}: "
-                "only then does vLLM keep recurrent states at known places. Serve with "
-                "--enable-prefix-caching --mamba-cache-mode align, or without --kv-transfer-config."
-            )
+    if any(_in_place(group) for group in cache.kv_cache_groups):
+        for option, used in (
+            ("speculative decoding", vllm_config.speculative_config is not None),
+            ("--use-replayssm", vllm_config.cache_config.use_replayssm),
+        ):
+            if used:
+                raise UnsupportedModel(
+                    f"LaminaConnector does not serve a recurrent model with {option} while vLLM's "
+                    "prefix cache is off: no step leaves a state that is sure to be whole. Serve "
+                    f"with --enable-prefix-caching, without {option}, or without "
+                    "--kv-transfer-config."
+                )
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",
@@ -108,12 +121,14 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     Raises:
         ValueError: if it is not a whole number of blocks.
     """
-    found = groups(cache)
-    block = math.lcm(*(group.block_tokens for group in found))
-    recurrent = any(group.kind is GroupKind.STATE for group in found)
+    lasting = [group for group in cache.kv_cache_groups if not _in_place(group)]
+    block = math.lcm(*(int(group.kv_cache_spec.block_size) for group in lasting))
+    aligned = any(_kind(group) is GroupKind.STATE for group in lasting)
     if isinstance(configured, str):
-        return block if recurrent else chunk_tokens_for(block)
-    if recurrent and configured != block:
+        if not lasting:
+            return AUTO_STATE_TOKENS
+        return block if aligned else chunk_tokens_for(block)
+    if aligned and configured != block:
         raise ValueError(
             f"chunk_tokens: {configured} would keep few states: a prefill leaves one at the last "
             f'boundary of a block of {block} tokens, so use {block} or "auto"'
@@ -126,16 +141,26 @@ def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:
     return configured
 
 
-def groups(cache: KVCacheConfig) -> tuple[Group, ...]:
-    """The cache groups, in vLLM's order."""
+def groups(cache: KVCacheConfig, configured_chunk: int | str) -> tuple[Group, ...]:
+    """The cache groups, in vLLM's order.
+
+    Args:
+        cache: vLLM's cache.
+        configured_chunk: ``chunk_tokens`` of the configuration: how far apart states are kept of
+            which vLLM itself keeps none.
+
+    Raises:
+        ValueError: as :func:`chunk_tokens` says.
+    """
+    chunk = chunk_tokens(cache, configured_chunk)
     found = []
     for group in cache.kv_cache_groups:
-        spec = group.kv_cache_spec
-        kind, window = KINDS[get_kv_cache_spec_kind(spec)], 0
+        kind, window, in_place = _kind(group), 0, _in_place(group)
         if kind is GroupKind.WINDOW:
             first = next(iter(_specs(group).values()))
             window = int(first.sliding_window + first.extra_retained_tokens)
-        found.append(Group(kind, int(spec.block_size), window))
+        block = chunk if in_place else int(group.kv_cache_spec.block_size)
+        found.append(Group(kind, block, window, in_place))
     return tuple(found)
 
 
@@ -143,8 +168,8 @@ def recurrent_layers(cache: KVCacheConfig) -> tuple[str, ...]:
     """Layers whose cache is a recurrent state."""
     return tuple(
         layer
-        for group, shape in zip(cache.kv_cache_groups, groups(cache), strict=True)
-        if shape.kind is GroupKind.STATE
+        for group in cache.kv_cache_groups
+        if _kind(group) is GroupKind.STATE
         for layer in group.layer_names
     )
 
@@ -213,7 +238,7 @@ def bind(
     geometry = CacheGeometry(
         rows=tuple(rows),
         num_blocks=cache.num_blocks,
-        block_tokens=min(group.block_tokens for group in groups(cache)),
+        block_tokens=min(group.block_tokens for group in groups(cache, configured_chunk)),
         chunk_tokens=chunk_tokens(cache, configured_chunk),
         allocation_bytes=tuple(tensor.numel() for tensor in tensors),
     )
@@ -223,8 +248,7 @@ def bind(
 def by_blocks(cache: KVCacheConfig) -> bool:
     """Whether vLLM can take back single blocks of a failed load: what comes before the first lost
     one is all there, and its id says where that is."""
-    found = groups(cache)
-    return len(found) == 1 and found[0].kind is GroupKind.FULL
+    return [_kind(group) for group in cache.kv_cache_groups] == [GroupKind.FULL]
 
 
 def describe(cache: KVCacheConfig) -> str:
@@ -243,6 +267,19 @@ def describe(cache: KVCacheConfig) -> str:
 def page_sizes(cache: KVCacheConfig) -> tuple[int, ...]:
     """Bytes of one page of every layer, in vLLM's order of layers."""
     return tuple(size for group in cache.kv_cache_groups for size in _page_bytes(group).values())
+
+
+def _kind(group: KVCacheGroupSpec) -> GroupKind:
+    return KINDS[get_kv_cache_spec_kind(group.kv_cache_spec)]
+
+
+def _in_place(group: KVCacheGroupSpec) -> bool:
+    """Whether a request has one state, which each step overwrites: without its prefix cache vLLM
+    keeps no other."""
+    return any(
+        isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "none"
+        for spec in _specs(group).values()
+    )
 
 
 def _page_bytes(group: KVCacheGroupSpec) -> dict[str, int]:

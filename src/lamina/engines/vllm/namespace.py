@@ -32,7 +32,10 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
         model_dtype=str(model.dtype),
         cache_dtype=str(vllm_config.cache_config.cache_dtype),
         quantization=str(model.quantization or ""),
-        groups=tuple((g.kind.value, g.block_tokens, g.window) for g in layout.groups(cache)),
+        groups=tuple(
+            (group.kind.value, group.block_tokens, group.window)
+            for group in layout.groups(cache, config.chunk_tokens)
+        ),
         chunk_tokens=layout.chunk_tokens(cache, config.chunk_tokens),
         layout=layout.describe(cache),
         page_bytes=layout.page_sizes(cache),

@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 
 from lamina.control.requests import PushParameters
 from lamina.engines.vllm.layout import NULL_BLOCK
+from lamina.geometry import Group
 from lamina.keys import pack
 from lamina.push.link import split_address
 
@@ -23,7 +24,7 @@ class VllmRequest:
     Args:
         request: vLLM's request, read at the moment of each call.
         tables: gives the request's block ids of every cache group.
-        block_tokens: tokens of a block, per group.
+        groups: the cache groups.
         adapter: identity of its LoRA adapter, empty without one.
         recompute_tokens: tokens that must be computed even on a full hit.
         push: the push that it is part of.
@@ -33,7 +34,7 @@ class VllmRequest:
         self,
         request: Request,
         tables: Callable[[], Sequence[Sequence[int]]],
-        block_tokens: Sequence[int],
+        groups: Sequence[Group],
         adapter: str,
         recompute_tokens: int,
         push: PushParameters | None,
@@ -44,7 +45,7 @@ class VllmRequest:
         self.recompute_tokens = recompute_tokens
         self.push = push
         self._tables = tables
-        self._block_tokens = block_tokens
+        self._groups = groups
         self.root_extra = pack((request.cache_salt, adapter))
 
     @property
@@ -64,8 +65,8 @@ class VllmRequest:
     def state_blocks(self, group: int, end: int) -> Sequence[int]:
         """The block that keeps the state behind ``end`` for others, and, if the request runs in
         this step, the block that its forward reads and writes: vLLM has copied the one to the
-        other before anything is loaded."""
-        table = self._tables()[group][end // self._block_tokens[group] - 1 :]
+        other before anything is loaded. In place they are one."""
+        table = self._tables()[group][self._groups[group].state_index(end) :]
         return [block for block in table if block != NULL_BLOCK]
 
     def chunk_extra(self, start: int, end: int) -> bytes:

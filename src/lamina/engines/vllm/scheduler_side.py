@@ -51,9 +51,19 @@ class SchedulerSide:
         self._saves: bool = transfer.is_kv_producer
         self._shape = ChunkShape(
             layout.chunk_tokens(cache, config.chunk_tokens),
-            layout.groups(cache),
+            layout.groups(cache, config.chunk_tokens),
             layout.NULL_BLOCK,
         )
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        passing = any(group.in_place for group in self._shape.groups)
+        if passing and budget % self._shape.chunk_tokens:
+            log.warning(
+                "prompts are computed %d tokens at a time, and without vLLM's prefix cache a "
+                "recurrent state is kept only where a step ends on a multiple of chunk_tokens, %d: "
+                "few are. Use --max-num-batched-tokens with a multiple of it.",
+                budget,
+                self._shape.chunk_tokens,
+            )
         self._namespace = build_namespace(config, vllm_config, cache)
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
@@ -250,7 +260,7 @@ class SchedulerSide:
             if end % self._shape.chunk_tokens == 0:
                 tables = state.resolve_block_ids(request_id)
                 for group in self._shape.recurrent:
-                    index = end // self._shape.groups[group].block_tokens - 1
+                    index = self._shape.groups[group].state_index(end)
                     if (block := tables[group][index]) != layout.NULL_BLOCK:
                         found.add(BoundaryState(request_id, group, block, end))
         return sorted(found, key=lambda state: (state.request_id, state.end, state.group))
@@ -261,7 +271,7 @@ class SchedulerSide:
         return VllmRequest(
             request,
             lambda: manager.get_block_ids(request.request_id),
-            [group.block_tokens for group in self._shape.groups],
+            self._shape.groups,
             self._adapter(request),
             self._recompute,
             self._push(request),
