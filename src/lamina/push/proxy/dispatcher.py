@@ -1,0 +1,292 @@
+"""What becomes of one request: a prefill and a decode engine, both at once, and others if the
+decode engine cannot answer.
+
+A prefill engine that fails is not replaced: the decode engine computes the prompt itself as soon
+as it knows, and the next request goes to another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from lamina.push.proxy.balancing import Balancer, weight
+from lamina.push.proxy.engines import Engine, EngineError, Role
+from lamina.push.proxy.errors import EngineAnswer, Refusal
+from lamina.push.proxy.metrics import Metrics, Outcome, Unpushed
+from lamina.push.proxy.requests import ApiRequest
+from lamina.push.proxy.settings import Settings
+
+log = logging.getLogger("lamina.push.proxy")
+
+PREFILL_GRACE = 1.0
+"""Seconds that a prefill engine has to say that it is done once the decode engine's answer has
+ended; after that the answer was computed without it."""
+
+_PASSED_ON = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A decode engine's, of which the first bytes are there.
+
+    Attributes:
+        status: HTTP's, below 500.
+        headers: those that concern the client.
+        events: whether it is a stream of server-sent events.
+        pieces: its bytes; of events, whole ones only. Raises :class:`EngineError` where it breaks
+            off.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    events: bool
+    pieces: AsyncIterator[bytes]
+
+
+class _Blame:
+    """Whose fault it is when an engine answers a request with a status of 500 or more: the
+    engine's if another engine can answer it, and otherwise the request's. So a request that no
+    engine can bear does not take all of them out of use."""
+
+    def __init__(self) -> None:
+        self._suspects: list[tuple[Engine, str]] = []
+        self._answered = False
+
+    def suspect(self, engine: Engine, reason: str) -> None:
+        """An engine has answered so."""
+        if self._answered:
+            engine.failed(reason)
+        else:
+            self._suspects.append((engine, reason))
+
+    def answered(self) -> None:
+        """An engine has answered well."""
+        self._answered = True
+        for engine, reason in self._suspects:
+            engine.failed(reason)
+        self._suspects.clear()
+
+
+class Dispatcher:
+    """See the module.
+
+    Args:
+        settings: timeouts and tries.
+        engines: all, of both roles.
+        balancer: chooses among them.
+        metrics: is told what happens.
+    """
+
+    def __init__(
+        self, settings: Settings, engines: Sequence[Engine], balancer: Balancer, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._engines = engines
+        self._balancer = balancer
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def answer(self, request: ApiRequest) -> AsyncIterator[Answer]:
+        """The answer to a request. Leaving it before its end cancels the request on both engines.
+
+        Raises:
+            Refusal: if no decode engine has one, or if it breaks off.
+        """
+        async with AsyncExitStack() as stack:
+            yield await self._first_answer(request, stack)
+
+    async def _first_answer(self, request: ApiRequest, stack: AsyncExitStack) -> Answer:
+        failure = Refusal(503, "no decode engine can be used at the moment: ask again")
+        tried: set[Engine] = set()
+        blame = _Blame()
+        for attempt in range(self._settings.tries):
+            if attempt:
+                pause = self._settings.backoff * 2 ** (attempt - 1)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            decode = self._choose(Role.DECODE, request, tried)
+            if decode is None:
+                break
+            if attempt:
+                self._metrics.retries.inc()
+            tried.add(decode)
+            try:
+                return await stack.enter_async_context(self._attempt(request, decode, blame))
+            except Refusal as refusal:
+                failure = refusal
+        raise failure
+
+    def _choose(
+        self, role: Role, request: ApiRequest, tried: Collection[Engine] = ()
+    ) -> Engine | None:
+        usable = [engine for engine in self._engines if engine.role is role and engine.usable]
+        engines = [engine for engine in usable if engine not in tried] or usable
+        return self._balancer.choose(engines, request) if engines else None
+
+    # -- one attempt ---------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _attempt(
+        self, request: ApiRequest, decode: Engine, blame: _Blame
+    ) -> AsyncIterator[Answer]:
+        """One decode engine, and a push of its own."""
+        prefill = self._choose_prefill(request)
+        if prefill is None:
+            async with self._decode(decode, request, request.for_decode(), blame) as answer:
+                yield answer
+            return
+        push_id = uuid.uuid4().hex
+        # Before anybody else chooses, and until the end, even if the task never begins.
+        visit = ExitStack()
+        visit.enter_context(prefill.visit(weight(request)))
+        prefilling = asyncio.create_task(self._prefill(prefill, request, push_id, blame))
+        prefilling.add_done_callback(lambda _: visit.close())
+        try:
+            body = request.for_decode(push_id, prefill.push)
+            async with self._decode(decode, request, body, blame) as answer:
+                yield answer
+            if answer.status < 400:
+                await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
+        finally:
+            prefilling.cancel()
+            await asyncio.wait({prefilling})
+
+    def _choose_prefill(self, request: ApiRequest) -> Engine | None:
+        if request.fields is None:
+            return None
+        if not request.pushable:
+            self._metrics.unpushed(Unpushed.REQUEST)
+            return None
+        prefill = self._choose(Role.PREFILL, request)
+        if prefill is None:
+            self._metrics.unpushed(Unpushed.NO_PREFILL_ENGINE)
+        return prefill
+
+    async def _prefill(
+        self, engine: Engine, request: ApiRequest, push_id: str, blame: _Blame
+    ) -> None:
+        outcome = Outcome.CANCELLED
+        body = request.for_prefill(push_id)
+        try:
+            async with (
+                engine.send(request.method, request.target, request.headers, body) as response,
+                engine.patience(self._settings.stall_timeout),
+            ):
+                await response.aread()
+            outcome = _outcome(response)
+            if outcome is Outcome.FAILED:
+                blame.suspect(engine, f"status {response.status_code}")
+            else:
+                engine.succeeded()
+            if outcome is not Outcome.ANSWERED:
+                log.warning(
+                    "request %s: %s answered with status %d; the decode engine computes the prompt",
+                    request.id,
+                    engine,
+                    response.status_code,
+                )
+        except EngineError as error:
+            outcome = Outcome.FAILED
+            engine.failed(str(error))
+            log.warning(
+                "request %s: %s failed: %s; the decode engine computes the prompt",
+                request.id,
+                engine,
+                error,
+            )
+        finally:
+            self._metrics.exchange(engine, outcome)
+
+    @asynccontextmanager
+    async def _decode(
+        self, engine: Engine, request: ApiRequest, body: bytes, blame: _Blame
+    ) -> AsyncIterator[Answer]:
+        outcome = Outcome.CANCELLED
+        begun = False
+        try:
+            with engine.visit(weight(request)):
+                async with engine.send(
+                    request.method, request.target, request.headers, body
+                ) as response:
+                    if response.status_code >= 500:
+                        outcome = Outcome.FAILED
+                        raise await self._failure(engine, request, response, blame)
+                    events = response.headers.get("content-type", "").startswith(
+                        "text/event-stream"
+                    )
+                    pieces = self._pieces(engine, response, events)
+                    first = await anext(pieces, b"")
+                    begun = True
+                    engine.succeeded()
+                    if response.status_code < 400:
+                        blame.answered()
+                    yield Answer(
+                        response.status_code,
+                        {
+                            name: response.headers[name]
+                            for name in _PASSED_ON
+                            if name in response.headers
+                        },
+                        events,
+                        _chain(first, pieces),
+                    )
+                    outcome = _outcome(response)
+        except EngineError as error:
+            outcome = Outcome.INTERRUPTED if begun else Outcome.FAILED
+            engine.failed(str(error))
+            log.warning("request %s: %s %s: %s", request.id, engine, outcome.value, error)
+            what = "was interrupted" if begun else "did not answer"
+            raise Refusal(502, f"the decode engine {what}: {error}") from error
+        finally:
+            self._metrics.exchange(engine, outcome)
+
+    async def _failure(
+        self, engine: Engine, request: ApiRequest, response: httpx.Response, blame: _Blame
+    ) -> Refusal:
+        status = response.status_code
+        async with engine.patience(self._settings.stall_timeout):
+            text = await response.aread()
+        blame.suspect(engine, f"status {status}")
+        log.warning("request %s: %s answered with status %d", request.id, engine, status)
+        media_type = response.headers.get("content-type", "application/octet-stream")
+        return Refusal(status, "", EngineAnswer(media_type, text))
+
+    async def _pieces(
+        self, engine: Engine, response: httpx.Response, events: bool
+    ) -> AsyncIterator[bytes]:
+        pieces = response.aiter_raw()
+        seconds = self._settings.first_byte_timeout
+        held = b""
+        while True:
+            async with engine.patience(seconds):
+                piece = await anext(pieces, None)
+            if piece is None:
+                break
+            if events:
+                # Half an event could not be followed by one that says what happened.
+                whole, end, held = (held + piece).rpartition(b"\n\n")
+                piece = whole + end
+            if piece:
+                seconds = self._settings.stall_timeout
+                yield piece
+        if held:
+            yield held
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _outcome(response: httpx.Response) -> Outcome:
+    if response.status_code >= 500:
+        return Outcome.FAILED
+    return Outcome.REFUSED if response.status_code >= 400 else Outcome.ANSWERED

@@ -1,0 +1,132 @@
+"""What the proxy is told: where the engines are, who may ask, how long and how much it bears."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from urllib.parse import SplitResult, urlsplit
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work.
+
+    Attributes:
+        problems: one sentence each, that names what is wrong and what would be right.
+    """
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAddress:
+    """Where a prefill engine is.
+
+    Attributes:
+        url: of its OpenAI server.
+        push: ``HOST:PORT`` at which decode engines reach it for pushes.
+    """
+
+    url: str
+    push: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Checked when made. Times are seconds.
+
+    Attributes:
+        prefill: the prefill engines.
+        decode: URLs of the decode engines' OpenAI servers.
+        token: what clients must show as ``Authorization: Bearer``; None lets everyone in.
+        engine_key: what the engines are shown; None shows them what the client shows, unless that
+            is the proxy's own token.
+        connect_timeout: for a connection to an engine.
+        first_byte_timeout: until an engine begins to answer; for a prefill engine, until it has.
+        stall_timeout: between two pieces of an answer, or of a client's body.
+        total_timeout: for a request as a whole.
+        tries: decode engines that a request is sent to at most, one after the other.
+        backoff: before the second try; doubled for each further one.
+        max_outstanding: requests at a time; more are turned away.
+        max_body_bytes: of a request.
+        health_interval: between two health checks of an engine, and how long one may take.
+        breaker_failures: failures in a row after which an engine is left alone.
+        breaker_pause: for how long; doubled every time it fails again.
+
+    Raises:
+        SettingsError: if they cannot work.
+    """
+
+    prefill: tuple[PrefillAddress, ...]
+    decode: tuple[str, ...]
+    token: str | None = field(default=None, repr=False)
+    engine_key: str | None = field(default=None, repr=False)
+    connect_timeout: float = 3.0
+    first_byte_timeout: float = 300.0
+    stall_timeout: float = 60.0
+    total_timeout: float = 3600.0
+    tries: int = 3
+    backoff: float = 0.1
+    max_outstanding: int = 1024
+    max_body_bytes: int = 64 << 20
+    health_interval: float = 3.0
+    breaker_failures: int = 3
+    breaker_pause: float = 2.0
+
+    def __post_init__(self) -> None:
+        if problems := (*self._problems(),):
+            raise SettingsError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        for name, given in (("prefill", self.prefill), ("decode", self.decode)):
+            if not given:
+                yield f"there is no {name} engine: give at least one --{name}"
+        urls = [*(address.url for address in self.prefill), *self.decode]
+        for url in urls:
+            yield from _url_problems(url)
+        for address in self.prefill:
+            yield from _push_problems(address.push)
+        given_twice = Counter([*urls, *(address.push for address in self.prefill)])
+        yield from (f"{name} is given twice" for name, n in given_twice.items() if n > 1)
+        for secret, name in ((self.token, "token"), (self.engine_key, "engine key")):
+            if secret is not None and not (secret.isascii() and secret.isprintable() and secret):
+                yield f"the {name} is empty or has characters that no HTTP header may have"
+        for number in fields(self):
+            value = getattr(self, number.name)
+            if isinstance(value, (int, float)) and not value > 0:
+                yield f"{number.name} is {value}, and must be more than 0"
+
+
+def _url_problems(url: str) -> Iterator[str]:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        yield f"{url!r} is not a URL: {error}"
+        return
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        yield f"{url!r} is not the URL of an engine's server, like http://10.0.0.1:8000"
+    elif parts.username is not None or parts.query or parts.fragment:
+        yield f"the URL of {parts.hostname} may have a scheme, a host, a port and a path only"
+
+
+def _push_problems(address: str) -> Iterator[str]:
+    try:
+        parts = urlsplit(f"//{address}")
+        plain = parts.port and parts.hostname and parts == SplitResult("", parts.netloc, "", "", "")
+    except ValueError:
+        plain = None
+    if not plain:
+        yield f"{address!r} is not a push address, like 10.0.0.1:7000"
+    elif _is_wildcard(parts.hostname or ""):
+        yield f"{address!r} is no place that a decode engine could connect to: give a host's own"
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False

@@ -1,0 +1,329 @@
+"""Guards the proxy where engines fail: a request is answered by other engines or ends with a
+reason, and who fails is left alone, and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from push_proxy.engines import (
+    ANSWER,
+    EVENTS,
+    Call,
+    FakeEngine,
+    Script,
+    die,
+    errors,
+    hang,
+    obey,
+    says,
+    stream_and_hang,
+)
+from push_proxy.proxies import COMPLETION, ask, proxied
+from push_proxy.running import until
+
+STREAM = COMPLETION | {"stream": True}
+BROKEN = says(500, {"error": {"message": "out of order", "code": 500}})
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[tuple[FakeEngine, ...]]:
+    with FakeEngine() as prefill, FakeEngine() as decode, FakeEngine() as other:
+        yield prefill, decode, other
+
+
+@pytest.fixture
+def prefill(engines: tuple[FakeEngine, ...]) -> FakeEngine:
+    return engines[0].as_new()
+
+
+@pytest.fixture
+def decode(engines: tuple[FakeEngine, ...]) -> FakeEngine:
+    return engines[1].as_new()
+
+
+@pytest.fixture
+def other(engines: tuple[FakeEngine, ...]) -> FakeEngine:
+    return engines[2].as_new()
+
+
+# -- decode engines that fail ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [die, BROKEN, says(503, {})])
+def test_another_decode_engine_answers_and_only_its_own_push_goes_on(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine, failing: Script
+) -> None:
+    failed: list[Call] = []
+
+    async def hang_once(call: Call) -> None:
+        await (hang(call) if len(prefill.calls) == 1 else obey(call))
+
+    async def fail_once(call: Call) -> None:
+        await prefill.is_asked(1)
+        if not failed:
+            failed.append(call)
+            await failing(call)
+        while not prefill.calls[0].gone.is_set():
+            await asyncio.sleep(0.01)
+        await obey(call)
+
+    prefill.script = hang_once
+    decode.script = other.script = fail_once
+    with proxied([prefill], [decode, other]) as proxy:
+        answer = proxy.post("/v1/completions", COMPLETION)
+        assert (answer.status_code, answer.json()) == (200, ANSWER)
+        assert proxy.metric("retries_total") == 1
+    (one,), (two,) = decode.calls, other.calls
+    assert one.push["id"] != two.push["id"]
+    assert {call.push["id"] for call in prefill.calls} == {one.push["id"], two.push["id"]}
+
+
+def test_the_last_answer_passes_if_no_decode_engine_has_a_better_one(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    decode.script = other.script = BROKEN
+    with proxied([prefill], [decode, other], tries=3) as proxy:
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "out of order"
+        assert len(decode.calls) + len(other.calls) == 3
+
+
+def test_a_decode_engine_that_only_closes_connections_is_told_of(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    decode.script = die
+    with proxied([prefill], [decode], tries=2) as proxy:
+        answer = proxy.post("/v1/completions", COMPLETION)
+        assert (answer.status_code, len(decode.calls)) == (502, 2)
+        assert "did not answer" in answer.json()["error"]["message"]
+
+
+def test_without_a_decode_engine_everybody_is_turned_away(prefill: FakeEngine) -> None:
+    with proxied([prefill], [NOWHERE]) as proxy:
+        for answer in (
+            proxy.client.get("/health"),
+            proxy.client.get("/v1/models"),
+            proxy.post("/v1/completions", COMPLETION),
+        ):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert not prefill.calls
+
+
+def test_an_engine_that_says_that_it_is_ill_is_not_used_until_it_is_well(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    with proxied([prefill], [decode, other]) as proxy:
+        decode.healthy = False
+        proxy.wait_usable(2)
+        for _ in range(4):
+            assert proxy.post("/v1/completions", COMPLETION).is_success
+        assert not decode.calls
+        decode.healthy, other.healthy = True, False
+        until(lambda: proxy.metric("engine_usable", engine=other.url) == 0)
+        proxy.wait_usable(2)
+        assert proxy.post("/v1/completions", COMPLETION).is_success
+        assert len(decode.calls) == 1
+
+
+def test_a_request_that_no_engine_bears_takes_none_out_of_use(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    prefill.script = decode.script = other.script = BROKEN
+    with proxied([prefill], [decode, other], breaker_failures=1, breaker_pause=300) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 500
+        assert proxy.metric("engine_usable") == 3
+        prefill.script = decode.script = other.script = obey
+        assert proxy.post("/v1/completions", COMPLETION).is_success
+
+
+def test_an_engine_that_fails_where_another_does_not_is_left_alone(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    decode.script = BROKEN
+    with proxied([prefill], [decode, other], breaker_failures=2, breaker_pause=300) as proxy:
+        for _ in range(6):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert len(decode.calls) == 2
+        assert proxy.metric("engine_usable", engine=decode.url) == 0
+
+
+def test_an_engine_that_never_begins_to_answer_is_given_up(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    decode.script = hang
+    settings = {"first_byte_timeout": 0.3, "breaker_failures": 1, "breaker_pause": 300}
+    with proxied([prefill], [decode, other], **settings) as proxy:
+        for _ in range(3):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert len(decode.calls) == 1
+        until(decode.calls[0].gone.is_set)
+
+
+def test_a_decode_engine_that_failed_is_tried_again_only_if_there_is_no_other(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    with proxied([prefill], [decode, other], tries=2) as proxy:
+        decode.script = other.script = hang
+        large = ask(proxy, {"prompt": "x" * 10_000})
+        until(lambda: decode.calls or other.calls)
+        busy, idle = (decode, other) if decode.calls else (other, decode)
+        busy.script, idle.script = obey, die
+        assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert (len(busy.calls), len(idle.calls)) == (2, 1)
+        large.close()
+
+
+def test_an_engine_that_fails_now_and_then_stays_in_use(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    async def fail_every_second_time(call: Call) -> None:
+        await (die(call) if len(decode.calls) % 2 else obey(call))
+
+    decode.script = fail_every_second_time
+    with proxied([prefill], [decode, other], breaker_failures=2, breaker_pause=300) as proxy:
+        for _ in range(8):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert len(decode.calls) > 2
+        assert proxy.metric("engine_usable") == 3
+
+
+# -- in the middle of an answer ----------------------------------------------------------------
+
+
+async def _die_after_one_and_a_half(call: Call) -> None:
+    await call.begin(200, "text/event-stream")
+    await call.piece(EVENTS[0])
+    await call.piece(EVENTS[1][:20])
+    raise ConnectionError
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_after_whole_events(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    decode.script = other.script = _die_after_one_and_a_half
+    with proxied([prefill], [decode, other]) as proxy:
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.status_code == 200
+        assert answer.content.startswith(EVENTS[0] + b'data: {"error"')
+        (error,) = errors(answer.content)
+        assert error["code"] == 502
+        assert "interrupted" in str(error["message"])
+        assert b"[DONE]" not in answer.content
+        assert len(decode.calls) + len(other.calls) == 1
+        assert proxy.metric("exchanges_total", outcome="interrupted") == 1
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    async def half(call: Call) -> None:
+        await call.begin(200, "application/json", content_length="100")
+        await call.piece(b'{"choices": [')
+        raise ConnectionError
+
+    decode.script = half
+    with proxied([prefill], [decode]) as proxy, pytest.raises(httpx.RemoteProtocolError):
+        proxy.post("/v1/completions", COMPLETION)
+
+
+def test_a_stream_that_stalls_ends_with_an_error(prefill: FakeEngine, decode: FakeEngine) -> None:
+    decode.script = stream_and_hang
+    with proxied([prefill], [decode], stall_timeout=0.3) as proxy:
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.content.startswith(EVENTS[0])
+        assert [error["code"] for error in errors(answer.content)] == [502]
+        until(decode.calls[0].gone.is_set)
+
+
+@pytest.mark.parametrize(("script", "status"), [(hang, 504), (stream_and_hang, 200)])
+def test_no_request_takes_longer_than_it_may(
+    prefill: FakeEngine, decode: FakeEngine, script: Script, status: int
+) -> None:
+    prefill.script, decode.script = hang, script
+    with proxied([prefill], [decode], total_timeout=0.5) as proxy:
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.status_code == status
+        assert b"not done within 0.5 s" in answer.content
+        until(lambda: decode.calls[0].gone.is_set() and prefill.calls[0].gone.is_set())
+
+
+# -- prefill engines that fail -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [die, BROKEN])
+def test_the_decode_engine_answers_if_the_prefill_engine_fails(
+    prefill: FakeEngine, decode: FakeEngine, failing: Script
+) -> None:
+    prefill.script = failing
+    with proxied([prefill], [decode], breaker_failures=2, breaker_pause=300) as proxy:
+        for count in range(1, 5):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+            until(lambda: proxy.metric("engine_load") == 0)
+            assert len(prefill.calls) == min(count, 2)
+        assert [call.push is not None for call in decode.calls] == [True, True, False, False]
+        assert proxy.metric("unpushed_total", reason="no_prefill_engine") == 2
+        assert proxy.metric("exchanges_total", role="prefill", outcome="failed") == 2
+        assert proxy.client.get("/health").is_success
+
+
+def test_a_prefill_engine_that_works_again_is_used_again(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    prefill.script = die
+    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=0.2) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).is_success
+        until(lambda: proxy.metric("exchanges_total", role="prefill", outcome="failed") == 1)
+        prefill.script = obey
+        until(lambda: proxy.metric("engine_usable", engine=prefill.url) == 1)
+        assert proxy.post("/v1/completions", COMPLETION).is_success
+        until(lambda: proxy.metric("exchanges_total", role="prefill", outcome="answered") == 1)
+
+
+def test_the_next_request_goes_to_another_prefill_engine(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    prefill.script = die
+    with proxied([prefill, other], [decode], breaker_failures=1, breaker_pause=300) as proxy:
+        for _ in range(5):
+            assert proxy.post("/v1/completions", COMPLETION).is_success
+            until(lambda: proxy.metric("engine_load") == 0)
+        assert (len(prefill.calls), len(other.calls)) == (1, 4)
+        assert all(call.push is not None for call in decode.calls)
+
+
+def test_a_prefill_engine_that_is_not_there_is_not_waited_for(decode: FakeEngine) -> None:
+    with proxied([NOWHERE], [decode]) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert decode.calls[0].push is None
+
+
+def test_a_prefill_engine_that_refuses_stays_in_use(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    prefill.script = says(400, {"error": {"message": "too long for me"}})
+    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=300) as proxy:
+        for _ in range(3):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        until(lambda: proxy.metric("exchanges_total", role="prefill", outcome="refused") == 3)
+        assert len(prefill.calls) == 3
+
+
+def test_a_prefill_that_is_not_needed_any_more_is_cancelled(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    async def slowly(call: Call) -> None:
+        await prefill.is_asked(1)
+        await obey(call)
+
+    prefill.script, decode.script = hang, slowly
+    with proxied([prefill], [decode]) as proxy:
+        assert proxy.post("/v1/completions", STREAM).content == b"".join(EVENTS)
+        until(prefill.calls[0].gone.is_set)
+        until(lambda: proxy.metric("exchanges_total", role="prefill", outcome="cancelled") == 1)
+        assert proxy.metric("engine_usable") == 2

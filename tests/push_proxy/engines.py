@@ -1,0 +1,210 @@
+"""A stand-in for an engine: an OpenAI server that does what a test tells it and notes what it was
+asked. Run as a program it is a process of its own, that can be killed or stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+
+from push_proxy.running import PATIENCE, Running, until
+
+EVENTS = (
+    b'data: {"choices": [{"index": 0, "text": "one"}]}\n\n',
+    'data: {"choices": [{"index": 0, "text": " \u00fcber\\n"}]}\n\n'.encode(),
+    b"data: [DONE]\n\n",
+)
+ANSWER = {"id": "cmpl-1", "choices": [{"index": 0, "text": "one two"}], "usage": {"total": 3}}
+
+
+class Died(Exception):
+    """The engine's process ends here."""
+
+
+@dataclass
+class Call:
+    """One request to an engine.
+
+    Attributes:
+        target: path and query.
+        gone: set when the caller has left before the answer was complete.
+        ended: set when the engine is done with it, whichever way.
+    """
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    raw: bytes
+    send: Callable[[dict[str, Any]], Awaitable[None]]
+    gone: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return json.loads(self.raw)
+
+    @property
+    def push(self) -> dict[str, str] | None:
+        """What it says about a push."""
+        return self.body.get("kv_transfer_params", {}).get("lamina_push")
+
+    async def begin(self, status: int, media_type: str, **headers: str) -> None:
+        pairs = {"content-type": media_type, **headers}.items()
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in pairs]
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def piece(self, body: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self, body: bytes = b"") -> None:
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def answer(self, status: int, document: object) -> None:
+        body = json.dumps(document).encode()
+        await self.begin(status, "application/json", content_length=str(len(body)))
+        await self.end(body)
+
+
+Script = Callable[[Call], Awaitable[None]]
+
+
+async def obey(call: Call) -> None:
+    """As an engine does."""
+    if call.method == "GET":
+        await call.answer(200, {"data": [{"id": "model"}]})
+    elif call.body.get("stream"):
+        await call.begin(200, "text/event-stream; charset=utf-8")
+        for event in EVENTS:
+            await call.piece(event)
+        await call.end()
+    else:
+        await call.answer(200, ANSWER)
+
+
+async def hang(call: Call) -> None:
+    """Never says a word."""
+    await asyncio.Event().wait()
+
+
+async def stream_and_hang(call: Call) -> None:
+    """Says one thing."""
+    await call.begin(200, "text/event-stream")
+    await call.piece(EVENTS[0])
+    await asyncio.Event().wait()
+
+
+async def die(call: Call) -> None:
+    """Promises an answer, and closes the connection instead."""
+    await call.begin(200, "application/json", content_length="100")
+    raise Died
+
+
+def says(status: int, document: object) -> Script:
+    """Always the same answer."""
+
+    async def script(call: Call) -> None:
+        await call.answer(status, document)
+
+    return script
+
+
+def errors(stream: bytes) -> list[dict[str, object]]:
+    """The error events of a stream that consists of whole events."""
+    assert stream.endswith(b"\n\n")
+    events = [json.loads(line.removeprefix(b"data: ")) for line in stream.split(b"\n\n")[:-1]]
+    return [event["error"] for event in events if "error" in event]
+
+
+class FakeEngine:
+    """See the module. Serves while the ``with`` block runs.
+
+    Attributes:
+        calls: what it was asked, health checks left out.
+        script: what it does about it.
+        healthy: what it says about itself.
+    """
+
+    def __init__(self, script: Script = obey) -> None:
+        self.calls: list[Call] = []
+        self.script = script
+        self.healthy = True
+        self._running = Running(self, lifespan=False)
+        self.url = self._running.url
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Its process ends: nobody listens any more, every connection is closed."""
+        self._running.stop(hard=True)
+
+    def as_new(self) -> FakeEngine:
+        """Forget everything, once it is done with what it was asked, also by those that have
+        left: what they sent was there before the two health checks."""
+        for _ in range(2):
+            httpx.get(f"{self.url}/health", trust_env=False, timeout=PATIENCE)
+        until(lambda: all(call.ended.is_set() for call in self.calls))
+        self.calls.clear()
+        self.script, self.healthy = obey, True
+        return self
+
+    def asked(self, count: int) -> list[Call]:
+        """Its calls, once there are so many."""
+        until(lambda: len(self.calls) >= count)
+        return self.calls
+
+    async def is_asked(self, count: int) -> None:
+        """Wait for as many calls, in another engine's script."""
+        while len(self.calls) < count:
+            await asyncio.sleep(0.01)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/health":
+            await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
+            return
+        raw = b""
+        while (message := await receive()).get("more_body") or message.get("body"):
+            raw += message["body"]
+            if not message["more_body"]:
+                break
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        target = (scope["raw_path"] + query).decode()
+        call = Call(scope["method"], target, headers, raw, send)
+        self.calls.append(call)
+        await self._run(call, receive)
+
+    async def _run(self, call: Call, receive: Any) -> None:
+        script = asyncio.ensure_future(self.script(call))
+        leaving = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({script, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if script.done():
+                script.result()
+            else:
+                call.gone.set()
+        finally:
+            script.cancel()
+            leaving.cancel()
+            call.ended.set()
+
+
+class Program(FakeEngine):
+    """An engine that is a process's only content, and says whom it has answered."""
+
+    def __init__(self, script: Script) -> None:
+        self.calls, self.script, self.healthy = [], script, True
+
+
+if __name__ == "__main__":
+    uvicorn.run(Program(globals()[sys.argv[2]]), port=int(sys.argv[1]), log_config=None)

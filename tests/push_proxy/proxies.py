@@ -1,0 +1,112 @@
+"""A proxy in front of stand-ins for engines."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from lamina.push.proxy.app import create_app
+from lamina.push.proxy.balancing import Balancer
+from lamina.push.proxy.settings import PrefillAddress, Settings
+from push_proxy.engines import FakeEngine
+from push_proxy.running import PATIENCE, Running, until
+
+QUICK: dict[str, Any] = {"health_interval": 0.2, "backoff": 0.01, "connect_timeout": 2.0}
+COMPLETION = {"model": "model", "prompt": "Once upon", "max_tokens": 7}
+CHAT = {"model": "model", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def push_address(index: int) -> str:
+    """Where decode engines reach the ``index``-th prefill engine."""
+    return f"10.0.0.{index + 1}:7000"
+
+
+class Proxy:
+    """One that runs, and a client of it."""
+
+    def __init__(self, running: Running, **client: Any) -> None:
+        self.running = running
+        self.url = running.url
+        self.client = httpx.Client(
+            base_url=running.url, timeout=PATIENCE, trust_env=False, **client
+        )
+
+    def post(self, path: str, body: object, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """What it publishes, all series together that have these labels."""
+        text = self.client.get("/metrics").text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"lamina_proxy_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def wait_usable(self, count: int) -> None:
+        """Until so many engines are."""
+        until(lambda: self.metric("engine_usable") == count)
+
+
+@contextmanager
+def proxied(
+    prefill: Sequence[FakeEngine | str],
+    decode: Sequence[FakeEngine | str],
+    *,
+    balancer: Balancer | None = None,
+    usable: int | None = None,
+    **settings: Any,
+) -> Iterator[Proxy]:
+    """A proxy while the ``with`` block runs; entered when its engines are usable.
+
+    Args:
+        prefill: engines, or URLs of such as there are none.
+        decode: the same.
+        balancer: the proxy's.
+        usable: how many engines to wait for; by default those that are more than a URL.
+        settings: that differ from the defaults.
+    """
+    urls = [_url(engine) for engine in prefill]
+    app = create_app(
+        Settings(
+            prefill=tuple(PrefillAddress(url, push_address(i)) for i, url in enumerate(urls)),
+            decode=tuple(_url(engine) for engine in decode),
+            **{**QUICK, **settings},
+        ),
+        balancer,
+    )
+    running = Running(app)
+    proxy = Proxy(running)
+    try:
+        there = [engine for engine in (*prefill, *decode) if isinstance(engine, FakeEngine)]
+        proxy.wait_usable(len(there) if usable is None else usable)
+        yield proxy
+    finally:
+        proxy.client.close()
+        running.stop()
+
+
+def ask(proxy: Proxy, more: dict[str, object] | None = None) -> socket.socket:
+    """Send a request for a completion, and return without an answer.
+
+    Args:
+        proxy: whom.
+        more: what else the request says.
+    """
+    body = json.dumps(COMPLETION | (more or {}))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", proxy.running.port))
+    connection.settimeout(PATIENCE)
+    connection.sendall((head + body).encode())
+    return connection
+
+
+def _url(engine: FakeEngine | str) -> str:
+    return engine if isinstance(engine, str) else engine.url

@@ -1,0 +1,121 @@
+"""Guards `lamina push-proxy`: what it is told reaches the proxy, what cannot work is said at the
+start, and no secret is ever shown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lamina.cli.main import app
+from lamina.cli.push_proxy import Listening
+from lamina.push.proxy.settings import PrefillAddress, Settings, SettingsError
+
+ENGINES = ("--prefill", "http://p:1,p:7000", "--decode", "http://d:1")
+
+
+def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, ["push-proxy", *arguments], env=env)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, Listening]]:
+    """What was to be run."""
+    calls: list[tuple[Settings, Listening]] = []
+    monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: calls.append(given))
+    return calls
+
+
+def test_the_command_line_reaches_the_proxy(started: list[tuple[Settings, Listening]]) -> None:
+    more = ("--prefill", "https://q/base, [::1]:7001", "--decode", "http://e:2")
+    place = ("--host", "::", "--port", "9", "--drain-seconds", "5")
+    limits = ("--total-timeout", "60", "--max-outstanding", "7", "--engine-key", "inner")
+    result = invoke(*ENGINES, *more, *place, *limits, env={"LAMINA_PUSH_TOKEN": "sesame"})
+    assert result.exit_code == 0, result.output
+    ((settings, listening),) = started
+    assert listening == Listening("::", 9, 5)
+    assert settings == Settings(
+        prefill=(
+            PrefillAddress("http://p:1", "p:7000"),
+            PrefillAddress("https://q/base", "[::1]:7001"),
+        ),
+        decode=("http://d:1", "http://e:2"),
+        token="sesame",
+        engine_key="inner",
+        total_timeout=60,
+        max_outstanding=7,
+    )
+
+
+def test_without_options_it_has_the_defaults(started: list[tuple[Settings, Listening]]) -> None:
+    assert invoke(*ENGINES).exit_code == 0
+    ((settings, listening),) = started
+    prefill = (PrefillAddress("http://p:1", "p:7000"),)
+    assert settings == Settings(prefill=prefill, decode=("http://d:1",))
+    assert listening.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prefill", "http://p:1", "--decode", "http://d"), "'' is not a push address"),
+        (("--prefill", "http://p,0.0.0.0:7", "--decode", "http://d"), "no place that a decode"),
+        (("--prefill", "http://p,[::]:7", "--decode", "http://d"), "no place that a decode"),
+        (("--prefill", "http://p,p", "--decode", "http://d"), "'p' is not a push address"),
+        (("--prefill", "http://p,p:7/x", "--decode", "http://d"), "is not a push address"),
+        (("--prefill", "http://p,p:777777", "--decode", "http://d"), "is not a push address"),
+        (("--prefill", "p:1,p:7", "--decode", "http://d"), "'p:1' is not the URL"),
+        (("--prefill", "http://p,p:7", "--decode", "ftp://d"), "'ftp://d' is not the URL"),
+        (("--prefill", "http://p,p:7", "--decode", "http://d:x"), "is not a URL"),
+        (("--prefill", "http://p,p:7", "--decode", "http://d?x"), "URL of d may have"),
+        (("--prefill", "http://p,p:7", "--decode", "http://p"), "http://p is given twice"),
+        ((*ENGINES, "--prefill", "http://q,p:7000"), "p:7000 is given twice"),
+        ((*ENGINES, "--total-timeout", "0"), "total_timeout is 0"),
+        ((*ENGINES, "--token", "two\nlines"), "the token"),
+    ],
+)
+def test_what_cannot_work_is_said(arguments: tuple[str, ...], said: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_secrets_are_never_shown() -> None:
+    with pytest.raises(SettingsError) as wrong:
+        Settings(prefill=(), decode=("http://user:pass@d",), token="sesame\n", engine_key="")
+    assert len(wrong.value.problems) == 4
+    assert not {"sesame", "pass"} & {*str(wrong.value).replace("@", " ").split()}
+    assert "pass" not in str(wrong.value)
+    good = Settings(
+        prefill=(PrefillAddress("http://p", "p:1"),),
+        decode=("http://d",),
+        token="sesame",
+        engine_key="inner",
+    )
+    assert "sesame" not in repr(good)
+    assert "inner" not in repr(good)
+    result = invoke("--help", env={"LAMINA_PUSH_TOKEN": "sesame"})
+    assert "sesame" not in result.output
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: dict[str, Any] = {"fastapi": None, "lamina.push.proxy.app": None}
+    monkeypatch.delitem(sys.modules, "lamina.push.proxy.app", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", modules["fastapi"])
+    result = invoke(*ENGINES)
+    assert result.exit_code == 1
+    assert "uvicorn" in result.output
+    assert "pip install 'lamina-kv[push]'" in result.output
+
+
+def test_help_and_settings_need_nothing_of_what_is_optional() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('fastapi', 'httpx', 'msgspec', 'prometheus_client', 'uvicorn', 'torch'):\n"
+        "    sys.modules[name] = None\n"
+        "import lamina.cli.push_proxy, lamina.push.proxy.settings\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

@@ -1,0 +1,116 @@
+"""Guards the bodies that the proxy sends: what is a single prompt, what a prefill engine gets of a
+request, and that values which are none of the proxy's business stay as they were written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lamina.push.proxy.errors import Refusal
+from lamina.push.proxy.requests import ApiRequest, parse_fields
+
+
+def request(body: str | dict[str, object], path: bytes = b"/v1/completions") -> ApiRequest:
+    text = (body if isinstance(body, str) else json.dumps(body)).encode()
+    return ApiRequest("id", "POST", path, {}, parse_fields(text), len(text))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["text", [1, 2, 3], ["one text"], [[1, 2]], [], "[1, [2]]", None]
+)
+def test_one_prompt_is_pushed(prompt: object) -> None:
+    assert request({"prompt": prompt}).pushable
+
+
+@pytest.mark.parametrize("prompt", ['["a","b"]', "[ [1], [2] ]", '[\n"a", "b"]', "[[1],[2],[3]]"])
+def test_several_prompts_are_not(prompt: str) -> None:
+    assert not request(f'{{"prompt": {prompt}}}').pushable
+
+
+@pytest.mark.parametrize(
+    ("field", "yes", "no"),
+    [
+        ("n", 1, 2),
+        ("best_of", None, 3),
+        ("use_beam_search", False, True),
+        ("prompt_embeds", None, "AAAA"),
+        ("prompt_logprobs", None, 0),
+        ("echo", False, True),
+        ("truncate_prompt_tokens", None, -1),
+    ],
+)
+def test_what_makes_a_request_one_for_a_decode_engine_alone(
+    field: str, yes: object, no: object
+) -> None:
+    assert request({"prompt": "a", field: yes}).pushable
+    assert not request({"prompt": "a", field: no}).pushable
+
+
+def test_a_request_without_a_body_is_not_pushed() -> None:
+    assert not ApiRequest("id", "GET", b"/v1/models", {}).pushable
+    assert ApiRequest("id", "GET", b"/v1/models", {}).for_decode() == b""
+
+
+def test_a_prefill_engine_is_asked_for_one_token_and_nothing_about_it() -> None:
+    asked = {
+        "prompt": [5, 6],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 500,
+        "min_tokens": 20,
+        "n": 1,
+        "logprobs": 3,
+        "temperature": 0.7,
+        "cache_salt": "pepper",
+        "kv_transfer_params": {"own": 1},
+    }
+    assert json.loads(request(asked).for_prefill("abc")) == {
+        "prompt": [5, 6],
+        "stream": False,
+        "max_tokens": 1,
+        "temperature": 0.7,
+        "cache_salt": "pepper",
+        "kv_transfer_params": {"lamina_push": {"id": "abc"}},
+    }
+
+
+def test_a_prefill_engine_is_asked_the_same_of_a_chat() -> None:
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "max_completion_tokens": 500,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+    assert json.loads(request(chat).for_prefill("abc")) == {
+        "messages": chat["messages"],
+        "tools": chat["tools"],
+        "stream": False,
+        "max_tokens": 1,
+        "max_completion_tokens": 1,
+        "kv_transfer_params": {"lamina_push": {"id": "abc"}},
+    }
+
+
+def test_values_reach_the_decode_engine_as_they_were_written() -> None:
+    values = (
+        '"seed": 123456789012345678901234567890',
+        '"temperature": 0.10000000000000000555',
+        '"top_p": 1E-0',
+        '"prompt": "\\ud83d\\ude00 \u00fc \\u0041"',
+        '"stop": [ "a" ,\t{"deep" : [1.50]} ]',
+    )
+    sent = request("{" + ",\n".join(values) + "}").for_decode("abc", "host:1").decode()
+    for value in values:
+        name, _, written = value.partition(": ")
+        assert f"{name}:{written}" in sent
+    push = json.loads(sent)["kv_transfer_params"]
+    assert push == {"lamina_push": {"id": "abc", "prefill": "host:1"}}
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"a":}', b'{"\xff": 1}', b'{"a": 1}{'])
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(Refusal, match="not a JSON object") as refused:
+        parse_fields(body)
+    assert refused.value.status == 400
