@@ -98,7 +98,7 @@ def plain(panel: Panel, lane: Lane) -> list[Bar]:
     return [Bar(s.row, s.start, s.end) for s in panel.spans if s.lane is lane and s.row >= 0]
 
 
-_LANES = ("load", "compute", "save")
+_LANES = ("load", "compute", "push", "save")
 _HEIGHT = 0.74
 _INK, _FAINT, _WAIT = "#1f2328", "#8c959f", "#dfe3e8"
 _WIDTH_INCHES, _DPI = 9.0, 200
@@ -124,11 +124,12 @@ def draw_timeline(panels: Sequence[Panel], path: Path, rows_are: str = "layers")
 
     figure = Figure(figsize=(_WIDTH_INCHES, 0.7 + 1.35 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    lanes = [lane for lane in _LANES if lane != "push" or _pushes(panels)]
     rows = 1 + max((span.row for panel in panels for span in panel.spans), default=0)
     width = max(panel.ended - panel.began for panel in panels) * 1e3
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_xlim(0, width * 1.004)
-        _draw_panel(axis, panel, rows)
+        _draw_panel(axis, panel, rows, lanes)
     axes[-1].tick_params(axis="x", length=3, labelsize=9)
     axes[-1].set_xlabel(
         f"ms since the request. Numbers and colours: rows ({rows_are}). Grey: the model waits.",
@@ -138,18 +139,25 @@ def draw_timeline(panels: Sequence[Panel], path: Path, rows_are: str = "layers")
     figure.savefig(path, dpi=_DPI)
 
 
-def _draw_panel(axis: Axes, panel: Panel, rows: int) -> None:
+def _pushes(panels: Sequence[Panel]) -> bool:
+    return any(span.lane is Lane.PUSH for panel in panels for span in panel.spans)
+
+
+def _draw_panel(axis: Axes, panel: Panel, rows: int, names: Sequence[str]) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["viridis"]([0.05 + 0.9 * row / max(1, rows - 1) for row in range(rows)])
-    lanes = {name: len(_LANES) - 1 - index for index, name in enumerate(_LANES)}
+    lanes = {name: len(names) - 1 - index for index, name in enumerate(names)}
     for bar in plain(panel, Lane.WAIT):
         _draw_bar(axis, panel, bar, lanes["compute"], _WAIT)
     for lane, bars in (
         ("load", loading(panel)),
         ("compute", computing(panel)),
+        ("push", plain(panel, Lane.PUSH)),
         ("save", plain(panel, Lane.SAVE)),
     ):
+        if not bars:
+            continue
         for bar in bars:
             _draw_bar(axis, panel, bar, lanes[lane], colours[bar.row])
         for turn in turns(bars):
@@ -168,7 +176,7 @@ def _draw_panel(axis: Axes, panel: Panel, rows: int) -> None:
         color=_INK,
         fontsize=9.5,
     )
-    axis.set_ylim(-0.5, len(_LANES) - 0.5)
+    axis.set_ylim(-0.5, len(names) - 0.5)
     axis.set_yticks(list(lanes.values()), list(lanes), fontsize=10)
     axis.tick_params(length=0, colors=_INK)
     for side in ("top", "right", "left"):

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from lamina.cli import demo_model
 from lamina.cli.demo_model import ModelError
-from lamina.cli.demo_server import Answer, Server, ServerError
+from lamina.cli.demo_server import Answer, Server, ServerError, vllm_server
 
-_QUESTION = "What are the names of the four kittens?"
-_MAX_TOKENS = 48
+QUESTION = "What are the names of the four kittens?"
+MAX_TOKENS = 48
 # Shares no chunk with the document, but takes the model through a prefill of many tokens.
-_WARM_UP = " ".join(str(number) for number in range(200))
-_ARGUMENTS = (
+WARM_UP = " ".join(str(number) for number in range(200))
+ARGUMENTS = (
     # In bf16 a prefill that is resumed rounds differently from a whole one, with or without
     # Lamina, and the text can change; in fp32 the answers can be compared.
     *("--dtype", "float32"),
@@ -60,9 +60,9 @@ def run(model_dir: Path | None) -> int:
         model_dir: where the model is prepared and kept.
     """
     console = Console(highlight=False)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        model = _model(console, model_dir or demo_model.default_directory())
+        model = find_model(console, model_dir or demo_model.default_directory())
         with tempfile.TemporaryDirectory(prefix="lamina-demo-") as scratch:
             runs = _ask_three_times(console, model, Path(scratch))
     except (ModelError, ServerError, OSError) as error:
@@ -76,22 +76,40 @@ def run(model_dir: Path | None) -> int:
     return _report(console, runs)
 
 
-def _model(console: Console, directory: Path) -> Path:
+def find_model(console: Console, directory: Path) -> Path:
+    """The demos' model, prepared if it is not there yet."""
     model = demo_model.find(directory)
     if model is None:
-        with _step(console, f"Preparing the model {demo_model.NAME}, once, in {directory}"):
+        with step(console, f"Preparing the model {demo_model.NAME}, once, in {directory}"):
             model = demo_model.prepare(directory)
     return model
 
 
-def _ask_three_times(console: Console, model: Path, scratch: Path) -> list[Run]:
+def long_question() -> str:
+    """A document and a question about it."""
     document = resources.files("lamina.cli").joinpath("demo_document.txt").read_text()
-    question = f"{document}\n\n{_QUESTION}"
+    return f"{document}\n\n{QUESTION}"
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Variables for a vLLM server that leaves nothing outside ``scratch``."""
+    return {
+        "VLLM_SERVER_DEV_MODE": "1",  # for resetting the engine's own cache
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TMPDIR": str(scratch),  # for the sockets that vLLM leaves behind
+    }
+
+
+def _ask_three_times(console: Console, model: Path, scratch: Path) -> list[Run]:
+    question = long_question()
 
     def ask(server: Server, title: str) -> Run:
         before = server.hits()
-        with _step(console, f"Asking about a long document: {title}"):
-            answer = server.ask(question, _MAX_TOKENS)
+        with step(console, f"Asking about a long document: {title}"):
+            answer = server.ask(question, MAX_TOKENS)
         found = {tier: tokens - before.get(tier, 0) for tier, tokens in server.hits().items()}
         return Run(title, answer, {tier: tokens for tier, tokens in found.items() if tokens})
 
@@ -99,7 +117,7 @@ def _ask_three_times(console: Console, model: Path, scratch: Path) -> list[Run]:
         first = ask(server, "the first time")
         server.reset_engine_cache()
         second = ask(server, "again, engine's cache emptied")
-        with _step(console, "Stopping the server"):
+        with step(console, "Stopping the server"):
             server.stop()
     with _served(console, "Restarting the server", model, scratch) as server:
         third = ask(server, "again, server restarted")
@@ -118,22 +136,15 @@ def _served(console: Console, title: str, model: Path, scratch: Path) -> Iterato
             "disk": {"path": str(scratch / "store"), "capacity": "512MiB"},
         },
     }
-    arguments = [*_ARGUMENTS, "--kv-transfer-config", json.dumps(connector)]
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",  # for resetting the engine's own cache
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TMPDIR": str(scratch),  # for the sockets that vLLM leaves behind
-    }
+    arguments = [*ARGUMENTS, "--kv-transfer-config", json.dumps(connector)]
     with ExitStack() as stack:
-        with _step(console, title):
+        with step(console, title):
             server = stack.enter_context(
-                Server(model, arguments, environment, scratch / "server.log")
+                vllm_server(model, arguments, environment(scratch), scratch / "server.log")
             )
-        with _step(console, "Warming it up with another question, so that no run pays for that"):
-            server.ask(_WARM_UP, max_tokens=4)
+            server.await_start()
+        with step(console, "Warming it up with another question, so that no run pays for that"):
+            server.ask(WARM_UP, max_tokens=4)
         yield server
 
 
@@ -152,7 +163,7 @@ def _report(console: Console, runs: list[Run]) -> int:
             f"{first.first_token / one.answer.first_token:.1f}x",
         )
     console.print(table)
-    console.print(f"[bold]{_QUESTION}[/]\n{escape(first.text)}\n")
+    console.print(f"[bold]{QUESTION}[/]\n{escape(first.text)}\n")
     same = all(one.answer.text == first.text for one in runs)
     if same:
         console.print("[green]The three answers are the same text.[/]")
@@ -168,7 +179,7 @@ def _report(console: Console, runs: list[Run]) -> int:
 
 
 @contextmanager
-def _step(console: Console, title: str) -> Iterator[None]:
+def step(console: Console, title: str) -> Iterator[None]:
     """Show that something is going on, and in the end how long it took."""
     title = escape(title)
     began = time.monotonic()
@@ -183,5 +194,6 @@ def _step(console: Console, title: str) -> Iterator[None]:
     console.print(f"{title}: {time.monotonic() - began:.1f} s", soft_wrap=True)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler that ends a demo as Ctrl-C does."""
     raise KeyboardInterrupt

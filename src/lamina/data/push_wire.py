@@ -119,11 +119,11 @@ class PushWire:
         for transfer in plan.give_ups:
             self._do(lambda t=transfer: self._receives.give_up(t, "given_up"))  # type: ignore[misc]
 
-    def begin(self, order: PushOrder) -> OutgoingOrder:
-        """An order whose rows will follow."""
+    def begin(self, order: PushOrder, step: int) -> OutgoingOrder:
+        """An order in the plan for ``step``, whose rows will follow."""
         outgoing = OutgoingOrder(self._do)
         until = time.monotonic() + order.patience
-        self._do(lambda: self._begin(order, outgoing, until))
+        self._do(lambda: self._begin(order, step, outgoing, until))
         return outgoing
 
     def ended(self) -> list[tuple[str, TransferReceipt]]:
@@ -223,7 +223,7 @@ class PushWire:
             log.warning("rank %d of decode engine %s: %s", rank, card.incarnation, error)
             return Peer("")
 
-    def _begin(self, order: PushOrder, outgoing: OutgoingOrder, until: float) -> None:
+    def _begin(self, order: PushOrder, step: int, outgoing: OutgoingOrder, until: float) -> None:
         name = (order.peer, order.epoch)
         stream = self._streams.get(name)
         if stream is None:
@@ -241,7 +241,7 @@ class PushWire:
                 report=lambda receipt: self._report([receipt]),
                 timeline=self._timeline,
             )
-        outgoing.bind(stream, stream.begin(order))
+        outgoing.bind(stream, stream.begin(order, step))
 
     def _stop(self, stop: PushStop) -> None:
         stream = self._streams.get((stop.peer, stop.epoch))
