@@ -215,6 +215,72 @@ def save(
     _measured(lambda progress: measure_save(settings, progress), json)
 
 
+@app.command()
+def push(
+    layers: Layers = 16,
+    hidden: Hidden = 1024,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    tokens: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens of each prompt.")
+    ] = "256,1024,4096,8192,16384",
+    step_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that one step computes at most. With the longest prompt or more, every "
+            "prompt is computed in one."
+        ),
+    ] = 2048,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE",
+            help="Put the engines into two network namespaces with so much between them, such as "
+            "1Gbit. Needs root and iproute2.",
+        ),
+    ] = None,
+    repeat: Repeat = 5,
+    json: Json = None,
+    plot: Plot = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the longest prompt, row by row (.png, .svg).",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """From a prefill to a decode engine: time to first token, and what the prefill leaves to send.
+
+    A push row by row against one with one write at the end, vLLM's NixlConnector, which pulls, and
+    one engine alone. Needs NIXL.
+    """
+    from lamina.bench.network import bits_per_second
+    from lamina.bench.push import PushSettings, measure
+
+    shape = _made(lambda: LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
+    rate = None if link is None else _made(lambda: bits_per_second(link))
+    lengths = _made(lambda: _whole_numbers("--tokens", tokens))
+    settings = _made(lambda: PushSettings(shape, lengths, step_tokens, repeat, rate))
+    _check_outputs(json, plot, timeline)
+    _measured(lambda progress: measure(settings, progress, plot, timeline), json)
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of a list with commas.
+
+    Raises:
+        ValueError: names the option.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
+
+
 def _made(make: Callable[[], S]) -> S:
     """Settings, or the usage error that says what is wrong with them."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
+from lamina.bench.network import join_network
 from lamina.bench.serving import FirstToken, Serving
 from lamina.bench.settings import EngineSpec, TokenIds
 
@@ -71,7 +73,7 @@ class Engine:
             BenchError: if it cannot start.
         """
         if not self._ready:
-            self._answer()
+            self.answer()
             self._ready = True
             self.call(Serving.warm_up)
 
@@ -83,9 +85,15 @@ class Engine:
         Raises:
             BenchError: if it raised there, or the process ended or went silent.
         """
+        self.begin(method, *args, **kwargs)
+        return cast(T, self.answer())
+
+    def begin(
+        self, method: Callable[Concatenate[Serving, P], object], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """As :meth:`call`, without waiting; :meth:`answer` must follow."""
         self.ready()
         self._pipe.send((method, args, kwargs))
-        return cast(T, self._answer())
 
     def first_token(self, prompt: TokenIds, *, hit: int, place: str = "") -> FirstToken:
         """Time to the first token of ``prompt``, once it is certain where it was hit.
@@ -107,6 +115,14 @@ class Engine:
             )
         return token
 
+    def pause(self) -> None:
+        """Stop the process, with every thread that it has, until :meth:`resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._signal(signal.SIGCONT)
+
     def close(self) -> None:
         """Shut the engine down: what it is saving and writing comes to its end.
 
@@ -114,6 +130,7 @@ class Engine:
             BenchError: as :meth:`call`, or if the process does not end.
         """
         if self._process.is_alive():
+            self.resume()
             self.call(Serving.close)
             self._pipe.close()
             self._process.join(_EXIT_TIMEOUT)
@@ -121,7 +138,12 @@ class Engine:
             self._kill()
             raise BenchError(f"engine {self.spec.name!r} did not exit{self._account()}")
 
-    def _answer(self) -> object:
+    def answer(self) -> object:
+        """What the method that was begun has returned.
+
+        Raises:
+            BenchError: as :meth:`call`.
+        """
         try:
             if not self._pipe.poll(_ANSWER_TIMEOUT):
                 self._kill()
@@ -140,6 +162,10 @@ class Engine:
             self._kill()
             raise BenchError(f"engine {self.spec.name!r} failed\n{answer.account}{self._account()}")
         return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
 
     def _kill(self) -> None:
         self._process.kill()
@@ -161,6 +187,8 @@ def _serve(pipe: Connection, spec: EngineSpec, log: Path) -> None:
         os.dup2(descriptor, stream)
     serving: Serving | None = None
     try:
+        if spec.network:
+            join_network(spec.network)
         serving = Serving(spec)
         pipe.send(None)
         while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lamina.bench.report import Report, duration
 from lamina.bench.samples import Samples
 
 _INK, _FAINT, _MEASURED, _FLOOR = "#1f2328", "#8c959f", "#2a6f97", "#c8553d"
+_CURVES = ("#2a6f97", "#c8553d", "#5b8c5a", "#8c959f")
 _WIDTH_INCHES, _DPI = 8.0, 160
 _SUFFIXES = (".png", ".svg")
 
@@ -27,6 +28,19 @@ class Line:
 
     samples: Samples
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One way of doing something, by size.
+
+    Attributes:
+        name: the way.
+        points: what was measured, by tokens.
+    """
+
+    name: str
+    points: Mapping[int, Samples]
 
 
 def require_drawable(path: Path) -> None:
@@ -58,6 +72,40 @@ def draw_overlap(report: Report, path: Path) -> None:
         for target in report.targets
     ]
     _draw(report.title, lines, report.compared.lower(), path, logarithmic=False)
+
+
+def draw_push(curves: tuple[Sequence[Curve], Sequence[Curve]], path: Path) -> None:
+    """Time to first token, and beside it the tail, by the prompt's length.
+
+    Args:
+        curves: of either; the same way is in the same place.
+        path: where to.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES, 3.8), layout="constrained")
+    titles = "Time to first token", "Tail: prefill over, decode not begun"
+    for axis, title, drawn in zip(figure.subplots(1, 2), titles, curves, strict=True):
+        for curve, colour in zip(drawn, _CURVES, strict=False):
+            points = list(curve.points.items())
+            low, middle, high = zip(*((s.low, s.median, s.high) for _, s in points), strict=True)
+            tokens = [length for length, _ in points]
+            axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(tokens, middle, "o-", color=colour, markersize=5, label=curve.name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(tokens, [f"{length:,}" for length in tokens])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: _round_duration(value))
+        axis.set_xlabel("tokens (dot: median, shade: smallest to largest)", fontsize=9, color=_INK)
+        axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+        axis.tick_params(colors=_INK, labelsize=8.5)
+        axis.grid(color="#e6e8eb", linewidth=0.8)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        axis.legend(frameon=False, fontsize=8.5)
+    figure.savefig(path, dpi=_DPI)
 
 
 def _draw(title: str, lines: Sequence[Line], unit: str, path: Path, *, logarithmic: bool) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.bench.settings import Connector, EngineSpec, TokenIds
 from lamina.bench.shapes import VOCABULARY
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from torch import nn
+    from vllm import RequestOutput, SamplingParams
     from vllm.config import KVTransferConfig
 
 _DRAIN_TIMEOUT = 120.0
 _IDLE_POLL = 0.001
+_SERVER_SLEEP = 0.001
+"""As in vLLM 0.32's ``EngineCoreProc``."""
 _SPARE = 4
 """Blocks and prompts that the engine's cache has room for beyond the tokens asked for."""
 
@@ -39,6 +43,34 @@ class FirstToken:
     forward_ended: float
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One engine's part in a request that one engine prefills and another decodes.
+
+    Attributes:
+        forward_began: when its first forward pass began, on the machine's monotonic clock.
+        forward_ended: when its last one ended.
+        token: when its first token was there.
+        computed: tokens that its forward passes computed.
+        parameters: what it answers for the other engine.
+    """
+
+    forward_began: float
+    forward_ended: float
+    token: float
+    computed: int
+    parameters: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Forward:
+    """A forward pass: how many tokens it computes, and when."""
+
+    tokens: int
+    began: float
+    ended: float = 0.0
+
+
 class Serving:
     """See the module. Nothing of vLLM is imported before one is made.
 
@@ -54,6 +86,7 @@ class Serving:
             VLLM_LOGGING_LEVEL="WARNING",
             VLLM_NO_USAGE_STATS="1",
         )
+        os.environ.update(spec.environment)
         for name in ("VLLM_CPU_KVCACHE_SPACE", "LAMINA_CONFIG"):
             os.environ.pop(name, None)
         from vllm import LLM
@@ -75,6 +108,8 @@ class Serving:
             disable_log_stats=False,
             kv_transfer_config=self._connector(),
         )
+        self._forwards: list[_Forward] = []
+        self._watched = False
 
     def _connector(self) -> KVTransferConfig | None:
         if self._spec.connector is None:
@@ -85,7 +120,7 @@ class Serving:
         return KVTransferConfig(
             kv_connector=name,
             kv_connector_module_path=module,
-            kv_role="kv_both",
+            kv_role=self._spec.role,
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=dict(self._spec.lamina),
         )
@@ -111,6 +146,31 @@ class Serving:
             cached=int(answer.num_cached_tokens or 0),
             hits={tier: count - before.get(tier, 0) for tier, count in self._hits().items()},
             forward_ended=forward_ended,
+        )
+
+    def serve_part(self, prompt: TokenIds, parameters: Mapping[str, Any] | None) -> Part:
+        """Serve one token of ``prompt``. What the other engine needs of this one goes on while
+        :meth:`drain` steps it.
+
+        Args:
+            prompt: what to send.
+            parameters: what a router gives to the engine, vLLM's ``kv_transfer_params``.
+        """
+        self._watch_forwards()
+        self._forwards.clear()
+        sampling = self._sampling(1)
+        if parameters is not None:
+            sampling.extra_args = {"kv_transfer_params": dict(parameters)}
+        self._llm.llm_engine.add_request("part", {"prompt_token_ids": prompt}, sampling)
+        answer = None
+        while answer is None:
+            answer = next((output for output in self._serve_step() if output.finished), None)
+        return Part(
+            forward_began=self._forwards[0].began,
+            forward_ended=self._forwards[-1].ended,
+            token=time.perf_counter(),
+            computed=sum(forward.tokens for forward in self._forwards),
+            parameters=answer.kv_transfer_params or {},
         )
 
     def begin_decode(self, prompt: TokenIds, steps: int) -> None:
@@ -159,6 +219,12 @@ class Serving:
         )
         self.forget()
 
+    def touch_cache(self) -> None:
+        """Have the machine give the engine its cache's memory, which it does at the first touch."""
+        worker = self._llm.llm_engine.model_executor.driver_worker
+        for cache in worker.model_runner.kv_caches:
+            cache.untyped_storage().fill_(0)
+
     def drain(self) -> float:
         """Seconds until nothing is on its way any more.
 
@@ -202,6 +268,39 @@ class Serving:
         """Let what is under way come to its end, and shut the engine down."""
         self.drain()
         self._llm.llm_engine.engine_core.shutdown()
+
+    def _serve_step(self) -> list[RequestOutput]:
+        """One step as vLLM's server makes it: after one in which nothing was computed it sleeps."""
+        engine = self._llm.llm_engine
+        before = len(self._forwards)
+        outputs: list[RequestOutput] = engine.step()
+        if (
+            len(self._forwards) == before
+            and engine.engine_core.engine_core.scheduler.has_requests()
+        ):
+            time.sleep(_SERVER_SLEEP)
+        return outputs
+
+    def _watch_forwards(self) -> None:
+        """Keep when each forward pass begins and ends."""
+        if not self._watched:
+            self._watched = True
+            self._llm.apply_model(self._watch)
+
+    def _watch(self, model: nn.Module) -> None:
+        import torch
+
+        def began(_: nn.Module, __: object, arguments: Mapping[str, torch.Tensor]) -> None:
+            tokens = arguments["positions"].shape[-1]
+            self._forwards.append(_Forward(tokens, time.perf_counter()))
+
+        def ended(*_: object) -> None:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            self._forwards[-1].ended = time.perf_counter()
+
+        model.register_forward_pre_hook(began, with_kwargs=True)
+        model.register_forward_hook(ended)
 
     def _sampling(self, tokens: int) -> SamplingParams:
         from vllm import SamplingParams

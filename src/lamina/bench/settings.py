@@ -15,13 +15,15 @@ TokenIds = list[int]
 
 
 class Connector(Enum):
-    """A connector's class and the module it is in."""
+    """A connector's class and the module it is in; None for one of vLLM's own."""
 
     LAMINA = ("LaminaConnector", "lamina.engines.vllm")
     PACED = ("PacedConnector", "lamina.bench.paced")
     """Lamina with every tier behind a :class:`~lamina.bench.pacing.Link`."""
     IDLE = ("IdleConnector", "lamina.bench.idle")
     """One that does nothing."""
+    NIXL = ("NixlConnector", None)
+    """vLLM's own between two engines: the decode engine pulls once the prefill engine is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class EngineSpec:
         step_tokens: tokens that one step computes at most.
         connector: which connector; None for an engine without.
         lamina: the connector's configuration.
+        role: vLLM's ``kv_role``.
+        environment: variables of its process.
+        network: the network namespace that it is in; empty for the machine's own.
     """
 
     name: str
@@ -45,6 +50,9 @@ class EngineSpec:
     step_tokens: int
     connector: Connector | None = None
     lamina: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    role: str = "kv_both"
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+    network: str = ""
 
 
 class PromptSource:
