@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import inf
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
-from lamina.control.policy import LoadPolicy, Situation
+from lamina.control.cost import CostModel
+from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
-from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName
+from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName, TransferId
 
 stories = logging.getLogger("lamina.requests")
 
@@ -48,6 +50,7 @@ class LoadPlanner:
         meter: where figures go.
         chunk_bytes: bytes of one chunk, all ranks.
         reports_blocks: whether the engine can take back single blocks of a failed load.
+        cost: what loads and computing take; measured here for loads.
 
     Attributes:
         orders: loads for the next plan.
@@ -64,8 +67,13 @@ class LoadPlanner:
         *,
         chunk_bytes: int,
         reports_blocks: bool,
+        cost: CostModel,
     ) -> None:
         self.orders: list[LoadOrder] = []
+        self._cost = cost
+        self._queued = dict.fromkeys(TierName, 0)
+        self._ahead: dict[TransferId, int] = {}
+        self._slow: dict[TierName, float] = {}
         self._deadline = config.load.deadline
         self._shape = shape
         self._catalog = catalog
@@ -79,7 +87,13 @@ class LoadPlanner:
     # -- hits --------------------------------------------------------------------------------
 
     def lookup(
-        self, record: RequestRecord, floor: int, *, declined: str, others_active: bool
+        self,
+        record: RequestRecord,
+        floor: int,
+        *,
+        declined: str,
+        others_active: bool,
+        now: float,
     ) -> Hit:
         """What will be loaded for a request beyond ``floor``; writes its story anew.
 
@@ -88,9 +102,10 @@ class LoadPlanner:
             floor: tokens at its beginning that the engine has.
             declined: why nothing may be loaded for it; empty if it may.
             others_active: whether the engine has other requests to run.
+            now: control's clock.
         """
         found = self._find_prefix(record, floor)
-        by_tier = self._tokens_by_tier(found)
+        by_tier = _split(found.parts, found.tokens)
         tiers = _tiers(found.places)
         situation = Situation(
             hit_tokens=found.tokens,
@@ -99,16 +114,30 @@ class LoadPlanner:
             reports_blocks=self._reports_blocks,
             trying=any(not self._breakers.loads(tier).closed for tier in tiers),
             out_of_use=not found.tokens and self._is_out_of_use(record, found),
+            floor=floor,
+            prompt=record.view.num_tokens,
+            parts=found.parts,
+            divisible=not self._shape.sparse,
+            queued=tuple((tier, size) for tier, size in self._queued.items() if size),
+            chunk_tokens=self._shape.chunk_tokens,
+            retries=frozenset(t for t, then in self._slow.items() if now - then >= RETRY_SECONDS),
         )
-        decision = self._policy.decide(situation, declined or record.distrust)
+        decision = self._policy.decide(situation, self._cost.costs, declined or record.distrust)
+        if decision.reason == "slower_than_computing":
+            for tier in tiers:
+                self._slow.setdefault(tier, now)
+        record.patience = decision.patience
         record.story = Story(
             prompt=record.view.num_tokens,
             engine=floor,
-            host=by_tier[TierName.HOST],
-            disk=by_tier[TierName.DISK],
+            host=by_tier.get(TierName.HOST, 0),
+            disk=by_tier.get(TierName.DISK, 0),
             loaded=decision.tokens,
             mode=decision.mode,
             reason=decision.reason,
+            predicted_load=decision.load,
+            predicted_compute=decision.compute,
+            taken=_split(found.parts, decision.tokens),
         )
         return Hit(decision.tokens, decision.mode)
 
@@ -135,8 +164,28 @@ class LoadPlanner:
             record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
         else:
             chunks = self._chunks_of(groups, floor, end) if tokens else ()
-            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks)
+            parts = self._parts_of(chunks, tokens)
+            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks, parts)
         return record.hit
+
+    def _parts_of(self, chunks: Sequence[FoundChunk], tokens: int) -> tuple[HitPart, ...]:
+        """A hit by tiers: as the first group has them that has all of its tokens, with the bytes
+        of every group."""
+        sizes = dict.fromkeys(TierName, 0)
+        for chunk in chunks:
+            sizes[chunk.place.tier] += self._chunk_bytes
+        full = [c for c in chunks if self._shape.full and c.group == self._shape.full[0]]
+        if not full:
+            tier = TierName.DISK if sizes[TierName.DISK] else TierName.HOST
+            return (HitPart(tier, tokens, sum(sizes.values())),) if tokens else ()
+        runs = [
+            (tier, sum(chunk.end - chunk.start for chunk in run))
+            for tier, run in groupby(full, key=lambda chunk: chunk.place.tier)
+        ]
+        spread = {tier: sum(count for t, count in runs if t is tier) for tier in TierName}
+        return tuple(
+            HitPart(tier, count, sizes[tier] * count // spread[tier]) for tier, count in runs
+        )
 
     def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
         """The last boundary up to ``end`` at which every window and state is there that a request
@@ -186,19 +235,6 @@ class LoadPlanner:
             if found.end_chunk < len(keys)
         )
 
-    def _tokens_by_tier(self, found: FoundPrefix) -> dict[TierName, int]:
-        """Tokens of a hit by where they are: as the first group has them that has all of them, or
-        else where any of what is needed is that is slower."""
-        split = dict.fromkeys(TierName, 0)
-        if self._shape.full:
-            for chunk in found.chunks:
-                if chunk.group == self._shape.full[0]:
-                    split[chunk.place.tier] += chunk.end - chunk.start
-        elif found.chunks:
-            tier = TierName.DISK if TierName.DISK in _tiers(found.places) else TierName.HOST
-            split[tier] = found.tokens
-        return split
-
     # -- loads -------------------------------------------------------------------------------
 
     def order(self, record: RequestRecord, *, step: int, now: float, partial: bool = False) -> None:
@@ -211,8 +247,10 @@ class LoadPlanner:
             partial: whether the request goes on from further ahead than the hit, so that the hit's
                 windows and states are of no use.
         """
-        end = record.hit.floor + record.hit.tokens
+        end = record.hit.floor + record.story.loaded
         chunks = record.hit.chunks
+        if record.story.loaded < record.hit.tokens:
+            chunks = tuple(chunk for chunk in chunks if chunk.start < end)
         if partial:
             chunks = tuple(chunk for chunk in chunks if chunk.group in self._shape.full)
         places = tuple(chunk.place for chunk in chunks)
@@ -223,18 +261,20 @@ class LoadPlanner:
                 record.promote.add(place.key)
         tries = self._breakers.order(Kind.LOAD, _tiers(places))
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
+        deadline = min(deadline, record.patience)
         layerwise = record.story.mode is LoadMode.LAYERWISE
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
             step=step,
             expires=now + 2 * deadline,
-            size=-(-record.hit.tokens // self._shape.chunk_tokens) * self._chunk_bytes,
+            size=-(-record.story.loaded // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=places,
             layerwise=layerwise,
             tries=tries,
         )
         record.load = transfer.id
+        self._begin(transfer, now)
         by_prefix = sorted(chunks, key=lambda chunk: chunk.start)
         for tier in self._catalog.tiers.values():
             tier.use([chunk.place.key for chunk in by_prefix])
@@ -248,7 +288,7 @@ class LoadPlanner:
                 inf if layerwise and not self._reports_blocks else float(deadline),
             )
         )
-        for tier_name, count in record.story.sources().items():
+        for tier_name, count in record.story.taken.items():
             self._meter.count("hit_tokens", count, tier=tier_name.value)
 
     def _loads_of(self, record: RequestRecord, chunk: FoundChunk, end: int) -> Iterator[ChunkLoad]:
@@ -267,6 +307,29 @@ class LoadPlanner:
             first = chunk.start % self._shape.chunk_tokens // size + absent
             yield ChunkLoad(place.key, place.tier, place.slot, first, tuple(blocks[absent:]), group)
 
+    def _begin(self, transfer: Transfer, now: float) -> None:
+        for tier in transfer.tiers:
+            if tier in self._slow:
+                self._slow[tier] = now  # it is being measured again
+        self._ahead[transfer.id] = sum(self._queued[tier] for tier in transfer.tiers)
+        for place in transfer.chunks:
+            self._queued[place.tier] += self._chunk_bytes
+
+    def _measure(self, transfer: Transfer) -> None:
+        """Learn from a load that has ended. One that ran beside the model says how fast the model
+        is, unless the model had to wait for it."""
+        ahead = self._ahead.pop(transfer.id)
+        for place in transfer.chunks:
+            self._queued[place.tier] -= self._chunk_bytes
+        paced = transfer.layerwise and transfer.waited < transfer.seconds / 2
+        late = transfer.state is State.FAILED and transfer.reason == "deadline"
+        if len(transfer.tiers) != 1 or paced or not (late or transfer.state is State.DONE):
+            return
+        (tier,) = transfer.tiers
+        self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.seconds)
+        if not late:
+            self._slow.pop(tier, None)
+
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
         """Take in a load that has ended.
 
@@ -275,6 +338,7 @@ class LoadPlanner:
             record: its request, if the engine still has it.
         """
         self._transfers.close(transfer)
+        self._measure(transfer)
         for place in transfer.chunks:
             self._catalog.tiers[place.tier].release(place.slot)
         failed = transfer.state is State.FAILED
@@ -303,6 +367,17 @@ class LoadPlanner:
                     tier.drop(place.key)
                     if place.tier is TierName.DISK:
                         self._catalog.forgotten.append(place.slot)
+
+
+def _split(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:
+    """The first ``tokens`` of a hit by the tier that they are in."""
+    split: dict[TierName, int] = {}
+    for part in parts:
+        taken = min(part.tokens, tokens)
+        if taken:
+            split[part.tier] = split.get(part.tier, 0) + taken
+        tokens -= taken
+    return split
 
 
 def _tiers(places: tuple[Location, ...]) -> set[TierName]:
