@@ -384,5 +384,5 @@ def test_how_far_apart_states_are_kept(
 def test_prompts_computed_in_steps_that_end_elsewhere(
     checkpoints: Checkpoints, fleet: Fleet
 ) -> None:
-    spec = spec_of(checkpoints, "state-space", {"chunk_tokens": "auto"})
+    spec = spec_of(checkpoints, "state-space", {"chunk_tokens": "auto"}, max_num_batched_tokens=100)
     assert "Use --max-num-batched-tokens with a multiple" in fleet.get(spec).log()

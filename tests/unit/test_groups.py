@@ -274,6 +274,18 @@ def test_a_state_in_place_is_saved_once_its_last_token_is_known() -> None:
     assert state.blocks == (250,)
 
 
+def test_a_state_in_place_is_not_lost_when_another_request_ends() -> None:
+    """An engine that plans a step ahead says one request's tokens after another."""
+    engine = engine_of(FULL, IN_PLACE)
+    compute(engine, view("b", prompt(CHUNK + 3, 1)))
+    request = view("a", TOKENS[: 2 * CHUNK - 1])
+    compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
+    engine.planner.finished("b", CHUNK + 3, [[], []])
+    request.token_ids = TOKENS[: 2 * CHUNK]
+    (state,) = states_of(engine.step(("a", 2 * CHUNK + 1)))
+    assert state.blocks == (250,)
+
+
 @pytest.mark.parametrize("end", [CHUNK - 1, CHUNK + BLOCK, 2 * CHUNK + 1])
 def test_a_state_in_place_off_a_boundary_is_not_kept(end: int) -> None:
     engine = engine_of(FULL, IN_PLACE)

@@ -29,7 +29,6 @@ from lamina.keys import prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     TORN,
-    LoadMode,
     PeerOrder,
     PushOrder,
     PushPages,
@@ -84,9 +83,8 @@ class Outbound:
         announce: what it has announced.
         stage: how far it is.
         floor: tokens that the request had when it got its blocks.
-        computed: its tokens that are computed before the step that is being planned.
+        computed: its tokens that are known to be computed before the step that is being planned.
         planned: those that are computed when that step is over.
-        loading: whether a part of them arrives in that step.
         sent: per group, index in the prompt of the first block that was not ordered.
         states: per recurrent group, the newest boundary state: tokens that it stands behind, block,
             lease.
@@ -108,7 +106,6 @@ class Outbound:
     floor: int = 0
     computed: int = 0
     planned: int = 0
-    loading: bool = False
     sent: list[int] = field(default_factory=list)
     states: dict[int, tuple[int, int, BlockLease]] = field(default_factory=dict)
     tables: tuple[tuple[int, ...], ...] | None = None
@@ -229,8 +226,8 @@ class PushSource:
         """
         out = self._of(record)
         if out is not None:
-            out.computed, out.planned = start, end
-            out.loading = record.load is not None and record.story.mode is LoadMode.LAYERWISE
+            # What it began with may be computed by another request, or loaded, in its first step.
+            out.computed, out.planned = start if out.planned else 0, end
 
     def state(self, record: RequestRecord, state: BoundaryState) -> None:
         """A recurrent state stands at a boundary when the step is over."""
@@ -286,7 +283,7 @@ class PushSource:
             elif out.stage is Stage.STOPPED:
                 self._let_go(out, now)
             # Until the engine says more, what this step computes is all that there is.
-            out.computed, out.loading = out.planned, False
+            out.computed = out.planned
 
     def _let_go(self, out: Outbound, now: float) -> None:
         """Of a push that nobody will believe, do not hold the blocks for ever that a peer which is
@@ -303,8 +300,7 @@ class PushSource:
             transfer.overdue = True
 
     def _order(self, out: Outbound, step: int, now: float) -> None:
-        if not out.loading:
-            self._send(out, self._due(out, out.computed), step, now, computed=True)
+        self._send(out, self._due(out, out.computed), step, now, computed=True)
         if out.stage is Stage.BOUND and not out.ordered:
             self._send(out, self._due(out, out.planned), step, now, computed=False)
 
@@ -496,6 +492,12 @@ class PushSource:
         self.letters.append(Letter(out.peer, Bound(announce.attempt)))
 
     def _misfit(self, record: RequestRecord, announce: Announce, peer: EngineCard) -> str:
+        if self._shape.in_place:
+            # A decode engine may keep its states otherwise, and has nothing against this one.
+            return (
+                "the next step overwrites a recurrent state here before it is sent: serve the "
+                "prefill engine with --enable-prefix-caching, too"
+            )
         view = record.view
         prompt = view.num_prompt_tokens
         digest = prompt_digest(view.tokens()[:prompt], view.root_extra, view.chunk_extra(0, prompt))

@@ -141,7 +141,7 @@ class PushTarget:
             return 0, ""
         if record.push_over:
             return 0, record.push_over
-        if any(group.in_place for group in self._shape.groups):
+        if self._shape.in_place:
             return 0, "states_in_place"  # none stands still at the end for long enough
         if not self._breaker_of(push.prefill).allows:
             return 0, "peer_out_of_use"

@@ -51,6 +51,11 @@ class ChunkShape:
         return self._of(GroupKind.STATE)
 
     @cached_property
+    def in_place(self) -> bool:
+        """Whether there are states that the next step overwrites."""
+        return any(group.in_place for group in self.groups)
+
+    @cached_property
     def paged(self) -> tuple[int, ...]:
         """Groups whose blocks are filled as tokens are computed; a window's are then given up."""
         return self._of(GroupKind.FULL, GroupKind.WINDOW)

@@ -175,7 +175,10 @@ class SavePlanner:
         for state in waiting:
             record = state.record
             lost = record.epoch != state.epoch or record.barred
-            lasts = record is not ended and not self._shape.groups[state.group].in_place
+            if ended is None:
+                lasts = not self._shape.groups[state.group].in_place
+            else:  # the plan is yet to be made, and before it others may learn their tokens
+                lasts = record is not ended
             if not lost and record.view.num_tokens >= state.end:
                 self._order_state(record, state.group, state.block, state.end, step, now)
             elif not lost and lasts:

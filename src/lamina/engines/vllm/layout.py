@@ -86,18 +86,14 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
                 f"LaminaConnector does not serve models with a {type(spec).__name__} that vLLM "
                 "does not keep whole. Serve this model without --kv-transfer-config."
             )
-    if any(_in_place(group) for group in cache.kv_cache_groups):
-        for option, used in (
-            ("speculative decoding", vllm_config.speculative_config is not None),
-            ("--use-replayssm", vllm_config.cache_config.use_replayssm),
-        ):
-            if used:
-                raise UnsupportedModel(
-                    f"LaminaConnector does not serve a recurrent model with {option} while vLLM's "
-                    "prefix cache is off: no step leaves a state that is sure to be whole. Serve "
-                    f"with --enable-prefix-caching, without {option}, or without "
-                    "--kv-transfer-config."
-                )
+    in_place = any(_in_place(group) for group in cache.kv_cache_groups)
+    if in_place and vllm_config.speculative_config is not None:
+        raise UnsupportedModel(
+            "LaminaConnector does not serve a recurrent model with speculative decoding while "
+            "vLLM's prefix cache is off: no step leaves a state that is sure to be whole. Serve "
+            "with --enable-prefix-caching, without speculative decoding, or without "
+            "--kv-transfer-config."
+        )
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",

@@ -55,14 +55,14 @@ class SchedulerSide:
             layout.NULL_BLOCK,
         )
         budget = vllm_config.scheduler_config.max_num_batched_tokens
-        passing = any(group.in_place for group in self._shape.groups)
-        if passing and budget % self._shape.chunk_tokens:
+        chunk = self._shape.chunk_tokens
+        if self._shape.in_place and budget % chunk and chunk % budget:
             log.warning(
                 "prompts are computed %d tokens at a time, and without vLLM's prefix cache a "
                 "recurrent state is kept only where a step ends on a multiple of chunk_tokens, %d: "
                 "few are. Use --max-num-batched-tokens with a multiple of it.",
                 budget,
-                self._shape.chunk_tokens,
+                chunk,
             )
         self._namespace = build_namespace(config, vllm_config, cache)
         speculative = vllm_config.speculative_config
