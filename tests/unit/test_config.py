@@ -66,7 +66,7 @@ class TestDefaults:
             "disk": None,
             "breaker": {"failures": 3, "pause": 10.0},
             "push": None,
-            "observe": {"timeline": None},
+            "observe": {"timeline": None, "decisions": None},
         }
 
     def test_defaults_pass_their_own_checks(self) -> None:

@@ -1,5 +1,5 @@
-"""Guards what is decided by measurement: what is predicted from what was measured, how much of a hit
-is loaded, that nobody guesses where nothing is known, and that mistakes end."""
+"""Guards what is decided by measurement: what is predicted from what was measured, how much of a
+hit is loaded, that nobody guesses where nothing is known, and that mistakes end."""
 
 from __future__ import annotations
 

@@ -193,6 +193,11 @@ class ObserveConfig(Section):
         default=None,
         description="A file that receives a trace of every step.",
     )
+    decisions: Annotated[Path | None, PATH.nullable()] = Field(
+        default=None,
+        description="A file that receives a line for every decision to load or to compute; "
+        "`lamina explain` reads it.",
+    )
 
 
 class Config(Section):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
+
 from lamina.plan import TierName
 
 LEAST_WEIGHT = 0.2
@@ -76,6 +78,23 @@ class Costs:
         if not self.prefills:
             return None
         return _nearest(self.prefills, _context_class(start, end)).rate * (end - start)
+
+
+def encode_costs(costs: Costs) -> bytes:
+    """Costs as JSON."""
+    return msgspec.json.encode(costs)
+
+
+def decode_costs(data: bytes) -> Costs:
+    """The costs that :func:`encode_costs` was given.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    try:
+        return msgspec.json.decode(data, type=Costs)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not costs that Lamina has written: {error}") from error
 
 
 class CostModel:

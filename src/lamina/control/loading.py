@@ -12,6 +12,7 @@ from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.cost import CostModel
+from lamina.control.decisions import DecisionRecord, PolicySettings
 from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
@@ -82,6 +83,7 @@ class LoadPlanner:
         self._meter = meter
         self._chunk_bytes = chunk_bytes
         self._reports_blocks = reports_blocks
+        self._settings = PolicySettings.of(config.load, shape.chunk_tokens)
         self._policy = LoadPolicy(config.load, shape.chunk_tokens)
 
     # -- hits --------------------------------------------------------------------------------
@@ -122,7 +124,16 @@ class LoadPlanner:
             chunk_tokens=self._shape.chunk_tokens,
             retries=frozenset(t for t, then in self._slow.items() if now - then >= RETRY_SECONDS),
         )
-        decision = self._policy.decide(situation, self._cost.costs, declined or record.distrust)
+        declined = declined or record.distrust
+        decision = self._policy.decide(situation, self._cost.costs, declined)
+        record.decision = DecisionRecord(
+            record.view.request_id,
+            self._settings,
+            situation,
+            self._cost.costs,
+            declined,
+            decision,
+        )
         if decision.reason == "slower_than_computing":
             for tier in tiers:
                 self._slow.setdefault(tier, now)

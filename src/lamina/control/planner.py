@@ -15,6 +15,7 @@ from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import open_catalog
 from lamina.control.cost import CostModel, Costs
+from lamina.control.decisions import DecisionRecord
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadPlanner, stories
 from lamina.control.push_source import PushSource
@@ -83,6 +84,7 @@ class Planner:
         card: this engine as other engines see it, if it takes part in pushes.
         reports_blocks: whether the engine can take back single blocks of a failed load.
         costs: what was measured by an engine before.
+        on_decision: called with what was decided for every request that gets its blocks.
         clock: monotonic seconds.
 
     Raises:
@@ -101,6 +103,7 @@ class Planner:
         card: EngineCard | None = None,
         reports_blocks: bool = True,
         costs: Costs | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not reports:
@@ -126,6 +129,7 @@ class Planner:
         self._transfers = TransferTable(len(reports))
         self._breakers = Breakers(config.breaker, clock)
         self._cost = CostModel(costs)
+        self._on_decision = on_decision
         self._catalog = open_catalog(reports, self._breakers.readable)
         self._loading = LoadPlanner(
             config,
@@ -223,6 +227,8 @@ class Planner:
             return
         record.admitted = record.fresh = True
         story = record.story
+        if self._on_decision is not None and record.decision is not None:
+            self._on_decision(record.decision)
         now = self._clock.tick()
         if self._source is not None:
             self._source.admitted(record, story.engine + loaded, now)

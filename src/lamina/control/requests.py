@@ -10,6 +10,7 @@ from math import inf
 from typing import Protocol
 
 from lamina.control.catalog import Location
+from lamina.control.decisions import DecisionRecord
 from lamina.control.policy import HitPart
 from lamina.geometry import Group, GroupKind
 from lamina.keys import ChunkChain
@@ -259,6 +260,7 @@ class RequestRecord:
         barred: whether it may not be saved in this epoch, because what it holds was computed before
             a reset.
         distrust: why nothing is loaded for it any more; empty while it may be.
+        decision: what was last decided about its hit.
         patience: seconds after which its load has taken too long.
         prefill: tokens that it had, and control's clock, when its prompt began to be computed; None
             while nothing is to be measured.
@@ -281,6 +283,7 @@ class RequestRecord:
     held_back: int = -1
     barred: bool = False
     distrust: str = ""
+    decision: DecisionRecord | None = None
     patience: float = inf
     prefill: tuple[int, float] | None = None
     fresh: bool = False
