@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from math import inf
 
 from lamina.config import Config
@@ -108,7 +107,7 @@ class LoadPlanner:
         """
         found = self._find_prefix(record, floor)
         by_tier = _split(found.parts, found.tokens)
-        tiers = _tiers(found.places)
+        tiers = {part.tier for part in found.parts}
         situation = Situation(
             hit_tokens=found.tokens,
             fallible=TierName.DISK in tiers,
@@ -174,29 +173,35 @@ class LoadPlanner:
         if tokens == found.tokens and found.arrivals[0] >= 0:
             record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
         else:
-            chunks = self._chunks_of(groups, floor, end) if tokens else ()
-            parts = self._parts_of(chunks, tokens)
-            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks, parts)
+            parts = self._parts_of(groups, floor, end) if tokens else ()
+            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, parts)
         return record.hit
 
-    def _parts_of(self, chunks: Sequence[FoundChunk], tokens: int) -> tuple[HitPart, ...]:
+    def _parts_of(
+        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
+    ) -> tuple[HitPart, ...]:
         """A hit by tiers: as the first group has them that has all of its tokens, with the bytes
         of every group."""
-        sizes = dict.fromkeys(TierName, 0)
-        for chunk in chunks:
-            sizes[chunk.place.tier] += self._chunk_bytes
-        full = [c for c in chunks if self._shape.full and c.group == self._shape.full[0]]
-        if not full:
+        chunk, counts = self._shape.chunk_tokens, dict.fromkeys(TierName, 0)
+        runs: list[tuple[TierName, int]] = []
+        for group, keys in enumerate(groups):
+            found = self._catalog.runs(keys, self._first_chunk(group, floor, end), -(-end // chunk))
+            for tier, count in found:
+                counts[tier] += count
+            if self._shape.full and group == self._shape.full[0]:
+                runs = found
+        sizes = {tier: count * self._chunk_bytes for tier, count in counts.items()}
+        if not runs:
             tier = TierName.DISK if sizes[TierName.DISK] else TierName.HOST
-            return (HitPart(tier, tokens, sum(sizes.values())),) if tokens else ()
-        runs = [
-            (tier, sum(chunk.end - chunk.start for chunk in run))
-            for tier, run in groupby(full, key=lambda chunk: chunk.place.tier)
-        ]
+            return (HitPart(tier, end - floor, sum(sizes.values())),)
+        parts, index = [], floor // chunk
         spread = {tier: sum(count for t, count in runs if t is tier) for tier in TierName}
-        return tuple(
-            HitPart(tier, count, sizes[tier] * count // spread[tier]) for tier, count in runs
-        )
+        for tier, count in runs:
+            first, last = max(floor, index * chunk), min(end, (index + count) * chunk)
+            parts.append(HitPart(tier, last - first, sizes[tier] * count // spread[tier]))
+            index += count
+        stray = {tier for tier, count in counts.items() if count and not spread[tier]}
+        return (*parts, *(HitPart(tier, 0, sizes[tier]) for tier in sorted(stray)))
 
     def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
         """The last boundary up to ``end`` at which every window and state is there that a request
@@ -259,9 +264,7 @@ class LoadPlanner:
                 windows and states are of no use.
         """
         end = record.hit.floor + record.story.loaded
-        chunks = record.hit.chunks
-        if record.story.loaded < record.hit.tokens:
-            chunks = tuple(chunk for chunk in chunks if chunk.start < end)
+        chunks = self._chunks_of(record.known_keys(), record.hit.floor, end)
         if partial:
             chunks = tuple(chunk for chunk in chunks if chunk.group in self._shape.full)
         places = tuple(chunk.place for chunk in chunks)

@@ -221,8 +221,8 @@ class FoundPrefix:
         arrivals: the catalog's arrivals then, and the tiers that could be read.
         end_chunk: the chunk after the last one of which every whole prefix is visible.
         tokens: tokens of the hit beyond ``floor``.
-        chunks: what of it is wanted, by group, in prefix order.
-        parts: the hit by tiers.
+        parts: the hit by tiers, in prefix order; then, without tokens, tiers that have only windows
+            or states of it.
     """
 
     floor: int = -1
@@ -230,13 +230,7 @@ class FoundPrefix:
     arrivals: tuple[int, tuple[TierName, ...]] = (-1, ())
     end_chunk: int = 0
     tokens: int = 0
-    chunks: tuple[FoundChunk, ...] = ()
     parts: tuple[HitPart, ...] = ()
-
-    @property
-    def places(self) -> tuple[Location, ...]:
-        """Where its chunks are."""
-        return tuple(chunk.place for chunk in self.chunks)
 
 
 @dataclass(slots=True)
