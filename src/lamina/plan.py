@@ -222,16 +222,16 @@ class PushPlan:
     """What of a step has to do with other engines, in the order in which it is carried out.
 
     Attributes:
-        peers: decode engines that are new.
-        gone: decode engines that are not connected any more.
+        gone: decode engines that are not connected any more, or were not for a while.
+        peers: decode engines that are new, or new again.
         stops: pushes to end.
         orders: pages to send.
         receives: pushes to expect.
         give_ups: receives to end, if they have not.
     """
 
-    peers: tuple[PeerOrder, ...] = ()
     gone: tuple[str, ...] = ()
+    peers: tuple[PeerOrder, ...] = ()
     stops: tuple[PushStop, ...] = ()
     orders: tuple[PushOrder, ...] = ()
     receives: tuple[ReceiveOrder, ...] = ()

@@ -56,3 +56,15 @@ def async_scheduling(_: float) -> None:
         config.scheduler_config.async_scheduling = True
 
     CpuPlatform.check_and_update_config = classmethod(keep)
+
+
+def network(number: float) -> None:
+    """It is in another network namespace, that of :func:`namespace`."""
+    from lamina.bench.network import join_network
+
+    join_network(namespace(int(number)))
+
+
+def namespace(number: int) -> str:
+    """The name of a network namespace for tests."""
+    return f"lamina-test-{number}"

@@ -253,6 +253,11 @@ def test_no_request_takes_longer_than_it_may(
         until(lambda: decode.calls[0].gone.is_set() and prefill.calls[0].gone.is_set())
 
 
+async def waits_for_a_push(call: Call) -> None:
+    """As an engine does whose push never comes."""
+    await (obey if call.push is None else hang)(call)
+
+
 # -- prefill engines that fail -----------------------------------------------------------------
 
 
@@ -260,13 +265,16 @@ def test_no_request_takes_longer_than_it_may(
 def test_the_decode_engine_answers_if_the_prefill_engine_fails(
     prefill: FakeEngine, decode: FakeEngine, failing: Script
 ) -> None:
-    prefill.script = failing
+    prefill.script, decode.script = failing, waits_for_a_push
     with proxied([prefill], [decode], breaker_failures=2, breaker_pause=300) as proxy:
         for count in range(1, 5):
             assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
             until(lambda: proxy.metric("engine_load") == 0)
             assert len(prefill.calls) == min(count, 2)
-        assert [call.push is not None for call in decode.calls] == [True, True, False, False]
+        pushed = [call.push is not None for call in decode.calls]
+        assert pushed == [True, False, True, False, False, False]
+        assert all(call.gone.is_set() for call in decode.calls if call.push is not None)
+        assert proxy.metric("unpushed_total", reason="prefill_failed") == 2
         assert proxy.metric("unpushed_total", reason="no_prefill_engine") == 2
         assert proxy.metric("exchanges_total", role="prefill", outcome="failed") == 2
         assert proxy.client.get("/health").is_success
@@ -294,7 +302,7 @@ def test_the_next_request_goes_to_another_prefill_engine(
             assert proxy.post("/v1/completions", COMPLETION).is_success
             until(lambda: proxy.metric("engine_load") == 0)
         assert (len(prefill.calls), len(other.calls)) == (1, 4)
-        assert all(call.push is not None for call in decode.calls)
+        assert sum(call.push is not None for call in decode.calls) == 5
 
 
 def test_a_prefill_engine_that_is_not_there_is_not_waited_for(decode: FakeEngine) -> None:

@@ -29,6 +29,7 @@ from lamina.keys import prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     TORN,
+    LoadMode,
     PeerOrder,
     PushOrder,
     PushPages,
@@ -214,7 +215,7 @@ class PushSource:
             return  # a second request under the same id is the router's mistake
         out.record, out.floor = record, floor
         out.computed = out.planned = 0
-        self._bind(out, now)
+        self._bind(out)
 
     def progress(self, record: RequestRecord, start: int, end: int) -> None:
         """A request runs in the step that is being planned.
@@ -232,7 +233,7 @@ class PushSource:
     def state(self, record: RequestRecord, state: BoundaryState) -> None:
         """A recurrent state stands at a boundary when the step is over."""
         out = self._of(record)
-        if out is None or out.ordered or state.end > self._end(out):
+        if out is None or out.ordered or out.stage is Stage.STOPPED or state.end > self._end(out):
             return
         former = out.states.get(state.group)
         if former is None or former[0] < state.end:
@@ -248,7 +249,8 @@ class PushSource:
         if out is None or out.ordered or out.stage is Stage.STOPPED:
             return
         out.computed = out.planned = computed
-        if computed < self._end(out):
+        loading = record.load is not None and record.story.mode is LoadMode.PARKED
+        if loading or computed < self._end(out):  # the engine counts what is being loaded
             self._fail(out, "the prefill ended before the whole prompt was computed")
             return
         out.tables = tuple(tuple(table) for table in blocks)
@@ -455,6 +457,8 @@ class PushSource:
             self.gone.append(peer)
 
     def _announced(self, peer: str, announce: Announce, now: float) -> None:
+        if peer not in self._open:
+            return  # said before it was lost, and given up since
         attempt = announce.attempt
         out = self._outbound.get(attempt.push)
         refusal = self._refusals.get(peer, "") or self._declined.get(attempt.push, "")
@@ -471,11 +475,11 @@ class PushSource:
                 self._fail(out, refusal)  # nobody else will ask for it
             return
         if out is None:
-            out = self._outbound[attempt.push] = Outbound(attempt.push, now + announce.patience)
-        out.peer, out.announce = peer, announce
-        self._bind(out, now)
+            out = self._outbound[attempt.push] = Outbound(attempt.push, inf)
+        out.peer, out.announce, out.expires = peer, announce, now + announce.patience
+        self._bind(out)
 
-    def _bind(self, out: Outbound, now: float) -> None:
+    def _bind(self, out: Outbound) -> None:
         announce = out.announce
         if out.record is None or announce is None or out.stage is not Stage.WAITING:
             return
@@ -485,7 +489,6 @@ class PushSource:
             return
         out.stage = Stage.BOUND
         out.sent = [table.first for table in announce.tables]
-        out.expires = now + announce.patience
         if out.peer not in self._told:
             self._told.add(out.peer)
             self.peers.append(PeerOrder(out.peer, encode_card(self._open[out.peer])))
@@ -574,6 +577,8 @@ class PushSource:
             if out.stage is Stage.STOPPED:
                 self._say(out.peer, Fenced(out.announce.attempt, clean=not out.torn))
             else:
+                # A request that is preempted after that begins nothing anew.
+                _remember(self._declined, out.push, "this push is over")
                 self._meter.count("pushes", 1, outcome="sent")
 
     def _say(self, peer: str, message: LinkMessage) -> None:

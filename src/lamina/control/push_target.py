@@ -63,7 +63,6 @@ class Inbound:
         attempt: its name.
         address: the prefill engine's.
         lease: hold on its blocks.
-        incarnation: the prefill engine that was connected when it was announced; empty if none was.
         stage: how far it is.
         reason: why it was given up; empty while it was not.
         fenced: whether its sender has said that nothing is on its way any more.
@@ -75,7 +74,6 @@ class Inbound:
     attempt: Attempt
     address: str
     lease: BlockLease
-    incarnation: str
     trying: bool
     stage: Stage = Stage.ANNOUNCED
     reason: str = ""
@@ -123,7 +121,6 @@ class PushTarget:
         self._meter = meter
         self._clock = clock
         self._inbound: dict[TransferId, Inbound] = {}
-        self._incarnations: dict[str, str] = {}
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
         self._now = 0.0
@@ -176,7 +173,6 @@ class PushTarget:
             attempt,
             push.prefill,
             self._leases.take(held),
-            self._incarnations.get(push.prefill, ""),
             self._breaker_of(push.prefill).ordered(),
         )
         record.receive = transfer.id
@@ -222,8 +218,8 @@ class PushTarget:
         """Take in what the link has to say."""
         for item in news:
             match item:
-                case Opened(peer, incarnation):
-                    self._opened(peer, incarnation, now)
+                case Opened(peer):
+                    self._opened(peer)
                 case Lost():
                     self._lost(item, now)
                 case Letter(_, Bound(attempt)):
@@ -296,16 +292,13 @@ class PushTarget:
         """Pushes whose blocks are held although nobody waits for them."""
         return sum(inbound.stage is Stage.QUARANTINED for inbound in self._inbound.values())
 
-    def _opened(self, address: str, incarnation: str, now: float) -> None:
+    def _opened(self, address: str) -> None:
+        # Not even another incarnation is a fence by itself: what was announced while the former one
+        # was dying may have waited for this connection. It will answer.
         self._asks.pop(address, None)
-        self._incarnations[address] = incarnation
-        for transfer, inbound in list(self._inbound.items()):
+        for inbound in self._inbound.values():
             if inbound.address != address:
                 continue
-            if inbound.incarnation and inbound.incarnation != incarnation:
-                self._fence(transfer, now + SETTLE_SECONDS)  # whoever could have written is gone
-                continue
-            inbound.incarnation = incarnation
             if not inbound.fenced:
                 inbound.until = inf
             if inbound.reason:
@@ -316,7 +309,7 @@ class PushTarget:
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
                 continue
-            if not (lost.was_open or inbound.incarnation):
+            if self._take_back(inbound):
                 inbound.untold = True
             elif inbound.fenced:
                 pass
@@ -328,6 +321,15 @@ class PushTarget:
             self.give_up(transfer, lost.reason)
         if held:
             self._asks[lost.peer] = now + self._config.silence
+
+    def _take_back(self, inbound: Inbound) -> bool:
+        """Do not announce what was not announced yet. Whatever the link has may still arrive: it may
+        wait for a later connection than the one that is reported as lost."""
+        for letter in self.letters:
+            if isinstance(letter.message, Announce) and letter.message.attempt == inbound.attempt:
+                self.letters.remove(letter)
+                return True
+        return False
 
     def _ask(self, now: float) -> None:
         """Call peers again that are gone and could still write."""

@@ -49,7 +49,7 @@ class PushRoute:
     peer: Peer
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sending:
     """One order that is being carried out.
 
@@ -79,7 +79,7 @@ class Sending:
     moved: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """Rows of one order for one decode rank, written at once.
 
@@ -226,15 +226,16 @@ class PushStream:
 
     def _post(self, batch: Batch) -> None:
         batch.began = time.perf_counter()
+        batch.sending.writes -= 1  # unless it is begun
         try:
             batch.write = self._transport.write(
                 self._routes[batch.route].peer, batch.local, batch.remote
             )
         except TransportError as error:
-            batch.sending.writes -= 1
             log.warning("push to %s: %s", self._incarnation, error)
             self.fail("unreachable")
             return
+        batch.sending.writes += 1
         self._moving.append(batch)
         self._in_flight += batch.size
 

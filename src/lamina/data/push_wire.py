@@ -94,7 +94,7 @@ class PushWire:
         self._cores = cores
         self._timeline = timeline
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._routes: dict[str, tuple[PushRoute, ...]] = {}
+        self._cards: dict[str, EngineCard] = {}
         self._streams: dict[tuple[str, int], PushStream] = {}
         self._failed: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._receives = Receives(identity.incarnation)
@@ -108,12 +108,13 @@ class PushWire:
 
     def carry_out(self, plan: PushPlan) -> None:
         """Begin what does not depend on the step; its orders come through :meth:`begin`."""
+        # First: a peer that has come back between two steps is in both.
+        for incarnation in plan.gone:
+            self._do(lambda name=incarnation: self._forget(name))  # type: ignore[misc]
         for peer in plan.peers:
             self._do(lambda peer=peer: self._connect(peer))  # type: ignore[misc]
         for stop in plan.stops:
             self._do(lambda stop=stop: self._stop(stop))  # type: ignore[misc]
-        for incarnation in plan.gone:
-            self._do(lambda name=incarnation: self._forget(name))  # type: ignore[misc]
         for receive in plan.receives:
             self._do(lambda order=receive: self._receives.expect(order))  # type: ignore[misc]
         for transfer in plan.give_ups:
@@ -204,14 +205,18 @@ class PushWire:
                 log.warning("nothing more is received from other engines: %s", error)
 
     def _connect(self, peer: PeerOrder) -> None:
-        mine, card = self._identity, decode_card(peer.card)
+        self._cards[peer.incarnation] = decode_card(peer.card)
+
+    def _routes(self, card: EngineCard) -> tuple[PushRoute, ...]:
+        """Whom this rank sends to; for each push anew, because a connection may have failed."""
+        mine = self._identity
         found = routes(
             mine.card.rank,
             mine.ranks,
             len(card.ranks),
             replicated=mine.replicated or card.replicated,
         )
-        self._routes[peer.incarnation] = tuple(
+        return tuple(
             PushRoute(route, card.ranks[route.rank], self._reach(card, route.rank))
             for route in found
         )
@@ -227,15 +232,15 @@ class PushWire:
         name = (order.peer, order.epoch)
         stream = self._streams.get(name)
         if stream is None:
-            found = self._routes.get(order.peer)
+            card = self._cards.get(order.peer)
             stream = self._streams[name] = PushStream(
                 order.peer,
                 order.epoch,
                 self._identity.card.rank,
                 self._identity.card,
-                found or (),
+                () if card is None else self._routes(card),
                 self._transport,
-                failure=self._failed.get(name, "unreachable" if found is None else ""),
+                failure=self._failed.get(name, "unreachable" if card is None else ""),
                 batch=self._identity.batch,
                 until=until,
                 report=lambda receipt: self._report([receipt]),
@@ -249,7 +254,7 @@ class PushWire:
             stream.fail("stopped")
 
     def _forget(self, incarnation: str) -> None:
-        self._routes.pop(incarnation, None)
+        self._cards.pop(incarnation, None)
 
 
 class OutgoingOrder:

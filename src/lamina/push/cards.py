@@ -126,6 +126,11 @@ def match(prefill: EngineCard, decode: EngineCard) -> None:
     Raises:
         ShapeMismatchError: if not; names the difference and what would be right.
     """
+    if prefill.groups != decode.groups:
+        raise ShapeMismatchError(
+            f"cache groups (kind, block tokens, window) differ: {prefill.groups} here, "
+            f"{decode.groups} there; use the same model and block size on both sides"
+        )
     if prefill.model != decode.model:
         raise ShapeMismatchError(
             "the engines do not serve the same model: weights, dtypes, quantisation, engine "
@@ -134,11 +139,6 @@ def match(prefill: EngineCard, decode: EngineCard) -> None:
     if prefill.replicated != decode.replicated:
         raise ShapeMismatchError(
             "one engine keeps the whole cache on every rank, the other does not"
-        )
-    if prefill.groups != decode.groups:
-        raise ShapeMismatchError(
-            f"cache groups (kind, block tokens, window) differ: {prefill.groups} here, "
-            f"{decode.groups} there; use the same block size on both sides"
         )
     mine, theirs = len(prefill.ranks), len(decode.ranks)
     replicated = is_replicated(prefill, decode)

@@ -58,11 +58,13 @@ class Connection:
         peer: the other side's name, once it is known.
         writer: where messages go.
         queued: messages that wait for the connection to be made.
+        full: whether it was closed because too much waited for the peer.
     """
 
     peer: str
     writer: asyncio.StreamWriter | None = None
     queued: list[LinkMessage] = field(default_factory=list)
+    full: bool = False
 
     def open(self, writer: asyncio.StreamWriter) -> None:
         """The connection is made: what waited for it goes out."""
@@ -76,10 +78,13 @@ class Connection:
         if self.writer is None:
             self.queued.append(message)
             return
+        if self.full:
+            return
         data = encode(message)
         self.writer.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         transport = self.writer.transport
         if transport.get_write_buffer_size() > MAX_QUEUED:
+            self.full = True
             transport.abort()
 
 
@@ -266,6 +271,10 @@ class Link:
                         message = await _read(reader)
                 except TimeoutError:
                     raise PeerSilentError(f"silent for {self._silence:g} s") from None
+                except (OSError, LinkClosedError):
+                    if connection.full:
+                        raise PeerSilentError("it does not read what it is told") from None
+                    raise
                 if not isinstance(message, Ping):
                     self._news.put(Letter(connection.peer, message))
         finally:

@@ -1,8 +1,8 @@
 """What becomes of one request: a prefill and a decode engine, both at once, and others if the
 decode engine cannot answer.
 
-A prefill engine that fails is not replaced: the decode engine computes the prompt itself as soon
-as it knows, and the next request goes to another one.
+A prefill engine that fails is not replaced: the decode engine, which may be waiting for it, is
+asked again to compute the prompt itself, and the next request goes to another one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
@@ -49,6 +49,34 @@ class Answer:
     headers: Mapping[str, str]
     events: bool
     pieces: AsyncIterator[bytes]
+
+
+class _PrefillLost(Exception):
+    """The decode engine waits for a push that will not come."""
+
+
+async def _unless_lost(prefilling: asyncio.Task[bool], decoding: Awaitable[Answer]) -> Answer:
+    """The decode engine's answer.
+
+    Raises:
+        _PrefillLost: if the prefill failed before there was one; the decode engine is not asked any
+            more then.
+    """
+    waiting = True
+    try:
+        async with asyncio.timeout(None) as patience:
+
+            def ended(task: asyncio.Task[bool]) -> None:
+                if waiting and not (task.cancelled() or task.result()):
+                    patience.reschedule(0)
+
+            prefilling.add_done_callback(ended)
+            try:
+                return await decoding
+            finally:
+                waiting = False
+    except TimeoutError as error:
+        raise _PrefillLost from error
 
 
 class _Blame:
@@ -118,7 +146,7 @@ class Dispatcher:
                 self._metrics.retries.inc()
             tried.add(decode)
             try:
-                return await stack.enter_async_context(self._attempt(request, decode, blame))
+                return await self._attempt(request, decode, blame, stack)
             except Refusal as refusal:
                 failure = refusal
         raise failure
@@ -132,16 +160,29 @@ class Dispatcher:
 
     # -- one attempt ---------------------------------------------------------------------------
 
-    @asynccontextmanager
     async def _attempt(
-        self, request: ApiRequest, decode: Engine, blame: _Blame
-    ) -> AsyncIterator[Answer]:
-        """One decode engine, and a push of its own."""
+        self, request: ApiRequest, decode: Engine, blame: _Blame, stack: AsyncExitStack
+    ) -> Answer:
+        """One decode engine, with a push if there can be one."""
         prefill = self._choose_prefill(request)
-        if prefill is None:
-            async with self._decode(decode, request, request.for_decode(), blame) as answer:
-                yield answer
-            return
+        if prefill is not None:
+            with suppress(_PrefillLost):
+                return await stack.enter_async_context(
+                    self._pushed(request, prefill, decode, blame)
+                )
+            self._metrics.unpushed(Unpushed.PREFILL_FAILED)
+        plain = self._decode(decode, request, request.for_decode(), blame)
+        return await stack.enter_async_context(plain)
+
+    @asynccontextmanager
+    async def _pushed(
+        self, request: ApiRequest, prefill: Engine, decode: Engine, blame: _Blame
+    ) -> AsyncIterator[Answer]:
+        """Both engines, and a push between them.
+
+        Raises:
+            _PrefillLost: if the prefill engine failed before the decode engine's first byte.
+        """
         push_id = uuid.uuid4().hex
         # Before anybody else chooses, and until the end, even if the task never begins.
         visit = ExitStack()
@@ -149,8 +190,10 @@ class Dispatcher:
         prefilling = asyncio.create_task(self._prefill(prefill, request, push_id, blame))
         prefilling.add_done_callback(lambda _: visit.close())
         try:
-            body = request.for_decode(push_id, prefill.push)
-            async with self._decode(decode, request, body, blame) as answer:
+            async with AsyncExitStack() as exchange:
+                body = request.for_decode(push_id, prefill.push)
+                decoding = self._decode(decode, request, body, blame)
+                answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
                 yield answer
             if answer.status < 400:
                 await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
@@ -171,7 +214,8 @@ class Dispatcher:
 
     async def _prefill(
         self, engine: Engine, request: ApiRequest, push_id: str, blame: _Blame
-    ) -> None:
+    ) -> bool:
+        """Returns whether the prompt was computed."""
         outcome = Outcome.CANCELLED
         body = request.for_prefill(push_id)
         try:
@@ -203,6 +247,7 @@ class Dispatcher:
             )
         finally:
             self._metrics.exchange(engine, outcome)
+        return outcome is Outcome.ANSWERED
 
     @asynccontextmanager
     async def _decode(

@@ -34,6 +34,8 @@ class Unpushed(StrEnum):
     """It cannot be pushed."""
     NO_PREFILL_ENGINE = "no_prefill_engine"
     """None is usable."""
+    PREFILL_FAILED = "prefill_failed"
+    """The one that was chosen did not compute the prompt."""
 
 
 class Metrics:

@@ -90,7 +90,8 @@ class Transport(ABC):
     @abstractmethod
     def connect(self, description: bytes) -> Peer:
         """Make a peer's end known, so that it can be written to. One that has gone meanwhile shows
-        here or at the first write. Idempotent.
+        here or at the first write. One that is known is connected anew if its connection has
+        failed.
 
         Raises:
             TransportError: if the description is not one, is of another kind of transport, or

@@ -120,6 +120,7 @@ class NixlTransport(Transport):
         self._memory = _Memory(regions)
         self._peers: dict[Peer, _Memory] = {}
         self._moving: set[_Request] = set()
+        self._broken: set[Peer] = set()
         name = uuid.uuid4().hex
         nixl = _library()
         # The bindings raise exceptions of their own that have no common base but this.
@@ -162,6 +163,8 @@ class NixlTransport(Transport):
                 f"what describes the peer is of another transport or version of Lamina: {error}"
             ) from error
         peer = Peer(end.agent)
+        if peer in self._broken:
+            self._disconnect(peer)
         if peer not in self._peers:
             try:
                 self._agent.add_remote_agent(end.metadata)
@@ -219,12 +222,23 @@ class NixlTransport(Transport):
         """Bring the state of a request that moves up to date."""
         self._judge(request, self._agent.check_xfer_state)
 
+    def _disconnect(self, peer: Peer) -> None:
+        """UCX never mends a connection that has failed; the next one is another."""
+        if any(request._peer == peer for request in self._moving):
+            raise TransportError(f"what was sent to peer {peer} has not ended yet")
+        self._broken.discard(peer)
+        del self._peers[peer]
+        with suppress(*self._errors):
+            self._agent.remove_remote_agent(peer)
+
     def _judge(self, request: _Request, call: Callable[[Any], str]) -> None:
         try:
             answer = call(request._handle)
         except self._errors as error:
             logger.warning("a write to peer %s has failed: %s", request._peer, error)
             answer = "ERR"
+        if answer not in ("PROC", "DONE"):
+            self._broken.add(request._peer)
         if answer != "PROC":
             self._end(request, WriteState.DONE if answer == "DONE" else WriteState.FAILED)
 

@@ -1,0 +1,312 @@
+"""Promise 1 for pushes: what a decode engine answers from pages that a prefill engine wrote into
+its memory is what one engine answers, whoever is asked first, whatever either has already, and
+afterwards both have all their blocks back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
+from engine.models import SHAPES, Checkpoints
+from engine.pair import Pair, PairSpec
+from engine.workload import CHUNK, Tokens, mixed_prompts, prompt, random_tokens
+
+pytestmark = pytest.mark.engine
+
+SMALL_STEPS = {"max_num_batched_tokens": 192}
+"""Prompts are prefilled in several chunks."""
+MLA = {"dtype": "bfloat16", "block_size": 16, "enable_prefix_caching": False}
+BLOCKS = {"linear-attention": 256}
+"""Tokens of a block where it is not 32."""
+
+MakePair = Callable[[PairSpec], Pair]
+
+
+@pytest.fixture
+def make_pair(fleet: Fleet) -> MakePair:
+    """Shared engines, whose caches are empty."""
+
+    def make(spec: PairSpec) -> Pair:
+        prefill, decode = spec.engines()
+        return Pair(fleet.get(prefill), fleet.get(decode), spec.address)
+
+    return make
+
+
+@pytest.fixture
+def pair(llama: Path, make_pair: MakePair) -> Pair:
+    return make_pair(PairSpec(llama, SMALL_STEPS))
+
+
+@pytest.fixture
+def alone(llama: Path, fleet: Fleet) -> Engine:
+    return fleet.get(EngineSpec(llama, options=SMALL_STEPS))
+
+
+def options_of(model: str) -> dict[str, Any]:
+    """One block a step where a state is rounded at the end of each step."""
+    block = BLOCKS.get(model, 32)
+    return {
+        "block_size": block,
+        "max_model_len": min(64 * block, 4096),
+        "max_num_batched_tokens": block + 16 if model in BLOCKS else 6 * block,
+        **SHAPES[model].options,
+    }
+
+
+def expect_pushed(pair: Pair, count: int) -> None:
+    """All of so many pushes went well, and everything is given back."""
+    pair.settle()
+    assert pair.counts() == {"sent": count, "received": count}
+    for metrics in pair.metrics().values():
+        assert metrics.total("lamina_failures_total") == 0
+
+
+# -- equal answers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+@pytest.mark.parametrize("apart", [0, 2, 30])
+def test_lengths(pair: Pair, alone: Engine, first: str, apart: int) -> None:
+    """From one block to many steps; thirty steps are more than a prompt takes."""
+    asks = [Ask(prompt(700 + n, n)) for n in (2, 31, 32, 33, 64, 65, 192, 193, 700, 1900)]
+    expected = alone.generate(asks)
+    answers = [pair.push([ask], first=first, apart=apart)[0] for ask in asks]
+    assert not differences(answers, expected)
+    assert [answer.cached for answer in answers] == [len(ask.tokens) - 1 for ask in asks]
+    expect_pushed(pair, len(asks))
+
+
+def test_a_prompt_of_one_token(pair: Pair, alone: Engine) -> None:
+    """Nothing is needed of such a push; the prefill engine forgets it."""
+    ask = Ask((7,))
+    for first in ("prefill", "decode"):
+        assert not differences(pair.push([ask], first=first), [alone.ask(ask)])
+    pair.settle()
+    assert pair.counts().keys() <= {"stopped"}
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_many_at_once(pair: Pair, alone: Engine, first: str) -> None:
+    asks = [Ask(tokens) for tokens in mixed_prompts(71, count=30)]
+    expected = alone.generate(asks)
+    assert not differences(pair.push(asks, first=first, apart=3), expected)
+    pair.settle()
+    assert pair.pushes(pair.decode, "received") > 15
+    assert pair.pushes(pair.decode, "given_up") == 0
+
+
+def test_a_prefix_that_only_prefill_has(pair: Pair, alone: Engine) -> None:
+    """It goes out at once."""
+    ask = Ask(prompt(720, 15 * CHUNK))
+    expected = alone.ask(ask)
+    pair.prefill.ask(replace(ask, tokens=ask.tokens[: 9 * CHUNK + 5], max_tokens=1))
+    (answer,) = pair.push([ask])
+    assert not differences([answer], [expected])
+    assert answer.cached == len(ask.tokens) - 1
+    hit = pair.prefill.metrics().total("lamina_hit_tokens_total", tier="engine")
+    assert hit >= 9 * CHUNK
+    expect_pushed(pair, 1)
+
+
+@pytest.mark.parametrize(("tier", "mode"), [("host", "layerwise"), ("disk", "parked")])
+def test_a_prefix_in_the_tiers_of_prefill(
+    llama: Path, make_pair: MakePair, alone: Engine, tmp_path: Path, tier: str, mode: str
+) -> None:
+    tiers: dict[str, Any] = {"load": {"mode": mode, "min_tokens": 1}}
+    if tier == "disk":
+        tiers["host"] = {"capacity": "1MiB"}  # a few chunks: the rest is on disk alone
+        tiers["disk"] = {"path": str(tmp_path / "store"), "capacity": "64MiB"}
+    pair = make_pair(PairSpec(llama, SMALL_STEPS, tiers=tiers))
+    ask = Ask(prompt(721, 15 * CHUNK))
+    expected = alone.ask(ask)
+    for _ in range(2):  # also when all of it is there
+        pair.prefill.ask(replace(ask, tokens=ask.tokens[: 13 * CHUNK + 5], max_tokens=1))
+        pair.prefill.forget()
+        before = pair.prefill.metrics()
+        pair.decode.forget_all()
+        (answer,) = pair.push([ask])
+        assert not differences([answer], [expected])
+        assert answer.cached == len(ask.tokens) - 1
+        pair.settle()
+        assert pair.prefill.metrics().since(before, "lamina_hit_tokens_total", tier=tier) > 0
+    expect_pushed(pair, 2)
+
+
+def test_what_decode_has_is_not_sent(pair: Pair, alone: Engine) -> None:
+    """In its own cache, and then in its tiers."""
+    ask = Ask(prompt(722, 15 * CHUNK))
+    expected = alone.ask(ask)
+    pair.decode.ask(replace(ask, tokens=ask.tokens[: 9 * CHUNK + 5], max_tokens=1))
+    before = pair.prefill.metrics()
+    for tier in ("engine", "host"):
+        if tier == "host":
+            pair.decode.forget()
+        then = pair.decode.metrics()
+        (answer,) = pair.push([ask])
+        assert not differences([answer], [expected])
+        assert answer.cached == len(ask.tokens) - 1
+        pair.settle()
+        hit = pair.decode.metrics().since(then, "lamina_hit_tokens_total", tier=tier)
+        assert hit >= 9 * CHUNK
+    partly = pair.prefill.metrics()
+    pair.decode.forget_all()
+    pair.push([ask])
+    expect_pushed(pair, 3)
+    whole = pair.prefill.metrics().since(partly, "lamina_push_bytes_total")
+    assert 0 < partly.since(before, "lamina_push_bytes_total") < whole
+
+
+def hold_conversations(
+    pair: Pair, alone: Engine, rng: random.Random, block: int, turns: int
+) -> list[str]:
+    """Random conversations over both; returns what went wrong."""
+    shared = random_tokens(rng, 5 * block)
+    talks: list[Tokens] = [
+        shared[: rng.randrange(len(shared))] + random_tokens(rng, rng.randrange(1, 6 * block))
+        for _ in range(5)
+    ]
+    wrong: list[str] = []
+    for _ in range(turns):
+        chosen = rng.sample(range(len(talks)), rng.choice((1, 1, 2, 4)))
+        asks = [Ask(talks[index], max_tokens=rng.choice((1, 4, 12))) for index in chosen]
+        expected = _fresh(alone, asks)
+        dice = rng.random()
+        if dice < 0.15:
+            answers = pair.decode.generate(asks)
+        else:
+            if dice < 0.3:
+                pair.prefill.generate([replace(ask, max_tokens=1) for ask in asks])
+            first = rng.choice(("prefill", "decode"))
+            answers = pair.push(asks, first=first, apart=rng.choice((0, 1, 3, 20)))
+        wrong += differences(answers, expected)
+        for index, answer in zip(chosen, answers, strict=True):
+            talks[index] += answer.tokens + random_tokens(rng, rng.randrange(1, 3 * block))
+            if len(talks[index]) > min(24 * block, 3000):
+                talks[index] = random_tokens(rng, rng.randrange(1, 5 * block))
+        if rng.random() < 0.5:
+            pair.settle()
+            rng.choice((pair.prefill, pair.decode)).forget()
+    return wrong
+
+
+def _fresh(alone: Engine, asks: Sequence[Ask]) -> list[Answer]:
+    """Where a prefix cache resumes decides how arithmetic rounds: every answer from nothing."""
+    alone.forget()
+    return alone.generate(asks)
+
+
+@pytest.mark.parametrize(
+    ("model", "turns"),
+    [
+        ("llama", 25),
+        ("interleaved-windows", 12),
+        pytest.param("short-convolution", 12, marks=pytest.mark.slow),
+        pytest.param("linear-attention", 12, marks=pytest.mark.slow),
+        pytest.param("alternating-windows", 12, marks=pytest.mark.slow),
+    ],
+)
+def test_conversations(
+    checkpoints: Checkpoints, fleet: Fleet, make_pair: MakePair, model: str, turns: int
+) -> None:
+    path, options = checkpoints.model(model), options_of(model)
+    pair = make_pair(PairSpec(path, options, lamina={"host": {"capacity": "256MiB"}}))
+    alone = fleet.get(EngineSpec(path, options=options))
+    rng = random.Random(9)
+    assert not hold_conversations(pair, alone, rng, BLOCKS.get(model, 32), turns)
+    pair.settle()
+    assert pair.pushes(pair.decode, "received") > turns // 3
+    assert pair.pushes(pair.decode, "given_up") == 0
+
+
+# -- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("mine", "theirs"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks(
+    llama: Path, fleet: Fleet, start: Start, alone: Engine, mine: int, theirs: int
+) -> None:
+    """Each sends its heads to whoever has them."""
+    asks = [Ask(tokens) for tokens in mixed_prompts(72, count=12)]
+    expected = alone.generate(asks)
+    spec = PairSpec(
+        llama,
+        SMALL_STEPS,
+        prefill={"tensor_parallel_size": mine},
+        decode={"tensor_parallel_size": theirs},
+    )
+    prefill, decode = spec.engines()
+    pair = Pair(start(prefill), start(decode), spec.address)
+    for first in ("prefill", "decode"):
+        assert not differences(pair.push(asks, first=first, apart=1), expected)
+        pair.settle()
+        pair.decode.forget_all()
+    assert pair.pushes(pair.decode, "received") > len(asks)
+    assert pair.pushes(pair.decode, "given_up") == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "mine", "theirs"),
+    [
+        ("llama", SMALL_STEPS, 1, 1),
+        pytest.param("mla", MLA, 1, 1, marks=pytest.mark.slow),
+        pytest.param("mla", MLA, 2, 1, marks=pytest.mark.slow),
+        pytest.param("mla", MLA, 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes(
+    checkpoints: Checkpoints,
+    make_pair: MakePair,
+    model: str,
+    options: dict[str, Any],
+    mine: int,
+    theirs: int,
+) -> None:
+    """Blocks of the decode engine are those of the prefill engine."""
+    ranks = [{"tensor_parallel_size": count} if count > 1 else {} for count in (mine, theirs)]
+    pair = make_pair(PairSpec(checkpoints.model(model), options, prefill=ranks[0], decode=ranks[1]))
+    ask = Ask(prompt(740, 700), max_tokens=4)
+    pushes = [pair.name_push()]
+    (there,) = pair.submit_decode([ask], pushes)
+    (here,) = pair._submit(pair.prefill, [replace(ask, push={"id": pushes[0]}, max_tokens=900)])
+    pair.step_until(lambda: bool(pair.decode.progress()[there]))
+    sent = pair.prefill.pages(here)
+    whole = len(ask.tokens) // options.get("block_size", 32)
+    arrived = pair.decode.pages(there)
+    of_one_rank = len(sent[0]) // mine
+    for source, target in zip(sent[:whole], arrived[:whole], strict=True):
+        assert source == source[:of_one_rank] * mine
+        assert target == source[:of_one_rank] * theirs
+    pair.abort(pair.prefill, [here])
+    (answer,) = pair.finish([there])
+    assert answer.cached == len(ask.tokens) - 1
+    expect_pushed(pair, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculation(
+    checkpoints: Checkpoints, llama: Path, make_pair: MakePair, alone: Engine, method: str
+) -> None:
+    """A draft model's cache is pushed like any; what drafts need computed anew is not."""
+    drafts: dict[str, Any] = {"num_speculative_tokens": 3}
+    if method == "ngram":
+        drafts |= {"method": method, "prompt_lookup_max": 4}
+    else:
+        drafts["model"] = str(checkpoints.model("llama", 1))
+    pair = make_pair(PairSpec(llama, {**SMALL_STEPS, "speculative_config": drafts}))
+    asks = [Ask(tokens, max_tokens=24) for tokens in mixed_prompts(73, count=12)]
+    expected = alone.generate(asks)
+    assert not differences(pair.push(asks), expected)
+    pair.settle()
+    assert pair.pushes(pair.decode, "received") > len(asks) // 2
+    assert pair.pushes(pair.decode, "given_up") == 0

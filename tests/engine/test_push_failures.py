@@ -1,0 +1,315 @@
+"""Promise 2 for pushes: whatever happens to either engine, or is wrong with what they were given,
+the decode engine answers as one engine does, nothing hangs, and all blocks come back.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.driver import Ask, Engine, EngineSpec, Fleet, Start, differences
+from engine.models import Checkpoints
+from engine.pair import Pair, PairSpec
+from engine.test_push import SMALL_STEPS, MakePair, make_pair
+from engine.workload import BLOCK, CHUNK, mixed_prompts, prompt
+from push_proxy.running import free_port
+
+__all__ = ["make_pair"]
+
+pytestmark = pytest.mark.engine
+
+LONG = Ask(prompt(800, 1500))
+"""Many steps of a prefill engine."""
+SHORT = {"deadline": 1.0, "silence": 0.5, "quarantine": 0.5}
+OTHERS = [Ask(tokens) for tokens in mixed_prompts(81, count=8)]
+
+
+@pytest.fixture
+def alone(llama: Path, fleet: Fleet) -> Engine:
+    return fleet.get(EngineSpec(llama, options=SMALL_STEPS))
+
+
+@pytest.fixture
+def pair(llama: Path, make_pair: MakePair) -> Pair:
+    """Breakers do not open: they are tested elsewhere, and would hide the second failure."""
+    lamina = {"breaker": {"failures": 1000}}
+    return make_pair(PairSpec(llama, SMALL_STEPS, push=SHORT, lamina=lamina))
+
+
+@pytest.fixture
+def doomed(llama: Path, start: Start) -> Pair:
+    """Engines of this test alone."""
+    lamina = {"breaker": {"failures": 1000}}
+    spec = PairSpec(llama, SMALL_STEPS, push=SHORT, lamina=lamina, decode={"seed": 1})
+    prefill, decode = spec.engines()
+    return Pair(start(prefill), start(decode), spec.address)
+
+
+def expect_usable(pair: Pair, alone: Engine) -> None:
+    """Nothing is held any more, and pushes go well."""
+    pair.settle()
+    before = pair.pushes(pair.decode, "received")
+    expected = alone.generate(OTHERS)
+    pair.decode.forget_all()
+    assert not differences(pair.push(OTHERS), expected)
+    pair.settle()
+    assert pair.pushes(pair.decode, "received") >= before + len(OTHERS) - 2
+
+
+# -- what is not there or does not fit -----------------------------------------------------------
+
+
+def test_nobody_listens(pair: Pair, alone: Engine) -> None:
+    address, pair.address = pair.address, f"127.0.0.1:{free_port()}"
+    answers = pair.finish(pair.submit_decode([LONG], [pair.name_push()]))
+    assert not differences(answers, [alone.ask(LONG)])
+    assert answers[0].cached == 0
+    assert pair.counts() == {"given_up": 1}
+    pair.address = address
+    expect_usable(pair, alone)
+
+
+@pytest.mark.parametrize("address", ["nowhere.invalid:1", "no address"])
+def test_an_address_that_is_none(pair: Pair, alone: Engine, address: str) -> None:
+    right, pair.address = pair.address, address
+    answers = pair.finish(pair.submit_decode([LONG], [pair.name_push()]))
+    assert not differences(answers, [alone.ask(LONG)])
+    pair.address = right
+    expect_usable(pair, alone)
+
+
+def test_prefill_is_never_asked(pair: Pair, alone: Engine) -> None:
+    answers = pair.finish(pair.submit_decode([LONG], [pair.name_push()]))
+    assert not differences(answers, [alone.ask(LONG)])
+    assert pair.pushes(pair.decode, "given_up") == 1
+    expect_usable(pair, alone)
+
+
+def test_decode_is_never_asked(pair: Pair, alone: Engine) -> None:
+    """The prefill engine keeps the prompt for a while, and then gives it up."""
+    pair.submit_prefill([LONG], [pair.name_push()])
+    pair.finish([])
+    pair.settle()
+    assert pair.counts() == {"stopped": 1}
+    expect_usable(pair, alone)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        replace(LONG, tokens=(*LONG.tokens[:-1], 0)),
+        replace(LONG, tokens=LONG.tokens[:-1]),
+        replace(LONG, salt="another"),
+    ],
+    ids=["token", "length", "salt"],
+)
+def test_prefill_is_asked_something_else(pair: Pair, alone: Engine, given: Ask) -> None:
+    for first in ("prefill", "decode"):
+        pair.decode.forget_all()
+        push = pair.name_push()
+        if first == "prefill":
+            pair.submit_prefill([given], [push])
+        names = pair.submit_decode([LONG], [push])
+        pair.step(pair.decode)
+        if first == "decode":
+            pair.submit_prefill([given], [push])
+        answers = pair.finish(names)
+        assert not differences(answers, [alone.ask(LONG)])
+        assert answers[0].cached == 0
+        pair.settle()
+    assert pair.counts() == {"given_up": 2, "stopped": 2}
+    expect_usable(pair, alone)
+
+
+def test_equal_salts_are_pushed(pair: Pair, alone: Engine) -> None:
+    ask = replace(LONG, salt="ours")
+    answers = pair.push([ask])
+    assert not differences(answers, [alone.ask(ask)])
+    assert answers[0].cached == len(ask.tokens) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"block_size": 64}, "block size"), ({"dtype": "bfloat16"}, "same model"), ({}, "same model")],
+    ids=["blocks", "dtype", "weights"],
+)
+def test_another_kind_of_engine(
+    checkpoints: Checkpoints,
+    llama: Path,
+    pair: Pair,
+    fleet: Fleet,
+    options: dict[str, object],
+    word: str,
+) -> None:
+    """It is refused with a reason, and computes itself; a name in common is not enough."""
+    model = llama if options else checkpoints.model("llama", seed=1)
+    options = {**SMALL_STEPS, **options}
+    alone = fleet.get(EngineSpec(model, options=options))
+    expected = alone.ask(LONG)
+    spec = PairSpec(model, options, push=SHORT)
+    odd = Pair(pair.prefill, fleet.get(spec.engines()[1]), pair.address)
+    answers = odd.push([LONG], apart=2)
+    assert not differences(answers, [expected])
+    assert answers[0].cached == 0
+    odd.settle()
+    assert odd.counts() == {"given_up": 1, "stopped": 1}
+    refusals = [line for line in pair.prefill.log().splitlines() if "cannot be served" in line]
+    assert word in refusals[-1]
+
+
+# -- requests that end early ---------------------------------------------------------------------
+
+
+def begin(pair: Pair, steps: int) -> tuple[list[str], list[str]]:
+    """A push under way: requests of prefill and decode; the former has run so many steps."""
+    pushes = [pair.name_push()]
+    decode = pair.submit_decode([LONG], pushes)
+    pair.step(pair.decode)
+    prefill = pair.submit_prefill([LONG], pushes)
+    for _ in range(steps):
+        pair.step(pair.prefill)
+        pair.step(pair.decode)
+    return prefill, decode
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_abort_on_decode(pair: Pair, alone: Engine, steps: int) -> None:
+    """Its blocks are not used again before the prefill engine has stopped."""
+    _, names = begin(pair, steps)
+    pair.abort(pair.decode, names)
+    pair.push(OTHERS)
+    pair.settle()
+    assert pair.pushes(pair.decode, "given_up") >= 1
+    expect_usable(pair, alone)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_abort_on_prefill(pair: Pair, alone: Engine, steps: int) -> None:
+    names, waiting = begin(pair, steps)
+    pair.abort(pair.prefill, names)
+    answers = pair.finish(waiting)
+    assert not differences(answers, [alone.ask(LONG)])
+    pair.settle()
+    assert pair.counts() == {"given_up": 1, "stopped": 1}
+    expect_usable(pair, alone)
+
+
+def test_abort_on_both(pair: Pair, alone: Engine) -> None:
+    prefill, decode = begin(pair, 2)
+    pair.abort(pair.decode, decode)
+    pair.abort(pair.prefill, prefill)
+    expect_usable(pair, alone)
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+def test_preemption(llama: Path, make_pair: MakePair, alone: Engine, where: str) -> None:
+    """A cache that is too small for what runs at once; on the decode engine requests lose what was
+    pushed after they have begun to use it, and compute it."""
+    tight = {"num_gpu_blocks_override": 60, "max_model_len": 1024}
+    options = {"prefill": tight} if where == "prefill" else {"decode": tight}
+    pair = make_pair(PairSpec(llama, SMALL_STEPS, **options))
+    asks = [Ask(prompt(820 + seed, 200 + 10 * seed), max_tokens=90) for seed in range(8)]
+    expected = alone.generate(asks)
+    pushes = [pair.name_push() for _ in asks]
+    names = pair.submit_decode(asks, pushes)
+    if where == "prefill":  # what it generates is of no use, but takes room
+        parts = [replace(a, push={"id": push}) for a, push in zip(asks, pushes, strict=True)]
+        pair._submit(pair.prefill, parts)
+    else:
+        pair.submit_prefill(asks, pushes)
+    assert not differences(pair.finish(names), expected)
+    pair.settle()
+    engine = pair.prefill if where == "prefill" else pair.decode
+    assert engine.metrics().total("vllm:num_preemptions_total") > 0
+    assert pair.pushes(pair.decode, "received") == len(asks)
+
+
+# -- processes that die or stop ------------------------------------------------------------------
+
+
+def test_prefill_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
+    """And one that is started at the same address is another peer."""
+    expect_usable(doomed, alone)
+    _, names = begin(doomed, 3)
+    doomed.freeze(doomed.prefill)
+    doomed.prefill.kill()
+    assert not differences(doomed.finish(names), [alone.ask(LONG)])
+    again = start(doomed.prefill.spec)
+    doomed.settle()
+    assert doomed.pushes(doomed.decode, "given_up") == 1
+    expect_usable(Pair(again, doomed.decode, doomed.address), alone)
+
+
+def test_decode_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
+    expect_usable(doomed, alone)
+    begin(doomed, 3)
+    doomed.freeze(doomed.decode)
+    doomed.decode.kill()
+    doomed.finish([])
+    doomed.settle()
+    assert doomed.pushes(doomed.prefill, "stopped") == 1
+    expect_usable(Pair(doomed.prefill, start(doomed.decode.spec), doomed.address), alone)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int) -> None:
+    """Until it goes on it could write at any moment: its blocks are not used for anything else,
+    however long that takes."""
+    expect_usable(doomed, alone)
+    free = doomed.decode.free_blocks()
+    _, names = begin(doomed, steps)
+    running = doomed._running[doomed.prefill].copy()
+    doomed.freeze(doomed.prefill)
+    os.kill(doomed.prefill.process.pid, signal.SIGSTOP)
+    try:
+        assert not differences(doomed.finish(names), [alone.ask(LONG)])
+        expected = alone.generate(OTHERS)
+        end = time.monotonic() + 4 * SHORT["quarantine"]
+        while time.monotonic() < end:
+            assert not differences(doomed.decode.generate(OTHERS), expected)
+        assert free - doomed.decode.free_blocks() == len(LONG.tokens) // BLOCK + 1
+    finally:
+        os.kill(doomed.prefill.process.pid, signal.SIGCONT)
+    doomed.frozen.clear()
+    doomed._running[doomed.prefill] = running
+    doomed.finish([])
+    expect_usable(doomed, alone)
+
+
+def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
+    """The prefill engine does not wait for it."""
+    expect_usable(doomed, alone)
+    _, names = begin(doomed, 2)
+    running = doomed._running[doomed.decode].copy()
+    doomed.freeze(doomed.decode)
+    os.kill(doomed.decode.process.pid, signal.SIGSTOP)
+    try:
+        doomed.finish([])
+        doomed.settle()
+    finally:
+        os.kill(doomed.decode.process.pid, signal.SIGCONT)
+    doomed.frozen.clear()
+    doomed._running[doomed.decode] = running
+    assert not differences(doomed.finish(names), [alone.ask(LONG)])
+    expect_usable(doomed, alone)
+
+
+def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone: Engine) -> None:
+    """Not every request pays for the first failures."""
+    pair = make_pair(PairSpec(llama, SMALL_STEPS, push=SHORT, decode={"seed": 2}))
+    pair.address, right = f"127.0.0.1:{free_port()}", pair.address
+    asks = [Ask(prompt(850 + seed, 3 * CHUNK)) for seed in range(12)]
+    expected = alone.generate(asks)
+    answers = [pair.finish(pair.submit_decode([ask], [pair.name_push()]))[0] for ask in asks]
+    assert not differences(answers, expected)
+    assert 0 < pair.pushes(pair.decode, "given_up") < len(asks)
+    pair.address = right
+    pair.decode.forget_all()
+    assert not differences(pair.push(asks), expected)
+    pair.settle()
+    assert pair.pushes(pair.decode, "received") == len(asks)

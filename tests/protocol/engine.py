@@ -1,0 +1,278 @@
+"""What both kinds of engine are made of: blocks, requests, and constants that copies share."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from typing import Any, cast
+
+from lamina.config import BreakerConfig, PushConfig
+from lamina.control.breakers import BreakerState
+from lamina.control.push_source import Stage as SourceStage
+from lamina.control.push_target import Stage as TargetStage
+from lamina.control.requests import ChunkShape, FoundPrefix, PushParameters, RequestRecord
+from lamina.control.transfers import Kind, State, Transfer, TransferTable
+from lamina.geometry import Group, GroupKind
+from lamina.keys import ChunkChain
+from lamina.observe.metrics import Meter
+from lamina.plan import LoadMode, Outcome, ReceiveOrder, TransferReceipt
+from lamina.push.cards import EngineCard, RankCard, RowCard
+from lamina.push.letters import Fate, Letter, Lost, Opened
+
+BLOCK = 2
+"""Tokens of a block, and what a step computes of a prompt."""
+
+PATIENCE, QUARANTINE, SILENCE, SETTLE = 3600.0, 100.0, 5.0, 1.0
+NULL = -1
+CONFIG = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE)
+NARROW = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE, max_inflight=1)
+BREAKER = BreakerConfig(failures=1000)
+
+Label = tuple[str, int, int, int]
+"""What a block holds: prompt, group, index in the prompt, tokens that are filled."""
+
+
+class ProtocolViolationError(AssertionError):
+    """What must never happen; says what did."""
+
+
+class Quiet:
+    """A meter that keeps nothing."""
+
+    def __reduce__(self) -> str:
+        return "QUIET"
+
+    def count(self, *_: object, **__: object) -> None: ...
+
+    def observe(self, *_: object, **__: object) -> None: ...
+
+
+QUIET = Quiet()
+METER = cast(Meter, QUIET)
+
+
+def no_time() -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class PushCase:
+    """One push of a history.
+
+    Attributes:
+        prefill: index of the prefill engine.
+        decode: index of the decode engine.
+        tokens: length of the prompt.
+        hit: where the prefill engine has a part of the prompt: ``none``, ``engine`` (its own
+            cache), ``parked`` or ``layerwise`` (a tier).
+        hit_tokens: how much that is.
+        floor: tokens that the decode engine has in its own cache.
+        misled: whether the router sends the two engines different prompts.
+    """
+
+    prefill: int = 0
+    decode: int = 0
+    tokens: int = 4
+    hit: str = "none"
+    hit_tokens: int = 0
+    floor: int = 0
+    misled: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a history is about.
+
+    Attributes:
+        cases: the pushes.
+        prefill_ranks: ranks of every prefill engine.
+        decode_ranks: ranks of every decode engine.
+        groups: cache groups of the model.
+        faults: kinds of faults that there are, see :class:`~protocol.world.World`.
+        budget: how many of them may happen.
+        replicated: whether every rank holds the same.
+        narrow: whether next to nothing may be on its way at a time.
+    """
+
+    cases: tuple[PushCase, ...] = (PushCase(),)
+    prefill_ranks: int = 1
+    decode_ranks: int = 1
+    groups: tuple[Group, ...] = (Group(GroupKind.FULL, BLOCK),)
+    faults: frozenset[str] = frozenset()
+    budget: int = 0
+    replicated: bool = False
+    narrow: bool = False
+
+    @cached_property
+    def blocks(self) -> int:
+        """Of each engine's pool: enough for everything at once, and as much again for each fault."""
+        needed = sum(case.tokens // BLOCK + 2 for case in self.cases)
+        return len(self.groups) * needed * (2 + self.budget)
+
+    @cached_property
+    def shape(self) -> ChunkShape:
+        return ChunkShape(BLOCK, self.groups, NULL)
+
+    @property
+    def config(self) -> PushConfig:
+        return NARROW if self.narrow else CONFIG
+
+
+_shared: list[object] = []
+_indices: dict[int, int] = {}
+
+
+def shared(index: int) -> object:
+    """A constant, of which copies of a history have one."""
+    return _shared[index]
+
+
+def _reduce_shared(value: object) -> tuple[Callable[[int], object], tuple[int]]:
+    index = _indices.get(id(value))
+    if index is None:
+        index = _indices[id(value)] = len(_shared)
+        _shared.append(value)
+    return shared, (index,)
+
+
+def _reduce_frozen(value: Any) -> tuple[type, tuple[object, ...]]:
+    return type(value), tuple(getattr(value, part.name) for part in fields(value))
+
+
+def _reduce_table(table: TransferTable) -> tuple[Callable[..., TransferTable], tuple[object, ...]]:
+    return _make_table, (table._ranks, table._next, list(table.live()))
+
+
+def _make_table(ranks: int, last: int, live: list[Transfer]) -> TransferTable:
+    table = TransferTable(ranks)
+    table._next = last
+    for transfer in live:
+        table._live[transfer.id] = transfer
+        table._bytes[transfer.kind] += transfer.size
+        table._counts[transfer.kind] += 1
+    return table
+
+
+_CONSTANTS = (PushConfig, BreakerConfig, ChunkShape, EngineCard, Group, Options)
+_ENUMS = (Kind, State, SourceStage, TargetStage, LoadMode, Outcome, BreakerState, Fate)
+_FROZEN = (Letter, Opened, Lost, TransferReceipt, ReceiveOrder, PushParameters)
+_TABLE: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys((*_CONSTANTS, *_ENUMS), _reduce_shared),
+    **dict.fromkeys(_FROZEN, _reduce_frozen),
+    TransferTable: _reduce_table,
+    FoundPrefix: lambda _: (FoundPrefix, ()),
+}
+
+
+def dump(value: object, *, compare: bool = False) -> bytes:
+    """A copy of a part of a history; one to ``compare`` does not depend on who shares what with
+    whom."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = _TABLE  # type: ignore[attr-defined]
+    pickler.fast = compare
+    pickler.dump(value)
+    return buffer.getvalue()
+
+
+@cache
+def card_of(incarnation: str, ranks: int, groups: int, heads: int, *, replicated: bool) -> EngineCard:
+    """An engine whose pages have ``heads`` heads over all its ranks."""
+    share = heads if replicated else heads // ranks
+    row = RowCard(0, 64, 4 * share, share, tuple(range(groups)))
+    shapes = tuple(("any", BLOCK, 0) for _ in range(groups))
+    return EngineCard(
+        incarnation,
+        b"model",
+        replicated,
+        shapes,
+        tuple(RankCard(rank, b"", 1000, (row,)) for rank in range(ranks)),
+    )
+
+
+class Pool:
+    """A block pool that gives away the lowest free block: one that is freed is soon reused.
+
+    Attributes:
+        references: of each block.
+        freed: blocks that nobody has held since :meth:`take_freed`.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.references = [0] * blocks
+        self.freed: list[int] = []
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not self.references[block]:
+                raise ProtocolViolationError(f"block {block} is held, but it was free")
+            self.references[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.references[block] -= 1
+            if self.references[block] < 0:
+                raise ProtocolViolationError(f"block {block} is given back twice")
+            if not self.references[block]:
+                self.freed.append(block)
+
+    def allocate(self) -> int:
+        block = self.references.index(0)
+        self.references[block] = 1
+        return block
+
+    def room(self) -> int:
+        return self.references.count(0)
+
+    def take_freed(self) -> list[int]:
+        freed, self.freed = self.freed, []
+        return freed
+
+
+@dataclass
+class View:
+    """A request, as control sees it.
+
+    Attributes:
+        prompt: names the content of the prompt.
+        tables: block ids per group.
+        states: per recurrent group, the block of the state where it may go on.
+    """
+
+    request_id: str
+    prompt: str
+    num_prompt_tokens: int
+    push: PushParameters | None
+    tables: list[list[int]]
+    states: dict[int, list[int]] = field(default_factory=dict)
+    recompute_tokens: int = 1
+    root_extra: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens
+
+    def tokens(self) -> Sequence[int]:
+        return tuple(self.prompt.encode().ljust(self.num_prompt_tokens))
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        return b""
+
+    def blocks(self, group: int) -> Sequence[int]:
+        return self.tables[group]
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        return self.states[group]
+
+    def held(self) -> list[int]:
+        """Every block that the engine has given it."""
+        tables = [*self.tables, *self.states.values()]
+        return [block for table in tables for block in table if block != NULL]
+
+
+def record_of(view: View) -> RequestRecord:
+    """Control's record of a request; no push looks at chunk keys."""
+    return RequestRecord(view, cast(ChunkChain, None))

@@ -1,0 +1,484 @@
+"""The link tells two schedulers what each has to say, in order, and who is there; whoever is
+silent, says what nobody understands, or does not read, is disconnected, with a word that says
+whether its process is gone or only does not answer.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from lamina.push import link as link_module
+from lamina.push.cards import EngineCard, RankCard
+from lamina.push.letters import Fate, Letter, Lost, News, Opened
+from lamina.push.link import Link, split_address
+from lamina.push.messages import (
+    LENGTH_BYTES,
+    MAX_MESSAGE,
+    VERSION,
+    Announce,
+    Attempt,
+    BlockTable,
+    Bound,
+    Cancel,
+    Failed,
+    Hello,
+    LinkMessage,
+    Ping,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+)
+
+SILENCE = 0.4
+PATIENCE = 10.0
+NEVER = 60.0
+"""A silence that no test lives to see."""
+
+
+def card(incarnation: str) -> EngineCard:
+    rank = RankCard(0, b"wire", 10, ())
+    return EngineCard(incarnation, b"model", False, (("full", 32, 0),), (rank,))
+
+
+class Side:
+    """A link, and what it has said so far."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        *,
+        listen: bool = False,
+        token: str | None = None,
+        silence: float = NEVER,
+    ) -> None:
+        self.card = card(incarnation)
+        address = "127.0.0.1:0" if listen else None
+        self.link = Link(self.card, listen=address, token=token, silence=silence)
+        self.heard: list[News] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.link.port}"
+
+    def until(self, count: int) -> list[News]:
+        """What it has said, once it is so much."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.heard) < count:
+            self.heard += self.link.news()
+            assert time.monotonic() < deadline, self.heard
+            time.sleep(0.002)
+        return self.heard
+
+
+Make = Callable[..., Side]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    sides: list[Side] = []
+
+    def make(incarnation: str, **options: object) -> Side:
+        sides.append(Side(incarnation, **options))  # type: ignore[arg-type]
+        return sides[-1]
+
+    yield make
+    for side in sides:
+        side.link.close()
+        assert not side.link._thread.is_alive()
+
+
+class Raw:
+    """A peer that says what a test tells it to."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        connection.settimeout(PATIENCE)
+
+    def say(self, message: LinkMessage | bytes) -> None:
+        body = message if isinstance(message, bytes) else encode(message)
+        self.connection.sendall(len(body).to_bytes(LENGTH_BYTES, "little") + body)
+
+    def hear(self) -> LinkMessage | None:
+        """The next message; None at the end."""
+        while True:
+            size = self._read(LENGTH_BYTES)
+            if size is None:
+                return None
+            message = decode(self._read(int.from_bytes(size, "little")) or b"")
+            if not isinstance(message, Ping):
+                return message
+
+    def _read(self, size: int) -> bytes | None:
+        data = b""
+        while len(data) < size:
+            try:
+                part = self.connection.recv(size - len(data))
+            except ConnectionError:
+                return None
+            if not part:
+                return None
+            data += part
+        return data
+
+
+@pytest.fixture
+def dial() -> Iterator[Callable[[Side], Raw]]:
+    sockets: list[socket.socket] = []
+
+    def dial(side: Side) -> Raw:
+        sockets.append(socket.create_connection(("127.0.0.1", side.link.port)))
+        return Raw(sockets[-1])
+
+    yield dial
+    for each in sockets:
+        each.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE)
+        yield server
+
+
+def address_of(server: socket.socket) -> str:
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def hello(incarnation: str, **fields: object) -> Hello:
+    return msgspec.structs.replace(Hello(VERSION, "", card(incarnation)), **fields)
+
+
+ANNOUNCE = Announce(
+    Attempt("push", 7), b"digest", 32, 95, 60.0, (BlockTable(1, (4, -1)), BlockTable(2, (9,)))
+)
+
+
+# -- what is said --------------------------------------------------------------------------------
+
+
+def test_everything_arrives_in_order(make: Make) -> None:
+    prefill, decode_side = make("P", listen=True), make("D")
+    sent = [ANNOUNCE, *(Cancel(Attempt("push", n)) for n in range(200))]
+    for message in sent:
+        decode_side.link.send(Letter(prefill.address, message))
+    heard = prefill.until(1 + len(sent))
+    assert heard == [Opened("D", "D", decode_side.card), *(Letter("D", m) for m in sent)]
+
+    answers: list[LinkMessage] = [Bound(Attempt("push", 7)), Failed(Attempt("push", 7), "no")]
+    for answer in answers:
+        prefill.link.send(Letter("D", answer))
+    assert decode_side.until(3) == [
+        Opened(prefill.address, "P"),
+        *(Letter(prefill.address, answer) for answer in answers),
+    ]
+
+
+def test_several_decode_engines(make: Make) -> None:
+    prefill, first, second = make("P", listen=True), make("D1"), make("D2")
+    for side in (first, second):
+        side.link.send(Letter(prefill.address, Cancel(Attempt(side.card.incarnation, 1))))
+    assert len(prefill.until(4)) == 4
+    prefill.link.send(Letter("D2", Bound(Attempt("D2", 1))))
+    assert second.until(2)[1] == Letter(prefill.address, Bound(Attempt("D2", 1)))
+    first.until(1)
+    assert first.link.news() == []
+
+
+def test_equal_tokens(make: Make) -> None:
+    prefill, decode_side = make("P", listen=True, token="s"), make("D", token="s")
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    assert prefill.until(2)[1] == Letter("D", ANNOUNCE)
+
+
+def test_pings_keep_it_alive(make: Make) -> None:
+    """Of two that have nothing to say, neither loses the other."""
+    prefill, decode_side = make("P", listen=True, silence=SILENCE), make("D", silence=SILENCE)
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    prefill.until(2)
+    decode_side.until(1)
+    time.sleep(3 * SILENCE)
+    prefill.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
+    assert decode_side.until(2)[1] == Letter(prefill.address, Bound(ANNOUNCE.attempt))
+    assert prefill.link.news() == []
+
+
+def test_has_news(make: Make) -> None:
+    prefill, decode_side = make("P", listen=True), make("D")
+    assert not prefill.link.has_news
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    prefill.until(2)
+    assert not prefill.link.has_news
+    decode_side.link.close()
+    deadline = time.monotonic() + PATIENCE
+    while not prefill.link.has_news:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# -- who is not there, or not one of us ----------------------------------------------------------
+
+
+def test_nobody_listens(make: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = address_of(server)
+    side = make("D")
+    side.link.send(Letter(address, ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert (lost.peer, lost.was_open, lost.fate) == (address, False, Fate.CLOSED)
+
+
+def test_a_host_that_is_not_known(make: Make) -> None:
+    side = make("D")
+    side.link.send(Letter("nowhere.invalid:1", ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.fate) == (False, Fate.UNREACHABLE)
+
+
+def test_a_letter_to_a_decode_engine_that_is_gone(make: Make) -> None:
+    side = make("P", listen=True)
+    side.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
+    other = make("D")
+    other.link.send(Letter(side.address, ANNOUNCE))
+    assert side.until(2)[1] == Letter("D", ANNOUNCE)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("a", "b"), ("a", None), (None, "b"), ("ä", "a")])
+def test_another_token(make: Make, mine: str | None, theirs: str | None) -> None:
+    prefill, decode_side = make("P", listen=True, token=mine), make("D", token=theirs)
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    (lost,) = decode_side.until(1)
+    assert lost == Lost(
+        prefill.address, "it refuses: push.token differs", was_open=False, fate=Fate.CLOSED
+    )
+    assert prefill.link.news() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (hello("D", version=VERSION + 1), f"speaks version {VERSION}"),
+        (Ping(), "expected hello"),
+        (ANNOUNCE, "expected hello"),
+    ],
+    ids=["version", "ping", "announce"],
+)
+def test_the_wrong_first_word(
+    make: Make, dial: Callable[[Side], Raw], first: LinkMessage, words: str
+) -> None:
+    side = make("P", listen=True)
+    raw = dial(side)
+    raw.say(first)
+    answer = raw.hear()
+    assert isinstance(answer, Refused)
+    assert words in answer.reason
+    assert raw.hear() is None
+    assert side.link.news() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Welcome(VERSION + 1, "P"), f"version {VERSION + 1}"),
+        (Bound(Attempt("push", 1)), "said Bound first"),
+        (b"\x91\xa3wha", "not a message"),
+    ],
+    ids=["version", "order", "garbage"],
+)
+def test_the_wrong_answer(
+    make: Make, listener: socket.socket, answer: LinkMessage | bytes, words: str
+) -> None:
+    side = make("D")
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        assert raw.hear() == Hello(VERSION, "", side.card)
+        raw.say(answer)
+        (lost,) = side.until(1)
+        assert isinstance(lost, Lost)
+        assert words in lost.reason
+        assert not lost.was_open
+        assert raw.hear() is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        (MAX_MESSAGE + 1).to_bytes(LENGTH_BYTES, "little"),
+        (3).to_bytes(LENGTH_BYTES, "little") + b"\xc1\xc1\xc1",
+        (2).to_bytes(LENGTH_BYTES, "little") + b"\x91\xa0",
+        (0).to_bytes(LENGTH_BYTES, "little"),
+    ],
+    ids=["http", "length", "garbage", "tag", "nothing"],
+)
+@pytest.mark.parametrize("after_hello", [False, True])
+def test_what_nobody_understands(
+    make: Make, dial: Callable[[Side], Raw], data: bytes, after_hello: bool
+) -> None:
+    """It costs its sender the connection, and nobody else anything."""
+    side = make("P", listen=True)
+    good, bad = dial(side), dial(side)
+    good.say(hello("good"))
+    assert good.hear() == Welcome(VERSION, "P")
+    if after_hello:
+        bad.say(hello("bad"))
+        assert bad.hear() == Welcome(VERSION, "P")
+    bad.connection.sendall(data)
+    assert bad.hear() is None
+    good.say(ANNOUNCE)
+    expected = 4 if after_hello else 2
+    heard = side.until(expected)
+    assert Letter("good", ANNOUNCE) in heard
+    assert [item.peer for item in heard if isinstance(item, Lost)] == ["bad"] * after_hello
+
+
+# -- who falls silent, or goes -------------------------------------------------------------------
+
+
+def test_a_peer_that_takes_no_notice(make: Make, listener: socket.socket) -> None:
+    """Its kernel takes the connection; whoever is there may be stopped."""
+    side = make("D", silence=SILENCE)
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.fate) == (False, Fate.SILENT)
+
+
+def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
+    side = make("D", silence=SILENCE)
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        assert isinstance(raw.hear(), Hello)
+        raw.say(Welcome(VERSION, "P"))
+        assert raw.hear() == ANNOUNCE
+        opened, lost = side.until(2)
+        assert opened == Opened(address_of(listener), "P")
+        assert isinstance(lost, Lost)
+        assert (lost.was_open, lost.fate) == (True, Fate.SILENT)
+        assert raw.hear() is None
+
+
+def test_a_peer_whose_process_ends(make: Make, listener: socket.socket) -> None:
+    side = make("D")
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        raw.hear()
+        raw.say(Welcome(VERSION, "P"))
+        assert raw.hear() == ANNOUNCE
+    _, lost = side.until(2)
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.fate) == (True, Fate.CLOSED)
+
+
+def test_a_decode_engine_that_falls_silent(make: Make, dial: Callable[[Side], Raw]) -> None:
+    side = make("P", listen=True, silence=SILENCE)
+    mute, raw = dial(side), dial(side)
+    raw.say(hello("D"))
+    assert raw.hear() == Welcome(VERSION, "P")
+    assert raw.hear() is None
+    assert mute.hear() is None
+    assert [type(item) for item in side.until(2)] == [Opened, Lost]
+    assert side.link.news() == []
+
+
+def test_a_peer_is_dialled_again(make: Make) -> None:
+    """Another incarnation at the same address is told apart."""
+    decode_side, first = make("D"), make("P1", listen=True)
+    address = first.address
+    decode_side.link.send(Letter(address, ANNOUNCE))
+    first.until(2)
+    first.link.close()
+    assert [type(item) for item in decode_side.until(2)] == [Opened, Lost]
+    second = Link(card("P2"), listen=address, token=None, silence=NEVER)
+    try:
+        decode_side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
+        assert decode_side.until(3)[2] == Opened(address, "P2")
+    finally:
+        second.close()
+
+
+def test_the_same_incarnation_connects_anew(make: Make, dial: Callable[[Side], Raw]) -> None:
+    """Its former connection is over, and is not the one that is written to."""
+    side = make("P", listen=True)
+    former, present = dial(side), dial(side)
+    former.say(hello("D"))
+    assert former.hear() == Welcome(VERSION, "P")
+    present.say(hello("D"))
+    assert present.hear() == Welcome(VERSION, "P")
+    assert former.hear() is None
+    assert [type(item) for item in side.until(3)] == [Opened, Lost, Opened]
+    side.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
+    assert present.hear() == Bound(ANNOUNCE.attempt)
+    assert side.link.news() == []
+
+
+def test_a_peer_that_does_not_read(
+    make: Make, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it is bounded; then it is disconnected. It may be stopped."""
+    monkeypatch.setattr(link_module, "MAX_QUEUED", 1 << 20)
+    side = make("D")
+    address = address_of(listener)
+    side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        raw.hear()
+        raw.say(Welcome(VERSION, "P"))
+        assert raw.hear() == Cancel(ANNOUNCE.attempt)
+        big = msgspec.structs.replace(ANNOUNCE, digest=bytes(1 << 20))
+        for _ in range(64):
+            side.link.send(Letter(address, big))
+        _, lost = side.until(2)
+        assert isinstance(lost, Lost)
+        assert (lost.was_open, lost.fate) == (True, Fate.SILENT)
+
+
+def test_close_ends_every_connection(make: Make) -> None:
+    prefill, decode_side = make("P", listen=True), make("D")
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    prefill.until(2)
+    before = threading.active_count()
+    prefill.link.close()
+    prefill.link.close()
+    assert threading.active_count() == before - 1
+    lost = decode_side.until(2)[1]
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.fate) == (True, Fate.CLOSED)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", prefill.link.port))
+
+
+def test_an_address_in_use(make: Make) -> None:
+    side = make("P", listen=True)
+    with pytest.raises(OSError, match="address already in use"):
+        Link(side.card, listen=side.address, token=None, silence=NEVER)
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [("host:1", "host", 1), ("[::1]:65535", "::1", 65535), ("127.0.0.1:0", "127.0.0.1", 0)],
+)
+def test_addresses(address: str, host: str, port: int) -> None:
+    assert split_address(address) == (host, port)
+
+
+@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:65536", "host:-1"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        split_address(address)

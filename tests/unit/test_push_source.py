@@ -1,0 +1,665 @@
+"""The prefill engine's side of a push: what is sent when, out of which blocks, for how long those
+are held, and what is said to the decode engine. What happens under every order of events is shown
+in ``tests/protocol``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import msgspec
+import pytest
+
+from driven_planner import Pool
+from lamina.config import PushConfig
+from lamina.control.leases import LeaseBook
+from lamina.control.push_source import PushSource
+from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina.control.transfers import TransferTable
+from lamina.geometry import Group, GroupKind
+from lamina.keys import ChunkChain, prompt_digest
+from lamina.observe.metrics import Meter
+from lamina.plan import TORN, LoadMode, Outcome, PushOrder, PushStop, TransferId, TransferReceipt
+from lamina.push.cards import EngineCard, RankCard, RowCard, decode_card
+from lamina.push.letters import Fate, Letter, Lost, Opened
+from lamina.push.messages import (
+    NO_BLOCK,
+    NO_EPOCH,
+    Announce,
+    Attempt,
+    BlockTable,
+    Bound,
+    Cancel,
+    Failed,
+    Fenced,
+    LinkMessage,
+)
+
+BLOCK = 16
+FULL = Group(GroupKind.FULL, BLOCK)
+WINDOW = Group(GroupKind.WINDOW, BLOCK, window=BLOCK + 1)
+STATE = Group(GroupKind.STATE, BLOCK)
+NULL = -1
+D = "decode"
+PUSH = "5b1c"
+ATTEMPT = Attempt(PUSH, 7)
+DEADLINE, SILENCE = 60.0, 5.0
+PAGE = 100
+
+
+def card(incarnation: str, groups: Sequence[Group], blocks: int = 1000) -> EngineCard:
+    row = RowCard(0, PAGE, PAGE, 1, tuple(range(len(groups))))
+    shapes = tuple((g.kind.value, g.block_tokens, g.window) for g in groups)
+    return EngineCard(incarnation, b"model", False, shapes, (RankCard(0, b"", blocks, (row,)),))
+
+
+@dataclass
+class View:
+    tables: list[list[int]]
+    num_prompt_tokens: int = 56
+    push: PushParameters | None = field(default_factory=lambda: PushParameters(PUSH, None))
+    states: list[int] = field(default_factory=list)
+    salt: int = 0
+    request_id: str = "request"
+    recompute_tokens: int = 1
+    root_extra: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens
+
+    def tokens(self) -> Sequence[int]:
+        return [self.salt + i for i in range(self.num_prompt_tokens)]
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        return b""
+
+    def blocks(self, group: int) -> Sequence[int]:
+        return self.tables[group]
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        return self.states
+
+
+def record_of(view: View) -> RequestRecord:
+    return RequestRecord(view, cast(ChunkChain, None))
+
+
+class Source:
+    """A source, with the ranks and the link that it needs."""
+
+    def __init__(self, *groups: Group, max_inflight: int = 1 << 30, blocks: int = 1000) -> None:
+        self.groups = groups or (FULL,)
+        self.pool = Pool()
+        self.leases = LeaseBook(self.pool)
+        self.transfers = TransferTable(1)
+        config = PushConfig(deadline=DEADLINE, silence=SILENCE, max_inflight=max_inflight)
+        self.source = PushSource(
+            config,
+            ChunkShape(BLOCK, self.groups, NULL),
+            card("prefill", self.groups, blocks),
+            self.transfers,
+            self.leases,
+            Meter(),
+        )
+        self.now = 0.0
+        self.view = View([[10, 11, 12, 13] for _ in self.groups])
+        self.record = record_of(self.view)
+
+    def connect(self, peer: str = D, *, blocks: int = 1000) -> None:
+        self.source.receive([Opened(peer, peer, card(peer, self.groups, blocks))], self.now)
+
+    def lose(self, peer: str = D) -> None:
+        self.source.receive([Lost(peer, "gone", was_open=True, fate=Fate.CLOSED)], self.now)
+
+    def hear(self, message: LinkMessage, peer: str = D) -> None:
+        self.source.receive([Letter(peer, message)], self.now)
+
+    def admit(self, floor: int = 0, record: RequestRecord | None = None) -> None:
+        self.source.admitted(record or self.record, floor, self.now)
+
+    def step(self, start: int = 0, end: int = 0) -> list[PushOrder]:
+        """A step that computes tokens ``start..end`` of the request, if any."""
+        if end:
+            self.source.progress(self.record, start, end)
+        self.source.plan(step=0, now=self.now)
+        orders = list(self.source.orders)
+        self.source.orders.clear()
+        return orders
+
+    def finish(self, computed: int = 56) -> None:
+        self.source.finished(self.record, computed, self.view.tables)
+
+    def drain(self, *orders: PushOrder, reason: str = "") -> None:
+        outcome = Outcome.FAILED if reason else Outcome.DONE
+        for order in orders:
+            transfer = self.transfers.get(order.transfer)
+            assert transfer is not None
+            assert transfer.apply(0, TransferReceipt(order.transfer, outcome, reason=reason))
+            assert transfer.lease is not None
+            transfer.lease.release()
+            self.source.settle(transfer)
+
+    def said(self) -> list[LinkMessage]:
+        said = [letter.message for letter in self.source.letters]
+        self.source.letters.clear()
+        return said
+
+    def stops(self) -> list[PushStop]:
+        stops = list(self.source.stops)
+        self.source.stops.clear()
+        return stops
+
+
+def announce(
+    *tables: BlockTable, start: int = 0, end: int = 55, attempt: Attempt = ATTEMPT, salt: int = 0
+) -> Announce:
+    digest = prompt_digest([salt + i for i in range(56)], b"", b"")
+    return Announce(
+        attempt, digest, start, end, 30.0, tables or (BlockTable(start // BLOCK, (50, 51, 52, 53)),)
+    )
+
+
+def pages(order: PushOrder) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    return [(part.group, part.sources, part.targets) for part in order.pages]
+
+
+def bound(source: Source, floor: int = 0) -> Source:
+    source.connect()
+    source.admit(floor)
+    source.hear(announce())
+    assert source.said() == [Bound(ATTEMPT)]
+    return source
+
+
+# -- what is sent when -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["the request", "the announcement"])
+def test_whichever_comes_first_waits_for_the_other(first: str) -> None:
+    source = Source()
+    source.connect()
+    if first == "the request":
+        source.admit()
+        assert source.step(0, 32) == []
+        source.hear(announce())
+    else:
+        source.hear(announce())
+        assert source.said() == []
+        source.admit()
+    assert source.said() == [Bound(ATTEMPT)]
+    assert [peer.incarnation for peer in source.source.peers] == [D]
+    assert decode_card(source.source.peers[0].card) == card(D, (FULL,))
+
+
+def test_each_step_sends_the_blocks_that_it_fills_and_the_last_one_the_rest() -> None:
+    source = bound(Source())
+    sent = []
+    for start, end in ((0, 8), (8, 40), (40, 55), (55, 56)):
+        for order in source.step(start, end):
+            sent.append((start, pages(order), order.computed, order.last))
+            assert (order.peer, order.epoch, order.patience) == (D, 7, 30.0)
+    assert sent == [
+        (8, [(0, (10, 11), (50, 51))], False, False),
+        (40, [(0, (12, 13), (52, 53))], False, True),
+    ]
+
+
+def test_what_was_computed_before_goes_at_once_and_before_the_step() -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 40)
+    source.hear(announce())
+    first, second = source.step(40, 56)
+    assert (pages(first), first.computed, first.last) == ([(0, (10, 11), (50, 51))], True, False)
+    assert (pages(second), second.computed, second.last) == (
+        [(0, (12, 13), (52, 53))],
+        False,
+        True,
+    )
+
+
+def test_a_prefix_hit_goes_with_the_first_step() -> None:
+    """Not before it: another request may be computing what was hit."""
+    source = bound(Source(), floor=32)
+    (order,) = source.step(32, 48)
+    assert (pages(order), order.computed) == ([(0, (10, 11, 12), (50, 51, 52))], False)
+
+
+def test_what_the_decode_engine_has_is_not_sent() -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    source.hear(announce(BlockTable(2, (52, NO_BLOCK)), start=32))
+    (order,) = source.step(0, 56)
+    assert (pages(order), order.last) == ([(0, (12,), (52,))], True)
+
+
+def test_beyond_max_inflight_pages_wait_in_their_blocks() -> None:
+    source = bound(Source(max_inflight=2 * PAGE))
+    (first,) = source.step(0, 32)
+    assert source.step(32, 56) == []
+    source.finish()
+    source.pool.free([])
+    assert {10, 11, 12, 13} <= source.pool.held
+    assert source.source.pending
+    source.drain(first)
+    (second,) = source.step()
+    assert (pages(second), second.computed, second.last) == ([(0, (12, 13), (52, 53))], True, True)
+    assert source.pool.held == {12, 13}
+    source.drain(second)
+    assert source.pool.held == set()
+    assert not source.source.pending
+
+
+def test_a_first_push_goes_however_large_it_is() -> None:
+    assert len(bound(Source(max_inflight=1)).step(0, 56)) == 1
+
+
+def test_preempted_and_back_it_goes_on_where_it_was() -> None:
+    source = bound(Source())
+    (first,) = source.step(0, 32)
+    source.view.tables = [[]]
+    assert source.step() == []
+    source.view.tables = [[20, 21, 22, 23]]
+    source.record.new_epoch()
+    source.admit()
+    assert source.step(0, 32) == []
+    (second,) = source.step(32, 56)
+    assert pages(second) == [(0, (22, 23), (52, 53))]
+    source.drain(first, second)
+    assert source.said() == []
+
+
+# -- blocks ----------------------------------------------------------------------------------
+
+
+def test_blocks_are_leased_until_their_writes_have_drained() -> None:
+    source = bound(Source())
+    (first,) = source.step(0, 32)
+    (second,) = source.step(32, 56)
+    source.finish()
+    assert source.pool.held == {10, 11, 12, 13}
+    source.drain(first)
+    assert source.pool.held == {12, 13}
+    source.drain(second)
+    assert source.pool.held == set()
+    assert source.said() == []
+
+
+def test_blocks_of_a_request_that_has_ended_are_held_for_its_destination() -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == {10, 11, 12, 13}
+    assert source.source.pending
+    source.hear(announce())
+    (order,) = source.step()
+    assert (pages(order), order.computed, order.last) == (
+        [(0, (10, 11, 12, 13), (50, 51, 52, 53))],
+        True,
+        True,
+    )
+    source.drain(order)
+    assert source.pool.held == set()
+
+
+def test_blocks_are_not_held_for_longer_than_the_deadline() -> None:
+    source = Source()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    source.now = DEADLINE - 1
+    source.step()
+    assert source.pool.held
+    source.now = DEADLINE
+    source.step()
+    assert source.pool.held == set()
+    source.connect()
+    source.hear(announce())
+    assert source.said() == [Failed(ATTEMPT, "too late"), Fenced(ATTEMPT, clean=True)]
+
+
+def test_only_a_share_of_the_blocks_is_held_for_destinations_that_are_not_known() -> None:
+    source = Source(blocks=7)
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == set()
+    source.hear(announce())
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "too many blocks" in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+
+
+def test_a_peer_that_is_stopped_does_not_keep_the_blocks_of_what_was_stopped() -> None:
+    source = bound(Source())
+    source.step(0, 56)
+    source.hear(Cancel(ATTEMPT))
+    source.step()
+    source.now += SILENCE - 1
+    source.step()
+    assert source.pool.held
+    source.now += 1
+    source.step()
+    assert source.pool.held == set()
+    assert source.said() == []  # it is still on its way
+
+
+# -- what ends it ----------------------------------------------------------------------------
+
+
+def test_a_cancel_stops_what_is_on_its_way_and_is_answered_when_nothing_is() -> None:
+    source = bound(Source())
+    (order,) = source.step(0, 32)
+    source.hear(Cancel(ATTEMPT))
+    assert source.stops() == [PushStop(D, 7)]
+    assert source.step(32, 56) == []
+    assert source.said() == []
+    source.drain(order, reason="stopped")
+    assert source.said() == [Fenced(ATTEMPT, clean=True)]
+    source.hear(Cancel(ATTEMPT))
+    assert source.said() == [Fenced(ATTEMPT, clean=True)]
+    source.hear(announce())
+    assert source.said() == [Failed(ATTEMPT, "over"), Fenced(ATTEMPT, clean=True)]
+    assert source.step() == []
+
+
+def test_a_write_that_fails_ends_the_push_and_its_fence_is_not_clean() -> None:
+    source = bound(Source())
+    (first,) = source.step(0, 32)
+    (second,) = source.step(32, 56)
+    source.drain(first, reason=TORN)
+    assert source.said() == [Failed(ATTEMPT, TORN)]
+    source.drain(second, reason="stopped")
+    assert source.said() == [Fenced(ATTEMPT, clean=False)]
+    source.hear(Cancel(ATTEMPT))
+    assert source.said() == [Fenced(ATTEMPT, clean=False)]
+
+
+def test_a_request_that_ends_early_fails_its_push() -> None:
+    source = bound(Source())
+    (order,) = source.step(0, 32)
+    source.finish(32)
+    (failed,) = source.said()
+    assert isinstance(failed, Failed)
+    source.drain(order, reason="stopped")
+    assert source.said() == [Fenced(ATTEMPT, clean=True)]
+    assert source.pool.held == set()
+
+
+def test_a_request_that_ends_while_its_prompt_is_loaded_fails_its_push() -> None:
+    """The engine counts what is being loaded as computed."""
+    source = bound(Source())
+    source.record.load = TransferId(99)
+    source.record.story.mode = LoadMode.PARKED
+    source.finish(55)
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    assert source.step() == []
+    assert source.pool.held == set()
+
+
+def test_patience_counts_from_the_announcement() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.now = 20.0
+    source.admit()
+    (order,) = source.step(0, 16)
+    assert order.patience == 10.0
+    source.now = 30.0
+    assert source.step(16, 56) == []
+    assert Failed(ATTEMPT, "too late") in source.said()
+
+
+def test_an_announcement_whose_request_never_comes_is_forgotten() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.now = 30.0
+    source.step()
+    assert source.said() == [Failed(ATTEMPT, "too late"), Fenced(ATTEMPT, clean=True)]
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == set()
+
+
+@pytest.mark.parametrize("first", ["the request", "the word"])
+def test_a_push_that_is_not_needed_holds_nothing(first: str) -> None:
+    source = Source()
+    source.connect()
+    if first == "the request":
+        source.admit()
+        source.step(0, 56)
+        source.finish()
+        assert source.pool.held
+        source.hear(Cancel(Attempt(PUSH, NO_EPOCH)))
+    else:
+        source.hear(Cancel(Attempt(PUSH, NO_EPOCH)))
+        source.admit()
+        source.step(0, 56)
+        source.finish()
+    assert source.pool.held == set()
+    assert source.said() == []
+    assert not source.source.pending
+
+
+def test_a_push_that_is_over_is_not_begun_anew_by_a_preemption() -> None:
+    source = bound(Source())
+    source.drain(*source.step(0, 56))
+    source.record.new_epoch()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == set()
+
+
+def test_a_lost_peer_stops_its_pushes_and_no_others() -> None:
+    source = bound(Source())
+    source.connect("other")
+    view = View([[30, 31, 32, 33]], push=PushParameters("other push", None))
+    source.admit(record=record_of(view))
+    source.hear(announce(attempt=Attempt("other push", 9)), "other")
+    source.step(0, 16)
+    source.lose()
+    assert source.stops() == [PushStop(D, 7)]
+    assert source.source.gone == [D]
+    assert source.said() == [Bound(Attempt("other push", 9))]
+
+
+def test_a_peer_that_comes_back_is_made_known_anew() -> None:
+    source = bound(Source())
+    source.step(0, 16)
+    source.source.peers.clear()
+    source.lose()
+    source.connect()
+    again = Attempt("again", 8)
+    source.admit(record=record_of(View([[20, 21, 22, 23]], push=PushParameters("again", None))))
+    source.hear(announce(attempt=again))
+    assert source.said() == [Bound(again)]
+    assert [peer.incarnation for peer in source.source.peers] == [D]
+
+
+def test_a_word_from_a_connection_that_is_gone_changes_nothing() -> None:
+    source = Source()
+    source.admit()
+    source.connect()
+    source.lose()
+    source.hear(announce())
+    assert source.said() == []
+    assert source.step(0, 56) == []
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (announce(salt=1), "different prompts"),
+        (announce(end=57), "tokens 0..57 of a prompt of 56"),
+        (announce(start=56, end=40), "tokens 56..40"),
+        (announce(BlockTable(0, ()), end=0), "tokens 0..0"),
+        (announce(BlockTable(0, (50,)), BlockTable(0, (50,))), "2 tables for 1 groups"),
+        (announce(BlockTable(0, (50, 51, 52))), "a table of blocks 0..3"),
+        (announce(BlockTable(-1, (49, 50, 51, 52, 53))), "a table of blocks -1..4"),
+        (announce(BlockTable(0, (50, 51, 52, 1000))), "beyond the decode engine's 1000"),
+        (announce(BlockTable(0, (50, 51, 52, -2))), "beyond the decode engine's 1000"),
+    ],
+)
+def test_an_announcement_that_does_not_fit_the_prompt_is_refused(
+    wrong: Announce, words: str
+) -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    source.hear(wrong)
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert words in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    assert source.step(0, 56) == []
+    source.finish()
+    assert source.pool.held == set()
+
+
+def test_an_engine_of_another_shape_is_refused_whatever_it_announces() -> None:
+    source = Source()
+    other = msgspec.structs.replace(card(D, (FULL,)), model=b"another")
+    source.source.receive([Opened(D, D, other)], 0.0)
+    source.admit()
+    source.hear(announce())
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "same model" in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+
+
+def test_one_push_has_one_destination() -> None:
+    source = bound(Source())
+    source.connect("other")
+    second = Attempt(PUSH, 3)
+    source.hear(announce(attempt=second), "other")
+    assert source.said() == [
+        Failed(second, "this push is bound to another request"),
+        Fenced(second, clean=True),
+    ]
+    source.hear(announce())  # twice is once
+    source.hear(Cancel(ATTEMPT), "other")
+    assert source.said() == [Fenced(ATTEMPT, clean=True)]
+    assert len(source.step(0, 56)) == 1
+
+
+def test_a_second_request_under_one_name_is_no_part_of_the_push() -> None:
+    source = bound(Source())
+    second = record_of(View([[90, 91, 92, 93]]))
+    source.admit(record=second)
+    source.source.finished(second, 56, [[90, 91, 92, 93]])
+    assert source.pool.held == set()
+    (order,) = source.step(0, 56)
+    assert pages(order)[0][1] == (10, 11, 12, 13)
+
+
+# -- groups ----------------------------------------------------------------------------------
+
+
+def test_of_a_window_only_what_the_end_needs_is_sent() -> None:
+    source = Source(FULL, WINDOW)
+    source.view.tables = [[10, 11, 12, 13], [NULL, NULL, 22, 23]]
+    source.connect()
+    source.admit()
+    source.hear(announce(BlockTable(0, (50, 51, 52, 53)), BlockTable(2, (62, 63))))
+    (order,) = source.step(0, 56)
+    assert pages(order) == [(0, (10, 11, 12, 13), (50, 51, 52, 53)), (1, (22, 23), (62, 63))]
+    assert order.last
+
+
+def test_a_block_that_has_fallen_out_of_its_window_fails_the_push() -> None:
+    source = Source(FULL, WINDOW)
+    source.view.tables = [[10, 11, 12, 13], [NULL, NULL, NULL, 23]]
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    source.hear(announce(BlockTable(0, (50, 51, 52, 53)), BlockTable(2, (62, 63))))
+    source.said()
+    assert source.step() == []
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "window" in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    assert source.pool.held == set()
+
+
+def hybrid() -> Source:
+    source = Source(FULL, STATE)
+    source.view.tables = [[10, 11, 12, 13], []]
+    source.connect()
+    source.admit()
+    return source
+
+
+STATES = announce(BlockTable(0, (50, 51, 52)), BlockTable(2, (70,)), end=48)
+
+
+def stand(source: Source, end: int, block: int) -> None:
+    source.source.state(source.record, BoundaryState("request", 1, block, end))
+
+
+def test_a_state_is_sent_with_the_step_at_whose_end_it_stands() -> None:
+    source = hybrid()
+    source.hear(STATES)
+    stand(source, 32, 80)
+    (first,) = source.step(0, 32)
+    assert (pages(first), first.last) == ([(0, (10, 11), (50, 51))], False)
+    stand(source, 48, 81)
+    assert source.pool.held == {10, 11, 81}
+    (second,) = source.step(32, 48)
+    assert (pages(second), second.last) == ([(0, (12,), (52,)), (1, (81,), (70,))], True)
+    source.drain(first, second)
+    assert source.pool.held == set()
+
+
+def test_a_state_is_kept_for_its_destination_and_no_later_one_is() -> None:
+    source = hybrid()
+    stand(source, 48, 81)
+    source.step(0, 48)
+    stand(source, 64, 82)
+    source.step(48, 56)
+    source.finish()
+    source.hear(STATES)
+    (order,) = source.step()
+    assert pages(order)[1] == (1, (81,), (70,))
+    source.drain(order)
+    assert source.pool.held == set()
+
+
+def test_a_state_where_the_hit_ends_is_sent_from_where_the_engine_has_it() -> None:
+    source = Source(FULL, STATE)
+    source.view.tables, source.view.states = [[10, 11, 12, 13], []], [85, 86]
+    source.connect()
+    source.admit(floor=48)
+    source.hear(STATES)
+    (order,) = source.step(48, 56)
+    assert pages(order)[1] == (1, (85,), (70,))
+
+
+def test_no_state_is_kept_for_a_push_that_was_stopped() -> None:
+    source = hybrid()
+    source.hear(STATES)
+    (order,) = source.step(0, 32)
+    source.hear(Cancel(ATTEMPT))
+    stand(source, 48, 81)
+    source.step(32, 48)
+    source.drain(order, reason="stopped")
+    assert source.pool.held == set()

@@ -1,0 +1,821 @@
+"""The wire writes every page of a push to where it belongs and nothing else, says "delivered" when
+all of it is there and never otherwise, and reports that a source is free when nothing reads it any
+more, whatever fails in between. One push that fails or hangs costs no other one anything.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from lamina.data import push_receives, push_streams
+from lamina.data.movers.base import Fence
+from lamina.data.push_pipeline import PushRun
+from lamina.data.push_receives import Receives
+from lamina.data.push_wire import PushIdentity, PushWire
+from lamina.geometry import CacheGeometry, Row
+from lamina.plan import (
+    TORN,
+    Outcome,
+    PeerOrder,
+    PushOrder,
+    PushPages,
+    PushPlan,
+    PushStop,
+    ReceiveOrder,
+    TransferId,
+    TransferReceipt,
+)
+from lamina.push.cards import EngineCard, RankCard, RowCard, encode_card
+from lamina.push.messages import Attempt, Bound, Delivered, encode
+from lamina.push.transports.base import (
+    Notice,
+    Peer,
+    Region,
+    Spans,
+    Transport,
+    TransportError,
+    Write,
+    WriteState,
+)
+from simulator.wire import Network
+
+PATIENCE = 10.0
+LONG = 60.0
+BLOCKS = 12
+HEADS = 4
+"""Of the whole model."""
+HEAD_BYTES = (8, 24)
+"""Per row, of one head of a block."""
+GAP = 16
+"""Bytes behind each block of the last row, that nobody may touch."""
+BATCH = 1 << 20
+D = "the decode engine"
+
+
+class Gate(Fence):
+    """A fence that passes when a test says so."""
+
+    def __init__(self, *, passed: bool = True) -> None:
+        self.open = passed
+
+    def wait(self) -> None: ...
+
+    def passed(self) -> bool:
+        return self.open
+
+
+@dataclass
+class Begun:
+    """One write that was asked for."""
+
+    peer: Peer
+    local: Spans
+    remote: Spans
+    write: Write
+
+
+class Guarded(Transport):
+    """An end of the simulated network, of which wires and a test take turns."""
+
+    def __init__(self, world: World, regions: list[Region]) -> None:
+        self.begun: list[Begun] = []
+        self.error: Exception | None = None
+        self.nobody = False
+        self._lock = world.lock
+        self.end = world.network.end(regions)
+
+    def describe(self) -> bytes:
+        return self.end.describe()
+
+    def connect(self, description: bytes) -> Peer:
+        if self.nobody:
+            raise TransportError("nobody is there")
+        with self._lock:
+            return self.end.connect(description)
+
+    def write(self, peer: Peer, local: Spans, remote: Spans) -> Write:
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            write = self.end.write(peer, local, remote)
+            self.begun.append(Begun(peer, local, remote, write))
+            return write
+
+    def notify(self, peer: Peer, body: bytes) -> None:
+        with self._lock:
+            self.end.notify(peer, body)
+
+    def notices(self) -> list[Notice]:
+        with self._lock:
+            return self.end.notices()
+
+    def close(self) -> None:
+        with self._lock:
+            self.end.close()
+
+
+@dataclass
+class Rank:
+    """One rank, its memory and its wire."""
+
+    memory: npt.NDArray[np.uint8]
+    before: npt.NDArray[np.uint8]
+    geometry: CacheGeometry
+    card: RankCard
+    transport: Guarded
+    wire: PushWire
+    receipts: list[TransferReceipt]
+    ended: list[tuple[str, TransferReceipt]] = field(default_factory=list)
+
+    def page(self, row: int, block: int) -> bytes:
+        shape = self.card.rows[row]
+        start = shape.address - self.memory.ctypes.data + block * shape.stride
+        return self.memory[start : start + shape.page_bytes].tobytes()
+
+    def take_ended(self) -> list[tuple[str, TransferReceipt]]:
+        self.ended += self.wire.ended()
+        return self.ended
+
+    def outcomes(self) -> list[tuple[int, Outcome, str]]:
+        return [(r.transfer, r.outcome, r.reason) for r in self.receipts]
+
+
+class World:
+    """Engines of some ranks each, between which bytes move when a test says so."""
+
+    def __init__(self) -> None:
+        self.network = Network()
+        self.lock = threading.RLock()
+        self.ranks: list[Rank] = []
+        self._rng = random.Random(3)
+        self._noise = np.random.default_rng(5)
+
+    def engine(
+        self, incarnation: str, ranks: int = 1, *, replicated: bool = False, batch: int = BATCH
+    ) -> list[Rank]:
+        heads = HEADS if replicated else HEADS // ranks
+        return [self._rank(incarnation, n, ranks, heads, replicated, batch) for n in range(ranks)]
+
+    def _rank(
+        self, incarnation: str, number: int, ranks: int, heads: int, replicated: bool, batch: int
+    ) -> Rank:
+        pages = [size * heads for size in HEAD_BYTES]
+        strides = [pages[0], pages[1] + GAP]
+        offsets = [0, BLOCKS * strides[0]]
+        size = offsets[1] + BLOCKS * strides[1]
+        memory = self._noise.integers(0, 256, size, np.uint8)
+        base = memory.ctypes.data
+        geometry = CacheGeometry(
+            tuple(
+                Row((f"layer.{i}",), 0, offset, stride, page, (i,), heads)
+                for i, (offset, stride, page) in enumerate(
+                    zip(offsets, strides, pages, strict=True)
+                )
+            ),
+            BLOCKS,
+            16,
+            16,
+            (size,),
+        )
+        transport = Guarded(self, [Region(base, size)])
+        card = RankCard(
+            number,
+            transport.describe(),
+            BLOCKS,
+            tuple(
+                RowCard(base + row.offset, row.block_stride, row.page_bytes, heads, row.groups)
+                for row in geometry.rows
+            ),
+        )
+        receipts: list[TransferReceipt] = []
+        identity = PushIdentity(incarnation, card, ranks, replicated, batch)
+        wire = PushWire(identity, transport, report=receipts.extend, wake=lambda: None)
+        rank = Rank(memory, memory.copy(), geometry, card, transport, wire, receipts)
+        self.ranks.append(rank)
+        return rank
+
+    def step(self) -> bool:
+        with self.lock:
+            return self.network.step(self._rng)
+
+    @property
+    def moving(self) -> int:
+        """Bytes of writes that have not landed."""
+        with self.lock:
+            return sum(f.source[1] for f in self.network.flights if f.write is not None)
+
+    def until(self, condition: Callable[[], object], *, moves: bool = True) -> None:
+        """Until it holds; meanwhile things move, or not."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, "it has not happened"
+            if not (moves and self.step()):
+                time.sleep(0.0005)
+
+    def still(self, seconds: float = 0.05) -> None:
+        """Time for what must not happen; nothing moves."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            assert rank.wire.close(PATIENCE)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+
+
+def card_of(ranks: list[Rank], incarnation: str = D, *, replicated: bool = False) -> bytes:
+    groups = (("full", 16, 0), ("full", 16, 0))
+    return encode_card(
+        EngineCard(incarnation, b"m", replicated, groups, tuple(rank.card for rank in ranks))
+    )
+
+
+def meet(prefill: list[Rank], decode: list[Rank], *, replicated: bool = False) -> None:
+    """The prefill engine is told of the decode engine."""
+    card = card_of(decode, replicated=replicated)
+    for rank in prefill:
+        rank.wire.carry_out(PushPlan(peers=(PeerOrder(D, card),)))
+
+
+def pages(sources: tuple[int, ...], targets: tuple[int, ...]) -> tuple[PushPages, ...]:
+    """The same blocks of both groups."""
+    return tuple(PushPages(group, sources, targets) for group in (0, 1))
+
+
+def order(
+    transfer: int,
+    what: tuple[PushPages, ...],
+    *,
+    epoch: int = 7,
+    last: bool = True,
+    patience: float = LONG,
+    computed: bool = False,
+) -> PushOrder:
+    return PushOrder(TransferId(transfer), D, epoch, what, computed, last, patience)
+
+
+def send(rank: Rank, *orders: PushOrder, failure: str = "") -> None:
+    """One step that computes all of it."""
+    for each in orders:
+        outgoing = rank.wire.begin(each, 0)
+        for row in range(len(rank.card.rows)):
+            outgoing.row_ready(row, Gate())
+        outgoing.over(failure)
+
+
+def expect(rank: Rank, epoch: int = 7, deadline: float = LONG) -> None:
+    rank.wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(epoch), "r", deadline),)))
+
+
+def only_changed(rank: Rank, blocks: set[int]) -> None:
+    """Nothing but these blocks is other than it was."""
+    for row, shape in enumerate(rank.card.rows):
+        start = shape.address - rank.memory.ctypes.data
+        for block in range(BLOCKS):
+            first = start + block * shape.stride
+            end = first + (shape.page_bytes if block in blocks else 0)
+            rest = slice(end, first + shape.stride)
+            assert (rank.memory[rest] == rank.before[rest]).all(), (row, block)
+
+
+@pytest.fixture
+def two(world: World) -> tuple[Rank, Rank]:
+    """A prefill and a decode engine of one rank each that know each other."""
+    prefill, decode = world.engine("P"), world.engine(D)
+    meet(prefill, decode)
+    expect(decode[0])
+    return prefill[0], decode[0]
+
+
+Two = tuple[Rank, Rank]
+
+
+# -- what arrives --------------------------------------------------------------------------------
+
+
+def test_every_page_arrives_and_nothing_else(world: World, two: Two) -> None:
+    prefill, decode = two
+    first, second = pages((3, 4, 5, 9), (6, 7, 8, 0)), pages((1,), (2,))
+    send(prefill, order(1, first, last=False), order(2, second))
+    world.until(decode.take_ended)
+    ((request, receipt),) = decode.ended
+    assert (request, receipt.transfer, receipt.outcome) == ("r", 7, Outcome.DONE)
+    for part in (*first, *second):
+        for source, target in zip(part.sources, part.targets, strict=True):
+            assert decode.page(part.group, target) == prefill.page(part.group, source)
+    only_changed(decode, {6, 7, 8, 0, 2})
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert prefill.outcomes() == [(1, Outcome.DONE, ""), (2, Outcome.DONE, "")]
+    block = sum(size * HEADS for size in HEAD_BYTES)
+    assert [receipt.moved_bytes for receipt in prefill.receipts] == [4 * block, block]
+
+
+def test_delivered_means_that_all_is_there(world: World, two: Two) -> None:
+    """Whatever lands last. Of a source nothing is said before its write has ended."""
+    prefill, decode = two
+    send(prefill, order(1, pages((0, 2), (0, 2)), last=False), order(2, pages((5,), (5,))))
+    world.until(lambda: world.moving, moves=False)
+    while world.moving:
+        assert not decode.take_ended()
+        world.step()
+        world.still(0.002)
+    world.until(decode.take_ended)
+    assert decode.ended[0][1].outcome is Outcome.DONE
+
+
+def test_the_last_order_first(world: World, two: Two) -> None:
+    """Its write lands before that of the order before it."""
+    prefill, decode = two
+    send(prefill, order(1, pages((0,), (0,)), last=False), order(2, pages((5,), (5,))))
+    world.until(lambda: len(prefill.transport.begun) == 2, moves=False)
+    late = prefill.transport.begun[0].write
+    with world.lock:
+        held = [flight for flight in world.network.flights if flight.write is late]
+        world.network.flights = [f for f in world.network.flights if f.write is not late]
+    while world.step():
+        pass
+    world.still()
+    assert not decode.take_ended()
+    assert not prefill.receipts
+    with world.lock:
+        world.network.flights += held
+    world.until(decode.take_ended)
+    assert [receipt.transfer for receipt in prefill.receipts] == [1, 2]
+
+
+def test_nothing_to_send(world: World, two: Two) -> None:
+    prefill, decode = two
+    send(prefill, order(1, ()))
+    world.until(decode.take_ended)
+    only_changed(decode, set())
+
+
+def test_rows_leave_when_their_fence_has_passed(world: World) -> None:
+    prefill, decode = world.engine("P", batch=1), world.engine(D)
+    meet(prefill, decode)
+    expect(decode[0])
+    (sender,) = prefill
+    gates = [Gate(passed=False), Gate(passed=False)]
+    outgoing = sender.wire.begin(order(1, pages((3,), (3,))), 0)
+    for row, gate in enumerate(gates):
+        outgoing.row_ready(row, gate)
+    outgoing.over("")
+    world.still()
+    assert not sender.transport.begun
+    for count, gate in enumerate(gates, 1):
+        gate.open = True
+        world.until(lambda count=count: len(sender.transport.begun) == count)
+    world.until(decode[0].take_ended)
+    assert decode[0].page(1, 3) == sender.page(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "replicated"),
+    [(2, 1, False), (1, 2, False), (4, 2, False), (2, 2, False), (2, 1, True), (1, 2, True)],
+)
+def test_ranks(world: World, mine: int, theirs: int, replicated: bool) -> None:
+    """Head for head. What every rank has comes from one of them."""
+    prefill = world.engine("P", mine, replicated=replicated)
+    decode = world.engine(D, theirs, replicated=replicated)
+    if replicated:
+        for rank in prefill[1:]:
+            rank.memory[:] = prefill[0].memory
+    meet(prefill, decode, replicated=replicated)
+    what = pages((1, 2, 7), (4, 5, 3))
+    for rank in decode:
+        expect(rank)
+    for rank in prefill:
+        send(rank, order(1, what))
+    world.until(lambda: all(rank.take_ended() for rank in decode))
+    world.until(lambda: all(rank.receipts for rank in prefill))
+
+    def whole(ranks: list[Rank], row: int, block: int) -> bytes:
+        parts = [rank.page(row, block) for rank in ranks]
+        return parts[0] if replicated else b"".join(parts)
+
+    for part in what:
+        for source, target in zip(part.sources, part.targets, strict=True):
+            assert whole(decode, part.group, target) == whole(prefill, part.group, source)
+    for rank in decode:
+        only_changed(rank, {4, 5, 3})
+    assert all(rank.outcomes() == [(1, Outcome.DONE, "")] for rank in prefill)
+
+
+def test_one_of_two_senders_is_not_all(world: World) -> None:
+    prefill, decode = world.engine("P", 2), world.engine(D)
+    meet(prefill, decode)
+    expect(decode[0])
+    send(prefill[1], order(1, pages((1,), (1,))))
+    world.until(lambda: prefill[1].receipts)
+    while world.step():
+        pass
+    world.still()
+    assert not decode[0].take_ended()
+    send(prefill[0], order(1, pages((1,), (1,))))
+    world.until(decode[0].take_ended)
+
+
+# -- how it is sent ------------------------------------------------------------------------------
+
+
+def test_a_small_prompt_takes_one_write(world: World, two: Two) -> None:
+    prefill, decode = two
+    send(prefill, order(1, pages((1, 2, 3), (1, 2, 3))))
+    world.until(decode.take_ended)
+    (begun,) = prefill.transport.begun
+    # The blocks of the first row are neighbours in memory, those of the second have gaps.
+    assert len(begun.local) == len(begun.remote) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "runs"),
+    [((1, 2, 3), (5, 6, 7), 1), ((1, 2, 3), (7, 6, 5), 3), ((1, 2, 4), (1, 2, 3), 2)],
+)
+def test_neighbours_on_both_sides_are_one_stretch(
+    world: World, two: Two, sources: tuple[int, ...], targets: tuple[int, ...], runs: int
+) -> None:
+    prefill, decode = two
+    send(prefill, order(1, (PushPages(0, sources, targets),)))
+    world.until(decode.take_ended)
+    (begun,) = prefill.transport.begun
+    assert len(begun.local) == runs
+    for source, target in zip(sources, targets, strict=True):
+        assert decode.page(0, target) == prefill.page(0, source)
+
+
+def test_large_rows_do_not_wait_for_each_other(world: World) -> None:
+    prefill, decode = world.engine("P", batch=32), world.engine(D)
+    meet(prefill, decode)
+    outgoing = prefill[0].wire.begin(order(1, pages((1,), (1,))), 0)
+    outgoing.row_ready(0, Gate())
+    world.until(lambda: len(prefill[0].transport.begun) == 1)
+    outgoing.row_ready(1, Gate())
+    outgoing.over("")
+    world.until(lambda: len(prefill[0].transport.begun) == 2)
+
+
+def test_bytes_in_flight_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = 100
+    monkeypatch.setattr(push_streams, "WINDOW_BYTES", window)
+    prefill, decode = world.engine("P", batch=1), world.engine(D)
+    meet(prefill, decode)
+    expect(decode[0])
+    blocks = tuple(range(10))
+    orders = [order(n, pages((n,), (n,)), last=n == blocks[-1]) for n in blocks]
+    send(prefill[0], *orders)
+    largest = max(size * HEADS for size in HEAD_BYTES)
+    most = 0
+
+    def is_over() -> bool:
+        nonlocal most
+        most = max(most, world.moving)
+        return bool(decode[0].take_ended())
+
+    world.until(is_over)
+    assert window / 2 < most <= window + largest
+    only_changed(decode[0], set(blocks))
+    assert decode[0].page(1, 9) == prefill[0].page(1, 9)
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_write_that_fails(world: World, two: Two) -> None:
+    """Nothing of that push is sent any more, and nobody says that it is there."""
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,)), last=False))
+    world.until(lambda: prefill.transport.begun, moves=False)
+    with world.lock:
+        world.network.fail(prefill.transport.begun[0].write)
+    world.until(lambda: prefill.receipts)
+    for transfer in (2, 3):
+        send(prefill, order(transfer, pages((2,), (2,)), last=transfer == 3))
+        world.until(lambda transfer=transfer: len(prefill.receipts) == transfer)
+    assert prefill.outcomes() == [(n, Outcome.FAILED, TORN) for n in (1, 2, 3)]
+    assert len(prefill.transport.begun) == 1
+    while world.step():
+        pass
+    world.still()
+    assert not decode.take_ended()
+
+
+def test_sources_are_read_until_all_writes_have_ended(world: World, two: Two) -> None:
+    """A failure says nothing about the writes beside it."""
+    prefill, _ = two
+    both = order(1, pages((1,), (1,)), last=False), order(2, pages((2,), (2,)))
+    send(prefill, *both)
+    world.until(lambda: len(prefill.transport.begun) == 2, moves=False)
+    with world.lock:
+        world.network.fail(prefill.transport.begun[0].write)
+    world.until(lambda: prefill.receipts, moves=False)
+    world.still()
+    assert [receipt.transfer for receipt in prefill.receipts] == [1]
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert prefill.receipts[1].outcome is Outcome.FAILED
+
+
+def test_stop(world: World, two: Two) -> None:
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,)), last=False))
+    world.until(lambda: prefill.transport.begun, moves=False)
+    prefill.wire.carry_out(PushPlan(stops=(PushStop(D, 7),)))
+    world.still()
+    assert not prefill.receipts, "it is still read"
+    world.until(lambda: prefill.receipts)
+    send(prefill, order(2, pages((2,), (2,))))
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert prefill.outcomes() == [(n, Outcome.FAILED, "stopped") for n in (1, 2)]
+    world.still()
+    assert not decode.take_ended()
+    only_changed(decode, {1})
+
+
+def test_a_stop_of_something_else(world: World, two: Two) -> None:
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,)), last=False))
+    world.until(lambda: prefill.transport.begun, moves=False)
+    prefill.wire.carry_out(PushPlan(stops=(PushStop(D, 8), PushStop("another", 7))))
+    send(prefill, order(2, pages((2,), (2,))))
+    world.until(decode.take_ended)
+
+
+def test_too_late(world: World, two: Two) -> None:
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,)), patience=0.0))
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(1, Outcome.FAILED, "too_late")]
+    assert not prefill.transport.begun
+    world.still()
+    assert not decode.take_ended()
+
+
+def test_the_step_fails(world: World, two: Two) -> None:
+    """What it computed is worth nothing, whether or not some of it has left."""
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,))), failure="forward_failed")
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(1, Outcome.FAILED, "forward_failed")]
+    world.still()
+    assert not decode.take_ended()
+
+
+@pytest.mark.parametrize("error", [ValueError("not in a region"), RuntimeError("anything")])
+def test_a_transport_that_refuses(world: World, two: Two, error: Exception) -> None:
+    """It costs that push, and sources come back."""
+    prefill, decode = two
+    prefill.transport.error = error
+    send(prefill, order(1, pages((1,), (1,)), last=False), order(2, pages((2,), (2,))))
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert {receipt.outcome for receipt in prefill.receipts} == {Outcome.FAILED}
+    prefill.transport.error = None
+    expect(decode, epoch=8)
+    send(prefill, order(3, pages((3,), (3,)), epoch=8))
+    world.until(decode.take_ended)
+    assert decode.ended[0][1].transfer == 8
+
+
+def test_a_peer_that_is_gone(world: World, two: Two) -> None:
+    prefill, decode = two
+    with world.lock:
+        world.network.kill(decode.transport.end.name)
+    send(prefill, order(1, pages((1,), (1,))))
+    world.until(lambda: prefill.receipts)
+    assert prefill.receipts[0].outcome is Outcome.FAILED
+
+
+def test_no_destination_waits_for_another(world: World, two: Two) -> None:
+    """One does not take what it is sent."""
+    prefill, decode = two
+    other = world.engine("other")
+    prefill.wire.carry_out(PushPlan(peers=(PeerOrder("other", card_of(other, "other")),)))
+    other[0].wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(1), "o", LONG),)))
+    with world.lock:
+        world.network.stopped.add(decode.transport.end.name)
+    send(prefill, order(1, pages((1,), (1,))))
+    send(prefill, PushOrder(TransferId(2), "other", 1, pages((2,), (2,)), False, True, LONG))
+    world.until(other[0].take_ended)
+    assert [receipt.transfer for receipt in prefill.receipts] == [2]
+
+
+@pytest.mark.parametrize("how", ["never", "forgotten", "nobody"])
+def test_a_peer_that_is_not_known(world: World, how: str) -> None:
+    (prefill,), decode = world.engine("P"), world.engine(D)
+    if how == "forgotten":
+        meet([prefill], decode)
+        prefill.wire.carry_out(PushPlan(gone=(D,)))
+    if how == "nobody":
+        rank = RankCard(0, b"sim:nobody", BLOCKS, decode[0].card.rows)
+        card = encode_card(EngineCard(D, b"m", False, (), (rank,)))
+        prefill.wire.carry_out(PushPlan(peers=(PeerOrder(D, card),)))
+    send(prefill, order(1, pages((1,), (1,)), last=False), order(2, pages((2,), (2,))))
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert prefill.outcomes() == [(n, Outcome.FAILED, "unreachable") for n in (1, 2)]
+
+
+def test_a_peer_that_is_reached_later(world: World) -> None:
+    """It does not have to introduce itself anew."""
+    (prefill,), (decode,) = world.engine("P"), world.engine(D)
+    prefill.transport.nobody = True
+    meet([prefill], [decode])
+    send(prefill, order(1, pages((1,), (1,)), epoch=6))
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(1, Outcome.FAILED, "unreachable")]
+    prefill.transport.nobody = False
+    expect(decode)
+    send(prefill, order(2, pages((2,), (2,))))
+    world.until(decode.take_ended)
+
+
+def test_a_peer_that_was_gone_and_is_back(world: World, two: Two) -> None:
+    """Between two steps, so that one plan says both."""
+    prefill, decode = two
+    card = card_of([decode])
+    prefill.wire.carry_out(PushPlan(gone=(D,), peers=(PeerOrder(D, card),)))
+    send(prefill, order(1, pages((1,), (1,))))
+    world.until(decode.take_ended)
+
+
+def test_close_calls_back_what_moves(world: World, two: Two) -> None:
+    prefill, _ = two
+    send(prefill, order(1, pages((1,), (1,))))
+    world.until(lambda: prefill.transport.begun, moves=False)
+    assert prefill.wire.close(PATIENCE)
+    assert prefill.transport.begun[0].write.state() is WriteState.FAILED
+
+
+# -- what is received ----------------------------------------------------------------------------
+
+
+def notice(sender: int = 0, *, epoch: int = 7, incarnation: str = D, senders: int = 1) -> Notice:
+    message = Delivered(incarnation, epoch, sender, tuple(range(senders)))
+    return Notice(Peer("p"), encode(message))
+
+
+def expecting(*epochs: int, deadline: float = LONG) -> Receives:
+    receives = Receives(D)
+    for epoch in epochs:
+        receives.expect(ReceiveOrder(TransferId(epoch), f"r{epoch}", deadline))
+    return receives
+
+
+def ended(receives: Receives) -> list[tuple[str, Outcome, str]]:
+    return [(name, receipt.outcome, receipt.reason) for name, receipt in receives.ended()]
+
+
+def test_a_notice_that_is_early() -> None:
+    """The order is on its way from the scheduler."""
+    receives = expecting()
+    receives.notice(notice(1, senders=2))
+    receives.notice(notice(0, senders=2))
+    assert ended(receives) == []
+    receives.expect(ReceiveOrder(TransferId(7), "r7", LONG))
+    assert ended(receives) == [("r7", Outcome.DONE, "")]
+    assert ended(receives) == []
+
+
+def test_a_notice_that_comes_twice() -> None:
+    receives = expecting(7)
+    receives.notice(notice(0, senders=2))
+    receives.notice(notice(0, senders=2))
+    assert ended(receives) == []
+    receives.notice(notice(1, senders=2))
+    receives.notice(notice(1, senders=2))
+    assert ended(receives) == [("r7", Outcome.DONE, "")]
+
+
+def test_a_notice_that_is_late() -> None:
+    """Nobody waits for it; nor is it kept for the one that comes after."""
+    receives = expecting(7)
+    receives.give_up(TransferId(7), "given_up")
+    receives.notice(notice())
+    assert ended(receives) == [("r7", Outcome.FAILED, "given_up")]
+    receives.expect(ReceiveOrder(TransferId(8), "r8", LONG))
+    assert ended(receives) == []
+    assert len(receives) == 1
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        notice(incarnation="the engine that was here before"),
+        notice(epoch=6),
+        Notice(Peer("p"), b""),
+        Notice(Peer("p"), b"\x00garbage"),
+        Notice(Peer("p"), encode(Bound(Attempt("push", 7)))),
+    ],
+    ids=["incarnation", "epoch", "nothing", "garbage", "kind"],
+)
+def test_a_notice_that_means_nothing(strange: Notice) -> None:
+    receives = expecting(7)
+    receives.notice(strange)
+    assert ended(receives) == []
+    receives.notice(notice())
+    assert ended(receives) == [("r7", Outcome.DONE, "")]
+
+
+def test_a_receive_that_is_given_up_twice_or_after_its_end() -> None:
+    receives = expecting(7, 8)
+    receives.notice(notice())
+    for _ in range(2):
+        receives.give_up(TransferId(7), "given_up")
+        receives.give_up(TransferId(8), "given_up")
+    assert ended(receives) == [("r7", Outcome.DONE, ""), ("r8", Outcome.FAILED, "given_up")]
+
+
+def test_a_deadline() -> None:
+    receives = expecting(7, deadline=0.0)
+    assert ended(receives) == [("r7", Outcome.FAILED, "deadline")]
+    assert len(receives) == 0
+
+
+def test_early_notices_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_receives, "EARLY", 8)
+    receives = expecting()
+    for epoch in range(1, 8 + 2):
+        receives.notice(notice(epoch=epoch))
+    receives.expect(ReceiveOrder(TransferId(1), "r1", LONG))
+    receives.expect(ReceiveOrder(TransferId(2), "r2", LONG))
+    assert ended(receives) == [("r2", Outcome.DONE, "")]
+
+
+# -- the step ------------------------------------------------------------------------------------
+
+
+class StepMover:
+    """Fences of one step, all of which have passed."""
+
+    def fence_compute(self) -> Fence:
+        return Gate()
+
+
+def run_of(rank: Rank, *orders: PushOrder) -> PushRun:
+    return PushRun(orders, rank.geometry, StepMover(), rank.wire)  # type: ignore[arg-type]
+
+
+def test_what_was_computed_before_leaves_at_once(world: World, two: Two) -> None:
+    prefill, decode = two
+    run = run_of(prefill, order(1, pages((1,), (1,)), computed=True))
+    assert not run.moves_rows
+    world.until(decode.take_ended)
+    run.row_written(0)
+    run.sweep("")
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(1, Outcome.DONE, "")]
+
+
+def test_a_row_leaves_when_its_last_layer_has_written(world: World) -> None:
+    (prefill,), decode = world.engine("P", batch=1), world.engine(D)
+    meet([prefill], decode)
+    expect(decode[0])
+    run = run_of(prefill, order(1, pages((1,), (1,))))
+    assert run.moves_rows
+    world.still()
+    assert not prefill.transport.begun
+    run.row_written(1)
+    run.row_written(1)
+    world.until(lambda: prefill.transport.begun)
+    assert [len(begun.local) for begun in prefill.transport.begun] == [1]
+    run.sweep("")  # no hook spoke for the first row
+    world.until(decode[0].take_ended)
+    assert len(prefill.transport.begun) == 2
+    for row in (0, 1):
+        assert decode[0].page(row, 1) == prefill.page(row, 1)
+
+
+def test_a_row_without_pages_of_a_group(world: World, two: Two) -> None:
+    prefill, decode = two
+    run = run_of(prefill, order(1, (PushPages(1, (4,), (5,)),)))
+    run.row_written(0)
+    run.row_written(1)
+    run.sweep("")
+    world.until(decode.take_ended)
+    (begun,) = prefill.transport.begun
+    assert len(begun.local) == 1
+    assert decode.page(1, 5) == prefill.page(1, 4)
+    assert decode.memory[: BLOCKS * decode.card.rows[0].stride].tobytes() == (
+        decode.before[: BLOCKS * decode.card.rows[0].stride].tobytes()
+    )
+
+
+def test_a_step_that_fails(world: World, two: Two) -> None:
+    prefill, decode = two
+    run = run_of(prefill, order(1, pages((1,), (1,))))
+    run.row_written(0)
+    run.sweep("forward_failed")
+    world.until(lambda: prefill.receipts)
+    assert prefill.receipts[0].outcome is Outcome.FAILED
+    world.still()
+    assert not decode.take_ended()
