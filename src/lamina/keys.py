@@ -28,6 +28,8 @@ NAMESPACE_BYTES = 16
 MAX_TOKEN = 2**32 - 1
 """The largest token id that can be part of a key."""
 
+_NO_EXTRA = bytes(4)
+
 _SCHEME = "lamina keys 2"  # to be changed with anything that changes what is hashed, or how
 
 Packable = None | int | str | bytes | tuple["Packable", ...]
@@ -216,15 +218,9 @@ class ChunkChain:
             first = start + offset // ids.itemsize
             extra = extra_of(first, first + size) if extra_of else b""
             # Parent and tokens have a fixed length here, so only the extra needs its own.
+            head = len(extra).to_bytes(4, "little") + extra if extra else _NO_EXTRA
             parent = blake2b(
-                b"%b%b%b%b"
-                % (
-                    parent,
-                    len(extra).to_bytes(4, "little"),
-                    extra,
-                    content[offset : offset + width],
-                ),
-                digest_size=KEY_BYTES,
+                parent + head + content[offset : offset + width], digest_size=KEY_BYTES
             ).digest()
             added.append(ChunkKey(parent))
         self._links += added

@@ -59,6 +59,15 @@ SMALL: dict[str, Any] = {"host": {"capacity": "64MiB"}}
 """Lamina with a host tier that costs little to make. Left to itself it takes gigabytes."""
 
 
+def loading_always(lamina: Mapping[str, object]) -> dict[str, object]:
+    """A configuration under which every hit is loaded, unless it says otherwise: models this small
+    are computed sooner than loaded."""
+    load = lamina.get("load", {})
+    if not isinstance(load, Mapping):
+        return dict(lamina)
+    return {**lamina, "load": {"when": "always", **load}}
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """One way to start an engine.
@@ -93,7 +102,7 @@ class EngineSpec:
             "kv_connector_module_path": "lamina.engines.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": dict(self.lamina),
+            "kv_connector_extra_config": loading_always(self.lamina),
             **self.transfer,
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
+from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences, loading_always
 from engine.models import Checkpoints
 from engine.workload import CHUNK, loadable, mixed_prompts, prompt
 
@@ -87,7 +87,7 @@ def test_beside_another_connector(
             "kv_connector": "LaminaConnector",
             "kv_connector_module_path": "lamina.engines.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": SMALL,
+            "kv_connector_extra_config": loading_always(SMALL),
         },
         {
             "kv_connector": "ExampleConnector",

@@ -36,6 +36,7 @@ class Options:
         mode: ``load.mode``.
         load_ahead: ``load.load_ahead``.
         piece_chunks: chunks that one thread loads at a time.
+        when: ``load.when``.
         min_tokens: ``load.min_tokens``.
         deadline: ``load.deadline``, seconds.
         staging: ``load.staging``, bytes.
@@ -63,6 +64,7 @@ class Options:
     mode: Literal["auto", "layerwise", "parked"] = "auto"
     load_ahead: int | Literal["auto"] = "auto"
     piece_chunks: int = 100
+    when: str = "always"
     min_tokens: int = 0
     deadline: float = 0.05
     staging: int = 1 << 20
@@ -93,6 +95,7 @@ class Options:
             mode=random.choice(("auto", "layerwise", "layerwise", "parked")),
             load_ahead=random.choice((1, 2, 9, "auto")),
             piece_chunks=random.choice((1, 2, 100)),
+            when=random.choice(("always", "auto")),
             min_tokens=random.choice((0, 0, 8)),
             staging=random.choice((64, 1 << 20)),
             save_tokens=random.choice(("all", "all", "all", "prompt")),
@@ -142,6 +145,7 @@ class Options:
             "load": {
                 "mode": self.mode,
                 "load_ahead": self.load_ahead,
+                "when": self.when,
                 "min_tokens": self.min_tokens,
                 "deadline": self.deadline,
                 "staging": self.staging,

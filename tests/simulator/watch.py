@@ -127,6 +127,10 @@ class Watch:
         """
         expected = self._longest_hit(request, floor)
         declined = tokens == 0 and request.request_id in self._unlucky
+        if self._options.when == "auto":  # as much of it as pays, to a boundary of a chunk
+            size = self._options.chunk_tokens
+            cut = tokens == 0 or (tokens <= max(expected) and (floor + tokens) % size == 0)
+            declined |= cut
         if tokens not in expected and not declined:
             raise Violation(
                 f"a hit of {tokens} tokens for {request.request_id} after {floor} of "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lamina.config import load_config
+from lamina.control.cost import Costs
+from lamina.control.decisions import DecisionRecord
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape, PushParameters
 from lamina.observe.metrics import Meter, Readings
@@ -91,6 +93,8 @@ class Engine:
         stored: tuple[StoredChunk, ...] = (),
         reports_blocks: bool = True,
         shape: ChunkShape | None = None,
+        costs: Costs | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
     ) -> None:
         settings: dict[str, object] = dict(extra or {})
         if disk_slots:
@@ -107,6 +111,8 @@ class Engine:
             [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],
             self.meter,
             reports_blocks=reports_blocks,
+            costs=costs,
+            on_decision=on_decision,
             clock=lambda: self.now,
         )
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import lamina
 from lamina.cli.main import app
 
-VERBS = ("demo", "doctor", "config", "inspect", "verify", "clear", "push-proxy", "bench")
+VERBS = ("demo", "doctor", "config", "explain", "inspect", "verify", "clear", "push-proxy", "bench")
 
 
 def invoke(*arguments: str) -> Result:

@@ -122,7 +122,11 @@ class Serving:
             kv_connector_module_path=module,
             kv_role=self._spec.role,
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config=dict(self._spec.lamina),
+            kv_connector_extra_config={
+                **self._spec.lamina,
+                # What is measured is the load, and it must happen.
+                "load": {"when": "always", **self._spec.lamina.get("load", {})},
+            },
         )
 
     # -- what is measured ----------------------------------------------------------------------

@@ -124,6 +124,22 @@ def config() -> None:
 
 
 @app.command()
+def explain(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What `observe.decisions` has written.")
+    ],
+    request_id: Annotated[
+        str | None,
+        typer.Argument(metavar="[REQUEST_ID]", help="Only requests whose name contains this."),
+    ] = None,
+) -> None:
+    """Say why requests were loaded or computed, and decide again."""
+    from lamina.cli.explain import run
+
+    raise typer.Exit(run(path, request_id))
+
+
+@app.command()
 def inspect(path: Store) -> None:
     """Say what is in a disk store: size, entries, age, models."""
     from lamina.cli import store

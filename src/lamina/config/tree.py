@@ -47,6 +47,11 @@ class LoadConfig(Section):
         "What is on disk is always parked where the engine cannot take a failed load back, as "
         "vLLM 0.32 cannot.",
     )
+    when: Annotated[Literal["auto", "always"], choice("auto", "always")] = Field(
+        default="auto",
+        description="What of a hit is loaded. `always`: all of it. `auto`: as much as is predicted "
+        "to be faster than to compute it, by what loads and prefills have taken so far.",
+    )
     load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",
         description="The window: how many rows are in flight ahead of the one that is waited "
@@ -187,6 +192,11 @@ class ObserveConfig(Section):
     timeline: Annotated[Path | None, PATH.nullable()] = Field(
         default=None,
         description="A file that receives a trace of every step.",
+    )
+    decisions: Annotated[Path | None, PATH.nullable()] = Field(
+        default=None,
+        description="A file that receives a line for every decision to load or to compute; "
+        "`lamina explain` reads it.",
     )
 
 

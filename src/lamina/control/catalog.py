@@ -7,8 +7,9 @@ leased is neither evicted nor reused, even after its chunk was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from lamina.control.eviction import LeastRecentlyUsed
 from lamina.plan import ChunkKey, RankReport, StoredChunk, TierName
@@ -58,6 +59,11 @@ class TierCatalog:
     def leased(self) -> int:
         """Slots under at least one lease."""
         return len(self._leases)
+
+    @property
+    def visible(self) -> Mapping[ChunkKey, int]:
+        """Visible chunks and their slots."""
+        return self._visible
 
     def find(self, key: ChunkKey) -> int | None:
         """Slot of a visible chunk."""
@@ -218,12 +224,28 @@ class Catalog:
     def prefix_end(self, groups: Sequence[Sequence[ChunkKey]], start: int, end: int) -> int:
         """Index, at most ``end``, after the last of the chunks from ``start`` on that can be loaded
         of every one of ``groups``."""
-        tiers = self._readable_tiers()
-        for index in range(start, end):
-            for keys in groups:
-                if not any(tier.find(keys[index]) is not None for tier in tiers):
-                    return index
+        tiers = [tier.visible for tier in self._readable_tiers()]
+        for keys in groups:
+            for index in range(start, end):
+                key = keys[index]
+                for visible in tiers:
+                    if key in visible:
+                        break
+                else:
+                    end = index
+                    break
         return max(start, end)
+
+    def runs(self, keys: Sequence[ChunkKey], start: int, end: int) -> list[tuple[TierName, int]]:
+        """The chunks ``start..end``, all of which can be loaded, by the tier that each is best
+        loaded from: neighbours together, with how many they are."""
+        tiers = self._readable_tiers()
+        if len(tiers) == 1:
+            return [(tiers[0].name, end - start)] if end > start else []
+        names = [
+            next(tier.name for tier in tiers if key in tier.visible) for key in keys[start:end]
+        ]
+        return [(name, len(list(run))) for name, run in groupby(names)]
 
     def out_of_use(self, key: ChunkKey) -> bool:
         """Whether the chunk is visible, but only where nothing may be loaded from now."""

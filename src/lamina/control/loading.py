@@ -10,12 +10,14 @@ from math import inf
 from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
-from lamina.control.policy import LoadPolicy, Situation
+from lamina.control.cost import CostModel
+from lamina.control.decisions import DecisionRecord, PolicySettings
+from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
-from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName
+from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName, TransferId
 
 stories = logging.getLogger("lamina.requests")
 
@@ -48,6 +50,7 @@ class LoadPlanner:
         meter: where figures go.
         chunk_bytes: bytes of one chunk, all ranks.
         reports_blocks: whether the engine can take back single blocks of a failed load.
+        cost: what loads and computing take; measured here for loads.
 
     Attributes:
         orders: loads for the next plan.
@@ -64,8 +67,13 @@ class LoadPlanner:
         *,
         chunk_bytes: int,
         reports_blocks: bool,
+        cost: CostModel,
     ) -> None:
         self.orders: list[LoadOrder] = []
+        self._cost = cost
+        self._queued = dict.fromkeys(TierName, 0)
+        self._ahead: dict[TransferId, int] = {}
+        self._slow: dict[TierName, float] = {}
         self._deadline = config.load.deadline
         self._shape = shape
         self._catalog = catalog
@@ -74,12 +82,19 @@ class LoadPlanner:
         self._meter = meter
         self._chunk_bytes = chunk_bytes
         self._reports_blocks = reports_blocks
+        self._settings = PolicySettings.of(config.load, shape.chunk_tokens)
         self._policy = LoadPolicy(config.load, shape.chunk_tokens)
 
     # -- hits --------------------------------------------------------------------------------
 
     def lookup(
-        self, record: RequestRecord, floor: int, *, declined: str, others_active: bool
+        self,
+        record: RequestRecord,
+        floor: int,
+        *,
+        declined: str,
+        others_active: bool,
+        now: float,
     ) -> Hit:
         """What will be loaded for a request beyond ``floor``; writes its story anew.
 
@@ -88,10 +103,11 @@ class LoadPlanner:
             floor: tokens at its beginning that the engine has.
             declined: why nothing may be loaded for it; empty if it may.
             others_active: whether the engine has other requests to run.
+            now: control's clock.
         """
         found = self._find_prefix(record, floor)
-        by_tier = self._tokens_by_tier(found)
-        tiers = _tiers(found.places)
+        by_tier = _split(found.parts, found.tokens)
+        tiers = {part.tier for part in found.parts}
         situation = Situation(
             hit_tokens=found.tokens,
             fallible=TierName.DISK in tiers,
@@ -99,16 +115,39 @@ class LoadPlanner:
             reports_blocks=self._reports_blocks,
             trying=any(not self._breakers.loads(tier).closed for tier in tiers),
             out_of_use=not found.tokens and self._is_out_of_use(record, found),
+            floor=floor,
+            prompt=record.view.num_tokens,
+            parts=found.parts,
+            divisible=not self._shape.sparse,
+            queued=tuple((tier, size) for tier, size in self._queued.items() if size),
+            chunk_tokens=self._shape.chunk_tokens,
+            retries=frozenset(t for t, then in self._slow.items() if now - then >= RETRY_SECONDS),
         )
-        decision = self._policy.decide(situation, declined or record.distrust)
+        declined = declined or record.distrust
+        decision = self._policy.decide(situation, self._cost.costs, declined)
+        record.decision = DecisionRecord(
+            record.view.request_id,
+            self._settings,
+            situation,
+            self._cost.costs,
+            declined,
+            decision,
+        )
+        if decision.reason == "slower_than_computing":
+            for tier in tiers:
+                self._slow.setdefault(tier, now)
+        record.patience = decision.patience
         record.story = Story(
             prompt=record.view.num_tokens,
             engine=floor,
-            host=by_tier[TierName.HOST],
-            disk=by_tier[TierName.DISK],
+            host=by_tier.get(TierName.HOST, 0),
+            disk=by_tier.get(TierName.DISK, 0),
             loaded=decision.tokens,
             mode=decision.mode,
             reason=decision.reason,
+            predicted_load=decision.load,
+            predicted_compute=decision.compute,
+            taken=_split(found.parts, decision.tokens),
         )
         return Hit(decision.tokens, decision.mode)
 
@@ -134,9 +173,35 @@ class LoadPlanner:
         if tokens == found.tokens and found.arrivals[0] >= 0:
             record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
         else:
-            chunks = self._chunks_of(groups, floor, end) if tokens else ()
-            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, chunks)
+            parts = self._parts_of(groups, floor, end) if tokens else ()
+            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, parts)
         return record.hit
+
+    def _parts_of(
+        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
+    ) -> tuple[HitPart, ...]:
+        """A hit by tiers: as the first group has them that has all of its tokens, with the bytes
+        of every group."""
+        chunk, counts = self._shape.chunk_tokens, dict.fromkeys(TierName, 0)
+        runs: list[tuple[TierName, int]] = []
+        for group, keys in enumerate(groups):
+            found = self._catalog.runs(keys, self._first_chunk(group, floor, end), -(-end // chunk))
+            for tier, count in found:
+                counts[tier] += count
+            if self._shape.full and group == self._shape.full[0]:
+                runs = found
+        sizes = {tier: count * self._chunk_bytes for tier, count in counts.items()}
+        if not runs:
+            tier = TierName.DISK if sizes[TierName.DISK] else TierName.HOST
+            return (HitPart(tier, end - floor, sum(sizes.values())),)
+        parts, index = [], floor // chunk
+        spread = {tier: sum(count for t, count in runs if t is tier) for tier in TierName}
+        for tier, count in runs:
+            first, last = max(floor, index * chunk), min(end, (index + count) * chunk)
+            parts.append(HitPart(tier, last - first, sizes[tier] * count // spread[tier]))
+            index += count
+        stray = {tier for tier, count in counts.items() if count and not spread[tier]}
+        return (*parts, *(HitPart(tier, 0, sizes[tier]) for tier in sorted(stray)))
 
     def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
         """The last boundary up to ``end`` at which every window and state is there that a request
@@ -186,19 +251,6 @@ class LoadPlanner:
             if found.end_chunk < len(keys)
         )
 
-    def _tokens_by_tier(self, found: FoundPrefix) -> dict[TierName, int]:
-        """Tokens of a hit by where they are: as the first group has them that has all of them, or
-        else where any of what is needed is that is slower."""
-        split = dict.fromkeys(TierName, 0)
-        if self._shape.full:
-            for chunk in found.chunks:
-                if chunk.group == self._shape.full[0]:
-                    split[chunk.place.tier] += chunk.end - chunk.start
-        elif found.chunks:
-            tier = TierName.DISK if TierName.DISK in _tiers(found.places) else TierName.HOST
-            split[tier] = found.tokens
-        return split
-
     # -- loads -------------------------------------------------------------------------------
 
     def order(self, record: RequestRecord, *, step: int, now: float, partial: bool = False) -> None:
@@ -211,8 +263,8 @@ class LoadPlanner:
             partial: whether the request goes on from further ahead than the hit, so that the hit's
                 windows and states are of no use.
         """
-        end = record.hit.floor + record.hit.tokens
-        chunks = record.hit.chunks
+        end = record.hit.floor + record.story.loaded
+        chunks = self._chunks_of(record.known_keys(), record.hit.floor, end)
         if partial:
             chunks = tuple(chunk for chunk in chunks if chunk.group in self._shape.full)
         places = tuple(chunk.place for chunk in chunks)
@@ -223,18 +275,20 @@ class LoadPlanner:
                 record.promote.add(place.key)
         tries = self._breakers.order(Kind.LOAD, _tiers(places))
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
+        deadline = min(deadline, record.patience)
         layerwise = record.story.mode is LoadMode.LAYERWISE
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
             step=step,
             expires=now + 2 * deadline,
-            size=-(-record.hit.tokens // self._shape.chunk_tokens) * self._chunk_bytes,
+            size=-(-record.story.loaded // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=places,
             layerwise=layerwise,
             tries=tries,
         )
         record.load = transfer.id
+        self._begin(transfer, now)
         by_prefix = sorted(chunks, key=lambda chunk: chunk.start)
         for tier in self._catalog.tiers.values():
             tier.use([chunk.place.key for chunk in by_prefix])
@@ -248,7 +302,7 @@ class LoadPlanner:
                 inf if layerwise and not self._reports_blocks else float(deadline),
             )
         )
-        for tier_name, count in record.story.sources().items():
+        for tier_name, count in record.story.taken.items():
             self._meter.count("hit_tokens", count, tier=tier_name.value)
 
     def _loads_of(self, record: RequestRecord, chunk: FoundChunk, end: int) -> Iterator[ChunkLoad]:
@@ -267,6 +321,29 @@ class LoadPlanner:
             first = chunk.start % self._shape.chunk_tokens // size + absent
             yield ChunkLoad(place.key, place.tier, place.slot, first, tuple(blocks[absent:]), group)
 
+    def _begin(self, transfer: Transfer, now: float) -> None:
+        for tier in transfer.tiers:
+            if tier in self._slow:
+                self._slow[tier] = now  # it is being measured again
+        self._ahead[transfer.id] = sum(self._queued[tier] for tier in transfer.tiers)
+        for place in transfer.chunks:
+            self._queued[place.tier] += self._chunk_bytes
+
+    def _measure(self, transfer: Transfer) -> None:
+        """Learn from a load that has ended. One that ran beside the model says how fast the model
+        is, unless the model had to wait for it."""
+        ahead = self._ahead.pop(transfer.id)
+        for place in transfer.chunks:
+            self._queued[place.tier] -= self._chunk_bytes
+        paced = transfer.layerwise and transfer.waited < transfer.seconds / 2
+        late = transfer.state is State.FAILED and transfer.reason == "deadline"
+        if len(transfer.tiers) != 1 or paced or not (late or transfer.state is State.DONE):
+            return
+        (tier,) = transfer.tiers
+        self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.seconds)
+        if not late:
+            self._slow.pop(tier, None)
+
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
         """Take in a load that has ended.
 
@@ -275,6 +352,7 @@ class LoadPlanner:
             record: its request, if the engine still has it.
         """
         self._transfers.close(transfer)
+        self._measure(transfer)
         for place in transfer.chunks:
             self._catalog.tiers[place.tier].release(place.slot)
         failed = transfer.state is State.FAILED
@@ -303,6 +381,17 @@ class LoadPlanner:
                     tier.drop(place.key)
                     if place.tier is TierName.DISK:
                         self._catalog.forgotten.append(place.slot)
+
+
+def _split(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:
+    """The first ``tokens`` of a hit by the tier that they are in."""
+    split: dict[TierName, int] = {}
+    for part in parts:
+        taken = min(part.tokens, tokens)
+        if taken:
+            split[part.tier] = split.get(part.tier, 0) + taken
+        tokens -= taken
+    return split
 
 
 def _tiers(places: tuple[Location, ...]) -> set[TierName]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from lamina.config import Config
 from lamina.control.breakers import Breakers
 from lamina.control.catalog import open_catalog
+from lamina.control.cost import CostModel, Costs
+from lamina.control.decisions import DecisionRecord
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadPlanner, stories
 from lamina.control.push_source import PushSource
@@ -81,6 +83,8 @@ class Planner:
         meter: where figures go.
         card: this engine as other engines see it, if it takes part in pushes.
         reports_blocks: whether the engine can take back single blocks of a failed load.
+        costs: what was measured by an engine before.
+        on_decision: called with what was decided for every request that gets its blocks.
         clock: monotonic seconds.
 
     Raises:
@@ -98,6 +102,8 @@ class Planner:
         *,
         card: EngineCard | None = None,
         reports_blocks: bool = True,
+        costs: Costs | None = None,
+        on_decision: Callable[[DecisionRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not reports:
@@ -122,6 +128,8 @@ class Planner:
         self._leases = LeaseBook(pool)
         self._transfers = TransferTable(len(reports))
         self._breakers = Breakers(config.breaker, clock)
+        self._cost = CostModel(costs)
+        self._on_decision = on_decision
         self._catalog = open_catalog(reports, self._breakers.readable)
         self._loading = LoadPlanner(
             config,
@@ -132,6 +140,7 @@ class Planner:
             meter,
             chunk_bytes=sum(report.chunk_bytes for report in reports),
             reports_blocks=reports_blocks,
+            cost=self._cost,
         )
         self._saving = SavePlanner(
             config,
@@ -186,6 +195,7 @@ class Planner:
             floor,
             declined=declined,
             others_active=self._others_active(view.request_id),
+            now=self._clock.now,
         )
         record.story.pushed = 0
         if self._target is not None and view.push is not None:
@@ -215,8 +225,10 @@ class Planner:
         record = self._requests[request_id]
         if record.admitted:
             return
-        record.admitted = True
+        record.admitted = record.fresh = True
         story = record.story
+        if self._on_decision is not None and record.decision is not None:
+            self._on_decision(record.decision)
         now = self._clock.tick()
         if self._source is not None:
             self._source.admitted(record, story.engine + loaded, now)
@@ -243,7 +255,7 @@ class Planner:
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
-        return self._requests[request_id].story.sources()
+        return dict(self._requests[request_id].story.taken)
 
     def _others_active(self, request_id: str) -> bool:
         return any(
@@ -283,10 +295,14 @@ class Planner:
                     self._source.state(record, state)
         for request_id, start, computed in progress:
             record = self._requests.get(request_id)
-            if self._source is not None and record is not None:
+            if record is None:
+                continue
+            if self._source is not None:
                 self._source.progress(record, start, computed)
+            if record.fresh or record.prefill is not None:
+                self._time_prefill(record, start, now)
             # Most requests of most steps have completed no chunk.
-            if record is not None and computed >= (record.next_save + 1) * chunk:
+            if computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
                 )
@@ -310,6 +326,27 @@ class Planner:
         if outstanding:
             self._mark_overdue(now)
         return plan
+
+    def _time_prefill(self, record: RequestRecord, start: int, now: float) -> None:
+        """A request runs: its prompt begins to be computed, or has been if a token is known that
+        was sampled behind it."""
+        if record.fresh:
+            record.fresh = False
+            # While rows are loaded the model may wait for them.
+            loading = record.story.loaded > 0 and record.story.mode is LoadMode.LAYERWISE
+            record.prefill = None if loading else (start, now)
+        elif record.view.num_tokens > record.view.num_prompt_tokens:
+            self._end_prefill(record, now)
+
+    def _end_prefill(self, record: RequestRecord, now: float) -> None:
+        if record.prefill is not None:
+            (start, began), record.prefill = record.prefill, None
+            self._cost.computed(start, record.view.num_prompt_tokens, now - began)
+
+    @property
+    def costs(self) -> Costs:
+        """What was measured so far."""
+        return self._cost.costs
 
     def _plan_push(self, now: float) -> PushPlan:
         source, target = self._source, self._target
@@ -365,6 +402,8 @@ class Planner:
         record = self._requests.get(request_id)
         if record is None:
             return
+        if computed >= record.view.num_prompt_tokens:
+            self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
         for tier in self._catalog.tiers.values():
             tier.use([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])

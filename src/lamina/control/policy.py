@@ -1,11 +1,48 @@
-"""Whether a hit is loaded, how much of it, and how. The one seam where that is decided."""
+"""Whether a hit is loaded, how much of it, and how. The one seam where that is decided.
+
+By the simple rule, a hit is loaded if it is long enough. With ``load.when: auto`` it is loaded if
+that is predicted to be faster than to compute it, and as much of it as is; where the
+:class:`~lamina.control.cost.CostModel` knows nothing yet, the simple rule holds. Mistakes are
+bounded: a load that is not over when computing would have been is given up, and now and then a
+little is loaded that would not be, to see whether that is still true.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from lamina.config import LoadConfig
-from lamina.plan import LoadMode
+from lamina.control.cost import Costs
+from lamina.plan import LoadMode, TierName
+
+SHORT_STALL = 0.01
+"""Seconds for which a load may hold up the engine's other requests: to park it, and to take it up
+in a later step, costs them as much."""
+
+LEAST_PATIENCE = 1.0
+"""Seconds that a load has at least: predictions this small are noise."""
+
+PATIENCE = 2.0
+"""A load is given up when it has taken so many times what computing was predicted to take."""
+
+RETRY_SECONDS = 30.0
+"""After a load was declined as too slow, the next one of its tier for which a little is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class HitPart:
+    """Neighbouring tokens of a hit that are in one tier.
+
+    Attributes:
+        tier: where.
+        tokens: how many.
+        size: bytes of them, over all ranks.
+    """
+
+    tier: TierName
+    tokens: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +56,13 @@ class Situation:
         reports_blocks: whether the engine can take back a failed load once the request runs.
         trying: whether a tier that is out of use would be tried by this load.
         out_of_use: whether more is kept, but only in tiers that are out of use.
+        floor: tokens that the engine has.
+        prompt: tokens of the request.
+        parts: the hit by tiers, in prefix order.
+        divisible: whether the beginning of the hit can be loaded without the rest.
+        queued: bytes that are being loaded from each tier already.
+        chunk_tokens: a hit is cut at multiples of this.
+        retries: tiers that were declined as too slow long enough ago.
     """
 
     hit_tokens: int
@@ -27,6 +71,13 @@ class Situation:
     reports_blocks: bool
     trying: bool = False
     out_of_use: bool = False
+    floor: int = 0
+    prompt: int = 0
+    parts: tuple[HitPart, ...] = ()
+    divisible: bool = True
+    queued: tuple[tuple[TierName, int], ...] = ()
+    chunk_tokens: int = 1
+    retries: frozenset[TierName] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +88,24 @@ class Decision:
         tokens: tokens to load, 0 to recompute them.
         mode: how to load them.
         reason: why, in a word that becomes a log field and a metric label.
+        load: seconds that the load is predicted to take; negative if nobody knows.
+        compute: seconds that computing the hit is predicted to take; negative if nobody knows.
     """
 
     tokens: int
     mode: LoadMode
     reason: str
+    load: float = -1.0
+    compute: float = -1.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which the load has taken too long."""
+        return max(LEAST_PATIENCE, PATIENCE * self.compute) if self.compute >= 0 else inf
 
 
 class LoadPolicy:
-    """Decides by the configuration and, in ``auto``, by whether the engine has other work.
+    """See the module.
 
     Args:
         config: the ``load`` section.
@@ -54,13 +114,15 @@ class LoadPolicy:
 
     def __init__(self, config: LoadConfig, chunk_tokens: int) -> None:
         self._mode = config.mode
+        self._when = config.when
         self._min_tokens = chunk_tokens if config.min_tokens == "auto" else config.min_tokens
 
-    def decide(self, situation: Situation, declined: str = "") -> Decision:
+    def decide(self, situation: Situation, costs: Costs, declined: str = "") -> Decision:
         """See the class.
 
         Args:
             situation: what the decision may depend on.
+            costs: what was measured.
             declined: why nothing may be loaded whatever the situation; empty if it may.
         """
         if declined:
@@ -70,11 +132,83 @@ class LoadPolicy:
             return Decision(0, LoadMode.LAYERWISE, reason)
         if situation.hit_tokens < self._min_tokens:
             return Decision(0, LoadMode.LAYERWISE, "below_min_tokens")
-        return Decision(situation.hit_tokens, self._choose_mode(situation), "hit")
+        load = predict_load(situation, situation.hit_tokens, costs)
+        end = situation.floor + situation.hit_tokens
+        compute = costs.prefill_seconds(situation.floor, end)
+        if self._when == "always" or load is None or compute is None:
+            known = (-1.0 if seconds is None else seconds for seconds in (load, compute))
+            mode = self._choose_mode(situation, load)
+            return Decision(situation.hit_tokens, mode, "hit", *known)
+        return self._cheapest(situation, costs, load, compute)
 
-    def _choose_mode(self, situation: Situation) -> LoadMode:
+    def _cheapest(
+        self, situation: Situation, costs: Costs, load: float, compute: float
+    ) -> Decision:
+        mode = self._choose_mode(situation, load)
+        best, least = 0, _finish(situation, 0, mode, costs)
+        for tokens in _cuts(situation):
+            seconds = _finish(situation, tokens, mode, costs)
+            if tokens >= self._min_tokens and seconds < least:
+                best, least = tokens, seconds
+        if best:
+            loading = predict_load(situation, best, costs)
+            assert loading is not None, "it was known for more of the hit"
+            reason = "hit" if best == situation.hit_tokens else "hit_in_part"
+            return Decision(best, mode, reason, loading, compute)
+        if {part.tier for part in situation.parts} <= situation.retries:
+            return Decision(_cuts(situation)[0], LoadMode.PARKED, "hit_to_measure", load, compute)
+        return Decision(0, LoadMode.LAYERWISE, "slower_than_computing", load, compute)
+
+    def _choose_mode(self, situation: Situation, load: float | None) -> LoadMode:
         if situation.trying or (situation.fallible and not situation.reports_blocks):
             return LoadMode.PARKED
         if self._mode != "auto":
             return LoadMode(self._mode)
-        return LoadMode.PARKED if situation.others_active else LoadMode.LAYERWISE
+        short = load is not None and load <= SHORT_STALL
+        return LoadMode.PARKED if situation.others_active and not short else LoadMode.LAYERWISE
+
+
+def predict_load(situation: Situation, tokens: int, costs: Costs) -> float | None:
+    """Seconds that loading the first ``tokens`` of the hit would take; None if nobody knows. What
+    is loaded from the same tier already goes first; tiers are loaded from at the same time."""
+    queued = dict(situation.queued)
+    sizes: dict[TierName, int] = {}
+    left = tokens
+    for part in situation.parts:
+        taken = min(left, part.tokens)
+        if taken:
+            sizes[part.tier] = sizes.get(part.tier, 0) + part.size * taken // part.tokens
+        left -= taken
+    slowest = 0.0
+    for tier, size in sizes.items():
+        seconds = costs.load_seconds(tier, size + queued.get(tier, 0))
+        if seconds is None:
+            return None
+        slowest = max(slowest, seconds)
+    return slowest if sizes else None
+
+
+def _finish(situation: Situation, tokens: int, mode: LoadMode, costs: Costs) -> float:
+    """Seconds until the whole prompt is there if the first ``tokens`` of the hit are loaded."""
+    load = predict_load(situation, tokens, costs) if tokens else 0.0
+    rest = costs.prefill_seconds(situation.floor + tokens, situation.prompt)
+    assert load is not None, "it was known for more of the hit"
+    assert rest is not None, "it was known for more of the prompt"
+    # In the step itself the model computes while rows arrive.
+    return max(load, rest) if mode is LoadMode.LAYERWISE else load + rest
+
+
+_FRACTIONS = 8
+
+
+def _cuts(situation: Situation) -> list[int]:
+    """Ends of the hit that are worth a thought: where the tier changes, and some between."""
+    cuts, floor, chunk, end = {situation.hit_tokens}, situation.floor, situation.chunk_tokens, 0
+    if situation.divisible:
+        cuts.add((floor // chunk + 1) * chunk - floor)
+        for part in situation.parts:
+            for i in range(1, _FRACTIONS + 1):
+                cut = end + part.tokens * i // _FRACTIONS
+                cuts.add((floor + cut) // chunk * chunk - floor)
+            end += part.tokens
+    return sorted(cut for cut in cuts if 0 < cut <= situation.hit_tokens)

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Protocol
 
 from lamina.control.catalog import Location
+from lamina.control.decisions import DecisionRecord
+from lamina.control.policy import HitPart
 from lamina.geometry import Group, GroupKind
 from lamina.keys import ChunkChain
 from lamina.plan import ChunkKey, LoadMode, TierName, TransferId
@@ -146,7 +149,8 @@ class BoundaryState:
 class Story:
     """What became of one request's hit, for the log and for people.
 
-    All counts are tokens; times are seconds.
+    All counts are tokens; times are seconds, negative where nothing is known. ``taken`` is what is
+    loaded, by the tier that it comes from.
     """
 
     prompt: int = 0
@@ -157,14 +161,12 @@ class Story:
     pushed: int = 0
     mode: LoadMode = LoadMode.LAYERWISE
     reason: str = "miss"
+    predicted_load: float = -1.0
+    predicted_compute: float = -1.0
     seconds: float = 0.0
     waited: float = 0.0
     failed: bool = False
-
-    def sources(self) -> dict[TierName, int]:
-        """Tokens of the hit by the tier they are in."""
-        found = {TierName.HOST: self.host, TierName.DISK: self.disk}
-        return {tier: tokens for tier, tokens in found.items() if tokens}
+    taken: dict[TierName, int] = field(default_factory=dict)
 
     def line(self, request_id: str) -> str:
         """One line that says what was hit, where, what was loaded, and why the rest was not."""
@@ -182,6 +184,11 @@ class Story:
         if self.pushed:
             text += f"pushed {self.pushed}, "
         text += f"recomputed {recomputed}"
+        if self.predicted_load >= 0 and self.predicted_compute >= 0:
+            text += (
+                f", predicted: load {self.predicted_load * 1e3:.1f} ms, compute "
+                f"{self.predicted_compute * 1e3:.1f} ms"
+            )
         if self.loaded or self.pushed:
             text += f", load {self.seconds * 1e3:.1f} ms, model waited {self.waited * 1e3:.1f} ms"
         return text
@@ -214,7 +221,8 @@ class FoundPrefix:
         arrivals: the catalog's arrivals then, and the tiers that could be read.
         end_chunk: the chunk after the last one of which every whole prefix is visible.
         tokens: tokens of the hit beyond ``floor``.
-        chunks: what of it is wanted, by group, in prefix order.
+        parts: the hit by tiers, in prefix order; then, without tokens, tiers that have only windows
+            or states of it.
     """
 
     floor: int = -1
@@ -222,12 +230,7 @@ class FoundPrefix:
     arrivals: tuple[int, tuple[TierName, ...]] = (-1, ())
     end_chunk: int = 0
     tokens: int = 0
-    chunks: tuple[FoundChunk, ...] = ()
-
-    @property
-    def places(self) -> tuple[Location, ...]:
-        """Where its chunks are."""
-        return tuple(chunk.place for chunk in self.chunks)
+    parts: tuple[HitPart, ...] = ()
 
 
 @dataclass(slots=True)
@@ -251,6 +254,11 @@ class RequestRecord:
         barred: whether it may not be saved in this epoch, because what it holds was computed before
             a reset.
         distrust: why nothing is loaded for it any more; empty while it may be.
+        decision: what was last decided about its hit.
+        patience: seconds after which its load has taken too long.
+        prefill: tokens that it had, and control's clock, when its prompt began to be computed; None
+            while nothing is to be measured.
+        fresh: whether nothing of it was computed since it got its blocks.
         story: what became of its hit.
     """
 
@@ -269,6 +277,10 @@ class RequestRecord:
     held_back: int = -1
     barred: bool = False
     distrust: str = ""
+    decision: DecisionRecord | None = None
+    patience: float = inf
+    prefill: tuple[int, float] | None = None
+    fresh: bool = False
     story: Story = field(default_factory=Story)
 
     def new_epoch(self) -> None:
@@ -281,6 +293,7 @@ class RequestRecord:
         self.hit = FoundPrefix()
         self.held_back = -1
         self.barred = False
+        self.prefill = None
         self.promote.clear()
 
     @property

@@ -19,6 +19,7 @@ from lamina.checkpoint import CheckpointError, fingerprint, locate
 from lamina.config import Config
 from lamina.control.planner import Planner
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
+from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
@@ -71,7 +72,9 @@ class SchedulerSide:
         self._manager: KVCacheManager | None = None
         self._planner: Planner | None = None
         self._link: Link | None = None
-        self._first_port = vllm_config.parallel_config.data_parallel_index
+        self._notebook: Notebook | None = None
+        # Engines of one server: each has a port and a file of its own.
+        self._index = vllm_config.parallel_config.data_parallel_index
         self._adapters: dict[tuple[str, int, str], str] = {}
         self._moved = True
 
@@ -102,6 +105,7 @@ class SchedulerSide:
         # UniformTypeKVCacheSpecs by one of its members there).
         fingerprint = bytes.fromhex(named.pop()) if named else self._namespace.fingerprint
         card = self._card(ours)
+        self._notebook = self._open_notebook(fingerprint)
         self._planner = Planner(
             self._config,
             self._shape,
@@ -110,6 +114,8 @@ class SchedulerSide:
             [message.report for message in ours],
             self._meter,
             card=card,
+            costs=self._notebook.read_costs(),
+            on_decision=self._notebook.note if self._config.observe.decisions else None,
             # vLLM 0.32 does not take back a load that failed in a step: with asynchronous
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
@@ -139,7 +145,7 @@ class SchedulerSide:
         listen = config.listen if self._saves else None
         if listen is not None:
             host, port = split_address(listen)
-            port += self._first_port
+            port += self._index
             listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             return Link(card, listen=listen, token=config.token, silence=config.silence)
@@ -153,8 +159,17 @@ class SchedulerSide:
             for letter in self.planner.drain_letters():
                 self._link.send(letter)
 
+    def _open_notebook(self, fingerprint: bytes) -> Notebook:
+        disk, decisions = self._config.disk, self._config.observe.decisions
+        costs = None
+        if disk is not None:
+            costs = disk.path / f"costs-{fingerprint.hex()[:16]}-{self._index}.json"
+        return Notebook(decisions, costs)
+
     def close(self) -> None:
         """The engine ends."""
+        if self._notebook is not None and self._planner is not None:
+            self._notebook.close(self._planner.costs)
         if self._link is not None:
             self._link.close()
 

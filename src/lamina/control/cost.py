@@ -1,0 +1,145 @@
+"""What loading and computing cost, as measured while the engine runs.
+
+Estimates are means of logarithms, so that one figure that is far off changes little; every new
+measurement counts for at least a fifth, so that what was true an hour ago is soon forgotten. Where
+nothing was measured there is no estimate, and nobody guesses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lamina.plan import TierName
+
+LEAST_WEIGHT = 0.2
+"""Share of a new measurement in an estimate, however many there were."""
+
+LARGEST_STEP = math.log(4)
+"""A measurement further than this factor from the estimate counts as one that is as far."""
+
+SIZE_CLASS = 4.0
+"""Loads whose sizes are within this factor share an estimate; so do prefills at contexts within the
+half of it."""
+
+LEAST_TOKENS = 64
+"""A prefill of fewer tokens says more about the engine's step than about its rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One figure.
+
+    Attributes:
+        log: logarithm of seconds per byte, or per token.
+        count: measurements that it rests on.
+    """
+
+    log: float
+    count: int
+
+    @property
+    def rate(self) -> float:
+        """Seconds per byte or token."""
+        return math.exp(self.log)
+
+    def with_measured(self, rate: float) -> Estimate:
+        """The estimate after one more measurement."""
+        off = max(-LARGEST_STEP, min(LARGEST_STEP, math.log(rate) - self.log))
+        weight = max(LEAST_WEIGHT, 1 / (self.count + 1))
+        return Estimate(self.log + weight * off, self.count + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Everything that is known at one moment; what is written down, and what a decision rests on.
+
+    Attributes:
+        loads: per tier and size class of the load.
+        prefills: per class of the context in the middle of the prefill.
+    """
+
+    loads: dict[TierName, dict[int, Estimate]] = field(default_factory=dict)
+    prefills: dict[int, Estimate] = field(default_factory=dict)
+
+    def load_seconds(self, tier: TierName, size: int) -> float | None:
+        """Seconds to bring ``size`` bytes from a tier; None if nothing is known of it."""
+        known = self.loads.get(tier)
+        if not known or size <= 0:
+            return 0.0 if size <= 0 else None
+        return _nearest(known, _size_class(size)).rate * size
+
+    def prefill_seconds(self, start: int, end: int) -> float | None:
+        """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known."""
+        if end <= start:
+            return 0.0
+        if not self.prefills:
+            return None
+        return _nearest(self.prefills, _context_class(start, end)).rate * (end - start)
+
+
+def encode_costs(costs: Costs) -> bytes:
+    """Costs as JSON."""
+    return msgspec.json.encode(costs)
+
+
+def decode_costs(data: bytes) -> Costs:
+    """The costs that :func:`encode_costs` was given.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    try:
+        return msgspec.json.decode(data, type=Costs)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not costs that Lamina has written: {error}") from error
+
+
+class CostModel:
+    """Measures; :attr:`costs` is what it has learnt.
+
+    Args:
+        costs: what was known before.
+    """
+
+    def __init__(self, costs: Costs | None = None) -> None:
+        self.costs = costs or Costs()
+
+    def loaded(self, tier: TierName, size: int, seconds: float) -> None:
+        """A load of ``size`` bytes from one tier took so long, nothing else having held it up."""
+        if size > 0 and seconds > 0:
+            known = self.costs.loads.setdefault(tier, {})
+            where = _size_class(size)
+            before = known.get(where)
+            _measure(known, where, seconds / size)
+            if before is not None:
+                # A tier that has become slow, or fast, has become so for every size.
+                moved = known[where].log - before.log
+                for other, estimate in known.items():
+                    if other != where:
+                        known[other] = Estimate(estimate.log + moved, estimate.count)
+
+    def computed(self, start: int, end: int, seconds: float) -> None:
+        """Tokens ``start..end`` of a prompt were computed in so long."""
+        if end - start >= LEAST_TOKENS and seconds > 0:
+            _measure(self.costs.prefills, _context_class(start, end), seconds / (end - start))
+
+
+def _measure(known: dict[int, Estimate], where: int, rate: float) -> None:
+    before = known.get(where)
+    known[where] = Estimate(math.log(rate), 1) if before is None else before.with_measured(rate)
+
+
+def _nearest(known: dict[int, Estimate], where: int) -> Estimate:
+    # Of two that are equally near, the one that was measured more often.
+    return known[min(known, key=lambda other: (abs(other - where), -known[other].count))]
+
+
+def _size_class(size: int) -> int:
+    return int(math.log(size, SIZE_CLASS))
+
+
+def _context_class(start: int, end: int) -> int:
+    return int(math.log2(max(1, (start + end) // 2)))

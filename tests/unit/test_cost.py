@@ -1,0 +1,244 @@
+"""Guards what is decided by measurement: what is predicted from what was measured, how much of a
+hit is loaded, that nobody guesses where nothing is known, and that mistakes end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from driven_planner import CHUNK_BYTES, Engine, View, prompt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lamina.config import LoadConfig
+from lamina.control.cost import LARGEST_STEP, CostModel, Costs, Estimate
+from lamina.control.policy import (
+    LEAST_PATIENCE,
+    RETRY_SECONDS,
+    Decision,
+    HitPart,
+    LoadPolicy,
+    Situation,
+    predict_load,
+)
+from lamina.plan import LoadMode, Outcome, Receipt, TierName, TransferReceipt
+
+HOST, DISK = TierName.HOST, TierName.DISK
+CHUNK = 64
+MIB = 1 << 20
+
+
+def situation(*parts: HitPart, suffix: int = 64, floor: int = 0) -> Situation:
+    hit = sum(part.tokens for part in parts)
+    return Situation(
+        hit_tokens=hit,
+        fallible=any(part.tier is DISK for part in parts),
+        others_active=False,
+        reports_blocks=False,
+        floor=floor,
+        prompt=floor + hit + suffix,
+        parts=parts,
+        chunk_tokens=CHUNK,
+    )
+
+
+def known(*, host: float = 1e-9, disk: float = 1e-9, token: float = 1e-4) -> Costs:
+    """Seconds per byte of each tier, and per token."""
+    model = CostModel()
+    model.loaded(HOST, 64 * MIB, host * 64 * MIB)
+    model.loaded(DISK, 64 * MIB, disk * 64 * MIB)
+    model.computed(0, 1000, token * 1000)
+    return model.costs
+
+
+def decide(what: Situation, costs: Costs, **load: object) -> Decision:
+    return LoadPolicy(LoadConfig.model_validate(load), CHUNK).decide(what, costs)
+
+
+class TestEstimates:
+    def test_nothing_is_known_at_first(self) -> None:
+        assert Costs().load_seconds(HOST, 1000) is None
+        assert Costs().prefill_seconds(0, 1000) is None
+
+    def test_what_was_measured_once_is_believed(self) -> None:
+        costs = known(host=2e-9, token=3e-4)
+        assert costs.load_seconds(HOST, 64 * MIB) == pytest.approx(64 * MIB * 2e-9)
+        assert costs.prefill_seconds(0, 1000) == pytest.approx(0.3)
+
+    def test_sizes_have_estimates_of_their_own(self) -> None:
+        model = CostModel()
+        for _ in range(20):
+            model.loaded(HOST, 64 * 1024, 0.001)
+            model.loaded(HOST, 256 * MIB, 0.05)
+        small = model.costs.load_seconds(HOST, 64 * 1024)
+        assert small is not None
+        assert small > 10 * 64 * 1024 * 0.05 / (256 * MIB)
+
+    def test_one_figure_that_is_far_off_changes_little(self) -> None:
+        model = CostModel()
+        for _ in range(10):
+            model.computed(0, 1000, 1.0)
+        model.computed(0, 1000, 1000.0)
+        seconds = model.costs.prefill_seconds(0, 1000)
+        assert seconds is not None
+        assert 1.0 < seconds <= math.exp(0.2 * LARGEST_STEP) + 1e-9
+
+    def test_what_has_changed_is_learnt(self) -> None:
+        model = CostModel()
+        for _ in range(100):
+            model.loaded(DISK, 64 * MIB, 0.01)
+        for _ in range(30):
+            model.loaded(DISK, 64 * MIB, 1.0)
+        seconds = model.costs.load_seconds(DISK, 64 * MIB)
+        assert seconds is not None
+        assert seconds > 0.7
+
+    def test_a_slow_tier_is_slow_for_every_size(self) -> None:
+        model = CostModel()
+        model.loaded(DISK, 256 * MIB, 0.1)
+        model.loaded(DISK, MIB, 0.001)
+        for _ in range(40):
+            model.loaded(DISK, MIB, 1.0)
+        seconds = model.costs.load_seconds(DISK, 256 * MIB)
+        assert seconds is not None
+        assert seconds > 10
+
+    def test_a_short_prefill_says_nothing(self) -> None:
+        model = CostModel()
+        model.computed(0, 8, 1.0)
+        assert model.costs.prefill_seconds(0, 1000) is None
+
+    @given(st.lists(st.floats(1e-12, 1e3), min_size=1, max_size=50))
+    def test_an_estimate_stays_among_what_was_measured(self, rates: list[float]) -> None:
+        estimate = Estimate(math.log(rates[0]), 1)
+        for rate in rates[1:]:
+            estimate = estimate.with_measured(rate)
+        assert min(rates) * 0.999 <= estimate.rate <= max(rates) * 1.001
+
+
+class TestDecisions:
+    def test_the_simple_rule_holds_where_nothing_is_known(self) -> None:
+        what = situation(HitPart(HOST, 640, 100 * MIB))
+        assert decide(what, Costs()).tokens == 640
+        only_loads = CostModel()
+        only_loads.loaded(HOST, 100 * MIB, 1000.0)
+        assert decide(what, only_loads.costs).tokens == 640
+
+    def test_a_tier_that_is_slower_than_computing_is_not_loaded_from(self) -> None:
+        what = situation(HitPart(DISK, 640, 100 * MIB))
+        slow = decide(what, known(disk=1e-8, token=1e-4))
+        assert (slow.tokens, slow.reason) == (0, "slower_than_computing")
+        assert slow.load > slow.compute > 0
+        assert decide(what, known(disk=1e-10, token=1e-4)).tokens == 640
+        assert decide(what, known(disk=1e-8), when="always").tokens == 640
+
+    def test_only_the_part_in_the_fast_tier_is_loaded(self) -> None:
+        what = situation(HitPart(HOST, 640, 100 * MIB), HitPart(DISK, 640, 100 * MIB))
+        half = decide(what, known(host=1e-10, disk=1e-8, token=1e-4))
+        assert (half.tokens, half.reason) == (640, "hit_in_part")
+
+    def test_layer_by_layer_the_far_end_is_computed_meanwhile(self) -> None:
+        what = situation(HitPart(HOST, 6400, 1000 * MIB))
+        # Both take a second; together half of it.
+        part = decide(what, known(host=1 / (1000 * MIB), token=1 / 6400), mode="layerwise")
+        assert 2000 < part.tokens < 4400
+        assert part.tokens % CHUNK == 0
+
+    def test_what_is_queued_goes_first(self) -> None:
+        what = situation(HitPart(HOST, 640, 100 * MIB))
+        costs = known(host=1e-10, token=1e-4)
+        assert decide(what, costs).tokens == 640
+        behind = replace(what, queued=((HOST, 10_000 * MIB),))
+        assert decide(behind, costs, mode="parked").tokens == 0
+
+    def test_what_cannot_be_cut_is_taken_whole_or_not_at_all(self) -> None:
+        what = replace(
+            situation(HitPart(HOST, 640, 100 * MIB), HitPart(DISK, 640, 100 * MIB)),
+            divisible=False,
+        )
+        assert decide(what, known(host=1e-10, disk=1e-8, token=1e-4)).tokens == 0
+        assert decide(what, known(host=1e-10, disk=1e-10, token=1e-4)).tokens == 1280
+
+    def test_now_and_then_a_little_is_loaded_to_see(self) -> None:
+        what = situation(HitPart(DISK, 640, 100 * MIB), floor=32)
+        again = replace(what, retries=frozenset({DISK}))
+        little = decide(again, known(disk=1e-8, token=1e-4))
+        assert (little.tokens, little.mode) == (32, LoadMode.PARKED)
+        assert little.reason == "hit_to_measure"
+
+    def test_a_load_has_the_patience_of_what_computing_takes(self) -> None:
+        what = situation(HitPart(DISK, 64_000, 100 * MIB))
+        assert decide(what, known(token=1e-4)).patience == pytest.approx(12.8)
+        assert decide(situation(HitPart(DISK, 64, MIB)), known()).patience == LEAST_PATIENCE
+        assert decide(what, Costs()).patience == math.inf
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from([HOST, DISK]), st.integers(1, 50)), min_size=1, max_size=4
+        ),
+        st.floats(1e-12, 1e-6),
+        st.floats(1e-12, 1e-6),
+        st.floats(1e-6, 1e-2),
+        st.sampled_from(["auto", "parked", "layerwise"]),
+        st.integers(0, 5),
+    )
+    def test_nothing_is_predicted_to_take_longer_than_computing(
+        self,
+        parts: list[tuple[TierName, int]],
+        host: float,
+        disk: float,
+        token: float,
+        mode: str,
+        floor: int,
+    ) -> None:
+        what = situation(
+            *(HitPart(tier, chunks * CHUNK, chunks * MIB) for tier, chunks in parts),
+            floor=floor * CHUNK,
+        )
+        costs = known(host=host, disk=disk, token=token)
+        decision = decide(what, costs, mode=mode)
+        assert 0 <= decision.tokens <= what.hit_tokens
+        assert (what.floor + decision.tokens) % CHUNK == 0
+        if decision.tokens:
+            load = predict_load(what, decision.tokens, costs)
+            rest = costs.prefill_seconds(what.floor + decision.tokens, what.prompt)
+            all_of_it = costs.prefill_seconds(what.floor, what.prompt)
+            assert load is not None
+            assert rest is not None
+            assert all_of_it is not None
+            layerwise = decision.mode is LoadMode.LAYERWISE
+            assert (max(load, rest) if layerwise else load + rest) < all_of_it
+
+
+class TestInThePlanner:
+    def compute(self, engine: Engine, name: str, seconds: float) -> None:
+        """Compute a prompt of 140 tokens in so long, and end."""
+        view = View(name, prompt(140, seed=len(name)))
+        engine.planner.lookup(view, 0)
+        engine.planner.admitted(name, 0)
+        engine.step((name, 140))
+        engine.now += seconds
+        engine.planner.finished(name, 140, [list(range(20))])
+
+    def test_a_prefill_is_measured_from_its_first_step_to_its_end(self) -> None:
+        engine = Engine()
+        self.compute(engine, "a", 0.5)
+        assert engine.planner.costs.prefill_seconds(0, 140) == pytest.approx(0.5)
+
+    def test_a_load_is_measured_and_then_believed(self) -> None:
+        engine = Engine({"load": {"mode": "parked"}})
+        engine.save(View("a", prompt(140)))
+        self.compute(engine, "fast", 0.001)
+        slow = View("b", prompt(140), first_block=60)
+        assert engine.planner.lookup(slow, 0).tokens == 128
+        engine.planner.admitted("b", 128)
+        (order,) = engine.step().loads
+        receipt = TransferReceipt(order.transfer, Outcome.DONE, 2 * CHUNK_BYTES, seconds=1.0)
+        engine.planner.receive([Receipt(0, (receipt,))])
+        engine.planner.finished("b", 128, [list(range(60, 80))])
+        again = View("c", prompt(140), first_block=80)
+        assert engine.planner.lookup(again, 0).tokens == 0
+        assert engine.planner.lookup(again, 0).tokens == 0
+        engine.wait(RETRY_SECONDS)
+        assert engine.planner.lookup(again, 0).tokens == 32
