@@ -135,8 +135,11 @@ def test_equal_salts_are_pushed(pair: Pair, alone: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"block_size": 64}, "block size"), ({"dtype": "bfloat16"}, "same model"), ({}, "same model")],
-    ids=["blocks", "dtype", "weights"],
+    [
+        pytest.param({"block_size": 64}, "block size", id="blocks"),
+        pytest.param({"dtype": "bfloat16"}, "same model", id="dtype", marks=pytest.mark.slow),
+        pytest.param({}, "same model", id="weights", marks=pytest.mark.slow),
+    ],
 )
 def test_another_kind_of_engine(
     checkpoints: Checkpoints,
@@ -206,6 +209,7 @@ def test_abort_on_both(pair: Pair, alone: Engine) -> None:
     expect_usable(pair, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 def test_preemption(llama: Path, make_pair: MakePair, alone: Engine, where: str) -> None:
     """A cache that is too small for what runs at once; on the decode engine requests lose what was
@@ -245,6 +249,7 @@ def test_prefill_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
     expect_usable(Pair(again, doomed.decode, doomed.address), alone)
 
 
+@pytest.mark.slow
 def test_decode_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
     expect_usable(doomed, alone)
     begin(doomed, 3)
@@ -256,7 +261,7 @@ def test_decode_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
     expect_usable(Pair(doomed.prefill, start(doomed.decode.spec), doomed.address), alone)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int) -> None:
     """Until it goes on it could write at any moment: its blocks are not used for anything else,
     however long that takes."""
@@ -281,6 +286,7 @@ def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int)
     expect_usable(doomed, alone)
 
 
+@pytest.mark.slow
 def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
     """The prefill engine does not wait for it."""
     expect_usable(doomed, alone)
@@ -299,6 +305,7 @@ def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
     expect_usable(doomed, alone)
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone: Engine) -> None:
     """Not every request pays for the first failures."""
     pair = make_pair(PairSpec(llama, SMALL_STEPS, push=SHORT, decode={"seed": 2}))

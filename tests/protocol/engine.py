@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import BreakerState
+from lamina.control.push_source import PushSource
 from lamina.control.push_source import Stage as SourceStage
 from lamina.control.push_target import Stage as TargetStage
 from lamina.control.requests import ChunkShape, FoundPrefix, PushParameters, RequestRecord
@@ -167,12 +168,21 @@ _TABLE: dict[type, Callable[[Any], Any]] = {
 }
 
 
+def _reduce_in_order(value: object) -> tuple[type, tuple[()], dict[str, object]]:
+    """Sets have an order, which says nothing."""
+    state = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(value).items()}
+    return type(value), (), state
+
+
+_COMPARED = {**_TABLE, PushSource: _reduce_in_order}
+
+
 def dump(value: object, *, compare: bool = False) -> bytes:
     """A copy of a part of a history; one to ``compare`` does not depend on who shares what with
     whom."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table = _TABLE  # type: ignore[attr-defined]
+    pickler.dispatch_table = _COMPARED if compare else _TABLE  # type: ignore[attr-defined]
     pickler.fast = compare
     pickler.dump(value)
     return buffer.getvalue()

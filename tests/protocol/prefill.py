@@ -130,8 +130,8 @@ class Request:
 
     Attributes:
         stage: ``loading``, ``running``, ``preempted``.
-        started: tokens that it had without computing, in this epoch.
-        layerwise: whether a part of them arrives in its first step.
+        computed: its tokens, as the engine counts them: with those that are being loaded.
+        layerwise: what arrives in its first step.
     """
 
     case: PushCase
@@ -139,7 +139,7 @@ class Request:
     record: RequestRecord
     stage: str = "running"
     computed: int = 0
-    layerwise: bool = False
+    layerwise: list[tuple[int, Label]] = field(default_factory=list)
 
 
 class Prefill:
@@ -205,12 +205,13 @@ class Prefill:
 
     def _admit(self, request: Request, hit: str, tokens: int) -> None:
         request.stage = "loading" if hit == "parked" else "running"
-        request.layerwise = hit == "layerwise"
         request.computed = tokens
         if tokens:
             self._allocate(request, tokens)
+        pages = self._pages(request, 0, tokens)
+        request.layerwise = pages if hit == "layerwise" else []
         if hit == "engine":
-            self._fill(request, 0, tokens)
+            self._fill(pages)
         elif hit != "none":
             request.record.load = PARKED_LOAD
             mode = LoadMode.PARKED if hit == "parked" else LoadMode.LAYERWISE
@@ -225,7 +226,7 @@ class Prefill:
         request = self.requests[push]
         request.stage = "running"
         request.record.load = None
-        self._fill(request, 0, request.computed)
+        self._fill(self._pages(request, 0, request.computed))
 
     def end(self, push: str) -> None:
         """A request is over, or its client has gone."""
@@ -258,10 +259,11 @@ class Prefill:
         self.exchange()
         before = list(self.content)
         for request, start, end in ran:
-            self._fill(request, 0 if request.layerwise else start, end)
-            request.computed = end
             if request.layerwise:
-                request.layerwise, request.record.load = False, None
+                self._fill(request.layerwise)
+                request.layerwise, request.record.load = [], None
+            self._fill(self._pages(request, start, end))
+            request.computed = end
         self._check_computed(orders, before)
         self._learn()
 
@@ -327,17 +329,23 @@ class Prefill:
                     self.pool.free([table[index]])
                     table[index] = NULL
 
-    def _fill(self, request: Request, start: int, end: int) -> None:
-        """The model, or a load, writes tokens ``start..end``."""
-        prompt = request.view.prompt
-        for group, table in enumerate(request.view.tables):
+    def _fill(self, pages: list[tuple[int, Label]]) -> None:
+        """The model, or a load, writes."""
+        for block, label in pages:
+            self.content[block] = label
+
+    def _pages(self, request: Request, start: int, end: int) -> list[tuple[int, Label]]:
+        """Blocks of tokens ``start..end``, and what they hold when those are computed."""
+        prompt, view = request.view.prompt, request.view
+        pages: list[tuple[int, Label]] = []
+        for group, table in enumerate(view.tables):
             for index in range(start // BLOCK, len(table)):
                 if table[index] != NULL:
                     filled = min(BLOCK, end - index * BLOCK)
-                    self.content[table[index]] = (prompt, group, index, filled)
-        for group, blocks in request.view.states.items():
-            if end % BLOCK == 0:
-                self.content[blocks[0]] = (prompt, group, end // BLOCK - 1, BLOCK)
+                    pages.append((table[index], (prompt, group, index, filled)))
+        for group, blocks in view.states.items() if end % BLOCK == 0 else ():
+            pages.append((blocks[0], (prompt, group, end // BLOCK - 1, BLOCK)))
+        return pages
 
     # -- what comes back ---------------------------------------------------------------------
 

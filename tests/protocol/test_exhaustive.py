@@ -36,7 +36,6 @@ def faults(text: str) -> frozenset[str]:
 
 
 def test_nothing_goes_wrong() -> None:
-    everything(Options((SHORT, SHORT)))
     everything(Options((LONG,), groups=(FULL, WINDOW, STATE)))
     everything(Options((LONG,), 2, 2))
 
@@ -95,7 +94,7 @@ def test_two_things_go_wrong(kinds: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kinds", ["crash_prefill break_decode", "abort_prefill silent", "write_fails preempt"]
+    "kinds", ["", "crash_prefill break_decode", "abort_prefill silent", "write_fails preempt"]
 )
 def test_two_pushes(kinds: str) -> None:
     everything(Options((SHORT, SHORT), faults=faults(kinds), budget=1))

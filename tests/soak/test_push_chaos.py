@@ -333,7 +333,9 @@ def test_with_servers_of_vllm(llama: Path, fleet: Fleet, tmp_path: Path, note: N
     expected = [answer.tokens for answer in plain.generate([wish.ask for wish in wanted])]
     address = f"127.0.0.1:{free_port()}"
     engines = [
-        EngineSpec(llama, {**SMALL, "push": {**PUSH, "deadline": 20.0, **push}}, OPTIONS)
+        EngineSpec(
+            llama, {**SMALL, "push": {**PUSH, "deadline": 20.0, "silence": 5.0, **push}}, OPTIONS
+        )
         for push in ({"listen": address}, {})
     ]
     with (

@@ -28,7 +28,8 @@ def engine(ranks: int = 1, *, replicated: bool = False, cut: bool = True) -> Eng
     """An engine of a model with :data:`HEADS` heads, ``cut`` by them or not."""
     heads = HEADS if replicated else HEADS // ranks
     rows = tuple(
-        RowCard(1 << 20, 4096, heads * HEAD_BYTES, heads if cut else 1, (group,)) for group in (0, 1)
+        RowCard(1 << 20, 4096, heads * HEAD_BYTES, heads if cut else 1, (group,))
+        for group in (0, 1)
     )
     return EngineCard(
         f"engine of {ranks}",

@@ -258,7 +258,11 @@ def test_another_token(make: Make, mine: str | None, theirs: str | None) -> None
     decode_side.link.send(Letter(prefill.address, ANNOUNCE))
     (lost,) = decode_side.until(1)
     assert lost == Lost(
-        prefill.address, "it refuses: push.token differs", was_open=False, fate=Fate.CLOSED
+        prefill.address,
+        "it refuses: push.token differs",
+        was_open=False,
+        fate=Fate.CLOSED,
+        unsent=(ANNOUNCE.attempt,),
     )
     assert prefill.link.news() == []
 

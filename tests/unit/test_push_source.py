@@ -11,8 +11,8 @@ from typing import cast
 
 import msgspec
 import pytest
-
 from driven_planner import Pool
+
 from lamina.config import PushConfig
 from lamina.control.leases import LeaseBook
 from lamina.control.push_source import PushSource
@@ -663,3 +663,24 @@ def test_no_state_is_kept_for_a_push_that_was_stopped() -> None:
     source.step(32, 48)
     source.drain(order, reason="stopped")
     assert source.pool.held == set()
+
+
+def test_a_push_that_was_cancelled_before_its_request_came_is_not_begun() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.hear(Cancel(ATTEMPT))
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == set()
+
+
+def test_a_request_that_ends_before_it_begins_is_told_of() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.source.abandoned(PushParameters(ATTEMPT.push, None))
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert fenced == Fenced(ATTEMPT, clean=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
-
 from driven_planner import Pool
+
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.leases import LeaseBook
 from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
@@ -101,7 +101,9 @@ class Target:
         return record
 
     def hear(self, *news: News | LinkMessage) -> None:
-        items = [n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news]
+        items = [
+            n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news
+        ]
         self.target.receive(cast(list[News], items), self.now)
 
     def wait(self, seconds: float) -> None:
@@ -330,7 +332,7 @@ def test_a_peer_that_is_back_is_asked_again_and_ends_it_with_its_word() -> None:
     target.wait(SILENCE)
     assert target.said() == [Cancel(attempt)]
     target.wait(SILENCE)
-    assert target.said() == []
+    assert target.said() == [Cancel(attempt)]  # until it answers
     target.hear(OPENED)
     assert target.said() == [Cancel(attempt)]
     target.wait(10 * QUARANTINE)
@@ -404,3 +406,21 @@ def test_a_peer_that_fails_in_a_row_is_not_asked_for_a_while_and_then_tried_once
     assert target.target.reach(other) == (0, "peer_out_of_use")
     target.report(tried)
     assert target.target.reach(other) == (55, "")
+
+
+def test_nobody_else_ends_a_push() -> None:
+    target, _, attempt = announced()
+    for letter in (
+        Letter("10.9.9.9:1", Failed(attempt, "no")),
+        Letter("10.9.9.9:1", Fenced(attempt, clean=True)),
+        Letter(P, Failed(Attempt("another", attempt.epoch), "no")),
+    ):
+        target.target.receive([letter], 0.0)
+    assert target.target.give_ups == []
+
+
+def test_what_was_never_announced_is_not_held() -> None:
+    target, record, attempt = announced()
+    target.hear(Lost(P, "refused", was_open=False, fate=Fate.CLOSED, unsent=(attempt,)))
+    target.fail(record)
+    assert target.target.quarantined == 0

@@ -26,7 +26,7 @@ from lamina.bench.network import DEVICE, NetworkError, PacedNetwork
 from lamina.bench.picture import Panel, draw_timeline
 from lamina.bench.plots import Curve, draw_push
 from lamina.bench.progress import Progress
-from lamina.bench.report import Machine, Report
+from lamina.bench.report import Machine, Report, duration
 from lamina.bench.room import require_room
 from lamina.bench.samples import Samples, Target, Unit, ratio
 from lamina.bench.serving import Part, Serving
@@ -47,7 +47,7 @@ class Way(Enum):
     """How a prompt comes to the engine that decodes."""
 
     LAYERWISE = "push, row by row"
-    AT_END = "push, one write at the end"
+    AT_END = "push, at the end"
     PULL = "NixlConnector"
     RECOMPUTE = "recompute"
 
@@ -394,16 +394,22 @@ def _curves(settings: PushSettings, measured: _Measured) -> tuple[list[Curve], l
 
 def _report(settings: PushSettings, machine: Machine, measured: _Measured) -> Report:
     samples, targets = [], []
+
+    def last_write(way: Way, tokens: int) -> float | None:
+        rate = settings.rate
+        return 8 * settings.last_write(way, tokens) / rate if rate else None
+
     for tokens in settings.tokens:
         samples += [measured.first_token(way, tokens) for way in Way]
-        for way in _HANDED_OVER:
-            rate = settings.rate
-            floor = 8 * settings.last_write(way, tokens) / rate if rate else None
-            samples.append(measured.tail(way, tokens, floor))
+        # What is sent row by row has one layer left to hide its last write behind: no floor.
+        samples += [
+            measured.tail(way, tokens, None if way is Way.LAYERWISE else last_write(way, tokens))
+            for way in _HANDED_OVER
+        ]
         for other in (Way.AT_END, Way.PULL):
             for what, figure in (("tail", _Measured.tail), ("first token", _Measured.first_token)):
                 over = ratio(
-                    f"{tokens} tokens, {what}, against {other.value}",
+                    f"{tokens} tokens, {what} ÷ {other.value}",
                     figure(measured, Way.LAYERWISE, tokens),
                     figure(measured, other, tokens),
                 )
@@ -424,20 +430,20 @@ def _report(settings: PushSettings, machine: Machine, measured: _Measured) -> Re
             "link": settings.rate or "none",
         },
         samples=tuple(samples),
-        compared="Push, row by row ÷ other ways",
+        compared="Push, row by row, against the other ways",
         targets=tuple(targets),
         notes=(
             "Time to first token is the decode engine's, from the moment a router has the prompt. "
             "Tail: from the end of the prefill engine's last forward pass to the beginning of the "
             "decode engine's first, which computes one token.",
-            "One write at the end: of each step. Pull: the decode engine is asked once the prefill "
-            "engine has answered. Ratios are taken repetition by repetition.",
-            *(() if settings.rate is None else (_FLOOR,)),
+            "At the end: one write at the end of each step. NixlConnector: the decode engine is "
+            "asked once the prefill engine has answered; on few cores that takes long, because "
+            "NIXL's progress thread takes one. Ratios are taken repetition by repetition.",
+            *(
+                f"{tokens} tokens: the last row takes {duration(seconds)} of the link, and leaves "
+                "before the last layer has ended. Floor: as much for one write, or a pull."
+                for tokens in settings.tokens
+                if (seconds := last_write(Way.LAYERWISE, tokens)) is not None
+            ),
         ),
     )
-
-
-_FLOOR = (
-    "Floor: what the last write takes at the link's rate. The last row leaves before the last "
-    "layer has ended, so that it can be undercut."
-)

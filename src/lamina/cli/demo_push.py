@@ -62,7 +62,7 @@ def run(model_dir: Path | None, picture: Path | None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    if picture is not None:
+    if picture is not None and outcome.received:
         _draw(outcome, picture)
     return _report(console, outcome)
 
@@ -126,12 +126,11 @@ def _proxy(prefill: Server, address: str, decode: Server, log: Path) -> Server:
 def _last_prefill(spans: list[Span]) -> list[Span]:
     """The spans of the last step that pushed rows which it computed itself."""
     computed = {span.step for span in spans if span.lane is Lane.COMPUTE}
-    step = max(s.step for s in spans if s.lane is Lane.PUSH and s.step in computed)
+    step = max((s.step for s in spans if s.lane is Lane.PUSH and s.step in computed), default=-1)
     return [span for span in spans if span.step == step]
 
 
-def _report(console: Console, outcome: Outcome) -> int:
-    spans = _last_prefill(outcome.spans)
+def _show_timeline(console: Console, spans: list[Span]) -> None:
     compute = {s.row: s for s in spans if s.lane is Lane.COMPUTE}
     # In the same step may leave what was computed before the destination was known.
     pushes = {
@@ -139,6 +138,9 @@ def _report(console: Console, outcome: Outcome) -> int:
         for s in spans
         if s.lane is Lane.PUSH and s.row in compute and s.start >= compute[s.row].start
     }
+    if not pushes:
+        console.print("No row left in the step that computed it.")
+        return
     began = min(span.start for span in spans)
     finished = max(span.end for span in compute.values())
     whole = max(finished, *(span.end for span in pushes.values())) - began
@@ -155,6 +157,10 @@ def _report(console: Console, outcome: Outcome) -> int:
         f"{early} of {len(pushes)} writes had arrived before the last layer was computed; "
         f"{max(0.0, tail) * 1e3:.0f} ms were left when it was."
     )
+
+
+def _report(console: Console, outcome: Outcome) -> int:
+    _show_timeline(console, _last_prefill(outcome.spans))
     console.print(
         f"First token: {outcome.pushed.first_token:.2f} s through the two engines, "
         f"{outcome.alone.first_token:.2f} s with one alone; prompt {outcome.pushed.prompt_tokens} "

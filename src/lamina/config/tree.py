@@ -181,8 +181,8 @@ class PushConfig(Section):
     )
     max_inflight: Annotated[int, SIZE] = Field(
         default=GIB,
-        description="Bytes on their way to decode engines, on each rank. Beyond it they wait in "
-        "the engine's blocks.",
+        description="Bytes on their way to each decode engine, on each rank. Beyond it they wait "
+        "in the engine's blocks.",
     )
 
 

@@ -24,6 +24,7 @@ from lamina.control.requests import (
     BoundaryState,
     ChunkShape,
     FoundPrefix,
+    PushParameters,
     RequestRecord,
     RequestView,
 )
@@ -308,7 +309,7 @@ class Planner:
                 )
         writes = self._saving.order_writes(step=self._step, now=now)
         push = self._plan_push(now)
-        outstanding = len(self._transfers) > 0
+        outstanding = len(self._transfers) > 0 or self._push_pending
         plan = StepPlan(
             step=self._step,
             loads=tuple(self._loading.orders),
@@ -391,15 +392,25 @@ class Planner:
         self._target.letters.clear()
         return letters
 
-    def finished(self, request_id: str, computed: int, blocks: Sequence[Sequence[int]]) -> None:
+    def finished(
+        self,
+        request_id: str,
+        computed: int,
+        blocks: Sequence[Sequence[int]],
+        *,
+        push: PushParameters | None = None,
+    ) -> None:
         """A request has ended; its blocks are freed after this call.
 
         Args:
             request_id: the request.
             computed: tokens of it that are computed once every step in flight has run.
             blocks: per group, its block ids in token order.
+            push: the push that it is part of.
         """
         record = self._requests.get(request_id)
+        if push is not None and self._source is not None:
+            self._source.abandoned(push)
         if record is None:
             return
         if computed >= record.view.num_prompt_tokens:
@@ -513,8 +524,14 @@ class Planner:
             bool(self._loading.orders or self._saving.orders or self._catalog.forgotten)
             or self._saving.may_write
             or self._transfers.pending
-            or (self._source is not None and self._source.pending)
-            or (self._target is not None and self._target.pending)
+            or self._push_pending
+        )
+
+    @property
+    def _push_pending(self) -> bool:
+        """Whether a push waits for something that no receipt will say."""
+        return (self._source is not None and self._source.pending) or (
+            self._target is not None and self._target.pending
         )
 
     def gauges(self) -> None:

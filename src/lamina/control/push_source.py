@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from lamina.config import PushConfig
 from lamina.control.leases import BlockLease, LeaseBook
-from lamina.control.requests import BoundaryState, ChunkShape, RequestRecord
+from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.keys import prompt_digest
@@ -58,6 +58,9 @@ Key = TypeVar("Key")
 REMEMBERED = 4096
 """Attempts and pushes that are over and still known, so that a late word about them is answered."""
 
+LONGEST_PATIENCE = 86_400.0
+"""Seconds that a decode engine may be ready to wait."""
+
 HELD_SHARE = 2
 """Of the engine's blocks one in so many may be held for requests that have ended and whose
 destination is not known."""
@@ -83,7 +86,6 @@ class Outbound:
         peer: the decode engine's incarnation, empty until it is announced.
         announce: what it has announced.
         stage: how far it is.
-        floor: tokens that the request had when it got its blocks.
         computed: its tokens that are known to be computed before the step that is being planned.
         planned: those that are computed when that step is over.
         sent: per group, index in the prompt of the first block that was not ordered.
@@ -104,7 +106,6 @@ class Outbound:
     peer: str = ""
     announce: Announce | None = None
     stage: Stage = Stage.WAITING
-    floor: int = 0
     computed: int = 0
     planned: int = 0
     sent: list[int] = field(default_factory=list)
@@ -186,6 +187,7 @@ class PushSource:
         self._open: dict[str, EngineCard] = {}
         self._refusals: dict[str, str] = {}
         self._told: set[str] = set()
+        self._in_flight: Counter[str] = Counter()
         self._over: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._bound_bytes = config.max_inflight * len(card.ranks)
@@ -213,8 +215,12 @@ class PushSource:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if out.record is not None and out.record is not record:
             return  # a second request under the same id is the router's mistake
-        out.record, out.floor = record, floor
+        out.record = record
         out.computed = out.planned = 0
+        for group in self._shape.recurrent if floor else ():
+            # The state that it begins with may be the one that is wanted, and not stay for long.
+            for block in record.view.state_blocks(group, floor)[:1]:
+                self.state(record, BoundaryState(record.view.request_id, group, block, floor))
         self._bind(out)
 
     def progress(self, record: RequestRecord, start: int, end: int) -> None:
@@ -236,10 +242,16 @@ class PushSource:
         if out is None or out.ordered or out.stage is Stage.STOPPED or state.end > self._end(out):
             return
         former = out.states.get(state.group)
-        if former is None or former[0] < state.end:
+        if former is None or former[0] <= state.end:
             if former is not None:
                 former[2].release()
             out.states[state.group] = (state.end, state.block, self._leases.take((state.block,)))
+
+    def abandoned(self, push: PushParameters) -> None:
+        """A request has ended that never got blocks."""
+        out = self._outbound.get(push.id)
+        if out is not None and out.record is None and push.prefill is None:
+            self._fail(out, "the prefill ended before it began")
 
     def finished(
         self, record: RequestRecord, computed: int, blocks: Sequence[Sequence[int]]
@@ -302,6 +314,9 @@ class PushSource:
             transfer.overdue = True
 
     def _order(self, out: Outbound, step: int, now: float) -> None:
+        if self._lacks_state(out):
+            self._fail(out, "the state at the end was not kept")
+            return
         self._send(out, self._due(out, out.computed), step, now, computed=True)
         if out.stage is Stage.BOUND and not out.ordered:
             self._send(out, self._due(out, out.planned), step, now, computed=False)
@@ -339,7 +354,8 @@ class PushSource:
             self._fail(out, "a block that is wanted has fallen out of its window")
             return
         size = sum(len(part.sources) * self._page_bytes[part.group] for part in due)
-        in_flight = self._transfers.bytes_in_flight(Kind.PUSH)
+        # Each destination has its own: one that takes nothing holds up nobody else.
+        in_flight = self._in_flight[out.peer]
         if in_flight and in_flight + size > self._bound_bytes:
             return  # when something has drained
         sent = {part.group: part.upto for part in due}
@@ -359,6 +375,7 @@ class PushSource:
             lease=self._leases.take(sources),
         )
         out.moving.add(transfer.id)
+        self._in_flight[out.peer] += size
         self._of_transfer[transfer.id] = out
         pages = tuple(PushPages(d.group, d.sources, d.targets) for d in due if d.sources)
         self.orders.append(
@@ -385,13 +402,17 @@ class PushSource:
 
     def _state_blocks(self, out: Outbound, group: int) -> Sequence[int]:
         assert out.announce is not None
-        assert out.record is not None
         end, block, _ = out.states.get(group, (0, 0, None))
-        if end == out.announce.end:
-            return (block,)
-        if out.floor == out.announce.end and out.tables is None:
-            return out.record.view.state_blocks(group, out.floor)[:1]
-        return ()
+        return (block,) if end == out.announce.end else ()
+
+    def _lacks_state(self, out: Outbound) -> bool:
+        """Whether a state that is wanted has been passed by."""
+        announce = out.announce
+        assert announce is not None
+        return out.computed >= announce.end and any(
+            out.sent[group] <= announce.tables[group].first and not self._state_blocks(out, group)
+            for group in self._shape.recurrent
+        )
 
     # -- what happens ------------------------------------------------------------------------
 
@@ -415,6 +436,9 @@ class PushSource:
         self._transfers.close(transfer)
         out = self._of_transfer.pop(transfer.id)
         out.moving.discard(transfer.id)
+        self._in_flight[out.peer] -= transfer.size
+        if not self._in_flight[out.peer]:
+            del self._in_flight[out.peer]
         out.torn |= transfer.reason == TORN
         if transfer.state is State.FAILED:
             self._meter.count("failures", 1, kind=f"push_{transfer.reason or 'unknown'}")
@@ -464,6 +488,8 @@ class PushSource:
         refusal = self._refusals.get(peer, "") or self._declined.get(attempt.push, "")
         if (peer, attempt.epoch) in self._over:
             refusal = "over"
+        elif not 0 < announce.patience <= LONGEST_PATIENCE:
+            refusal = f"a patience of {announce.patience} s"
         elif out is not None and out.announce is not None:
             if (out.peer, out.announce.attempt.epoch) == (peer, attempt.epoch):
                 return
@@ -555,6 +581,9 @@ class PushSource:
     def _stop(self, out: Outbound) -> None:
         if out.stage is Stage.STOPPED:
             return
+        # A request that is given its blocks after that begins nothing anew.
+        if out.push not in self._declined:
+            _remember(self._declined, out.push, "this push is over")
         out.stage = Stage.STOPPED
         self._meter.count("pushes", 1, outcome="stopped")
         out.let_go()

@@ -24,7 +24,7 @@ from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.keys import prompt_digest
 from lamina.observe.metrics import Meter
-from lamina.plan import ReceiveOrder, TransferId
+from lamina.plan import TORN, ReceiveOrder, TransferId
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
@@ -44,6 +44,13 @@ CANCELLED = "cancelled"
 
 SETTLE_SECONDS = 1.0
 """When its sender says that nothing is on its way, what has come may still wait to be taken up."""
+
+
+PEER_FAULTS = frozenset({TORN, "unreachable", "too late", "too_late"})
+"""Reasons of a peer that say something about it; others say something about a request."""
+
+REMEMBERED_PEERS = 1024
+"""Prefill engines whose failures are remembered."""
 
 
 class Stage(Enum):
@@ -68,6 +75,7 @@ class Inbound:
         fenced: whether its sender has said that nothing is on its way any more.
         untold: whether nobody was ever told of its blocks.
         trying: whether it is the one try of its peer's breaker.
+        blameless: whether its peer has said why not, and that is no fault of the peer's.
         until: control's clock after which a quarantine ends by itself.
     """
 
@@ -75,6 +83,7 @@ class Inbound:
     address: str
     lease: BlockLease
     trying: bool
+    blameless: bool = False
     stage: Stage = Stage.ANNOUNCED
     reason: str = ""
     fenced: bool = False
@@ -208,6 +217,8 @@ class PushTarget:
 
     def _breaker_of(self, address: str) -> CircuitBreaker:
         if address not in self._breakers:
+            while len(self._breakers) >= REMEMBERED_PEERS:  # requests name them, rightly or not
+                del self._breakers[next(iter(self._breakers))]
             name = f"pushes from {address}"
             self._breakers[address] = CircuitBreaker(name, self._breaker, self._clock)
         return self._breakers[address]
@@ -222,17 +233,28 @@ class PushTarget:
                     self._opened(peer)
                 case Lost():
                     self._lost(item, now)
-                case Letter(_, Bound(attempt)):
-                    inbound = self._inbound.get(TransferId(attempt.epoch))
+                case Letter(peer, Bound(attempt)):
+                    inbound = self._meant(peer, attempt)
                     if inbound is not None and inbound.stage is Stage.ANNOUNCED:
                         inbound.stage = Stage.BOUND
-                case Letter(_, Failed(attempt, reason)):
-                    self.give_up(TransferId(attempt.epoch), reason)
-                case Letter(_, Fenced(attempt, clean)):
-                    patience = SETTLE_SECONDS if clean else self._config.quarantine
-                    self._fence(TransferId(attempt.epoch), now + patience)
+                case Letter(peer, Failed(attempt, reason)):
+                    inbound = self._meant(peer, attempt)
+                    if inbound is not None and not inbound.reason:
+                        inbound.blameless = reason not in PEER_FAULTS
+                        self.give_up(TransferId(attempt.epoch), reason)
+                case Letter(peer, Fenced(attempt, clean)):
+                    if self._meant(peer, attempt) is not None:
+                        patience = SETTLE_SECONDS if clean else self._config.quarantine
+                        self._fence(TransferId(attempt.epoch), now + patience)
                 case _:
                     pass  # not ours to answer
+
+    def _meant(self, peer: str, attempt: Attempt) -> Inbound | None:
+        """The push that a peer speaks of, if it is one of its own."""
+        inbound = self._inbound.get(TransferId(attempt.epoch))
+        if inbound is None or (inbound.address, inbound.attempt) != (peer, attempt):
+            return None
+        return inbound
 
     def give_up(self, transfer: TransferId, reason: str) -> None:
         """A push will not be waited for any longer."""
@@ -259,7 +281,7 @@ class PushTarget:
         if good:
             self._meter.observe("push_wait_seconds", transfer.seconds)
         breaker = self._breaker_of(inbound.address)
-        if good or reason != CANCELLED:
+        if good or not (reason == CANCELLED or inbound.blameless):
             breaker.judge(good, reason, trying=inbound.trying)
         elif inbound.trying:
             breaker.try_again()
@@ -268,6 +290,7 @@ class PushTarget:
             return
         self.give_up(transfer.id, reason)
         inbound.stage = Stage.QUARANTINED
+        self._asks.setdefault(inbound.address, self._now + self._config.silence)
 
     def tick(self, now: float) -> None:
         """Time has passed: end quarantines, and call peers again that are gone."""
@@ -309,7 +332,7 @@ class PushTarget:
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
                 continue
-            if self._take_back(inbound):
+            if inbound.attempt in lost.unsent or self._take_back(inbound):
                 inbound.untold = True
             elif inbound.fenced:
                 pass
@@ -323,8 +346,8 @@ class PushTarget:
             self._asks[lost.peer] = now + self._config.silence
 
     def _take_back(self, inbound: Inbound) -> bool:
-        """Do not announce what was not announced yet. Whatever the link has may still arrive: it may
-        wait for a later connection than the one that is reported as lost."""
+        """Do not announce what was not announced yet. Whatever the link has may still arrive: it
+        may wait for a later connection than the one that is reported as lost."""
         for letter in self.letters:
             if isinstance(letter.message, Announce) and letter.message.attempt == inbound.attempt:
                 self.letters.remove(letter)
@@ -332,13 +355,13 @@ class PushTarget:
         return False
 
     def _ask(self, now: float) -> None:
-        """Call peers again that are gone and could still write."""
+        """Ask peers again that could still write."""
         for address in [address for address, due in self._asks.items() if due <= now]:
             del self._asks[address]
             for inbound in self._inbound.values():
-                if inbound.address == address and not inbound.fenced:
+                if inbound.address == address and inbound.reason and not inbound.fenced:
                     self.letters.append(Letter(address, Cancel(inbound.attempt)))
-                    break
+                    self._asks[address] = now + self._config.silence
 
     def _fence(self, transfer: TransferId, until: float) -> None:
         inbound = self._inbound.get(transfer)

@@ -20,7 +20,7 @@ from enum import Enum
 
 from lamina.control.catalog import Location
 from lamina.control.leases import BlockLease
-from lamina.plan import ChunkKey, Outcome, TierName, TransferId, TransferReceipt
+from lamina.plan import TORN, ChunkKey, Outcome, TierName, TransferId, TransferReceipt
 
 
 class Kind(Enum):
@@ -108,7 +108,9 @@ class Transfer:
         self.waited = max(self.waited, receipt.waited)
         if receipt.outcome is Outcome.FAILED:
             self.failed = True
-            self.reason = self.reason or receipt.reason
+            # One torn write is what matters, whatever the other ranks say.
+            if receipt.reason == TORN or not self.reason:
+                self.reason = receipt.reason
             self.bad_chunks.update(receipt.bad_chunks)
         if self.moving:
             return False

@@ -295,7 +295,9 @@ class Executor:
         receipts = []
         while self._receipts:
             receipts.append(self._receipts.popleft())
-        failed, self._failed = self._failed, set()
+        # Of a parked request that waits for something else, too, nothing is said yet.
+        failed = {request for request in self._failed if request not in self._awaited}
+        self._failed -= failed
         lost, self._lost_blocks = self._lost_blocks, set()
         queued = sum(pool.depth() for pool in (*self._load_pools.values(), self._save_pool))
         receipt = Receipt(self._rank, tuple(receipts), queued)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lamina.data.movers.base import Fence
@@ -148,7 +149,8 @@ class PushWire:
 
     def _run(self) -> None:
         if self._cores is not None:
-            os.sched_setaffinity(0, self._cores)
+            with suppress(OSError):  # slower where the cores are others' by now
+                os.sched_setaffinity(0, self._cores)
         while not self._closed:
             try:
                 self._take_commands()
@@ -190,10 +192,12 @@ class PushWire:
                     self._failed[name] = stream.failure
                     while len(self._failed) > REMEMBERED:
                         self._failed.popitem(last=False)
-        self._take_notices()
-        if ended := self._receives.ended():
-            self._ended.extend(ended)
-            self._wake()
+        try:
+            self._take_notices()
+        finally:
+            if ended := self._receives.ended():
+                self._ended.extend(ended)
+                self._wake()
 
     def _take_notices(self) -> None:
         try:
@@ -224,7 +228,7 @@ class PushWire:
     def _reach(self, card: EngineCard, rank: int) -> Peer:
         try:
             return self._transport.connect(card.ranks[rank].wire)
-        except TransportError as error:
+        except (TransportError, ValueError, OverflowError) as error:
             log.warning("rank %d of decode engine %s: %s", rank, card.incarnation, error)
             return Peer("")
 

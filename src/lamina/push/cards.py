@@ -131,16 +131,18 @@ def match(prefill: EngineCard, decode: EngineCard) -> None:
             f"cache groups (kind, block tokens, window) differ: {prefill.groups} here, "
             f"{decode.groups} there; use the same model and block size on both sides"
         )
+    if not decode.ranks or min(rank.num_blocks for rank in decode.ranks) < 1:
+        raise ShapeMismatchError("the decode engine says that it has no ranks, or no blocks")
     if prefill.model != decode.model:
         raise ShapeMismatchError(
             "the engines do not serve the same model: weights, dtypes, quantisation, engine "
             "version or cache layout differ"
         )
-    if prefill.replicated != decode.replicated:
+    mine, theirs = len(prefill.ranks), len(decode.ranks)
+    if prefill.replicated != decode.replicated and min(mine, theirs) > 1:
         raise ShapeMismatchError(
             "one engine keeps the whole cache on every rank, the other does not"
         )
-    mine, theirs = len(prefill.ranks), len(decode.ranks)
     replicated = is_replicated(prefill, decode)
     if not replicated and mine % theirs and theirs % mine:
         raise ShapeMismatchError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lamina.push.cards import EngineCard
-from lamina.push.messages import LinkMessage
+from lamina.push.messages import Attempt, LinkMessage
 
 PeerName = str
 """Of a prefill engine, its address as requests name it; of a decode engine, its incarnation."""
@@ -47,12 +47,14 @@ class Lost:
         reason: why.
         was_open: whether it had been connected, so that it may have got what was sent.
         fate: what is known of it.
+        unsent: attempts that waited to be announced to it and will not be.
     """
 
     peer: PeerName
     reason: str
     was_open: bool
     fate: Fate
+    unsent: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_MESSAGE,
     VERSION,
+    Announce,
     Hello,
     LinkMessage,
     MalformedMessageError,
@@ -208,7 +209,8 @@ class Link:
                 writer.transport.abort()
             if self._dialled.get(connection.peer) is connection:
                 del self._dialled[connection.peer]
-            self._news.put(Lost(connection.peer, reason, was_open, fate))
+            unsent = tuple(m.attempt for m in connection.queued if isinstance(m, Announce))
+            self._news.put(Lost(connection.peer, reason, was_open, fate, unsent))
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from a decode engine, from its beginning to its end."""

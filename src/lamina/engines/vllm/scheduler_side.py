@@ -236,7 +236,8 @@ class SchedulerSide:
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
         """A request has ended and its blocks are about to be freed."""
         computed = request.num_computed_tokens if self._saves else 0
-        self.planner.finished(request.request_id, computed, blocks)
+        push = self._push(request) if request.kv_transfer_params else None
+        self.planner.finished(request.request_id, computed, blocks, push=push)
         self._exchange()
 
     def stats(self) -> LaminaStats | None:
