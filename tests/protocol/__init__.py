@@ -1,0 +1,1 @@
+"""The protocol of pushes, explored: real control on both sides, all between them modelled."""

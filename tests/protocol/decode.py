@@ -1,5 +1,5 @@
-"""A decode engine: the real :class:`PushTarget`, the real :class:`Receives` of its ranks, and memory
-that knows what was written to it."""
+"""A decode engine: the real :class:`PushTarget`, the real :class:`Receives` of its ranks, and
+memory that knows what was written to it."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ class Decode:
         )
         self.receives = [Receives(self.incarnation) for _ in range(options.decode_ranks)]
         self.requests: dict[str, Request] = {}
-        self.pages: list[list[Parts]] = [
-            [()] * options.blocks for _ in range(options.decode_ranks)
-        ]
+        self.pages: list[list[Parts]] = [[()] * options.blocks for _ in range(options.decode_ranks)]
         self.news: list[News] = []
         self.outbox: list[Letter] = []
         self.promised: list[set[int]] = [set() for _ in range(options.blocks)]

@@ -109,7 +109,7 @@ class Options:
 
     @cached_property
     def blocks(self) -> int:
-        """Of each engine's pool: enough for everything at once, and as much again for each fault."""
+        """Of each engine's pool: enough for everything at once, and as much for each fault."""
         needed = sum(case.tokens // BLOCK + 2 for case in self.cases)
         return len(self.groups) * needed * (2 + self.budget)
 
@@ -189,7 +189,9 @@ def dump(value: object, *, compare: bool = False) -> bytes:
 
 
 @cache
-def card_of(incarnation: str, ranks: int, groups: int, heads: int, *, replicated: bool) -> EngineCard:
+def card_of(
+    incarnation: str, ranks: int, groups: int, heads: int, *, replicated: bool
+) -> EngineCard:
     """An engine whose pages have ``heads`` heads over all its ranks."""
     share = heads if replicated else heads // ranks
     row = RowCard(0, 64, 4 * share, share, tuple(range(groups)))

@@ -93,9 +93,7 @@ def _check_that_all_end(calm: dict[int, int], origins: dict[int, tuple[int, Even
         ends.update(path)
 
 
-def _story(
-    origins: dict[int, tuple[int, Event]], key: int, event: Event, error: Exception
-) -> str:
+def _story(origins: dict[int, tuple[int, Event]], key: int, event: Event, error: Exception) -> str:
     events = [event]
     while key in origins:
         key, before = origins[key]

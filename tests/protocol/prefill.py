@@ -1,5 +1,5 @@
-"""A prefill engine: the real :class:`PushSource`, requests that are computed step by step, and ranks
-whose writes are on their way until the history says what becomes of them."""
+"""A prefill engine: the real :class:`PushSource`, requests that are computed step by step, and
+ranks whose writes are on their way until the history says what becomes of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lamina.control.push_source import PushSource
 from lamina.control.requests import BoundaryState, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import GroupKind
-from lamina.plan import TORN, LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
+from lamina.plan import LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
 from lamina.push.cards import Route, decode_card, routes
 from lamina.push.letters import Letter, News
 from lamina.push.messages import Delivered, Fenced

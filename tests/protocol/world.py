@@ -99,8 +99,8 @@ class Engines(Generic[Engine]):
     def copy(self) -> list[tuple[bytes, bytes]]:
         """What :meth:`of` makes the same engines of."""
         return [
-            (dump(self._awake[index]), key) if index in self._awake else (self._asleep[index][0], key)
-            for index, key in enumerate(self.keys())
+            (dump(self._awake[i]) if i in self._awake else self._asleep[i][0], key)
+            for i, key in enumerate(self.keys())
         ]
 
     @classmethod
@@ -301,8 +301,7 @@ class World:
 
     def _reads(self, link: Connection) -> bool:
         return (
-            link.prefill not in self.down
-            and self.prefills[link.prefill].incarnation == link.reader
+            link.prefill not in self.down and self.prefills[link.prefill].incarnation == link.reader
         )
 
     def _unreachable(self, link: Connection) -> bool:
@@ -551,8 +550,11 @@ class World:
         outbox, decode.outbox = decode.outbox, []
         for letter in outbox:
             link = next(
-                (c for c in self.connections
-                 if c.name == decode.incarnation and c.address == letter.peer and c.decode_up),
+                (
+                    c
+                    for c in self.connections
+                    if c.name == decode.incarnation and c.address == letter.peer and c.decode_up
+                ),
                 None,
             )
             if link is None:
@@ -580,8 +582,9 @@ class World:
                 prefill.news.append(Lost(link.name, "anew", was_open=True, fate=Fate.CLOSED))
         link.prefill_up = True
         link.reader = prefill.incarnation
-        ranks, heads = self.options.decode_ranks, max(
-            self.options.prefill_ranks, self.options.decode_ranks
+        ranks, heads = (
+            self.options.decode_ranks,
+            max(self.options.prefill_ranks, self.options.decode_ranks),
         )
         card = card_of(
             link.name, ranks, len(self.options.groups), heads, replicated=self.options.replicated

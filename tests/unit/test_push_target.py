@@ -340,7 +340,7 @@ def test_a_peer_that_is_back_is_asked_again_and_ends_it_with_its_word() -> None:
 
 
 def test_another_incarnation_is_asked_too() -> None:
-    """What was announced while the former one was dying may have waited for the connection to it."""
+    """What was announced while the former one was dying may have waited for this connection."""
     target, record, attempt = announced()
     target.hear(lost(), Opened(P, "two"))
     target.fail(record)
@@ -362,7 +362,7 @@ def test_what_was_never_said_holds_nothing() -> None:
 
 
 def test_what_the_link_has_may_arrive_although_a_connection_is_lost_that_never_was() -> None:
-    """It may have been given to the link after the end of that connection, and wait for the next."""
+    """It may have been given to the link after that connection, and wait for the next."""
     target = Target()
     record = target.order()
     assert any(isinstance(message, Announce) for message in target.said())
