@@ -36,11 +36,13 @@ SOAK_CYCLES ?= 300
 SOAK_ENGINE_CYCLES ?= 12
 SOAK_SERVER_CYCLES ?= 2
 SOAK_REQUESTS ?= 10000
+SOAK_PUSH_REQUESTS ?= 500
 
-soak: .venv/installed-tests ## a million simulated steps, over 200 kills, 10,000 requests with aborts
+soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 10,000 requests with aborts
 	@LAMINA_SOAK_STEPS=$(SOAK_STEPS) LAMINA_SOAK_CYCLES=$(SOAK_CYCLES) \
 		LAMINA_SOAK_ENGINE_CYCLES=$(SOAK_ENGINE_CYCLES) LAMINA_SOAK_REQUESTS=$(SOAK_REQUESTS) \
 		LAMINA_SOAK_SERVER_CYCLES=$(SOAK_SERVER_CYCLES) \
+		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
 		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py
 
 lint: .venv/installed ## ruff and mypy
