@@ -169,6 +169,10 @@ class Planner:
 
     # -- lookup and admission ------------------------------------------------------------
 
+    def knows_push(self, push: str) -> bool:
+        """Whether it is known where a push from here goes, or that it goes nowhere."""
+        return self._source is not None and self._source.knows(push)
+
     def lookup(self, view: RequestView, floor: int, *, declined: str = "") -> Hit:
         """How many tokens beyond ``floor`` will be loaded for a request that has no blocks yet.
 

@@ -199,6 +199,10 @@ class PushSource:
 
     # -- requests ----------------------------------------------------------------------------
 
+    def knows(self, push: str) -> bool:
+        """Whether a decode engine has said where ``push`` goes, or a request of it is here."""
+        return push in self._outbound or push in self._declined
+
     def admitted(self, record: RequestRecord, floor: int, now: float) -> None:
         """A request has got its blocks, perhaps not for the first time.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,9 @@ from lamina.push.cards import EngineCard
 from lamina.push.link import Link, split_address
 
 log = logging.getLogger("lamina.engines.vllm")
+
+DESTINATION_WAIT = 0.01
+"""Seconds from a request's arrival for which a prefill waits for its destination."""
 
 _SOURCES = {TierName.HOST: CacheHitSource.HOST, TierName.DISK: CacheHitSource.DISK}
 
@@ -184,13 +188,27 @@ class SchedulerSide:
         assert self._planner is not None, "vLLM scheduled before its workers had reported"
         return self._planner
 
-    def lookup(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Tokens to load beyond ``computed``, and whether between steps."""
+    def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
+        the next step."""
         declined = "" if self._loads else "kv_role"
         if request.skip_reading_prefix_cache:
             declined = "skip_reading_prefix_cache"
-        hit = self.planner.lookup(self._view(request), computed, declined=declined)
+        view = self._view(request)
+        if self._awaits_destination(request, view.push):
+            return None, False
+        hit = self.planner.lookup(view, computed, declined=declined)
         return hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
+
+    def _awaits_destination(self, request: Request, push: PushParameters | None) -> bool:
+        """Whether a prompt should not begin yet: a router asks both engines at once, and what is
+        announced after a step was planned leaves when it is over, instead of row by row."""
+        if push is None or push.prefill is not None:
+            return False
+        if time.time() - request.arrival_time >= DESTINATION_WAIT:
+            return False
+        self._exchange()
+        return not self.planner.knows_push(push.id)
 
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
