@@ -261,7 +261,8 @@ def test_decode_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
     expect_usable(Pair(doomed.prefill, start(doomed.decode.spec), doomed.address), alone)
 
 
-@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 3])
 def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int) -> None:
     """Until it goes on it could write at any moment: its blocks are not used for anything else,
     however long that takes."""
