@@ -26,10 +26,10 @@ demo-push: .venv/installed ## one engine prefills, another decodes, each row lea
 	@$(BIN)/lamina demo-push --model-dir models
 
 test: .venv/installed-tests ## the test suite, without what is marked slow
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not soak"
 
-test-all: .venv/installed-tests ## the whole test suite
-	@$(PYTEST)
+test-all: .venv/installed-tests ## the whole test suite, without what takes minutes
+	@$(PYTEST) -m "not soak"
 
 SOAK_STEPS ?= 1000000
 SOAK_CYCLES ?= 300
@@ -43,7 +43,8 @@ soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 
 		LAMINA_SOAK_ENGINE_CYCLES=$(SOAK_ENGINE_CYCLES) LAMINA_SOAK_REQUESTS=$(SOAK_REQUESTS) \
 		LAMINA_SOAK_SERVER_CYCLES=$(SOAK_SERVER_CYCLES) \
 		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
-		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py
+		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py \
+			tests/protocol
 
 lint: .venv/installed ## ruff and mypy
 	@$(BIN)/ruff check

@@ -14,7 +14,7 @@ from lamina.geometry import GroupKind
 from lamina.plan import TransferId
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import Delivered, encode
-from lamina.push.transports.base import Notice
+from lamina.push.transports.base import Notice, Peer
 from protocol.engine import (
     BLOCK,
     BREAKER,
@@ -162,7 +162,7 @@ class Decode:
 
     def notice(self, rank: int, message: Delivered) -> None:
         """A prefill rank says that all is there."""
-        self.receives[rank].notice(Notice("", encode(message)))
+        self.receives[rank].notice(Notice(Peer(""), encode(message)))
 
     def _learn(self) -> None:
         """Take in what the ranks have to report."""

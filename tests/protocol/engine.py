@@ -24,7 +24,7 @@ from lamina.push.cards import EngineCard, RankCard, RowCard
 from lamina.push.letters import Fate, Letter, Lost, Opened
 
 BLOCK = 2
-"""Tokens of a block, and what a step computes of a prompt."""
+"""Tokens of a block."""
 
 PATIENCE, QUARANTINE, SILENCE, SETTLE = 3600.0, 100.0, 5.0, 1.0
 NULL = -1
@@ -96,6 +96,7 @@ class Options:
         budget: how many of them may happen.
         replicated: whether every rank holds the same.
         narrow: whether next to nothing may be on its way at a time.
+        chunk: tokens that a step computes of a prompt.
     """
 
     cases: tuple[PushCase, ...] = (PushCase(),)
@@ -106,6 +107,7 @@ class Options:
     budget: int = 0
     replicated: bool = False
     narrow: bool = False
+    chunk: int = BLOCK
 
     @cached_property
     def blocks(self) -> int:
@@ -182,7 +184,7 @@ def dump(value: object, *, compare: bool = False) -> bytes:
     whom."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table = _COMPARED if compare else _TABLE  # type: ignore[attr-defined]
+    pickler.dispatch_table = _COMPARED if compare else _TABLE
     pickler.fast = compare
     pickler.dump(value)
     return buffer.getvalue()

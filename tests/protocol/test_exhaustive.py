@@ -93,10 +93,15 @@ def test_two_things_go_wrong(kinds: str) -> None:
 
 
 @pytest.mark.slow
+def test_two_pushes() -> None:
+    everything(Options((SHORT, SHORT)))
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(
-    "kinds", ["", "crash_prefill break_decode", "abort_prefill silent", "write_fails preempt"]
+    "kinds", ["crash_prefill break_decode", "abort_prefill silent", "write_fails preempt"]
 )
-def test_two_pushes(kinds: str) -> None:
+def test_two_pushes_of_which_one_goes_wrong(kinds: str) -> None:
     everything(Options((SHORT, SHORT), faults=faults(kinds), budget=1))
 
 

@@ -47,6 +47,7 @@ options = st.builds(
     budget=st.integers(0, 6),
     replicated=st.booleans(),
     narrow=st.booleans(),
+    chunk=st.sampled_from((2, 1, 3)),
 )
 
 
@@ -127,4 +128,5 @@ def _draw(random: Random) -> Options:
         budget=random.randrange(7),
         replicated=random.random() < 0.3,
         narrow=random.random() < 0.3,
+        chunk=random.choice((2, 2, 1, 3)),
     )

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from lamina.plan import TORN
 from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import Delivered, LinkMessage, Welcome
+from lamina.push.messages import Announce, Delivered, LinkMessage, Welcome
 from protocol.decode import Decode
 from protocol.engine import (
     PATIENCE,
@@ -47,6 +47,7 @@ FAULTS = frozenset(
         "abort_decode",
         "never_prefill",
         "never_decode",
+        "leave_prefill",
         "write_fails",
         "deadline",
         "patience",
@@ -351,6 +352,8 @@ class World:
                 yield "deadline", decode.index, epoch
         for case in self.to_arrive_prefill:
             yield "never_prefill", case
+            if self.options.cases[case].prefill not in self.down:
+                yield "leave_prefill", case
         for case in self.to_arrive_decode:
             yield "never_decode", case
 
@@ -413,6 +416,10 @@ class World:
 
     def _never_prefill(self, case: int) -> None:
         self.to_arrive_prefill.remove(case)
+
+    def _leave_prefill(self, case: int) -> None:
+        self.to_arrive_prefill.remove(case)
+        self.prefills[self.options.cases[case].prefill].leave(f"push{case}")
 
     def _never_decode(self, case: int) -> None:
         self.to_arrive_decode.remove(case)
@@ -617,7 +624,8 @@ class World:
         link = self.connections[number]
         link.decode_up = False
         link.to_decode.clear()
-        lost = Lost(link.address, "lost", link.opened, fate)
+        unsent = tuple(m.attempt for m in link.queued if isinstance(m, Announce))
+        lost = Lost(link.address, "lost", link.opened, fate, unsent)
         self.decodes[link.decode].news.append(lost)
 
     def _silent(self, number: int) -> None:

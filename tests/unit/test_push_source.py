@@ -274,6 +274,45 @@ def test_preempted_and_back_it_goes_on_where_it_was() -> None:
     assert source.said() == []
 
 
+def test_a_destination_that_takes_nothing_holds_up_nobody_else() -> None:
+    source = bound(Source(max_inflight=2 * PAGE))
+    source.step(0, 32)
+    source.connect("other")
+    record = record_of(View([[30, 31, 32, 33]], push=PushParameters("other push", None)))
+    source.admit(record=record)
+    source.hear(announce(attempt=Attempt("other push", 9)), "other")
+    source.source.progress(record, 0, 32)
+    (order,) = source.step(32, 56)
+    assert (order.peer, pages(order)) == ("other", [(0, (30, 31), (50, 51))])
+
+
+def test_back_from_a_preemption_its_blocks_hold_nothing_before_it_runs() -> None:
+    """They may be given to it for a load that takes its time."""
+    source = bound(Source())
+    source.step(0, 8)
+    source.step(8, 15)
+    source.view.tables = [[]]
+    source.step()
+    source.view.tables = [[20, 21, 22, 23]]
+    source.record.new_epoch()
+    source.admit(floor=48)
+    source.record.load = TransferId(99)
+    assert source.step() == []
+    (order,) = source.step(48, 56)
+    assert (pages(order)[0][1], order.computed) == ((20, 21, 22, 23), False)
+
+
+def test_back_from_a_preemption_less_may_be_computed_than_was() -> None:
+    source = Source()
+    source.admit()
+    source.step(0, 56)
+    source.record.new_epoch()
+    source.admit()
+    source.connect()
+    source.hear(announce())
+    assert source.step() == []
+
+
 # -- blocks ----------------------------------------------------------------------------------
 
 
@@ -432,6 +471,17 @@ def test_an_announcement_whose_request_never_comes_is_forgotten() -> None:
     source.step(0, 56)
     source.finish()
     assert source.pool.held == set()
+
+
+def test_a_request_that_never_got_blocks_fails_its_push() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    assert source.source.knows(PUSH)
+    source.source.abandoned(PushParameters(PUSH, None))
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert fenced == Fenced(ATTEMPT, clean=True)
 
 
 @pytest.mark.parametrize("first", ["the request", "the word"])
@@ -652,6 +702,21 @@ def test_a_state_where_the_hit_ends_is_sent_from_where_the_engine_has_it() -> No
     source.hear(STATES)
     (order,) = source.step(48, 56)
     assert pages(order)[1] == (1, (85,), (70,))
+
+
+def test_a_state_that_was_passed_by_fails_the_push() -> None:
+    source = hybrid()
+    stand(source, 32, 80)
+    source.step(0, 56)
+    source.finish()
+    source.hear(STATES)
+    source.said()
+    source.step()
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "state" in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    assert source.pool.held == set()
 
 
 def test_no_state_is_kept_for_a_push_that_was_stopped() -> None:

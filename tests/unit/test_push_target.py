@@ -104,7 +104,7 @@ class Target:
         items = [
             n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news
         ]
-        self.target.receive(cast(list[News], items), self.now)
+        self.target.receive(items, self.now)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -230,8 +230,9 @@ def test_the_request_runs_when_every_rank_has_all() -> None:
     epoch = attempt.epoch
     target.report(record, Outcome.DONE)
     assert record.receive == epoch
+    assert record.push_over == ""
     target.report(record, Outcome.DONE, Outcome.DONE)
-    assert (record.receive, record.push_over, record.story.failed) == (None, "pushed", False)
+    assert (record.push_over, record.story.failed) == ("pushed", False)
     assert target.pool.held == set()
     assert target.said() == []
 
@@ -269,7 +270,6 @@ def test_a_fence_ends_a_quarantine_when_what_has_come_is_taken_up() -> None:
     target.fail(record)
     target.wait(10 * QUARANTINE)  # as long as it is connected, it will answer
     assert target.pool.held
-    assert not target.target.pending
     target.hear(Fenced(attempt, clean=True))
     assert target.target.pending
     target.wait(SETTLE_SECONDS / 2)
@@ -277,6 +277,30 @@ def test_a_fence_ends_a_quarantine_when_what_has_come_is_taken_up() -> None:
     target.wait(SETTLE_SECONDS / 2)
     assert target.pool.held == set()
     assert target.target.quarantined == 0
+
+
+def test_a_failure_is_no_fence() -> None:
+    """What was sent before it may still be on its way."""
+    target, record, attempt = announced()
+    target.hear(Failed(attempt, "no"))
+    target.fail(record)
+    target.wait(10 * QUARANTINE)
+    assert target.pool.held
+    assert not target.target.pending
+
+
+def test_a_word_of_another_peer_or_push_changes_nothing() -> None:
+    target, record, attempt = announced()
+    for letter in (
+        Letter("10.0.0.2:9300", Fenced(attempt, clean=True)),
+        Letter("10.0.0.2:9300", Failed(attempt, "no")),
+        Letter(P, Fenced(Attempt("another", attempt.epoch), clean=True)),
+    ):
+        target.target.receive([letter], 0.0)
+    assert (target.said(), target.target.give_ups) == ([], [])
+    target.fail(record)
+    target.wait(2 * SETTLE_SECONDS)
+    assert target.pool.held
 
 
 def test_a_fence_that_is_not_clean_ends_it_when_no_network_holds_anything_back() -> None:
@@ -357,6 +381,16 @@ def test_what_was_never_said_holds_nothing() -> None:
     record = target.order()
     target.hear(lost(was_open=False))
     assert not any(isinstance(message, Announce) for message in target.said())
+    target.fail(record)
+    assert target.pool.held == set()
+
+
+def test_what_the_link_could_not_say_holds_nothing() -> None:
+    target = Target()
+    record = target.order()
+    (announce,) = target.said()
+    assert isinstance(announce, Announce)
+    target.hear(Lost(P, "refused", False, Fate.CLOSED, (announce.attempt,)))
     target.fail(record)
     assert target.pool.held == set()
 
