@@ -162,6 +162,11 @@ class PushStream:
         return not (self._sendings or self._moving)
 
     @property
+    def waits(self) -> bool:
+        """Whether it waits for the wire or for a fence, and not for the model to go on."""
+        return bool(self._moving) or any(sending.fenced for sending in self._sendings)
+
+    @property
     def finished(self) -> bool:
         """Whether nothing will follow."""
         return self.idle and (self._delivered or bool(self.failure))

@@ -32,7 +32,8 @@ from lamina.push.transports.base import Peer, Transport, TransportError
 log = logging.getLogger("lamina.data")
 
 SENDING_POLL = 0.0002
-"""Seconds between two looks at writes under way."""
+"""Seconds between two looks at writes under way. Between the rows of a prefill there is none: a
+look takes the interpreter lock from the model."""
 
 RECEIVING_POLL = 0.001
 """Seconds between two looks for notices while some are expected."""
@@ -164,7 +165,7 @@ class PushWire:
 
     def _take_commands(self) -> None:
         timeout = IDLE_POLL
-        if any(not stream.idle for stream in self._streams.values()):
+        if any(stream.waits for stream in self._streams.values()):
             timeout = SENDING_POLL
         elif len(self._receives):
             timeout = RECEIVING_POLL
