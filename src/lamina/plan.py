@@ -43,9 +43,11 @@ class Outcome(StrEnum):
 
     DONE = "done"
     """A load, or a push from elsewhere, is in the engine; a save has read its blocks and is
-    loadable; a write is durable; a push to elsewhere has drained."""
+    loadable; a write is durable; a fetch can be loaded from the host; a push to elsewhere has
+    drained."""
     FAILED = "failed"
-    """Nothing of a save or write may become visible; a load or push did not deliver everything."""
+    """Nothing of a save, write or fetch may become visible; a load or push did not deliver
+    everything."""
 
 
 LOAD_FAILED = "load_failed"
@@ -136,6 +138,23 @@ class WriteThrough:
     key: ChunkKey
     host_slot: int
     disk_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOrder:
+    """Copy one chunk from its disk slot to a host slot, when nothing else is to be read.
+
+    Attributes:
+        transfer: identity of this fetch.
+        key: the chunk's key; a slot that holds another one is refused.
+        disk_slot: source slot; control holds it leased until the receipt.
+        host_slot: target slot.
+    """
+
+    transfer: TransferId
+    key: ChunkKey
+    disk_slot: int
+    host_slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +277,7 @@ class StepPlan:
         loads: loads to start now.
         saves: saves whose blocks are complete once this step's forward has run, or before it.
         writes: write-throughs to start now.
+        fetches: fetches to queue now.
         drop_disk: disk slots to forget (failed verification, cache reset).
         push: what goes to other engines and comes from them.
         forward: whether this step runs the model at all.
@@ -268,6 +288,7 @@ class StepPlan:
     loads: tuple[LoadOrder, ...] = ()
     saves: tuple[SaveOrder, ...] = ()
     writes: tuple[WriteThrough, ...] = ()
+    fetches: tuple[FetchOrder, ...] = ()
     drop_disk: tuple[int, ...] = ()
     push: PushPlan = NO_PUSH
     forward: bool = True
@@ -277,7 +298,7 @@ class StepPlan:
     def is_empty(self) -> bool:
         """Whether the plan orders nothing."""
         return self.push.is_empty and not (
-            self.loads or self.saves or self.writes or self.drop_disk
+            self.loads or self.saves or self.writes or self.fetches or self.drop_disk
         )
 
 

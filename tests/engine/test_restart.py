@@ -72,6 +72,25 @@ def test_answers_from_the_disk_of_an_earlier_process(
     engine.close()
 
 
+def test_a_request_that_waits_finds_in_memory_what_was_on_disk(
+    llama: Path, fleet: Fleet, start: Start, tmp_path: Path
+) -> None:
+    asks = [Ask(prompt(23, CHUNK), max_tokens=32), ASK]
+    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    lamina = on_disk(tmp_path / "store")
+    writer = start(EngineSpec(llama, lamina))
+    writer.ask(ASK)
+    writer.close()
+    engine = start(EngineSpec(llama, lamina, {"max_num_seqs": 1}))
+    answers = engine.generate(asks)
+    assert not differences(answers, expected)
+    metrics = engine.metrics()
+    assert metrics.total("lamina_fetch_bytes_total") > 0
+    assert metrics.total("lamina_hit_tokens_total", tier="host") == answers[1].cached > 0
+    assert metrics.total("lamina_hit_tokens_total", tier="disk") == 0
+    engine.close()
+
+
 def test_an_interpreter_with_another_hash_seed(llama: Path, start: Start, tmp_path: Path) -> None:
     lamina = on_disk(tmp_path / "store")
     engine = start(EngineSpec(llama, lamina))

@@ -356,6 +356,7 @@ class Simulator:
     def _count(self, step: Step) -> None:
         self.counts["saves"] += len(step.plan.saves)
         self.counts["writes"] += len(step.plan.writes)
+        self.counts["fetches"] += len(step.plan.fetches)
         self.counts["forwards"] += bool(step.items)
         for order in step.plan.loads:
             self.counts[f"{order.mode.value} loads"] += 1

@@ -43,6 +43,7 @@ class Options:
         save_tokens: ``save.tokens``.
         saves_in_flight: ``save.max_inflight`` in chunks.
         writes_in_flight: ``disk.max_inflight`` in chunks.
+        fetches_in_flight: ``disk.fetch_ahead`` in chunks, 0 for none.
         breaker_failures: ``breaker.failures``.
         breaker_pause: ``breaker.pause``, seconds.
     """
@@ -71,6 +72,7 @@ class Options:
     save_tokens: Literal["all", "prompt"] = "all"
     saves_in_flight: int = 64
     writes_in_flight: int = 8
+    fetches_in_flight: int = 0
     breaker_failures: int = 1000
     breaker_pause: float = 0.05
 
@@ -101,6 +103,7 @@ class Options:
             save_tokens=random.choice(("all", "all", "all", "prompt")),
             saves_in_flight=random.choice((1, 3, 64)),
             writes_in_flight=random.choice((1, 8)),
+            fetches_in_flight=random.choice((0, 1, 8)),
             replicas=random.random() < 0.4,
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
@@ -162,5 +165,6 @@ class Options:
                 "path": str(store),
                 "capacity": "1GiB",
                 "max_inflight": self.writes_in_flight * self.chunk_bytes,
+                "fetch_ahead": self.fetches_in_flight * self.chunk_bytes or None,
             }
         return load_config(settings, {})

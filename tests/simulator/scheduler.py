@@ -76,6 +76,7 @@ class Scheduler:
         """A new request."""
         self.requests[request.request_id] = request
         self.waiting.append(request)
+        self._planner.arrived(request)
 
     # -- a step --------------------------------------------------------------------------------
 

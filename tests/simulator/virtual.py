@@ -29,6 +29,7 @@ _PATCHED = {
     "lamina.data.load_pipeline.time": "time",
     "lamina.data.save_pipeline.time": "time",
     "lamina.data.write_through.time": "time",
+    "lamina.data.fetch_pipeline.time": "time",
 }
 
 
@@ -251,6 +252,10 @@ class VirtualPool(WorkerPool):
     def depth(self) -> int:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""
         return len(self._waiting)
+
+    def await_idle(self, timeout: float) -> bool:
+        """See :class:`~lamina.data.worker_pool.WorkerPool`. Who is polite does not wait here."""
+        return not self._waiting and not self.threads
 
     def close(self, timeout: float) -> bool:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""

@@ -80,6 +80,7 @@ class TestDefaults:
             "capacity": 1 << 30,
             "direct": "auto",
             "max_inflight": 256 << 20,
+            "fetch_ahead": 64 << 20,
         }
 
     def test_the_tree_is_immutable(self) -> None:

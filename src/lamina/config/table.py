@@ -33,5 +33,7 @@ def _rows(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, 
 def _default(field: FieldInfo, kind: Kind) -> str:
     if field.is_required():
         return "required"
-    value = format_size(field.default) if kind is SIZE else field.default
+    # A size may be one of several things that are accepted.
+    size = type(field.default) is int and kind.words.endswith(SIZE.words)
+    value = format_size(field.default) if size else field.default
     return f"`{json.dumps(value)}`"

@@ -128,6 +128,11 @@ class DiskConfig(Section):
         description="Bytes on their way to disk, on each rank. Beyond it chunks wait in host "
         "memory.",
     )
+    fetch_ahead: Annotated[int | None, SIZE.nullable()] = Field(
+        default=64 * MIB,
+        description="Bytes on their way from disk to host memory for requests that wait for their "
+        "turn, on each rank; they are read when no load is. `null`: none.",
+    )
 
 
 class BreakerConfig(Section):

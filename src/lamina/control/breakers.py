@@ -29,6 +29,7 @@ MAX_PAUSE = 300.0
 """Seconds that the doubled pause does not exceed, unless ``breaker.pause`` itself does."""
 
 _FILLS = {TierName.HOST: Kind.SAVE, TierName.DISK: Kind.WRITE}
+_READS = (Kind.LOAD, Kind.FETCH)
 
 
 class BreakerState(Enum):
@@ -188,7 +189,7 @@ class Breakers:
                 breaker.judge(good=False, reason=reason)
 
     def _of(self, kind: Kind, tier: TierName) -> CircuitBreaker:
-        return self._loads[tier] if kind is Kind.LOAD else self._fills[tier]
+        return self._loads[tier] if kind in _READS else self._fills[tier]
 
     @property
     def refusals(self) -> int:
@@ -209,7 +210,7 @@ def _verdict(transfer: Transfer, tier: TierName, held: Callable[[Location], bool
         return True
     if transfer.reason == LOAD_FAILED:
         return None
-    if transfer.kind is not Kind.LOAD:
+    if transfer.kind not in _READS:
         return False
     if transfer.bad_chunks:
         bad = [place for place in transfer.chunks if place.key in transfer.bad_chunks]

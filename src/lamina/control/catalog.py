@@ -7,7 +7,7 @@ leased is neither evicted nor reused, even after its chunk was dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -220,6 +220,28 @@ class Catalog:
     def held(self, place: Location) -> bool:
         """Whether the chunk is still there."""
         return self.tiers[place.tier].find(place.key) == place.slot
+
+    def give_back(self, target: Location, *, poisoned: bool) -> None:
+        """Give back a slot that a transfer has not filled.
+
+        Args:
+            target: the slot, and the chunk that it was to hold.
+            poisoned: whether the chunk was abandoned before, and only the slot is held.
+        """
+        tier = self.tiers[target.tier]
+        if poisoned:
+            tier.release(target.slot)
+        else:
+            tier.abandon(target.key)
+
+    def drop_bad(self, places: Iterable[Location], bad: Collection[ChunkKey]) -> None:
+        """Forget those of some chunks that cannot be delivered any more, unless they are kept anew
+        elsewhere in their tier."""
+        for place in places:
+            if place.key in bad and self.held(place):
+                self.tiers[place.tier].drop(place.key)
+                if place.tier is TierName.DISK:
+                    self.forgotten.append(place.slot)
 
     def prefix_end(self, groups: Sequence[Sequence[ChunkKey]], start: int, end: int) -> int:
         """Index, at most ``end``, after the last of the chunks from ``start`` on that can be loaded

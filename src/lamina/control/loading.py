@@ -162,7 +162,8 @@ class LoadPlanner:
         groups = record.known_keys()
         full = [groups[group] for group in shape.full]
         end_chunk = self._catalog.prefix_end(full, found.end_chunk, len(groups[0]))
-        if end_chunk == found.end_chunk and (not shape.sparse or found.arrivals == arrivals):
+        same = found.arrivals == arrivals or not (shape.sparse or found.below_host)
+        if end_chunk == found.end_chunk and same:
             record.hit = found
             return found
         # Cut before looking: a state that is too far ahead cannot be cut afterwards.
@@ -170,7 +171,7 @@ class LoadPlanner:
         usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // resume * resume
         end = self._last_boundary(groups, floor, min(end_chunk * chunk, usable))
         tokens = max(0, end - floor)
-        if tokens == found.tokens and found.arrivals[0] >= 0:
+        if tokens == found.tokens and found.arrivals[0] >= 0 and not found.below_host:
             record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
         else:
             parts = self._parts_of(groups, floor, end) if tokens else ()
@@ -250,6 +251,11 @@ class LoadPlanner:
             for keys in record.known_keys()
             if found.end_chunk < len(keys)
         )
+
+    def needed(self, record: RequestRecord) -> list[Location]:
+        """Where everything is that a request would load that has no tokens in the engine."""
+        found = self._find_prefix(record, 0)
+        return [chunk.place for chunk in self._chunks_of(record.known_keys(), 0, found.tokens)]
 
     # -- loads -------------------------------------------------------------------------------
 
@@ -360,7 +366,7 @@ class LoadPlanner:
         self._meter.observe("load_seconds", transfer.seconds)
         if failed:
             self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
-        self._drop_bad(transfer)
+        self._catalog.drop_bad(transfer.chunks, transfer.bad_chunks)
         if record is None or record.load != transfer.id:
             return
         record.load = None
@@ -372,15 +378,6 @@ class LoadPlanner:
             # What was not delivered may still be in its tier: do not ask for it for ever.
             record.distrust = "failed_before"
         stories.info("%s", story.line(transfer.request_id))
-
-    def _drop_bad(self, transfer: Transfer) -> None:
-        for place in transfer.chunks:
-            if place.key in transfer.bad_chunks:
-                tier = self._catalog.tiers[place.tier]
-                if tier.find(place.key) == place.slot:
-                    tier.drop(place.key)
-                    if place.tier is TierName.DISK:
-                        self._catalog.forgotten.append(place.slot)
 
 
 def _split(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:

@@ -16,6 +16,7 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import open_catalog
 from lamina.control.cost import CostModel, Costs
 from lamina.control.decisions import DecisionRecord
+from lamina.control.fetching import FetchPlanner
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadPlanner, stories
 from lamina.control.push_source import PushSource
@@ -154,6 +155,16 @@ class Planner:
             chunk_bytes=self._kept_bytes,
             ranks=len(kept),
         )
+        self._fetching = FetchPlanner(
+            config,
+            self._catalog,
+            self._transfers,
+            self._breakers,
+            meter,
+            self._loading.needed,
+            chunk_bytes=self._kept_bytes,
+            ranks=len(kept),
+        )
         self._source: PushSource | None = None
         self._target: PushTarget | None = None
         if config.push is not None and card is not None:
@@ -173,6 +184,11 @@ class Planner:
         """Whether it is known where a push from here goes, or that it goes nowhere."""
         return self._source is not None and self._source.knows(push)
 
+    def arrived(self, view: RequestView) -> None:
+        """A request waits for its blocks: what it will load may come nearer meanwhile."""
+        if self._fetching.enabled:
+            self._fetching.expect(self._record_of(view))
+
     def lookup(self, view: RequestView, floor: int, *, declined: str = "") -> Hit:
         """How many tokens beyond ``floor`` will be loaded for a request that has no blocks yet.
 
@@ -183,18 +199,9 @@ class Planner:
             floor: tokens at its beginning that the engine already has, on a block boundary.
             declined: why nothing may be loaded for it, if so; a word for logs and metrics.
         """
-        record = self._requests.get(view.request_id)
-        if record is None or record.ended:
-            chain = ChunkChain(
-                self._namespace,
-                self._shape.chunk_tokens,
-                view.root_extra,
-                len(self._shape.groups),
-            )
-            record = self._requests[view.request_id] = RequestRecord(view, chain)
-        elif record.admitted:
+        record = self._record_of(view)
+        if record.admitted:
             record.new_epoch()
-        record.view = view
         hit = self._loading.lookup(
             record,
             floor,
@@ -207,6 +214,19 @@ class Planner:
             hit = self._with_push(record, floor, hit, declined)
         record.offered = hit.tokens
         return hit
+
+    def _record_of(self, view: RequestView) -> RequestRecord:
+        record = self._requests.get(view.request_id)
+        if record is None or record.ended:
+            chain = ChunkChain(
+                self._namespace,
+                self._shape.chunk_tokens,
+                view.root_extra,
+                len(self._shape.groups),
+            )
+            record = self._requests[view.request_id] = RequestRecord(view, chain)
+        record.view = view
+        return record
 
     def _with_push(self, record: RequestRecord, floor: int, hit: Hit, declined: str) -> Hit:
         """A hit and what a prefill engine will push behind it."""
@@ -231,6 +251,7 @@ class Planner:
         if record.admitted:
             return
         record.admitted = record.fresh = True
+        self._fetching.forget(request_id)
         story = record.story
         if self._on_decision is not None and record.decision is not None:
             self._on_decision(record.decision)
@@ -312,6 +333,7 @@ class Planner:
                     record, computed, record.view.blocks, step=self._step, now=now
                 )
         writes = self._saving.order_writes(step=self._step, now=now)
+        fetches = self._fetching.order(step=self._step, now=now)
         push = self._plan_push(now)
         outstanding = len(self._transfers) > 0 or self._push_pending
         plan = StepPlan(
@@ -319,6 +341,7 @@ class Planner:
             loads=tuple(self._loading.orders),
             saves=tuple(self._saving.orders),
             writes=writes,
+            fetches=fetches,
             drop_disk=tuple(self._catalog.forgotten),
             push=push,
             forward=forward,
@@ -417,6 +440,7 @@ class Planner:
             self._source.abandoned(push)
         if record is None:
             return
+        self._fetching.forget(request_id)
         if computed >= record.view.num_prompt_tokens:
             self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
@@ -473,6 +497,8 @@ class Planner:
                     waits[transfer.step] = max(transfer.waited, waits.get(transfer.step, 0.0))
             elif transfer.kind is Kind.WRITE:
                 self._saving.settle_write(transfer)
+            elif transfer.kind is Kind.FETCH:
+                self._fetching.settle(transfer)
             elif transfer.kind is Kind.PUSH:
                 assert self._source is not None
                 self._source.settle(transfer)

@@ -232,6 +232,11 @@ class FoundPrefix:
     tokens: int = 0
     parts: tuple[HitPart, ...] = ()
 
+    @property
+    def below_host(self) -> bool:
+        """Whether some of it may since have come nearer."""
+        return any(part.tier is not TierName.HOST for part in self.parts)
+
 
 @dataclass(slots=True)
 class RequestRecord:

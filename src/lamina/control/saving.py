@@ -327,7 +327,7 @@ class SavePlanner:
     def _settle_save(self, transfer: Transfer) -> None:
         self._transfers.close(transfer)
         if transfer.state is State.FAILED or transfer.poisoned:
-            self._give_back_target(transfer)
+            self._catalog.give_back(transfer.chunks[-1], poisoned=transfer.poisoned)
             self._meter.count("failures", 1, kind=f"save_{transfer.reason or 'poisoned'}")
             return
         (place,) = transfer.chunks
@@ -344,7 +344,7 @@ class SavePlanner:
         assert disk is not None
         self._catalog.host.release(source.slot)
         if transfer.state is State.FAILED:
-            self._give_back_target(transfer)
+            self._catalog.give_back(target, poisoned=transfer.poisoned)
             self._catalog.forgotten.append(target.slot)
             self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'poisoned'}")
             return
@@ -353,8 +353,8 @@ class SavePlanner:
         self._meter.observe("write_seconds", transfer.seconds)
 
     def poison(self, transfer: Transfer) -> None:
-        """What a save or write brings must never become visible. Its key is free at once, so that
-        a good copy can be made; its slot only when nothing is written there any more.
+        """What a save, write or fetch brings must never become visible. Its key is free at once,
+        so that a good copy can be made; its slot only when nothing is written there any more.
         """
         if not transfer.poisoned:
             transfer.poisoned = True
@@ -380,11 +380,3 @@ class SavePlanner:
         for transfer in self._transfers.live():
             if transfer.kind is not Kind.LOAD:
                 self.poison(transfer)
-
-    def _give_back_target(self, transfer: Transfer) -> None:
-        target = transfer.chunks[-1]
-        tier = self._catalog.tiers[target.tier]
-        if transfer.poisoned:
-            tier.release(target.slot)
-        else:
-            tier.abandon(target.key)

@@ -5,6 +5,7 @@
     LOAD   PLANNED → DONE (in the engine) | FAILED
     SAVE   PLANNED → DONE (its source is free, and it is loadable from the host) | FAILED
     WRITE  PLANNED → DONE (durable on disk) | FAILED
+    FETCH  PLANNED → DONE (from disk in the host, loadable from there) | FAILED
     PUSH   PLANNED → DONE (drained, in the other engine) | FAILED
     RECEIVE PLANNED → DONE (delivered by every sender) | FAILED
 
@@ -29,6 +30,7 @@ class Kind(Enum):
     LOAD = "load"
     SAVE = "save"
     WRITE = "write"
+    FETCH = "fetch"
     PUSH = "push"
     RECEIVE = "receive"
 
@@ -57,7 +59,8 @@ class Transfer:
         step: the step whose plan carried it.
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.
-        chunks: where the chunks of a load are; the key and slot of a save or write.
+        chunks: where the chunks of a load are; where that of a save, write or fetch goes, and
+            before it where it comes from, if from a tier.
         lease: hold on engine blocks that are read, for a save or a push.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
@@ -90,7 +93,9 @@ class Transfer:
 
     @property
     def tiers(self) -> frozenset[TierName]:
-        """Where it loads from, or saves or writes to."""
+        """Where it loads or fetches from, or saves or writes to."""
+        if self.kind is Kind.FETCH:
+            return frozenset((self.chunks[0].tier,))
         places = self.chunks if self.kind is Kind.LOAD else self.chunks[-1:]
         return frozenset(place.tier for place in places)
 

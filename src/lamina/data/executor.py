@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.config import LoadConfig
+from lamina.data.fetch_pipeline import DiskFetcher
 from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
 from lamina.data.movers.base import Mover
 from lamina.data.push_pipeline import PushRun
@@ -49,9 +50,10 @@ from lamina.push.transports.base import Transport
 
 log = logging.getLogger("lamina.data")
 
-IDLE_WAIT = 0.002
+IDLE_WAIT, LONGEST_IDLE_WAIT = 0.002, 0.008
 """Seconds that a step without a forward waits for a receipt, so that an engine with nothing to
-run neither spins on the interpreter lock nor is late for the next request."""
+run neither spins on the interpreter lock nor is late for the next request. They double while there
+is none: a push takes as long as another engine's prefill, which may run on the same cores."""
 
 _LAYERWISE, _PARKED = 0.0, 1.0
 
@@ -129,10 +131,22 @@ class Executor:
                 disk,
                 host,
                 self._report,
+                loads=self._load_pools[TierName.DISK],
                 rows=len(geometry.rows),
                 chunk_bytes=geometry.chunk_bytes,
                 cores=cores,
                 timeline=timeline,
+            )
+        self._fetcher: DiskFetcher | None = None
+        if disk is not None and not follows:
+            self._fetcher = DiskFetcher(
+                disk,
+                host,
+                mover,
+                geometry,
+                self._load_pools[TierName.DISK],
+                self._report,
+                timeline,
             )
         self._plan: StepPlan | None = None
         self._pushes: PushRun | None = None
@@ -143,6 +157,7 @@ class Executor:
         self._landing: list[LoadRun] = []
         self._receipts: deque[TransferReceipt] = deque()
         self._news = threading.Event()
+        self._idle_wait = IDLE_WAIT
         self._failed: set[str] = set()
         self._rejected: set[str] = set()
         self._lost_blocks: set[int] = set()
@@ -194,6 +209,10 @@ class Executor:
                 self._writer.write(plan.writes, plan.step)
         elif plan.writes:  # the leader writes them
             self._report(TransferReceipt(order.transfer, Outcome.DONE) for order in plan.writes)
+        if self._fetcher is not None:
+            self._fetcher.fetch(plan.fetches, plan.step)
+        elif plan.fetches:
+            self._report(TransferReceipt(order.transfer, Outcome.DONE) for order in plan.fetches)
         for order in plan.loads:
             if order.mode is LoadMode.PARKED:
                 run = self._make_run([Load(order, self._geometry)], parked=True)
@@ -262,7 +281,10 @@ class Executor:
             saves.sweep()
         plan, self._plan = self._plan, None
         if plan is not None and not plan.forward and plan.outstanding and not self._receipts:
-            self._news.wait(IDLE_WAIT)
+            quiet = not self._news.wait(self._idle_wait)
+            self._idle_wait = min(2 * self._idle_wait, LONGEST_IDLE_WAIT) if quiet else IDLE_WAIT
+        else:
+            self._idle_wait = IDLE_WAIT
         self._news.clear()
 
     def collect(self) -> Outcomes:

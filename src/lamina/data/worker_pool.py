@@ -49,6 +49,13 @@ class WorkerPool:
         """Jobs that no thread has taken yet."""
         return self._queue.qsize()
 
+    def await_idle(self, timeout: float) -> bool:
+        """Wait until there is no job; False if that took longer than ``timeout`` seconds."""
+        with self._queue.all_tasks_done:
+            return self._queue.all_tasks_done.wait_for(
+                lambda: not self._queue.unfinished_tasks, timeout
+            )
+
     def close(self, timeout: float) -> bool:
         """Run what is queued, then stop.
 
@@ -74,3 +81,4 @@ class WorkerPool:
             except Exception:
                 log.exception("a job of %s raised", threading.current_thread().name)
             del job  # an idle thread keeps nothing alive
+            self._queue.task_done()

@@ -15,6 +15,10 @@ from lamina.plan import Outcome, TransferReceipt, WriteThrough
 log = logging.getLogger("lamina.data")
 
 
+GIVE_WAY = 0.02
+"""Seconds for which loads from the disk go before each row that is written to it."""
+
+
 class DiskWriter:
     """The one thread that changes a disk tier, so that forgetting, writing and committing a slot
     always happen in the order in which control planned them.
@@ -23,6 +27,7 @@ class DiskWriter:
         disk: the tier.
         host: where the bytes come from; control holds the slots leased until the receipt.
         report: called with the receipts of a batch.
+        loads: the threads that load from the disk, which go first.
         cores: cores the thread may run on.
         timeline: where spans go.
     """
@@ -33,6 +38,7 @@ class DiskWriter:
         host: HostTier,
         report: Callable[[Iterable[TransferReceipt]], None],
         *,
+        loads: WorkerPool,
         rows: int,
         chunk_bytes: int,
         cores: frozenset[int] | None = None,
@@ -41,6 +47,7 @@ class DiskWriter:
         self._disk = disk
         self._host = host
         self._report = report
+        self._loads = loads
         self._rows = rows
         self._chunk_bytes = chunk_bytes
         self._timeline = timeline
@@ -66,6 +73,7 @@ class DiskWriter:
             slots = [order.disk_slot for order in orders]
             self._disk.begin(slots)
             for row in range(self._rows):
+                self._loads.await_idle(GIVE_WAY)
                 extents = [self._host.extent(row, order.host_slot) for order in orders]
                 self._disk.write_row(row, slots, extents)
             self._disk.commit([(order.disk_slot, order.key) for order in orders])

@@ -50,6 +50,7 @@ METRICS: dict[str, Metric] = {
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
         Metric("save_bytes", _C, "Bytes saved from the engine to the host tier"),
         Metric("write_bytes", _C, "Bytes written from the host tier to disk"),
+        Metric("fetch_bytes", _C, "Bytes fetched from disk to the host tier for what waits"),
         Metric("load_seconds", _H, "Duration of loads", buckets=_SECONDS),
         Metric("wait_seconds", _H, "Time the model waited for a load", buckets=_SECONDS),
         Metric("save_seconds", _H, "Duration of saves, order to loadable", buckets=_SECONDS),

@@ -23,6 +23,7 @@ class Lane(StrEnum):
     LOAD = "load"
     SAVE = "save"
     WRITE = "write"
+    FETCH = "fetch"
     PUSH = "push"
 
 

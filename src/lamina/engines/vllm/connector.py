@@ -167,6 +167,10 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """Every rank's tiers have arrived."""
         self._on_scheduler.open(metadata)
 
+    def on_new_request(self, request: Request) -> None:
+        """A request has arrived and will wait for its turn."""
+        self._on_scheduler.arrived(request)
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:

@@ -188,6 +188,11 @@ class SchedulerSide:
         assert self._planner is not None, "vLLM scheduled before its workers had reported"
         return self._planner
 
+    def arrived(self, request: Request) -> None:
+        """A request will wait for its turn."""
+        if self._loads and not request.skip_reading_prefix_cache:
+            self.planner.arrived(self._view(request))
+
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
         the next step."""
