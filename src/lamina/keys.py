@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
+from typing import cast
 
 from lamina.plan import ChunkKey
 
@@ -212,17 +213,20 @@ class ChunkChain:
             ids.byteswap()
         content = ids.tobytes()
         width = size * ids.itemsize
-        parent = self._links[-1] if self._links else self._root
-        added = []
+        parent: bytes = self._links[-1] if self._links else self._root
+        hashed: list[bytes] = []
         for offset in range(0, len(content), width):
-            first = start + offset // ids.itemsize
-            extra = extra_of(first, first + size) if extra_of else b""
             # Parent and tokens have a fixed length here, so only the extra needs its own.
-            head = len(extra).to_bytes(4, "little") + extra if extra else _NO_EXTRA
+            head = _NO_EXTRA
+            if extra_of is not None:
+                first = start + offset // ids.itemsize
+                if extra := extra_of(first, first + size):
+                    head = len(extra).to_bytes(4, "little") + extra
             parent = blake2b(
                 parent + head + content[offset : offset + width], digest_size=KEY_BYTES
             ).digest()
-            added.append(ChunkKey(parent))
+            hashed.append(parent)
+        added = cast(list[ChunkKey], hashed)
         self._links += added
         if len(self.groups) > 1:
             for group, keys in enumerate(self.groups):

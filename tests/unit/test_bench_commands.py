@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -186,3 +187,20 @@ def test_the_page_cache_of_a_whole_directory_is_dropped(tmp_path: Path) -> None:
     (inner / "file").write_bytes(b"kept")
     drop_page_cache(tmp_path)
     assert (inner / "file").read_bytes() == b"kept"
+
+
+def test_control_is_measured_without_an_engine(tmp_path: Path) -> None:
+    sizes = ("--chunks", "40", "--tokens", "1024", "--requests", "3", "--repeat", "2")
+    file = tmp_path / "control.json"
+    outcome = CliRunner().invoke(app, ["control", *sizes, "--json", str(file)])
+    assert outcome.exit_code == 0, outcome.output
+    measured = json.loads(file.read_text())
+    assert len(measured["samples"]) == 6
+    assert all(len(sample["values"]) == 2 for sample in measured["samples"])
+    assert [target["unit"] for target in measured["targets"]] == ["s", "s", "s", "B"]
+
+
+def test_control_refuses_what_cannot_be() -> None:
+    assert "--requests must be at least 1, got 0" in refusal("control", "--requests", "0")
+    assert "--chunk-tokens must be a multiple of 16" in refusal("control", "--chunk-tokens", "50")
+    assert "--chunks must be enough for one prompt" in refusal("control", "--chunks", "5")

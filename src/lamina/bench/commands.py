@@ -269,6 +269,26 @@ def push(
     _measured(lambda progress: measure(settings, progress, plot, timeline), json)
 
 
+@app.command()
+def control(
+    chunks: Annotated[int, typer.Option(help="Chunks in the catalog.")] = 1_000_000,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is looked up.")] = 131_072,
+    requests: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
+    repeat: Repeat = 5,
+    json: Json = None,
+) -> None:
+    """What the scheduler pays: lookups in a large catalog, plans for many requests, memory.
+
+    Needs no engine.
+    """
+    from lamina.bench.control import ControlSettings, measure
+
+    settings = _made(lambda: ControlSettings(chunks, chunk_tokens, tokens, requests, repeat))
+    _check_outputs(json)
+    _measured(lambda progress: measure(settings, progress), json)
+
+
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
     """The numbers of a list with commas.
 

@@ -174,7 +174,7 @@ def _target_table(compared: str, targets: tuple[Target, ...]) -> Table:
     for heading in ("median", "min", "max", "promised", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for target in targets:
-        show = duration if target.unit is Unit.SECONDS else _multiple
+        show = _SHOWN[target.unit]
         figure = target.figure
         shown = [show(value) for value in (figure.median, figure.low, figure.high)]
         if target.limit is None:
@@ -188,6 +188,13 @@ def _target_table(compared: str, targets: tuple[Target, ...]) -> Table:
 
 def _multiple(value: float) -> str:
     return f"{value:.3f}x"
+
+
+def _bytes(value: float) -> str:
+    return f"{value:.0f} B"
+
+
+_SHOWN = {Unit.SECONDS: duration, Unit.RATIO: _multiple, Unit.BYTES: _bytes}
 
 
 def _cpu_name() -> str:

@@ -13,6 +13,7 @@ class Unit(StrEnum):
 
     SECONDS = "s"
     RATIO = "x"
+    BYTES = "B"
 
 
 @dataclass(frozen=True, slots=True)

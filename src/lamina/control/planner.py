@@ -186,8 +186,9 @@ class Planner:
 
     def arrived(self, view: RequestView) -> None:
         """A request waits for its blocks: what it will load may come nearer meanwhile."""
-        if self._fetching.enabled:
-            self._fetching.expect(self._record_of(view))
+        record = self._record_of(view)
+        record.known_keys()
+        self._fetching.expect(record)
 
     def lookup(self, view: RequestView, floor: int, *, declined: str = "") -> Hit:
         """How many tokens beyond ``floor`` will be loaded for a request that has no blocks yet.
