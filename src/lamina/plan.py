@@ -90,6 +90,8 @@ class LoadOrder:
         chunks: in prefix order.
         deadline: seconds from receipt of the plan after which the load has failed; infinite for one
             that the engine could not take back.
+        grace: of one between steps, how many seconds what is missing has once its request was
+            resumed early; None if it is resumed when all is there.
     """
 
     transfer: TransferId
@@ -97,6 +99,7 @@ class LoadOrder:
     mode: LoadMode
     chunks: tuple[ChunkLoad, ...]
     deadline: float
+    grace: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +314,10 @@ class TransferReceipt:
         outcome: see :class:`Outcome`.
         moved_bytes: bytes moved by this rank; none of a save or write that another did for it.
         seconds: wall time from order to outcome.
+        active: of these, seconds in which rows of a load were on their way, and did not wait to be
+            asked for.
         waited: seconds that the forward pass itself waited for this load.
+        busy: work of the rank's cores for this load, as seconds of all of them.
         bad_chunks: keys of a load's chunks that are damaged or gone, and not only late.
         reason: for a failure, a short word that becomes a metric label.
     """
@@ -320,7 +326,9 @@ class TransferReceipt:
     outcome: Outcome
     moved_bytes: int = 0
     seconds: float = 0.0
+    active: float = 0.0
     waited: float = 0.0
+    busy: float = 0.0
     bad_chunks: tuple[ChunkKey, ...] = ()
     reason: str = ""
 

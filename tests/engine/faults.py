@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from lamina.data.early_release import Arrival
 from lamina.data.load_pipeline import Piece
 from lamina.data.movers.base import Fence, Mover
 from lamina.data.sources import DiskSource, HostSource
@@ -42,6 +43,20 @@ def slow_saves(seconds: float) -> None:
         return save(self, *arguments)
 
     CpuMover.save = slowly
+
+
+def hasty(_: float) -> None:
+    """Parked requests go on as soon as one row is there, although the model will have to wait."""
+    from lamina.data.early_release import EarlyRelease
+
+    EarlyRelease.released = 0
+
+    def at_once(self: EarlyRelease, load: Arrival) -> bool:
+        allowed = 0 < load.arrived < load.rows
+        EarlyRelease.released += allowed
+        return allowed
+
+    EarlyRelease.allows = at_once
 
 
 def async_scheduling(_: float) -> None:

@@ -86,6 +86,22 @@ def test_planned_a_step_ahead(
     expect_same_answers(fleet, llama, options, {"mode": mode}, {"async_scheduling": 1})
 
 
+@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
+def test_resumed_before_all_is_there(llama: Path, fleet: Fleet, faults: dict[str, float]) -> None:
+    faults = {"slow_loads": 0.005, "hasty": 1, **faults}
+    expect_same_answers(fleet, llama, CHUNKED, {"load_ahead": 1}, faults)
+    load = {"min_tokens": 1, "load_ahead": 1}
+    engine = fleet.get(EngineSpec(llama, {"host": HOST, "load": load}, CHUNKED, faults=faults))
+    assert engine.in_workers(released)[0] > 0
+
+
+def released(_: object) -> int:
+    """In a worker: how many requests were resumed early."""
+    from lamina.data.early_release import EarlyRelease
+
+    return EarlyRelease.released
+
+
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_compiled(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, COMPILED, {"mode": mode})

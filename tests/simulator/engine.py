@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape
+from lamina.data.early_release import Arrival
 from lamina.observe.metrics import Meter
 from lamina.plan import Receipt
 from simulator.content import Ledger, Violation
@@ -33,6 +34,9 @@ STEP_SECONDS = 0.001
 
 PATIENCE = 500
 """Steps after which a request that is not served is a hang."""
+
+EARLY = 0.3
+"""Chance that a parked load is released when its rank is asked."""
 
 _NAMESPACE = b"simulator"
 
@@ -80,6 +84,7 @@ class Simulator:
             ledger=self._ledger,
             pump=self._pump,
             stall=self._stall,
+            leased=lambda block: block in self._leased.leased,
             clock=self._clock,
             slack=STEP_SECONDS if virtual else 10.0,
             store=store or Path("/nowhere"),
@@ -93,6 +98,8 @@ class Simulator:
         piece = options.piece_chunks * options.chunk_bytes // options.rows
         for module in ("load_pipeline", "sources"):
             self._exit.enter_context(patch(f"lamina.data.{module}.PIECE_BYTES", piece))
+        early = "lamina.data.early_release.EarlyRelease.allows"
+        self._exit.enter_context(patch(early, self._allow))
         self._ranks: list[Rank] = []
         for number in range(options.ranks):
             leader = self._ranks[0] if number and options.replicas else None
@@ -343,6 +350,12 @@ class Simulator:
     def _pump(self) -> None:
         if self._virtual:
             self._world.pump(4)
+
+    def _allow(self, arrival: Arrival) -> bool:
+        """Released early, at any moment: the right one is not what keeps promises."""
+        allowed = self._random.random() < EARLY
+        self.counts["released early"] += allowed
+        return allowed
 
     def _learn(self, request: Request, known: int) -> None:
         if request.num_tokens > known:

@@ -70,6 +70,7 @@ class Surroundings:
         ledger: names stamps.
         pump: lets threads run for a while.
         stall: called by a thread where it may take its time.
+        leased: whether control holds a block.
         clock: the time.
         slack: seconds by which that may be wrong.
         store: directory of the disk tier.
@@ -80,6 +81,7 @@ class Surroundings:
     ledger: Ledger
     pump: Callable[[], None]
     stall: Callable[..., None]
+    leased: Callable[[int], bool]
     clock: Callable[[], float]
     slack: float
     store: Path
@@ -163,6 +165,8 @@ class Rank:
         executor, around = self.executor, self._around
         began = around.clock()
         self._note_loads(step, began)
+        loads = len(self._parked)  # those that were released early
+        loads += sum(order.mode is LoadMode.LAYERWISE for order in step.plan.loads)
         executor.begin_step(step.plan)
         around.pump()
         if step.loads_now:
@@ -181,7 +185,6 @@ class Rank:
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
         # A load that is stuck is given up alone; those that it has kept waiting begin anew.
-        loads = sum(order.mode is LoadMode.LAYERWISE for order in step.plan.loads)
         longest = loads * self._options.deadline * (1 + WRITE_TIME)
         if waited > longest + around.slack:
             raise Violation(f"the forward waited {waited:.3f} s, it may wait {longest:.3f} s")
@@ -230,7 +233,8 @@ class Rank:
         chunks = (piece.pages // self._options.chunk_blocks).tolist()
         for block, chunk in zip(piece.blocks.tolist(), chunks, strict=True):
             target = self._targets.get((block, piece.keys[chunk]))
-            if target is None or target.over or not target.blocks.held:
+            held = target is not None and (target.blocks.held or self._around.leased(block))
+            if target is None or target.over or not held:
                 whose = "nobody" if target is None else target.order.request_id
                 over = "that has ended" if target is None or target.over else "that has lost it"
                 text = f"block {block} is written by a load for {whose} {over}"
@@ -248,7 +252,8 @@ class Rank:
         for transfer, began in list(self._parked.items()):
             if transfer in over:
                 del self._parked[transfer]
-            elif asked - began > self._options.deadline + self._around.slack:
+            # One that was released early has its time anew.
+            elif asked - began > 2 * self._options.deadline + self._around.slack:
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
                 )

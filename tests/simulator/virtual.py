@@ -68,7 +68,9 @@ class World:
                 Condition=lambda: VirtualCondition(self),
                 Lock=threading.Lock,
             ),
-            "time": SimpleNamespace(perf_counter=self.read, monotonic=self.read),
+            "time": SimpleNamespace(
+                perf_counter=self.read, monotonic=self.read, thread_time=lambda: 0.0
+            ),
         }
         with ExitStack() as stack:
             for target, part in _PATCHED.items():

@@ -172,6 +172,23 @@ class TestDecisions:
         assert decide(what, known(token=1e-4)).patience == pytest.approx(12.8)
         assert decide(situation(HitPart(DISK, 64, MIB)), known()).patience == LEAST_PATIENCE
         assert decide(what, Costs()).patience == math.inf
+        assert decide(what, known(token=1e-4), when="always").patience == math.inf
+
+    def test_a_copy_by_the_models_own_cores_comes_before_the_step(self) -> None:
+        """On both at once they take longer than one after the other."""
+        costs = known(host=1e-10, token=1e-3)
+        model = CostModel(costs)
+        model.worked(HOST, 64 * MIB, 1e-10 * 64 * MIB)
+        what = situation(HitPart(HOST, 64 * CHUNK, 512 * MIB), suffix=1)
+        assert decide(what, known(host=1e-10, token=1e-3)).mode is LoadMode.LAYERWISE
+        assert decide(what, costs).mode is LoadMode.PARKED
+        assert decide(what, costs, mode="layerwise").mode is LoadMode.LAYERWISE
+
+    def test_what_waits_for_a_link_goes_on_beside_the_step(self) -> None:
+        costs = known(host=1e-8, token=1e-3)
+        CostModel(costs).worked(HOST, 64 * MIB, 1e-10 * 64 * MIB)
+        what = situation(HitPart(HOST, 64 * CHUNK, 512 * MIB), suffix=2048)
+        assert decide(what, costs, when="always").mode is LoadMode.LAYERWISE
 
     @given(
         st.lists(
@@ -234,7 +251,7 @@ class TestInThePlanner:
         assert engine.planner.lookup(slow, 0).tokens == 128
         engine.planner.admitted("b", 128)
         (order,) = engine.step().loads
-        receipt = TransferReceipt(order.transfer, Outcome.DONE, 2 * CHUNK_BYTES, seconds=1.0)
+        receipt = TransferReceipt(order.transfer, Outcome.DONE, 2 * CHUNK_BYTES, active=1.0)
         engine.planner.receive([Receipt(0, (receipt,))])
         engine.planner.finished("b", 128, [list(range(60, 80))])
         again = View("c", prompt(140), first_block=80)

@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
 import torch
 
 from lamina.config import LoadConfig
-from lamina.data.executor import Executor
+from lamina.data.early_release import EarlyRelease
+from lamina.data.executor import Executor, Outcomes
 from lamina.data.load_pipeline import BadChunks, Piece, RowSource
 from lamina.data.movers import Fence, make_mover
 from lamina.data.sources import tier_sources
@@ -59,11 +61,12 @@ class FlakySource:
         self.inner = inner
         self.bad_row = -1
         self.stall: threading.Event | None = None
+        self.stalled_rows = range(len(PAGES))
 
     def load_row(
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
-        if self.stall is not None:
+        if self.stall is not None and row in self.stalled_rows:
             assert self.stall.wait(10)
         if row == self.bad_row:
             raise BadChunks([0], [0], "lost")
@@ -150,9 +153,10 @@ def load(
     mode: LoadMode = LoadMode.LAYERWISE,
     deadline: float = 10.0,
     key: bytes = b"k",
+    grace: float | None = None,
 ) -> LoadOrder:
     chunk = ChunkLoad(ChunkKey(key), TierName.HOST, slot, first_block, blocks)
-    return LoadOrder(TransferId(number), "r", mode, (chunk,), deadline)
+    return LoadOrder(TransferId(number), "r", mode, (chunk,), deadline, grace)
 
 
 @pytest.mark.parametrize("mode", list(LoadMode))
@@ -450,3 +454,83 @@ def test_an_idle_step_waits_for_news_but_not_for_long(rank: Rank) -> None:
     assert rank.executor.collect().arrived == frozenset()
     rank.source.stall.set()
     rank.settle(1)
+
+
+def until_arrived(rank: Rank) -> Outcomes:
+    """Collect until a request may go on."""
+    deadline = time.monotonic() + 10
+    while not (outcomes := rank.executor.collect()).arrived and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return outcomes
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load may be released when its first row is there."""
+    monkeypatch.setattr(EarlyRelease, "allows", lambda _, load: 0 < load.arrived < load.rows)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_request_that_was_resumed_early_reads_no_row_before_it_is_there(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    expected = rank.pages((7, 2))
+    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
+    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
+    rank.run(StepPlan(0, loads=(early,), forward=False))
+    outcomes = until_arrived(rank)
+    assert outcomes.arrived == {"r"}
+    assert outcomes.receipt.transfers == ()
+    assert rank.pages((11, 5)) != expected
+    threading.Timer(0.05, rank.source.stall.set).start()
+    rank.run(StepPlan(0))
+    assert rank.pages((11, 5)) == expected
+    (receipt,) = rank.settle(1)
+    assert receipt.outcome is Outcome.DONE
+    assert receipt.waited > 0
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_was_resumed_early_may_land_between_steps(rank: Rank) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
+    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
+    rank.run(StepPlan(0, loads=(early,), forward=False))
+    assert until_arrived(rank).arrived == {"r"}
+    rank.source.stall.set()
+    (receipt,) = rank.settle(1)
+    assert receipt.outcome is Outcome.DONE
+    assert not rank.executor.moves_rows
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("forward", [True, False])
+def test_what_is_missing_after_its_grace_is_a_failed_load(rank: Rank, forward: bool) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
+    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=0.05)
+    rank.run(StepPlan(0, loads=(early,), forward=False))
+    assert until_arrived(rank).arrived == {"r"}
+    time.sleep(0.06)
+    rank.executor.begin_step(StepPlan(0, forward=forward))
+    rank.executor.end_step()
+    outcomes = rank.executor.collect()
+    assert outcomes.lost_blocks == {11, 5}
+    assert outcomes.failed == {"r"}
+    rank.source.stall.set()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("why", ["control says so", "layers do not wait"])
+def test_a_request_stays_parked_until_all_is_there(rank: Rank, why: str) -> None:
+    rank.save(b"k", 3, (7, 2))
+    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
+    grace: float | None = inf
+    if why == "control says so":
+        grace = None
+    else:
+        rank.executor.load_before_forward()
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, grace=grace),)))
+    time.sleep(0.05)
+    assert rank.executor.collect().arrived == frozenset()
+    rank.source.stall.set()
+    assert until_arrived(rank).arrived == {"r"}

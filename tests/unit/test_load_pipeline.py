@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -112,6 +113,7 @@ def start(
         {TierName.HOST: source},
         {TierName.HOST: pool},
         window=window,
+        cores=2,
         urgency=0,
         self_driven=self_driven,
     )
@@ -168,12 +170,32 @@ def test_a_failed_request_is_left_out_from_its_first_bad_chunk_on(pool: Recordin
     assert good.failed
     assert good.first_bad == 1
     assert good.lost_blocks() == {2, 3, 4, 5}
-    receipt = good.receipt(0.0)
+    receipt = good.receipt(0.0, 0.0)
     assert receipt.outcome is Outcome.FAILED
     assert receipt.bad_chunks == (b"a1",)
     assert not other.failed
-    assert other.receipt(0.0).outcome is Outcome.DONE
+    assert other.receipt(0.0, 0.0).outcome is Outcome.DONE
     assert {(row, key) for row in range(ROWS) for key in (b"b0", b"b1")} <= set(source.written)
+
+
+def test_time_in_which_the_model_asked_for_no_row_is_not_the_tiers(pool: RecordingPool) -> None:
+    run = start(pool, RecordingSource(), 1)
+    run.wait(0)
+    time.sleep(0.3)
+    run.finish()
+    (load,) = run.loads
+    receipt = load.receipt(run.active, run.waited)
+    assert receipt.seconds >= 0.3
+    assert 0 < receipt.active <= receipt.seconds - 0.2
+
+
+def test_time_in_which_a_row_hangs_is_the_tiers(pool: RecordingPool) -> None:
+    source = RecordingSource()
+    source.stall = threading.Event()
+    run = start(pool, source, 1, order("a", 1, deadline=0.1))
+    run.wait(0)
+    assert run.active >= 0.1
+    source.stall.set()
 
 
 def test_past_its_deadline_a_load_fails_and_never_writes_again(pool: RecordingPool) -> None:
@@ -216,7 +238,7 @@ def test_what_is_refused_while_giving_up_waits_for_a_write_has_failed() -> None:
     load.leave(1)
     thread.join(10)
     assert load.lost_blocks() == {0, 1, 2, 3}
-    assert load.receipt(0.0).outcome is Outcome.FAILED
+    assert load.receipt(0.0, 0.0).outcome is Outcome.FAILED
 
 
 def test_auto_fills_the_staging_budget() -> None:
@@ -263,7 +285,7 @@ def test_a_load_that_is_stuck_fails_alone(pool: RecordingPool) -> None:
     assert stuck.failed
     assert not other.failed
     assert [row for row, key in source.written if key == b"b0"] == list(range(ROWS))
-    assert stuck.receipt(0.0).bad_chunks == ()
+    assert stuck.receipt(0.0, 0.0).bad_chunks == ()
     source.release.set()
     assert pool.close(10)
     assert all(key != b"a0" for _, key in source.written)

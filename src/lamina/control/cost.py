@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
 from lamina.plan import TierName
+
+T = TypeVar("T")
 
 LEAST_WEIGHT = 0.2
 """Share of a new measurement in an estimate, however many there were."""
@@ -59,10 +62,12 @@ class Costs:
     Attributes:
         loads: per tier and size class of the load.
         prefills: per class of the context in the middle of the prefill.
+        busy: per tier, seconds for which a byte takes the cores that the model runs on.
     """
 
     loads: dict[TierName, dict[int, Estimate]] = field(default_factory=dict)
     prefills: dict[int, Estimate] = field(default_factory=dict)
+    busy: dict[TierName, Estimate] = field(default_factory=dict)
 
     def load_seconds(self, tier: TierName, size: int) -> float | None:
         """Seconds to bring ``size`` bytes from a tier; None if nothing is known of it."""
@@ -70,6 +75,12 @@ class Costs:
         if not known or size <= 0:
             return 0.0 if size <= 0 else None
         return _nearest(known, _size_class(size)).rate * size
+
+    def busy_seconds(self, tier: TierName, size: int) -> float:
+        """Seconds by which a load of ``size`` bytes delays a model that runs beside it; none where
+        nothing is known."""
+        known = self.busy.get(tier)
+        return known.rate * size if known else 0.0
 
     def prefill_seconds(self, start: int, end: int) -> float | None:
         """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known."""
@@ -107,6 +118,11 @@ class CostModel:
     def __init__(self, costs: Costs | None = None) -> None:
         self.costs = costs or Costs()
 
+    def worked(self, tier: TierName, size: int, seconds: float) -> None:
+        """A load of ``size`` bytes from one tier took all cores for so long."""
+        if size > 0 and seconds > 0:
+            _measure(self.costs.busy, tier, seconds / size)
+
     def loaded(self, tier: TierName, size: int, seconds: float) -> None:
         """A load of ``size`` bytes from one tier took so long, nothing else having held it up."""
         if size > 0 and seconds > 0:
@@ -127,7 +143,7 @@ class CostModel:
             _measure(self.costs.prefills, _context_class(start, end), seconds / (end - start))
 
 
-def _measure(known: dict[int, Estimate], where: int, rate: float) -> None:
+def _measure(known: dict[T, Estimate], where: T, rate: float) -> None:
     before = known.get(where)
     known[where] = Estimate(math.log(rate), 1) if before is None else before.with_measured(rate)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -12,6 +12,7 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.cost import CostModel
 from lamina.control.decisions import DecisionRecord, PolicySettings
+from lamina.control.leases import LeaseBook
 from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
@@ -46,6 +47,7 @@ class LoadPlanner:
         shape: tokens of blocks and chunks.
         catalog: where chunks are.
         transfers: all transfers of the engine.
+        leases: holds on engine blocks.
         breakers: which tiers are in use.
         meter: where figures go.
         chunk_bytes: bytes of one chunk, all ranks.
@@ -62,6 +64,7 @@ class LoadPlanner:
         shape: ChunkShape,
         catalog: Catalog,
         transfers: TransferTable,
+        leases: LeaseBook,
         breakers: Breakers,
         meter: Meter,
         *,
@@ -78,6 +81,9 @@ class LoadPlanner:
         self._shape = shape
         self._catalog = catalog
         self._transfers = transfers
+        self._leases = leases
+        # Who asks for loads between steps wants nothing of them in the step.
+        self._early = config.load.mode == "auto"
         self._breakers = breakers
         self._meter = meter
         self._chunk_bytes = chunk_bytes
@@ -283,6 +289,9 @@ class LoadPlanner:
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         deadline = min(deadline, record.patience)
         layerwise = record.story.mode is LoadMode.LAYERWISE
+        # Where a load cannot be taken back that runs in the step, it is only late.
+        patience = float(deadline) if self._reports_blocks else inf
+        early = self._early and not (layerwise or tries) and _tiers(places) == {TierName.HOST}
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
@@ -291,6 +300,8 @@ class LoadPlanner:
             size=-(-record.story.loaded // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=places,
             layerwise=layerwise,
+            early=early,
+            lease=self._leases.take(_targets(loads)) if early else None,
             tries=tries,
         )
         record.load = transfer.id
@@ -304,8 +315,8 @@ class LoadPlanner:
                 transfer.request_id,
                 record.story.mode,
                 tuple(loads),
-                # Where a load cannot be taken back that runs in the step, it is only late.
-                inf if layerwise and not self._reports_blocks else float(deadline),
+                patience if layerwise else float(deadline),
+                patience if early else None,
             )
         )
         for tier_name, count in record.story.taken.items():
@@ -336,17 +347,16 @@ class LoadPlanner:
             self._queued[place.tier] += self._chunk_bytes
 
     def _measure(self, transfer: Transfer) -> None:
-        """Learn from a load that has ended. One that ran beside the model says how fast the model
-        is, unless the model had to wait for it."""
+        """Learn from a load that has ended."""
         ahead = self._ahead.pop(transfer.id)
         for place in transfer.chunks:
             self._queued[place.tier] -= self._chunk_bytes
-        paced = transfer.layerwise and transfer.waited < transfer.seconds / 2
         late = transfer.state is State.FAILED and transfer.reason == "deadline"
-        if len(transfer.tiers) != 1 or paced or not (late or transfer.state is State.DONE):
+        if len(transfer.tiers) != 1 or not (late or transfer.state is State.DONE):
             return
         (tier,) = transfer.tiers
-        self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.seconds)
+        self._cost.worked(tier, transfer.moved_bytes, transfer.busy)
+        self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.active)
         if not late:
             self._slow.pop(tier, None)
 
@@ -389,6 +399,12 @@ def _split(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:
             split[part.tier] = split.get(part.tier, 0) + taken
         tokens -= taken
     return split
+
+
+def _targets(loads: Iterable[ChunkLoad]) -> tuple[int, ...]:
+    """Engine blocks that are written. A request that was resumed early may lose them before they
+    are."""
+    return tuple(block for load in loads for block in load.blocks)
 
 
 def _tiers(places: tuple[Location, ...]) -> set[TierName]:

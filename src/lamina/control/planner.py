@@ -138,6 +138,7 @@ class Planner:
             shape,
             self._catalog,
             self._transfers,
+            self._leases,
             self._breakers,
             meter,
             chunk_bytes=sum(report.chunk_bytes for report in reports),
@@ -494,7 +495,7 @@ class Planner:
         for transfer in settled:
             if transfer.kind is Kind.LOAD:
                 self._settle_load(transfer)
-                if transfer.layerwise:
+                if transfer.computed_on:
                     waits[transfer.step] = max(transfer.waited, waits.get(transfer.step, 0.0))
             elif transfer.kind is Kind.WRITE:
                 self._saving.settle_write(transfer)
@@ -522,7 +523,7 @@ class Planner:
     def _settle_load(self, transfer: Transfer) -> None:
         record = self._requests.get(transfer.request_id)
         self._loading.settle(transfer, record)
-        if transfer.state is State.FAILED and transfer.layerwise:
+        if transfer.state is State.FAILED and transfer.computed_on:
             self.distrust(transfer.step)
         self._forget_if_over(transfer, record)
 

@@ -20,6 +20,9 @@ SHORT_STALL = 0.01
 """Seconds for which a load may hold up the engine's other requests: to park it, and to take it up
 in a later step, costs them as much."""
 
+PARKING = 0.002
+"""Seconds that it takes to take up a parked load in a later step."""
+
 LEAST_PATIENCE = 1.0
 """Seconds that a load has at least: predictions this small are noise."""
 
@@ -90,6 +93,7 @@ class Decision:
         reason: why, in a word that becomes a log field and a metric label.
         load: seconds that the load is predicted to take; negative if nobody knows.
         compute: seconds that computing the hit is predicted to take; negative if nobody knows.
+        bounded: whether a load is given up that takes longer than that by far.
     """
 
     tokens: int
@@ -97,11 +101,14 @@ class Decision:
     reason: str
     load: float = -1.0
     compute: float = -1.0
+    bounded: bool = False
 
     @property
     def patience(self) -> float:
         """Seconds after which the load has taken too long."""
-        return max(LEAST_PATIENCE, PATIENCE * self.compute) if self.compute >= 0 else inf
+        if not self.bounded or self.compute < 0:
+            return inf
+        return max(LEAST_PATIENCE, PATIENCE * self.compute)
 
 
 class LoadPolicy:
@@ -136,15 +143,20 @@ class LoadPolicy:
         end = situation.floor + situation.hit_tokens
         compute = costs.prefill_seconds(situation.floor, end)
         if self._when == "always" or load is None or compute is None:
-            known = (-1.0 if seconds is None else seconds for seconds in (load, compute))
-            mode = self._choose_mode(situation, load)
-            return Decision(situation.hit_tokens, mode, "hit", *known)
+            return Decision(
+                situation.hit_tokens,
+                self._choose_mode(situation, load, costs),
+                "hit",
+                load=-1.0 if load is None else load,
+                compute=-1.0 if compute is None else compute,
+                bounded=self._when == "auto",
+            )
         return self._cheapest(situation, costs, load, compute)
 
     def _cheapest(
         self, situation: Situation, costs: Costs, load: float, compute: float
     ) -> Decision:
-        mode = self._choose_mode(situation, load)
+        mode = self._choose_mode(situation, load, costs)
         best, least = 0, _finish(situation, 0, mode, costs)
         for tokens in _cuts(situation):
             seconds = _finish(situation, tokens, mode, costs)
@@ -154,31 +166,33 @@ class LoadPolicy:
             loading = predict_load(situation, best, costs)
             assert loading is not None, "it was known for more of the hit"
             reason = "hit" if best == situation.hit_tokens else "hit_in_part"
-            return Decision(best, mode, reason, loading, compute)
+            return Decision(best, mode, reason, loading, compute, bounded=True)
         if {part.tier for part in situation.parts} <= situation.retries:
-            return Decision(_cuts(situation)[0], LoadMode.PARKED, "hit_to_measure", load, compute)
+            least = _cuts(situation)[0]
+            return Decision(least, LoadMode.PARKED, "hit_to_measure", load, compute, bounded=True)
         return Decision(0, LoadMode.LAYERWISE, "slower_than_computing", load, compute)
 
-    def _choose_mode(self, situation: Situation, load: float | None) -> LoadMode:
+    def _choose_mode(self, situation: Situation, load: float | None, costs: Costs) -> LoadMode:
         if situation.trying or (situation.fallible and not situation.reports_blocks):
             return LoadMode.PARKED
         if self._mode != "auto":
             return LoadMode(self._mode)
         short = load is not None and load <= SHORT_STALL
-        return LoadMode.PARKED if situation.others_active and not short else LoadMode.LAYERWISE
+        if situation.others_active and not short:
+            return LoadMode.PARKED
+        tokens, end = situation.hit_tokens, situation.floor + situation.hit_tokens
+        if load is None or costs.prefill_seconds(end, situation.prompt) is None:
+            return LoadMode.LAYERWISE
+        beside = _finish(situation, tokens, LoadMode.LAYERWISE, costs)
+        before = _finish(situation, tokens, LoadMode.PARKED, costs) + PARKING
+        return LoadMode.PARKED if before < beside else LoadMode.LAYERWISE
 
 
 def predict_load(situation: Situation, tokens: int, costs: Costs) -> float | None:
     """Seconds that loading the first ``tokens`` of the hit would take; None if nobody knows. What
     is loaded from the same tier already goes first; tiers are loaded from at the same time."""
     queued = dict(situation.queued)
-    sizes: dict[TierName, int] = {}
-    left = tokens
-    for part in situation.parts:
-        taken = min(left, part.tokens)
-        if taken:
-            sizes[part.tier] = sizes.get(part.tier, 0) + part.size * taken // part.tokens
-        left -= taken
+    sizes = _sizes(situation, tokens)
     slowest = 0.0
     for tier, size in sizes.items():
         seconds = costs.load_seconds(tier, size + queued.get(tier, 0))
@@ -188,14 +202,28 @@ def predict_load(situation: Situation, tokens: int, costs: Costs) -> float | Non
     return slowest if sizes else None
 
 
+def _sizes(situation: Situation, tokens: int) -> dict[TierName, int]:
+    """Bytes of the first ``tokens`` of the hit by tier."""
+    sizes: dict[TierName, int] = {}
+    for part in situation.parts:
+        taken = min(tokens, part.tokens)
+        if taken:
+            sizes[part.tier] = sizes.get(part.tier, 0) + part.size * taken // part.tokens
+        tokens -= taken
+    return sizes
+
+
 def _finish(situation: Situation, tokens: int, mode: LoadMode, costs: Costs) -> float:
     """Seconds until the whole prompt is there if the first ``tokens`` of the hit are loaded."""
     load = predict_load(situation, tokens, costs) if tokens else 0.0
     rest = costs.prefill_seconds(situation.floor + tokens, situation.prompt)
     assert load is not None, "it was known for more of the hit"
     assert rest is not None, "it was known for more of the prompt"
-    # In the step itself the model computes while rows arrive.
-    return max(load, rest) if mode is LoadMode.LAYERWISE else load + rest
+    if mode is LoadMode.PARKED:
+        return load + rest
+    # In the step itself the model computes while rows arrive, but not on the same cores.
+    busy = sum(costs.busy_seconds(tier, size) for tier, size in _sizes(situation, tokens).items())
+    return max(load, rest) + min(busy, load)
 
 
 _FRACTIONS = 8

@@ -308,8 +308,8 @@ class SavePlanner:
         self._ended += ended
         if not self._ended:
             return
-        layerwise = (t.step for t in self._transfers.live() if t.layerwise)
-        doubt = min(layerwise, default=step)
+        computed_on = (t.step for t in self._transfers.live() if t.computed_on)
+        doubt = min(computed_on, default=step)
         waiting, self._ended = self._ended, []
         for transfer in waiting:
             if transfer.step < doubt:

@@ -64,6 +64,7 @@ class Transfer:
         lease: hold on engine blocks that are read, for a save or a push.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
+        early: whether it is a load whose request may be resumed before its outcome is known.
         tries: tiers that were out of use, and are tried by it.
         moving: ranks that are not terminal.
         poisoned: built on data that turned out bad; must never become visible.
@@ -80,6 +81,7 @@ class Transfer:
     moving: set[int]
     lease: BlockLease | None = None
     layerwise: bool = False
+    early: bool = False
     tries: frozenset[TierName] = frozenset()
     state: State = State.PLANNED
     poisoned: bool = False
@@ -89,7 +91,14 @@ class Transfer:
     bad_chunks: set[ChunkKey] = field(default_factory=set)
     moved_bytes: int = 0
     seconds: float = 0.0
+    active: float = 0.0
     waited: float = 0.0
+    busy: float = 0.0
+
+    @property
+    def computed_on(self) -> bool:
+        """Whether the model may compute on what it brings before anybody knows its outcome."""
+        return self.layerwise or self.early
 
     @property
     def tiers(self) -> frozenset[TierName]:
@@ -110,7 +119,9 @@ class Transfer:
         self.moving.remove(rank)
         self.moved_bytes += receipt.moved_bytes
         self.seconds = max(self.seconds, receipt.seconds)
+        self.active = max(self.active, receipt.active)
         self.waited = max(self.waited, receipt.waited)
+        self.busy = max(self.busy, receipt.busy)
         if receipt.outcome is Outcome.FAILED:
             self.failed = True
             # One torn write is what matters, whatever the other ranks say.
@@ -148,6 +159,7 @@ class TransferTable:
         chunks: tuple[Location, ...],
         lease: BlockLease | None = None,
         layerwise: bool = False,
+        early: bool = False,
         tries: frozenset[TierName] = frozenset(),
     ) -> Transfer:
         """A new transfer under an identity that was never used before."""
@@ -163,6 +175,7 @@ class TransferTable:
             chunks=chunks,
             lease=lease,
             layerwise=layerwise,
+            early=early,
             tries=tries,
             moving=set(ranks),
         )

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.config import LoadConfig
+from lamina.data.early_release import EarlyRelease
 from lamina.data.fetch_pipeline import DiskFetcher
 from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
 from lamina.data.movers.base import Mover
@@ -118,7 +119,7 @@ class Executor:
         self._timeline = timeline
         self._row_of_layer = geometry.row_of_layer
         self._unwritten: dict[int, set[str]] = {}
-        cores = usable_cores()
+        cores = self._cores = usable_cores()
         # A pool for each tier: a disk that hangs takes its own threads with it, and no others.
         self._load_pools = {
             tier: WorkerPool(f"load-{tier.value}", LOAD_THREADS[tier], cores) for tier in sources
@@ -151,6 +152,10 @@ class Executor:
         self._plan: StepPlan | None = None
         self._pushes: PushRun | None = None
         self._layerwise: LoadRun | None = None
+        self._in_step: list[LoadRun] = []
+        self._resumed: list[LoadRun] = []
+        self._early = EarlyRelease()
+        self._layers_wait = True
         self._saves: SaveRun | None = None
         self._parked: list[LoadRun] = []
         self._awaited: Counter[str] = Counter()
@@ -186,11 +191,15 @@ class Executor:
             follows=self._follows,
         )
 
+    def load_before_forward(self) -> None:
+        """Some layers do not wait for their rows: nobody is resumed before all is there."""
+        self._layers_wait = False
+
     @property
     def moves_rows(self) -> bool:
         """Whether the layers of this step have anything to wait for or to save."""
         return (
-            self._layerwise is not None
+            bool(self._in_step)
             or self._saves is not None
             or (self._pushes is not None and self._pushes.moves_rows)
         )
@@ -200,6 +209,9 @@ class Executor:
     def begin_step(self, plan: StepPlan) -> None:
         """Start what does not belong to the forward; call before it."""
         self._plan = plan
+        self._early.step_begins(plan.forward)
+        if plan.forward and self._resumed:
+            self._in_step, self._resumed = self._resumed, []
         if plan.is_empty:
             return
         if self._writer is not None:
@@ -223,6 +235,7 @@ class Executor:
         if layerwise:
             loads = [Load(order, self._geometry) for order in layerwise]
             self._layerwise = self._make_run(loads, parked=False)
+            self._in_step.append(self._layerwise)
         if self._wire is not None and not plan.push.is_empty:
             self._wire.carry_out(plan.push)
             self._awaited.update(order.request_id for order in plan.push.receives)
@@ -240,13 +253,13 @@ class Executor:
         if self._layerwise is not None:
             # Here and not earlier: engines prepare blocks (zero, copy) once the step has begun.
             self._layerwise.start(self._mover.fence_compute())
+            self._layerwise = None
 
     def wait_layer(self, layer: str) -> None:
         """Return when the row of ``layer`` may be read; at once if nothing is loaded."""
-        if self._layerwise is not None:
-            row = self._row(layer)
-            if row is not None:
-                for fence in self._layerwise.wait(row):
+        if self._in_step and (row := self._row(layer)) is not None:
+            for run in self._in_step:
+                for fence in run.wait(row):
                     self._mover.hold_compute(fence)
         if self._timeline is not None:
             self._computing = (self._row_of_layer.get(layer, -1), Timeline.now())
@@ -295,20 +308,28 @@ class Executor:
         """
         self.finish_loads()
         pushed = self._wire.ended() if self._wire is not None else []
-        if not (self._parked or self._landing or self._receipts or self._failed or pushed):
+        waiting = self._parked or self._resumed or self._landing
+        if not (waiting or self._receipts or self._failed or pushed):
             return self._nothing
-        for run in [run for run in self._landing if run.landed]:
-            self._landing.remove(run)
-            self._settle(run)
         arrived: set[str] = set()
-        for run in list(self._parked):
+        for run in (*self._parked, *self._resumed):
             if run.expired and not run.landed:
                 run.give_up("deadline")
+        for run in list(self._parked):
             if run.landed:
                 self._parked.remove(run)
                 self._settle(run)
-                for load in run.loads:
-                    self._one_arrived(load.order.request_id, arrived)
+            elif self._may_resume(run):
+                self._parked.remove(run)
+                self._resumed.append(run)
+            else:
+                continue
+            for load in run.loads:
+                self._one_arrived(load.order.request_id, arrived)
+        for runs in (self._landing, self._resumed):
+            for run in [run for run in runs if run.landed]:
+                runs.remove(run)
+                self._settle(run)
         for request_id, push_receipt in pushed:
             self._receipts.append(push_receipt)
             if push_receipt.outcome is Outcome.FAILED:
@@ -333,7 +354,7 @@ class Executor:
 
     def close(self) -> None:
         """Finish what is under way, within ``load.deadline``, and release what is held."""
-        for run in self._parked:
+        for run in (*self._parked, *self._resumed):
             run.give_up("closed")
         give_up = time.monotonic() + self._config.deadline
         pools: list[WorkerPool | DiskWriter | PushWire] = [
@@ -354,6 +375,15 @@ class Executor:
             self._mover.close()
         if self._timeline is not None:
             self._timeline.write()
+
+    def _may_resume(self, run: LoadRun) -> bool:
+        """Whether the requests of a parked load may go on, and from now on do."""
+        alone = all(self._awaited[load.order.request_id] == 1 for load in run.loads)
+        grace = run.grace if self._layers_wait and alone else None
+        if grace is None or not self._early.allows(run.arrival):
+            return False
+        run.resume(grace)
+        return True
 
     def _one_arrived(self, request_id: str, arrived: set[str]) -> None:
         """Of what a parked request waits for, something has ended."""
@@ -383,6 +413,7 @@ class Executor:
             self._sources,
             self._load_pools,
             window=window,
+            cores=len(self._cores),
             urgency=_PARKED if parked else _LAYERWISE,
             self_driven=parked,
             step=self._plan.step,
@@ -405,10 +436,13 @@ class Executor:
         )
 
     def finish_loads(self) -> None:
-        """Wait for all of the step's layerwise loads."""
-        run, self._layerwise = self._layerwise, None
-        if run is None:
-            return
+        """Wait for all of the step's loads."""
+        runs, self._in_step = self._in_step, []
+        for run in runs:
+            self._finish_load(run)
+        self._early.step_ends(len(self._geometry.rows), sum(run.waited for run in runs))
+
+    def _finish_load(self, run: LoadRun) -> None:
         for fence in run.finish():
             self._mover.hold_compute(fence)
         failed = any(load.failed for load in run.loads)
@@ -416,6 +450,8 @@ class Executor:
             self._settle(run)
         else:  # A device may run behind. Who shares the slots does not wait for it, but for this.
             self._landing.append(run)
+        if run.grace is not None:
+            self._early.waited(run.waited)
         if failed:
             self._step_failure = LOAD_FAILED
             if self._saves is not None:
@@ -426,7 +462,7 @@ class Executor:
             if load.failed:
                 self._failed.add(load.order.request_id)
                 self._lost_blocks |= load.lost_blocks()
-        self._report(load.receipt(run.waited) for load in run.loads)
+        self._report(load.receipt(run.active, run.waited) for load in run.loads)
 
     def _report(self, receipts: Iterable[TransferReceipt]) -> None:
         self._receipts.extend(receipts)

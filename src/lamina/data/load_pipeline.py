@@ -22,6 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lamina.data.early_release import Arrival
 from lamina.data.movers.base import Fence, Indices
 from lamina.data.worker_pool import WorkerPool
 from lamina.geometry import CacheGeometry
@@ -113,6 +114,7 @@ class Load:
         self.pieces = _cut(order.chunks, geometry)
         self.began = self.ended = time.perf_counter()
         self.moved_bytes = 0
+        self.busy = 0.0
         self.bad: set[int] = set()
         self.damaged: set[int] = set()
         self.reason = ""
@@ -169,14 +171,16 @@ class Load:
             block for chunk in self.order.chunks[self.first_bad :] for block in chunk.blocks
         }  # fmt: skip
 
-    def receipt(self, waited: float) -> TransferReceipt:
+    def receipt(self, active: float, waited: float) -> TransferReceipt:
         """What to report of this load now that it is over."""
         return TransferReceipt(
             transfer=self.order.transfer,
             outcome=Outcome.FAILED if self.failed else Outcome.DONE,
             moved_bytes=self.moved_bytes,
             seconds=self.ended - self.began,
+            active=active,
             waited=waited,
+            busy=self.busy,
             bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.damaged)),
             reason=self.reason,
         )
@@ -191,6 +195,7 @@ class LoadRun:
         sources: the tiers.
         pools: for each tier, the threads that move its pieces.
         window: rows in flight ahead of the one waited for.
+        cores: cores that the rank has.
         urgency: the pools' first priority; the row is the second.
         self_driven: whether a row that has arrived stands for one that was waited for, because
             no model waits (a parked load).
@@ -207,6 +212,7 @@ class LoadRun:
         pools: Mapping[TierName, WorkerPool],
         *,
         window: int,
+        cores: int,
         urgency: float,
         self_driven: bool,
         step: int = 0,
@@ -214,6 +220,7 @@ class LoadRun:
         done: Callable[[LoadRun], None] | None = None,
     ) -> None:
         self.loads = tuple(loads)
+        self.active = 0.0
         self.waited = 0.0
         self.deadline = min(load.began + load.order.deadline for load in loads)
         self._rows = len(geometry.rows)
@@ -223,11 +230,14 @@ class LoadRun:
         self._pools = pools
         self._after: Fence | None = None
         self._window = window
+        self._cores = cores
         self._urgency = urgency
         self._self_driven = self_driven
         self._step = step
         self._timeline = timeline
         self._done = done
+        self._in_flight = 0
+        self._active_since = 0.0
         self._submitted = 0
         self._extended = False
         self._arrived_rows = 0
@@ -306,10 +316,33 @@ class LoadRun:
             for fence in fences:
                 fence.wait()
         with self._lock:
+            if self._in_flight:
+                now = time.perf_counter()
+                self.active += now - self._active_since
+                self._active_since = now
             self._alive -= which
             rows = range(self._submitted if self._alive else self._rows)
         for row in rows:
             self._note_arrival(row)
+
+    @property
+    def arrival(self) -> Arrival:
+        """How far it is."""
+        arrived = next((i for i, e in enumerate(self._arrived) if not e.is_set()), self._rows)
+        began = min(load.began for load in self.loads)
+        busy = sum(load.busy for load in self.loads)
+        return Arrival(self._rows, arrived, time.perf_counter() - began, busy)
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds for which what is missing would be waited for if its requests were resumed now;
+        None if they must not be."""
+        graces = [load.order.grace for load in self.loads]
+        return None if None in graces else min(grace for grace in graces if grace is not None)
+
+    def resume(self, grace: float) -> None:
+        """Its requests go on; what is missing has so many seconds."""
+        self.deadline = time.perf_counter() + grace
 
     @property
     def expired(self) -> bool:
@@ -332,19 +365,23 @@ class LoadRun:
             if row == self._rows:
                 return
             self._submitted += 1
-            alive = sorted(self._alive)
-        empty = True
-        for i in alive:
-            for piece in self.loads[i].pieces:
-                if piece.group in self._groups[row]:
-                    empty = False
-                    job = partial(self._move, row, i, piece)
-                    self._pools[piece.tier].submit((self._urgency, row), job)
-        if empty:
+            wanted = [
+                (i, piece)
+                for i in sorted(self._alive)
+                for piece in self.loads[i].pieces
+                if piece.group in self._groups[row]
+            ]
+            if wanted and not self._in_flight:
+                self._active_since = time.perf_counter()
+            self._in_flight += len(wanted)
+        for i, piece in wanted:
+            job = partial(self._move, row, i, piece)
+            self._pools[piece.tier].submit((self._urgency, row), job)
+        if not wanted:
             self._note_arrival(row)
 
     def _move(self, row: int, index: int, piece: Piece) -> None:
-        began = time.perf_counter()
+        began, working = time.perf_counter(), time.thread_time()
         load = self.loads[index]
         assert self._after is not None, "a row was submitted before the run was started"
         grants = 0
@@ -366,17 +403,24 @@ class LoadRun:
             load.fail(range(piece.first, piece.first + len(piece.keys)), type(error).__name__)
             raise
         finally:
-            self._piece_over(row, index, fence, len(piece.blocks) * self._page_bytes[row])
+            worked = time.thread_time() - working
+            self._piece_over(row, index, fence, len(piece.blocks) * self._page_bytes[row], worked)
             load.leave(grants)
             if self._timeline is not None:
                 size = len(piece.blocks) * self._page_bytes[row]
                 self._timeline.add(Lane.LOAD, self._step, row, began, size)
 
-    def _piece_over(self, row: int, index: int, fence: Fence | None, size: int) -> None:
+    def _piece_over(
+        self, row: int, index: int, fence: Fence | None, size: int, worked: float
+    ) -> None:
         load = self.loads[index]
         with self._lock:
+            load.busy += worked / self._cores
             load.outstanding -= 1
             load.ended = time.perf_counter()
+            self._in_flight -= 1
+            if not self._in_flight:
+                self.active += load.ended - self._active_since
             if fence is not None:
                 load.moved_bytes += size
                 self._fences[row].append(fence)

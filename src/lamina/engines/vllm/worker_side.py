@@ -187,6 +187,7 @@ class WorkerSide:
             lambda: executor.moves_rows,
         )
         if self._unhooked:
+            executor.load_before_forward()
             log.warning(
                 "layers %s cannot be hooked in this version of vLLM: their model's rows are all "
                 "loaded before a forward, and not ahead of each layer",
