@@ -174,6 +174,16 @@ class TestDecisions:
         assert decide(what, Costs()).patience == math.inf
         assert decide(what, known(token=1e-4), when="always").patience == math.inf
 
+    def test_a_load_that_may_take_any_time_is_one_that_can_be_given_up(self) -> None:
+        what = situation(HitPart(HOST, 64, MIB))
+        nothing = CostModel()
+        nothing.computed(0, 1000, 0.1)
+        first = decide(what, nothing.costs)
+        assert (first.mode, first.patience) == (LoadMode.PARKED, LEAST_PATIENCE)
+        assert decide(replace(what, reports_blocks=True), nothing.costs).mode is LoadMode.LAYERWISE
+        assert decide(what, nothing.costs, when="always").mode is LoadMode.LAYERWISE
+        assert decide(what, nothing.costs, mode="layerwise").mode is LoadMode.LAYERWISE
+
     def test_a_copy_by_the_models_own_cores_comes_before_the_step(self) -> None:
         """On both at once they take longer than one after the other."""
         costs = known(host=1e-10, token=1e-3)
@@ -259,3 +269,12 @@ class TestInThePlanner:
         assert engine.planner.lookup(again, 0).tokens == 0
         engine.wait(RETRY_SECONDS)
         assert engine.planner.lookup(again, 0).tokens == 32
+        engine.planner.admitted("c", 32)
+        (order,) = engine.step().loads
+        receipt = TransferReceipt(order.transfer, Outcome.DONE, CHUNK_BYTES, active=1.0)
+        engine.planner.receive([Receipt(0, (receipt,))])
+        engine.wait(RETRY_SECONDS)
+        later = View("d", prompt(140), first_block=100)
+        assert engine.planner.lookup(later, 0).tokens == 0, "still slow: it is left alone longer"
+        engine.wait(RETRY_SECONDS)
+        assert engine.planner.lookup(later, 0).tokens == 32

@@ -13,7 +13,7 @@ from lamina.control.catalog import Catalog, Location
 from lamina.control.cost import CostModel
 from lamina.control.decisions import DecisionRecord, PolicySettings
 from lamina.control.leases import LeaseBook
-from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
+from lamina.control.policy import LONGEST_RETRY, RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -37,6 +37,19 @@ class Hit:
 
     tokens: int
     mode: LoadMode
+
+
+@dataclass(slots=True)
+class _Slow:
+    """A tier that was found too slow.
+
+    Attributes:
+        until: control's clock when it is measured again.
+        pause: seconds before that.
+    """
+
+    until: float
+    pause: float
 
 
 class LoadPlanner:
@@ -76,7 +89,7 @@ class LoadPlanner:
         self._cost = cost
         self._queued = dict.fromkeys(TierName, 0)
         self._ahead: dict[TransferId, int] = {}
-        self._slow: dict[TierName, float] = {}
+        self._slow: dict[TierName, _Slow] = {}
         self._deadline = config.load.deadline
         self._shape = shape
         self._catalog = catalog
@@ -127,7 +140,7 @@ class LoadPlanner:
             divisible=not self._shape.sparse,
             queued=tuple((tier, size) for tier, size in self._queued.items() if size),
             chunk_tokens=self._shape.chunk_tokens,
-            retries=frozenset(t for t, then in self._slow.items() if now - then >= RETRY_SECONDS),
+            retries=frozenset(t for t, slow in self._slow.items() if now >= slow.until),
         )
         declined = declined or record.distrust
         decision = self._policy.decide(situation, self._cost.costs, declined)
@@ -141,7 +154,7 @@ class LoadPlanner:
         )
         if decision.reason == "slower_than_computing":
             for tier in tiers:
-                self._slow.setdefault(tier, now)
+                self._slow.setdefault(tier, _Slow(now + RETRY_SECONDS, RETRY_SECONDS))
         record.patience = decision.patience
         record.story = Story(
             prompt=record.view.num_tokens,
@@ -305,7 +318,7 @@ class LoadPlanner:
             tries=tries,
         )
         record.load = transfer.id
-        self._begin(transfer, now)
+        self._begin(transfer, record, now)
         by_prefix = sorted(chunks, key=lambda chunk: chunk.start)
         for tier in self._catalog.tiers.values():
             tier.use([chunk.place.key for chunk in by_prefix])
@@ -338,10 +351,13 @@ class LoadPlanner:
             first = chunk.start % self._shape.chunk_tokens // size + absent
             yield ChunkLoad(place.key, place.tier, place.slot, first, tuple(blocks[absent:]), group)
 
-    def _begin(self, transfer: Transfer, now: float) -> None:
+    def _begin(self, transfer: Transfer, record: RequestRecord, now: float) -> None:
         for tier in transfer.tiers:
-            if tier in self._slow:
-                self._slow[tier] = now  # it is being measured again
+            if record.story.reason != "hit_to_measure":
+                self._slow.pop(tier, None)
+            elif (slow := self._slow.get(tier)) is not None:
+                slow.pause = min(2 * slow.pause, LONGEST_RETRY)
+                slow.until = now + slow.pause
         self._ahead[transfer.id] = sum(self._queued[tier] for tier in transfer.tiers)
         for place in transfer.chunks:
             self._queued[place.tier] += self._chunk_bytes
@@ -357,8 +373,6 @@ class LoadPlanner:
         (tier,) = transfer.tiers
         self._cost.worked(tier, transfer.moved_bytes, transfer.busy)
         self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.active)
-        if not late:
-            self._slow.pop(tier, None)
 
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
         """Take in a load that has ended.

@@ -29,8 +29,9 @@ LEAST_PATIENCE = 1.0
 PATIENCE = 2.0
 """A load is given up when it has taken so many times what computing was predicted to take."""
 
-RETRY_SECONDS = 30.0
-"""After a load was declined as too slow, the next one of its tier for which a little is loaded."""
+RETRY_SECONDS, LONGEST_RETRY = 30.0, 600.0
+"""After a load was declined as too slow, the next one of its tier for which a little is loaded; the
+time is doubled, up to the second, whenever it was still too slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,8 @@ class LoadPolicy:
         if situation.others_active and not short:
             return LoadMode.PARKED
         tokens, end = situation.hit_tokens, situation.floor + situation.hit_tokens
+        if load is None and self._when == "auto" and not situation.reports_blocks:
+            return LoadMode.PARKED  # because in a step it could not be given up
         if load is None or costs.prefill_seconds(end, situation.prompt) is None:
             return LoadMode.LAYERWISE
         beside = _finish(situation, tokens, LoadMode.LAYERWISE, costs)
