@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from lamina.cli import demo_model
 from lamina.cli.demo_model import ModelError
+from lamina.cli.demo_server import Server
 from lamina.cli.main import app
 
 FAKE_SERVER = """
@@ -240,3 +241,19 @@ def test_a_model_directory_that_cannot_be(packages: Path, tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["demo", "--model-dir", str(tmp_path / "file" / "models")])
     assert result.exit_code == 1
     assert "Not a directory" in result.output
+
+
+def test_a_polite_server_leaves_the_cores_to_others(tmp_path: Path) -> None:
+    program = """
+import os, time
+while os.getpriority(os.PRIO_PROCESS, 0) < 19:
+    time.sleep(0.01)
+print("polite", flush=True)
+time.sleep(60)
+"""
+    log = tmp_path / "log"
+    with Server([sys.executable, "-c", program], 0, {}, log, polite=True):
+        deadline = time.monotonic() + 10
+        while "polite" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert log.read_text() == "polite\n"

