@@ -12,6 +12,7 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.cost import CostModel
 from lamina.control.decisions import DecisionRecord, PolicySettings
+from lamina.control.leases import LeaseBook
 from lamina.control.policy import RETRY_SECONDS, HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
@@ -38,6 +39,19 @@ class Hit:
     mode: LoadMode
 
 
+@dataclass(frozen=True, slots=True)
+class LoadEnd:
+    """A load has ended on every rank, in the epoch that its request is in.
+
+    Attributes:
+        request_id: whose it was.
+        failed: whether not all of it has come.
+    """
+
+    request_id: str
+    failed: bool
+
+
 class LoadPlanner:
     """Finds hits, plans loads, and settles them. A part of the planner.
 
@@ -51,6 +65,8 @@ class LoadPlanner:
         chunk_bytes: bytes of one chunk, all ranks.
         reports_blocks: whether the engine can take back single blocks of a failed load.
         cost: what loads and computing take; measured here for loads.
+        leases: holds on blocks that are loaded into; None where the engine itself keeps them until
+            the load has ended, whatever becomes of the request.
 
     Attributes:
         orders: loads for the next plan.
@@ -68,8 +84,10 @@ class LoadPlanner:
         chunk_bytes: int,
         reports_blocks: bool,
         cost: CostModel,
+        leases: LeaseBook | None = None,
     ) -> None:
         self.orders: list[LoadOrder] = []
+        self._leases = leases
         self._cost = cost
         self._queued = dict.fromkeys(TierName, 0)
         self._ahead: dict[TransferId, int] = {}
@@ -277,6 +295,9 @@ class LoadPlanner:
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         deadline = min(deadline, record.patience)
         layerwise = record.story.mode is LoadMode.LAYERWISE
+        lease = None
+        if self._leases is not None:
+            lease = self._leases.take(tuple(block for load in loads for block in load.blocks))
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
@@ -284,6 +305,7 @@ class LoadPlanner:
             expires=now + 2 * deadline,
             size=-(-record.story.loaded // self._shape.chunk_tokens) * self._chunk_bytes,
             chunks=places,
+            lease=lease,
             layerwise=layerwise,
             tries=tries,
         )
@@ -344,12 +366,15 @@ class LoadPlanner:
         if not late:
             self._slow.pop(tier, None)
 
-    def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
+    def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
         """Take in a load that has ended.
 
         Args:
             transfer: the load.
             record: its request, if the engine still has it.
+
+        Returns:
+            What its request is to know; None if it is not that load that it waits for.
         """
         self._transfers.close(transfer)
         self._measure(transfer)
@@ -362,7 +387,7 @@ class LoadPlanner:
             self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
         self._drop_bad(transfer)
         if record is None or record.load != transfer.id:
-            return
+            return None
         record.load = None
         story = record.story
         story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
@@ -372,6 +397,7 @@ class LoadPlanner:
             # What was not delivered may still be in its tier: do not ask for it for ever.
             record.distrust = "failed_before"
         stories.info("%s", story.line(transfer.request_id))
+        return LoadEnd(transfer.request_id, failed)
 
     def _drop_bad(self, transfer: Transfer) -> None:
         for place in transfer.chunks:

@@ -58,7 +58,7 @@ class Transfer:
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.
         chunks: where the chunks of a load are; the key and slot of a save or write.
-        lease: hold on engine blocks that are read, for a save or a push.
+        lease: hold on engine blocks that are read, for a save or a push, or written, for a load.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
         tries: tiers that were out of use, and are tried by it.
