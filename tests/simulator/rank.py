@@ -230,7 +230,7 @@ class Rank:
         chunks = (piece.pages // self._options.chunk_blocks).tolist()
         for block, chunk in zip(piece.blocks.tolist(), chunks, strict=True):
             target = self._targets.get((block, piece.keys[chunk]))
-            if target is None or target.over or not target.blocks.held:
+            if target is None or target.over or not target.blocks.may_be_written(block):
                 whose = "nobody" if target is None else target.order.request_id
                 over = "that has ended" if target is None or target.over else "that has lost it"
                 text = f"block {block} is written by a load for {whose} {over}"
