@@ -351,7 +351,7 @@ CASES = [
     Case(a_failed_load_counts, "a wrong token", HAND_OFF_PARKED, Weather(bad=0.1)),
     Case(
         what_failed_in_the_step_is_not_taken_back,
-        "a wrong token|begins with token",
+        "host shows a chunk|a wrong token|begins with token",
         HAND_OFF,
         Weather(bad=0.2),
     ),
