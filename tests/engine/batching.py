@@ -188,7 +188,7 @@ class Workload:
         page, count, turns = rng.choice((8, 16, 32)), rng.randint(5, 8), rng.randint(3, 4)
         shared = words(40, 120)
         openings = tuple(
-            (shared if rng.random() < 0.3 else []) + words(150, 300) for _ in range(count)
+            (shared if rng.random() < 0.3 else []) + words(280, 420) for _ in range(count)
         )
         longest = max(map(len, openings)) + turns * 40
         batching = ContinuousBatchingConfig(

@@ -9,6 +9,7 @@ says what it has to do then.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from lamina.config import Config
 from lamina.control.hand_off import HandOff
 from lamina.control.leases import BlockPool
 from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape
+from lamina.control.requests import ChunkShape, PushParameters
 from lamina.data.assembly import assemble
 from lamina.data.replicas import DiskPlace, Replicas
 from lamina.engines.notebook import Notebook
@@ -26,6 +27,49 @@ from lamina.geometry import CacheGeometry, Group
 from lamina.keys import Namespace
 from lamina.observe.metrics import Meter, Series
 from lamina.plan import LoadMode
+
+
+class TextRequest(ABC):
+    """A request as control sees it, see :class:`~lamina.control.requests.RequestView`, of an engine
+    that has neither images nor salts, adapters, drafts or recurrent states. What is left to say is
+    read at the moment of the call.
+
+    Args:
+        request_id: the engine's name for it.
+    """
+
+    recompute_tokens = 1
+    root_extra = b""
+    push: PushParameters | None = None
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+    @property
+    @abstractmethod
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+
+    @abstractmethod
+    def tokens(self) -> Sequence[int]:
+        """All known token ids: the prompt, and what was sampled so far."""
+
+    @abstractmethod
+    def blocks(self, group: int) -> Sequence[int]:
+        """Its block ids of one group, in token order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.tokens())
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        """Nothing."""
+        return b""
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        """None."""
+        return ()
 
 
 class LoadFailed(RuntimeError):

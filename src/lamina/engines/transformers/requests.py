@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 from transformers.generation.continuous_batching.requests import RequestState
 
-from lamina.control.requests import PushParameters
+from lamina.engines.standalone import TextRequest
 
 
-class TransformersRequest:
+class TransformersRequest(TextRequest):
     """One request.
 
     A request that the library resets begins anew, with what it had generated as a part of its
@@ -21,14 +21,10 @@ class TransformersRequest:
         allocators: of the cache, in the order of its groups.
     """
 
-    recompute_tokens = 1
-    root_extra = b""
-    push: PushParameters | None = None
-
     def __init__(self, state: RequestState, allocators: Sequence[CacheAllocator]) -> None:
+        super().__init__(state.request_id)
         self._state = state
         self._allocators = allocators
-        self.request_id: str = state.request_id
 
     @property
     def num_tokens(self) -> int:
@@ -45,18 +41,10 @@ class TransformersRequest:
         tokens: list[int] = self._state.initial_tokens + self._state.generated_tokens
         return tokens
 
-    def chunk_extra(self, start: int, end: int) -> bytes:
-        """Nothing: continuous batching is for text."""
-        return b""
-
     def blocks(self, group: int) -> Sequence[int]:
         """Block ids of one group, in token order."""
         table: Sequence[int] = self._allocators[group].block_table.get(self.request_id, ())
         return table
-
-    def state_blocks(self, group: int, end: int) -> Sequence[int]:
-        """Nothing: models with states are not served."""
-        return ()
 
 
 class LedgerPool:
