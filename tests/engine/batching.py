@@ -25,7 +25,7 @@ from lamina.engines.transformers import attach, attached_to
 
 Tokens = list[int]
 
-PATIENCE = 60.0
+PATIENCE = 240.0
 """Seconds after which an answer that has not come is a hang."""
 
 
@@ -121,7 +121,7 @@ class Engine:
         lamina = attached_to(self.manager)
         assert lamina is not None
         over = threading.Event()
-        for _ in range(int(PATIENCE * 20)):
+        for _ in range(1200):
             if not (lamina.hand_off.has_work or lamina._planner._requests):
                 break
             over.wait(0.05)

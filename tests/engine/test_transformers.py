@@ -13,7 +13,7 @@ from engine.batching import Workload, live_through, load_model
 
 pytestmark = pytest.mark.engine
 
-FEW, MANY = range(5), range(5, 40)
+FEW, MANY = range(3), range(3, 40)
 
 
 @pytest.fixture(scope="module")
