@@ -112,6 +112,15 @@ class Engine:
         assert lamina is not None
         return lamina.figures()
 
+    def rest(self) -> None:
+        """Wait until nothing is on its way, as it is while users think."""
+        lamina = attached_to(self.manager)
+        over = threading.Event()
+        for _ in range(1200):
+            if lamina is None or not (lamina.hand_off.has_work or lamina._planner._requests):
+                break
+            over.wait(0.02)
+
     def settle(self) -> None:
         """Wait until nothing is on its way, and check that nothing is held.
 
@@ -120,11 +129,7 @@ class Engine:
         """
         lamina = attached_to(self.manager)
         assert lamina is not None
-        over = threading.Event()
-        for _ in range(1200):
-            if not (lamina.hand_off.has_work or lamina._planner._requests):
-                break
-            over.wait(0.05)
+        self.rest()
         with self.manager.pause():
             scheduler = self.manager.batch_processor.scheduler
             planner, cache = lamina._planner, scheduler.cache
@@ -201,8 +206,9 @@ class Workload:
         lamina: dict[str, object] = {
             "chunk_tokens": rng.choice(("auto", page)),
             "load": {"mode": rng.choice(("auto", "parked", "layerwise")), "when": "always"},
-            # Two conversations, or all of them.
-            "host": {"capacity": rng.choice(("2MiB", "64MiB"))},
+            # Half of the conversations, or all of them; what a turn adds has to fit, or a disk that
+            # is slow today would decide what is kept.
+            "host": {"capacity": rng.choice(("6MiB", "64MiB"))},
         }
         return cls(
             batching,
@@ -256,6 +262,7 @@ def live_through(model: Any, workload: Workload, lamina: Mapping[str, object] | 
                 for number, words in turn.items():
                     history[number] += words
                 answers = engine.turn([history[number] for number in turn])
+                engine.rest()
                 record.answers.append(dict(zip(turn, answers, strict=True)))
                 for number, answer in record.answers[-1].items():
                     history[number] += answer

@@ -27,7 +27,7 @@ def check(model: Any, store: Path, seed: int) -> None:
     disk = {"path": str(store), "capacity": "256MiB"}
     record = live_through(model, workload, workload.lamina | {"disk": disk})
     assert record.answers == without.answers
-    assert record.recomputed <= 0.2 * without.recomputed, (record, without.recomputed)
+    assert record.recomputed <= 0.2 * without.recomputed, record.figures
     failures = [f for figures in record.figures for f in figures if f.startswith("failures")]
     assert not failures
     after_restart = record.figures[-1]
