@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 import transformers
 from transformers.generation.configuration_utils import (
     ContinuousBatchingConfig,
@@ -222,6 +224,40 @@ def test_generate_batch_takes_it_too(model: Any, expected: Tokens) -> None:
     assert not [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
 
 
+def test_a_manager_that_is_kept_keeps_its_tiers(llama: Path, expected: Tokens) -> None:
+    model = load_model(llama)
+    greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    batching = attach(ROOMY, PARKED)
+    for _ in range(3):
+        outputs = model.generate_batch(
+            [list(LONG)],
+            generation_config=greedy,
+            continuous_batching_config=batching,
+            persistent_manager=True,
+        )
+        assert [output.generated_tokens for output in outputs.values()] == [expected]
+        manager = model._cached_continuous_batching_manager
+        manager.batch_processor.cache.evict_cached_blocks()
+    lamina = attached_to(manager)
+    assert lamina is not None
+    assert lamina.figures()["hit_tokens host"] == 2 * 192
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_a_hit_that_waits_for_room_is_not_overtaken_for_ever(model: Any, expected: Tokens) -> None:
+    small = ContinuousBatchingConfig(page_size=PAGE, num_blocks=16, max_batch_tokens=64)
+    with Engine(model, small, PARKED) as engine:
+        engine.turn([LONG])
+        forget(engine)
+        short = [engine.submit(prompt(seed, 40), 30) for seed in range(3)]
+        waiting = engine.submit(LONG)
+        later = [engine.submit(prompt(seed, 40), 30) for seed in range(10, 22)]
+        answers = engine.await_answers([*short, waiting, *later])
+        assert answers[waiting] == expected
+        assert list(answers).index(waiting) <= len(short)
+        engine.settle()
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -269,6 +305,13 @@ def refused(model: Any, batching: ContinuousBatchingConfig) -> str:
 def test_a_sliding_window_is_refused(checkpoints: Checkpoints) -> None:
     model = load_model(checkpoints.model("sliding-window"))
     assert "does not serve sliding_attention" in refused(model, attach(ROOMY, PARKED))
+
+
+def test_several_ranks_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert "on several ranks, and there are 2" in refused(model, attach(ROOMY, PARKED))
 
 
 def test_pushes_are_refused(model: Any) -> None:

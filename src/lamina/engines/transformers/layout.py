@@ -7,6 +7,7 @@ into it and has one page for each layer, keys and then values (transformers 5.19
 
 from __future__ import annotations
 
+from torch import distributed
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import (
     FullAttentionCacheAllocator,
@@ -22,26 +23,37 @@ class UnsupportedModel(ValueError):
     """The model's cache cannot be served without risking a wrong token; the message says why."""
 
 
-def layer_name(layer: int) -> str:
-    """A layer's name in the geometry."""
-    return f"layers.{layer}"
-
-
-def groups(cache: PagedAttentionCache) -> tuple[Group, ...]:
-    """The cache groups, in the order of the cache's allocators.
+def check_supported(cache: PagedAttentionCache) -> None:
+    """Refuse what this version would serve wrongly.
 
     Raises:
-        UnsupportedModel: if the model has layers that are not served.
+        UnsupportedModel: says what is not supported and what to do.
     """
-    found = []
     for name, allocator in cache.cache_allocators.items():
         if type(allocator) is not FullAttentionCacheAllocator:
             raise UnsupportedModel(
                 f"Lamina does not serve {name} in transformers' continuous batching: run this "
                 "model without attach()"
             )
-        found.append(Group(GroupKind.FULL, allocator.tokens_per_page))
-    return tuple(found)
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    if ranks > 1:
+        raise UnsupportedModel(
+            f"Lamina does not serve transformers' continuous batching on several ranks, and there "
+            f"are {ranks}: run it in one process, or without attach()"
+        )
+
+
+def layer_name(layer: int) -> str:
+    """A layer's name in the geometry."""
+    return f"layers.{layer}"
+
+
+def groups(cache: PagedAttentionCache) -> tuple[Group, ...]:
+    """The cache groups, in the order of the cache's allocators."""
+    return tuple(
+        Group(GroupKind.FULL, allocator.tokens_per_page)
+        for allocator in cache.cache_allocators.values()
+    )
 
 
 def geometry(cache: PagedAttentionCache, chunk_tokens: int | str) -> CacheGeometry:
@@ -52,7 +64,6 @@ def geometry(cache: PagedAttentionCache, chunk_tokens: int | str) -> CacheGeomet
         chunk_tokens: as configured.
 
     Raises:
-        UnsupportedModel: as :func:`groups` does.
         ValueError: if ``chunk_tokens`` is not a whole number of pages.
     """
     (group,) = groups(cache)

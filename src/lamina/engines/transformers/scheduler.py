@@ -57,7 +57,7 @@ class WithLamina(Scheduler):
         lamina: what carries out loads and saves. It is closed when the scheduler goes.
 
     Raises:
-        UnsupportedModel: if the model's cache cannot be served.
+        UnsupportedModel: if the model, or how it runs, cannot be served.
         ValueError: if a tier is smaller than a chunk.
         StoreError: if the store cannot be used.
     """
@@ -69,6 +69,7 @@ class WithLamina(Scheduler):
         safety_margin: float | None,
         max_requests_per_batch: int,
     ) -> None:
+        layout.check_supported(cache)
         groups = layout.groups(cache)
         geometry = layout.geometry(cache, config.chunk_tokens)
         self._allocators = tuple(cache.cache_allocators.values())
@@ -149,7 +150,9 @@ class WithLamina(Scheduler):
     # -- waiting requests --------------------------------------------------------------------
 
     def _place_waiting(self) -> None:
-        """Give those that are to be loaded their blocks, and say which others may be computed."""
+        """Give those that are to be loaded their blocks, and say which others may be computed. One
+        that has to wait for its blocks keeps those behind it waiting, or they could take what it
+        waits for, for ever."""
         self._in_sight = []
         hand_off = self.lamina.hand_off
         if self.block_new_requests:
@@ -164,7 +167,9 @@ class WithLamina(Scheduler):
                 self._in_sight.append(request_id)
             elif self._allocate(state):
                 self._admit(state)
-            elif not (self.active_requests or self._blocks_come_back):
+            elif self.active_requests or self._blocks_come_back:
+                return
+            else:
                 self._in_sight.append(request_id)  # it will never have room for all its tokens
 
     def _match(self, state: RequestState) -> int:
