@@ -150,11 +150,15 @@ class WithLamina(Scheduler):
     # -- waiting requests --------------------------------------------------------------------
 
     def _place_waiting(self) -> None:
-        """Give those that are to be loaded their blocks, and say which others may be computed. One
-        that has to wait for its blocks keeps those behind it waiting, or they could take what it
-        waits for, for ever."""
+        """Give those that are to be loaded their blocks, and say which others may be computed. Who
+        came first has first claim on blocks, or others could take what it waits for, for ever:
+        blocks are left for what is still to be computed of prompts before, and one that has to wait
+        for its blocks keeps those behind it waiting."""
         self._in_sight = []
         hand_off = self.lamina.hand_off
+        claimed = sum(
+            len(state.remaining_prefill_tokens) for state in self.active_requests.values()
+        )
         if self.block_new_requests:
             return
         for request_id in list(self.waiting_requests_order)[:LOOKAHEAD]:
@@ -165,7 +169,8 @@ class WithLamina(Scheduler):
                 continue
             if state.is_cpu_offloaded or not hand_off.look(self._view(state), self._match(state)):
                 self._in_sight.append(request_id)
-            elif self._allocate(state):
+                claimed += len(state.remaining_prefill_tokens)
+            elif self._allocate(state, claimed):
                 self._admit(state)
             elif self.active_requests or self._blocks_come_back:
                 return
@@ -183,22 +188,29 @@ class WithLamina(Scheduler):
         )
         return found
 
-    def _allocate(self, state: RequestState) -> bool:
-        """Give a waiting request what is found of it, and blocks for the rest of its tokens."""
+    def _allocate(self, state: RequestState, claimed: int) -> bool:
+        """Give a waiting request what is found of it, and blocks for the rest of its tokens, if so
+        many are free that there are some for ``claimed`` tokens, too."""
         if not self._try_to_meet_safety_margin() and self.active_requests:
             return False
         request_id, tokens = state.request_id, state.remaining_prefill_tokens
         found = self.cache.search_prefix_match(request_id, tokens)
         state.position_offset = found
-        if self.cache.can_store_request_tokens(state, len(tokens) - found):
+        rest = len(tokens) - found
+        if self._fits(state, rest, claimed):
             return True
         if not self.active_requests and self.cache.evict_cached_blocks():
             self.cache.pool.try_to_free_sectors()
-            if self.cache.can_store_request_tokens(state, len(tokens) - found):
+            if self._fits(state, rest, claimed):
                 return True
         state.position_offset = 0
         self.cache.free_blocks(request_id)
         return False
+
+    def _fits(self, state: RequestState, rest: int, claimed: int) -> bool:
+        """Take blocks for ``rest`` more tokens of a request, if there is room for others', too."""
+        store = self.cache.can_store_request_tokens
+        return bool(store(state, rest + claimed, dry_run=True) and store(state, rest))
 
     def _admit(self, state: RequestState) -> None:
         """A waiting request has blocks for all its tokens: load what there is."""
