@@ -86,10 +86,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 def forget(engine: Engine) -> None:
-    """Empty the library's own prefix cache, once all is saved."""
+    """Empty the library's own prefix cache, once all is saved, and leave nothing in its blocks that
+    could pass for what is to be loaded into them."""
     engine.settle()
     with engine.manager.pause():
-        engine.manager.batch_processor.cache.evict_cached_blocks()
+        cache = engine.manager.batch_processor.cache
+        cache.evict_cached_blocks()
+        cache.cache_tensor.fill_(1)
 
 
 def test_what_was_loaded_is_found_by_the_next_request(model: Any, expected: Tokens) -> None:
