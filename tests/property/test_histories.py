@@ -124,6 +124,8 @@ engines = st.builds(
     piece_chunks=st.sampled_from((100, 1)),
     saves_in_flight=st.sampled_from((64, 1)),
 )
+boundaries = st.integers(0, 2).map(Random)
+with_hand_off = st.builds(Options.with_hand_off, engines, boundaries)
 weathers = st.builds(
     Weather,
     bad=probability,
@@ -141,7 +143,7 @@ weathers = st.builds(
 class Histories(RuleBasedStateMachine):
     """What hypothesis does to an engine; a failure comes with the shortest way to it."""
 
-    @initialize(options=engines, seed=st.integers(0, 2**16))
+    @initialize(options=st.one_of(engines, with_hand_off), seed=st.integers(0, 2**16))
     def start(self, options: Options, seed: int) -> None:
         self.simulator = Simulator(seed, options).__enter__()
         random = Random(0)

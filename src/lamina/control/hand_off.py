@@ -1,7 +1,7 @@
 """The hand-off: between a scheduler that knows nothing of loads, and the loads.
 
-vLLM's scheduler has states for a request whose cache is outside of it. One that has none asks here
-who may run, from where, and when::
+Some engines' schedulers have states for a request whose cache is outside. One that has none asks
+here who may run, from where, and when::
 
     WAITING ── admit ──▶ PARKED ── its load ends, well or not ──▶ READY ── take_ready ──▶ RUNNING
        │                    │                                                              ▲  │
