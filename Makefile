@@ -14,13 +14,16 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push test test-all soak lint lock clean
+.PHONY: help demo demo-push demo-standalone test test-all soak lint lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## a real model answers a long question three times, once after a restart
 	@$(BIN)/lamina demo --model-dir models
+
+demo-standalone: .venv/installed ## conversations in transformers' continuous batching, with and without Lamina
+	@$(BIN)/lamina demo-standalone --model-dir models --picture out/standalone.png
 
 demo-push: .venv/installed ## one engine prefills, another decodes, each row leaves when it is computed
 	@$(BIN)/lamina demo-push --model-dir models

@@ -56,13 +56,31 @@ def test_random_histories_with_a_disk(seed: int, store: Path) -> None:
     run_history(seed, STEPS, store)
 
 
+HAND_OFF_SHARE = 0.3
+"""Of the budget, beside what others have of it."""
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * HAND_OFF_SHARE / STEPS)))
+def test_random_histories_of_a_scheduler_with_a_hand_off(seed: int) -> None:
+    random = Random(seed)
+    run_history(seed, STEPS, options=Options.draw(random).with_hand_off(random))
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS / 2)))
+def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(seed: int, store: Path) -> None:
+    random = Random(seed)
+    options = Options.draw(random, disk=True).with_hand_off(random)
+    run_history(seed, STEPS, store, options=options)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_histories_on_real_threads(seed: int) -> None:
     run_history(seed, STEPS, virtual=False)
 
 
+@pytest.mark.parametrize("hand_off", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_in_fair_weather_everything_is_kept(seed: int) -> None:
+def test_in_fair_weather_everything_is_kept(seed: int, hand_off: bool) -> None:
     random = Random(seed)
     options = replace(
         Options.draw(random),
@@ -70,6 +88,8 @@ def test_in_fair_weather_everything_is_kept(seed: int) -> None:
         saves_in_flight=2000,
         save_tokens="all",
     )
+    if hand_off:
+        options = options.with_hand_off(random)
     prompts = Prompts(random, options.longest)
     with Simulator(seed, options) as simulator:
         for step in range(STEPS):
@@ -104,6 +124,8 @@ engines = st.builds(
     piece_chunks=st.sampled_from((100, 1)),
     saves_in_flight=st.sampled_from((64, 1)),
 )
+boundaries = st.integers(0, 2).map(Random)
+with_hand_off = st.builds(Options.with_hand_off, engines, boundaries)
 weathers = st.builds(
     Weather,
     bad=probability,
@@ -121,7 +143,7 @@ weathers = st.builds(
 class Histories(RuleBasedStateMachine):
     """What hypothesis does to an engine; a failure comes with the shortest way to it."""
 
-    @initialize(options=engines, seed=st.integers(0, 2**16))
+    @initialize(options=st.one_of(engines, with_hand_off), seed=st.integers(0, 2**16))
     def start(self, options: Options, seed: int) -> None:
         self.simulator = Simulator(seed, options).__enter__()
         random = Random(0)

@@ -20,6 +20,7 @@ from lamina.plan import Receipt
 from simulator.content import Ledger, Violation
 from simulator.faults import Sky, Weather
 from simulator.forward import Part
+from simulator.hand_off import HandOffScheduler
 from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import EnginePool, LeasedPool
 from simulator.rank import Misread, Rank, Surroundings
@@ -117,10 +118,12 @@ class Simulator:
             [rank.executor.report() for rank in self._ranks],
             Meter(),
             reports_blocks=options.takes_back,
+            leases_loads=options.hand_off,
             clock=self._clock,
         )
         self._watch.attach(self._planner, self._ranks, self._leased)
-        self._scheduler = Scheduler(
+        scheduler = HandOffScheduler if options.hand_off else Scheduler
+        self._scheduler: Scheduler | HandOffScheduler = scheduler(
             options,
             self._pool,
             self._planner,
@@ -279,6 +282,7 @@ class Simulator:
                 if self._outstanding[request_id] == self.options.ranks:
                     del self._outstanding[request_id]
                     arrived.append(request_id)
+            step.reports.append(outcomes.receipt)
             receipts.append(rank.mail.exchange(outcomes.receipt))
         self._judge(misreads, lost)
         for part in parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -29,6 +29,9 @@ class Options:
         drafts: speculative tokens after each sampled one at most.
         asynchronous: whether a step is planned before the one ahead of it has run.
         prefix_caching: whether the engine has a prefix cache of its own.
+        hand_off: whether its scheduler knows nothing of loads, and has a hand-off; not with drafts,
+            and not asynchronous.
+        boundary_blocks: blocks; such an engine can load from any multiple of it on.
         takes_back: whether the engine can take back single blocks of a failed load.
         fails_requests: whether a failed load ends its request instead of being recomputed.
         host_slots: chunks in host memory.
@@ -58,6 +61,8 @@ class Options:
     drafts: int = 0
     asynchronous: bool = False
     prefix_caching: bool = True
+    hand_off: bool = False
+    boundary_blocks: int = 1
     takes_back: bool = True
     fails_requests: bool = False
     host_slots: int = 64
@@ -107,6 +112,17 @@ class Options:
             replicas=random.random() < 0.4,
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
+        )
+
+    def with_hand_off(self, random: Random) -> Options:
+        """The same engine, but that its scheduler knows nothing of loads."""
+        return replace(
+            self,
+            hand_off=True,
+            boundary_blocks=random.choice((1, 1, 2, 3)),
+            drafts=0,
+            asynchronous=False,
+            fails_requests=False,
         )
 
     @property

@@ -233,7 +233,9 @@ class Rank:
         chunks = (piece.pages // self._options.chunk_blocks).tolist()
         for block, chunk in zip(piece.blocks.tolist(), chunks, strict=True):
             target = self._targets.get((block, piece.keys[chunk]))
-            held = target is not None and (target.blocks.held or self._around.leased(block))
+            held = target is not None and target.blocks.may_be_written(block)
+            if not self._options.hand_off:
+                held = held or self._around.leased(block)  # it was released early
             if target is None or target.over or not held:
                 whose = "nobody" if target is None else target.order.request_id
                 over = "that has ended" if target is None or target.over else "that has lost it"

@@ -41,15 +41,21 @@ class Blocks:
     Attributes:
         ids: which, in token order; grows.
         held: whether they are still the request's.
+        leased: those that a load still had to itself when they were the request's no more.
         cached: how many of them were put into the prefix cache.
     """
 
-    __slots__ = ("cached", "held", "ids")
+    __slots__ = ("cached", "held", "ids", "leased")
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.held = True
+        self.leased: set[int] = set()
         self.cached = 0
+
+    def may_be_written(self, block: int) -> bool:
+        """Whether a load for their request may write to one of them."""
+        return self.held or block in self.leased
 
 
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamina.plan import StepPlan, TransferId
+from lamina.plan import Receipt, StepPlan, TransferId
 from simulator.request import Blocks, Run
 
 
@@ -34,9 +34,11 @@ class Step:
         plan: Lamina's plan.
         loads: the blocks of the request that each load of the plan is for.
         loads_now: whether the forward needs a load of this step.
+        reports: what the ranks say when it is over; control may hear of it later.
     """
 
     items: list[Item]
     plan: StepPlan
     loads: dict[TransferId, Blocks]
     loads_now: bool
+    reports: list[Receipt] = field(default_factory=list)

@@ -1,8 +1,9 @@
-"""Guards the map of the rooms: nothing imports upward, control and data know no engine, and what
+"""Guards the map of the rooms: nothing imports upward, control and data name no engine, and what
 needs neither torch nor vLLM works without them. The contracts stand in pyproject.toml."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "lamina"
 
 
 def test_no_room_imports_what_it_may_not(
@@ -22,6 +24,21 @@ def test_no_room_imports_what_it_may_not(
         config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True, verbose=False
     )
     assert not broken, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", ["control", "data"])
+def test_control_and_data_name_no_engine(room: str) -> None:
+    engines = [path.name for path in (SOURCE / "engines").iterdir() if path.is_dir()]
+    engines = [name for name in engines if not name.startswith("__")]
+    assert {"transformers", "vllm"} <= set(engines)
+    name = re.compile(rf"\b({'|'.join(engines)})\b", re.IGNORECASE)
+    said = [
+        f"{path.relative_to(SOURCE)}:{number}: {line.strip()}"
+        for path in sorted((SOURCE / room).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if name.search(line)
+    ]
+    assert not said
 
 
 @pytest.mark.parametrize(

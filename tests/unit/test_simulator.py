@@ -13,8 +13,9 @@ from random import Random
 import pytest
 
 from lamina.control.catalog import Catalog, TierCatalog
+from lamina.control.hand_off import HandOff, Phase, Resumption
 from lamina.control.leases import BlockLease, LeaseBook
-from lamina.control.loading import LoadPlanner
+from lamina.control.loading import LoadEnd, LoadPlanner
 from lamina.control.planner import Planner
 from lamina.control.requests import RequestRecord
 from lamina.control.saving import SavePlanner
@@ -183,11 +184,12 @@ def more_is_saved_than_is_allowed(patch: Patch) -> None:
 def requests_that_end_while_loading_are_kept(patch: Patch) -> None:
     settle = Planner._settle_load
 
-    def kept(planner: Planner, transfer: Transfer) -> None:
+    def kept(planner: Planner, transfer: Transfer) -> list[LoadEnd]:
         record = planner._requests.get(transfer.request_id)
-        settle(planner, transfer)
+        ends = settle(planner, transfer)
         if record is not None and record.ended:
             planner._requests[transfer.request_id] = record
+        return ends
 
     patch.setattr(Planner, "_settle_load", kept)
 
@@ -245,6 +247,44 @@ def rows_are_saved_before_they_are_written(patch: Patch) -> None:
     patch.setattr(Executor, "begin_step", hasty)
 
 
+def loaded_blocks_are_not_leased(patch: Patch) -> None:
+    make = LoadPlanner.__init__
+
+    def without(loading: LoadPlanner, *args: object, leases_loads: bool, **others: object) -> None:
+        make(loading, *args, leases_loads=False, **others)  # type: ignore[arg-type]
+
+    patch.setattr(LoadPlanner, "__init__", without)
+
+
+def a_parked_request_runs_at_once(patch: Patch) -> None:
+    take = HandOff.take_ready
+
+    def hasty(hand_off: HandOff) -> list[Resumption]:
+        for entry in hand_off._entries.values():
+            if entry.phase is Phase.PARKED:
+                entry.phase = Phase.READY
+        return take(hand_off)
+
+    patch.setattr(HandOff, "take_ready", hasty)
+
+
+def a_failed_load_counts(patch: Patch) -> None:
+    settle = Planner._settle_load
+
+    def optimistic(planner: Planner, transfer: Transfer) -> list[LoadEnd]:
+        return [replace(end, failed=False) for end in settle(planner, transfer)]
+
+    patch.setattr(Planner, "_settle_load", optimistic)
+
+
+def what_failed_in_the_step_is_not_taken_back(patch: Patch) -> None:
+    patch.setattr(HandOff, "take_cut", lambda hand_off: [])
+
+
+def a_load_begins_before_its_boundary(patch: Patch) -> None:
+    patch.setattr(HandOff, "_round_up", lambda hand_off, floor: floor - floor % hand_off._boundary)
+
+
 @dataclass(frozen=True)
 class Case:
     """How Lamina is broken, and what is to be said of it.
@@ -266,6 +306,8 @@ ASYNC = Options(asynchronous=True, mode="layerwise", prefix_caching=False)
 LAYERWISE = Options(ranks=2, mode="layerwise", prefix_caching=False)
 PARKED = Options(mode="parked", prefix_caching=False, host_slots=12, chunk_blocks=1)
 PIECES = Options(mode="parked", prefix_caching=False, piece_chunks=1, host_slots=12)
+HAND_OFF = Options(hand_off=True, prefix_caching=False, blocks=28)
+HAND_OFF_PARKED = replace(HAND_OFF, mode="parked", host_slots=12, chunk_blocks=1)
 SLOW = Weather(slow=0.2, hang=0.02)
 
 CASES = [
@@ -304,6 +346,20 @@ CASES = [
     Case(a_deadline_is_not_looked_at, "still under way", PARKED, SLOW),
     Case(a_failed_load_wakes_nobody, "nothing has moved", PARKED, Weather(bad=0.1)),
     Case(rows_are_saved_before_they_are_written, "host shows a chunk"),
+    Case(loaded_blocks_are_not_leased, "is written by a load", HAND_OFF_PARKED, SLOW),
+    Case(a_parked_request_runs_at_once, "a wrong token", HAND_OFF_PARKED, SLOW),
+    Case(a_failed_load_counts, "a wrong token", HAND_OFF_PARKED, Weather(bad=0.1)),
+    Case(
+        what_failed_in_the_step_is_not_taken_back,
+        "host shows a chunk|a wrong token|begins with token",
+        HAND_OFF,
+        Weather(bad=0.2),
+    ),
+    Case(
+        a_load_begins_before_its_boundary,
+        "it should be",
+        replace(HAND_OFF, prefix_caching=True, boundary_blocks=3),
+    ),
 ]
 
 

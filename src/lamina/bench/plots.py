@@ -6,9 +6,13 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lamina.bench.report import Report, duration
 from lamina.bench.samples import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _INK, _FAINT, _MEASURED, _FLOOR = "#1f2328", "#8c959f", "#2a6f97", "#c8553d"
 _CURVES = ("#2a6f97", "#c8553d", "#5b8c5a", "#8c959f")
@@ -86,26 +90,46 @@ def draw_push(curves: tuple[Sequence[Curve], Sequence[Curve]], path: Path) -> No
     figure = Figure(figsize=(_WIDTH_INCHES, 3.8), layout="constrained")
     titles = "Time to first token", "Tail: prefill over, decode not begun"
     for axis, title, drawn in zip(figure.subplots(1, 2), titles, curves, strict=True):
-        for curve, colour in zip(drawn, _CURVES, strict=False):
-            points = list(curve.points.items())
-            low, middle, high = zip(*((s.low, s.median, s.high) for _, s in points), strict=True)
-            tokens = [length for length, _ in points]
-            axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.plot(tokens, middle, "o-", color=colour, markersize=5, label=curve.name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(tokens, [f"{length:,}" for length in tokens])
+        _draw_curves(axis, drawn, title, "tokens")
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: _round_duration(value))
-        axis.set_xlabel("tokens (dot: median, shade: smallest to largest)", fontsize=9, color=_INK)
-        axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=_INK)
-        axis.tick_params(colors=_INK, labelsize=8.5)
-        axis.grid(color="#e6e8eb", linewidth=0.8)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        axis.legend(frameon=False, fontsize=8.5)
     figure.savefig(path, dpi=_DPI)
+
+
+def draw_turns(curves: Sequence[Curve], path: Path) -> None:
+    """Time to first token by the turn of a conversation.
+
+    Args:
+        curves: their points by turn.
+        path: where to.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 0.75, 3.8), layout="constrained")
+    axis = figure.subplots()
+    _draw_curves(axis, curves, "Time to first token", "turn")
+    axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_curves(axis: Axes, curves: Sequence[Curve], title: str, what: str) -> None:
+    for curve, colour in zip(curves, _CURVES, strict=False):
+        points = list(curve.points.items())
+        low, middle, high = zip(*((s.low, s.median, s.high) for _, s in points), strict=True)
+        places = [place for place, _ in points]
+        axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(places, middle, "o-", color=colour, markersize=5, label=curve.name)
+    axis.set_xticks(places, [f"{place:,}" for place in places])
+    axis.yaxis.set_major_formatter(lambda value, _: _round_duration(value))
+    axis.set_xlabel(f"{what} (dot: median, shade: smallest to largest)", fontsize=9, color=_INK)
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+    axis.tick_params(colors=_INK, labelsize=8.5)
+    axis.grid(color="#e6e8eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(frameon=False, fontsize=8.5)
 
 
 def _draw(title: str, lines: Sequence[Line], unit: str, path: Path, *, logarithmic: bool) -> None:

@@ -1,4 +1,5 @@
-"""Leases on engine blocks: a block that is being read is not reused, however it is freed."""
+"""Leases on engine blocks: a block that is being read, or loaded into, is not reused, however it is
+freed."""
 
 from __future__ import annotations
 

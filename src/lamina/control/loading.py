@@ -52,6 +52,19 @@ class _Slow:
     pause: float
 
 
+@dataclass(frozen=True, slots=True)
+class LoadEnd:
+    """A load has ended on every rank, in the epoch that its request is in.
+
+    Attributes:
+        request_id: whose it was.
+        failed: whether not all of it has come.
+    """
+
+    request_id: str
+    failed: bool
+
+
 class LoadPlanner:
     """Finds hits, plans loads, and settles them. A part of the planner.
 
@@ -66,6 +79,9 @@ class LoadPlanner:
         chunk_bytes: bytes of one chunk, all ranks.
         reports_blocks: whether the engine can take back single blocks of a failed load.
         cost: what loads and computing take; measured here for loads.
+        leases_loads: whether blocks that are loaded into are always leased, because the engine
+            itself does not keep them until the load has ended, whatever becomes of the request.
+            Such an engine resumes a request when its load has ended, and not sooner.
 
     Attributes:
         orders: loads for the next plan.
@@ -84,6 +100,7 @@ class LoadPlanner:
         chunk_bytes: int,
         reports_blocks: bool,
         cost: CostModel,
+        leases_loads: bool = False,
     ) -> None:
         self.orders: list[LoadOrder] = []
         self._cost = cost
@@ -95,8 +112,9 @@ class LoadPlanner:
         self._catalog = catalog
         self._transfers = transfers
         self._leases = leases
+        self._leases_loads = leases_loads
         # Who asks for loads between steps wants nothing of them in the step.
-        self._early = config.load.mode == "auto"
+        self._early = config.load.mode == "auto" and not leases_loads
         self._breakers = breakers
         self._meter = meter
         self._chunk_bytes = chunk_bytes
@@ -305,6 +323,7 @@ class LoadPlanner:
         # Where a load cannot be taken back that runs in the step, it is only late.
         patience = float(deadline) if self._reports_blocks else inf
         early = self._early and not (layerwise or tries) and _tiers(places) == {TierName.HOST}
+        leased = early or self._leases_loads
         transfer = self._transfers.open(
             Kind.LOAD,
             record.view.request_id,
@@ -314,7 +333,7 @@ class LoadPlanner:
             chunks=places,
             layerwise=layerwise,
             early=early,
-            lease=self._leases.take(_targets(loads)) if early else None,
+            lease=self._leases.take(_targets(loads)) if leased else None,
             tries=tries,
         )
         record.load = transfer.id
@@ -374,12 +393,15 @@ class LoadPlanner:
         self._cost.worked(tier, transfer.moved_bytes, transfer.busy)
         self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.active)
 
-    def settle(self, transfer: Transfer, record: RequestRecord | None) -> None:
+    def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
         """Take in a load that has ended.
 
         Args:
             transfer: the load.
             record: its request, if the engine still has it.
+
+        Returns:
+            What its request is to know; None if it is not that load that it waits for.
         """
         self._transfers.close(transfer)
         self._measure(transfer)
@@ -392,7 +414,7 @@ class LoadPlanner:
             self._meter.count("failures", 1, kind=f"load_{transfer.reason or 'unknown'}")
         self._catalog.drop_bad(transfer.chunks, transfer.bad_chunks)
         if record is None or record.load != transfer.id:
-            return
+            return None
         record.load = None
         story = record.story
         story.seconds, story.waited, story.failed = transfer.seconds, transfer.waited, failed
@@ -402,6 +424,7 @@ class LoadPlanner:
             # What was not delivered may still be in its tier: do not ask for it for ever.
             record.distrust = "failed_before"
         stories.info("%s", story.line(transfer.request_id))
+        return LoadEnd(transfer.request_id, failed)
 
 
 def _split(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:

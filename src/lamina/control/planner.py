@@ -18,7 +18,7 @@ from lamina.control.cost import CostModel, Costs
 from lamina.control.decisions import DecisionRecord
 from lamina.control.fetching import FetchPlanner
 from lamina.control.leases import BlockPool, LeaseBook
-from lamina.control.loading import Hit, LoadPlanner, stories
+from lamina.control.loading import Hit, LoadEnd, LoadPlanner, stories
 from lamina.control.push_source import PushSource
 from lamina.control.push_target import CANCELLED, PushTarget
 from lamina.control.requests import (
@@ -85,6 +85,8 @@ class Planner:
         meter: where figures go.
         card: this engine as other engines see it, if it takes part in pushes.
         reports_blocks: whether the engine can take back single blocks of a failed load.
+        leases_loads: whether blocks that are loaded into are leased until the load has ended, for
+            an engine that does not keep them itself.
         costs: what was measured by an engine before.
         on_decision: called with what was decided for every request that gets its blocks.
         clock: monotonic seconds.
@@ -104,6 +106,7 @@ class Planner:
         *,
         card: EngineCard | None = None,
         reports_blocks: bool = True,
+        leases_loads: bool = False,
         costs: Costs | None = None,
         on_decision: Callable[[DecisionRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -144,6 +147,7 @@ class Planner:
             chunk_bytes=sum(report.chunk_bytes for report in reports),
             reports_blocks=reports_blocks,
             cost=self._cost,
+            leases_loads=leases_loads,
         )
         self._saving = SavePlanner(
             config,
@@ -478,8 +482,14 @@ class Planner:
 
     # -- receipts ----------------------------------------------------------------------------
 
-    def receive(self, receipts: Iterable[Receipt]) -> None:
-        """Take in what the ranks report after a step."""
+    def receive(self, receipts: Iterable[Receipt]) -> list[LoadEnd]:
+        """Take in what the ranks report after a step.
+
+        Returns:
+            Loads that have ended on every rank and are the last of their requests, ended ones among
+            them. An engine whose scheduler counts ranks itself has no need of it.
+        """
+        ends: list[LoadEnd] = []
         settled: list[Transfer] = []
         for receipt in receipts:
             self._queued = receipt.queued
@@ -494,7 +504,7 @@ class Planner:
         waits: dict[int, float] = {}
         for transfer in settled:
             if transfer.kind is Kind.LOAD:
-                self._settle_load(transfer)
+                ends += self._settle_load(transfer)
                 if transfer.computed_on:
                     waits[transfer.step] = max(transfer.waited, waits.get(transfer.step, 0.0))
             elif transfer.kind is Kind.WRITE:
@@ -509,6 +519,7 @@ class Planner:
         for waited in waits.values():
             self._meter.observe("wait_seconds", waited)
         self._saving.settle((t for t in settled if t.kind is Kind.SAVE), step=self._step)
+        return ends
 
     def distrust(self, step: int = 0) -> None:
         """A load has failed in the engine's own eyes: nothing that was saved in ``step`` or later
@@ -520,12 +531,13 @@ class Planner:
         for record in self._requests.values():
             record.next_save = 0
 
-    def _settle_load(self, transfer: Transfer) -> None:
+    def _settle_load(self, transfer: Transfer) -> list[LoadEnd]:
         record = self._requests.get(transfer.request_id)
-        self._loading.settle(transfer, record)
+        end = self._loading.settle(transfer, record)
         if transfer.state is State.FAILED and transfer.computed_on:
             self.distrust(transfer.step)
         self._forget_if_over(transfer, record)
+        return [] if end is None else [end]
 
     def _settle_receive(self, transfer: Transfer) -> None:
         assert self._target is not None

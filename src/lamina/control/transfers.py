@@ -61,7 +61,7 @@ class Transfer:
         size: bytes over all ranks.
         chunks: where the chunks of a load are; where that of a save, write or fetch goes, and
             before it where it comes from, if from a tier.
-        lease: hold on engine blocks that are read, for a save or a push.
+        lease: hold on engine blocks that are read, for a save or a push, or written, for a load.
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
         early: whether it is a load whose request may be resumed before its outcome is known.

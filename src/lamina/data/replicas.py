@@ -17,11 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from lamina.config import DiskConfig
 from lamina.data.movers.base import Mover
 from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers.disk import DiskReader, DiskTier, StoreNamespace
 from lamina.data.tiers.host import HostTier
 from lamina.geometry import CacheGeometry
+from lamina.keys import Namespace
 
 log = logging.getLogger("lamina.data")
 
@@ -52,6 +54,27 @@ class DiskPlace:
     first_shard: int
     capacity: int
     direct: bool | None
+
+    @classmethod
+    def of(
+        cls, config: DiskConfig | None, namespace: Namespace, first_shard: int = 0
+    ) -> DiskPlace | None:
+        """The place that a configuration asks for; None if it asks for none.
+
+        Args:
+            config: the ``disk`` section.
+            namespace: the model.
+            first_shard: see the class.
+        """
+        if config is None:
+            return None
+        return cls(
+            path=config.path,
+            namespace=StoreNamespace(namespace.hex, namespace.describe()),
+            first_shard=first_shard,
+            capacity=config.capacity,
+            direct=None if config.direct == "auto" else config.direct,
+        )
 
 
 @dataclass(frozen=True, slots=True)

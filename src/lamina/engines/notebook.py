@@ -7,6 +7,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
+from lamina.config import Config
 from lamina.control.cost import Costs, decode_costs, encode_costs
 from lamina.control.decisions import DecisionRecord, encode_decision
 
@@ -29,6 +30,20 @@ class Notebook:
                 self._decisions = decisions.open("ab", buffering=0)
             except OSError as error:
                 log.warning("observe.decisions: nothing is written down: %s", error)
+
+    @classmethod
+    def of(cls, config: Config, fingerprint: bytes, engine: int = 0) -> Notebook:
+        """The notebook that a configuration asks for.
+
+        Args:
+            config: the whole tree.
+            fingerprint: of the namespace: costs are a model's.
+            engine: number of the engine among those that share the store.
+        """
+        costs = None
+        if config.disk is not None:
+            costs = config.disk.path / f"costs-{fingerprint.hex()[:16]}-{engine}.json"
+        return cls(config.observe.decisions, costs)
 
     def read_costs(self) -> Costs | None:
         """What was learnt before, if anything was."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 import vllm
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -12,11 +10,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lamina.checkpoint import fingerprint, locate
 from lamina.config import Config
+from lamina.engines.identity import describe_checkpoint, describe_model
 from lamina.engines.vllm import layout
 from lamina.keys import Namespace
-
-_IRRELEVANT = ("_name_or_path", "transformers_version")
-"""Keys of a model's configuration that say where it is from and not what it computes."""
 
 
 def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> Namespace:
@@ -51,20 +47,19 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
 
 def _model(vllm_config: VllmConfig) -> str:
     fields = vllm_config.model_config.hf_config.to_dict()
-    relevant = {key: value for key, value in fields.items() if key not in _IRRELEVANT}
-    if "longrope" in str(relevant):
+    if "longrope" in str(fields):
         # vLLM scales its positions by whether the longest sequence needs it.
-        relevant["max_model_len"] = vllm_config.model_config.max_model_len
-    return json.dumps(relevant, sort_keys=True, default=str)
+        return describe_model(fields, max_model_len=vllm_config.model_config.max_model_len)
+    return describe_model(fields)
 
 
 def _checkpoint(config: Config, vllm_config: VllmConfig) -> str:
-    model = vllm_config.model_config
-    if config.identity != "auto":
-        return f"identity {config.identity}"
-    if vllm_config.load_config.load_format == "dummy":
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format == "dummy" and config.identity == "auto":
         return f"dummy weights, seed {model.seed}"
-    return _content(model, vllm_config.load_config)
+    return describe_checkpoint(
+        config, model.model, revision=model.revision, download_dir=load.download_dir
+    )
 
 
 def _content(model: ModelConfig, load: LoadConfig) -> str:

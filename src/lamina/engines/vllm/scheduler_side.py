@@ -109,7 +109,7 @@ class SchedulerSide:
         # UniformTypeKVCacheSpecs by one of its members there).
         fingerprint = bytes.fromhex(named.pop()) if named else self._namespace.fingerprint
         card = self._card(ours)
-        self._notebook = self._open_notebook(fingerprint)
+        self._notebook = Notebook.of(self._config, fingerprint, self._index)
         self._planner = Planner(
             self._config,
             self._shape,
@@ -162,13 +162,6 @@ class SchedulerSide:
             self.planner.take_news(self._link.news())
             for letter in self.planner.drain_letters():
                 self._link.send(letter)
-
-    def _open_notebook(self, fingerprint: bytes) -> Notebook:
-        disk, decisions = self._config.disk, self._config.observe.decisions
-        costs = None
-        if disk is not None:
-            costs = disk.path / f"costs-{fingerprint.hex()[:16]}-{self._index}.json"
-        return Notebook(decisions, costs)
 
     def close(self) -> None:
         """The engine ends."""

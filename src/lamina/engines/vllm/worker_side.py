@@ -16,13 +16,13 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lamina.config import Config
+from lamina.data.assembly import assemble
 from lamina.data.executor import Executor
 from lamina.data.load_pipeline import RowSource
-from lamina.data.movers import Mover, make_mover
+from lamina.data.movers import Mover
 from lamina.data.push_wire import PushIdentity
 from lamina.data.replicas import DiskPlace, Replicas
 from lamina.data.sources import tier_sources
-from lamina.data.tiers.disk import StoreNamespace
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
@@ -31,7 +31,6 @@ from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.wire import open_wire, rank_card
 from lamina.geometry import CacheGeometry
-from lamina.observe.timeline import Timeline
 from lamina.plan import Receipt, StepPlan, TierName
 from lamina.push.transports.base import Transport
 
@@ -75,25 +74,18 @@ class WorkerSide:
         config, parallel = self._config, self._vllm_config.parallel_config
         order = self._vllm_config.compilation_config.static_forward_context
         bound = layout.bind(self._cache, views, list(order), config.chunk_tokens)
-        geometry = bound.geometry
-        mover = make_mover(geometry, bound.allocations)
         replicas = Replicas(parallel.rank, self._cache.kv_tp_replicas, _gather)
-        slabs = parallel.world_size // replicas.count * parallel.data_parallel_size_local
-        capacity = config.host.capacity_bytes(slabs)
-        tiers = replicas.open_tiers(geometry, mover, capacity, self._place())
-        self._executor = Executor(
+        self._executor = assemble(
+            config,
+            bound.geometry,
+            bound.allocations,
             rank=parallel.rank,
-            geometry=geometry,
-            mover=mover,
-            host=tiers.host,
-            disk=tiers.disk,
-            config=config.load,
-            sources=self.sources(tiers.host, tiers.disk, mover, geometry),
-            follows=replicas.follows,
+            replicas=replicas,
+            slabs=parallel.world_size // replicas.count * parallel.data_parallel_size_local,
+            place=self._place(),
+            sources=self.sources,
             push=self._open_wire(bound),
-            timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
         )
-
         self._hook(self._executor)
 
     def sources(
@@ -200,14 +192,8 @@ class WorkerSide:
             return None
         namespace = build_namespace(self._config, self._vllm_config, self._cache)
         self._namespace = namespace.hex
-        return DiskPlace(
-            path=config.path,
-            namespace=StoreNamespace(namespace.hex, namespace.describe()),
-            # vLLM tells the engines of dense models that there is no data parallelism but for this.
-            first_shard=parallel.data_parallel_index * parallel.world_size,
-            capacity=config.capacity,
-            direct=None if config.direct == "auto" else config.direct,
-        )
+        # vLLM tells the engines of dense models that there is no data parallelism but for this.
+        return DiskPlace.of(config, namespace, parallel.data_parallel_index * parallel.world_size)
 
 
 def _gather(word: T) -> list[T]:

@@ -1,0 +1,45 @@
+"""What tells one model from another, for every engine that runs Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lamina.checkpoint import fingerprint, locate
+from lamina.config import Config
+
+_IRRELEVANT = ("_name_or_path", "transformers_version")
+"""Keys of a model's configuration that say where it is from and not what it computes."""
+
+
+def describe_model(fields: Mapping[str, Any], **engine: object) -> str:
+    """What a model computes, as text.
+
+    Args:
+        fields: its configuration, as its ``to_dict`` has it.
+        engine: what the engine adds to it; what has no word of its own in the configuration.
+    """
+    relevant = {key: value for key, value in fields.items() if key not in _IRRELEVANT}
+    return json.dumps(relevant | engine, sort_keys=True, default=str)
+
+
+def describe_checkpoint(
+    config: Config, model: str, *, revision: str | None = None, download_dir: Path | None = None
+) -> str:
+    """Which weights a model has: what the operator says of them, else a fingerprint of their
+    content.
+
+    Args:
+        config: the whole tree.
+        model: a path, or a name on the Hugging Face hub.
+        revision: branch, tag or commit on the hub.
+        download_dir: the hub's local cache, if it is not in its usual place.
+
+    Raises:
+        CheckpointError: if they cannot be told apart from others; says to set ``identity``.
+    """
+    if config.identity != "auto":
+        return f"identity {config.identity}"
+    return fingerprint(locate(model, revision=revision, download_dir=download_dir))

@@ -1,0 +1,223 @@
+"""Lamina beside an engine that schedules and computes in one process, on one rank.
+
+The scheduler's side and the worker's side are neighbours here: a plan is handed to the executor,
+and receipts are handed back, by a call. The engine brings a :class:`~lamina.geometry.CacheGeometry`
+of its cache, a block pool that counts references, and a view of each request. ``docs/engines.md``
+says what it has to do then.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from lamina.config import Config
+from lamina.control.hand_off import HandOff
+from lamina.control.leases import BlockPool
+from lamina.control.planner import Planner
+from lamina.control.requests import ChunkShape, PushParameters
+from lamina.data.assembly import assemble
+from lamina.data.replicas import DiskPlace, Replicas
+from lamina.engines.notebook import Notebook
+from lamina.geometry import CacheGeometry, Group
+from lamina.keys import Namespace
+from lamina.observe.metrics import Meter, Series
+from lamina.plan import LoadMode
+
+
+class TextRequest(ABC):
+    """A request as control sees it, see :class:`~lamina.control.requests.RequestView`, of an engine
+    that has neither images nor salts, adapters, drafts or recurrent states. What is left to say is
+    read at the moment of the call.
+
+    Args:
+        request_id: the engine's name for it.
+    """
+
+    recompute_tokens = 1
+    root_extra = b""
+    push: PushParameters | None = None
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+    @property
+    @abstractmethod
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+
+    @abstractmethod
+    def tokens(self) -> Sequence[int]:
+        """All known token ids: the prompt, and what was sampled so far."""
+
+    @abstractmethod
+    def blocks(self, group: int) -> Sequence[int]:
+        """Its block ids of one group, in token order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.tokens())
+
+    def chunk_extra(self, start: int, end: int) -> bytes:
+        """Nothing."""
+        return b""
+
+    def state_blocks(self, group: int, end: int) -> Sequence[int]:
+        """None."""
+        return ()
+
+
+class LoadFailed(RuntimeError):
+    """A load has failed under a request that was running."""
+
+
+class Standalone:
+    """See the module. Everything is called from the engine's thread, :meth:`close` from any once
+    that has ended.
+
+    Args:
+        config: the whole tree.
+        geometry: the engine's cache.
+        groups: its cache groups.
+        allocations: uint8 tensors that back it.
+        namespace: everything but tokens that changes its bytes.
+        pool: the engine's block pool.
+        limit: requests that may have blocks at the same time.
+        null_block: a block id that stands for none in the tables of requests.
+        takes_back: whether the engine can take back what it has computed on a load that fails in
+            its step, see :meth:`~lamina.control.hand_off.HandOff.take_cut`.
+
+    Attributes:
+        hand_off: what the engine's scheduler asks.
+
+    Raises:
+        ValueError: if a tier or a bound is smaller than one chunk, or if the configuration asks for
+            pushes.
+        StoreError: if the store cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        geometry: CacheGeometry,
+        groups: Sequence[Group],
+        allocations: Sequence[torch.Tensor],
+        namespace: Namespace,
+        pool: BlockPool,
+        *,
+        limit: int,
+        null_block: int = -1,
+        takes_back: bool = False,
+    ) -> None:
+        if config.push is not None:
+            raise ValueError("push: engines push to each other with vLLM only; leave it out")
+        self._executor = assemble(
+            config,
+            geometry,
+            allocations,
+            rank=0,
+            replicas=Replicas(0, 1, lambda word: [word]),
+            slabs=1,
+            place=DiskPlace.of(config.disk, namespace),
+        )
+        self._notebook = Notebook.of(config, namespace.fingerprint)
+        self._meter = Meter()
+        self._planner = Planner(
+            config,
+            ChunkShape(geometry.chunk_tokens, tuple(groups), null_block),
+            namespace.fingerprint,
+            pool,
+            [self._executor.report()],
+            self._meter,
+            reports_blocks=takes_back,
+            leases_loads=True,
+            costs=self._notebook.read_costs(),
+            on_decision=self._notebook.note if config.observe.decisions else None,
+        )
+        self.hand_off = HandOff(
+            self._planner,
+            boundary=math.lcm(*(group.block_tokens for group in groups)),
+            limit=limit,
+        )
+        self.wait_layer = self._executor.wait_layer
+        self.layer_written = self._executor.layer_written
+        self._totals: dict[Series, float] = defaultdict(float)
+        self._in_step = self._loads_in_step = False
+        self._closed = False
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether layers have to call ``wait_layer(name)`` before they read their cache and
+        ``layer_written(name)`` after they have written it, in this step."""
+        return self._executor.moves_rows
+
+    def begin_step(self, progress: Sequence[tuple[str, int, int]]) -> None:
+        """The engine has scheduled a step: order what belongs to it. Call it right before the
+        forward; in a step that runs nothing, too, for as long as there is work.
+
+        Args:
+            progress: for each request that runs, how many of its tokens are computed before the
+                step and when it is over.
+
+        Raises:
+            HandOffError: if a request runs that may not.
+        """
+        plan = self.hand_off.plan(progress, forward=bool(progress))
+        self._in_step = True
+        self._loads_in_step = any(order.mode is LoadMode.LAYERWISE for order in plan.loads)
+        self._executor.begin_step(plan)
+        self._executor.start_loads()
+
+    def end_step(self) -> None:
+        """The forward is over: take in what has become of everything. Waits for no save; a step
+        that ran nothing waits up to 2 ms for news. Nothing happens without a step."""
+        if self._in_step:
+            self._in_step = False
+            self._executor.end_step()
+            self._collect()
+
+    def finish_loads(self) -> None:
+        """Wait for the step's loads. An engine that cannot take back what it computes on a load
+        that has failed calls it before it samples, at best before the last layer reads its cache.
+
+        Raises:
+            LoadFailed: if one has failed.
+        """
+        if not self._loads_in_step:
+            return
+        self._loads_in_step = False
+        self._executor.finish_loads()
+        self._collect()
+        if cut := self.hand_off.take_cut():
+            names = ", ".join(resumption.request_id for resumption in cut)
+            raise LoadFailed(f"a copy from host memory failed under {names} while they ran")
+
+    def _collect(self) -> None:
+        self.hand_off.receive([self._executor.collect().receipt])
+        readings = self._meter.drain()
+        for series, amount in readings.counters.items():
+            self._totals[series] += amount
+        for (name, labels), values in readings.observations.items():
+            self._totals[name + "_sum", labels] += sum(values)
+            self._totals[name + "_count", labels] += len(values)
+
+    def figures(self) -> dict[str, float]:
+        """What Lamina has counted since the start, by names of :data:`lamina.observe.metrics
+        .METRICS` with the labels' values behind them, and the state that it is in; of what is
+        distributed, sum and count."""
+        self._planner.gauges()
+        series = {**self._totals, **self._meter.drain().gauges}
+        return {" ".join((name, *labels)): value for (name, labels), value in series.items()}
+
+    def close(self) -> None:
+        """The engine ends: let what is under way come to its end, and release everything. A step
+        that has begun and not ended leaves nothing visible. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._executor.close()
+            self._notebook.close(self._planner.costs)

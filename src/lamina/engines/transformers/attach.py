@@ -1,0 +1,99 @@
+"""The one call that brings Lamina into continuous batching."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import transformers
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+
+from lamina.config import load_config
+from lamina.engines.standalone import Standalone
+from lamina.engines.transformers.scheduler import WithLamina
+
+SUPPORTED = "5.19."
+"""Versions of transformers whose continuous batching is known: names that are relied on there are
+not part of its public interface."""
+
+_numbers = itertools.count(1)
+
+
+class UnsupportedEngine(ValueError):
+    """This version of the library, or this way of running it, cannot be served."""
+
+
+def attach(
+    batching: ContinuousBatchingConfig | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> ContinuousBatchingConfig:
+    """Have Lamina keep the KV cache of whatever runs with the configuration that is returned.
+
+    It is what transformers' ``generate_batch``, ``continuous_batching_context_manager`` and
+    ``init_continuous_batching`` take as ``continuous_batching_config``. Each manager that is made
+    with it has tiers of its own, from its start until it is stopped; what is on disk outlives it.
+
+    Args:
+        batching: how to batch; its defaults without one. It is not changed.
+        settings: Lamina's configuration, the same tree as everywhere; what ``LAMINA_CONFIG`` names
+            is read, too.
+
+    Returns:
+        ``batching`` with a scheduler type that is registered for it.
+
+    Raises:
+        ConfigError: if the settings are wrong.
+        UnsupportedEngine: for another version of the library, or for what it cannot do together
+            with Lamina; the message says what to set.
+    """
+    version = transformers.__version__
+    if not version.startswith(SUPPORTED):
+        raise UnsupportedEngine(
+            f"transformers {version} is installed, and Lamina knows the continuous batching of "
+            f"{SUPPORTED}x only: pip install 'lamina-kv[transformers]', or run without attach()"
+        )
+    config = load_config(dict(settings or {}), os.environ)
+    batching = batching or ContinuousBatchingConfig()
+    if batching.use_async_batching:
+        raise UnsupportedEngine(
+            "use_async_batching=True plans a batch before the one ahead of it has run, and Lamina "
+            "has to know what became of that: leave it out"
+        )
+    graphs = batching.use_cuda_graph
+    if config.load.mode != "parked":
+        if graphs not in (None, False, (False, False)):
+            raise UnsupportedEngine(
+                'CUDA graphs call no hooks, and loads wait in those: set load.mode to "parked", or '
+                "leave use_cuda_graph out"
+            )
+        graphs = False
+    base = SCHEDULER_MAPPING.get(batching.scheduler_type)
+    if base is None:
+        known = ", ".join(sorted(SCHEDULER_MAPPING))
+        raise UnsupportedEngine(
+            f"there is no scheduler_type {batching.scheduler_type!r}; there are: {known}"
+        )
+    if isinstance(base, partial):
+        raise UnsupportedEngine("this configuration has Lamina already: attach to another one")
+    name = f"{batching.scheduler_type} with lamina {next(_numbers)}"
+    SCHEDULER_MAPPING[name] = partial(
+        type(f"{base.__name__}WithLamina", (WithLamina, base), {}), config
+    )
+    return replace(batching, scheduler_type=name, use_async_batching=False, use_cuda_graph=graphs)
+
+
+def attached_to(manager: ContinuousBatchingManager) -> Standalone | None:
+    """What a running manager has of Lamina: its figures, and its ``hand_off``, whose ``reset`` says
+    that weights have changed (to be called inside of ``manager.pause()``).
+
+    Returns:
+        None if it has nothing, or has not started.
+    """
+    processor = manager.batch_processor
+    scheduler = None if processor is None else processor.scheduler
+    return scheduler.lamina if isinstance(scheduler, WithLamina) else None

@@ -1,0 +1,67 @@
+"""What sets this engine's chunks apart from all others."""
+
+from __future__ import annotations
+
+import uuid
+
+import torch
+import transformers
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from lamina.config import Config
+from lamina.engines.identity import describe_checkpoint, describe_model
+from lamina.engines.transformers import layout
+from lamina.geometry import CacheGeometry
+from lamina.keys import Namespace
+
+
+def build_namespace(
+    config: Config, cache: PagedAttentionCache, geometry: CacheGeometry
+) -> Namespace:
+    """The namespace of an engine; with a disk tier equal after a restart.
+
+    Args:
+        config: Lamina's configuration.
+        cache: the library's cache.
+        geometry: where its pages are.
+
+    Raises:
+        CheckpointError: if the weights cannot be told apart from others; says to set ``identity``.
+    """
+    model = cache.config
+    return Namespace(
+        model=describe_model(model.to_dict()),
+        checkpoint=_checkpoint(config, cache),
+        model_dtype=str(cache.dtype),
+        cache_dtype=str(cache.dtype),
+        quantization=str(getattr(model, "quantization_config", None) or ""),
+        groups=tuple(
+            (group.kind.value, group.block_tokens, group.window) for group in layout.groups(cache)
+        ),
+        chunk_tokens=geometry.chunk_tokens,
+        layout="pages of keys, then values",
+        page_bytes=tuple(row.page_bytes for row in geometry.rows),
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        context_parallel=1,
+        speculation="",
+        engine="transformers",
+        engine_format=_engine_format(cache),
+    )
+
+
+def _checkpoint(config: Config, cache: PagedAttentionCache) -> str:
+    if config.disk is None and config.identity == "auto":
+        return f"process {uuid.uuid4()}"  # nothing outlives it, and nobody shares it
+    return describe_checkpoint(config, str(cache.config._name_or_path))
+
+
+def _engine_format(cache: PagedAttentionCache) -> str:
+    """The library's version, and what computes the bytes: these round differently."""
+    device = cache.cache_tensor.device
+    if device.type == "cpu":
+        processor = torch.backends.cpu.get_cpu_capability()
+    else:
+        processor = torch.cuda.get_device_name(device)
+    attention = cache.config._attn_implementation
+    return f"transformers {transformers.__version__} {attention} {device.type} {processor}"

@@ -1,0 +1,291 @@
+"""transformers' scheduler with the hand-off in it.
+
+The library makes a scheduler of the type that the configuration names and calls it in every turn of
+its loop (transformers 5.19, ``continuous_api.py``)::
+
+    clear_cancelled_requests     the forward before this turn is over and its tokens are known
+    has_pending_requests
+    schedule_batch               who runs; what follows is the forward
+    finish_request               a request is over, or is reset and waits again
+
+A request whose cache is outside gets blocks for all its tokens and is parked: it stays among the
+waiting requests, out of the sight of the scheduler that this is mixed into, and comes back as one
+that is being prefilled, as if a part of its prompt had been computed.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    RequestState,
+    RequestStatus,
+)
+from transformers.generation.continuous_batching.scheduler import Scheduler
+
+from lamina.config import Config
+from lamina.control.hand_off import Phase
+from lamina.engines.standalone import Standalone
+from lamina.engines.transformers import layout
+from lamina.engines.transformers.hooks import hook_layers
+from lamina.engines.transformers.namespace import build_namespace
+from lamina.engines.transformers.requests import LedgerPool, TransformersRequest
+
+IDLE_SECONDS = 0.05
+"""How long a turn with nothing to run waits for loads and saves. The library looks for new requests
+between turns, and sleeps a tenth of a second after one in which nothing ran."""
+
+LOOKAHEAD = 64
+"""Waiting requests that are considered in a turn; those behind them wait for the next one."""
+
+Scheduled = tuple[list[FutureRequestState] | None, bool, int, int]
+
+
+class WithLamina(Scheduler):
+    """To be mixed into a scheduler of the library, before it.
+
+    Args:
+        config: Lamina's configuration.
+        cache: the library's cache.
+        safety_margin: the library's.
+        max_requests_per_batch: the library's; parked requests count.
+
+    Attributes:
+        lamina: what carries out loads and saves. It is closed when the scheduler goes.
+
+    Raises:
+        UnsupportedModel: if the model, or how it runs, cannot be served.
+        ValueError: if a tier is smaller than a chunk.
+        StoreError: if the store cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cache: PagedAttentionCache,
+        safety_margin: float | None,
+        max_requests_per_batch: int,
+    ) -> None:
+        layout.check_supported(cache)
+        groups = layout.groups(cache)
+        geometry = layout.geometry(cache, config.chunk_tokens)
+        self._allocators = tuple(cache.cache_allocators.values())
+        self._pool = LedgerPool(self._allocators[0])
+        self.lamina = Standalone(
+            config,
+            geometry,
+            groups,
+            [cache.cache_tensor],
+            build_namespace(config, cache, geometry),
+            self._pool,
+            limit=max_requests_per_batch,
+            null_block=layout.NO_BLOCK,
+        )
+        weakref.finalize(self, self.lamina.close)
+        hook_layers(cache, self.lamina)
+        self._in_sight: list[str] = []
+        self._loaded: dict[str, tuple[int, int]] = {}
+        super().__init__(cache, safety_margin, max_requests_per_batch)
+
+    # -- what the library calls --------------------------------------------------------------
+
+    def reset(self) -> None:
+        """A new session: the requests of the one before are gone."""
+        for states in (getattr(self, "active_requests", {}), getattr(self, "waiting_requests", {})):
+            for request_id in states:
+                self.lamina.hand_off.finished(request_id, 0)
+        self._loaded.clear()
+        super().reset()
+
+    def has_pending_requests(self) -> bool:
+        """Whether there is anything to do; until what is on its way is kept, too, so that a manager
+        that is stopped loses nothing."""
+        return super().has_pending_requests() or self.lamina.hand_off.has_work
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """The first call of a turn: what was under way in the last one has ended."""
+        self.lamina.end_step()
+        self._publish_loaded()
+        self._take_up_ready()
+        with self._cancellation_lock:
+            for request_id in self._requests_to_cancel:
+                self._over(request_id)
+        cancelled: list[RequestState] = super().clear_cancelled_requests()
+        return cancelled
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Scheduled:
+        """Who runs in this turn, with what is loaded for them."""
+        lamina = self.lamina
+        give_up = time.monotonic() + IDLE_SECONDS
+        while True:
+            self._place_waiting()
+            scheduled: Scheduled = super().schedule_batch(token_budget, cache_budget)
+            batch = scheduled[0]
+            if batch:
+                lamina.begin_step([self._progress(future) for future in batch])
+                return scheduled
+            if batch is None and not self._blocks_come_back:
+                return scheduled
+            lamina.begin_step(())
+            lamina.end_step()
+            self._take_up_ready()
+            if not lamina.hand_off.has_work or time.monotonic() > give_up:
+                return [], *scheduled[1:]
+
+    def finish_request(self, request_id: str) -> None:
+        """A request has ended, or its blocks are taken away and it will wait again."""
+        self._over(request_id)
+        super().finish_request(request_id)
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        """Of the waiting requests, those that may be computed."""
+        waiting = self.waiting_requests
+        in_sight = {name for name in self._in_sight if name in waiting}
+        candidates = super()._get_waiting_candidates() if in_sight else []
+        return [state for state in candidates if state.request_id in in_sight]
+
+    # -- waiting requests --------------------------------------------------------------------
+
+    def _place_waiting(self) -> None:
+        """Give those that are to be loaded their blocks, and say which others may be computed. Who
+        came first has first claim on blocks, or others could take what it waits for, for ever:
+        blocks are left for what is still to be computed of prompts before, and one that has to wait
+        for its blocks keeps those behind it waiting."""
+        self._in_sight = []
+        hand_off = self.lamina.hand_off
+        claimed = sum(
+            len(state.remaining_prefill_tokens) for state in self.active_requests.values()
+        )
+        if self.block_new_requests:
+            return
+        for request_id in list(self.waiting_requests_order)[:LOOKAHEAD]:
+            if not hand_off.has_room:
+                return
+            state = self.waiting_requests[request_id]
+            if hand_off.phase(request_id) is Phase.PARKED:
+                continue
+            if state.is_cpu_offloaded or not hand_off.look(self._view(state), self._match(state)):
+                self._in_sight.append(request_id)
+                claimed += len(state.remaining_prefill_tokens)
+            elif self._allocate(state, claimed):
+                self._admit(state)
+            elif self.active_requests or self._blocks_come_back:
+                return
+            else:
+                self._in_sight.append(request_id)  # it will never have room for all its tokens
+
+    def _match(self, state: RequestState) -> int:
+        """Tokens that the library's prefix cache has of a waiting request."""
+        if not self.cache.use_prefix_sharing:
+            return 0
+        tokens = state.remaining_prefill_tokens
+        found: int = min(
+            len(allocator.match_prefix_blocks(tokens)) * allocator.tokens_per_page
+            for allocator in self._allocators
+        )
+        return found
+
+    def _allocate(self, state: RequestState, claimed: int) -> bool:
+        """Give a waiting request what is found of it, and blocks for the rest of its tokens, if so
+        many are free that there are some for ``claimed`` tokens, too."""
+        if not self._try_to_meet_safety_margin() and self.active_requests:
+            return False
+        request_id, tokens = state.request_id, state.remaining_prefill_tokens
+        found = self.cache.search_prefix_match(request_id, tokens)
+        state.position_offset = found
+        rest = len(tokens) - found
+        if self._fits(state, rest, claimed):
+            return True
+        if not self.active_requests and self.cache.evict_cached_blocks():
+            self.cache.pool.try_to_free_sectors()
+            if self._fits(state, rest, claimed):
+                return True
+        state.position_offset = 0
+        self.cache.free_blocks(request_id)
+        return False
+
+    def _fits(self, state: RequestState, rest: int, claimed: int) -> bool:
+        """Take blocks for ``rest`` more tokens of a request, if there is room for others', too."""
+        store = self.cache.can_store_request_tokens
+        return bool(store(state, rest + claimed, dry_run=True) and store(state, rest))
+
+    def _admit(self, state: RequestState) -> None:
+        """A waiting request has blocks for all its tokens: load what there is."""
+        floor = state.position_offset
+        admission = self.lamina.hand_off.admit(self._view(state), floor)
+        if admission.phase is Phase.RUNNING:
+            self._run(state, admission.start)
+            if admission.start > floor:
+                self._loaded[state.request_id] = floor, admission.start
+
+    def _run(self, state: RequestState, start: int) -> None:
+        """A waiting request that has blocks runs from its token ``start`` on."""
+        request_id = state.request_id
+        del self.waiting_requests[request_id]
+        self.waiting_requests_order.remove(request_id)
+        state.position_offset = start
+        state.remaining_prefill_tokens = state.initial_tokens[start:]
+        state.status = RequestStatus.PREFILLING
+        self.active_requests[request_id] = state
+
+    def _take_up_ready(self) -> None:
+        """Those whose load has ended run before any other that waits."""
+        for resumption in self.lamina.hand_off.take_ready():
+            state = self.waiting_requests[resumption.request_id]
+            self._run(state, resumption.start)
+            self.cache.mark_complete_blocks(state, self._blocks(resumption.floor, resumption.start))
+
+    # -- running requests --------------------------------------------------------------------
+
+    def _progress(self, future: FutureRequestState) -> tuple[str, int, int]:
+        """What of a request is computed in the batch."""
+        state = future.state
+        request_id, start = state.request_id, state.position_offset
+        hand_off = self.lamina.hand_off
+        if hand_off.phase(request_id) in (Phase.WAITING, Phase.DRAINING):
+            # The library has let it in: it has blocks for this batch only.
+            view = self._view(state)
+            hit = hand_off.look(view, start)
+            hand_off.admit(view, start, declined="not_all_blocks" if hit else "")
+        if request_id in self._loaded:  # by the time that the library marks them they are there
+            for name, count in self._blocks(*self._loaded.pop(request_id)).items():
+                future.complete_blocks[name] = future.complete_blocks.get(name, 0) + count
+        return request_id, start, start + future.query_length
+
+    def _publish_loaded(self) -> None:
+        """What was loaded in a step that its request was not part of can be found from now on."""
+        while self._loaded:
+            request_id, (floor, start) = self._loaded.popitem()
+            if (state := self.active_requests.get(request_id)) is not None:
+                self.cache.mark_complete_blocks(state, self._blocks(floor, start))
+
+    def _blocks(self, floor: int, start: int) -> dict[str, int]:
+        """How many blocks tokens ``floor`` to ``start`` fill, by allocator, if they can be found
+        by others at all."""
+        if not self.cache.use_prefix_sharing:
+            return {}
+        return {
+            name: start // allocator.tokens_per_page - floor // allocator.tokens_per_page
+            for name, allocator in self.cache.cache_allocators.items()
+        }
+
+    def _over(self, request_id: str) -> None:
+        """A request ends here; its blocks are freed after this, if they have not been."""
+        state = self.active_requests.get(request_id)
+        tables = [allocator.block_table.get(request_id, ()) for allocator in self._allocators]
+        computed = 0
+        if state is not None and state.status is not RequestStatus.FAILED and all(tables):
+            computed = state.position_offset
+        self._loaded.pop(request_id, None)
+        self.lamina.hand_off.finished(request_id, computed, tables)
+
+    @property
+    def _blocks_come_back(self) -> bool:
+        """Whether blocks are held that will be free without the library's doing."""
+        return self._pool.held > 0 or self.lamina.hand_off.count(Phase.PARKED) > 0
+
+    def _view(self, state: RequestState) -> TransformersRequest:
+        return TransformersRequest(state, self._allocators)

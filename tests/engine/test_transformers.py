@@ -1,0 +1,48 @@
+"""Promises 1, 2 and 5 in transformers' continuous batching, on the real engine: the answers are
+those without Lamina, what was computed is not computed again, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.batching import Workload, live_through, load_model
+
+pytestmark = pytest.mark.engine
+
+FEW, MANY = range(3), range(3, 40)
+
+
+@pytest.fixture(scope="module")
+def model(llama: Path) -> Any:
+    return load_model(llama)
+
+
+def check(model: Any, store: Path, seed: int) -> None:
+    workload = Workload.draw(seed)
+    without = live_through(model, workload, None)
+    disk = {"path": str(store), "capacity": "256MiB"}
+    record = live_through(model, workload, workload.lamina | {"disk": disk})
+    assert record.answers == without.answers
+    assert record.recomputed <= 0.2 * without.recomputed, record.figures
+    failures = [f for figures in record.figures for f in figures if f.startswith("failures")]
+    assert not failures
+    after_restart = record.figures[-1]
+    assert after_restart.get("hit_tokens disk", 0) > 0, (
+        "what is on disk is found by the next engine"
+    )
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+
+
+@pytest.mark.parametrize("seed", FEW)
+def test_conversations_that_the_cache_does_not_hold(model: Any, tmp_path: Path, seed: int) -> None:
+    check(model, tmp_path / "store", seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", MANY)
+def test_many_more_conversations(model: Any, tmp_path: Path, seed: int) -> None:
+    check(model, tmp_path / "store", seed)

@@ -1,0 +1,51 @@
+"""The example for authors of engines runs, loads what it says it loads, and answers rightly."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "tiny_engine.py"
+QUESTIONS = [[(7 * i + j) % 1000 for j in range(100 + 20 * i)] for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLE))
+
+
+def test_it_says_what_it_shows(example: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    example["main"]()
+    assert capsys.readouterr().out == (
+        "1242 tokens computed, and 90 when asked again\nthe answers are the same\n"
+    )
+
+
+@pytest.mark.parametrize("mode", ["parked", "layerwise", "auto"])
+def test_answers_are_the_same_however_they_are_loaded(example: dict[str, Any], mode: str) -> None:
+    engine = example["TinyEngine"]({"load": {"mode": mode}, "host": {"capacity": "1MiB"}})
+    first = engine.generate(QUESTIONS)
+    computed = engine.computed
+    assert engine.generate(QUESTIONS) == first
+    assert engine.computed - computed < 0.2 * computed
+    assert not +engine.pool.references
+    engine.lamina.close()
+
+
+def test_what_is_on_disk_is_found_by_the_next_engine(
+    example: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {
+        "host": {"capacity": "1MiB"},
+        "disk": {"path": str(tmp_path / "store"), "capacity": "16MiB"},
+    }
+    engine = example["TinyEngine"](settings)
+    first, computed = engine.generate(QUESTIONS), engine.computed
+    engine.lamina.close()
+    engine = example["TinyEngine"](settings)
+    assert engine.generate(QUESTIONS) == first
+    assert engine.computed < 0.2 * computed
+    engine.lamina.close()
