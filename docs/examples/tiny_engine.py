@@ -139,7 +139,7 @@ class TinyEngine:
 
 def main() -> None:
     questions = [[(7 * i + j) % VOCABULARY for j in range(200)] for i in range(6)]
-    engine = TinyEngine({"host": {"capacity": "1MiB"}})
+    engine = TinyEngine({"load": {"when": "always"}, "host": {"capacity": "1MiB"}})
     first, computed = engine.generate(questions), engine.computed
     again = engine.generate(questions)
     print(f"{computed} tokens computed, and {engine.computed - computed} when asked again")

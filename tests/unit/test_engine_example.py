@@ -26,7 +26,9 @@ def test_it_says_what_it_shows(example: dict[str, Any], capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("mode", ["parked", "layerwise", "auto"])
 def test_answers_are_the_same_however_they_are_loaded(example: dict[str, Any], mode: str) -> None:
-    engine = example["TinyEngine"]({"load": {"mode": mode}, "host": {"capacity": "1MiB"}})
+    engine = example["TinyEngine"](
+        {"load": {"mode": mode, "when": "always"}, "host": {"capacity": "1MiB"}}
+    )
     first = engine.generate(QUESTIONS)
     computed = engine.computed
     assert engine.generate(QUESTIONS) == first
@@ -39,6 +41,7 @@ def test_what_is_on_disk_is_found_by_the_next_engine(
     example: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {
+        "load": {"when": "always"},
         "host": {"capacity": "1MiB"},
         "disk": {"path": str(tmp_path / "store"), "capacity": "16MiB"},
     }
