@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite.binding import ffi
 from lmcache.utils import EngineType
 from lmcache.v1 import gpu_connector
 from lmcache.v1.gpu_connector.gpu_connectors import GPUConnectorInterface
@@ -102,6 +103,22 @@ def _create_for_pages(config: Any, metadata: Any, engine: Any, *rest: Any, **nam
 
 
 gpu_connector.CreateGPUConnector = _create_for_pages
+
+
+def _hide_library_from_vllm() -> None:
+    """LMCache imports numba, whose library answers to every name. vLLM, when it starts its worker,
+    asks everything that is imported for its ``__dict__``, and stumbles over that answer."""
+    of_library = ffi._lib_wrapper.__getattr__
+
+    def without_magic(self: object, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return of_library(self, name)
+
+    ffi._lib_wrapper.__getattr__ = without_magic
+
+
+_hide_library_from_vllm()
 
 
 class LMCacheOnCpu(LMCacheConnectorV1):
