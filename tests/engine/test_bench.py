@@ -75,3 +75,40 @@ def test_overheads_are_measured_for_host_and_disk(
     names = [target["name"] for target in report["targets"]]  # type: ignore[attr-defined]
     others = ["a connector that does nothing"] if command == "decode" else []
     assert names == ["host tier", "host and disk tier", *others]
+
+
+def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
+    """The bench stops if a prompt that was saved is not found again; that no weights are as small
+    as vLLM's dummies makes equal answers mean something."""
+    target, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    systems = ["--system", "recompute", "--system", "Lamina"]
+    scenarios = [f"--scenario={name}" for name in ("host", "suffix", "disk", "miss", "mixed")]
+    sizes = ["--tokens", "512", "--new-tokens", "128", "--step-tokens", "256", "--repeat", "2"]
+    mixed = ["--mixed-tokens", "256", "--requests", "6", "--rates", "8", "--shares", "0,0.5"]
+    code = "from lamina.bench import app; app()"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", code, "peers", *TINY, *systems, *scenarios, *sizes, *mixed),
+            *("--directory", str(tmp_path), "--json", str(target), "--plot", str(plot)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = {each["scenario"]: each for each in json.loads(target.read_text())["outcomes"]}
+    assert set(outcomes) == {"host", "suffix", "disk", "miss", "mixed"}
+    for hit in ("host", "suffix", "disk"):
+        rows = {row["samples"]["name"]: row for row in outcomes[hit]["rows"]}
+        assert set(rows["Lamina"]["cached"]) <= {0, 512}
+        assert set(rows["recompute"]["cached"]) == {0}
+        assert "All systems generated the same tokens." in outcomes[hit]["notes"]
+    services = outcomes["mixed"]["services"]
+    assert [(one["label"], one["share"]) for one in services] == [
+        ("recompute", 0.0),
+        ("Lamina", 0.0),
+        ("recompute", 0.5),
+        ("Lamina", 0.5),
+    ]
+    assert "| Lamina |" in done.stdout
+    assert plot.exists()

@@ -17,9 +17,12 @@ from lamina.bench.peers.protocol import Arrival, Response
 from lamina.bench.peers.settings import PeersSettings
 from lamina.bench.peers.systems import Store, System
 from lamina.bench.progress import Progress
+from lamina.bench.room import require_room
 from lamina.bench.settings import TokenIds
 
 _ATTEMPTS = 3
+_PROCESS_BYTES = 512 << 20
+"""About what a process takes before it holds anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +152,20 @@ class Arena:
             cache_tokens: tokens that each engine's cache holds.
 
         Raises:
-            BenchError: if one cannot start.
+            BenchError: if there is no room, or one cannot start.
         """
+        shape = self._settings.shape
+        engine = _PROCESS_BYTES + shape.weight_bytes + shape.kv_bytes(cache_tokens)
+        stores = [store(contender) for contender in contenders]
+        kept = sum(each.host for each in stores)
+        disk = sum(each.disk_bytes for each in stores)
+        require_room(
+            memory=len(contenders) * engine + kept, disk=disk, directory=self._settings.directory
+        )
         with ExitStack() as stack:
             self._progress.say(f"starting {', '.join(each.label for each in contenders)}")
             seats = []
-            for contender in contenders:
+            for contender, kept_by in zip(contenders, stores, strict=True):
                 command, variables = self._environments.command(contender.system.environment)
                 start = protocol.Start(
                     system=contender.system,
@@ -162,7 +173,7 @@ class Arena:
                     model=str(self._work),
                     cache_tokens=cache_tokens,
                     step_tokens=self._settings.step_tokens,
-                    store=store(contender),
+                    store=kept_by,
                     lamina=dict(contender.lamina),
                 )
                 process = PeerProcess(contender.label, command, variables, start, self._work)

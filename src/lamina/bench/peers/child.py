@@ -1,7 +1,7 @@
 """A system's process: answers questions on its standard input until that ends.
 
-Run as ``python -m lamina.bench.peers.child`` in the system's environment. Its standard error is the
-engine's log.
+Run as ``python -m lamina.bench.peers.child PARENT`` in the system's environment; ``PARENT`` is the
+bench's process, with which it ends. Its standard error is the engine's log.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main() -> None:
     """Answer until there are no more questions."""
     # A bench that is killed cannot wake a process that it has stopped.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        return
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     child = _Child()

@@ -38,14 +38,14 @@ class Environments:
             BenchError: if one cannot be made; says why.
         """
         for environment in environments:
-            if environment is not Environment.LAMINA:
+            if environment is not Environment.OWN:
                 self._make(environment)
 
     def command(self, environment: Environment) -> tuple[tuple[str, ...], dict[str, str]]:
         """What runs a system's process: the command and its variables. The environment must have
         been made."""
         package = Path(lamina.__file__).parent
-        if environment is Environment.LAMINA:
+        if environment is Environment.OWN:
             python, code = sys.executable, package.parent
         else:
             folder = self._directory / environment
@@ -56,7 +56,7 @@ class Environments:
             link.unlink(missing_ok=True)
             link.symlink_to(package)
         variables = {**os.environ, "PYTHONPATH": str(code)}
-        return (python, "-m", "lamina.bench.peers.child"), variables
+        return (python, "-m", "lamina.bench.peers.child", str(os.getpid())), variables
 
     def _make(self, environment: Environment) -> None:
         folder = self._directory / environment

@@ -15,9 +15,6 @@ from lamina.bench.progress import Progress
 from lamina.bench.samples import Samples, Target, Unit
 from lamina.bench.settings import PromptSource
 
-_PROMPTS = 4
-"""Into which the tokens of a prompt are divided where nothing can be hit."""
-
 
 class Loads:
     """Runs these scenarios.
@@ -41,28 +38,40 @@ class Loads:
         self._contenders = tuple(contenders)
         self._progress = progress
 
-    def misses(self) -> Outcome:
-        """:attr:`Scenario.MISS`. Host memory holds what one repetition saves, so that from then on
-        what is saved drives out what was."""
-        shape, length = self._settings.shape, self._settings.tokens // _PROMPTS
-        tokens = self._settings.tokens + _PROMPTS * (self._settings.generated + shape.block_size)
-        store = Store(int(SLACK * shape.kv_bytes(tokens)))
-        rates: dict[str, list[float]] = {each.label: [] for each in self._contenders}
-        source = PromptSource(seed=5)
-        with self._arena.seats(self._contenders, lambda _: store, tokens) as seats:
-            for i in range(-1, self._settings.repeat):
-                arrivals = [
-                    Arrival(0.0, source.prompt(length), self._settings.generated)
-                    for _ in range(_PROMPTS)
-                ]
-                for seat in seats:
-                    which = f"{i + 1} of {self._settings.repeat}" if i >= 0 else "warming up"
-                    self._progress.say(f"nothing to hit, {seat.label}, {which}")
-                    responses = seat.serve(arrivals)
-                    if i >= 0:
-                        seconds = max(response.last for response in responses)
-                        rates[seat.label].append(_PROMPTS * length / seconds)
+    def play(self, wanted: Sequence[Scenario]) -> list[Outcome]:
+        """:attr:`Scenario.MISS` and :attr:`Scenario.MIXED`, of which those that are wanted.
+
+        Host memory holds the documents and half as much again, which the prompts that share nothing
+        fill and flow over.
+        """
+        mixed, shape = self._settings.mixed, self._settings.shape
+        store = Store(int(SLACK * 1.5 * shape.kv_bytes(mixed.documents * mixed.tokens)))
+        prompt = mixed.tokens + mixed.new_tokens + mixed.generated + shape.block_size
+        outcomes = []
+        with self._arena.seats(self._contenders, lambda _: store, mixed.cached * prompt) as seats:
+            if Scenario.MISS in wanted:
+                outcomes.append(self._misses(seats))
+            if Scenario.MIXED in wanted:
+                outcomes.append(self._mixed(seats))
             self._progress.say("shutting down")
+        return outcomes
+
+    def _misses(self, seats: Sequence[Seat]) -> Outcome:
+        mixed = self._settings.mixed
+        rates: dict[str, list[float]] = {seat.label: [] for seat in seats}
+        source = PromptSource(seed=5)
+        for i in range(-1, self._settings.repeat):
+            arrivals = [
+                Arrival(0.0, source.prompt(mixed.tokens), mixed.generated)
+                for _ in range(mixed.cached)
+            ]
+            for seat in seats:
+                which = f"{i + 1} of {self._settings.repeat}" if i >= 0 else "warming up"
+                self._progress.say(f"nothing to hit, {seat.label}, {which}")
+                responses = seat.serve(arrivals)
+                if i >= 0:
+                    seconds = max(response.last for response in responses)
+                    rates[seat.label].append(len(arrivals) * mixed.tokens / seconds)
         rows = tuple(
             Row(Samples(each.label, tuple(rates[each.label])), each.system.is_peer)
             for each in self._contenders
@@ -79,34 +88,26 @@ class Loads:
                     targets.append(Target(ratio, Unit.RATIO, limit, at_most=False))
         return Outcome(
             Scenario.MISS,
-            f"Nothing to hit: tokens a second of {_PROMPTS} prompts of {length} at once, all saved",
+            f"Nothing to hit: tokens a second of {mixed.cached} prompts of {mixed.tokens} at once",
             rows,
             targets=tuple(targets),
             more_is_better=True,
         )
 
-    def mixed(self) -> Outcome:
-        """:attr:`Scenario.MIXED`. Host memory holds the documents and half as much again, which the
-        prompts that share nothing fill and flow over."""
-        mixed, shape = self._settings.mixed, self._settings.shape
-        store = Store(int(SLACK * 1.5 * shape.kv_bytes(mixed.documents * mixed.tokens)))
-        prompt = mixed.tokens + mixed.new_tokens + mixed.generated + shape.block_size
+    def _mixed(self, seats: Sequence[Seat]) -> Outcome:
+        mixed = self._settings.mixed
         services: list[Service] = []
-        with self._arena.seats(self._contenders, lambda _: store, mixed.cached * prompt) as seats:
-            for share in mixed.shares:
-                for rate in mixed.rates:
-                    arrivals = schedule(mixed, rate, share, seed=100 + len(services))
-                    for seat in seats:
-                        self._progress.say(
-                            f"{rate:g} requests a second, {share:.0%} hits, {seat.label}"
-                        )
-                        if share:
-                            self._keep_documents(seat)
-                        responses = seat.serve(arrivals)
-                        services.append(
-                            service(seat.label, mixed, rate, share, arrivals, responses)
-                        )
-            self._progress.say("shutting down")
+        for share in mixed.shares:
+            for rate in mixed.rates:
+                arrivals = schedule(mixed, rate, share, seed=100 + len(services))
+                for seat in seats:
+                    self._progress.say(
+                        f"{rate:g} requests a second, {share:.0%} hits, {seat.label}"
+                    )
+                    if share:
+                        self._keep_documents(seat)
+                    responses = seat.serve(arrivals)
+                    services.append(service(seat.label, mixed, rate, share, arrivals, responses))
         return Outcome(
             Scenario.MIXED,
             f"Mixed load: {mixed.requests} requests of {mixed.tokens + mixed.new_tokens} tokens, "

@@ -18,6 +18,7 @@ from lamina.bench.progress import Progress
 from lamina.bench.report import Machine
 
 _IN_MEMORY = (Scenario.HOST, Scenario.SUFFIX)
+_LOADS = (Scenario.MISS, Scenario.MIXED)
 _BEHIND_LINK = (Scenario.SLOW, Scenario.SLOWER)
 
 
@@ -49,11 +50,8 @@ def measure(settings: PeersSettings, progress: Progress) -> PeersReport:
             outcomes.append(hits.on_disk(stores))
         if wanted := [each for each in settings.scenarios if each in _BEHIND_LINK]:
             outcomes += hits.behind_link(wanted)
-        loads = Loads(settings, arena, contenders, progress)
-        if Scenario.MISS in settings.scenarios:
-            outcomes.append(loads.misses())
-        if Scenario.MIXED in settings.scenarios:
-            outcomes.append(loads.mixed())
+        if wanted := [each for each in settings.scenarios if each in _LOADS]:
+            outcomes += Loads(settings, arena, contenders, progress).play(wanted)
     return _report(settings, machine, outcomes)
 
 

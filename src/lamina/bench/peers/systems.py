@@ -26,11 +26,11 @@ class System(StrEnum):
     def environment(self) -> Environment:
         """Where it is installed."""
         match self:
-            case System.LAMINA:
-                return Environment.LAMINA
+            case System.LAMINA | System.RECOMPUTE:
+                return Environment.OWN
             case System.LMCACHE:
                 return Environment.LMCACHE
-            case _:
+            case System.OFFLOADING | System.SIMPLE:
                 return Environment.VLLM
 
     @property
@@ -47,9 +47,10 @@ class System(StrEnum):
 class Environment(StrEnum):
     """A Python environment. All have the same packages but for the system itself."""
 
-    LAMINA = "lamina"
+    OWN = "own"
     """The one that the bench runs in."""
     VLLM = "vllm"
+    """vLLM, and no Lamina."""
     LMCACHE = "lmcache"
 
     @property
