@@ -198,13 +198,22 @@ def test_a_bench_without_lamina_is_refused(tmp_path: Path) -> None:
         settings(tmp_path, systems=(System.RECOMPUTE, System.LMCACHE))
 
 
+def test_a_link_slower_than_computing_needs_computing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs --system recompute"):
+        settings(tmp_path, systems=(System.LAMINA,), scenarios=(Scenario.SLOWER,))
+
+
 def test_a_prompt_that_lmcache_could_not_hit_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--tokens must be a whole number of chunks of 256"):
         settings(tmp_path, tokens=384)
 
 
 def settings(
-    tmp_path: Path, *, tokens: int = 512, systems: tuple[System, ...] = tuple(System)
+    tmp_path: Path,
+    *,
+    tokens: int = 512,
+    systems: tuple[System, ...] = tuple(System),
+    scenarios: tuple[Scenario, ...] = (Scenario.HOST,),
 ) -> PeersSettings:
     return PeersSettings(
         shape=SHAPE,
@@ -216,7 +225,7 @@ def settings(
         directory=tmp_path,
         environments=tmp_path,
         systems=systems,
-        scenarios=(Scenario.HOST,),
+        scenarios=scenarios,
         mixed=MIXED,
     )
 

@@ -94,6 +94,7 @@ class Hits:
         self._contenders = tuple(contenders)
         self._progress = progress
         self._prefix = PromptSource().prompt(settings.tokens)
+        self._unseen = PromptSource(seed=6)
 
     # -- scenarios -----------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ class Hits:
     def _compute(self, seat: Seat) -> float:
         """Seconds to the first token of a new suffix behind the prefix, which the engine has."""
         seat.ask([*self._prefix, 1], forget=False)
-        suffix = PromptSource(seed=time.monotonic_ns()).prompt(self._settings.new_tokens)
+        suffix = self._unseen.prompt(self._settings.new_tokens)
         return seat.ask(self._prefix + suffix, forget=False).first
 
     def _suffixed(self, seed: int, extra: int = 0) -> list[TokenIds]:

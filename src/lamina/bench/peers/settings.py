@@ -113,6 +113,11 @@ class PeersSettings:
             require_whole(option, tokens, max(self.shape.chunk_tokens, 256))
         if System.LAMINA not in self.systems:
             raise ValueError(f"--system must name {System.LAMINA} among others")
+        if Scenario.SLOWER in self.scenarios and System.RECOMPUTE not in self.systems:
+            raise ValueError(
+                f"--scenario {Scenario.SLOWER} needs --system {System.RECOMPUTE}, which it is "
+                "measured against"
+            )
 
     @property
     def hit_bytes(self) -> int:
