@@ -14,11 +14,14 @@ import pytest
 
 from lamina.bench.engine import BenchError
 from lamina.bench.peers import protocol
+from lamina.bench.peers.arena import Contender
 from lamina.bench.peers.arrivals import Service, documents, percentile, schedule, service
+from lamina.bench.peers.plot import draw_peers
 from lamina.bench.peers.process import PeerProcess
 from lamina.bench.peers.protocol import Arrival, Response
 from lamina.bench.peers.results import Outcome, PeersReport, Row, best_peer, table
 from lamina.bench.peers.settings import MixedSettings, PeersSettings, Scenario
+from lamina.bench.peers.sweep import FIXED, compared
 from lamina.bench.peers.systems import Environment, Store, System, wiring
 from lamina.bench.report import Machine
 from lamina.bench.samples import Samples, Target, Unit
@@ -357,3 +360,50 @@ def test_the_report_has_every_number() -> None:
         "| Lamina | 80% | 2 | 1.80/s | 9/10 | 500 ms | 1.50 s | 30.0 ms | 50.0 ms | 70% |"
         in report.as_markdown().splitlines()
     )
+
+
+def test_a_picture_has_a_panel_for_every_scenario(tmp_path: Path) -> None:
+    services = tuple(
+        Service(label, rate, 0.8, 10, 9, 5.0 / rate, 0.5, 1.5, 0.03, 0.05, 0.7)
+        for label in ("LMCache", "Lamina")
+        for rate in (1.0, 2.0)
+    )
+    outcomes = (outcome(), Outcome(Scenario.MIXED, "Mixed load", services=services))
+    machine = Machine("a processor", 2, 8 << 30, 0.1, {"python": "3.11"})
+    target = tmp_path / "peers.svg"
+    draw_peers(PeersReport(machine, {}, outcomes), target)
+    drawn = target.read_text()
+    for text in ("Hit in host memory", "90.0 ms", "Goodput, 80% hits", "LMCache"):
+        assert f"<!-- {text} -->" in drawn
+
+
+def test_the_sweep_holds_auto_against_each_fixed_setting_beside_which_it_ran() -> None:
+    def pair(auto: float, fixed: float, contender: Contender) -> tuple[Contender, Outcome]:
+        rows = (
+            Row(Samples("auto", (auto,)), is_peer=False),
+            Row(Samples(contender.label, (fixed,)), is_peer=False),
+        )
+        return contender, Outcome(Scenario.HOST, "Hit in host memory", rows)
+
+    one, other = FIXED[:2]
+    swept = compared(Scenario.HOST, [pair(1.0, 2.0, one), pair(1.1, 1.0, other)])
+    assert [(target.figure.name, target.met) for target in swept.targets] == [
+        (f"auto ÷ {one.label}", True),
+        (f"auto ÷ {other.label}", False),
+    ]
+    assert [row.samples.name for row in swept.rows] == [
+        f"auto, beside {one.label}",
+        one.label,
+        f"auto, beside {other.label}",
+        other.label,
+    ]
+
+
+def test_the_sweep_fixes_every_window_and_mode_and_loads_always() -> None:
+    fixed = [contender.lamina["load"] for contender in FIXED]
+    assert all(load["when"] == "always" for load in fixed)
+    assert [load["load_ahead"] for load in fixed if load.get("mode") == "layerwise"] == [
+        *(1, 2, 4, 8),
+        "auto",
+    ]
+    assert any(load.get("mode") == "parked" for load in fixed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lamina.bench.peers.arrivals import Service
 from lamina.bench.peers.results import Outcome, PeersReport, Row
+from lamina.bench.peers.settings import Scenario
 from lamina.bench.peers.systems import System
 from lamina.bench.report import duration
 
@@ -22,6 +23,15 @@ _COLOURS = {
     System.LMCACHE.value: "#5b8c5a",
     System.LAMINA.value: "#2a6f97",
 }
+_TITLES = {
+    Scenario.HOST: "Hit in host memory",
+    Scenario.DISK: "Hit on disk",
+    Scenario.SUFFIX: "Hit in host memory, long suffix",
+    Scenario.SLOW: "Hit behind a slow link, long suffix",
+    Scenario.SLOWER: "Hit behind a link slower than computing",
+    Scenario.MISS: "Nothing to hit: tokens a second",
+}
+_MARGIN = 1.3
 _WIDTH_INCHES, _PANEL_INCHES, _DPI = 9.0, 2.3, 160
 
 
@@ -46,28 +56,34 @@ def draw_peers(report: PeersReport, path: Path) -> None:
 
 
 def _draw_bars(axis: Axes, outcome: Outcome) -> None:
-    """Medians, with a line from the smallest to the largest, and the floor."""
+    """Medians, with a line from the smallest to the largest, and the floor. Where all others take a
+    fraction of recomputing, its bar leads out of the panel."""
+    others = [row.samples.high for row in outcome.rows if row.samples.name != System.RECOMPUTE]
+    limit = _MARGIN * max(others)
     for place, row in enumerate(reversed(outcome.rows)):
         one = row.samples
         axis.barh(place, one.median, height=0.68, color=_colour(row))
-        axis.plot([one.low, one.high], [place, place], color=_INK, linewidth=1)
-        text = f"{one.median:.0f}/s" if outcome.more_is_better else duration(one.median)
+        inside = one.high < limit
+        if inside:
+            axis.plot([one.low, one.high], [place, place], color=_INK, linewidth=1)
         axis.annotate(
-            text,
-            (one.high, place),
-            xytext=(4, 0),
+            f"{one.median:.0f}/s" if outcome.more_is_better else duration(one.median),
+            (min(one.high, limit), place),
+            xytext=(4 if inside else -4, 0),
             textcoords="offset points",
+            ha="left" if inside else "right",
             va="center",
             fontsize=7.5,
-            color=_INK,
+            color=_INK if inside else "white",
         )
     if outcome.floors:
         axis.axvline(outcome.floors[0].median, color=_FLOOR, linewidth=1.2, linestyle=(0, (4, 2)))
     axis.set_yticks(range(len(outcome.rows)), [row.samples.name for row in outcome.rows[::-1]])
+    axis.set_xlim(0, limit)
+    axis.locator_params(axis="x", nbins=5)
     if not outcome.more_is_better:
-        axis.set_xscale("log")
-    axis.margins(x=0.16)
-    _dress(axis, outcome.title.split(",")[0].split(":")[0])
+        axis.xaxis.set_major_formatter(lambda value, _: duration(value) if value else "0")
+    _dress(axis, _TITLES[outcome.scenario])
 
 
 def _draw_curves(axis: Axes, share: float, services: Sequence[Service]) -> None:

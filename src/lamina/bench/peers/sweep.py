@@ -57,7 +57,7 @@ def sweep(settings: PeersSettings, arena: Arena, work: Path, progress: Progress)
         stores = work / f"stores-{number}"
         for outcome in _played(settings, hits, stores):
             found.setdefault(outcome.scenario, []).append((fixed, outcome))
-    return [_compared(scenario, pairs) for scenario, pairs in found.items()]
+    return [compared(scenario, pairs) for scenario, pairs in found.items()]
 
 
 def _played(settings: PeersSettings, hits: Hits, stores: Path) -> list[Outcome]:
@@ -73,8 +73,14 @@ def _played(settings: PeersSettings, hits: Hits, stores: Path) -> list[Outcome]:
     return outcomes
 
 
-def _compared(scenario: Scenario, pairs: Sequence[tuple[Contender, Outcome]]) -> Outcome:
-    """All that was measured in one scenario: whoever is fastest, ``auto`` is held against it."""
+def compared(scenario: Scenario, pairs: Sequence[tuple[Contender, Outcome]]) -> Outcome:
+    """All that was measured in one scenario; ``auto`` is held against every fixed setting.
+
+    Args:
+        scenario: which.
+        pairs: each fixed setting, and the outcome in which ``auto`` took turns with it and came
+            first.
+    """
     rows: list[Row] = []
     targets = []
     for fixed, outcome in pairs:
