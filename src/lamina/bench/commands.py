@@ -343,8 +343,7 @@ def peers(
 ) -> None:
     """Lamina beside recomputing, vLLM's two connectors and LMCache, in turns.
 
-    Each is installed in an environment of its own. Needs uv, a C compiler and, for vLLM's
-    connectors on a CPU, nothing else.
+    Peers are installed in environments of their own, which needs uv and a C compiler.
     """
     from lamina.bench.peers.measure import measure as measure_peers
     from lamina.bench.peers.plot import draw_peers
