@@ -12,6 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from lamina.bench.peers import protocol
+from lamina.bench.peers.environments import Environments
+from lamina.bench.peers.process import PeerProcess
+from lamina.bench.peers.protocol import Arrival
+from lamina.bench.peers.systems import Environment, Store, System
+from lamina.bench.progress import Progress
+from lamina.bench.settings import PromptSource
+from lamina.bench.shapes import Dtype, LlamaShape
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -113,3 +123,35 @@ def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     ]
     assert "| Lamina |" in done.stdout
     assert plot.exists()
+
+
+def test_answers_that_peers_compares_depend_on_every_part_of_the_prompt(tmp_path: Path) -> None:
+    shape = LlamaShape(4, 256, 2, 64, 128, Dtype.BFLOAT16)
+    shape.write_config(tmp_path)
+    start = protocol.Start(
+        system=System.RECOMPUTE,
+        shape=shape,
+        model=str(tmp_path),
+        cache_tokens=1024,
+        step_tokens=512,
+        store=Store(0),
+    )
+    command, variables = Environments(tmp_path, Progress(Console(stderr=True))).command(
+        Environment.OWN
+    )
+    prompt = [*PromptSource().prompt(512), 1]
+    other = PromptSource(seed=1).prompt(512)
+    with PeerProcess("recompute", command, variables, start, tmp_path) as process:
+
+        def answer(prompt: list[int]) -> list[int]:
+            process.call(protocol.Forget(), protocol.Done)
+            asked = protocol.Serve([Arrival(0.0, prompt, 8)])
+            (response,) = process.call(asked, protocol.Served).responses
+            assert response.cached == 0
+            return response.tokens
+
+        expected = answer(prompt)
+        assert answer(prompt) == expected
+        for first, last in ((0, 1), (128, 256), (384, 512)):
+            changed = [*prompt[:first], *other[first:last], *prompt[last:]]
+            assert answer(changed) != expected

@@ -31,7 +31,8 @@ def measure(settings: PeersSettings, progress: Progress) -> PeersReport:
     """
     machine = Machine.here()
     environments = Environments(settings.environments, progress)
-    environments.make({system.environment for system in settings.systems})
+    if not settings.sweep:
+        environments.make({system.environment for system in settings.systems})
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(dir=settings.directory, prefix="lamina-bench-") as name:
         work = Path(name)
