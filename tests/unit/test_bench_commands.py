@@ -27,7 +27,7 @@ def refusal(*arguments: str) -> str:
     return re.sub(r"[\s│]+", " ", outcome.output)
 
 
-@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save"])
+@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save", "peers"])
 def test_every_command_refuses_a_shape_that_cannot_be(command: str) -> None:
     assert "--layers must be at least 1, got 0" in refusal(command, "--layers", "0")
     assert "--hidden must be at least 1, got -8" in refusal(command, "--hidden", "-8")
@@ -37,7 +37,7 @@ def test_every_command_refuses_a_shape_that_cannot_be(command: str) -> None:
     assert "'int4' is not one of 'bfloat16'" in refusal(command, "--dtype", "int4")
 
 
-@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save"])
+@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save", "peers"])
 @pytest.mark.parametrize("repeat", ["0", "-1"])
 def test_every_command_refuses_no_repetitions(command: str, repeat: str) -> None:
     assert f"--repeat must be at least 1, got {repeat}" in refusal(command, "--repeat", repeat)
@@ -186,3 +186,12 @@ def test_the_page_cache_of_a_whole_directory_is_dropped(tmp_path: Path) -> None:
     (inner / "file").write_bytes(b"kept")
     drop_page_cache(tmp_path)
     assert (inner / "file").read_bytes() == b"kept"
+
+
+def test_peers_refuses_what_could_not_be_compared() -> None:
+    assert "--tokens must be a whole number of chunks of 256" in refusal("peers", "--tokens", "384")
+    assert "--system must name Lamina" in refusal("peers", "--system", "LMCache")
+    assert "--rates must be numbers with commas between" in refusal("peers", "--rates", "1;2")
+    assert "--rates must be positive" in refusal("peers", "--rates", "1,0")
+    assert "--shares must be between 0 and 1" in refusal("peers", "--shares", "80")
+    assert "--requests must be at least 1, got 0" in refusal("peers", "--requests", "0")

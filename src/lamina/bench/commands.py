@@ -14,6 +14,7 @@ from lamina.bench.peers.systems import System
 from lamina.bench.shapes import SHAPES, Dtype, LlamaShape, Model
 
 if TYPE_CHECKING:
+    from lamina.bench.peers.results import PeersReport
     from lamina.bench.progress import Progress
     from lamina.bench.report import Report
 
@@ -379,10 +380,13 @@ def peers(
 
     made = _made(settings)
     _check_outputs(json, plot)
-    report = _run(lambda progress: measure_peers(made, progress))
+
+    def keep(report: PeersReport) -> None:
+        if json is not None:
+            json.write_text(report.as_json())
+
+    report = _run(lambda progress: measure_peers(made, progress, keep))
     typer.echo(report.as_markdown())
-    if json is not None:
-        json.write_text(report.as_json())
     if plot is not None:
         draw_peers(report, plot)
 

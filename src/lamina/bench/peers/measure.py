@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +18,19 @@ from lamina.bench.progress import Progress
 from lamina.bench.report import Machine
 
 _IN_MEMORY = (Scenario.HOST, Scenario.SUFFIX)
-_LOADS = (Scenario.MISS, Scenario.MIXED)
 _BEHIND_LINK = (Scenario.SLOW, Scenario.SLOWER)
+_LOADS = (Scenario.MISS, Scenario.MIXED)
 
 
-def measure(settings: PeersSettings, progress: Progress) -> PeersReport:
+def measure(
+    settings: PeersSettings, progress: Progress, keep: Callable[[PeersReport], None]
+) -> PeersReport:
     """Run the bench.
+
+    Args:
+        settings: its options.
+        progress: where it says what it is doing.
+        keep: called with what there is, whenever there is more: the bench may take an hour.
 
     Raises:
         BenchError: if a system cannot be installed or fails, a hit is not where it should be, or
@@ -33,30 +40,47 @@ def measure(settings: PeersSettings, progress: Progress) -> PeersReport:
     environments = Environments(settings.environments, progress)
     if not settings.sweep:
         environments.make({system.environment for system in settings.systems})
-    outcomes: list[Outcome] = []
+    report = PeersReport(machine, _options(settings), ())
     with tempfile.TemporaryDirectory(dir=settings.directory, prefix="lamina-bench-") as name:
         work = Path(name)
         settings.shape.write_config(work)
         arena = Arena(settings, environments, work, progress)
-        if settings.sweep:
-            outcomes += sweep(settings, arena, work, progress)
-            return _report(settings, machine, outcomes)
-        contenders = [Contender.of(system) for system in settings.systems]
-        hits = Hits(settings, arena, contenders, progress)
-        if wanted := [each for each in settings.scenarios if each in _IN_MEMORY]:
-            outcomes += hits.in_memory(wanted)
-        if Scenario.DISK in settings.scenarios:
-            stores = work / "stores"
-            stores.mkdir()
-            outcomes.append(hits.on_disk(stores))
-        if wanted := [each for each in settings.scenarios if each in _BEHIND_LINK]:
-            outcomes += hits.behind_link(wanted)
-        if wanted := [each for each in settings.scenarios if each in _LOADS]:
-            outcomes += Loads(settings, arena, contenders, progress).play(wanted)
-    return _report(settings, machine, outcomes)
+        play = _swept if settings.sweep else _played
+        for outcomes in play(settings, arena, work, progress):
+            report = PeersReport(machine, report.settings, (*report.outcomes, *outcomes))
+            keep(report)
+    return report
 
 
-def _report(settings: PeersSettings, machine: Machine, outcomes: Sequence[Outcome]) -> PeersReport:
+def _played(
+    settings: PeersSettings, arena: Arena, work: Path, progress: Progress
+) -> Iterator[Sequence[Outcome]]:
+    """The scenarios that are wanted; those that share processes come together."""
+
+    def wanted(scenarios: Sequence[Scenario]) -> list[Scenario]:
+        return [each for each in settings.scenarios if each in scenarios]
+
+    contenders = [Contender.of(system) for system in settings.systems]
+    hits = Hits(settings, arena, contenders, progress)
+    if scenarios := wanted(_IN_MEMORY):
+        yield hits.in_memory(scenarios)
+    if wanted((Scenario.DISK,)):
+        stores = work / "stores"
+        stores.mkdir()
+        yield [hits.on_disk(stores)]
+    if scenarios := wanted(_BEHIND_LINK):
+        yield hits.behind_link(scenarios)
+    if scenarios := wanted(_LOADS):
+        yield Loads(settings, arena, contenders, progress).play(scenarios)
+
+
+def _swept(
+    settings: PeersSettings, arena: Arena, work: Path, progress: Progress
+) -> Iterator[Sequence[Outcome]]:
+    yield sweep(settings, arena, work, progress)
+
+
+def _options(settings: PeersSettings) -> dict[str, object]:
     options = {**settings.shape.options(), **asdict(settings)}
     del options["shape"]
-    return PeersReport(machine, options, tuple(outcomes))
+    return options

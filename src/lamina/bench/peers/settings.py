@@ -62,8 +62,11 @@ class MixedSettings:
     token_within: float
 
     def __post_init__(self) -> None:
-        for name in ("generated", "documents", "cached", "requests"):
-            require_positive(f"--mixed-{name}", getattr(self, name))
+        require_positive("--mixed-new-tokens", self.new_tokens)
+        require_positive("--mixed-generate", self.generated)
+        require_positive("--documents", self.documents)
+        require_positive("--cached", self.cached)
+        require_positive("--requests", self.requests)
         if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"--rates must be positive, got {self.rates}")
         if not self.shares or not all(0 <= share <= 1 for share in self.shares):
@@ -106,8 +109,10 @@ class PeersSettings:
     sweep: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "step_tokens", "generated", "repeat"):
-            require_positive("--" + name.replace("_", "-"), getattr(self, name))
+        require_positive("--new-tokens", self.new_tokens)
+        require_positive("--step-tokens", self.step_tokens)
+        require_positive("--generate", self.generated)
+        require_positive("--repeat", self.repeat)
         for option, tokens in (("--tokens", self.tokens), ("--mixed-tokens", self.mixed.tokens)):
             # LMCache's chunks are of 256 tokens.
             require_whole(option, tokens, max(self.shape.chunk_tokens, 256))
