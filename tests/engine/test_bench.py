@@ -12,6 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from lamina.bench.peers import protocol
+from lamina.bench.peers.environments import Environments
+from lamina.bench.peers.process import PeerProcess
+from lamina.bench.peers.protocol import Arrival
+from lamina.bench.peers.systems import Environment, Store, System
+from lamina.bench.progress import Progress
+from lamina.bench.settings import PromptSource
+from lamina.bench.shapes import Dtype, LlamaShape
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -75,3 +85,73 @@ def test_overheads_are_measured_for_host_and_disk(
     names = [target["name"] for target in report["targets"]]  # type: ignore[attr-defined]
     others = ["a connector that does nothing"] if command == "decode" else []
     assert names == ["host tier", "host and disk tier", *others]
+
+
+@pytest.mark.timeout(600)
+def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
+    """The bench stops if a prompt that was saved is not found again; that no weights are as small
+    as vLLM's dummies makes equal answers mean something."""
+    target, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    systems = ["--system", "recompute", "--system", "Lamina"]
+    scenarios = [f"--scenario={name}" for name in ("host", "suffix", "disk", "miss", "mixed")]
+    sizes = ["--tokens", "512", "--new-tokens", "128", "--step-tokens", "256", "--repeat", "2"]
+    mixed = ["--mixed-tokens", "256", "--requests", "6", "--rates", "8", "--shares", "0,0.5"]
+    code = "from lamina.bench import app; app()"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", code, "peers", *TINY, *systems, *scenarios, *sizes, *mixed),
+            *("--directory", str(tmp_path), "--json", str(target), "--plot", str(plot)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = {each["scenario"]: each for each in json.loads(target.read_text())["outcomes"]}
+    assert set(outcomes) == {"host", "suffix", "disk", "miss", "mixed"}
+    for hit in ("host", "suffix", "disk"):
+        rows = {row["samples"]["name"]: row for row in outcomes[hit]["rows"]}
+        assert set(rows["Lamina"]["cached"]) <= {0, 512}
+        assert set(rows["recompute"]["cached"]) == {0}
+        assert "All systems generated the same tokens." in outcomes[hit]["notes"]
+    services = outcomes["mixed"]["services"]
+    assert [(one["label"], one["share"]) for one in services] == [
+        ("recompute", 0.0),
+        ("Lamina", 0.0),
+        ("recompute", 0.5),
+        ("Lamina", 0.5),
+    ]
+    assert "| Lamina |" in done.stdout
+    assert plot.exists()
+
+
+def test_answers_that_peers_compares_depend_on_every_part_of_the_prompt(tmp_path: Path) -> None:
+    shape = LlamaShape(4, 256, 2, 64, 128, Dtype.BFLOAT16)
+    shape.write_config(tmp_path)
+    start = protocol.Start(
+        system=System.RECOMPUTE,
+        shape=shape,
+        model=str(tmp_path),
+        cache_tokens=1024,
+        step_tokens=512,
+        store=Store(0),
+    )
+    command, variables = Environments(tmp_path, Progress(Console(stderr=True))).command(
+        Environment.OWN
+    )
+    prompt = [*PromptSource().prompt(512), 1]
+    other = PromptSource(seed=1).prompt(512)
+    with PeerProcess("recompute", command, variables, start, tmp_path) as process:
+
+        def answer(prompt: list[int]) -> list[int]:
+            process.call(protocol.Forget(), protocol.Done)
+            asked = protocol.Serve([Arrival(0.0, prompt, 8)])
+            (response,) = process.call(asked, protocol.Served).responses
+            assert response.cached == 0
+            return response.tokens
+
+        expected = answer(prompt)
+        assert answer(prompt) == expected
+        for first, last in ((0, 1), (128, 256), (384, 512)):
+            changed = [*prompt[:first], *other[first:last], *prompt[last:]]
+            assert answer(changed) != expected

@@ -68,6 +68,7 @@ class HandOffScheduler:
         """A new request."""
         self.requests[request.request_id] = request
         self.waiting.append(request)
+        self._hand_off.arrived(request)
 
     # -- a step --------------------------------------------------------------------------------
 

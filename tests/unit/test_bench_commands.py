@@ -28,7 +28,7 @@ def refusal(*arguments: str) -> str:
     return re.sub(r"[\s│]+", " ", outcome.output)
 
 
-@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save"])
+@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save", "peers"])
 def test_every_command_refuses_a_shape_that_cannot_be(command: str) -> None:
     assert "--layers must be at least 1, got 0" in refusal(command, "--layers", "0")
     assert "--hidden must be at least 1, got -8" in refusal(command, "--hidden", "-8")
@@ -38,7 +38,7 @@ def test_every_command_refuses_a_shape_that_cannot_be(command: str) -> None:
     assert "'int4' is not one of 'bfloat16'" in refusal(command, "--dtype", "int4")
 
 
-@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save"])
+@pytest.mark.parametrize("command", ["ttft", "overlap", "decode", "save", "peers"])
 @pytest.mark.parametrize("repeat", ["0", "-1"])
 def test_every_command_refuses_no_repetitions(command: str, repeat: str) -> None:
     assert f"--repeat must be at least 1, got {repeat}" in refusal(command, "--repeat", repeat)
@@ -204,3 +204,12 @@ def test_control_refuses_what_cannot_be() -> None:
     assert "--requests must be at least 1, got 0" in refusal("control", "--requests", "0")
     assert "--chunk-tokens must be a multiple of 16" in refusal("control", "--chunk-tokens", "50")
     assert "--chunks must be enough for one prompt" in refusal("control", "--chunks", "5")
+
+
+def test_peers_refuses_what_could_not_be_compared() -> None:
+    assert "--tokens must be a whole number of chunks of 256" in refusal("peers", "--tokens", "384")
+    assert "--system must name Lamina" in refusal("peers", "--system", "LMCache")
+    assert "--rates must be numbers with commas between" in refusal("peers", "--rates", "1;2")
+    assert "--rates must be positive" in refusal("peers", "--rates", "1,0")
+    assert "--shares must be between 0 and 1" in refusal("peers", "--shares", "80")
+    assert "--requests must be at least 1, got 0" in refusal("peers", "--requests", "0")

@@ -194,6 +194,18 @@ class TestDecisions:
         assert decide(what, costs).mode is LoadMode.PARKED
         assert decide(what, costs, mode="layerwise").mode is LoadMode.LAYERWISE
 
+    def test_a_load_hides_behind_one_step_and_not_behind_the_whole_prefill(self) -> None:
+        what = situation(HitPart(HOST, 1280, 100 * MIB), suffix=10_000)
+        costs = known(host=1e-8, token=1e-3)
+        assert decide(what, costs).tokens == 1280
+        assert decide(replace(what, step_tokens=2048), costs).tokens == 1280, "1 s beside 2 s"
+        assert decide(replace(what, step_tokens=64), costs).tokens < 1280
+
+    def test_what_saves_next_to_nothing_is_not_loaded(self) -> None:
+        what = situation(HitPart(HOST, 128, MIB), suffix=10_000)
+        assert decide(what, known(host=1e-12, token=1e-3)).tokens == 0
+        assert decide(replace(what, prompt=1000), known(host=1e-12, token=1e-3)).tokens == 128
+
     def test_what_waits_for_a_link_goes_on_beside_the_step(self) -> None:
         costs = known(host=1e-8, token=1e-3)
         CostModel(costs).worked(HOST, 64 * MIB, 1e-10 * 64 * MIB)

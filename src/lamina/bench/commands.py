@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from lamina.bench.peers.settings import Scenario
+from lamina.bench.peers.systems import System
 from lamina.bench.shapes import SHAPES, Dtype, LlamaShape, Model
 
 if TYPE_CHECKING:
+    from lamina.bench.peers.results import PeersReport
     from lamina.bench.progress import Progress
     from lamina.bench.report import Report
 
@@ -25,9 +28,10 @@ app = typer.Typer(
 )
 
 S = TypeVar("S")
+N = TypeVar("N", int, float)
 
 _TEMPORARY = Path(tempfile.gettempdir())
-_MODEL, _OUTPUT = "Model", "Output"
+_MODEL, _OUTPUT, _MIXED = "Model", "Output", "Mixed load"
 Layers = Annotated[int, typer.Option(help="Layers.", rich_help_panel=_MODEL)]
 Hidden = Annotated[int, typer.Option(help="Width.", rich_help_panel=_MODEL)]
 KvHeads = Annotated[int, typer.Option(help="KV heads.", rich_help_panel=_MODEL)]
@@ -263,7 +267,7 @@ def push(
 
     shape = _made(lambda: LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype))
     rate = None if link is None else _made(lambda: bits_per_second(link))
-    lengths = _made(lambda: _whole_numbers("--tokens", tokens))
+    lengths = _made(lambda: _numbers("--tokens", tokens, int))
     settings = _made(lambda: PushSettings(shape, lengths, step_tokens, repeat, rate))
     _check_outputs(json, plot, timeline)
     _measured(lambda progress: measure(settings, progress, plot, timeline), json)
@@ -289,14 +293,132 @@ def control(
     _measured(lambda progress: measure(settings, progress), json)
 
 
-def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+@app.command()
+def peers(
+    layers: Layers = 16,
+    hidden: Hidden = 1024,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 128,
+    dtype: ModelDtype = Dtype.BFLOAT16,
+    system: Annotated[
+        list[System] | None, typer.Option(help="What is compared. Default: all.")
+    ] = None,
+    scenario: Annotated[
+        list[Scenario] | None, typer.Option(help="What is measured. Default: all.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt that can be hit.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of a long suffix.")] = 2048,
+    step_tokens: Annotated[int, typer.Option(help="Tokens that one step computes at most.")] = 2048,
+    generate: Annotated[int, typer.Option(help="Tokens that a request generates.")] = 8,
+    repeat: Repeat = 3,
+    directory: Directory = _TEMPORARY,
+    environments: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where systems are installed, and kept.")
+    ] = Path("build/peers"),
+    mixed_tokens: Annotated[
+        int, typer.Option(help="Tokens of a document.", rich_help_panel=_MIXED)
+    ] = 2048,
+    mixed_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a question about it.", rich_help_panel=_MIXED)
+    ] = 128,
+    mixed_generate: Annotated[
+        int, typer.Option(help="Tokens of an answer.", rich_help_panel=_MIXED)
+    ] = 16,
+    documents: Annotated[int, typer.Option(help="Documents.", rich_help_panel=_MIXED)] = 8,
+    cached: Annotated[
+        int,
+        typer.Option(help="Prompts that the engine's own cache holds.", rich_help_panel=_MIXED),
+    ] = 4,
+    rates: Annotated[
+        str, typer.Option(metavar="R,R,...", help="Requests a second.", rich_help_panel=_MIXED)
+    ] = "0.25,0.5,1",
+    shares: Annotated[
+        str,
+        typer.Option(
+            metavar="S,S,...", help="Of requests, those about a document.", rich_help_panel=_MIXED
+        ),
+    ] = "0,0.5,0.8",
+    requests: Annotated[
+        int, typer.Option(help="Requests of one measurement.", rich_help_panel=_MIXED)
+    ] = 32,
+    first_within: Annotated[
+        float,
+        typer.Option(
+            help="Seconds to the first token that a good request takes at most.",
+            rich_help_panel=_MIXED,
+        ),
+    ] = 4.0,
+    token_within: Annotated[
+        float,
+        typer.Option(
+            help="Seconds from token to token that it takes at most.", rich_help_panel=_MIXED
+        ),
+    ] = 1.0,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="Compare Lamina with itself under fixed settings instead."),
+    ] = False,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Lamina beside recomputing, vLLM's two connectors and LMCache, in turns.
+
+    Peers are installed in environments of their own, which needs uv and a C compiler.
+    """
+    from lamina.bench.peers.measure import measure as measure_peers
+    from lamina.bench.peers.plot import draw_peers
+    from lamina.bench.peers.settings import MixedSettings, PeersSettings
+
+    def settings() -> PeersSettings:
+        mixed = MixedSettings(
+            tokens=mixed_tokens,
+            new_tokens=mixed_new_tokens,
+            generated=mixed_generate,
+            documents=documents,
+            cached=cached,
+            rates=_numbers("--rates", rates, float),
+            shares=_numbers("--shares", shares, float),
+            requests=requests,
+            first_within=first_within,
+            token_within=token_within,
+        )
+        return PeersSettings(
+            shape=LlamaShape(layers, hidden, kv_heads, head_dim, block_size, dtype),
+            tokens=tokens,
+            new_tokens=new_tokens,
+            step_tokens=step_tokens,
+            generated=generate,
+            repeat=repeat,
+            directory=directory.absolute(),
+            environments=environments.absolute(),
+            systems=tuple(each for each in System if system is None or each in system),
+            scenarios=tuple(each for each in Scenario if scenario is None or each in scenario),
+            mixed=mixed,
+            sweep=sweep,
+        )
+
+    made = _made(settings)
+    _check_outputs(json, plot)
+
+    def keep(report: PeersReport) -> None:
+        if json is not None:
+            json.write_text(report.as_json())
+
+    report = _run(lambda progress: measure_peers(made, progress, keep))
+    typer.echo(report.as_markdown())
+    if plot is not None:
+        draw_peers(report, plot)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
     """The numbers of a list with commas.
 
     Raises:
         ValueError: names the option.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from None
 
@@ -324,17 +446,23 @@ def _check_outputs(json: Path | None, *pictures: Path | None) -> None:
 def _measured(measure: Callable[[Progress], Report], json: Path | None) -> Report:
     from rich.console import Console
 
+    report = _run(measure)
+    Console().print(report.as_table())
+    if json is not None:
+        json.write_text(report.as_json())
+    return report
+
+
+def _run(measure: Callable[[Progress], S]) -> S:
+    """What a bench finds, or the error that it ends with."""
+    from rich.console import Console
+
     from lamina.bench.engine import BenchError
     from lamina.bench.progress import Progress
 
     try:
         with Progress(Console(stderr=True)) as progress:
-            report = measure(progress)
+            return measure(progress)
     except BenchError as error:
         typer.echo(f"lamina bench: {error}", err=True)
         raise typer.Exit(1) from None
-    console = Console()
-    console.print(report.as_table())
-    if json is not None:
-        json.write_text(report.as_json())
-    return report

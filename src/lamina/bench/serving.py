@@ -96,7 +96,7 @@ class Serving:
         self._llm = LLM(
             model=str(spec.model),
             skip_tokenizer_init=True,
-            load_format="dummy",
+            load_format=spec.load_format,
             enforce_eager=True,
             dtype=shape.dtype.value,
             block_size=shape.block_size,

@@ -41,6 +41,7 @@ class EngineSpec:
         role: vLLM's ``kv_role``.
         environment: variables of its process.
         network: the network namespace that it is in; empty for the machine's own.
+        load_format: vLLM's, where its weights come from.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EngineSpec:
     role: str = "kv_both"
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)
     network: str = ""
+    load_format: str = "dummy"
 
 
 class PromptSource:

@@ -141,6 +141,12 @@ class HandOff:
         entry = self._entries.get(request_id)
         return Phase.WAITING if entry is None else entry.phase
 
+    def arrived(self, view: RequestView) -> None:
+        """A request waits for its blocks: what it will load may come nearer meanwhile, from disk to
+        host memory. Engines need not say so."""
+        self._must_wait(view.request_id)
+        self._planner.arrived(view)
+
     def look(self, view: RequestView, floor: int, *, declined: str = "") -> int:
         """Tokens that would be loaded for a waiting request if it had ``floor`` of its own.
 

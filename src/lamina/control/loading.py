@@ -82,6 +82,7 @@ class LoadPlanner:
         leases_loads: whether blocks that are loaded into are always leased, because the engine
             itself does not keep them until the load has ended, whatever becomes of the request.
             Such an engine resumes a request when its load has ended, and not sooner.
+        step_tokens: tokens that the engine computes in one step at most; 0 if there is no bound.
 
     Attributes:
         orders: loads for the next plan.
@@ -101,6 +102,7 @@ class LoadPlanner:
         reports_blocks: bool,
         cost: CostModel,
         leases_loads: bool = False,
+        step_tokens: int = 0,
     ) -> None:
         self.orders: list[LoadOrder] = []
         self._cost = cost
@@ -113,6 +115,7 @@ class LoadPlanner:
         self._transfers = transfers
         self._leases = leases
         self._leases_loads = leases_loads
+        self._step_tokens = step_tokens
         # Who asks for loads between steps wants nothing of them in the step.
         self._early = config.load.mode == "auto" and not leases_loads
         self._breakers = breakers
@@ -158,6 +161,7 @@ class LoadPlanner:
             divisible=not self._shape.sparse,
             queued=tuple((tier, size) for tier, size in self._queued.items() if size),
             chunk_tokens=self._shape.chunk_tokens,
+            step_tokens=self._step_tokens,
             retries=frozenset(t for t, slow in self._slow.items() if now >= slow.until),
         )
         declined = declined or record.distrust

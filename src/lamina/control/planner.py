@@ -87,6 +87,7 @@ class Planner:
         reports_blocks: whether the engine can take back single blocks of a failed load.
         leases_loads: whether blocks that are loaded into are leased until the load has ended, for
             an engine that does not keep them itself.
+        step_tokens: tokens that the engine computes in one step at most; 0 if there is no bound.
         costs: what was measured by an engine before.
         on_decision: called with what was decided for every request that gets its blocks.
         clock: monotonic seconds.
@@ -107,6 +108,7 @@ class Planner:
         card: EngineCard | None = None,
         reports_blocks: bool = True,
         leases_loads: bool = False,
+        step_tokens: int = 0,
         costs: Costs | None = None,
         on_decision: Callable[[DecisionRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -148,6 +150,7 @@ class Planner:
             reports_blocks=reports_blocks,
             cost=self._cost,
             leases_loads=leases_loads,
+            step_tokens=step_tokens,
         )
         self._saving = SavePlanner(
             config,

@@ -20,6 +20,9 @@ SHORT_STALL = 0.01
 """Seconds for which a load may hold up the engine's other requests: to park it, and to take it up
 in a later step, costs them as much."""
 
+LEAST_GAIN = 0.05
+"""Share of the time to the first token that a load has to save: predictions are no better."""
+
 PARKING = 0.002
 """Seconds that it takes to take up a parked load in a later step."""
 
@@ -66,6 +69,8 @@ class Situation:
         divisible: whether the beginning of the hit can be loaded without the rest.
         queued: bytes that are being loaded from each tier already.
         chunk_tokens: a hit is cut at multiples of this.
+        step_tokens: tokens that one step computes at most; 0 if there is no bound. A load in the
+            step runs beside the first one.
         retries: tiers that were declined as too slow long enough ago.
     """
 
@@ -81,6 +86,7 @@ class Situation:
     divisible: bool = True
     queued: tuple[tuple[TierName, int], ...] = ()
     chunk_tokens: int = 1
+    step_tokens: int = 0
     retries: frozenset[TierName] = frozenset()
 
 
@@ -158,7 +164,7 @@ class LoadPolicy:
         self, situation: Situation, costs: Costs, load: float, compute: float
     ) -> Decision:
         mode = self._choose_mode(situation, load, costs)
-        best, least = 0, _finish(situation, 0, mode, costs)
+        best, least = 0, (1 - LEAST_GAIN) * _finish(situation, 0, mode, costs)
         for tokens in _cuts(situation):
             seconds = _finish(situation, tokens, mode, costs)
             if tokens >= self._min_tokens and seconds < least:
@@ -224,9 +230,14 @@ def _finish(situation: Situation, tokens: int, mode: LoadMode, costs: Costs) -> 
     assert rest is not None, "it was known for more of the prompt"
     if mode is LoadMode.PARKED:
         return load + rest
-    # In the step itself the model computes while rows arrive, but not on the same cores.
+    # Beside the load runs one step, and not on the same cores.
+    end = situation.prompt
+    if situation.step_tokens:
+        end = min(end, situation.floor + tokens + situation.step_tokens)
+    first = costs.prefill_seconds(situation.floor + tokens, end)
+    assert first is not None, "it was known for more of the prompt"
     busy = sum(costs.busy_seconds(tier, size) for tier, size in _sizes(situation, tokens).items())
-    return max(load, rest) + min(busy, load)
+    return max(load, first) + max(0.0, rest - first) + min(busy, load)
 
 
 _FRACTIONS = 8

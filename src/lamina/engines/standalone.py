@@ -175,7 +175,7 @@ class Standalone:
 
     def end_step(self) -> None:
         """The forward is over: take in what has become of everything. Waits for no save; a step
-        that ran nothing waits up to 2 ms for news. Nothing happens without a step."""
+        that ran nothing waits a few milliseconds for news. Nothing happens without a step."""
         if self._in_step:
             self._in_step = False
             self._executor.end_step()

@@ -5,6 +5,7 @@ its loop (transformers 5.19, ``continuous_api.py``)::
 
     clear_cancelled_requests     the forward before this turn is over and its tokens are known
     has_pending_requests
+    add_waiting_request          a request has come, or comes back
     schedule_batch               who runs; what follows is the forward
     finish_request               a request is over, or is reset and waits again
 
@@ -134,6 +135,11 @@ class WithLamina(Scheduler):
             self._take_up_ready()
             if not lamina.hand_off.has_work or time.monotonic() > give_up:
                 return [], *scheduled[1:]
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """A request waits; one that was reset has new tokens to wait with."""
+        super().add_waiting_request(state)
+        self.lamina.hand_off.arrived(self._view(state))
 
     def finish_request(self, request_id: str) -> None:
         """A request has ended, or its blocks are taken away and it will wait again."""

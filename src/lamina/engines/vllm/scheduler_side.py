@@ -59,7 +59,7 @@ class SchedulerSide:
             layout.groups(cache, config.chunk_tokens),
             layout.NULL_BLOCK,
         )
-        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        budget = self._step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         chunk = self._shape.chunk_tokens
         if self._shape.in_place and budget % chunk and chunk % budget:
             log.warning(
@@ -124,6 +124,7 @@ class SchedulerSide:
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
             reports_blocks=False,
+            step_tokens=self._step_tokens,
         )
         if card is not None:
             self._link = self._open_link(card)
