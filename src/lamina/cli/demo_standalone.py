@@ -36,7 +36,7 @@ SETTINGS: Mapping[str, object] = {"host": {"capacity": "1GiB"}, "load": {"when":
 PATIENCE = 120.0
 """Seconds after which an answer that has not come will not."""
 
-_BAR_WIDTH = 40
+_BAR_WIDTH = 23
 
 
 class DemoError(RuntimeError):
