@@ -61,6 +61,18 @@ class TestEstimates:
         assert Costs().load_seconds(HOST, 1000) is None
         assert Costs().prefill_seconds(0, 1000) is None
 
+    def test_what_was_given_up_is_too_slow_at_once_and_for_every_size(self) -> None:
+        model = CostModel(known(host=1e-10))
+        for _ in range(100):
+            model.loaded(HOST, 512 * MIB, 0.05)
+        model.given_up(HOST, 512 * MIB, 100 * MIB, 20.0)
+        assert model.costs.load_seconds(HOST, 512 * MIB) == pytest.approx(102.4)
+        assert model.costs.load_seconds(HOST, MIB) == pytest.approx(0.2)
+        model.loaded(HOST, MIB, 1e-4)
+        assert model.costs.load_seconds(HOST, MIB) == pytest.approx(1e-4)
+        seconds = model.costs.load_seconds(HOST, 512 * MIB)
+        assert seconds == pytest.approx(0.0512), "it has recovered for every size"
+
     def test_what_was_measured_once_is_believed(self) -> None:
         costs = known(host=2e-9, token=3e-4)
         assert costs.load_seconds(HOST, 64 * MIB) == pytest.approx(64 * MIB * 2e-9)

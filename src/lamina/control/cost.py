@@ -37,7 +37,7 @@ class Estimate:
 
     Attributes:
         log: logarithm of seconds per byte, or per token.
-        count: measurements that it rests on.
+        count: measurements that it rests on; 0 if it is only known that it takes as long or longer.
     """
 
     log: float
@@ -50,6 +50,8 @@ class Estimate:
 
     def with_measured(self, rate: float) -> Estimate:
         """The estimate after one more measurement."""
+        if not self.count:
+            return Estimate(math.log(rate), 1)
         off = max(-LARGEST_STEP, min(LARGEST_STEP, math.log(rate) - self.log))
         weight = max(LEAST_WEIGHT, 1 / (self.count + 1))
         return Estimate(self.log + weight * off, self.count + 1)
@@ -123,12 +125,22 @@ class CostModel:
         if size > 0 and seconds > 0:
             _measure(self.costs.busy, tier, seconds / size)
 
+    def given_up(self, tier: TierName, size: int, moved: int, seconds: float) -> None:
+        """Of a load of ``size`` bytes from one tier only ``moved`` had come after so long. That
+        was long enough to be believed at once, until the next that ends says otherwise."""
+        if seconds > 0:
+            rate = math.log(seconds / max(1, moved))
+            known = self.costs.loads.setdefault(tier, {})
+            for where in {*known, _size_class(size)}:
+                known[where] = Estimate(rate, 0)
+
     def loaded(self, tier: TierName, size: int, seconds: float) -> None:
         """A load of ``size`` bytes from one tier took so long, nothing else having held it up."""
         if size > 0 and seconds > 0:
             known = self.costs.loads.setdefault(tier, {})
             where = _size_class(size)
-            before = known.get(where)
+            doubtful = (estimate for estimate in known.values() if not estimate.count)
+            before = known.get(where) or next(doubtful, None)
             _measure(known, where, seconds / size)
             if before is not None:
                 # A tier that has become slow, or fast, has become so for every size.

@@ -395,7 +395,11 @@ class LoadPlanner:
             return
         (tier,) = transfer.tiers
         self._cost.worked(tier, transfer.moved_bytes, transfer.busy)
-        self._cost.loaded(tier, (transfer.moved_bytes or transfer.size) + ahead, transfer.active)
+        moved = transfer.moved_bytes + ahead
+        if late:
+            self._cost.given_up(tier, transfer.size + ahead, moved, transfer.active)
+        else:
+            self._cost.loaded(tier, moved, transfer.active)
 
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
         """Take in a load that has ended.
