@@ -317,6 +317,7 @@ class TransferReceipt:
         active: of these, seconds in which rows of a load were on their way, and did not wait to be
             asked for.
         waited: seconds that the forward pass itself waited for this load.
+        released: whether its request was resumed before all of it was there.
         busy: work of the rank's cores for this load, as seconds of all of them.
         bad_chunks: keys of a load's chunks that are damaged or gone, and not only late.
         reason: for a failure, a short word that becomes a metric label.
@@ -328,6 +329,7 @@ class TransferReceipt:
     seconds: float = 0.0
     active: float = 0.0
     waited: float = 0.0
+    released: bool = False
     busy: float = 0.0
     bad_chunks: tuple[ChunkKey, ...] = ()
     reason: str = ""

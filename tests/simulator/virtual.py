@@ -24,6 +24,7 @@ from simulator.content import Violation
 _PATCHED = {
     "lamina.data.executor.WorkerPool": "pool",
     "lamina.data.write_through.WorkerPool": "pool",
+    "lamina.data.fetch_pipeline.WorkerPool": "pool",
     "lamina.data.executor.threading": "threading",
     "lamina.data.load_pipeline.threading": "threading",
     "lamina.data.load_pipeline.time": "time",

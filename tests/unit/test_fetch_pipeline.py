@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lamina.data import fetch_pipeline
 from lamina.data.fetch_pipeline import DiskFetcher
 from lamina.data.movers import make_mover
 from lamina.data.tiers.disk import DiskTier, StoreNamespace
@@ -69,9 +71,7 @@ class Rank:
         self.pool = WorkerPool("load-disk", 1)
         self.receipts: queue.Queue[TransferReceipt] = queue.Queue()
         self.on_report: Callable[[], None] = lambda: None
-        self.fetcher = DiskFetcher(
-            self.disk, self.host, mover, GEOMETRY, self.pool, self._report, None
-        )
+        self.fetcher = DiskFetcher(self.disk, self.host, mover, GEOMETRY, self.pool, self._report)
 
     def _report(self, receipts: Iterable[TransferReceipt]) -> None:
         self.on_report()
@@ -89,6 +89,7 @@ class Rank:
 def rank(tmp_path: Path) -> Iterator[Rank]:
     rank = Rank(tmp_path)
     yield rank
+    assert rank.fetcher.close(10)
     assert rank.pool.close(10)
     rank.disk.close()
 
@@ -125,7 +126,28 @@ def test_a_disk_that_raises_fails_the_fetch_and_not_the_next(
 
 
 def test_a_load_goes_before_the_next_chunk(rank: Rank) -> None:
-    begun, may_go_on, ran = threading.Event(), threading.Event(), list[int]()
+    loading = threading.Event()
+    rank.pool.submit((1.0, 0), lambda: loading.wait(0.3))
+    rank.fetcher.fetch([order(n, host_slot=n) for n in range(STORED)], step=0)
+    time.sleep(0.1)
+    assert rank.receipts.empty()
+    loading.set()
+    assert [rank.receipt().outcome for _ in range(STORED)] == [Outcome.DONE] * STORED
+
+
+def test_a_disk_that_is_never_idle_keeps_nobody_waiting_for_ever(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_pipeline, "GIVE_WAY", 0.01)
+    loading = threading.Event()
+    rank.pool.submit((1.0, 0), lambda: loading.wait(10))
+    rank.fetcher.fetch([order(1, host_slot=1)], step=0)
+    assert rank.receipt().outcome is Outcome.DONE
+    loading.set()
+
+
+def test_at_the_end_no_further_chunk_is_fetched(rank: Rank) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
 
     def report() -> None:
         begun.set()
@@ -134,12 +156,18 @@ def test_a_load_goes_before_the_next_chunk(rank: Rank) -> None:
     rank.on_report = report
     rank.fetcher.fetch([order(n, host_slot=n) for n in range(STORED)], step=0)
     assert begun.wait(10)
-    rank.pool.submit((1.0, 0), lambda: ran.append(rank.receipts.qsize()))
-    may_go_on.set()
-    for _ in range(STORED):
-        rank.receipt()
-    assert rank.pool.await_idle(10)
-    assert ran == [1], "after the chunk under way, before the second one"
+    threading.Timer(0.05, may_go_on.set).start()
+    assert rank.fetcher.close(10)
+    assert rank.receipts.qsize() == 1
+
+
+def test_chunks_that_come_one_by_one_do_not_mix(rank: Rank) -> None:
+    for _ in range(200):
+        for number in range(1, STORED):
+            rank.fetcher.fetch([order(number, host_slot=number)], step=0)
+        for _ in range(1, STORED):
+            assert rank.receipt().outcome is Outcome.DONE
+        assert [rank.held(n) for n in range(1, STORED)] == rank.content[1:]
 
 
 def test_who_waits_for_a_pool_waits_for_the_job_that_runs() -> None:
@@ -150,3 +178,4 @@ def test_who_waits_for_a_pool_waits_for_the_job_that_runs() -> None:
     go_on.set()
     assert pool.await_idle(10)
     assert pool.close(10)
+    assert pool.await_idle(0), "nobody waits for a pool that has ended"

@@ -177,3 +177,19 @@ def test_half_a_chunk_at_the_end_is_fetched_whole() -> None:
     engine.planner.arrived(view)
     assert len(engine.step().fetches) == 2
     assert engine.planner.lookup(view, 0).tokens == 2 * CHUNK - BLOCK
+
+
+def test_a_fetch_that_had_to_wait_says_nothing_of_the_disk() -> None:
+    engine, tokens = fetching(), prompt(3 * CHUNK + 1)
+    on_disk(engine, tokens)
+    engine.planner.arrived(View("waiting", tokens))
+    engine.step()
+    engine.wait(1000.0)
+    assert engine.planner.lookup(View("next", tokens), 0).tokens == 3 * CHUNK
+
+
+def test_an_adapter_that_was_loaded_anew_meanwhile_has_keys_of_its_own() -> None:
+    engine, tokens = fetching(), prompt(2 * CHUNK + 1)
+    on_disk(engine, tokens)
+    engine.planner.arrived(View("waiting", tokens))
+    assert engine.planner.lookup(View("waiting", tokens, root_extra=b"new"), 0).tokens == 0

@@ -9,7 +9,7 @@ from driven_planner import BLOCK, CHUNK, Engine, View, prompt
 
 from lamina.control.requests import BoundaryState, ChunkShape
 from lamina.geometry import Group, GroupKind
-from lamina.plan import ChunkLoad, SaveOrder, StepPlan
+from lamina.plan import ChunkLoad, LoadMode, SaveOrder, StepPlan
 
 NONE = 0
 FULL, WINDOW, STATE, IN_PLACE = (
@@ -357,3 +357,20 @@ def test_a_long_prompt_is_looked_up_once_though_nothing_sparse_is_there() -> Non
     engine.planner._catalog.host.find = counting  # type: ignore[method-assign]
     assert engine.planner.lookup(view("b", tokens), 0).tokens == 0
     assert looked < 3 * 400
+
+
+@pytest.mark.parametrize(("groups", "early"), [((FULL, WINDOW), True), ((FULL, STATE), False)])
+def test_a_state_is_there_before_its_request_goes_on(
+    groups: tuple[Group, ...], early: bool
+) -> None:
+    """vLLM copies it before the forward, and no layer waits for that."""
+    shape = ChunkShape(CHUNK, groups, NONE)
+    engine = Engine({"load": {"when": "always"}}, shape=shape)
+    boundary = (1, ROOM * 2 + CHUNKS - 1, CHUNKS * CHUNK)
+    compute(engine, view("a"), *(() if early else (boundary,)))
+    again = view("b")  # while the first one runs
+    hit = engine.planner.lookup(again, 0)
+    engine.planner.admitted("b", hit.tokens)
+    (order,) = engine.step().loads
+    assert order.mode is LoadMode.PARKED
+    assert (order.grace is not None) == early

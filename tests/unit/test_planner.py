@@ -8,10 +8,12 @@ from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, Pool, View, prompt
 from lamina.config import load_config
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape
+from lamina.control.transfers import Kind
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     ChunkKey,
     LoadMode,
+    LoadOrder,
     Outcome,
     RankReport,
     Receipt,
@@ -553,3 +555,59 @@ def test_what_waits_to_be_written_is_bounded() -> None:
     readings = engine.readings()
     assert readings.gauges["write_backlog", ()] <= 3
     assert readings.counters["writes_skipped", ("backlog",)] >= 2
+
+
+def parked_load(engine: Engine) -> LoadOrder:
+    """A load from memory of a request beside one that runs, which is saving a chunk."""
+    engine.save(View("a", prompt(100)))
+    running = View("running", prompt(300, seed=1), first_block=100)
+    engine.planner.lookup(running, 0)
+    engine.planner.admitted("running", 0)
+    engine.step(("running", CHUNK - 1))
+    parked = View("parked", prompt(100), first_block=40)
+    hit = engine.planner.lookup(parked, 0)
+    engine.planner.admitted("parked", hit.tokens)
+    (order,) = engine.step(("running", CHUNK)).loads
+    assert order.mode is LoadMode.PARKED
+    return order
+
+
+def test_a_load_whose_request_may_go_on_early_holds_its_blocks() -> None:
+    engine = Engine({"load": {"when": "always"}})
+    order = parked_load(engine)
+    targets = {block for chunk in order.chunks for block in chunk.blocks}
+    assert order.grace is not None
+    assert targets <= engine.pool.held
+    engine.answer(order.transfer)
+    assert not targets & engine.pool.held
+
+
+@pytest.mark.parametrize("settings", [{"mode": "parked"}, {"mode": "layerwise"}])
+def test_who_decides_how_loads_run_gets_none_released_early(settings: dict[str, object]) -> None:
+    engine = Engine({"load": {"when": "always", **settings}})
+    engine.save(View("a", prompt(100)))
+    again = View("b", prompt(100), first_block=40)
+    engine.planner.admitted("b", engine.planner.lookup(again, 0).tokens)
+    (order,) = engine.step().loads
+    assert order.grace is None
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_only_what_was_computed_on_a_failed_load_is_doubted(released: bool) -> None:
+    engine = Engine({"load": {"when": "always"}})
+    order = parked_load(engine)
+    (save,) = (t for t in engine.planner._transfers.live() if t.kind is Kind.SAVE)
+    engine.answer(save.id)
+    failed = TransferReceipt(order.transfer, Outcome.FAILED, reason="test", released=released)
+    engine.planner.receive([Receipt(0, (failed,))])
+    host = engine.planner._catalog.host
+    assert (host.find(save.chunks[0].key) is None) == released
+
+
+def test_a_reset_while_a_push_is_under_way() -> None:
+    engine = Engine()
+    engine.save(View("a", prompt(100)))
+    for kind in (Kind.PUSH, Kind.RECEIVE):
+        engine.planner._transfers.open(kind, "p", step=0, expires=1e9, size=0, chunks=())
+    engine.planner.reset()
+    assert engine.planner.lookup(View("b", prompt(100)), 0).tokens == 0

@@ -31,6 +31,7 @@ _HITS = re.compile(r'^lamina_hit_tokens_total\{[^}]*tier="(\w+)"[^}]*\} (\S+)$',
 
 
 _POLITE = 19
+"""The lowest priority that Linux has."""
 
 
 class ServerError(RuntimeError):

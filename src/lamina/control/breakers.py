@@ -204,8 +204,8 @@ class Breakers:
 
 def _verdict(transfer: Transfer, tier: TierName, held: Callable[[Location], bool]) -> bool | None:
     """Whether a tier has worked in a transfer; None if that cannot be told."""
-    if transfer.state is State.PLANNED:
-        return False  # overdue
+    if transfer.state is State.PLANNED:  # overdue, if it did not have to let others go first
+        return None if transfer.kind is Kind.FETCH else False
     if not transfer.failed:
         return True
     if transfer.reason == LOAD_FAILED:

@@ -103,6 +103,8 @@ class FetchPlanner:
         room -= sum(waiting.fetched for waiting in self._waiting.values())
         orders: list[FetchOrder] = []
         for waiting in self._waiting.values():
+            if room <= 0 or not self._may_fetch:
+                break
             if waiting.needed is None:
                 waiting.needed = iter(self._look(waiting.record))
             while room > 0 and self._may_fetch:

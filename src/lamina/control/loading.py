@@ -117,7 +117,8 @@ class LoadPlanner:
         self._leases_loads = leases_loads
         self._step_tokens = step_tokens
         # Who asks for loads between steps wants nothing of them in the step.
-        self._early = config.load.mode == "auto" and not leases_loads
+        # Engines copy a recurrent state before the forward, so that it must be there then.
+        self._early = config.load.mode == "auto" and not (leases_loads or shape.recurrent)
         self._breakers = breakers
         self._meter = meter
         self._chunk_bytes = chunk_bytes

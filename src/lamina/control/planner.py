@@ -226,7 +226,9 @@ class Planner:
 
     def _record_of(self, view: RequestView) -> RequestRecord:
         record = self._requests.get(view.request_id)
-        if record is None or record.ended:
+        # An adapter may have been loaded anew while its request waited.
+        stale = record is not None and record.view.root_extra != view.root_extra
+        if record is None or record.ended or (stale and not record.admitted):
             chain = ChunkChain(
                 self._namespace,
                 self._shape.chunk_tokens,
@@ -371,6 +373,7 @@ class Planner:
             record.fresh = False
             # While rows are loaded the model may wait for them.
             loading = record.story.loaded > 0 and record.story.mode is LoadMode.LAYERWISE
+            loading |= record.load is not None  # it was released early
             record.prefill = None if loading else (start, now)
         elif record.view.num_tokens > record.view.num_prompt_tokens:
             self._end_prefill(record, now)

@@ -308,7 +308,7 @@ class SavePlanner:
         self._ended += ended
         if not self._ended:
             return
-        computed_on = (t.step for t in self._transfers.live() if t.computed_on)
+        computed_on = (t.step for t in self._transfers.live() if t.may_be_computed_on)
         doubt = min(computed_on, default=step)
         waiting, self._ended = self._ended, []
         for transfer in waiting:
@@ -378,5 +378,5 @@ class SavePlanner:
             self._catalog.forgotten += self._catalog.disk.clear()
         self._backlog.clear()
         for transfer in self._transfers.live():
-            if transfer.kind is not Kind.LOAD:
+            if transfer.kind in (Kind.SAVE, Kind.WRITE, Kind.FETCH):
                 self.poison(transfer)

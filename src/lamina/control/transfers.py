@@ -93,12 +93,18 @@ class Transfer:
     seconds: float = 0.0
     active: float = 0.0
     waited: float = 0.0
+    released: bool = False
     busy: float = 0.0
 
     @property
-    def computed_on(self) -> bool:
+    def may_be_computed_on(self) -> bool:
         """Whether the model may compute on what it brings before anybody knows its outcome."""
         return self.layerwise or self.early
+
+    @property
+    def computed_on(self) -> bool:
+        """Whether it may have, now that it is over."""
+        return self.layerwise or self.released
 
     @property
     def tiers(self) -> frozenset[TierName]:
@@ -122,6 +128,7 @@ class Transfer:
         self.active = max(self.active, receipt.active)
         self.waited = max(self.waited, receipt.waited)
         self.busy = max(self.busy, receipt.busy)
+        self.released |= receipt.released
         if receipt.outcome is Outcome.FAILED:
             self.failed = True
             # One torn write is what matters, whatever the other ranks say.

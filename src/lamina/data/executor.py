@@ -147,6 +147,7 @@ class Executor:
                 geometry,
                 self._load_pools[TierName.DISK],
                 self._report,
+                cores,
                 timeline,
             )
         self._plan: StepPlan | None = None
@@ -357,10 +358,12 @@ class Executor:
         for run in (*self._parked, *self._resumed):
             run.give_up("closed")
         give_up = time.monotonic() + self._config.deadline
-        pools: list[WorkerPool | DiskWriter | PushWire] = [
+        pools: list[WorkerPool | DiskWriter | DiskFetcher | PushWire] = [
             *self._load_pools.values(),
             self._save_pool,
         ]
+        if self._fetcher is not None:
+            pools.append(self._fetcher)
         if self._writer is not None:
             pools.append(self._writer)
         if self._wire is not None:

@@ -1,15 +1,14 @@
 """The fetch pipeline: chunks from disk to the host tier, one after another, behind every load.
 
-Of the disk's threads at most one fetches, and before each chunk whatever loads wait for goes first,
-so that a load is held up by one chunk at most.
+One thread fetches, and waits before each chunk until nothing is loaded from the disk, for a while:
+a load has one chunk beside it at most, and a disk that is never idle keeps nobody waiting for ever.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -21,8 +20,8 @@ from lamina.geometry import CacheGeometry, align_up
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import FetchOrder, Outcome, TransferReceipt
 
-FETCH_URGENCY = 2.0
-"""Behind loads in the step and loads between steps."""
+GIVE_WAY = 1.0
+"""Seconds for which loads from the disk go before each chunk."""
 
 
 class DiskFetcher:
@@ -33,8 +32,9 @@ class DiskFetcher:
         host: where they go; control has reserved their slots.
         mover: gives memory to read into.
         geometry: the engine's cache.
-        pool: the threads that load from the disk.
-        report: called with the receipt of each fetch, from one of them.
+        loads: the threads that load from the disk, which go first.
+        report: called with the receipt of each fetch, from a thread.
+        cores: cores the thread may run on.
         timeline: where spans go.
     """
 
@@ -44,8 +44,9 @@ class DiskFetcher:
         host: HostTier,
         mover: Mover,
         geometry: CacheGeometry,
-        pool: WorkerPool,
+        loads: WorkerPool,
         report: Callable[[Iterable[TransferReceipt]], None],
+        cores: frozenset[int] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._disk = disk
@@ -53,37 +54,28 @@ class DiskFetcher:
         self._mover = mover
         self._extent_bytes = geometry.extent_bytes
         self._chunk_bytes = geometry.chunk_bytes
-        self._pool = pool
+        self._loads = loads
+        self._pool = WorkerPool("fetch", 1, cores)
         self._report = report
         self._timeline = timeline
-        self._queue: deque[tuple[FetchOrder, int]] = deque()
-        self._queued = threading.Lock()
-        self._busy = False
+        self._closing = False
         self._staging: torch.Tensor | None = None
 
     def fetch(self, orders: Iterable[FetchOrder], step: int) -> None:
         """Queue chunks, behind those that are queued."""
-        with self._queued:
-            self._queue.extend((order, step) for order in orders)
-            idle = not self._busy and bool(self._queue)
-            self._busy |= idle
-        if idle:
-            self._submit()
+        for order in orders:
+            self._pool.submit((0, 0), partial(self._carry_out, order, step))
 
-    def _submit(self) -> None:
-        self._pool.submit((FETCH_URGENCY, 0), self._next)
-
-    def _next(self) -> None:
-        order, step = self._queue.popleft()
-        try:
-            self._carry_out(order, step)
-        finally:
-            with self._queued:
-                self._busy = bool(self._queue)
-            if self._busy:
-                self._submit()
+    def close(self, timeout: float) -> bool:
+        """Fetch no further chunk; False if the one under way took longer than ``timeout``
+        seconds."""
+        self._closing = True
+        return self._pool.close(timeout)
 
     def _carry_out(self, order: FetchOrder, step: int) -> None:
+        if self._closing:
+            return  # with the engine, and with whoever waits for a receipt
+        self._loads.await_idle(GIVE_WAY)
         began = time.perf_counter()
         reason, damaged = "", False
         try:

@@ -114,6 +114,7 @@ class Load:
         self.pieces = _cut(order.chunks, geometry)
         self.began = self.ended = time.perf_counter()
         self.moved_bytes = 0
+        self.released = False
         self.busy = 0.0
         self.bad: set[int] = set()
         self.damaged: set[int] = set()
@@ -180,6 +181,7 @@ class Load:
             seconds=self.ended - self.began,
             active=active,
             waited=waited,
+            released=self.released,
             busy=self.busy,
             bad_chunks=tuple(self.order.chunks[i].key for i in sorted(self.damaged)),
             reason=self.reason,
@@ -343,6 +345,8 @@ class LoadRun:
     def resume(self, grace: float) -> None:
         """Its requests go on; what is missing has so many seconds."""
         self.deadline = time.perf_counter() + grace
+        for load in self.loads:
+            load.released = True
 
     @property
     def expired(self) -> bool:

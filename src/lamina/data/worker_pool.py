@@ -75,6 +75,7 @@ class WorkerPool:
         while True:
             _, _, job = self._queue.get()
             if job is None:
+                self._queue.task_done()
                 return
             try:
                 job()
