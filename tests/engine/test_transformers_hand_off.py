@@ -3,6 +3,7 @@ whose requests are cancelled, and ways of running the library that are refused."
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import transformers
 from transformers.generation.configuration_utils import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -291,7 +291,9 @@ def test_a_hit_that_waits_for_room_is_not_overtaken(model: Any, expected: Tokens
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.20.0")
+    # Another test may have made the library's lazy module anew.
+    theirs = sys.modules[attach.__module__].transformers  # type: ignore[attr-defined]
+    monkeypatch.setattr(theirs, "__version__", "5.20.0")
     with pytest.raises(UnsupportedEngine, match=r"transformers 5\.20\.0 .* 5\.19\.x only"):
         attach()
 

@@ -189,6 +189,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=60, deadline=None)
 @example(at=0, damage=b"not a database at all")
 @example(at=18, damage=b"\xff\xff")
+@example(at=18, damage=b"\x03")
 @example(at=100, damage=bytes(8000))
 @given(at=st.integers(0, 1 << 15), damage=st.binary(min_size=1, max_size=300))
 def test_any_damage_to_the_index_costs_at_most_what_was_stored(

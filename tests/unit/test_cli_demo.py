@@ -161,7 +161,9 @@ def test_an_interrupt_leaves_nothing_running(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE_MODE", "hangs")
-    program = "from lamina.cli.main import main; main()"
+    # What a shell runs in the background ignores an interrupt, and so do its children.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heeds}; from lamina.cli.main import main; main()"
     command = [sys.executable, "-c", program, "demo", "--model-dir", str(folder / "models")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
         while demo.poll() is None and not (folder / "hanging").exists():
@@ -254,6 +256,6 @@ time.sleep(60)
     log = tmp_path / "log"
     with Server([sys.executable, "-c", program], 0, {}, log, polite=True):
         deadline = time.monotonic() + 10
-        while "polite" not in log.read_text() and time.monotonic() < deadline:
+        while not log.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.01)
     assert log.read_text() == "polite\n"

@@ -237,6 +237,8 @@ class DiskIndex(ChunkTable):
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise DamagedIndex(" ".join(str(verdict).split()))
+        # A damaged header can say that SQLite must only read it.
+        database.executescript("BEGIN IMMEDIATE; ROLLBACK")
         found = [ShardLayout.decode(text) for (text,) in database.execute("SELECT * FROM shard")]
         if found == [self._layout]:
             self._load()
