@@ -238,7 +238,7 @@ class DiskIndex(ChunkTable):
         if verdict != "ok":
             raise DamagedIndex(" ".join(str(verdict).split()))
         # A damaged header can say that SQLite must only read it.
-        database.executescript("BEGIN IMMEDIATE; ROLLBACK")
+        database.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 1; ROLLBACK")
         found = [ShardLayout.decode(text) for (text,) in database.execute("SELECT * FROM shard")]
         if found == [self._layout]:
             self._load()
