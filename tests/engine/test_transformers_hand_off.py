@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import (
     ContinuousBatchingConfig,
     GenerationConfig,
 )
+from transformers.generation.continuous_batching.requests import RequestState
 
 from engine.batching import Engine, Tokens, load_model
 from engine.models import Checkpoints
@@ -356,3 +357,60 @@ def test_a_store_for_weights_of_unknown_origin_is_refused(llama: Path, tmp_path:
     assert "identity" in refused(model, attach(ROOMY, PARKED | disk))
     with Engine(model, ROOMY, PARKED | disk | {"identity": "mine"}) as engine:
         engine.turn([LONG])
+
+
+# -- sessions, forks, figures ----------------------------------------------------------------------
+
+
+def test_a_hard_stop_leaves_nothing_to_the_next_session(model: Any, gate: Gate) -> None:
+    """The library drops its waiting requests without a word."""
+    with Engine(model, ROOMY, PARKED) as engine:
+        engine.turn([LONG])
+        forget(engine)
+        gate.opened.clear()
+        engine.submit(LONG)
+        assert gate.reached.wait(30)
+        manager = engine.manager
+        manager.stop(hard_stop=True, keep_for_next_session=True)
+        gate.opened.set()
+        while not manager.output_router.output_queue.empty():
+            manager.output_router.output_queue.get()
+        manager.switch_to_cb_friendly_attn(model, True)
+        manager.start()
+        name = engine.submit(LONG[:40])
+        assert engine.await_answers([name])[name]
+        assert manager.background_thread_status.fatal_error is None
+
+
+@pytest.mark.parametrize("settings", [PARKED, LAYERWISE], ids=["parked", "layerwise"])
+def test_a_hit_of_all_but_one_token_is_forked(model: Any, settings: dict[str, Any]) -> None:
+    tokens = LONG[:193]
+    with Engine(model, ROOMY, settings) as engine:
+        (first,) = engine.turn([tokens])
+        forget(engine)
+        state = RequestState(
+            request_id="f",
+            initial_tokens=list(tokens),
+            num_children=2,
+            max_new_tokens=len(first),
+            eos_token_id=-1,
+        )
+        engine.manager.input_queue.put(state)
+        engine.manager._wake_up_loop.set()
+        names = ["f", "f__child#0", "f__child#1"]
+        assert list(engine.await_answers(names).values()) == [first] * 3
+
+
+def test_figures_are_the_same_for_everybody_who_asks(model: Any) -> None:
+    with Engine(model, ROOMY, PARKED) as engine:
+        engine.turn([LONG])
+        engine.settle()
+        assert engine.figures() == engine.figures()
+        assert engine.figures()["lookups"] == 1
+        assert engine.figures()["tier_capacity_bytes host"] > 0
+
+
+def test_one_configuration_is_known_to_the_library_once() -> None:
+    settings = {"host": {"capacity": "2MiB"}}
+    assert attach(None, settings).scheduler_type == attach(None, settings).scheduler_type
+    assert attach(None, settings).scheduler_type != attach(None, {}).scheduler_type

@@ -87,6 +87,7 @@ class _Entry:
         start: tokens that it has with its load.
         until: see :class:`Admission`.
         loading: whether its load has not ended.
+        void: whether what that brings does not count any more, because of a reset.
         begun: whether it has run since.
     """
 
@@ -97,6 +98,7 @@ class _Entry:
     start: int
     until: int = 0
     loading: bool = False
+    void: bool = False
     begun: bool = False
 
 
@@ -123,6 +125,7 @@ class HandOff:
         self._entries: dict[str, _Entry] = {}
         self._cut: list[Resumption] = []
         self._admitted = 0
+        self._expected: set[str] = set()
 
     # -- who may run -------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class HandOff:
         """A request waits for its blocks: what it will load may come nearer meanwhile, from disk to
         host memory. Engines need not say so."""
         self._must_wait(view.request_id)
+        self._expected.add(view.request_id)
         self._planner.arrived(view)
 
     def look(self, view: RequestView, floor: int, *, declined: str = "") -> int:
@@ -177,6 +181,7 @@ class HandOff:
             HandOffError: if it has been admitted already.
         """
         self._must_wait(view.request_id)
+        self._expected.discard(view.request_id)
         self._admitted += 1
         entry = _Entry(view, self._admitted, Phase.RUNNING, floor, floor)
         self._entries[view.request_id] = entry
@@ -268,7 +273,7 @@ class HandOff:
             if entry is None or not entry.loading:
                 continue
             entry.loading = False
-            if end.failed:
+            if end.failed or entry.void:
                 entry.start = entry.floor
             if entry.phase is Phase.DRAINING:
                 del self._entries[end.request_id]
@@ -293,6 +298,7 @@ class HandOff:
             computed: tokens of it that have been computed and are right; 0 if that is not sure.
             blocks: per group, its block ids in token order; none if ``computed`` is 0.
         """
+        self._expected.discard(request_id)
         entry = self._entries.get(request_id)
         if entry is not None and entry.loading:
             entry.phase = Phase.DRAINING
@@ -300,9 +306,20 @@ class HandOff:
             self._entries.pop(request_id, None)
         self._planner.finished(request_id, computed, blocks)
 
+    def abandon_all(self) -> list[str]:
+        """No request is known to the engine any more; returns those that were. Their blocks may be
+        freed after this call."""
+        known = [name for name, e in self._entries.items() if e.phase is not Phase.DRAINING]
+        known += sorted(self._expected.difference(known))
+        for request_id in known:
+            self.finished(request_id, 0)
+        return known
+
     def reset(self) -> None:
-        """Forget every chunk in every tier."""
+        """Forget every chunk in every tier; what is on its way to a request does not count."""
         self._planner.reset()
+        for entry in self._entries.values():
+            entry.void = entry.loading
 
     @property
     def has_work(self) -> bool:

@@ -9,6 +9,7 @@ says what it has to do then.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
@@ -147,6 +148,8 @@ class Standalone:
         self.wait_layer = self._executor.wait_layer
         self.layer_written = self._executor.layer_written
         self._totals: dict[Series, float] = defaultdict(float)
+        self._gauges: dict[Series, float] = {}
+        self._counting = threading.Lock()
         self._in_step = self._loads_in_step = False
         self._closed = False
 
@@ -199,19 +202,22 @@ class Standalone:
 
     def _collect(self) -> None:
         self.hand_off.receive([self._executor.collect().receipt])
+        self._planner.gauges()
         readings = self._meter.drain()
-        for series, amount in readings.counters.items():
-            self._totals[series] += amount
-        for (name, labels), values in readings.observations.items():
-            self._totals[name + "_sum", labels] += sum(values)
-            self._totals[name + "_count", labels] += len(values)
+        with self._counting:
+            for series, amount in readings.counters.items():
+                self._totals[series] += amount
+            for (name, labels), values in readings.observations.items():
+                self._totals[name + "_sum", labels] += sum(values)
+                self._totals[name + "_count", labels] += len(values)
+            self._gauges.update(readings.gauges)
 
     def figures(self) -> dict[str, float]:
         """What Lamina has counted since the start, by names of :data:`lamina.observe.metrics
-        .METRICS` with the labels' values behind them, and the state that it is in; of what is
-        distributed, sum and count."""
-        self._planner.gauges()
-        series = {**self._totals, **self._meter.drain().gauges}
+        .METRICS` with the labels' values behind them, and the state that it is in, as of the last
+        step; of what is distributed, sum and count. Any thread may ask."""
+        with self._counting:
+            series = {**self._totals, **self._gauges}
         return {" ".join((name, *labels)): value for (name, labels), value in series.items()}
 
     def close(self) -> None:

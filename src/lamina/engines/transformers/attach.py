@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lamina.config import load_config
+from lamina.config import Config, load_config
 from lamina.engines.standalone import Standalone
 from lamina.engines.transformers.scheduler import WithLamina
 
@@ -21,7 +20,8 @@ SUPPORTED = "5.19."
 """Versions of transformers whose continuous batching is known: names that are relied on there are
 not part of its public interface."""
 
-_numbers = itertools.count(1)
+_names: dict[tuple[str, Config], str] = {}
+"""What the library knows a kind of scheduler and a configuration by: one name, however often."""
 
 
 class UnsupportedEngine(ValueError):
@@ -80,10 +80,12 @@ def attach(
         )
     if isinstance(base, partial):
         raise UnsupportedEngine("this configuration has Lamina already: attach to another one")
-    name = f"{batching.scheduler_type} with lamina {next(_numbers)}"
-    SCHEDULER_MAPPING[name] = partial(
-        type(f"{base.__name__}WithLamina", (WithLamina, base), {}), config
-    )
+    kind = (batching.scheduler_type, config)
+    name = _names.setdefault(kind, f"{batching.scheduler_type} with lamina {len(_names) + 1}")
+    if name not in SCHEDULER_MAPPING:
+        SCHEDULER_MAPPING[name] = partial(
+            type(f"{base.__name__}WithLamina", (WithLamina, base), {}), config
+        )
     return replace(batching, scheduler_type=name, use_async_batching=False, use_cuda_graph=graphs)
 
 

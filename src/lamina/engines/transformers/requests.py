@@ -23,6 +23,8 @@ class TransformersRequest(TextRequest):
 
     def __init__(self, state: RequestState, allocators: Sequence[CacheAllocator]) -> None:
         super().__init__(state.request_id)
+        # Of one that is to be forked the library computes two tokens at least.
+        self.recompute_tokens = 2 if state.num_children else 1
         self._state = state
         self._allocators = allocators
 

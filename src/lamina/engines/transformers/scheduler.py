@@ -86,18 +86,22 @@ class WithLamina(Scheduler):
             null_block=layout.NO_BLOCK,
         )
         weakref.finalize(self, self.lamina.close)
-        hook_layers(cache, self.lamina)
         self._in_sight: list[str] = []
         self._loaded: dict[str, tuple[int, int]] = {}
-        super().__init__(cache, safety_margin, max_requests_per_batch)
+        try:
+            hook_layers(cache, self.lamina)
+            super().__init__(cache, safety_margin, max_requests_per_batch)
+        except BaseException:  # the error's traceback keeps this object, and with it the store
+            self.lamina.close()
+            raise
 
     # -- what the library calls --------------------------------------------------------------
 
     def reset(self) -> None:
         """A new session: the requests of the one before are gone."""
-        for states in (getattr(self, "active_requests", {}), getattr(self, "waiting_requests", {})):
-            for request_id in states:
-                self.lamina.hand_off.finished(request_id, 0)
+        for request_id in self.lamina.hand_off.abandon_all():
+            if any(request_id in allocator.block_table for allocator in self._allocators):
+                self.cache.free_blocks(request_id)
         self._loaded.clear()
         super().reset()
 
@@ -138,8 +142,9 @@ class WithLamina(Scheduler):
 
     def add_waiting_request(self, state: RequestState) -> None:
         """A request waits; one that was reset has new tokens to wait with."""
-        super().add_waiting_request(state)
+        # First, because the library fails a request alone whose arrival is refused.
         self.lamina.hand_off.arrived(self._view(state))
+        super().add_waiting_request(state)
 
     def finish_request(self, request_id: str) -> None:
         """A request has ended, or its blocks are taken away and it will wait again."""
@@ -253,9 +258,7 @@ class WithLamina(Scheduler):
         hand_off = self.lamina.hand_off
         if hand_off.phase(request_id) in (Phase.WAITING, Phase.DRAINING):
             # The library has let it in: it has blocks for this batch only.
-            view = self._view(state)
-            hit = hand_off.look(view, start)
-            hand_off.admit(view, start, declined="not_all_blocks" if hit else "")
+            hand_off.admit(self._view(state), start, declined="not_all_blocks")
         if request_id in self._loaded:  # by the time that the library marks them they are there
             for name, count in self._blocks(*self._loaded.pop(request_id)).items():
                 future.complete_blocks[name] = future.complete_blocks.get(name, 0) + count
