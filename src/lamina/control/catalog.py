@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lamina.control.eviction import LeastRecentlyUsed
+from lamina.control.eviction import SegmentedLeastRecentlyUsed
 from lamina.plan import ChunkKey, RankReport, StoredChunk, TierName
 
 
@@ -45,7 +45,7 @@ class TierCatalog:
         self.arrivals = 0
         self._visible: dict[ChunkKey, int] = {}
         self._filling: dict[ChunkKey, int] = {}
-        self._order = LeastRecentlyUsed()
+        self._order = SegmentedLeastRecentlyUsed()
         self._leases: dict[int, int] = {}
         self._orphans: set[int] = set()
         self._free: list[int] = list(range(slots - 1, -1, -1))
@@ -99,7 +99,7 @@ class TierCatalog:
         """Make a filled chunk visible."""
         self.arrivals += 1
         self._visible[key] = self._filling.pop(key)
-        self._order.use(key)
+        self._order.add(key)
 
     def abandon(self, key: ChunkKey) -> None:
         """Give back the slot of a chunk that will not be filled."""
@@ -137,15 +137,21 @@ class TierCatalog:
             self._orphans.remove(slot)
             self._free.append(slot)
 
-    def use(self, keys: Sequence[ChunkKey]) -> None:
-        """Note a use of visible ``keys``, given in prefix order.
+    def touch(self, keys: Sequence[ChunkKey]) -> None:
+        """Note that visible ``keys``, given in prefix order, are of use to whoever had them kept.
 
         The first becomes the most recently used, because a chunk is of no use without the ones
         before it.
         """
         for key in reversed(keys):
             if key in self._visible:
-                self._order.use(key)
+                self._order.touch(key)
+
+    def reuse(self, keys: Sequence[ChunkKey]) -> None:
+        """As :meth:`touch`, for a request that found them: they are kept longer from now on."""
+        for key in reversed(keys):
+            if key in self._visible:
+                self._order.reuse(key)
 
     def adopt(self, stored: Iterable[StoredChunk]) -> None:
         """Take over chunks that the tier already held when it was opened, oldest first."""
@@ -155,7 +161,7 @@ class TierCatalog:
                 continue
             taken.add(chunk.slot)
             self._visible[chunk.key] = chunk.slot
-            self._order.use(chunk.key)
+            self._order.add(chunk.key)
         self._free = [slot for slot in self._free if slot not in taken]
 
     def _retire(self, slot: int) -> None:

@@ -127,7 +127,7 @@ class FetchPlanner:
         """What must be fetched for a request. What the host has of it is not given up meanwhile,
         if that can be helped."""
         needed = list(self._needed(record))
-        self._catalog.host.use([place.key for place in needed])
+        self._catalog.host.touch([place.key for place in needed])
         return [place for place in needed if place.tier is TierName.DISK]
 
     def _fetch(

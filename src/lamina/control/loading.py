@@ -299,6 +299,22 @@ class LoadPlanner:
         found = self._find_prefix(record, 0)
         return [chunk.place for chunk in self._chunks_of(record.known_keys(), 0, found.tokens)]
 
+    def reuse(self, record: RequestRecord, end: int) -> None:
+        """Note that others had computed the first ``end`` tokens of a request, wherever it found
+        them: what it takes to find as much again is worth keeping."""
+        chunk, groups = self._shape.chunk_tokens, record.known_keys()
+        if not end:
+            return
+        firsts = [self._first_chunk(group, 0, end) for group in range(len(groups))]
+        keys = [
+            groups[group][index]
+            for index in range(min(firsts), min(-(-end // chunk), len(groups[0])))
+            for group, first in enumerate(firsts)
+            if index >= first
+        ]
+        for tier in self._catalog.tiers.values():
+            tier.reuse(keys)
+
     # -- loads -------------------------------------------------------------------------------
 
     def order(self, record: RequestRecord, *, step: int, now: float, partial: bool = False) -> None:
@@ -343,9 +359,6 @@ class LoadPlanner:
         )
         record.load = transfer.id
         self._begin(transfer, record, now)
-        by_prefix = sorted(chunks, key=lambda chunk: chunk.start)
-        for tier in self._catalog.tiers.values():
-            tier.use([chunk.place.key for chunk in by_prefix])
         self.orders.append(
             LoadOrder(
                 transfer.id,

@@ -274,6 +274,8 @@ class Planner:
         self._meter.count("lookups", 1)
         self._meter.count("lookup_tokens", story.prompt)
         self._meter.count("hit_tokens", story.engine, tier="engine")
+        if not record.epoch:  # one that comes back finds what it had computed itself
+            self._loading.reuse(record, story.engine + (story.loaded if loaded else 0))
         if loaded == 0:
             if story.host + story.disk:
                 reason = story.reason if story.reason != "hit" else "declined_by_engine"
@@ -457,7 +459,7 @@ class Planner:
             self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
         for tier in self._catalog.tiers.values():
-            tier.use([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])
+            tier.touch([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])
         self._saving.order_passed(step=self._step, now=self._clock.now, ended=record)
         if self._source is not None:
             self._source.finished(record, computed, blocks)
