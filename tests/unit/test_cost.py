@@ -22,7 +22,7 @@ from lamina.control.policy import (
     Situation,
     predict_load,
 )
-from lamina.plan import LoadMode, Outcome, Receipt, TierName, TransferReceipt
+from lamina.plan import FetchOrder, LoadMode, Outcome, Receipt, TierName, TransferReceipt
 
 HOST, DISK = TierName.HOST, TierName.DISK
 CHUNK = 64
@@ -302,3 +302,43 @@ class TestInThePlanner:
         assert engine.planner.lookup(later, 0).tokens == 0, "still slow: it is left alone longer"
         engine.wait(RETRY_SECONDS)
         assert engine.planner.lookup(later, 0).tokens == 32
+
+    def cut_where_the_disk_begins(self, engine: Engine, name: str) -> tuple[FetchOrder, ...]:
+        """A request loads the half of its prompt that is in the host, and computes what is on a
+        disk that is thought to be slow; the fetches of its step."""
+        view = View(name, prompt(4 * 32 + 12), first_block=60)
+        assert engine.planner.lookup(view, 0).tokens == 64
+        assert engine.planner.hit_sources(name) == {HOST: 64}
+        engine.planner.admitted(name, 64)
+        plan = engine.step()
+        engine.answer(*(load.transfer for load in plan.loads))
+        engine.planner.finished(name, 0, [list(range(60, 80))])
+        return plan.fetches
+
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_a_disk_behind_a_prefix_in_the_host_is_measured_again(self, fast: bool) -> None:
+        """Loads that stop where the disk begins say nothing of the disk."""
+        costs = CostModel()
+        costs.loaded(HOST, 2 * CHUNK_BYTES, 1e-3)
+        costs.loaded(DISK, 2 * CHUNK_BYTES, 10.0)
+        costs.computed(0, 140, 0.5)
+        engine = Engine(disk_slots=20, costs=costs.costs)
+        engine.save(View("a", prompt(140)))
+        while engine.planner.has_work:
+            engine.settle_writes()
+        host = engine.planner._catalog.host
+        for key in list(host.visible)[2:]:
+            host.drop(key)
+        assert not self.cut_where_the_disk_begins(engine, "first")
+        engine.wait(RETRY_SECONDS)
+        (fetch,) = self.cut_where_the_disk_begins(engine, "second")
+        seconds = 1e-3 if fast else 5.0
+        receipt = TransferReceipt(fetch.transfer, Outcome.DONE, CHUNK_BYTES, seconds=seconds)
+        engine.planner.receive([Receipt(0, (receipt,))])
+        host.drop(fetch.key)
+        later = View("later", prompt(140), first_block=80)
+        found = engine.planner.lookup(later, 0).tokens
+        assert found > 64 if fast else found == 64
+        if not fast:
+            engine.wait(RETRY_SECONDS)
+            assert not self.cut_where_the_disk_begins(engine, "third"), "left alone longer"

@@ -74,6 +74,7 @@ class FetchPlanner:
         self._needed = needed
         self._chunk_bytes = chunk_bytes
         self._waiting: dict[str, _Waiting] = {}
+        self._asked: list[tuple[str, Location]] = []
 
     @property
     def enabled(self) -> bool:
@@ -90,18 +91,35 @@ class FetchPlanner:
         """A request has its blocks, or has ended: no more is fetched for it."""
         self._waiting.pop(request_id, None)
 
+    def ask(self, request_id: str, place: Location) -> None:
+        """Fetch one chunk with the next plan, whoever waits."""
+        if self.enabled:
+            self._asked.append((request_id, place))
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the next plan carries a fetch that was asked for."""
+        return bool(self._asked)
+
     def order(self, *, step: int, now: float) -> tuple[FetchOrder, ...]:
-        """Fetches for those that wait, the first come first, as far as there is room.
+        """What was asked for, and fetches for those that wait, the first come first, as far as
+        there is room.
 
         Args:
             step: the step whose plan will carry the orders.
             now: control's clock.
         """
-        if not self._waiting or not self._breakers.loads(TierName.DISK).closed:
+        asked = self._asked.copy()
+        self._asked.clear()
+        if not (self._waiting or asked) or not self._breakers.loads(TierName.DISK).closed:
             return ()
         room = self._catalog.host.slots // LARGEST_SHARE
         room -= sum(waiting.fetched for waiting in self._waiting.values())
         orders: list[FetchOrder] = []
+        for request_id, wanted in asked:
+            order = self._fetch(request_id, wanted, step, now) if self._may_fetch else None
+            if order is not None:
+                orders.append(order)
         for waiting in self._waiting.values():
             if room <= 0 or not self._may_fetch:
                 break
@@ -111,7 +129,7 @@ class FetchPlanner:
                 place = next(waiting.needed, None)
                 if place is None:
                     break
-                order = self._fetch(waiting.record, place, step, now)
+                order = self._fetch(waiting.record.view.request_id, place, step, now)
                 if order is not None:
                     waiting.fetched += 1
                     room -= 1
@@ -130,9 +148,7 @@ class FetchPlanner:
         self._catalog.host.touch([place.key for place in needed])
         return [place for place in needed if place.tier is TierName.DISK]
 
-    def _fetch(
-        self, record: RequestRecord, place: Location, step: int, now: float
-    ) -> FetchOrder | None:
+    def _fetch(self, request_id: str, place: Location, step: int, now: float) -> FetchOrder | None:
         host, disk = self._catalog.host, self._catalog.disk
         assert disk is not None
         if host.holds(place.key) or not self._catalog.held(place):
@@ -143,7 +159,7 @@ class FetchPlanner:
         disk.lease(place.slot)
         transfer = self._transfers.open(
             Kind.FETCH,
-            record.view.request_id,
+            request_id,
             step=step,
             expires=now + self._patience,
             size=self._chunk_bytes,

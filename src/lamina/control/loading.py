@@ -51,6 +51,11 @@ class _Slow:
     until: float
     pause: float
 
+    def tried(self, now: float) -> None:
+        """A little of it is brought; unless that is fast it is left alone longer than before."""
+        self.pause = min(2 * self.pause, LONGEST_RETRY)
+        self.until = now + self.pause
+
 
 @dataclass(frozen=True, slots=True)
 class LoadEnd:
@@ -175,8 +180,9 @@ class LoadPlanner:
             declined,
             decision,
         )
-        if decision.reason == "slower_than_computing":
-            for tier in tiers:
+        taken = _split(found.parts, decision.tokens)
+        if decision.reason in {"slower_than_computing", "hit_in_part"}:
+            for tier in tiers - taken.keys():
                 self._slow.setdefault(tier, _Slow(now + RETRY_SECONDS, RETRY_SECONDS))
         record.patience = decision.patience
         record.story = Story(
@@ -189,7 +195,7 @@ class LoadPlanner:
             reason=decision.reason,
             predicted_load=decision.load,
             predicted_compute=decision.compute,
-            taken=_split(found.parts, decision.tokens),
+            taken=taken,
         )
         return Hit(decision.tokens, decision.mode)
 
@@ -393,8 +399,7 @@ class LoadPlanner:
             if record.story.reason != "hit_to_measure":
                 self._slow.pop(tier, None)
             elif (slow := self._slow.get(tier)) is not None:
-                slow.pause = min(2 * slow.pause, LONGEST_RETRY)
-                slow.until = now + slow.pause
+                slow.tried(now)
         self._ahead[transfer.id] = sum(self._queued[tier] for tier in transfer.tiers)
         for place in transfer.chunks:
             self._queued[place.tier] += self._chunk_bytes
@@ -414,6 +419,33 @@ class LoadPlanner:
             self._cost.given_up(tier, transfer.size + ahead, moved, transfer.active)
         else:
             self._cost.loaded(tier, moved, transfer.active)
+
+    def to_measure(self, record: RequestRecord, now: float) -> Location | None:
+        """A chunk of the disk to be fetched because a hit was cut where the disk begins, long
+        enough after that was last found right; None if there is none. A load would bring host and
+        disk together, and not say how long either took."""
+        slow = self._slow.get(TierName.DISK)
+        story = record.story
+        if (
+            slow is None
+            or now < slow.until
+            or story.reason != "hit_in_part"
+            or TierName.DISK in story.taken
+        ):
+            return None
+        slow.tried(now)
+        found = self._chunks_of(
+            record.known_keys(), record.hit.floor, record.hit.floor + record.hit.tokens
+        )
+        places = (chunk.place for chunk in found)
+        return next((place for place in places if place.tier is TierName.DISK), None)
+
+    def fetched(self, transfer: Transfer) -> None:
+        """A chunk has come to the host from a tier: if that was too slow to load from, this is how
+        slow it is now."""
+        tier = transfer.chunks[0].tier
+        if tier in self._slow and transfer.state is State.DONE:
+            self._cost.loaded(tier, transfer.moved_bytes, transfer.seconds)
 
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
         """Take in a load that has ended.

@@ -291,6 +291,8 @@ class Planner:
             self._target.order(record, story.engine, start, end, step=self._step)
         if story.loaded:
             self._loading.order(record, step=self._step, now=now, partial=story.pushed > 0)
+            if (place := self._loading.to_measure(record, now)) is not None:
+                self._fetching.ask(request_id, place)
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
@@ -519,6 +521,7 @@ class Planner:
                 self._saving.settle_write(transfer)
             elif transfer.kind is Kind.FETCH:
                 self._fetching.settle(transfer)
+                self._loading.fetched(transfer)
             elif transfer.kind is Kind.PUSH:
                 assert self._source is not None
                 self._source.settle(transfer)
@@ -574,6 +577,7 @@ class Planner:
         """Whether the engine must keep stepping so that orders go out and receipts come in."""
         return (
             bool(self._loading.orders or self._saving.orders or self._catalog.forgotten)
+            or self._fetching.has_orders
             or self._saving.may_write
             or self._transfers.pending
             or self._push_pending
