@@ -1,10 +1,10 @@
-"""What comes back into the engine: which chunks are hit, whether they are loaded, and how."""
+"""What comes back into the engine: whether a hit is loaded, how much of it, and how."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 from lamina.config import Config
@@ -12,13 +12,15 @@ from lamina.control.breakers import Breakers
 from lamina.control.catalog import Catalog, Location
 from lamina.control.cost import CostModel
 from lamina.control.decisions import DecisionRecord, PolicySettings
+from lamina.control.hits import HitFinder
 from lamina.control.leases import LeaseBook
-from lamina.control.policy import LONGEST_RETRY, RETRY_SECONDS, HitPart, LoadPolicy, Situation
-from lamina.control.requests import ChunkShape, FoundChunk, FoundPrefix, RequestRecord, Story
+from lamina.control.policy import HitPart, LoadPolicy, Situation
+from lamina.control.requests import ChunkShape, FoundChunk, RequestRecord, Story
+from lamina.control.slow_tiers import SlowTiers
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
-from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, TierName, TransferId
+from lamina.plan import ChunkLoad, LoadMode, LoadOrder, TierName, TransferId
 
 stories = logging.getLogger("lamina.requests")
 
@@ -39,24 +41,6 @@ class Hit:
     mode: LoadMode
 
 
-@dataclass(slots=True)
-class _Slow:
-    """A tier that was found too slow.
-
-    Attributes:
-        until: control's clock when it is measured again.
-        pause: seconds before that.
-    """
-
-    until: float
-    pause: float
-
-    def tried(self, now: float) -> None:
-        """A little of it is brought; unless that is fast it is left alone longer than before."""
-        self.pause = min(2 * self.pause, LONGEST_RETRY)
-        self.until = now + self.pause
-
-
 @dataclass(frozen=True, slots=True)
 class LoadEnd:
     """A load has ended on every rank, in the epoch that its request is in.
@@ -71,12 +55,13 @@ class LoadEnd:
 
 
 class LoadPlanner:
-    """Finds hits, plans loads, and settles them. A part of the planner.
+    """Plans loads of what is hit, and settles them. A part of the planner.
 
     Args:
         config: the whole tree.
         shape: tokens of blocks and chunks.
         catalog: where chunks are.
+        hits: finds what is kept of a request.
         transfers: all transfers of the engine.
         leases: holds on engine blocks.
         breakers: which tiers are in use.
@@ -98,6 +83,7 @@ class LoadPlanner:
         config: Config,
         shape: ChunkShape,
         catalog: Catalog,
+        hits: HitFinder,
         transfers: TransferTable,
         leases: LeaseBook,
         breakers: Breakers,
@@ -113,10 +99,11 @@ class LoadPlanner:
         self._cost = cost
         self._queued = dict.fromkeys(TierName, 0)
         self._ahead: dict[TransferId, int] = {}
-        self._slow: dict[TierName, _Slow] = {}
+        self._slow = SlowTiers()
         self._deadline = config.load.deadline
         self._shape = shape
         self._catalog = catalog
+        self._hits = hits
         self._transfers = transfers
         self._leases = leases
         self._leases_loads = leases_loads
@@ -151,7 +138,7 @@ class LoadPlanner:
             others_active: whether the engine has other requests to run.
             now: control's clock.
         """
-        found = self._find_prefix(record, floor)
+        found = self._hits.find(record, floor)
         by_tier = _split(found.parts, found.tokens)
         tiers = {part.tier for part in found.parts}
         situation = Situation(
@@ -160,7 +147,7 @@ class LoadPlanner:
             others_active=others_active,
             reports_blocks=self._reports_blocks,
             trying=any(not self._breakers.loads(tier).closed for tier in tiers),
-            out_of_use=not found.tokens and self._is_out_of_use(record, found),
+            out_of_use=not found.tokens and self._hits.is_out_of_use(record, found),
             floor=floor,
             prompt=record.view.num_tokens,
             parts=found.parts,
@@ -168,7 +155,7 @@ class LoadPlanner:
             queued=tuple((tier, size) for tier, size in self._queued.items() if size),
             chunk_tokens=self._shape.chunk_tokens,
             step_tokens=self._step_tokens,
-            retries=frozenset(t for t, slow in self._slow.items() if now >= slow.until),
+            retries=self._slow.due(now),
         )
         declined = declined or record.distrust
         decision = self._policy.decide(situation, self._cost.costs, declined)
@@ -182,8 +169,7 @@ class LoadPlanner:
         )
         taken = _split(found.parts, decision.tokens)
         if decision.reason in {"slower_than_computing", "hit_in_part"}:
-            for tier in tiers - taken.keys():
-                self._slow.setdefault(tier, _Slow(now + RETRY_SECONDS, RETRY_SECONDS))
+            self._slow.decline(tiers - taken.keys(), now)
         record.patience = decision.patience
         record.story = Story(
             prompt=record.view.num_tokens,
@@ -199,128 +185,6 @@ class LoadPlanner:
         )
         return Hit(decision.tokens, decision.mode)
 
-    def _find_prefix(self, record: RequestRecord, floor: int) -> FoundPrefix:
-        """The longest prefix of which every group has what it needs. The part of it that all of a
-        prefix is needed of is extended, not sought again."""
-        found, shape, chunk = record.hit, self._shape, self._shape.chunk_tokens
-        losses = self._catalog.losses + self._breakers.refusals
-        arrivals = self._catalog.arrivals, self._catalog.readable()
-        if found.floor != floor or found.losses != losses:
-            found = FoundPrefix(floor, losses, (-1, ()), floor // chunk)
-        groups = record.known_keys()
-        full = [groups[group] for group in shape.full]
-        end_chunk = self._catalog.prefix_end(full, found.end_chunk, len(groups[0]))
-        same = found.arrivals == arrivals or not (shape.sparse or found.below_host)
-        if end_chunk == found.end_chunk and same:
-            record.hit = found
-            return found
-        # Cut before looking: a state that is too far ahead cannot be cut afterwards.
-        resume = shape.resume_tokens
-        usable = max(0, record.view.num_tokens - record.view.recompute_tokens) // resume * resume
-        end = self._last_boundary(groups, floor, min(end_chunk * chunk, usable))
-        tokens = max(0, end - floor)
-        if tokens == found.tokens and found.arrivals[0] >= 0 and not found.below_host:
-            record.hit = replace(found, arrivals=arrivals, end_chunk=end_chunk)
-        else:
-            parts = self._parts_of(groups, floor, end) if tokens else ()
-            record.hit = FoundPrefix(floor, losses, arrivals, end_chunk, tokens, parts)
-        return record.hit
-
-    def _parts_of(
-        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
-    ) -> tuple[HitPart, ...]:
-        """A hit by tiers: as the first group has them that has all of its tokens, with the bytes
-        of every group."""
-        chunk, counts = self._shape.chunk_tokens, dict.fromkeys(TierName, 0)
-        runs: list[tuple[TierName, int]] = []
-        for group, keys in enumerate(groups):
-            found = self._catalog.runs(keys, self._first_chunk(group, floor, end), -(-end // chunk))
-            for tier, count in found:
-                counts[tier] += count
-            if self._shape.full and group == self._shape.full[0]:
-                runs = found
-        sizes = {tier: count * self._chunk_bytes for tier, count in counts.items()}
-        if not runs:
-            tier = TierName.DISK if sizes[TierName.DISK] else TierName.HOST
-            return (HitPart(tier, end - floor, sum(sizes.values())),)
-        parts, index = [], floor // chunk
-        spread = {tier: sum(count for t, count in runs if t is tier) for tier in TierName}
-        for tier, count in runs:
-            first, last = max(floor, index * chunk), min(end, (index + count) * chunk)
-            parts.append(HitPart(tier, last - first, sizes[tier] * count // spread[tier]))
-            index += count
-        stray = {tier for tier, count in counts.items() if count and not spread[tier]}
-        return (*parts, *(HitPart(tier, 0, sizes[tier]) for tier in sorted(stray)))
-
-    def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
-        """The last boundary up to ``end`` at which every window and state is there that a request
-        with the first ``floor`` tokens lacks; ``floor`` or less if there is none."""
-        chunk, held = self._shape.chunk_tokens, self._catalog.finder()
-        while end > floor:
-            gap = -1
-            for group in self._shape.sparse:
-                first = self._first_chunk(group, floor, end)
-                for index in range((end - 1) // chunk, first - 1, -1):
-                    if held(groups[group][index]) is None:
-                        gap = max(gap, index)
-                        break
-            if gap < 0:
-                return end
-            end = gap * chunk  # no later one does without that chunk
-        return end
-
-    def _first_chunk(self, group: int, floor: int, end: int) -> int:
-        """The first chunk that a group needs of a prefix of ``end`` tokens."""
-        shape, chunk = self._shape.groups[group], self._shape.chunk_tokens
-        if shape.kind is GroupKind.STATE:
-            return (end - 1) // chunk
-        return max(floor, shape.first_token(end)) // chunk
-
-    def _chunks_of(
-        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
-    ) -> tuple[FoundChunk, ...]:
-        """What a request must load to go on behind its first ``end`` tokens when it has the first
-        ``floor``."""
-        chunk, find = self._shape.chunk_tokens, self._catalog.finder()
-        found = []
-        for group, keys in enumerate(groups):
-            block = self._shape.groups[group].block_tokens
-            start = max(floor, self._shape.groups[group].first_token(end) // block * block)
-            for index in range(self._first_chunk(group, floor, end), -(-end // chunk)):
-                place = find(keys[index])
-                assert place is not None, "a boundary was found at which it is not there"
-                first, last = max(start, index * chunk), min(end, (index + 1) * chunk)
-                found.append(FoundChunk(place, group, first, last))
-        return tuple(found)
-
-    def _is_out_of_use(self, record: RequestRecord, found: FoundPrefix) -> bool:
-        return any(
-            self._catalog.out_of_use(keys[found.end_chunk])
-            for keys in record.known_keys()
-            if found.end_chunk < len(keys)
-        )
-
-    def needed(self, record: RequestRecord) -> list[Location]:
-        """Where everything is that a request would load that has no tokens in the engine."""
-        found = self._find_prefix(record, 0)
-        return [chunk.place for chunk in self._chunks_of(record.known_keys(), 0, found.tokens)]
-
-    def reuse(self, record: RequestRecord, end: int) -> None:
-        """Note that others had computed the first ``end`` tokens of a request, wherever it found
-        them: what it takes to find as much again is worth keeping."""
-        chunk, groups = self._shape.chunk_tokens, record.known_keys()
-        if not end:
-            return
-        firsts = [self._first_chunk(group, 0, end) for group in range(len(groups))]
-        keys = [
-            groups[group][index]
-            for index in range(min(firsts), min(-(-end // chunk), len(groups[0])))
-            for group, first in enumerate(firsts)
-            if index >= first
-        ]
-        for tier in self._catalog.tiers.values():
-            tier.reuse(keys)
-
     # -- loads -------------------------------------------------------------------------------
 
     def order(self, record: RequestRecord, *, step: int, now: float, partial: bool = False) -> None:
@@ -334,7 +198,7 @@ class LoadPlanner:
                 windows and states are of no use.
         """
         end = record.hit.floor + record.story.loaded
-        chunks = self._chunks_of(record.known_keys(), record.hit.floor, end)
+        chunks = self._hits.chunks(record.known_keys(), record.hit.floor, end)
         if partial:
             chunks = tuple(chunk for chunk in chunks if chunk.group in self._shape.full)
         places = tuple(chunk.place for chunk in chunks)
@@ -396,10 +260,10 @@ class LoadPlanner:
 
     def _begin(self, transfer: Transfer, record: RequestRecord, now: float) -> None:
         for tier in transfer.tiers:
-            if record.story.reason != "hit_to_measure":
-                self._slow.pop(tier, None)
-            elif (slow := self._slow.get(tier)) is not None:
-                slow.tried(now)
+            if record.story.reason == "hit_to_measure":
+                self._slow.measure(tier, now)
+            else:
+                self._slow.trust(tier)
         self._ahead[transfer.id] = sum(self._queued[tier] for tier in transfer.tiers)
         for place in transfer.chunks:
             self._queued[place.tier] += self._chunk_bytes
@@ -424,19 +288,12 @@ class LoadPlanner:
         """A chunk of the disk to be fetched because a hit was cut where the disk begins, long
         enough after that was last found right; None if there is none. A load would bring host and
         disk together, and not say how long either took."""
-        slow = self._slow.get(TierName.DISK)
-        story = record.story
-        if (
-            slow is None
-            or now < slow.until
-            or story.reason != "hit_in_part"
-            or TierName.DISK in story.taken
-        ):
+        cut = record.story.reason == "hit_in_part" and TierName.DISK not in record.story.taken
+        if not cut or TierName.DISK not in self._slow.due(now):
             return None
-        slow.tried(now)
-        found = self._chunks_of(
-            record.known_keys(), record.hit.floor, record.hit.floor + record.hit.tokens
-        )
+        self._slow.measure(TierName.DISK, now)
+        hit = record.hit
+        found = self._hits.chunks(record.known_keys(), hit.floor, hit.floor + hit.tokens)
         places = (chunk.place for chunk in found)
         return next((place for place in places if place.tier is TierName.DISK), None)
 

@@ -17,6 +17,7 @@ from lamina.control.catalog import open_catalog
 from lamina.control.cost import CostModel, Costs
 from lamina.control.decisions import DecisionRecord
 from lamina.control.fetching import FetchPlanner
+from lamina.control.hits import HitFinder
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadEnd, LoadPlanner, stories
 from lamina.control.push_source import PushSource
@@ -138,15 +139,18 @@ class Planner:
         self._cost = CostModel(costs)
         self._on_decision = on_decision
         self._catalog = open_catalog(reports, self._breakers.readable)
+        moved = sum(report.chunk_bytes for report in reports)
+        self._hits = HitFinder(shape, self._catalog, self._breakers, moved)
         self._loading = LoadPlanner(
             config,
             shape,
             self._catalog,
+            self._hits,
             self._transfers,
             self._leases,
             self._breakers,
             meter,
-            chunk_bytes=sum(report.chunk_bytes for report in reports),
+            chunk_bytes=moved,
             reports_blocks=reports_blocks,
             cost=self._cost,
             leases_loads=leases_loads,
@@ -169,7 +173,7 @@ class Planner:
             self._transfers,
             self._breakers,
             meter,
-            self._loading.needed,
+            self._hits.needed,
             chunk_bytes=self._kept_bytes,
             ranks=len(kept),
         )
@@ -275,7 +279,7 @@ class Planner:
         self._meter.count("lookup_tokens", story.prompt)
         self._meter.count("hit_tokens", story.engine, tier="engine")
         if not record.epoch:  # one that comes back finds what it had computed itself
-            self._loading.reuse(record, story.engine + (story.loaded if loaded else 0))
+            self._hits.reuse(record, story.engine + (story.loaded if loaded else 0))
         if loaded == 0:
             if story.host + story.disk:
                 reason = story.reason if story.reason != "hit" else "declined_by_engine"
