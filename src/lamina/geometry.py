@@ -47,7 +47,9 @@ class Group:
         block_tokens: tokens in one block; for states, between one that is kept and the next.
         window: tokens that a layer looks at, the one it computes included; 0 unless it is one
             of a ``WINDOW`` group.
-        in_place: of states, whether a request has one block, which every step overwrites.
+        in_place: whether a request's own steps overwrite what it has. A state is then in one block,
+            which every step overwrites; a window is in a ring of as many tokens as it has, in which
+            a token takes the place of the one that far before it.
     """
 
     kind: GroupKind
@@ -61,9 +63,22 @@ class Group:
             return max(0, end - self.window + 1)
         return end if self.kind is GroupKind.STATE else 0
 
+    def first_kept(self, computed: int) -> int:
+        """Of a window in place, the first token that a request still has of ``computed`` ones."""
+        return max(0, computed - self.window)
+
     def state_index(self, end: int) -> int:
         """Which of a request's blocks holds the state behind its first ``end`` tokens."""
         return 0 if self.in_place else end // self.block_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a row the blocks of a group are, if the engine's groups cut the same memory into
+    blocks of different sizes: block ``b`` is the row's page ``scale * b + shift``."""
+
+    scale: int
+    shift: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +88,13 @@ class Row:
     Attributes:
         layers: names of the layers that use this row, in order of use in a forward pass.
         allocation: index of the backing allocation that holds the row.
-        offset: bytes from the start of the allocation to block 0 of this row.
-        block_stride: bytes from one block to the next.
+        offset: bytes from the start of the allocation to page 0 of this row.
+        block_stride: bytes from one page to the next.
         page_bytes: bytes of one block in this row that carry content.
         groups: the groups that its layers are of; blocks of others carry nothing here.
         heads: stretches of equal size that a page consists of, one for each KV head; 1 where a page
             is not cut by heads.
+        places: one for each of ``groups``; none if every block is the page of its number.
     """
 
     layers: tuple[str, ...]
@@ -88,8 +104,13 @@ class Row:
     page_bytes: int
     groups: tuple[int, ...] = (0,)
     heads: int = 1
+    places: tuple[Place, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.places and len(self.places) != len(self.groups):
+            raise ValueError(
+                f"row {self.layers} has {len(self.places)} places for {len(self.groups)} groups"
+            )
         if self.page_bytes <= 0 or self.block_stride < self.page_bytes or self.offset < 0:
             raise ValueError(
                 f"row {self.layers} does not describe pages: page_bytes={self.page_bytes}, "
@@ -103,7 +124,8 @@ class CacheGeometry:
 
     Attributes:
         rows: in the order in which a forward pass first uses them.
-        num_blocks: blocks in the engine's pool; ids are ``0 .. num_blocks - 1``.
+        num_blocks: pages of each row, numbered ``0 .. num_blocks - 1``: one for each block in the
+            engine's pool, unless rows have places.
         block_tokens: tokens in one block, of the group that has the fewest in one.
         chunk_tokens: tokens in one chunk, a whole number of blocks.
         allocation_bytes: size of each backing allocation.

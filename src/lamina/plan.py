@@ -113,8 +113,8 @@ class SaveOrder:
         slot: the host slot to fill.
         blocks: engine block ids of the whole chunk, in order.
         group: the cache group that they are of.
-        overwritten: whether they are complete before the step and the step overwrites them: they
-            are read before its forward.
+        overwritten: whether they are complete before the step and it, or one soon after it,
+            overwrites them: they are read before its forward.
     """
 
     transfer: TransferId

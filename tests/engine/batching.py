@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.configuration_utils import (
@@ -21,6 +23,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 
 from engine.models import VOCABULARY
 from lamina.control.hand_off import Phase
+from lamina.data.sources import HostSource
 from lamina.engines.transformers import attach, attached_to
 
 Tokens = list[int]
@@ -157,6 +160,62 @@ def _lost_blocks(cache: Any) -> int:
         kept = len(allocator.ledger.cached_blocks) + cache.pool.count_free_blocks(allocator.index)
         blocks += kept * allocator.bytes_per_block
     return int(cache.num_sectors * cache.bytes_per_sector - blocks)
+
+
+class Gate:
+    """Where loads from host memory wait, or fail.
+
+    Attributes:
+        opened: lets them go on.
+        reached: somebody waits.
+        error: raised instead.
+        seconds: what a row takes.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.reached = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        self.seconds = 0.0
+        self.opened.set()
+        load = HostSource.load_row
+
+        def gated(source: HostSource, *args: Any) -> Any:
+            if not self.opened.is_set():
+                self.reached.set()
+                self.opened.wait(60)
+            if self.error is not None:
+                raise self.error
+            time.sleep(self.seconds)
+            return load(source, *args)
+
+        monkeypatch.setattr(HostSource, "load_row", gated)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.opened.set()
+
+
+def forget(engine: Engine) -> None:
+    """Empty the library's own prefix cache, once all is saved, and leave nothing in its blocks that
+    could pass for what is to be loaded into them."""
+    engine.settle()
+    with engine.manager.pause():
+        cache = engine.manager.batch_processor.cache
+        cache.evict_cached_blocks()
+        cache.cache_tensor.fill_(1)
+
+
+def refused(model: Any, batching: ContinuousBatchingConfig) -> str:
+    """What the engine says when it is started and cannot be."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1),
+        continuous_batching_config=batching,
+    )
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - each case says which
+        manager.warmup()
+    return str(raised.value)
 
 
 def load_model(path: Path) -> Any:

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from engine.batching import Workload, live_through, load_model
+from engine.models import Checkpoints
 
 pytestmark = pytest.mark.engine
 
 FEW, MANY = range(3), range(3, 40)
 
 
-@pytest.fixture(scope="module")
-def model(llama: Path) -> Any:
-    return load_model(llama)
+@pytest.fixture(scope="module", params=["llama", "sliding-window", "interleaved-windows"])
+def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
+    """All layers look at everything, all have a window, or some have."""
+    return load_model(checkpoints.model(request.param))
 
 
 def check(model: Any, store: Path, seed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from transformers.generation.configuration_utils import (
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
-from engine.batching import Engine, Tokens, load_model
+from engine.batching import Engine, Gate, Tokens, forget, load_model, refused
 from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina.config import ConfigError
 from lamina.control.hand_off import Phase
-from lamina.data.sources import HostSource
 from lamina.engines.transformers import UnsupportedEngine, attach, attached_to
 
 pytestmark = pytest.mark.engine
@@ -51,49 +49,10 @@ def expected(model: Any) -> Tokens:
         return engine.turn([LONG])[0]
 
 
-class Gate:
-    """Where loads from host memory wait, or fail.
-
-    Attributes:
-        opened: lets them go on.
-        reached: somebody waits.
-        error: raised instead.
-        seconds: what a row takes.
-    """
-
-    def __init__(self) -> None:
-        self.opened, self.reached = threading.Event(), threading.Event()
-        self.error: Exception | None = None
-        self.seconds = 0.0
-        self.opened.set()
-
-
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, load = Gate(), HostSource.load_row
-
-    def gated(source: HostSource, *args: Any) -> Any:
-        if not gate.opened.is_set():
-            gate.reached.set()
-            gate.opened.wait(60)
-        if gate.error is not None:
-            raise gate.error
-        time.sleep(gate.seconds)
-        return load(source, *args)
-
-    monkeypatch.setattr(HostSource, "load_row", gated)
-    yield gate
-    gate.opened.set()
-
-
-def forget(engine: Engine) -> None:
-    """Empty the library's own prefix cache, once all is saved, and leave nothing in its blocks that
-    could pass for what is to be loaded into them."""
-    engine.settle()
-    with engine.manager.pause():
-        cache = engine.manager.batch_processor.cache
-        cache.evict_cached_blocks()
-        cache.cache_tensor.fill_(1)
+    with Gate(monkeypatch) as gate:
+        yield gate
 
 
 def test_what_was_loaded_is_found_by_the_next_request(model: Any, expected: Tokens) -> None:
@@ -321,22 +280,6 @@ def test_one_configuration_is_attached_to_once() -> None:
     with pytest.raises(UnsupportedEngine, match="has Lamina already"):
         attach(attach(ROOMY, PARKED), PARKED)
     assert ROOMY.scheduler_type == "fifo", "it is not changed"
-
-
-def refused(model: Any, batching: ContinuousBatchingConfig) -> str:
-    """What the engine says when it is started and cannot be."""
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1),
-        continuous_batching_config=batching,
-    )
-    with pytest.raises(Exception) as raised:  # noqa: PT011 - each case says which
-        manager.warmup()
-    return str(raised.value)
-
-
-def test_a_sliding_window_is_refused(checkpoints: Checkpoints) -> None:
-    model = load_model(checkpoints.model("sliding-window"))
-    assert "does not serve sliding_attention" in refused(model, attach(ROOMY, PARKED))
 
 
 def test_several_ranks_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,8 @@ class Config(Section):
         default="auto",
         description="Tokens in one chunk, a whole number of the engine's blocks. `auto`: the "
         "smallest multiple of the block size that is at least 64; one block where vLLM keeps "
-        "recurrent states in blocks; 512 where there are only states, each overwritten in place.",
+        "recurrent states in blocks; 512 where there are only states, each overwritten in place; "
+        "where a sliding window is overwritten in place, a number of tokens that divides it.",
     )
     identity: Annotated[str, TEXT.auto()] = Field(
         default="auto",

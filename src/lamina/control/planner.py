@@ -344,6 +344,8 @@ class Planner:
                 continue
             if self._source is not None:
                 self._source.progress(record, start, computed)
+            if self._shape.rings:
+                self._saving.consider_rings(record, start, computed, step=self._step, now=now)
             if record.fresh or record.prefill is not None:
                 self._time_prefill(record, start, now)
             # Most requests of most steps have completed no chunk.

@@ -53,13 +53,20 @@ class ChunkShape:
 
     @cached_property
     def in_place(self) -> bool:
-        """Whether there are states that the next step overwrites."""
+        """Whether there is anything that the next step overwrites."""
         return any(group.in_place for group in self.groups)
 
     @cached_property
     def paged(self) -> tuple[int, ...]:
         """Groups whose blocks are filled as tokens are computed; a window's are then given up."""
-        return self._of(GroupKind.FULL, GroupKind.WINDOW)
+        kinds = self._of(GroupKind.FULL, GroupKind.WINDOW)
+        return tuple(group for group in kinds if not self.groups[group].in_place)
+
+    @cached_property
+    def rings(self) -> tuple[int, ...]:
+        """Windows in place."""
+        kinds = self._of(GroupKind.WINDOW)
+        return tuple(group for group in kinds if self.groups[group].in_place)
 
     @cached_property
     def resume_tokens(self) -> int:
@@ -121,7 +128,8 @@ class RequestView(Protocol):
 
     def blocks(self, group: int) -> Sequence[int]:
         """The block ids of one group that the engine has given the request, in token order; where
-        it has none any more, or none yet, the shape's ``null_block``."""
+        it has none any more, or none yet, the shape's ``null_block``. Those of a window in place
+        come again and again, a ring's length apart."""
 
     def state_blocks(self, group: int, end: int) -> Sequence[int]:
         """The blocks that must hold the state behind the first ``end`` tokens for the request to

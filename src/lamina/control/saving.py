@@ -17,24 +17,24 @@ from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
 
 
 @dataclass(frozen=True, slots=True)
-class PassedState:
-    """A recurrent state at a boundary that a later plan has saved: because the engine had not said
-    its last token yet when it planned the step that computes it, or because it is overwritten in
-    place, and so is read between that step and the next.
+class Passed:
+    """A chunk that a later plan has saved: a recurrent state of which the engine had not said its
+    last token yet when it planned the step that computes it; or what is overwritten in place, and
+    so is read between that step and the next.
 
     Attributes:
         record: the request.
         epoch: its epoch then.
         group: the cache group.
-        block: the block that holds the state.
-        end: tokens that it stands behind.
-        lease: hold on the block.
+        blocks: the blocks that hold it.
+        end: the first token behind it.
+        lease: hold on the blocks.
     """
 
     record: RequestRecord
     epoch: int
     group: int
-    block: int
+    blocks: tuple[int, ...]
     end: int
     lease: BlockLease
 
@@ -84,7 +84,7 @@ class SavePlanner:
         self._chunk_bytes = chunk_bytes
         self._ended: list[Transfer] = []
         self._backlog: deque[ChunkKey] = deque()
-        self._passed: list[PassedState] = []
+        self._passed: list[Passed] = []
 
     # -- saves -------------------------------------------------------------------------------
 
@@ -156,15 +156,48 @@ class SavePlanner:
         if end % self._shape.chunk_tokens or record.barred:
             return
         if end > record.view.num_tokens or self._shape.groups[group].in_place:
-            lease = self._leases.take((block,))
-            self._passed.append(PassedState(record, record.epoch, group, block, end, lease))
+            self._pass(record, group, (block,), end)
         else:
-            self._order_state(record, group, block, end, step, now)
+            self._order_passed(record, group, (block,), end, step, now)
+
+    def consider_rings(
+        self, record: RequestRecord, start: int, computed: int, *, step: int, now: float
+    ) -> None:
+        """Have the next plan save what the step completes of windows in place and leaves whole; and
+        this one what was loaded from where the host should hold it, too, and is whole before it.
+
+        Args:
+            record: the request.
+            start: tokens of it that are computed before the step.
+            computed: tokens of it that are computed when the step is over.
+            step: the step whose plan will carry the orders.
+            now: control's clock.
+        """
+        chunk, groups = self._shape.chunk_tokens, self._shape.groups
+        loaded = record.fresh and record.promote and record.load is None
+        if record.barred or not (loaded or computed // chunk > start // chunk):
+            return
+        for group in self._shape.rings:
+            keys, table = record.known_keys()[group], record.view.blocks(group)
+            size = chunk // groups[group].block_tokens
+            first = -(-groups[group].first_kept(start) // chunk)
+            for index in range(first, start // chunk if loaded else 0):
+                if keys[index] in record.promote:
+                    blocks = tuple(table[index * size : (index + 1) * size])
+                    self._order_passed(record, group, blocks, (index + 1) * chunk, step, now)
+            first = -(-groups[group].first_kept(computed) // chunk)
+            for index in range(max(first, start // chunk), computed // chunk):
+                if index >= len(keys) or self._wanted(record, keys[index]):
+                    blocks = tuple(table[index * size : (index + 1) * size])
+                    self._pass(record, group, blocks, (index + 1) * chunk)
+
+    def _pass(self, record: RequestRecord, group: int, blocks: tuple[int, ...], end: int) -> None:
+        lease = self._leases.take(blocks)
+        self._passed.append(Passed(record, record.epoch, group, blocks, end, lease))
 
     def order_passed(self, *, step: int, now: float, ended: RequestRecord | None = None) -> None:
-        """Order saves of states that an earlier step has left behind, now that their last token is
-        known. Their blocks are not written again, but for those in place, which are lost if they
-        are not read now.
+        """Order saves of what an earlier step has left behind, now that its last token is known.
+        Blocks of states are not written again; what is in place is lost if it is not read now.
 
         Args:
             step: the step whose plan will carry the orders.
@@ -172,30 +205,36 @@ class SavePlanner:
             ended: a request of which no more tokens will be known.
         """
         waiting, self._passed = self._passed, []
-        for state in waiting:
-            record = state.record
-            lost = record.epoch != state.epoch or record.barred
+        for passed in waiting:
+            record = passed.record
+            lost = record.epoch != passed.epoch or record.barred
             if ended is None:
-                lasts = not self._shape.groups[state.group].in_place
+                lasts = not self._shape.groups[passed.group].in_place
             else:  # the plan is yet to be made, and before it others may learn their tokens
                 lasts = record is not ended
-            if not lost and record.view.num_tokens >= state.end:
-                self._order_state(record, state.group, state.block, state.end, step, now)
+            if not lost and record.view.num_tokens >= passed.end:
+                self._order_passed(record, passed.group, passed.blocks, passed.end, step, now)
             elif not lost and lasts:
-                self._passed.append(state)
+                self._passed.append(passed)
                 continue
-            state.lease.release()
+            passed.lease.release()
 
-    def _order_state(
-        self, record: RequestRecord, group: int, block: int, end: int, step: int, now: float
+    def _order_passed(
+        self,
+        record: RequestRecord,
+        group: int,
+        blocks: tuple[int, ...],
+        end: int,
+        step: int,
+        now: float,
     ) -> None:
         index = end // self._shape.chunk_tokens
         if index > self._complete_chunks(record, end):
             return  # behind the prompt, and only that is kept
         key = record.known_keys()[group][index - 1]
         if self._wanted(record, key):
-            refusal = self._order_save(record, key, (block,), group, step, now)
-            if refusal is not None:  # the state is gone with the next step
+            refusal = self._order_save(record, key, blocks, group, step, now)
+            if refusal is not None:  # it is gone with the next step
                 self._meter.count("saves_dropped", 1)
 
     def _complete_chunks(self, record: RequestRecord, computed: int) -> int:

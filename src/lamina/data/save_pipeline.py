@@ -14,10 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from lamina.data.movers.base import Fence, Indices, Mover
+from lamina.data.movers.base import Fence, Indices, Mover, pages_of
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
-from lamina.geometry import CacheGeometry
+from lamina.geometry import CacheGeometry, Row
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import Outcome, SaveOrder, TransferReceipt
 
@@ -62,7 +62,8 @@ class SaveRun:
         self._timeline = timeline
         self._follows = follows
         self._rows = geometry.rows
-        self._copies = {row.groups: _copies(orders, row.groups, geometry) for row in geometry.rows}
+        alike = {(row.groups, row.places): row for row in geometry.rows}
+        self._copies = {key: _copies(orders, row, geometry) for key, row in alike.items()}
         self._began = time.perf_counter()
         self._unsubmitted = set() if follows else set(range(len(geometry.rows)))
         self._left = len(self._unsubmitted) + 1  # the rows, and the end of the step
@@ -107,7 +108,7 @@ class SaveRun:
 
     def _read(self, row: int, after: Fence) -> Fence | None:
         """Copy a row; None if there is nothing to wait for."""
-        blocks, pages = self._copies[self._rows[row].groups]
+        blocks, pages = self._copies_of(row)
         if not len(blocks) or self._failure:
             return None
         try:
@@ -116,6 +117,10 @@ class SaveRun:
             log.exception("row %d could not be saved", row)
             self.poison(type(error).__name__)
             return None
+
+    def _copies_of(self, row: int) -> tuple[Indices, Indices]:
+        shape = self._rows[row]
+        return self._copies[shape.groups, shape.places]
 
     def _finish(self, row: int, read: Fence | None, began: float) -> None:
         try:
@@ -127,7 +132,7 @@ class SaveRun:
         finally:
             self._one_over()
             if self._timeline is not None:
-                size = len(self._copies[self._rows[row].groups][0]) * self._rows[row].page_bytes
+                size = len(self._copies_of(row)[0]) * self._rows[row].page_bytes
                 self._timeline.add(Lane.SAVE, self._step, row, began, size)
 
     def _one_over(self) -> None:
@@ -159,14 +164,14 @@ class SaveRun:
 
 
 def _copies(
-    orders: Sequence[SaveOrder], groups: tuple[int, ...], geometry: CacheGeometry
+    orders: Sequence[SaveOrder], row: Row, geometry: CacheGeometry
 ) -> tuple[Indices, Indices]:
-    """Engine blocks and host pages of the orders that have something in rows of ``groups``."""
-    blocks: list[int] = []
+    """The engine's pages in ``row`` and the host's, of the orders that have something there."""
+    blocks: list[Indices] = []
     pages: list[int] = []
     for order in orders:
-        if order.group in groups:
+        if order.group in row.groups:
             first = order.slot * geometry.blocks_per_chunk
-            blocks += order.blocks
+            blocks.append(pages_of(row, order.group, np.array(order.blocks, np.int64)))
             pages += range(first, first + len(order.blocks))
-    return np.array(blocks, np.int64), np.array(pages, np.int64)
+    return np.concatenate([np.empty(0, np.int64), *blocks]), np.array(pages, np.int64)

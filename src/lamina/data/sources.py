@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lamina.data.load_pipeline import PIECE_BYTES, BadChunks, Piece, RowSource
-from lamina.data.movers.base import Fence, Mover
+from lamina.data.movers.base import Fence, Mover, pages_of
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.geometry import CacheGeometry, align_up
@@ -32,6 +32,7 @@ class HostSource:
     def __init__(self, host: HostTier, mover: Mover, geometry: CacheGeometry) -> None:
         self._host = host
         self._mover = mover
+        self._rows = geometry.rows
         self._per_chunk = geometry.blocks_per_chunk
 
     def load_row(
@@ -43,7 +44,8 @@ class HostSource:
             return None
         chunk, block = np.divmod(piece.pages, self._per_chunk)
         pages = piece.slots[chunk] * self._per_chunk + block
-        return self._mover.load(row, self._host.pages(row), pages, piece.blocks, after)
+        blocks = pages_of(self._rows[row], piece.group, piece.blocks)
+        return self._mover.load(row, self._host.pages(row), pages, blocks, after)
 
 
 class DiskSource:
@@ -59,7 +61,7 @@ class DiskSource:
     def __init__(self, disk: ShardReader, mover: Mover, geometry: CacheGeometry) -> None:
         self._disk = disk
         self._mover = mover
-        self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
+        self._rows = geometry.rows
         self._extent_bytes = geometry.extent_bytes
         self._per_chunk = geometry.blocks_per_chunk
         size = align_up(max(PIECE_BYTES, *geometry.extent_bytes))
@@ -81,13 +83,14 @@ class DiskSource:
             good = read.good
             if row == 0:
                 self._disk.note_used(slots)
-            pages, blocks = piece.pages, piece.blocks
+            shape = self._rows[row]
+            pages, blocks = piece.pages, pages_of(shape, piece.group, piece.blocks)
             if not good.all():
                 wanted = good[pages // self._per_chunk]
                 pages, blocks = pages[wanted], blocks[wanted]
             if not admit():
                 return None
-            staged = flat.view(-1, self._page_bytes[row])
+            staged = flat.view(-1, shape.page_bytes)
             fence = self._mover.load(row, staged, pages, blocks, after)
             fence.wait()
             if not good.all():

@@ -16,6 +16,14 @@ Indices = npt.NDArray[np.int64]
 """Page indices: one-dimensional, int64."""
 
 
+def pages_of(row: Row, group: int, blocks: Indices) -> Indices:
+    """Which pages of ``row`` the blocks of one of its groups are."""
+    if not row.places:
+        return blocks
+    place = row.places[row.groups.index(group)]
+    return blocks * place.scale + place.shift
+
+
 class Fence(ABC):
     """Proof that bytes are written. On a CPU it is always passed."""
 
@@ -101,13 +109,13 @@ class Mover(ABC):
         blocks: Indices,
         after: Fence,
     ) -> Fence:
-        """Copy ``source[source_pages[i]]`` into block ``blocks[i]`` of ``row``.
+        """Copy ``source[source_pages[i]]`` into page ``blocks[i]`` of ``row``.
 
         Args:
             row: the row.
             source: host pages.
             source_pages: which of them to read.
-            blocks: engine block ids to fill.
+            blocks: pages of the engine to fill, see :func:`pages_of`.
             after: a fence behind whatever the engine submitted before these blocks became the
                 load's: a device that runs behind its host may still be writing into a block
                 that was freed and given away.
@@ -129,11 +137,11 @@ class Mover(ABC):
         target_pages: Indices,
         after: Fence,
     ) -> Fence:
-        """Copy block ``blocks[i]`` of ``row`` into ``target[target_pages[i]]``.
+        """Copy page ``blocks[i]`` of ``row`` into ``target[target_pages[i]]``.
 
         Args:
             row: the row.
-            blocks: engine block ids to read.
+            blocks: pages of the engine to read, see :func:`pages_of`.
             target: host pages.
             target_pages: which of them to fill.
             after: the fence behind which the row's bytes are written; a save cannot be

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -10,19 +11,19 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from lamina.config import Config
 from lamina.engines.identity import describe_checkpoint, describe_model
-from lamina.engines.transformers import layout
-from lamina.geometry import CacheGeometry
+from lamina.geometry import CacheGeometry, Group
 from lamina.keys import Namespace
 
 
 def build_namespace(
-    config: Config, cache: PagedAttentionCache, geometry: CacheGeometry
+    config: Config, cache: PagedAttentionCache, groups: Sequence[Group], geometry: CacheGeometry
 ) -> Namespace:
     """The namespace of an engine; with a disk tier equal after a restart.
 
     Args:
         config: Lamina's configuration.
         cache: the library's cache.
+        groups: its cache groups.
         geometry: where its pages are.
 
     Raises:
@@ -35,9 +36,7 @@ def build_namespace(
         model_dtype=str(cache.dtype),
         cache_dtype=str(cache.dtype),
         quantization=str(getattr(model, "quantization_config", None) or ""),
-        groups=tuple(
-            (group.kind.value, group.block_tokens, group.window) for group in layout.groups(cache)
-        ),
+        groups=tuple((group.kind.value, group.block_tokens, group.window) for group in groups),
         chunk_tokens=geometry.chunk_tokens,
         layout="pages of keys, then values",
         page_bytes=tuple(row.page_bytes for row in geometry.rows),

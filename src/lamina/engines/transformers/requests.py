@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 
-from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 from transformers.generation.continuous_batching.requests import RequestState
 
 from lamina.engines.standalone import TextRequest
+from lamina.engines.transformers.layout import Part
 
 
 class TransformersRequest(TextRequest):
@@ -18,15 +20,15 @@ class TransformersRequest(TextRequest):
 
     Args:
         state: the library's request, read at the moment of each call.
-        allocators: of the cache, in the order of its groups.
+        parts: the cache's groups.
     """
 
-    def __init__(self, state: RequestState, allocators: Sequence[CacheAllocator]) -> None:
+    def __init__(self, state: RequestState, parts: Sequence[Part]) -> None:
         super().__init__(state.request_id)
         # Of one that is to be forked the library computes two tokens at least.
         self.recompute_tokens = 2 if state.num_children else 1
         self._state = state
-        self._allocators = allocators
+        self._parts = parts
 
     @property
     def num_tokens(self) -> int:
@@ -45,30 +47,41 @@ class TransformersRequest(TextRequest):
 
     def blocks(self, group: int) -> Sequence[int]:
         """Block ids of one group, in token order."""
-        table: Sequence[int] = self._allocators[group].block_table.get(self.request_id, ())
-        return table
+        return self._parts[group].blocks(self.request_id, self.num_tokens)
 
 
 class LedgerPool:
-    """Leases as reference counts in the library's own ledger of blocks.
+    """Leases as reference counts in the library's own ledgers of blocks.
 
     Args:
-        allocator: of the one group that is served.
+        parts: the cache's groups.
     """
 
-    def __init__(self, allocator: CacheAllocator) -> None:
-        self._allocator = allocator
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._firsts = [part.first_block for part in parts]
         self.held = 0
+
+    def _part_of(self, block: int) -> int:
+        return bisect_right(self._firsts, block) - 1
 
     def hold(self, blocks: Sequence[int]) -> None:
         """Add one reference to each block."""
         self.held += len(blocks)
         for block in blocks:
-            self._allocator.ledger.acquire(block)
+            part = self._parts[self._part_of(block)]
+            part.allocator.ledger.acquire(block - part.first_block)
 
     def free(self, blocks: Sequence[int]) -> None:
         """Take one reference from each block; at none it goes back to the library, which keeps it
         for other requests if it knows its content."""
         self.held -= len(blocks)
-        over = [block for block in reversed(blocks) if self._allocator.ledger.release(block)]
-        self._allocator.pool.free_blocks(self._allocator.index, over)
+        over: dict[int, list[int]] = defaultdict(list)
+        for block in reversed(blocks):
+            index = self._part_of(block)
+            theirs = block - self._firsts[index]
+            if self._parts[index].allocator.ledger.release(theirs):
+                over[index].append(theirs)
+        for index, freed in over.items():
+            allocator = self._parts[index].allocator
+            allocator.pool.free_blocks(allocator.index, freed)

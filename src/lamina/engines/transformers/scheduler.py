@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
 
+import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -71,16 +73,19 @@ class WithLamina(Scheduler):
         max_requests_per_batch: int,
     ) -> None:
         layout.check_supported(cache)
-        groups = layout.groups(cache)
-        geometry = layout.geometry(cache, config.chunk_tokens)
+        self._parts = layout.parts(cache)
+        groups = layout.groups(self._parts)
+        geometry = layout.geometry(cache, self._parts, config.chunk_tokens)
+        self._chunk = geometry.chunk_tokens
+        self._window = max(group.window for group in groups)
         self._allocators = tuple(cache.cache_allocators.values())
-        self._pool = LedgerPool(self._allocators[0])
+        self._pool = LedgerPool(self._parts)
         self.lamina = Standalone(
             config,
             geometry,
             groups,
             [cache.cache_tensor],
-            build_namespace(config, cache, geometry),
+            build_namespace(config, cache, groups, geometry),
             self._pool,
             limit=max_requests_per_batch,
             null_block=layout.NO_BLOCK,
@@ -131,6 +136,7 @@ class WithLamina(Scheduler):
             batch = scheduled[0]
             if batch:
                 lamina.begin_step([self._progress(future) for future in batch])
+                self._await_reads()
                 return scheduled
             if batch is None and not self._blocks_come_back:
                 return scheduled
@@ -139,6 +145,14 @@ class WithLamina(Scheduler):
             self._take_up_ready()
             if not lamina.hand_off.has_work or time.monotonic() > give_up:
                 return [], *scheduled[1:]
+
+    def _await_reads(self) -> None:
+        """What the forward overwrites has been read. A device orders that by itself for what is
+        submitted next to the present stream; the library's forward goes to another one, which has
+        nothing to do with this one (``model_runner.py``)."""
+        device = self.cache.cache_tensor.device
+        if self._window and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def add_waiting_request(self, state: RequestState) -> None:
         """A request waits; one that was reset has new tokens to wait with."""
@@ -158,6 +172,36 @@ class WithLamina(Scheduler):
         candidates = super()._get_waiting_candidates() if in_sight else []
         return [state for state in candidates if state.request_id in in_sight]
 
+    def _schedule_request(
+        self,
+        state: RequestState,
+        request_tokens: list[int],
+        token_budget: int,
+        request_ids_to_remove_from_waiting: set[str],
+    ) -> None:
+        """A request is in the batch; here it is said with how many tokens."""
+        tokens = self._cut(state, len(request_tokens), token_budget)
+        super()._schedule_request(state, request_tokens, tokens, request_ids_to_remove_from_waiting)
+
+    def _cut(self, state: RequestState, left: int, budget: int) -> int:
+        """Tokens of a request to compute in a step. Of a step that goes further than a window, the
+        end of the last chunk would be all that remains of it: what the window before the boundary
+        held is overwritten. So it ends on a boundary; the last one that a hit of the same prompt
+        can end on is one of them, and the little behind that is the next step's.
+
+        Args:
+            state: the request.
+            left: tokens that it lacks.
+            budget: tokens that the step has room for.
+        """
+        start, chunk = state.position_offset, self._chunk
+        end = start + min(left, budget)
+        if not self._window or end - start // chunk * chunk <= self._window:
+            return budget
+        usable = start + left - self._view(state).recompute_tokens
+        tokens = min(end, usable) // chunk * chunk - start
+        return tokens if tokens > 0 else budget
+
     # -- waiting requests --------------------------------------------------------------------
 
     def _place_waiting(self) -> None:
@@ -167,9 +211,11 @@ class WithLamina(Scheduler):
         for its blocks keeps those behind it waiting."""
         self._in_sight = []
         hand_off = self.lamina.hand_off
-        claimed = sum(
-            len(state.remaining_prefill_tokens) for state in self.active_requests.values()
-        )
+        claimed = [
+            self._needs(state, len(state.remaining_prefill_tokens))
+            for state in self.active_requests.values()
+            if state.remaining_prefill_tokens
+        ]
         if self.block_new_requests:
             return
         for request_id in list(self.waiting_requests_order)[:LOOKAHEAD]:
@@ -180,7 +226,7 @@ class WithLamina(Scheduler):
                 continue
             if state.is_cpu_offloaded or not hand_off.look(self._view(state), self._match(state)):
                 self._in_sight.append(request_id)
-                claimed += len(state.remaining_prefill_tokens)
+                claimed.append(self._needs(state, len(state.remaining_prefill_tokens)))
             elif self._allocate(state, claimed):
                 self._admit(state)
             elif self.active_requests or self._blocks_come_back:
@@ -199,9 +245,16 @@ class WithLamina(Scheduler):
         )
         return found
 
-    def _allocate(self, state: RequestState, claimed: int) -> bool:
+    def _needs(self, state: RequestState, tokens: int) -> dict[str, int]:
+        """Blocks that a request lacks for ``tokens`` more, by allocator."""
+        return {
+            name: allocator.needs_new_blocks(state.request_id, state.current_len(), tokens)
+            for name, allocator in self.cache.cache_allocators.items()
+        }
+
+    def _allocate(self, state: RequestState, claimed: list[dict[str, int]]) -> bool:
         """Give a waiting request what is found of it, and blocks for the rest of its tokens, if so
-        many are free that there are some for ``claimed`` tokens, too."""
+        many are free that there are those that others have claimed, too."""
         if not self._try_to_meet_safety_margin() and self.active_requests:
             return False
         request_id, tokens = state.request_id, state.remaining_prefill_tokens
@@ -218,10 +271,12 @@ class WithLamina(Scheduler):
         self.cache.free_blocks(request_id)
         return False
 
-    def _fits(self, state: RequestState, rest: int, claimed: int) -> bool:
+    def _fits(self, state: RequestState, rest: int, claimed: list[dict[str, int]]) -> bool:
         """Take blocks for ``rest`` more tokens of a request, if there is room for others', too."""
-        store = self.cache.can_store_request_tokens
-        return bool(store(state, rest + claimed, dry_run=True) and store(state, rest))
+        needs = [self._needs(state, rest), *claimed]
+        if self.cache.count_storable_requests(needs) < len(needs):
+            return False
+        return bool(self.cache.can_store_request_tokens(state, rest))
 
     def _admit(self, state: RequestState) -> None:
         """A waiting request has blocks for all its tokens: load what there is."""
@@ -284,10 +339,12 @@ class WithLamina(Scheduler):
     def _over(self, request_id: str) -> None:
         """A request ends here; its blocks are freed after this, if they have not been."""
         state = self.active_requests.get(request_id)
-        tables = [allocator.block_table.get(request_id, ()) for allocator in self._allocators]
+        tables: list[Sequence[int]] = []
         computed = 0
-        if state is not None and state.status is not RequestStatus.FAILED and all(tables):
-            computed = state.position_offset
+        if state is not None and state.status is not RequestStatus.FAILED:
+            tables = [part.blocks(request_id, state.position_offset) for part in self._parts]
+            if all(tables):
+                computed = state.position_offset
         self._loaded.pop(request_id, None)
         self.lamina.hand_off.finished(request_id, computed, tables)
 
@@ -297,4 +354,4 @@ class WithLamina(Scheduler):
         return self._pool.held > 0 or self.lamina.hand_off.count(Phase.PARKED) > 0
 
     def _view(self, state: RequestState) -> TransformersRequest:
-        return TransformersRequest(state, self._allocators)
+        return TransformersRequest(state, self._parts)

@@ -1,0 +1,100 @@
+"""Groups that cut the same memory into blocks of different sizes: a row finds the pages of each."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from lamina.config import LoadConfig
+from lamina.data.executor import Executor
+from lamina.data.movers.base import make_mover
+from lamina.data.sources import tier_sources
+from lamina.data.tiers.host import HostTier
+from lamina.geometry import CacheGeometry, Place, Row
+from lamina.plan import (
+    ChunkKey,
+    ChunkLoad,
+    LoadMode,
+    LoadOrder,
+    Outcome,
+    SaveOrder,
+    StepPlan,
+    TierName,
+    TransferId,
+)
+
+PAGE, PAGES = 64, 30
+SECOND = 100
+"""Blocks of the second group are numbered from here. They have three pages, of which the rows take
+the first and the third; blocks of the first group have two."""
+GEOMETRY = CacheGeometry(
+    rows=(
+        Row(("a", "b"), 0, 0, PAGE, PAGE, (0, 1), places=(Place(2, 0), Place(3, -3 * SECOND))),
+        Row(("c", "d"), 0, 0, PAGE, PAGE, (0, 1), places=(Place(2, 1), Place(3, 2 - 3 * SECOND))),
+    ),
+    num_blocks=PAGES,
+    block_tokens=16,
+    chunk_tokens=32,
+    allocation_bytes=(PAGES * PAGE,),
+)
+BLOCKS = ((3, 1), (SECOND + 7, SECOND + 4))
+HELD = ({6, 7, 2, 3}, {21, 23, 12, 14})
+"""Pages of these blocks, by group."""
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_every_group_is_saved_from_its_own_pages_and_loaded_into_them(overwritten: bool) -> None:
+    cache = torch.randint(0, 256, (PAGES * PAGE,), dtype=torch.uint8)
+    mover = make_mover(GEOMETRY, [cache])
+    host = HostTier(GEOMETRY, 4 * GEOMETRY.chunk_bytes, mover.allocate_host)
+    executor = Executor(
+        rank=0,
+        geometry=GEOMETRY,
+        mover=mover,
+        host=host,
+        disk=None,
+        config=LoadConfig(),
+        sources=tier_sources(host, None, mover, GEOMETRY),
+    )
+
+    def run(plan: StepPlan) -> None:
+        executor.begin_step(plan)
+        executor.start_loads()
+        executor.end_step()
+        outcomes: list[Outcome] = []
+        while len(outcomes) < 2:
+            outcomes += [item.outcome for item in executor.collect().receipt.transfers]
+            time.sleep(0.001)
+        assert outcomes == [Outcome.DONE] * 2
+
+    keys = [ChunkKey(bytes([group]) * 32) for group in range(2)]
+    saves = [
+        SaveOrder(TransferId(group), "r", keys[group], group, BLOCKS[group], group, overwritten)
+        for group in range(2)
+    ]
+    run(StepPlan(1, saves=tuple(saves)))
+    before = cache.view(PAGES, PAGE).clone()
+    cache.zero_()
+    loads = [
+        LoadOrder(
+            TransferId(2 + group),
+            f"r{group}",
+            LoadMode.LAYERWISE,
+            (ChunkLoad(keys[group], TierName.HOST, group, 0, BLOCKS[group], group),),
+            30.0,
+        )
+        for group in range(2)
+    ]
+    run(StepPlan(2, loads=tuple(loads)))
+    executor.close()
+    after = cache.view(PAGES, PAGE)
+    for page in range(PAGES):
+        expected = before[page] if page in HELD[0] | HELD[1] else torch.zeros(PAGE)
+        assert torch.equal(after[page].float(), expected.float()), page
+
+
+def test_every_group_of_a_row_has_a_place() -> None:
+    with pytest.raises(ValueError, match="has 1 places for 2 groups"):
+        Row(("a",), 0, 0, PAGE, PAGE, (0, 1), places=(Place(1, 0),))
