@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Metrics
-from push_proxy.running import free_port
+from lamina.bench.ports import free_port
 
 PATIENCE = 60.0
 """Seconds after which something hangs."""

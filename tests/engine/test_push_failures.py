@@ -17,7 +17,7 @@ from engine.models import Checkpoints
 from engine.pair import Pair, PairSpec
 from engine.test_push import SMALL_STEPS, MakePair, make_pair
 from engine.workload import BLOCK, CHUNK, mixed_prompts, prompt
-from push_proxy.running import free_port
+from lamina.bench.ports import free_port
 
 __all__ = ["make_pair"]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lamina.bench.ports import free_port
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -28,7 +29,7 @@ from push_proxy.engines import (
     stream_and_hang,
 )
 from push_proxy.proxies import COMPLETION, ask, proxied
-from push_proxy.running import PATIENCE, free_port, until
+from push_proxy.running import PATIENCE, until
 
 STREAM = COMPLETION | {"stream": True}
 
