@@ -194,12 +194,13 @@ class Link:
         writer: asyncio.StreamWriter | None = None
         try:
             host, port = split_address(connection.peer)
-            reader, writer = await self._in_time(asyncio.open_connection(host, port))
-            Connection(connection.peer, writer).say(Hello(VERSION, self._token, self._card))
+            reader, opened = await self._in_time(asyncio.open_connection(host, port))
+            writer = opened
+            Connection(connection.peer, opened).say(Hello(VERSION, self._token, self._card))
             welcome = _welcome(await self._in_time(_read(reader)))
             was_open = True
             self._news.put(Opened(connection.peer, welcome.incarnation))
-            connection.open(writer)
+            connection.open(opened)
             await self._converse(reader, connection)
         except TimeoutError:
             reason = f"no answer within {self._silence:g} s"
