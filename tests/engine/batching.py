@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,11 +115,11 @@ class Engine:
     def rest(self) -> None:
         """Wait until nothing is on its way, as it is while users think."""
         lamina = attached_to(self.manager)
-        over = threading.Event()
-        for _ in range(1200):
-            if lamina is None or not (lamina.hand_off.has_work or lamina._planner._requests):
+        give_up = time.monotonic() + PATIENCE
+        while lamina is not None and (lamina.hand_off.has_work or lamina._planner._requests):
+            if time.monotonic() > give_up:
                 break
-            over.wait(0.02)
+            time.sleep(0.02)
 
     def settle(self) -> None:
         """Wait until nothing is on its way, and check that nothing is held.

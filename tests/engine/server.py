@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.driver import EngineSpec, Metrics, Sample, child_environment
 from lamina.bench.ports import free_port
 
-START_SECONDS = 180.0
-CALL_SECONDS = 60.0
+START_SECONDS = 400.0
+CALL_SECONDS = 180.0
 
 
 class ServerEnded(Exception):
