@@ -118,11 +118,11 @@ class Engine:
     def rest(self) -> None:
         """Wait until nothing is on its way, as it is while users think."""
         lamina = attached_to(self.manager)
-        over = threading.Event()
-        for _ in range(1200):
-            if lamina is None or not (lamina.hand_off.has_work or lamina._planner._requests):
+        give_up = time.monotonic() + PATIENCE
+        while lamina is not None and (lamina.hand_off.has_work or lamina._planner._requests):
+            if time.monotonic() > give_up:
                 break
-            over.wait(0.02)
+            time.sleep(0.02)
 
     def settle(self) -> None:
         """Wait until nothing is on its way, and check that nothing is held.
@@ -182,7 +182,7 @@ class Gate:
         def gated(source: HostSource, *args: Any) -> Any:
             if not self.opened.is_set():
                 self.reached.set()
-                self.opened.wait(60)
+                self.opened.wait(PATIENCE)
             if self.error is not None:
                 raise self.error
             time.sleep(self.seconds)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Metrics
-from push_proxy.running import free_port
+from lamina.bench.ports import free_port
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds after which something hangs."""
 
-QUICK: dict[str, Any] = {"deadline": 20.0, "silence": 2.0, "quarantine": 1.0, "batch": "64KiB"}
-"""The ``push`` section: little time to wait in, and batches of a few blocks."""
+QUICK: dict[str, Any] = {"deadline": 60.0, "silence": 4.0, "quarantine": 1.0, "batch": "64KiB"}
+"""The ``push`` section: batches of a few blocks, and time enough for two engines that have less
+than a core between them."""
 
 PORTS: dict[str, int] = {}
 

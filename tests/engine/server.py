@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,9 +17,10 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.driver import EngineSpec, Metrics, Sample, child_environment
+from lamina.bench.ports import free_port
 
-START_SECONDS = 180.0
-CALL_SECONDS = 60.0
+START_SECONDS = 400.0
+CALL_SECONDS = 180.0
 
 
 class ServerEnded(Exception):
@@ -49,9 +49,7 @@ class Server:
 
     def __init__(self, spec: EngineSpec, log: Path) -> None:
         self._log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._address = f"http://127.0.0.1:{port}"
         arguments = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
         for name, value in spec.arguments().items():

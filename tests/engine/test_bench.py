@@ -87,7 +87,6 @@ def test_overheads_are_measured_for_host_and_disk(
     assert names == ["host tier", "host and disk tier", *others]
 
 
-@pytest.mark.timeout(600)
 def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     """The bench stops if a prompt that was saved is not found again; that no weights are as small
     as vLLM's dummies makes equal answers mean something."""

@@ -136,7 +136,7 @@ def test_a_role_is_obeyed(
 def test_an_end_with_transfers_in_flight(llama: Path, start: Start, tmp_path: Path) -> None:
     """What was under way is finished and found again; nothing is left behind."""
     lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
-    engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.05}))
+    engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.5}))
     ask = Ask(prompt(65, 6 * CHUNK + 1), max_tokens=1)
     engine.submit([ask])
     engine.step()

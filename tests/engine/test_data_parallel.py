@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from engine.driver import SMALL, Ask, EngineSpec, Fleet
-from engine.server import Server
+from engine.server import CALL_SECONDS, Server
 from engine.workload import CHUNK, prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROMPTS = [prompt(500 + seed, 3 * CHUNK + 5) for seed in range(6)]
 CORES = sorted(os.sched_getaffinity(0))
@@ -27,7 +27,8 @@ def test_two_engines(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
         for _ in range(3):  # so that both engines have seen every prompt
             assert [server.complete(tokens) for tokens in PROMPTS] == expected
         server.wait_until(
-            lambda: server.metrics().total("lamina_transfers") == 0 and written(server) > 0, 60
+            lambda: server.metrics().total("lamina_transfers") == 0 and written(server) > 0,
+            CALL_SECONDS,
         )
         assert server.stop() == 0
     assert sorted(path.name for path in store.glob("*/rank-*.slab")) == [

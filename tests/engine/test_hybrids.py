@@ -315,7 +315,6 @@ TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", ["interleaved-windows", "linear-attention"])
 def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model: str) -> None:
     conversations = talks(BLOCKS.get(model, 32), count=12)

@@ -88,7 +88,7 @@ def test_planned_a_step_ahead(
 
 @pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
 def test_resumed_before_all_is_there(llama: Path, fleet: Fleet, faults: dict[str, float]) -> None:
-    faults = {"slow_loads": 0.005, "hasty": 1, **faults}
+    faults = {"slow_loads": 0.01, "hasty": 1, **faults}
     expect_same_answers(fleet, llama, CHUNKED, {"load_ahead": 1}, faults)
     load = {"min_tokens": 1, "load_ahead": 1}
     engine = fleet.get(EngineSpec(llama, {"host": HOST, "load": load}, CHUNKED, faults=faults))

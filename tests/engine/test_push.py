@@ -232,7 +232,6 @@ def test_conversations(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("mine", "theirs"), [(2, 1), (1, 2), (2, 2)])
 def test_ranks(
     llama: Path, fleet: Fleet, start: Start, alone: Engine, mine: int, theirs: int

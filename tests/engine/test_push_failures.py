@@ -17,7 +17,7 @@ from engine.models import Checkpoints
 from engine.pair import Pair, PairSpec
 from engine.test_push import SMALL_STEPS, MakePair, make_pair
 from engine.workload import BLOCK, CHUNK, mixed_prompts, prompt
-from push_proxy.running import free_port
+from lamina.bench.ports import free_port
 
 __all__ = ["make_pair"]
 
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.engine
 
 LONG = Ask(prompt(800, 1500))
 """Many steps of a prefill engine."""
-SHORT = {"deadline": 1.0, "silence": 0.5, "quarantine": 0.5}
+SHORT = {"deadline": 8.0, "silence": 1.5, "quarantine": 0.5}
+"""Little time to wait in, but enough for what is to go well."""
 OTHERS = [Ask(tokens) for tokens in mixed_prompts(81, count=8)]
 
 
@@ -275,7 +276,7 @@ def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int)
     try:
         assert not differences(doomed.finish(names), [alone.ask(LONG)])
         expected = alone.generate(OTHERS)
-        end = time.monotonic() + 4 * SHORT["quarantine"]
+        end = time.monotonic() + 4 * (SHORT["silence"] + SHORT["quarantine"])
         while time.monotonic() < end:
             assert not differences(doomed.decode.generate(OTHERS), expected)
         assert free - doomed.decode.free_blocks() == len(LONG.tokens) // BLOCK + 1
@@ -309,7 +310,7 @@ def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
 @pytest.mark.slow
 def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone: Engine) -> None:
     """Not every request pays for the first failures."""
-    pair = make_pair(PairSpec(llama, SMALL_STEPS, push=SHORT, decode={"seed": 2}))
+    pair = make_pair(PairSpec(llama, SMALL_STEPS, decode={"seed": 2}))
     pair.address, right = f"127.0.0.1:{free_port()}", pair.address
     asks = [Ask(prompt(850 + seed, 3 * CHUNK)) for seed in range(12)]
     expected = alone.generate(asks)

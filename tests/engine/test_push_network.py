@@ -21,7 +21,7 @@ from engine.pair import QUICK, Pair
 from engine.test_push import SMALL_STEPS
 from engine.workload import mixed_prompts, prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CUT_SECONDS = 15.0
 """More than TCP bears here (see :data:`lamina.push.transports.nixl.SETTINGS`)."""

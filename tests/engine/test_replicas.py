@@ -16,7 +16,7 @@ from engine.driver import SMALL, Ask, Engine, EngineSpec, Start
 from engine.models import Checkpoints
 from engine.workload import CHUNK, Tokens, prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BLOCK = 16
 HOST_BYTES = 64 << 20

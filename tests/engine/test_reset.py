@@ -44,7 +44,7 @@ def test_nothing_comes_back_after_a_restart(llama: Path, start: Start, tmp_path:
 
 
 def test_reset_while_saves_are_under_way(llama: Path, start: Start) -> None:
-    engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.2}))
+    engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.5}))
     engine.submit([Ask(ASK.tokens, max_tokens=1)])
     engine.step()  # the prompt is computed, and its saves have begun
     assert engine.metrics().total("lamina_transfers", direction="save") > 0

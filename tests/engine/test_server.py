@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.driver import EngineSpec, Fleet
-from engine.server import Server, ServerEnded
+from engine.server import CALL_SECONDS, Server, ServerEnded
 from engine.workload import CHUNK, loadable, prompt
 from lamina.observe.metrics import METRICS, MetricKind
 
@@ -32,13 +32,14 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
     with Server(spec, fleet.next_log()) as server:
         first = server.complete(TOKENS)
         server.wait_until(
-            lambda: server.metrics().total("lamina_write_bytes_total") == 5 * CHUNK_BYTES, 30
+            lambda: server.metrics().total("lamina_write_bytes_total") == 5 * CHUNK_BYTES,
+            CALL_SECONDS,
         )
         server.forget()
         before = server.metrics()
         second = server.complete(TOKENS)
         server.wait_until(
-            lambda: server.metrics().since(before, "lamina_load_seconds_count") == 1, 30
+            lambda: server.metrics().since(before, "lamina_load_seconds_count") == 1, CALL_SECONDS
         )
         after = server.metrics()
         host_log = server.log()

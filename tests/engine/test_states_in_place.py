@@ -265,7 +265,6 @@ def test_from_disk_after_restarts(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @BOTH
 def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model: str) -> None:
     disk = {"disk": {"path": str(tmp_path / "store"), **DISK}}

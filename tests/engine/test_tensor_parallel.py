@@ -12,7 +12,7 @@ import pytest
 from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PROMPTS = mixed_prompts(101, count=20)
 ASKS = [Ask(tokens) for tokens in PROMPTS]

@@ -24,7 +24,7 @@ def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
 
 
 def check(model: Any, store: Path, seed: int) -> None:
-    workload = Workload.draw(seed)
+    workload, before = Workload.draw(seed), set(threading.enumerate())
     without = live_through(model, workload, None)
     disk = {"path": str(store), "capacity": "256MiB"}
     record = live_through(model, workload, workload.lamina | {"disk": disk})
@@ -36,7 +36,8 @@ def check(model: Any, store: Path, seed: int) -> None:
     assert after_restart.get("hit_tokens disk", 0) > 0, (
         "what is on disk is found by the next engine"
     )
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name.startswith("lamina")]
 
 
 @pytest.mark.parametrize("seed", FEW)

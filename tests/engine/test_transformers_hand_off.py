@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.generation.configuration_utils import (
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
-from engine.batching import Engine, Gate, Tokens, forget, load_model, refused
+from engine.batching import PATIENCE, Engine, Gate, Tokens, forget, load_model, refused
 from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina.config import ConfigError
@@ -76,7 +77,7 @@ def test_others_run_while_one_is_parked(model: Any, expected: Tokens, gate: Gate
         forget(engine)
         gate.opened.clear()
         parked = engine.submit(LONG)
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(PATIENCE)
         other = engine.submit(prompt(32, 50))
         assert len(engine.await_answers([other])[other]) == engine.max_new_tokens
         lamina = attached_to(engine.manager)
@@ -95,7 +96,7 @@ def test_a_parked_request_that_is_cancelled_keeps_its_blocks_until_nothing_write
         forget(engine)
         gate.opened.clear()
         parked = engine.submit(LONG)
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(PATIENCE)
         engine.manager.cancel_request(parked)
         after = engine.submit(prompt(33, 50))
         engine.await_answers([after])
@@ -140,7 +141,7 @@ def test_a_load_that_fails_under_a_running_request_gives_no_wrong_answer(
         forget(engine)
         gate.error = OSError("the memory is gone")
         engine.submit(LONG)
-        output = engine.manager.output_router.output_queue.get(timeout=60)
+        output = engine.manager.output_router.output_queue.get(timeout=PATIENCE)
         assert "a copy from host memory failed under r2" in output.error
         assert output.generated_tokens == []
 
@@ -191,6 +192,7 @@ def test_weights_that_are_replaced(llama: Path, checkpoints: Checkpoints) -> Non
 
 
 def test_generate_batch_takes_it_too(model: Any, expected: Tokens) -> None:
+    before = set(threading.enumerate())
     greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
     outputs = model.generate_batch(
         [list(LONG)] * 2,
@@ -198,7 +200,8 @@ def test_generate_batch_takes_it_too(model: Any, expected: Tokens) -> None:
         continuous_batching_config=attach(ROOMY, PARKED),
     )
     assert [output.generated_tokens for output in outputs.values()] == [expected] * 2
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name.startswith("lamina")]
 
 
 def test_a_manager_that_is_kept_keeps_its_tiers(llama: Path, expected: Tokens) -> None:
@@ -223,12 +226,10 @@ def test_a_manager_that_is_kept_keeps_its_tiers(llama: Path, expected: Tokens) -
 
 def await_running(engine: Engine, names: list[str]) -> None:
     """Wait until all of them have computed something."""
-    over = threading.Event()
-    for _ in range(3000):
-        if all(engine.computed.get(name) for name in names):
-            return
-        over.wait(0.01)
-    raise AssertionError(f"{names} do not run")
+    give_up = time.monotonic() + PATIENCE
+    while not all(engine.computed.get(name) for name in names):
+        assert time.monotonic() < give_up, f"{names} do not run"
+        time.sleep(0.01)
 
 
 def test_a_hit_that_waits_for_room_is_not_overtaken(model: Any, expected: Tokens) -> None:
@@ -312,7 +313,7 @@ def test_a_hard_stop_leaves_nothing_to_the_next_session(model: Any, gate: Gate) 
         forget(engine)
         gate.opened.clear()
         engine.submit(LONG)
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(PATIENCE)
         manager = engine.manager
         manager.stop(hard_stop=True, keep_for_next_session=True)
         gate.opened.set()

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
-from engine.batching import Engine, Gate, Tokens, forget, load_model, refused
+from engine.batching import PATIENCE, Engine, Gate, Tokens, forget, load_model, refused
 from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina.control.hand_off import Phase
@@ -162,7 +162,7 @@ def test_a_parked_request_that_is_cancelled(model: Any, expected: Tokens, gate: 
         forget(engine)
         gate.opened.clear()
         parked = engine.submit(LONG)
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(PATIENCE)
         engine.manager.cancel_request(parked)
         engine.await_answers([engine.submit(prompt(33, 50))])
         scheduler = engine.manager.batch_processor.scheduler

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lamina.bench.ports import free_port
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -28,7 +29,7 @@ from push_proxy.engines import (
     stream_and_hang,
 )
 from push_proxy.proxies import COMPLETION, ask, proxied
-from push_proxy.running import PATIENCE, free_port, until
+from push_proxy.running import PATIENCE, until
 
 STREAM = COMPLETION | {"stream": True}
 
@@ -111,7 +112,7 @@ def test_a_client_that_does_not_read_holds_no_engine(
             await asyncio.sleep(0)
 
     decode.script = much
-    with proxied([prefill], [decode], stall_timeout=0.3) as proxy:
+    with proxied([prefill], [decode], stall_timeout=1.0) as proxy:
         client = ask(proxy, {"stream": True})
         until(decode.asked(1)[0].gone.is_set)
         until(lambda: proxy.metric("outstanding") == 0)
@@ -146,6 +147,15 @@ def answers(url: str) -> Callable[[], bool]:
             return False
 
     return check
+
+
+def listens(port: int) -> bool:
+    """Whether connections are taken there."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 @contextmanager
@@ -222,7 +232,7 @@ def test_sigterm_lets_requests_end_and_then_ends_the_proxy(
         pieces = answer.iter_raw()
         came = next(pieces)
         proxy.send_signal(signal.SIGTERM)
-        until(lambda: not answers(url)())
+        until(lambda: not listens(port))
         with pytest.raises(httpx.ConnectError):
             httpx.post(f"{url}/v1/completions", json=STREAM, trust_env=False)
         asked_to_end.set()
@@ -238,8 +248,8 @@ def test_requests_that_do_not_end_in_time_are_told_and_cancelled(
     with proxied([prefill], [decode]) as proxy:
         client = ask(proxy, {"stream": True})
         until(lambda: decode.calls and prefill.calls)
+        came = client.recv(100) if script is stream_and_hang else b""
         proxy.running.begin_to_stop()
-        came = b""
         while piece := client.recv(4096):
             came += piece
         client.close()

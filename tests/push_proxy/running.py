@@ -3,7 +3,6 @@ and waiting for what other threads do."""
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +10,10 @@ from typing import Any
 
 import uvicorn
 
-PATIENCE = 15.0
+from lamina.bench.ports import free_port
+
+PATIENCE = 60.0
+"""Seconds after which what has to happen does not. Two cores may have much else to do."""
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -25,13 +27,6 @@ def until(condition: Callable[[], bool]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("it has not happened")
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Running:

@@ -31,7 +31,8 @@ import pytest
 from engine.driver import SMALL, Ask, EngineSpec, Fleet, child_environment
 from engine.server import Server
 from engine.workload import CHUNK, Tokens, random_tokens
-from push_proxy.running import free_port, until
+from lamina.bench.ports import free_port
+from push_proxy.running import until
 from soak.conftest import Note
 from soak.serving import Served
 

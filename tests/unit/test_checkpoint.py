@@ -319,7 +319,7 @@ class TestCompany:
             assert process.stdin
             process.stdin.write("go\n")
             process.stdin.flush()
-        ended = [process.communicate(timeout=60) for process in processes]
+        ended = [process.communicate(timeout=240) for process in processes]
         assert {out.strip() for out, _ in ended} == {fingerprint(model, cache_dir=cache)}
         assert sum("Reading" in err for _, err in ended) == 1
 
@@ -337,7 +337,7 @@ class TestCompany:
                 target=lambda: answer.append(fingerprint(model, cache_dir=cache)), daemon=True
             )
             thread.start()
-            thread.join(30)
+            thread.join(60)
         assert answer
         assert answer != [truth]
 

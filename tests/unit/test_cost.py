@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from driven_planner import CHUNK_BYTES, Engine, View, prompt
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.config import LoadConfig
@@ -121,6 +121,7 @@ class TestEstimates:
         model.computed(0, 8, 1.0)
         assert model.costs.prefill_seconds(0, 1000) is None
 
+    @settings(deadline=None)
     @given(st.lists(st.floats(1e-12, 1e3), min_size=1, max_size=50))
     def test_an_estimate_stays_among_what_was_measured(self, rates: list[float]) -> None:
         estimate = Estimate(math.log(rates[0]), 1)
@@ -224,6 +225,7 @@ class TestDecisions:
         what = situation(HitPart(HOST, 64 * CHUNK, 512 * MIB), suffix=2048)
         assert decide(what, costs, when="always").mode is LoadMode.LAYERWISE
 
+    @settings(deadline=None)
     @given(
         st.lists(
             st.tuples(st.sampled_from([HOST, DISK]), st.integers(1, 50)), min_size=1, max_size=4

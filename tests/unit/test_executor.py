@@ -67,7 +67,7 @@ class FlakySource:
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
         if self.stall is not None and row in self.stalled_rows:
-            assert self.stall.wait(10)
+            assert self.stall.wait(60)
         if row == self.bad_row:
             raise BadChunks([0], [0], "lost")
         return self.inner.load_row(row, piece, after, admit)
@@ -119,7 +119,7 @@ class Rank:
     def settle(self, count: int) -> list[TransferReceipt]:
         """Collect until ``count`` receipts have come, and see that no more follow."""
         receipts: list[TransferReceipt] = []
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(receipts) < count and time.monotonic() < deadline:
             receipts += self.executor.collect().receipt.transfers
             time.sleep(0.001)
@@ -151,7 +151,7 @@ def load(
     slot: int = 3,
     first_block: int = 0,
     mode: LoadMode = LoadMode.LAYERWISE,
-    deadline: float = 10.0,
+    deadline: float = 60.0,
     key: bytes = b"k",
     grace: float | None = None,
 ) -> LoadOrder:
@@ -310,7 +310,7 @@ def test_a_row_moves_only_the_groups_that_have_a_layer_in_it(mode: LoadMode) -> 
         ChunkLoad(ChunkKey(b"a"), TierName.HOST, 3, 0, (11, 5)),
         ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1),
     )
-    order = LoadOrder(TransferId(3), "r", mode, chunks, 10.0)
+    order = LoadOrder(TransferId(3), "r", mode, chunks, 60.0)
     rank.run(StepPlan(0, loads=(order,), forward=mode is LoadMode.LAYERWISE, outstanding=True))
     (receipt,) = rank.settle(1)
     assert receipt.outcome is Outcome.DONE
@@ -325,7 +325,7 @@ def test_a_load_with_nothing_in_some_rows_ends(rank: Rank) -> None:
     only = Rank(shape=replace(rank.geometry, rows=tuple(rows)))
     chunk = ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1)
     for number, mode in enumerate(LoadMode):
-        order = LoadOrder(TransferId(number), "r", mode, (chunk,), 10.0)
+        order = LoadOrder(TransferId(number), "r", mode, (chunk,), 60.0)
         only.run(StepPlan(0, loads=(order,), outstanding=True))
         (receipt,) = only.settle(1)
         assert (receipt.outcome, receipt.moved_bytes) == (Outcome.DONE, PAGES[1])
@@ -343,7 +343,7 @@ def test_a_row_is_saved_when_all_of_its_layers_have_written_it() -> None:
     time.sleep(0.05)
     assert not [span for span in rank.timeline.spans() if span.lane is Lane.SAVE]
     rank.executor.layer_written("0.linear")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not any(
         span.lane is Lane.SAVE for span in rank.timeline.spans()
     ):
@@ -394,7 +394,7 @@ def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(ra
     for row in rank.geometry.rows:
         rank.executor.wait_layer(row.layers[0])
         rank.executor.layer_written(row.layers[0])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(PAGES) > sum(
         span.lane is Lane.SAVE and span.step == 9 for span in rank.timeline.spans()
     ):
@@ -417,7 +417,7 @@ def test_a_failed_parked_load_still_wakes_its_request(rank: Rank) -> None:
     rank.save(b"k", 3, (7, 2))
     rank.source.bad_row = 0
     rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     outcomes = rank.executor.collect()
     while not outcomes.arrived and time.monotonic() < deadline:
         outcomes = rank.executor.collect()
@@ -430,7 +430,7 @@ def test_a_parked_load_that_never_ends_wakes_its_request_at_the_deadline(rank: R
     before = rank.pages((11, 5))
     rank.source.stall = threading.Event()
     rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, deadline=0.05),)))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     outcomes = rank.executor.collect()
     while not outcomes.arrived and time.monotonic() < deadline:
         outcomes = rank.executor.collect()
@@ -441,10 +441,12 @@ def test_a_parked_load_that_never_ends_wakes_its_request_at_the_deadline(rank: R
     assert rank.pages((11, 5)) == before
 
 
-def test_closing_ends_loads_under_way_and_all_threads(rank: Rank) -> None:
+def test_closing_ends_loads_under_way_and_all_threads() -> None:
+    before = set(threading.enumerate())
+    rank = Rank()
     rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
     rank.executor.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("lamina-") and t.is_alive()]
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_idle_step_waits_for_news_but_not_for_long(rank: Rank) -> None:
@@ -458,7 +460,7 @@ def test_an_idle_step_waits_for_news_but_not_for_long(rank: Rank) -> None:
 
 def until_arrived(rank: Rank) -> Outcomes:
     """Collect until a request may go on."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (outcomes := rank.executor.collect()).arrived and time.monotonic() < deadline:
         time.sleep(0.001)
     return outcomes

@@ -32,6 +32,8 @@ GEOMETRY = CacheGeometry(
     allocation_bytes=(len(PAGES) * BLOCKS * 640,),
 )
 STORED = 4
+PATIENCE = 60.0
+"""Seconds after which something hangs."""
 
 
 def key(number: int) -> ChunkKey:
@@ -79,7 +81,7 @@ class Rank:
             self.receipts.put(receipt)
 
     def receipt(self) -> TransferReceipt:
-        return self.receipts.get(timeout=10)
+        return self.receipts.get(timeout=PATIENCE)
 
     def held(self, slot: int) -> list[bytes]:
         return [self.host.extent(row, slot).tobytes() for row in range(len(PAGES))]
@@ -89,8 +91,8 @@ class Rank:
 def rank(tmp_path: Path) -> Iterator[Rank]:
     rank = Rank(tmp_path)
     yield rank
-    assert rank.fetcher.close(10)
-    assert rank.pool.close(10)
+    assert rank.fetcher.close(PATIENCE)
+    assert rank.pool.close(PATIENCE)
     rank.disk.close()
 
 
@@ -125,9 +127,10 @@ def test_a_disk_that_raises_fails_the_fetch_and_not_the_next(
     assert "raised" in caplog.text
 
 
-def test_a_load_goes_before_the_next_chunk(rank: Rank) -> None:
+def test_a_load_goes_before_the_next_chunk(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_pipeline, "GIVE_WAY", PATIENCE)
     loading = threading.Event()
-    rank.pool.submit((1.0, 0), lambda: loading.wait(0.3))
+    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE))
     rank.fetcher.fetch([order(n, host_slot=n) for n in range(STORED)], step=0)
     time.sleep(0.1)
     assert rank.receipts.empty()
@@ -140,7 +143,7 @@ def test_a_disk_that_is_never_idle_keeps_nobody_waiting_for_ever(
 ) -> None:
     monkeypatch.setattr(fetch_pipeline, "GIVE_WAY", 0.01)
     loading = threading.Event()
-    rank.pool.submit((1.0, 0), lambda: loading.wait(10))
+    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE))
     rank.fetcher.fetch([order(1, host_slot=1)], step=0)
     assert rank.receipt().outcome is Outcome.DONE
     loading.set()
@@ -151,13 +154,14 @@ def test_at_the_end_no_further_chunk_is_fetched(rank: Rank) -> None:
 
     def report() -> None:
         begun.set()
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(PATIENCE)
 
     rank.on_report = report
     rank.fetcher.fetch([order(n, host_slot=n) for n in range(STORED)], step=0)
-    assert begun.wait(10)
-    threading.Timer(0.05, may_go_on.set).start()
-    assert rank.fetcher.close(10)
+    assert begun.wait(PATIENCE)
+    assert not rank.fetcher.close(0), "the chunk under way has not ended"
+    may_go_on.set()
+    assert rank.fetcher.close(PATIENCE)
     assert rank.receipts.qsize() == 1
 
 
@@ -173,9 +177,9 @@ def test_chunks_that_come_one_by_one_do_not_mix(rank: Rank) -> None:
 def test_who_waits_for_a_pool_waits_for_the_job_that_runs() -> None:
     pool, go_on = WorkerPool("test", 1), threading.Event()
     assert pool.await_idle(0)
-    pool.submit((0.0, 0), lambda: go_on.wait(10))
+    pool.submit((0.0, 0), lambda: go_on.wait(PATIENCE))
     assert not pool.await_idle(0.01)
     go_on.set()
-    assert pool.await_idle(10)
-    assert pool.close(10)
+    assert pool.await_idle(PATIENCE)
+    assert pool.close(PATIENCE)
     assert pool.await_idle(0), "nobody waits for a pool that has ended"

@@ -68,7 +68,7 @@ class RecordingSource:
         self.served.extend((row, key) for key in piece.keys)
         self.seen.set()
         if self.stall is not None:
-            assert self.stall.wait(10)
+            assert self.stall.wait(60)
         if not admit():
             return None
         bad = [i for i, key in enumerate(piece.keys) if (row, key) in self.bad]
@@ -82,10 +82,10 @@ class RecordingSource:
 def pool() -> Iterator[RecordingPool]:
     pool = RecordingPool()
     yield pool
-    assert pool.close(10)
+    assert pool.close(60)
 
 
-def order(name: str, chunks: int, deadline: float = 10.0) -> LoadOrder:
+def order(name: str, chunks: int, deadline: float = 60.0) -> LoadOrder:
     return LoadOrder(
         TransferId(sum(name.encode())),
         name,
@@ -181,34 +181,39 @@ def test_a_failed_request_is_left_out_from_its_first_bad_chunk_on(pool: Recordin
 def test_time_in_which_the_model_asked_for_no_row_is_not_the_tiers(pool: RecordingPool) -> None:
     run = start(pool, RecordingSource(), 1)
     run.wait(0)
-    time.sleep(0.3)
+    assert pool.await_idle(60)
+    began = time.perf_counter()
+    time.sleep(0.1)
+    asked_for_none = time.perf_counter() - began
     run.finish()
     (load,) = run.loads
     receipt = load.receipt(run.active, run.waited)
-    assert receipt.seconds >= 0.3
-    assert 0 < receipt.active <= receipt.seconds - 0.2
+    assert 0 < receipt.active <= receipt.seconds - asked_for_none + 1e-6
 
 
 def test_time_in_which_a_row_hangs_is_the_tiers(pool: RecordingPool) -> None:
     source = RecordingSource()
     source.stall = threading.Event()
     run = start(pool, source, 1, order("a", 1, deadline=0.1))
+    started, deadline = time.perf_counter(), run.deadline
     run.wait(0)
-    assert run.active >= 0.1
+    active = run.active
     source.stall.set()
+    assert active > 0
+    assert active >= deadline - started
 
 
 def test_past_its_deadline_a_load_fails_and_never_writes_again(pool: RecordingPool) -> None:
     source = RecordingSource()
     source.stall = threading.Event()
     run = start(pool, source, 2, order("a", 1, deadline=0.05))
-    assert source.seen.wait(10)
+    assert source.seen.wait(60)
     run.wait(0)
     assert run.over
     assert run.loads[0].reason == "deadline"
     assert run.loads[0].lost_blocks() == {0, 1}
     source.stall.set()
-    assert pool.close(10)
+    assert pool.close(60)
     assert source.written == []
 
 
@@ -221,7 +226,7 @@ def test_giving_up_waits_for_a_write_that_was_admitted() -> None:
     thread.start()
     assert not over.wait(0.05)
     load.leave(1)
-    assert over.wait(10)
+    assert over.wait(60)
     thread.join()
     assert not load.admit()
 
@@ -236,7 +241,7 @@ def test_what_is_refused_while_giving_up_waits_for_a_write_has_failed() -> None:
         load.leave(1)
     load.outstanding = 0
     load.leave(1)
-    thread.join(10)
+    thread.join(60)
     assert load.lost_blocks() == {0, 1, 2, 3}
     assert load.receipt(0.0, 0.0).outcome is Outcome.FAILED
 
@@ -273,13 +278,13 @@ class StuckSource(RecordingSource):
         self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
     ) -> Fence | None:
         if piece.keys[0].startswith(self.prefix):
-            assert self.release.wait(10)
+            assert self.release.wait(60)
         return super().load_row(row, piece, after, admit)
 
 
 def test_a_load_that_is_stuck_fails_alone(pool: RecordingPool) -> None:
     source = StuckSource(b"a")
-    run = start(pool, source, 1, order("a", 1, deadline=0.1), order("b", 1, deadline=0.1))
+    run = start(pool, source, 1, order("a", 1, deadline=1.0), order("b", 1))
     run.finish()
     stuck, other = run.loads
     assert stuck.failed
@@ -287,5 +292,5 @@ def test_a_load_that_is_stuck_fails_alone(pool: RecordingPool) -> None:
     assert [row for row, key in source.written if key == b"b0"] == list(range(ROWS))
     assert stuck.receipt(0.0, 0.0).bad_chunks == ()
     source.release.set()
-    assert pool.close(10)
+    assert pool.close(60)
     assert all(key != b"a0" for _, key in source.written)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
+from lamina.bench.ports import free_port
 from lamina.push import link as link_module
 from lamina.push.cards import EngineCard, RankCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
@@ -36,9 +37,9 @@ from lamina.push.messages import (
     encode,
 )
 
-SILENCE = 0.4
-PATIENCE = 10.0
-NEVER = 60.0
+SILENCE = 1.0
+PATIENCE = 60.0
+NEVER = 600.0
 """A silence that no test lives to see."""
 
 
@@ -55,11 +56,12 @@ class Side:
         incarnation: str,
         *,
         listen: bool = False,
+        port: int = 0,
         token: str | None = None,
         silence: float = NEVER,
     ) -> None:
         self.card = card(incarnation)
-        address = "127.0.0.1:0" if listen else None
+        address = f"127.0.0.1:{port}" if listen else None
         self.link = Link(self.card, listen=address, token=token, silence=silence)
         self.heard: list[News] = []
 
@@ -227,8 +229,7 @@ def test_has_news(make: Make) -> None:
 
 
 def test_nobody_listens(make: Make) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = address_of(server)
+    address = f"127.0.0.1:{free_port()}"
     side = make("D")
     side.link.send(Letter(address, ANNOUNCE))
     (lost,) = side.until(1)
@@ -375,6 +376,32 @@ def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
         assert raw.hear() is None
 
 
+def test_who_was_stopped_itself_does_not_blame_its_peer(
+    make: Make, listener: socket.socket
+) -> None:
+    """What the peer has said meanwhile is there, and has not been read."""
+    side = make("D", silence=SILENCE)
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        assert isinstance(raw.hear(), Hello)
+        raw.say(Welcome(VERSION, "P"))
+        assert raw.hear() == ANNOUNCE
+        goes_on = threading.Event()
+
+        def stop() -> None:
+            time.sleep(2 * SILENCE)
+            goes_on.set()
+
+        side.link._loop.call_soon_threadsafe(stop)
+        while not goes_on.wait(SILENCE / 10):
+            raw.say(Ping())
+        raw.say(Bound(ANNOUNCE.attempt))
+        address = address_of(listener)
+        assert side.until(2) == [Opened(address, "P"), Letter(address, Bound(ANNOUNCE.attempt))]
+
+
 def test_a_peer_whose_process_ends(make: Make, listener: socket.socket) -> None:
     side = make("D")
     side.link.send(Letter(address_of(listener), ANNOUNCE))
@@ -402,7 +429,7 @@ def test_a_decode_engine_that_falls_silent(make: Make, dial: Callable[[Side], Ra
 
 def test_a_peer_is_dialled_again(make: Make) -> None:
     """Another incarnation at the same address is told apart."""
-    decode_side, first = make("D"), make("P1", listen=True)
+    decode_side, first = make("D"), make("P1", listen=True, port=free_port())
     address = first.address
     decode_side.link.send(Letter(address, ANNOUNCE))
     first.until(2)
@@ -454,13 +481,13 @@ def test_a_peer_that_does_not_read(
 
 
 def test_close_ends_every_connection(make: Make) -> None:
-    prefill, decode_side = make("P", listen=True), make("D")
+    decode_side, before = make("D"), set(threading.enumerate())
+    prefill = make("P", listen=True, port=free_port())
     decode_side.link.send(Letter(prefill.address, ANNOUNCE))
     prefill.until(2)
-    before = threading.active_count()
     prefill.link.close()
     prefill.link.close()
-    assert threading.active_count() == before - 1
+    assert set(threading.enumerate()) <= before
     lost = decode_side.until(2)[1]
     assert isinstance(lost, Lost)
     assert (lost.was_open, lost.fate) == (True, Fate.CLOSED)

@@ -47,8 +47,8 @@ from lamina.push.transports.base import (
 )
 from simulator.wire import Network
 
-PATIENCE = 10.0
-LONG = 60.0
+PATIENCE = 60.0
+LONG = 600.0
 BLOCKS = 12
 HEADS = 4
 """Of the whole model."""

@@ -73,9 +73,9 @@ class Gathering:
     def of(self, rank: int) -> Callable[[Any], list[Any]]:
         def gather(word: Any) -> list[Any]:
             self._words[rank] = word
-            self._barrier.wait(10)
+            self._barrier.wait(60)
             words = list(self._words)
-            self._barrier.wait(10)
+            self._barrier.wait(60)
             return words
 
         return gather
@@ -334,7 +334,7 @@ class Running:
             self.executor.layer_written(row.layers[0])
         self.executor.end_step()
         receipts: dict[int, TransferReceipt] = {}
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(receipts) < count and time.monotonic() < deadline:
             found = self.executor.collect().receipt.transfers
             receipts |= {int(receipt.transfer): receipt for receipt in found}

@@ -27,7 +27,7 @@ if find_spec("nixl") is None:
 
 SIZE = 16 << 20
 """Bytes of memory at each end: many times what is on the way to a peer that does not read."""
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which something that is to happen does not."""
 WIRES = ("all", "tcp")
 """Values of ``UCX_TLS``: whatever there is between processes of one machine, and the network."""

@@ -9,13 +9,11 @@ other.
 
 from __future__ import annotations
 
-import os
-import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -25,6 +23,7 @@ from lamina.bench.engine import BenchError, Engine
 from lamina.bench.network import DEVICE, NetworkError, PacedNetwork
 from lamina.bench.picture import Panel, draw_timeline
 from lamina.bench.plots import Curve, draw_push
+from lamina.bench.ports import free_port
 from lamina.bench.progress import Progress
 from lamina.bench.report import Machine, Report, duration
 from lamina.bench.room import require_room
@@ -36,7 +35,6 @@ from lamina.config.tree import PushConfig
 from lamina.observe.timeline import read_trace
 
 _LOCAL = "127.0.0.1"
-_FIRST_PORT, _PORTS = 20_000, 5_000
 _HOST_CHUNKS = 4
 """What a host tier has room for: it is there, and of no use."""
 _ENDLESS = 1 << 50
@@ -299,13 +297,12 @@ def _pairs(
 ) -> list[Pair]:
     addresses = network.addresses if network else (_LOCAL, _LOCAL)
     names = network.names if network else ("", "")
-    ports = _free_ports()
     host = {"capacity": _HOST_CHUNKS * settings.shape.kv_bytes(settings.shape.chunk_tokens)}
 
     def start(name: str, end: int, connector: Connector, **lamina: Any) -> Engine:
         environment = {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": addresses[end],
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(next(ports)),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
         }
         if network is not None:
             environment |= {"UCX_TLS": "tcp", "UCX_NET_DEVICES": DEVICE}
@@ -324,7 +321,7 @@ def _pairs(
         return stack.enter_context(Engine(spec, work))
 
     def pusher(way: Way, push: Mapping[str, Any]) -> tuple[Engine, str]:
-        address = f"{addresses[0]}:{next(ports)}"
+        address = f"{addresses[0]}:{free_port()}"
         return (
             start(
                 way.name.lower(),
@@ -347,13 +344,6 @@ def _pairs(
         Pair(Way.PULL, giver, puller),
         Pair(Way.RECOMPUTE, taker, taker),
     ]
-
-
-def _free_ports() -> Iterator[int]:
-    """Ports that nobody listens at, below those that systems give out by themselves."""
-    for port in range(_FIRST_PORT + os.getpid() % _PORTS, _FIRST_PORT + 2 * _PORTS):
-        with suppress(OSError), socket.create_server((_LOCAL, port)):
-            yield port
 
 
 def _trace(work: Path, way: Way) -> Path:

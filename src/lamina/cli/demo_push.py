@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lamina.bench.ports import free_port
 from lamina.cli import demo, demo_model
 from lamina.cli.demo_model import ModelError
-from lamina.cli.demo_server import Answer, Server, ServerError, free_port, vllm_server
+from lamina.cli.demo_server import Answer, Server, ServerError, vllm_server
 from lamina.observe.timeline import Lane, Span, read_trace
 
 _SHOWN_ROWS = 10

@@ -16,6 +16,7 @@ import queue
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from lamina.push.cards import EngineCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
@@ -35,6 +36,8 @@ from lamina.push.messages import (
 )
 
 log = logging.getLogger("lamina.push")
+
+T = TypeVar("T")
 
 MAX_QUEUED = 64 << 20
 """Bytes that wait for a peer that does not read; beyond it the connection is closed."""
@@ -191,13 +194,13 @@ class Link:
         writer: asyncio.StreamWriter | None = None
         try:
             host, port = split_address(connection.peer)
-            async with asyncio.timeout(self._silence):
-                reader, writer = await asyncio.open_connection(host, port)
-                Connection(connection.peer, writer).say(Hello(VERSION, self._token, self._card))
-                welcome = _welcome(await _read(reader))
+            reader, opened = await self._in_time(asyncio.open_connection(host, port))
+            writer = opened
+            Connection(connection.peer, opened).say(Hello(VERSION, self._token, self._card))
+            welcome = _welcome(await self._in_time(_read(reader)))
             was_open = True
             self._news.put(Opened(connection.peer, welcome.incarnation))
-            connection.open(writer)
+            connection.open(opened)
             await self._converse(reader, connection)
         except TimeoutError:
             reason = f"no answer within {self._silence:g} s"
@@ -221,8 +224,7 @@ class Link:
         connection = Connection("", writer)
         reason = "closed"
         try:
-            async with asyncio.timeout(self._silence):
-                hello = await _read(reader)
+            hello = await self._in_time(_read(reader))
             if refusal := self._refusal(hello):
                 log.warning("a decode engine was refused: %s", refusal)
                 connection.say(Refused(refusal))
@@ -269,8 +271,7 @@ class Link:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self._silence):
-                        message = await _read(reader)
+                    message = await self._in_time(_read(reader))
                 except TimeoutError:
                     raise PeerSilentError(f"silent for {self._silence:g} s") from None
                 except (OSError, LinkClosedError):
@@ -281,6 +282,23 @@ class Link:
                     self._news.put(Letter(connection.peer, message))
         finally:
             pings.cancel()
+
+    async def _in_time(self, waited_for: Coroutine[object, object, T]) -> T:
+        """What comes of it, if that takes no longer than the silence. Time for which this process
+        itself was stopped counts as little: it says nothing about a peer, whose words may be here.
+
+        Raises:
+            TimeoutError: if it takes longer.
+        """
+        task = self._loop.create_task(waited_for)
+        try:
+            for _ in range(PINGS):
+                await asyncio.wait({task}, timeout=self._silence / PINGS)
+                if task.done():
+                    return task.result()
+        finally:
+            task.cancel()
+        raise TimeoutError
 
     async def _ping(self, connection: Connection) -> None:
         while True:
