@@ -291,9 +291,11 @@ def test_chunks_by_themselves_fit_into_a_window(
     batching = ContinuousBatchingConfig(
         page_size=page, num_blocks=800 // page, max_batch_tokens=128
     )
+    before = set(threading.enumerate())
     with Engine(model, batching, PARKED) as engine:
         (answer,) = engine.turn([LONG[:400]])
         forget(engine)
         assert engine.turn([LONG[:400]]) == [answer]
         assert engine.figures()["hit_tokens host"] == 399 // chunk * chunk
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name.startswith("lamina")]
