@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lamina.control.eviction import SegmentedLeastRecentlyUsed
+from lamina.control.eviction import SharedOutlivesSingle
 from lamina.plan import ChunkKey, RankReport, StoredChunk, TierName
 
 
@@ -45,7 +45,7 @@ class TierCatalog:
         self.arrivals = 0
         self._visible: dict[ChunkKey, int] = {}
         self._filling: dict[ChunkKey, int] = {}
-        self._order = SegmentedLeastRecentlyUsed()
+        self._order = SharedOutlivesSingle()
         self._leases: dict[int, int] = {}
         self._orphans: set[int] = set()
         self._free: list[int] = list(range(slots - 1, -1, -1))
@@ -137,21 +137,29 @@ class TierCatalog:
             self._orphans.remove(slot)
             self._free.append(slot)
 
-    def touch(self, keys: Sequence[ChunkKey]) -> None:
-        """Note that visible ``keys``, given in prefix order, are of use to whoever had them kept.
+    def touch(self, keys: Sequence[ChunkKey], passed: int = 0) -> None:
+        """Note a use of visible ``keys``, given in prefix order.
 
         The first becomes the most recently used, because a chunk is of no use without the ones
         before it.
-        """
-        for key in reversed(keys):
-            if key in self._visible:
-                self._order.touch(key)
 
-    def reuse(self, keys: Sequence[ChunkKey]) -> None:
-        """As :meth:`touch`, for a request that found them: they are kept longer from now on."""
+        Args:
+            keys: of chunks of one request.
+            passed: of these, how many it went on behind.
+        """
+        for index in range(len(keys) - 1, -1, -1):
+            if keys[index] in self._visible:
+                self._order.touch(keys[index], went_on=index < passed)
+
+    def share(self, keys: Sequence[ChunkKey]) -> None:
+        """As :meth:`touch`, of what several requests share: it is kept longer from now on."""
         for key in reversed(keys):
             if key in self._visible:
-                self._order.reuse(key)
+                self._order.share(key)
+
+    def is_passed(self, key: ChunkKey) -> bool:
+        """Whether a request went on behind a visible chunk."""
+        return self._order.is_passed(key)
 
     def adopt(self, stored: Iterable[StoredChunk]) -> None:
         """Take over chunks that the tier already held when it was opened, oldest first."""

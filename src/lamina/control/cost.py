@@ -149,6 +149,15 @@ class CostModel:
                     if other != where:
                         known[other] = Estimate(estimate.log + moved, estimate.count)
 
+    def measured_again(self, tier: TierName, size: int, seconds: float) -> None:
+        """A tier that was too slow to be loaded from brought ``size`` bytes in so long. Nothing
+        else is known of how it is now, so that is believed at once, and for every size."""
+        known = self.costs.loads.get(tier)
+        if known and size > 0 and seconds > 0:
+            moved = math.log(seconds / size) - _nearest(known, _size_class(size)).log
+            for where, estimate in known.items():
+                known[where] = Estimate(estimate.log + moved, estimate.count)
+
     def computed(self, start: int, end: int, seconds: float) -> None:
         """Tokens ``start..end`` of a prompt were computed in so long."""
         if end - start >= LEAST_TOKENS and seconds > 0:

@@ -2,10 +2,13 @@
 
 Most of what is saved is never asked for: questions, answers, prompts that nobody sends again. If
 what was used longest ago always went first, they would push out the documents that everybody asks
-about. So chunks that a later request found grow old more slowly than those that nobody came back
-for: a *segmented least recently used* order, whose two segments are weighed by age instead of
-having a size each. No chunk is safe for ever, so that what was popular once makes room, and none is
-given up at once, so that what is new has time to become popular.
+about. So chunks that several requests have shared grow old more slowly than others. No chunk is
+safe for ever, so that what was popular once makes room, and none is given up at once, so that what
+is new has time to become popular.
+
+A conversation that goes on shares nothing: each turn has all of the turn before it as its prefix,
+and when it ends all of that is dead at once. Who counts as sharing is for the caller to say
+(:meth:`lamina.control.hits.HitFinder.reuse`); keys know whether anybody went on behind them.
 """
 
 from __future__ import annotations
@@ -16,66 +19,75 @@ from itertools import chain
 
 from lamina.plan import ChunkKey
 
-REUSED_LIFE = 4
-"""A key that was used again is given up at so many times the age of one that was not."""
+SHARED_LIFE = 4
+"""A key that is shared is given up at so many times the age of one that is not."""
 
 
-class SegmentedLeastRecentlyUsed:
-    """Keys by age, in two segments: those that were added and not used again, and the others.
+class SharedOutlivesSingle:
+    """Keys by age, shared ones apart from others.
 
     Age is counted in keys that were added since: time in which nothing is added drives nothing out.
-    Every operation is constant, that of :meth:`victim` amortised: a key that is in use when one is
-    sought is as good as just used, and is put at the far end of its segment.
+    Every operation is constant, and :meth:`victim` is but for keys that are in use: one of those is
+    as good as just used, and is put at the far end.
     """
 
     def __init__(self) -> None:
-        self._once: OrderedDict[ChunkKey, int] = OrderedDict()
-        self._again: OrderedDict[ChunkKey, int] = OrderedDict()
+        # Twice the number of keys that had been added when a key was used, and one more if somebody
+        # went on behind it: of a million keys records would take as much memory again.
+        self._single: OrderedDict[ChunkKey, int] = OrderedDict()
+        self._shared: OrderedDict[ChunkKey, int] = OrderedDict()
         self._added = 0
 
     def __len__(self) -> int:
-        return len(self._once) + len(self._again)
+        return len(self._single) + len(self._shared)
 
     def __iter__(self) -> Iterator[ChunkKey]:
-        return chain(self._once, self._again)
+        return chain(self._single, self._shared)
 
     def add(self, key: ChunkKey) -> None:
         """Note a key that is new."""
         self._added += 1
-        self._once[key] = self._added
+        self._single[key] = 2 * self._added
 
-    def touch(self, key: ChunkKey) -> None:
-        """Note that ``key``, which is there, was used by whoever had it added."""
-        segment = self._again if key in self._again else self._once
-        segment[key] = self._added
+    def touch(self, key: ChunkKey, *, went_on: bool = False) -> None:
+        """Note that ``key``, which is there, was used, and whether whoever used it went on behind
+        it."""
+        segment = self._shared if key in self._shared else self._single
+        segment[key] = 2 * self._added + (segment[key] & 1 | went_on)
         segment.move_to_end(key)
 
-    def reuse(self, key: ChunkKey) -> None:
-        """Note that ``key``, which is there, was used by somebody else."""
-        self._once.pop(key, None)
-        self._again[key] = self._added
-        self._again.move_to_end(key)
+    def share(self, key: ChunkKey) -> None:
+        """Note that ``key``, which is there, is shared by somebody who uses it now."""
+        before = self._single.pop(key, None)
+        if before is None:
+            before = self._shared[key]
+        self._shared[key] = 2 * self._added + (before & 1)
+        self._shared.move_to_end(key)
+
+    def is_passed(self, key: ChunkKey) -> bool:
+        """Whether somebody went on behind ``key``; False if it is not there."""
+        return bool((self._single.get(key) or self._shared.get(key) or 0) & 1)
 
     def forget(self, key: ChunkKey) -> None:
         """Remove ``key`` if it is there."""
-        self._once.pop(key, None)
-        self._again.pop(key, None)
+        self._single.pop(key, None)
+        self._shared.pop(key, None)
 
     def victim(self, evictable: Callable[[ChunkKey], bool]) -> ChunkKey | None:
         """The oldest key, weighed, for which ``evictable`` holds, or None. Not removed."""
-        once, again = len(self._once), len(self._again)
-        while once or again:
-            if once and (not again or self._older_is_once()):
-                segment, once = self._once, once - 1
+        single, shared = len(self._single), len(self._shared)
+        while single or shared:
+            if single and (not shared or self._older_is_single()):
+                segment, single = self._single, single - 1
             else:
-                segment, again = self._again, again - 1
+                segment, shared = self._shared, shared - 1
             key = next(iter(segment))
             if evictable(key):
                 return key
-            segment[key] = self._added
+            segment[key] = 2 * self._added + (segment[key] & 1)
             segment.move_to_end(key)
         return None
 
-    def _older_is_once(self) -> bool:
-        once, again = next(iter(self._once.values())), next(iter(self._again.values()))
-        return (self._added - once) * REUSED_LIFE >= self._added - again
+    def _older_is_single(self) -> bool:
+        single, shared = (next(iter(each.values())) // 2 for each in (self._single, self._shared))
+        return (self._added - single) * SHARED_LIFE >= self._added - shared

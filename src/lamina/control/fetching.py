@@ -92,7 +92,7 @@ class FetchPlanner:
         self._waiting.pop(request_id, None)
 
     def ask(self, request_id: str, place: Location) -> None:
-        """Fetch one chunk with the next plan, whoever waits."""
+        """Fetch one chunk with the next plan, whoever waits, if there is room for it then."""
         if self.enabled:
             self._asked.append((request_id, place))
 

@@ -144,17 +144,23 @@ class HitFinder:
         return [chunk.place for chunk in self.chunks(record.known_keys(), 0, found.tokens)]
 
     def reuse(self, record: RequestRecord, end: int) -> None:
-        """Note that others had computed the first ``end`` tokens of a request, wherever it found
-        them: what it takes to find as much again is worth keeping."""
+        """Note that the first ``end`` tokens of a request were found, wherever.
+
+        If another request has gone on behind them, in its own way, they are shared, as a document
+        is that is asked about, and what it takes to find as much again is worth keeping. If nobody
+        has, this is probably the next turn of a conversation.
+        """
         chunk, groups = self._shape.chunk_tokens, record.known_keys()
-        if not end:
+        last = min(-(-end // chunk), len(groups[0])) - 1
+        tiers = self._catalog.tiers.values()
+        if last < 0 or not any(tier.is_passed(keys[last]) for tier in tiers for keys in groups):
             return
         firsts = [self._first_chunk(group, 0, end) for group in range(len(groups))]
         keys = [
             groups[group][index]
-            for index in range(min(firsts), min(-(-end // chunk), len(groups[0])))
+            for index in range(min(firsts), last + 1)
             for group, first in enumerate(firsts)
             if index >= first
         ]
-        for tier in self._catalog.tiers.values():
-            tier.reuse(keys)
+        for tier in tiers:
+            tier.share(keys)

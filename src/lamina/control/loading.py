@@ -291,18 +291,20 @@ class LoadPlanner:
         cut = record.story.reason == "hit_in_part" and TierName.DISK not in record.story.taken
         if not cut or TierName.DISK not in self._slow.due(now):
             return None
-        self._slow.measure(TierName.DISK, now)
         hit = record.hit
         found = self._hits.chunks(record.known_keys(), hit.floor, hit.floor + hit.tokens)
         places = (chunk.place for chunk in found)
         return next((place for place in places if place.tier is TierName.DISK), None)
 
-    def fetched(self, transfer: Transfer) -> None:
-        """A chunk has come to the host from a tier: if that was too slow to load from, this is how
-        slow it is now."""
+    def fetched(self, transfer: Transfer, now: float) -> None:
+        """A chunk has come to the host from a tier, or has not: if that was too slow to load from,
+        this is how slow it is now."""
         tier = transfer.chunks[0].tier
-        if tier in self._slow and transfer.state is State.DONE:
-            self._cost.loaded(tier, transfer.moved_bytes, transfer.seconds)
+        if tier in self._slow:
+            if tier in self._slow.due(now):
+                self._slow.measure(tier, now)
+            if transfer.state is State.DONE:  # of as many bytes as a load of it would have
+                self._cost.measured_again(tier, self._chunk_bytes, transfer.seconds)
 
     def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
         """Take in a load that has ended.

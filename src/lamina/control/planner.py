@@ -466,9 +466,12 @@ class Planner:
         if computed >= record.view.num_prompt_tokens:
             self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
+        keys = [key for chunk in zip(*record.chain.groups, strict=True) for key in chunk]
         for tier in self._catalog.tiers.values():
-            tier.touch([key for chunk in zip(*record.chain.groups, strict=True) for key in chunk])
-        self._saving.order_passed(step=self._step, now=self._clock.now, ended=record)
+            tier.touch(keys, passed=len(keys) - len(record.chain.groups))
+        self._saving.order_passed(
+            step=self._step, now=self._clock.now, ended=record, computed=computed
+        )
         if self._source is not None:
             self._source.finished(record, computed, blocks)
         if self._target is not None and record.receive is not None:
@@ -527,7 +530,7 @@ class Planner:
                 self._saving.settle_write(transfer)
             elif transfer.kind is Kind.FETCH:
                 self._fetching.settle(transfer)
-                self._loading.fetched(transfer)
+                self._loading.fetched(transfer, self._clock.now)
             elif transfer.kind is Kind.PUSH:
                 assert self._source is not None
                 self._source.settle(transfer)

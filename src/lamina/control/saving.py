@@ -195,7 +195,9 @@ class SavePlanner:
         lease = self._leases.take(blocks)
         self._passed.append(Passed(record, record.epoch, group, blocks, end, lease))
 
-    def order_passed(self, *, step: int, now: float, ended: RequestRecord | None = None) -> None:
+    def order_passed(
+        self, *, step: int, now: float, ended: RequestRecord | None = None, computed: int = 0
+    ) -> None:
         """Order saves of what an earlier step has left behind, now that its last token is known.
         Blocks of states are not written again; what is in place is lost if it is not read now.
 
@@ -203,6 +205,7 @@ class SavePlanner:
             step: the step whose plan will carry the orders.
             now: control's clock.
             ended: a request of which no more tokens will be known.
+            computed: tokens of that one that are certain to be computed: a step may have failed.
         """
         waiting, self._passed = self._passed, []
         for passed in waiting:
@@ -212,6 +215,7 @@ class SavePlanner:
                 lasts = not self._shape.groups[passed.group].in_place
             else:  # the plan is yet to be made, and before it others may learn their tokens
                 lasts = record is not ended
+                lost |= record is ended and passed.end > computed
             if not lost and record.view.num_tokens >= passed.end:
                 self._order_passed(record, passed.group, passed.blocks, passed.end, step, now)
             elif not lost and lasts:

@@ -282,6 +282,13 @@ class Executor:
                 if self._saves is not None:
                     self._saves.row_written(written)
 
+    def fail_step(self, reason: str) -> None:
+        """The forward of the step that has begun has failed: nothing of it is to be believed. The
+        step is to be ended all the same."""
+        self._step_failure = reason
+        if self._saves is not None:
+            self._saves.poison(reason)
+
     def end_step(self) -> None:
         """Finish the step's loads and sweep its saves; call after the forward."""
         self.finish_loads()

@@ -184,6 +184,13 @@ class Standalone:
             self._executor.end_step()
             self._collect()
 
+    def abandon_step(self) -> None:
+        """The forward of the step that has begun has failed, or nobody knows: what it was to save
+        is not kept. Nothing happens without a step."""
+        if self._in_step:
+            self._executor.fail_step("step_failed")
+            self.end_step()
+
     def finish_loads(self) -> None:
         """Wait for the step's loads. An engine that cannot take back what it computes on a load
         that has failed calls it before it samples, at best before the last layer reads its cache.

@@ -103,7 +103,9 @@ class WithLamina(Scheduler):
     # -- what the library calls --------------------------------------------------------------
 
     def reset(self) -> None:
-        """A new session: the requests of the one before are gone."""
+        """A new session: the requests of the one before are gone, and if a step of theirs has not
+        been ended its forward has failed."""
+        self.lamina.abandon_step()
         for request_id in self.lamina.hand_off.abandon_all():
             if any(request_id in allocator.block_table for allocator in self._allocators):
                 self.cache.free_blocks(request_id)
