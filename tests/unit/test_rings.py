@@ -183,3 +183,12 @@ def test_what_comes_from_disk_is_kept_in_the_host_before_it_is_overwritten(reset
     saved = rings(step(engine, "b", 4 * CHUNK, 4 * CHUNK + 1))
     assert [order.blocks for order in saved] == ([] if reset else [(300, 301), (302, 303)])
     assert all(order.overwritten for order in saved)
+
+
+def test_what_a_step_that_failed_was_to_complete_is_not_saved() -> None:
+    engine, request = engine_of(FULL, RING), view("a")
+    admit(engine, request)
+    engine.planner.plan_step([("a", 0, 2 * CHUNK)], forward=True)
+    engine.planner.finished("a", 0, [])
+    assert not engine.planner.plan_step([], forward=False).saves
+    assert engine.pool.held == {100, 101, 102, 103}, "of the step itself, which is yet to be ended"
