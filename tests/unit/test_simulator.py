@@ -14,6 +14,7 @@ import pytest
 
 from lamina.control.catalog import Catalog, TierCatalog
 from lamina.control.hand_off import HandOff, Phase, Resumption
+from lamina.control.hits import HitFinder
 from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.loading import LoadEnd, LoadPlanner
 from lamina.control.planner import Planner
@@ -153,14 +154,14 @@ def one_token_more_is_saved(patch: Patch) -> None:
 
 
 def nothing_is_left_to_compute(patch: Patch) -> None:
-    find = LoadPlanner._find_prefix
+    find = HitFinder.find
 
-    def whole(loading: LoadPlanner, record: RequestRecord, floor: int) -> object:
+    def whole(hits: HitFinder, record: RequestRecord, floor: int) -> object:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(record.view, "recompute_tokens", 0)
-            return find(loading, record, floor)
+            return find(hits, record, floor)
 
-    patch.setattr(LoadPlanner, "_find_prefix", whole)
+    patch.setattr(HitFinder, "find", whole)
 
 
 def salts_are_not_looked_at(patch: Patch) -> None:
