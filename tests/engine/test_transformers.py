@@ -29,7 +29,9 @@ def check(model: Any, store: Path, seed: int) -> None:
     disk = {"path": str(store), "capacity": "256MiB"}
     record = live_through(model, workload, workload.lamina | {"disk": disk})
     assert record.answers == without.answers
-    assert record.recomputed <= 0.2 * without.recomputed, record.figures
+    # A chunk of a ring can be saved at one moment only: if there is no room then, it is lost.
+    most = 0.5 if getattr(model.config, "sliding_window", None) else 0.2
+    assert record.recomputed <= most * without.recomputed, record.figures
     failures = [f for figures in record.figures for f in figures if f.startswith("failures")]
     assert not failures
     after_restart = record.figures[-1]
