@@ -152,6 +152,16 @@ class Engine:
         self.planner.finished(view.request_id, view.num_tokens, [view.blocks()])
         return plan
 
+    def spoil(self, view: View, how: str) -> None:
+        """Make what a request has computed worth nothing: ``preempted``, ``reset``,
+        ``distrusted``."""
+        if how == "preempted":
+            self.planner.lookup(view, 0)
+        elif how == "reset":
+            self.planner.reset()
+        else:
+            self.planner.distrust()
+
     def settle_writes(self) -> StepPlan:
         plan = self.step()
         self.answer(*(w.transfer for w in plan.writes))

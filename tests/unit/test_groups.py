@@ -309,12 +309,7 @@ def test_a_state_in_place_that_is_worth_nothing_is_let_go(how: str) -> None:
     engine = engine_of(FULL, IN_PLACE)
     request = view("a")
     compute(engine, request, (1, 250, 2 * CHUNK), computed=2 * CHUNK)
-    if how == "preempted":
-        engine.planner.lookup(request, 0)
-    elif how == "reset":
-        engine.planner.reset()
-    else:
-        engine.planner.distrust()
+    engine.spoil(request, how)
     assert not states_of(engine.step())
     assert 250 not in engine.pool.held
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import pytest
@@ -351,6 +352,19 @@ def test_what_nobody_understands(
 # -- who falls silent, or goes -------------------------------------------------------------------
 
 
+@contextmanager
+def announced(side: Side, listener: socket.socket) -> Iterator[Raw]:
+    """A peer that has been found, and has heard of a push; it goes when the block ends."""
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        assert isinstance(raw.hear(), Hello)
+        raw.say(Welcome(VERSION, "P"))
+        assert raw.hear() == ANNOUNCE
+        yield raw
+
+
 def test_a_peer_that_takes_no_notice(make: Make, listener: socket.socket) -> None:
     """Its kernel takes the connection; whoever is there may be stopped."""
     side = make("D", silence=SILENCE)
@@ -362,13 +376,7 @@ def test_a_peer_that_takes_no_notice(make: Make, listener: socket.socket) -> Non
 
 def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
     side = make("D", silence=SILENCE)
-    side.link.send(Letter(address_of(listener), ANNOUNCE))
-    connection, _ = listener.accept()
-    with connection:
-        raw = Raw(connection)
-        assert isinstance(raw.hear(), Hello)
-        raw.say(Welcome(VERSION, "P"))
-        assert raw.hear() == ANNOUNCE
+    with announced(side, listener) as raw:
         opened, lost = side.until(2)
         assert opened == Opened(address_of(listener), "P")
         assert isinstance(lost, Lost)
@@ -381,13 +389,7 @@ def test_who_was_stopped_itself_does_not_blame_its_peer(
 ) -> None:
     """What the peer has said meanwhile is there, and has not been read."""
     side = make("D", silence=SILENCE)
-    side.link.send(Letter(address_of(listener), ANNOUNCE))
-    connection, _ = listener.accept()
-    with connection:
-        raw = Raw(connection)
-        assert isinstance(raw.hear(), Hello)
-        raw.say(Welcome(VERSION, "P"))
-        assert raw.hear() == ANNOUNCE
+    with announced(side, listener) as raw:
         goes_on = threading.Event()
 
         def stop() -> None:
@@ -404,13 +406,8 @@ def test_who_was_stopped_itself_does_not_blame_its_peer(
 
 def test_a_peer_whose_process_ends(make: Make, listener: socket.socket) -> None:
     side = make("D")
-    side.link.send(Letter(address_of(listener), ANNOUNCE))
-    connection, _ = listener.accept()
-    with connection:
-        raw = Raw(connection)
-        raw.hear()
-        raw.say(Welcome(VERSION, "P"))
-        assert raw.hear() == ANNOUNCE
+    with announced(side, listener):
+        pass
     _, lost = side.until(2)
     assert isinstance(lost, Lost)
     assert (lost.was_open, lost.fate) == (True, Fate.CLOSED)

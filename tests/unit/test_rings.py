@@ -106,12 +106,7 @@ def test_what_is_worth_nothing_is_let_go(how: str) -> None:
     request = view("a")
     admit(engine, request)
     step(engine, "a", 0, 2 * CHUNK)
-    if how == "preempted":
-        engine.planner.lookup(request, 0)
-    elif how == "reset":
-        engine.planner.reset()
-    else:
-        engine.planner.distrust()
+    engine.spoil(request, how)
     assert not rings(engine.step())
     assert not engine.pool.held
 

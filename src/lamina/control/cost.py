@@ -8,6 +8,7 @@ nothing was measured there is no estimate, and nobody guesses.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -143,20 +144,15 @@ class CostModel:
             before = known.get(where) or next(doubtful, None)
             _measure(known, where, seconds / size)
             if before is not None:
-                # A tier that has become slow, or fast, has become so for every size.
-                moved = known[where].log - before.log
-                for other, estimate in known.items():
-                    if other != where:
-                        known[other] = Estimate(estimate.log + moved, estimate.count)
+                _move({*known} - {where}, known, known[where].log - before.log)
 
     def measured_again(self, tier: TierName, size: int, seconds: float) -> None:
         """A tier that was too slow to be loaded from brought ``size`` bytes in so long. Nothing
         else is known of how it is now, so that is believed at once, and for every size."""
         known = self.costs.loads.get(tier)
         if known and size > 0 and seconds > 0:
-            moved = math.log(seconds / size) - _nearest(known, _size_class(size)).log
-            for where, estimate in known.items():
-                known[where] = Estimate(estimate.log + moved, estimate.count)
+            believed = _nearest(known, _size_class(size)).log
+            _move(known.keys(), known, math.log(seconds / size) - believed)
 
     def computed(self, start: int, end: int, seconds: float) -> None:
         """Tokens ``start..end`` of a prompt were computed in so long."""
@@ -167,6 +163,12 @@ class CostModel:
 def _measure(known: dict[T, Estimate], where: T, rate: float) -> None:
     before = known.get(where)
     known[where] = Estimate(math.log(rate), 1) if before is None else before.with_measured(rate)
+
+
+def _move(classes: Iterable[int], known: dict[int, Estimate], by: float) -> None:
+    """A tier that has become slow, or fast, has become so for every size."""
+    for where in classes:
+        known[where] = Estimate(known[where].log + by, known[where].count)
 
 
 def _nearest(known: dict[int, Estimate], where: int) -> Estimate:

@@ -47,13 +47,13 @@ class SharedOutlivesSingle:
     def add(self, key: ChunkKey) -> None:
         """Note a key that is new."""
         self._added += 1
-        self._single[key] = 2 * self._added
+        self._single[key] = self._stamp(0)
 
     def touch(self, key: ChunkKey, *, went_on: bool = False) -> None:
         """Note that ``key``, which is there, was used, and whether whoever used it went on behind
         it."""
         segment = self._shared if key in self._shared else self._single
-        segment[key] = 2 * self._added + (segment[key] & 1 | went_on)
+        segment[key] = self._stamp(segment[key] | went_on)
         segment.move_to_end(key)
 
     def share(self, key: ChunkKey) -> None:
@@ -61,7 +61,7 @@ class SharedOutlivesSingle:
         before = self._single.pop(key, None)
         if before is None:
             before = self._shared[key]
-        self._shared[key] = 2 * self._added + (before & 1)
+        self._shared[key] = self._stamp(before)
         self._shared.move_to_end(key)
 
     def is_passed(self, key: ChunkKey) -> bool:
@@ -84,9 +84,13 @@ class SharedOutlivesSingle:
             key = next(iter(segment))
             if evictable(key):
                 return key
-            segment[key] = 2 * self._added + (segment[key] & 1)
+            segment[key] = self._stamp(segment[key])
             segment.move_to_end(key)
         return None
+
+    def _stamp(self, before: int) -> int:
+        """A key's stamp when it is used now, which keeps of the one before what others did."""
+        return 2 * self._added + (before & 1)
 
     def _older_is_single(self) -> bool:
         single, shared = (next(iter(each.values())) // 2 for each in (self._single, self._shared))

@@ -120,8 +120,7 @@ class SavePlanner:
                     continue
                 if group not in tables:
                     tables[group] = blocks_of(group)
-                size = self._shape.chunk_tokens // self._shape.groups[group].block_tokens
-                blocks = tuple(tables[group][index * size : (index + 1) * size])
+                blocks = self._chunk_blocks(tables[group], group, index)
                 if self._shape.null_block in blocks:
                     continue  # fallen out of a window before there was room
                 refusal = self._order_save(record, keys[group][index], blocks, group, step, now)
@@ -173,23 +172,28 @@ class SavePlanner:
             step: the step whose plan will carry the orders.
             now: control's clock.
         """
-        chunk, groups = self._shape.chunk_tokens, self._shape.groups
+        chunk = self._shape.chunk_tokens
         loaded = record.fresh and record.promote and record.load is None
         if record.barred or not (loaded or computed // chunk > start // chunk):
             return
         for group in self._shape.rings:
             keys, table = record.known_keys()[group], record.view.blocks(group)
-            size = chunk // groups[group].block_tokens
-            first = -(-groups[group].first_kept(start) // chunk)
+            ring = self._shape.groups[group]
+            first = -(-ring.first_kept(start) // chunk)
             for index in range(first, start // chunk if loaded else 0):
                 if keys[index] in record.promote:
-                    blocks = tuple(table[index * size : (index + 1) * size])
+                    blocks = self._chunk_blocks(table, group, index)
                     self._order_passed(record, group, blocks, (index + 1) * chunk, step, now)
-            first = -(-groups[group].first_kept(computed) // chunk)
+            first = -(-ring.first_kept(computed) // chunk)
             for index in range(max(first, start // chunk), computed // chunk):
                 if index >= len(keys) or self._wanted(record, keys[index]):
-                    blocks = tuple(table[index * size : (index + 1) * size])
+                    blocks = self._chunk_blocks(table, group, index)
                     self._pass(record, group, blocks, (index + 1) * chunk)
+
+    def _chunk_blocks(self, table: Sequence[int], group: int, index: int) -> tuple[int, ...]:
+        """Of a request's blocks of one group, those of its chunk ``index``."""
+        size = self._shape.chunk_tokens // self._shape.groups[group].block_tokens
+        return tuple(table[index * size : (index + 1) * size])
 
     def _pass(self, record: RequestRecord, group: int, blocks: tuple[int, ...], end: int) -> None:
         lease = self._leases.take(blocks)

@@ -283,8 +283,8 @@ class Executor:
                     self._saves.row_written(written)
 
     def fail_step(self, reason: str) -> None:
-        """The forward of the step that has begun has failed: nothing of it is to be believed. The
-        step is to be ended all the same."""
+        """Nothing that the step computes is to be believed, because its forward has failed, or what
+        it rests on. The step is to be ended all the same."""
         self._step_failure = reason
         if self._saves is not None:
             self._saves.poison(reason)
@@ -463,9 +463,7 @@ class Executor:
         if run.grace is not None:
             self._early.waited(run.waited)
         if failed:
-            self._step_failure = LOAD_FAILED
-            if self._saves is not None:
-                self._saves.poison(LOAD_FAILED)
+            self.fail_step(LOAD_FAILED)
 
     def _settle(self, run: LoadRun) -> None:
         for load in run.loads:

@@ -169,9 +169,12 @@ def _copies(
     """The engine's pages in ``row`` and the host's, of the orders that have something there."""
     blocks: list[Indices] = []
     pages: list[int] = []
-    for order in orders:
-        if order.group in row.groups:
-            first = order.slot * geometry.blocks_per_chunk
-            blocks.append(pages_of(row, order.group, np.array(order.blocks, np.int64)))
-            pages += range(first, first + len(order.blocks))
-    return np.concatenate([np.empty(0, np.int64), *blocks]), np.array(pages, np.int64)
+    for group in row.groups:
+        theirs: list[int] = []
+        for order in orders:
+            if order.group == group:
+                first = order.slot * geometry.blocks_per_chunk
+                theirs += order.blocks
+                pages += range(first, first + len(order.blocks))
+        blocks.append(pages_of(row, group, np.array(theirs, np.int64)))
+    return np.concatenate(blocks), np.array(pages, np.int64)

@@ -169,14 +169,21 @@ def geometry(
     first = parts[0].allocator
     page, size = first.bytes_per_page, cache.cache_tensor.numel()
     if len(parts) == 1:  # its blocks are all that there is: neighbours are copied as one
-        block = first.bytes_per_block
+        stride = first.bytes_per_block
         rows = tuple(
-            Row((layer_name(layer),), 0, index * page, block, page)
+            Row((layer_name(layer),), 0, index * page, stride, page)
             for index, layer in enumerate(first.layer_indices)
         )
-        return _geometry(rows, size, block, parts, configured)
-    rows = tuple(_row(parts, index, page) for index in range(max(len(p.pages) for p in parts)))
-    return _geometry(rows, size, page, parts, configured)
+    else:
+        stride = page
+        rows = tuple(_row(parts, index, page) for index in range(max(len(p.pages) for p in parts)))
+    return CacheGeometry(
+        rows=rows,
+        num_blocks=size // stride,
+        block_tokens=first.tokens_per_page,
+        chunk_tokens=chunk_tokens(parts, configured),
+        allocation_bytes=(size,),
+    )
 
 
 def _row(parts: Sequence[Part], index: int, page: int) -> Row:
@@ -190,18 +197,6 @@ def _row(parts: Sequence[Part], index: int, page: int) -> Row:
             places.append(Place(scale, which - scale * part.first_block))
     names = tuple(layer_name(layer) for layer in sorted(layers))
     return Row(names, 0, 0, page, page, tuple(having), places=tuple(places))
-
-
-def _geometry(
-    rows: tuple[Row, ...], size: int, stride: int, parts: Sequence[Part], configured: int | str
-) -> CacheGeometry:
-    return CacheGeometry(
-        rows=rows,
-        num_blocks=size // stride,
-        block_tokens=parts[0].allocator.tokens_per_page,
-        chunk_tokens=chunk_tokens(parts, configured),
-        allocation_bytes=(size,),
-    )
 
 
 def _window(allocator: CacheAllocator) -> int:
