@@ -13,6 +13,7 @@ import torch
 
 from lamina.config import load_config
 from lamina.control.hand_off import Phase
+from lamina.engines.ranks import Ranks
 from lamina.engines.standalone import Standalone, TextRequest
 from lamina.geometry import CacheGeometry, Group, GroupKind, Row
 from lamina.keys import Namespace
@@ -57,7 +58,7 @@ class Pool:  # [2] a block pool that counts references
 class TinyEngine:
     """Its "model" adds up what it has cached: one wrong page, and the next token is wrong."""
 
-    def __init__(self, settings: dict[str, object]) -> None:
+    def __init__(self, settings: dict[str, object], ranks: Ranks | None = None) -> None:
         self.cache = torch.zeros(LAYERS, BLOCKS, BLOCK, dtype=torch.int64)
         page = BLOCK * self.cache.itemsize
         geometry = CacheGeometry(  # [3] where the cache is
@@ -82,6 +83,7 @@ class TinyEngine:
         self.lamina = Standalone(
             load_config(settings, {}), geometry, [Group(GroupKind.FULL, BLOCK)],
             [self.cache.view(-1).view(torch.uint8)], namespace, self.pool, limit=LIMIT,
+            ranks=ranks,  # of an engine that runs in several processes; none in one
         )  # fmt: skip
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> list[list[int]]:

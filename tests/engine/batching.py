@@ -53,7 +53,7 @@ class Engine:
     def __enter__(self) -> Self:
         batching = self.batching
         if self.lamina is not None:
-            batching = attach(batching, self.lamina)
+            batching = attach(batching, self.lamina, model=self.model)
         greedy = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=-1
         )
@@ -130,23 +130,26 @@ class Engine:
         Raises:
             AssertionError: if something is left.
         """
-        lamina = attached_to(self.manager)
-        assert lamina is not None
         self.rest()
         with self.manager.pause():
-            scheduler = self.manager.batch_processor.scheduler
-            planner, cache = lamina._planner, scheduler.cache
-            left = {
-                "requests": lamina.hand_off.count(*Phase) or list(planner._requests),
-                "transfers": list(planner._transfers.live()),
-                "leases on blocks": scheduler._pool.held or planner._leases.leased_blocks,
-                "leases on slots": [t.leased for t in planner._catalog.tiers.values() if t.leased],
-                "requests with blocks": [a.block_table for a in scheduler._allocators],
-                "references": [a.ledger.shared_ref_counts for a in scheduler._allocators],
-                "lost blocks": _lost_blocks(cache),
-            }
-        left = {what: found for what, found in left.items() if any(_flat(found))}
-        assert not left
+            assert not self.left()
+
+    def left(self) -> dict[str, object]:
+        """What is held, in an engine that does nothing."""
+        lamina = attached_to(self.manager)
+        assert lamina is not None
+        scheduler = self.manager.batch_processor.scheduler
+        planner, cache = lamina._planner, scheduler.cache
+        found = {
+            "requests": lamina.hand_off.count(*Phase) or list(planner._requests),
+            "transfers": list(planner._transfers.live()),
+            "leases on blocks": scheduler._pool.held or planner._leases.leased_blocks,
+            "leases on slots": [t.leased for t in planner._catalog.tiers.values() if t.leased],
+            "requests with blocks": [a.block_table for a in scheduler._allocators],
+            "references": [a.ledger.shared_ref_counts for a in scheduler._allocators],
+            "lost blocks": _lost_blocks(cache),
+        }
+        return {what: held for what, held in found.items() if any(_flat(held))}
 
 
 def _flat(found: object) -> list[object]:
@@ -329,7 +332,8 @@ def live_through(model: Any, workload: Workload, lamina: Mapping[str, object] | 
                     record.fewest += len(history[number]) - 1 - known[number]
                     known[number] = len(history[number]) - 1
             if lamina is not None:
-                engine.settle()
+                engine.rest()
+                assert not engine.left()
                 record.figures.append(engine.figures())
         record.computed += sum(engine.computed.values())
     return record

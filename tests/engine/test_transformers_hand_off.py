@@ -283,11 +283,13 @@ def test_one_configuration_is_attached_to_once() -> None:
     assert ROOMY.scheduler_type == "fifo", "it is not changed"
 
 
-def test_several_ranks_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_which_nobody_says_who_shares_the_model_are_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    assert "on several ranks, and there are 2" in refused(model, attach(ROOMY, PARKED))
+    assert "attach(..., model=model)" in refused(model, attach(ROOMY, PARKED))
 
 
 def test_pushes_are_refused(model: Any) -> None:

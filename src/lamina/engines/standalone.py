@@ -1,9 +1,12 @@
-"""Lamina beside an engine that schedules and computes in one process, on one rank.
+"""Lamina beside an engine that schedules and computes in one process, or in each of its ranks.
 
 The scheduler's side and the worker's side are neighbours here: a plan is handed to the executor,
 and receipts are handed back, by a call. The engine brings a :class:`~lamina.geometry.CacheGeometry`
 of its cache, a block pool that counts references, and a view of each request. ``docs/engines.md``
 says what it has to do then.
+
+With several ranks every call is made on each of them, in the same order and with the same
+arguments; see :mod:`lamina.engines.ranks`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -22,12 +26,14 @@ from lamina.control.leases import BlockPool
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape, PushParameters
 from lamina.data.assembly import assemble
+from lamina.data.executor import Executor
 from lamina.data.replicas import DiskPlace, Replicas
 from lamina.engines.notebook import Notebook
+from lamina.engines.ranks import Ranks, RanksError
 from lamina.geometry import CacheGeometry, Group
 from lamina.keys import Namespace
 from lamina.observe.metrics import Meter, Series
-from lamina.plan import LoadMode
+from lamina.plan import LoadMode, RankReport
 
 
 class TextRequest(ABC):
@@ -92,14 +98,17 @@ class Standalone:
         null_block: a block id that stands for none in the tables of requests.
         takes_back: whether the engine can take back what it has computed on a load that fails in
             its step, see :meth:`~lamina.control.hand_off.HandOff.take_cut`.
+        ranks: of which this is one; none for an engine in one process. They are closed with it.
 
     Attributes:
         hand_off: what the engine's scheduler asks.
+        clock: the time that decisions are made by, monotonic seconds: on all ranks the same.
 
     Raises:
         ValueError: if a tier or a bound is smaller than one chunk, or if the configuration asks for
             pushes.
         StoreError: if the store cannot be used.
+        RanksError: if the ranks are not alike, or another one cannot start.
     """
 
     def __init__(
@@ -114,37 +123,41 @@ class Standalone:
         limit: int,
         null_block: int = -1,
         takes_back: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if config.push is not None:
             raise ValueError("push: engines push to each other with vLLM only; leave it out")
-        self._executor = assemble(
-            config,
-            geometry,
-            allocations,
-            rank=0,
-            replicas=Replicas(0, 1, lambda word: [word]),
-            slabs=1,
-            place=DiskPlace.of(config.disk, namespace),
-        )
-        self._notebook = Notebook.of(config, namespace.fingerprint)
+        self._ranks = ranks = ranks or Ranks.alone()
+        self.clock = ranks.clock
         self._meter = Meter()
-        self._planner = Planner(
-            config,
-            ChunkShape(geometry.chunk_tokens, tuple(groups), null_block),
-            namespace.fingerprint,
-            pool,
-            [self._executor.report()],
-            self._meter,
-            reports_blocks=takes_back,
-            leases_loads=True,
-            costs=self._notebook.read_costs(),
-            on_decision=self._notebook.note if config.observe.decisions else None,
-        )
-        self.hand_off = HandOff(
-            self._planner,
-            boundary=math.lcm(*(group.block_tokens for group in groups)),
-            limit=limit,
-        )
+        with ExitStack() as undo:
+            undo.callback(ranks.close)
+            ranks.agree("at the start", (config, geometry, tuple(groups), namespace, limit))
+            self._executor, reports = _open(config, geometry, allocations, namespace, ranks)
+            undo.callback(self._executor.close)
+            self._notebook = Notebook(None, None)
+            if ranks.rank == 0:
+                self._notebook = Notebook.of(config, namespace.fingerprint, ranks.global_rank)
+            writes = ranks.rank == 0 and config.observe.decisions
+            self._planner = Planner(
+                config,
+                ChunkShape(geometry.chunk_tokens, tuple(groups), null_block),
+                namespace.fingerprint,
+                pool,
+                reports,
+                self._meter,
+                reports_blocks=takes_back,
+                leases_loads=True,
+                costs=ranks.first("with what was learnt", self._notebook.read_costs()),
+                on_decision=self._notebook.note if writes else None,
+                clock=ranks.clock,
+            )
+            self.hand_off = HandOff(
+                self._planner,
+                boundary=math.lcm(*(group.block_tokens for group in groups)),
+                limit=limit,
+            )
+            undo.pop_all()
         self.wait_layer = self._executor.wait_layer
         self.layer_written = self._executor.layer_written
         self._totals: dict[Series, float] = defaultdict(float)
@@ -157,7 +170,7 @@ class Standalone:
     def moves_rows(self) -> bool:
         """Whether layers have to call ``wait_layer(name)`` before they read their cache and
         ``layer_written(name)`` after they have written it, in this step."""
-        return self._executor.moves_rows
+        return self._loads_in_step or self._executor.moves_rows
 
     def begin_step(self, progress: Sequence[tuple[str, int, int]]) -> None:
         """The engine has scheduled a step: order what belongs to it. Call it right before the
@@ -169,8 +182,10 @@ class Standalone:
 
         Raises:
             HandOffError: if a request runs that may not.
+            RanksError: if ranks have come to different plans.
         """
         plan = self.hand_off.plan(progress, forward=bool(progress))
+        self._ranks.agree("before a step", plan)
         self._in_step = True
         self._loads_in_step = any(order.mode is LoadMode.LAYERWISE for order in plan.loads)
         self._executor.begin_step(plan)
@@ -178,11 +193,14 @@ class Standalone:
 
     def end_step(self) -> None:
         """The forward is over: take in what has become of everything. Waits for no save; a step
-        that ran nothing waits a few milliseconds for news. Nothing happens without a step."""
+        that ran nothing waits a few milliseconds for news. Without a step ranks tell each other the
+        time, and nothing else happens."""
         if self._in_step:
             self._in_step = False
             self._executor.end_step()
-            self._collect()
+            self._collect("after a step")
+        else:
+            self._ranks.tell("between steps", None)
 
     def abandon_step(self) -> None:
         """The forward of the step that has begun has failed, or nobody knows: what it was to save
@@ -202,13 +220,13 @@ class Standalone:
             return
         self._loads_in_step = False
         self._executor.finish_loads()
-        self._collect()
+        self._collect("after the loads of a step")
         if cut := self.hand_off.take_cut():
             names = ", ".join(resumption.request_id for resumption in cut)
             raise LoadFailed(f"a copy from host memory failed under {names} while they ran")
 
-    def _collect(self) -> None:
-        self.hand_off.receive([self._executor.collect().receipt])
+    def _collect(self, occasion: str) -> None:
+        self.hand_off.receive(self._ranks.tell(occasion, self._executor.collect().receipt))
         self._planner.gauges()
         readings = self._meter.drain()
         with self._counting:
@@ -234,3 +252,40 @@ class Standalone:
             self._closed = True
             self._executor.close()
             self._notebook.close(self._planner.costs)
+            self._ranks.close()
+
+
+def _open(
+    config: Config,
+    geometry: CacheGeometry,
+    allocations: Sequence[torch.Tensor],
+    namespace: Namespace,
+    ranks: Ranks,
+) -> tuple[Executor, list[RankReport]]:
+    """The rank's executor, and what every rank has: all of them can start, or none does."""
+    failure: Exception | None = None
+    with ExitStack() as undo:
+        word: RankReport | str
+        try:
+            executor = assemble(
+                config,
+                geometry,
+                allocations,
+                rank=ranks.rank,
+                replicas=Replicas(ranks.rank, 1, lambda word: [word]),
+                slabs=ranks.neighbours,
+                place=DiskPlace.of(config.disk, namespace, ranks.global_rank - ranks.rank),
+            )
+            undo.callback(executor.close)
+            word = executor.report()
+        except Exception as error:  # the others must not wait for what never comes
+            failure, word = error, f"{type(error).__name__}: {error}"
+        words = ranks.tell("with its tiers open", word)
+        if failure is not None:
+            raise failure
+        reports = [word for word in words if isinstance(word, RankReport)]
+        if len(reports) < ranks.count:
+            said = {rank: word for rank, word in enumerate(words) if isinstance(word, str)}
+            raise RanksError("; ".join(f"rank {r} cannot start: {why}" for r, why in said.items()))
+        undo.pop_all()
+    return executor, reports

@@ -8,8 +8,11 @@ from dataclasses import replace
 from functools import partial
 
 import transformers
+from torch import distributed
+from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from lamina.config import Config, load_config
@@ -20,8 +23,9 @@ SUPPORTED = "5.19."
 """Versions of transformers whose continuous batching is known: names that are relied on there are
 not part of its public interface."""
 
-_names: dict[tuple[str, Config], str] = {}
-"""What the library knows a kind of scheduler and a configuration by: one name, however often."""
+_names: dict[tuple[str, Config, tuple[int, ...] | None], str] = {}
+"""What the library knows a kind of scheduler, a configuration and the ranks of an engine by: one
+name, however often."""
 
 
 class UnsupportedEngine(ValueError):
@@ -31,6 +35,8 @@ class UnsupportedEngine(ValueError):
 def attach(
     batching: ContinuousBatchingConfig | None = None,
     settings: Mapping[str, object] | None = None,
+    *,
+    model: PreTrainedModel | None = None,
 ) -> ContinuousBatchingConfig:
     """Have Lamina keep the KV cache of whatever runs with the configuration that is returned.
 
@@ -42,6 +48,8 @@ def attach(
         batching: how to batch; its defaults without one. It is not changed.
         settings: Lamina's configuration, the same tree as everywhere; what ``LAMINA_CONFIG`` names
             is read, too.
+        model: what will run with it; needed where ``torch.distributed`` has several processes,
+            because it says which of them share it. All of these call this with equal arguments.
 
     Returns:
         ``batching`` with a scheduler type that is registered for it.
@@ -80,13 +88,21 @@ def attach(
         )
     if isinstance(base, partial):
         raise UnsupportedEngine("this configuration has Lamina already: attach to another one")
-    kind = (batching.scheduler_type, config)
+    shared_by = None if model is None else _sharing(model)
+    kind = (batching.scheduler_type, config, shared_by)
     name = _names.setdefault(kind, f"{batching.scheduler_type} with lamina {len(_names) + 1}")
     if name not in SCHEDULER_MAPPING:
         SCHEDULER_MAPPING[name] = partial(
-            type(f"{base.__name__}WithLamina", (WithLamina, base), {}), config
+            type(f"{base.__name__}WithLamina", (WithLamina, base), {}), config, shared_by
         )
     return replace(batching, scheduler_type=name, use_async_batching=False, use_cuda_graph=graphs)
+
+
+def _sharing(model: PreTrainedModel) -> tuple[int, ...]:
+    """Global ranks of the processes that have a share of a model; none if this one has all of it.
+    The library reads the same attribute (``continuous_api.py``)."""
+    mesh = DistributedHelper.extract_tp_mesh(getattr(model, "_device_mesh", None))
+    return () if mesh is None else tuple(distributed.get_process_group_ranks(mesh.get_group()))
 
 
 def attached_to(manager: ContinuousBatchingManager) -> Standalone | None:

@@ -37,8 +37,12 @@ class UnsupportedModel(ValueError):
     """The model's cache cannot be served without risking a wrong token; the message says why."""
 
 
-def check_supported(cache: PagedAttentionCache) -> None:
+def check_supported(cache: PagedAttentionCache, shared_by: Sequence[int] | None) -> None:
     """Refuse what this version would serve wrongly.
+
+    Args:
+        cache: the library's cache.
+        shared_by: see :class:`~lamina.engines.transformers.scheduler.WithLamina`.
 
     Raises:
         UnsupportedModel: says what is not supported and what to do.
@@ -57,11 +61,11 @@ def check_supported(cache: PagedAttentionCache) -> None:
                 f"a sliding window of {window} tokens is not a whole number of pages, so that "
                 f"pages would hold tokens of both its ends: page_size is {page}, {do}"
             )
-    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-    if ranks > 1:
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    if processes > 1 and shared_by is None:
         raise UnsupportedModel(
-            f"Lamina does not serve transformers' continuous batching on several ranks, and there "
-            f"are {ranks}: run it in one process, or without attach()"
+            f"{processes} processes run, and nothing says which of them share this model: call "
+            "attach(..., model=model) in each"
         )
 
 

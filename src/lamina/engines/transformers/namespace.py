@@ -11,12 +11,17 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from lamina.config import Config
 from lamina.engines.identity import describe_checkpoint, describe_model
+from lamina.engines.ranks import Ranks
 from lamina.geometry import CacheGeometry, Group
 from lamina.keys import Namespace
 
 
 def build_namespace(
-    config: Config, cache: PagedAttentionCache, groups: Sequence[Group], geometry: CacheGeometry
+    config: Config,
+    cache: PagedAttentionCache,
+    groups: Sequence[Group],
+    geometry: CacheGeometry,
+    ranks: Ranks,
 ) -> Namespace:
     """The namespace of an engine; with a disk tier equal after a restart.
 
@@ -25,6 +30,7 @@ def build_namespace(
         cache: the library's cache.
         groups: its cache groups.
         geometry: where its pages are.
+        ranks: of the engine; they have one namespace.
 
     Raises:
         CheckpointError: if the weights cannot be told apart from others; says to set ``identity``.
@@ -32,7 +38,7 @@ def build_namespace(
     model = cache.config
     return Namespace(
         model=describe_model(model.to_dict()),
-        checkpoint=_checkpoint(config, cache),
+        checkpoint=_checkpoint(config, cache, ranks),
         model_dtype=str(cache.dtype),
         cache_dtype=str(cache.dtype),
         quantization=str(getattr(model, "quantization_config", None) or ""),
@@ -40,7 +46,7 @@ def build_namespace(
         chunk_tokens=geometry.chunk_tokens,
         layout="pages of keys, then values",
         page_bytes=tuple(row.page_bytes for row in geometry.rows),
-        tensor_parallel=1,
+        tensor_parallel=ranks.count,
         pipeline_parallel=1,
         context_parallel=1,
         speculation="",
@@ -49,9 +55,9 @@ def build_namespace(
     )
 
 
-def _checkpoint(config: Config, cache: PagedAttentionCache) -> str:
-    if config.disk is None and config.identity == "auto":
-        return f"process {uuid.uuid4()}"  # nothing outlives it, and nobody shares it
+def _checkpoint(config: Config, cache: PagedAttentionCache, ranks: Ranks) -> str:
+    if config.disk is None and config.identity == "auto":  # nothing outlives it or is shared
+        return ranks.first("with a name", f"process {uuid.uuid4()}")
     return describe_checkpoint(config, str(cache.config._name_or_path))
 
 

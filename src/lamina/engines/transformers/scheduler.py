@@ -16,7 +16,6 @@ that is being prefilled, as if a part of its prompt had been computed.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Sequence
 
@@ -31,6 +30,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from lamina.config import Config
 from lamina.control.hand_off import Phase
+from lamina.engines.ranks import Ranks
 from lamina.engines.standalone import Standalone
 from lamina.engines.transformers import layout
 from lamina.engines.transformers.hooks import hook_layers
@@ -52,6 +52,8 @@ class WithLamina(Scheduler):
 
     Args:
         config: Lamina's configuration.
+        shared_by: global ranks of the processes that run one engine together, each its share of the
+            model's heads; this one alone, or several. None if nobody has said so.
         cache: the library's cache.
         safety_margin: the library's.
         max_requests_per_batch: the library's; parked requests count.
@@ -68,11 +70,12 @@ class WithLamina(Scheduler):
     def __init__(
         self,
         config: Config,
+        shared_by: tuple[int, ...] | None,
         cache: PagedAttentionCache,
         safety_margin: float | None,
         max_requests_per_batch: int,
     ) -> None:
-        layout.check_supported(cache)
+        layout.check_supported(cache, shared_by)
         self._parts = layout.parts(cache)
         groups = layout.groups(self._parts)
         geometry = layout.geometry(cache, self._parts, config.chunk_tokens)
@@ -80,15 +83,22 @@ class WithLamina(Scheduler):
         self._window = max(group.window for group in groups)
         self._allocators = tuple(cache.cache_allocators.values())
         self._pool = LedgerPool(self._parts)
+        ranks = Ranks.among(shared_by) if shared_by else Ranks.alone()
+        try:
+            namespace = build_namespace(config, cache, groups, geometry, ranks)
+        except BaseException:  # the other ranks wait for this one's word
+            ranks.close()
+            raise
         self.lamina = Standalone(
             config,
             geometry,
             groups,
             [cache.cache_tensor],
-            build_namespace(config, cache, groups, geometry),
+            namespace,
             self._pool,
             limit=max_requests_per_batch,
             null_block=layout.NO_BLOCK,
+            ranks=ranks,
         )
         weakref.finalize(self, self.lamina.close)
         self._in_sight: list[str] = []
@@ -123,15 +133,19 @@ class WithLamina(Scheduler):
         self._publish_loaded()
         self._take_up_ready()
         with self._cancellation_lock:
-            for request_id in self._requests_to_cancel:
-                self._over(request_id)
-        cancelled: list[RequestState] = super().clear_cancelled_requests()
+            wanted: list[str] = sorted(self._requests_to_cancel)
+            self._requests_to_cancel.clear()
+        cancelled: list[RequestState] = []
+        for request_id in wanted:  # one by one: a set has another order on each rank
+            self._over(request_id)
+            self.set_request_cancellation(request_id)
+            cancelled += super().clear_cancelled_requests()
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Scheduled:
         """Who runs in this turn, with what is loaded for them."""
         lamina = self.lamina
-        give_up = time.monotonic() + IDLE_SECONDS
+        give_up = lamina.clock() + IDLE_SECONDS
         while True:
             self._place_waiting()
             scheduled: Scheduled = super().schedule_batch(token_budget, cache_budget)
@@ -145,7 +159,7 @@ class WithLamina(Scheduler):
             lamina.begin_step(())
             lamina.end_step()
             self._take_up_ready()
-            if not lamina.hand_off.has_work or time.monotonic() > give_up:
+            if not lamina.hand_off.has_work or lamina.clock() > give_up:
                 return [], *scheduled[1:]
 
     def _await_reads(self) -> None:

@@ -1,0 +1,222 @@
+"""Ranks that have a scheduler each: they decide alike, or say that they do not before a token is
+wrong; and nobody waits for a rank that has failed."""
+
+from __future__ import annotations
+
+import runpy
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from test_engine_example import EXAMPLE, QUESTIONS
+from test_replicas import Gathering
+
+from lamina.data import sources
+from lamina.data.tiers.disk import StoreError
+from lamina.engines.ranks import Ranks, RanksError
+from lamina.engines.standalone import LoadFailed
+
+SETTINGS: dict[str, object] = {"load": {"when": "always"}, "host": {"capacity": "1MiB"}}
+
+
+@pytest.fixture(scope="module")
+def engine_of() -> Callable[..., Any]:
+    """The example for authors of engines."""
+    kind: Callable[..., Any] = runpy.run_path(str(EXAMPLE))["TinyEngine"]
+    return kind
+
+
+@pytest.fixture
+def threads() -> Gathering:
+    return Gathering(2)
+
+
+def ranks_of(threads: Gathering, rank: int) -> Ranks:
+    return Ranks(rank, threads.of(rank), rank, threads.ranks)
+
+
+def lamina_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+
+
+@pytest.mark.parametrize("mode", ["parked", "layerwise", "auto"])
+def test_ranks_load_what_each_has_saved(
+    engine_of: Any, threads: Gathering, mode: str, tmp_path: Path
+) -> None:
+    settings = SETTINGS | {
+        "load": {"mode": mode, "when": "always"},
+        "disk": {"path": str(tmp_path), "capacity": "16MiB"},
+    }
+    alone = engine_of(settings)  # what it leaves in rank 0's shard is not in the other's
+    expected = alone.generate(QUESTIONS)
+    alone.lamina.close()
+
+    def work(rank: int) -> Any:
+        engine = engine_of(settings, ranks_of(threads, rank))
+        first, computed = engine.generate(QUESTIONS), engine.computed
+        again, more = engine.generate(QUESTIONS), engine.computed - computed
+        left = +engine.pool.references
+        engine.lamina.close()
+        engine = engine_of(settings, ranks_of(threads, rank))
+        after, restarted = engine.generate(QUESTIONS), engine.computed
+        engine.lamina.close()
+        return [first, again, after], computed, more, restarted, left
+
+    for said in threads.together(work):
+        assert isinstance(said, tuple), said
+        answers, computed, more, restarted, left = said
+        assert answers == [expected] * 3
+        assert computed == alone.computed
+        assert more < 0.2 * computed
+        assert restarted < 0.2 * computed
+        assert not left
+
+
+def test_what_one_rank_has_lost_is_lost_for_all(engine_of: Any, threads: Gathering) -> None:
+    """Rank 1 cannot copy: no request runs on what only rank 0 has."""
+    load = sources.HostSource.load_row
+
+    def load_row(source: Any, *args: Any) -> Any:
+        if source in broken:
+            raise OSError("not on this rank")
+        return load(source, *args)
+
+    broken: list[Any] = []
+    settings = SETTINGS | {"load": {"mode": "parked", "when": "always"}}
+
+    def work(rank: int) -> Any:
+        engine = engine_of(settings, ranks_of(threads, rank))
+        if rank:
+            broken.extend(engine.lamina._executor._sources.values())
+        first, computed = engine.generate(QUESTIONS), engine.computed
+        again = engine.generate(QUESTIONS)
+        recomputed = engine.computed - computed
+        engine.lamina.close()
+        return first == again, recomputed == computed
+
+    with patch.object(sources.HostSource, "load_row", load_row):
+        assert threads.together(work) == [(True, True)] * 2
+
+
+def test_a_load_that_fails_in_the_step_of_one_rank_fails_it_on_all(
+    engine_of: Any, threads: Gathering
+) -> None:
+    broken: list[Any] = []
+    load = sources.HostSource.load_row
+
+    def load_row(source: Any, *args: Any) -> Any:
+        if source in broken:
+            raise OSError("not on this rank")
+        return load(source, *args)
+
+    settings = SETTINGS | {"load": {"mode": "layerwise", "when": "always"}}
+
+    def work(rank: int) -> Any:
+        engine = engine_of(settings, ranks_of(threads, rank))
+        engine.generate(QUESTIONS)
+        if rank:
+            broken.extend(engine.lamina._executor._sources.values())
+        try:
+            engine.generate(QUESTIONS)
+        finally:
+            engine.lamina.close()
+
+    with patch.object(sources.HostSource, "load_row", load_row):
+        assert [type(error) for error in threads.together(work)] == [LoadFailed] * 2
+
+
+def test_plans_that_differ_are_not_carried_out(engine_of: Any, threads: Gathering) -> None:
+    """Rank 1 was asked something else: what it would load belongs to other tokens."""
+
+    def work(rank: int) -> Any:
+        engine = engine_of(SETTINGS, ranks_of(threads, rank))
+        engine.generate(QUESTIONS)
+        began: list[object] = []
+        start = engine.lamina._executor.start_loads
+        engine.lamina._executor.start_loads = lambda: (began.append(rank), start())
+        try:
+            engine.generate([QUESTIONS[rank]])
+        except RanksError as error:
+            return str(error), began
+        finally:
+            engine.lamina.close()
+
+    for said, began in threads.together(work):
+        assert "before a step, rank 1 differs from rank 0" in said
+        assert not began
+
+
+def test_ranks_that_are_at_different_places(threads: Gathering) -> None:
+    def work(rank: int) -> Any:
+        ranks = ranks_of(threads, rank)
+        ranks.tell("between steps" if rank else "after a step", None)
+
+    for error in threads.together(work):
+        assert isinstance(error, RanksError)
+        assert "rank 0: after a step; rank 1: between steps" in str(error)
+
+
+def test_ranks_with_another_configuration(engine_of: Any, threads: Gathering) -> None:
+    capacity = "1MiB", "2MiB"
+
+    def work(rank: int) -> Any:
+        return engine_of({"host": {"capacity": capacity[rank]}}, ranks_of(threads, rank))
+
+    for error in threads.together(work):
+        assert isinstance(error, RanksError)
+        assert "at the start, rank 1 differs from rank 0" in str(error)
+        assert "capacity" in str(error)
+    assert not lamina_threads()
+
+
+def test_a_rank_that_cannot_start_is_not_waited_for(
+    engine_of: Any, threads: Gathering, tmp_path: Path
+) -> None:
+    """Its shard is in use by somebody else."""
+    settings = SETTINGS | {"disk": {"path": str(tmp_path), "capacity": "16MiB"}}
+    alone = engine_of(settings)  # is rank 0 of that store, too
+
+    def work(rank: int) -> Any:
+        return engine_of(settings, ranks_of(threads, rank))
+
+    first, second = threads.together(work)
+    assert isinstance(first, StoreError)
+    assert isinstance(second, RanksError)
+    assert str(second).startswith("rank 0 cannot start: StoreError: ")
+    alone.lamina.close()
+    assert not lamina_threads()
+
+
+def test_a_rank_that_is_gone(threads: Gathering) -> None:
+    ranks = ranks_of(Gathering(1), 0)
+
+    def gather(word: Any) -> Any:
+        raise RuntimeError("Connection closed by peer")
+
+    ranks._gather = gather
+    with pytest.raises(RanksError, match="one of them has ended or is stuck"):
+        ranks.tell("after a step", None)
+
+
+def test_all_ranks_have_the_time_of_the_first(threads: Gathering) -> None:
+    """Or one of them would give up a load that the other waits for."""
+
+    def work(rank: int) -> Any:
+        ranks = ranks_of(threads, rank)
+        clocks = []
+        for _ in range(3):
+            time.sleep(0.01 * rank)
+            ranks.tell("between steps", None)
+            clocks.append(ranks.clock())
+            time.sleep(0.01 * rank)
+            clocks.append(ranks.clock())
+        return clocks
+
+    first, second = threads.together(work)
+    assert first == second
+    assert first == sorted(first)
+    assert first[0] == first[1] < first[2]
