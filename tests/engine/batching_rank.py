@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -52,10 +53,12 @@ def cancellations(model: Any, follows: bool, *, lamina: Mapping[str, object]) ->
     """Many requests are cancelled at once, again and again; what the others answer."""
     if follows:
         return follow(model, ROOMY, lamina)
-    with Engine(model, ROOMY, lamina, max_new_tokens=12) as engine:
+    with Engine(model, ROOMY, lamina, max_new_tokens=48) as engine:
         answers = []
         for turn in range(6):
             names = [engine.submit(prompt(i, 120 + turn)) for i in range(8)]
+            while not engine.computed.keys() >= set(names):  # until all have blocks
+                time.sleep(0.005)
             for name in names[2:]:
                 engine.manager.cancel_request(name)
             found = engine.await_answers(names[:2])

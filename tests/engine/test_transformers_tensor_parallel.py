@@ -138,7 +138,7 @@ def test_requests_that_are_cancelled_together(llama: Path, tmp_path: Path) -> No
     first, second = run_ranks(llama, tmp_path / "ranks", [("cancellations", {"lamina": lamina})])
     assert (first.status, second.status) == (0, 0), first.said + second.said
     assert first.results[0]["left"] == second.results[0] == {}
-    assert all(len(answer) == 12 for turn in first.results[0]["answers"] for answer in turn)
+    assert all(len(answer) == 48 for turn in first.results[0]["answers"] for answer in turn)
 
 
 def test_a_rank_that_dies_is_not_waited_for(llama: Path, tmp_path: Path) -> None:
