@@ -329,7 +329,7 @@ class Planner:
         now = self._clock.tick()
         chunk = self._shape.chunk_tokens
         # First, because a hit needs one, and it is gone with the step.
-        self._saving.order_passed(step=self._step, now=now)
+        self._saving.order_postponed(step=self._step, now=now)
         for state in states:
             record = self._requests.get(state.request_id)
             if record is not None:
@@ -469,7 +469,7 @@ class Planner:
         keys = [key for chunk in zip(*record.chain.groups, strict=True) for key in chunk]
         for tier in self._catalog.tiers.values():
             tier.touch(keys, passed=len(keys) - len(record.chain.groups))
-        self._saving.order_passed(
+        self._saving.order_postponed(
             step=self._step, now=self._clock.now, ended=record, computed=computed
         )
         if self._source is not None:

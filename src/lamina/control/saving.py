@@ -17,8 +17,8 @@ from lamina.plan import ChunkKey, SaveOrder, TierName, WriteThrough
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """A chunk that a later plan has saved: a recurrent state of which the engine had not said its
+class Postponed:
+    """A chunk whose save is a later plan's: a recurrent state of which the engine had not said its
     last token yet when it planned the step that computes it; or what is overwritten in place, and
     so is read between that step and the next.
 
@@ -84,7 +84,7 @@ class SavePlanner:
         self._chunk_bytes = chunk_bytes
         self._ended: list[Transfer] = []
         self._backlog: deque[ChunkKey] = deque()
-        self._passed: list[Passed] = []
+        self._postponed: list[Postponed] = []
 
     # -- saves -------------------------------------------------------------------------------
 
@@ -155,9 +155,9 @@ class SavePlanner:
         if end % self._shape.chunk_tokens or record.barred:
             return
         if end > record.view.num_tokens or self._shape.groups[group].in_place:
-            self._pass(record, group, (block,), end)
+            self._postpone(record, group, (block,), end)
         else:
-            self._order_passed(record, group, (block,), end, step, now)
+            self._order_now(record, group, (block,), end, step, now)
 
     def consider_rings(
         self, record: RequestRecord, start: int, computed: int, *, step: int, now: float
@@ -183,23 +183,25 @@ class SavePlanner:
             for index in range(first, start // chunk if loaded else 0):
                 if keys[index] in record.promote:
                     blocks = self._chunk_blocks(table, group, index)
-                    self._order_passed(record, group, blocks, (index + 1) * chunk, step, now)
+                    self._order_now(record, group, blocks, (index + 1) * chunk, step, now)
             first = -(-ring.first_kept(computed) // chunk)
             for index in range(max(first, start // chunk), computed // chunk):
                 if index >= len(keys) or self._wanted(record, keys[index]):
                     blocks = self._chunk_blocks(table, group, index)
-                    self._pass(record, group, blocks, (index + 1) * chunk)
+                    self._postpone(record, group, blocks, (index + 1) * chunk)
 
     def _chunk_blocks(self, table: Sequence[int], group: int, index: int) -> tuple[int, ...]:
         """Of a request's blocks of one group, those of its chunk ``index``."""
         size = self._shape.chunk_tokens // self._shape.groups[group].block_tokens
         return tuple(table[index * size : (index + 1) * size])
 
-    def _pass(self, record: RequestRecord, group: int, blocks: tuple[int, ...], end: int) -> None:
+    def _postpone(
+        self, record: RequestRecord, group: int, blocks: tuple[int, ...], end: int
+    ) -> None:
         lease = self._leases.take(blocks)
-        self._passed.append(Passed(record, record.epoch, group, blocks, end, lease))
+        self._postponed.append(Postponed(record, record.epoch, group, blocks, end, lease))
 
-    def order_passed(
+    def order_postponed(
         self, *, step: int, now: float, ended: RequestRecord | None = None, computed: int = 0
     ) -> None:
         """Order saves of what an earlier step has left behind, now that its last token is known.
@@ -211,23 +213,23 @@ class SavePlanner:
             ended: a request of which no more tokens will be known.
             computed: tokens of that one that are certain to be computed: a step may have failed.
         """
-        waiting, self._passed = self._passed, []
-        for passed in waiting:
-            record = passed.record
-            lost = record.epoch != passed.epoch or record.barred
+        waiting, self._postponed = self._postponed, []
+        for postponed in waiting:
+            record = postponed.record
+            lost = record.epoch != postponed.epoch or record.barred
             if ended is None:
-                lasts = not self._shape.groups[passed.group].in_place
+                lasts = not self._shape.groups[postponed.group].in_place
             else:  # the plan is yet to be made, and before it others may learn their tokens
                 lasts = record is not ended
-                lost |= record is ended and passed.end > computed
-            if not lost and record.view.num_tokens >= passed.end:
-                self._order_passed(record, passed.group, passed.blocks, passed.end, step, now)
+                lost |= record is ended and postponed.end > computed
+            if not lost and record.view.num_tokens >= postponed.end:
+                self._order_now(record, postponed.group, postponed.blocks, postponed.end, step, now)
             elif not lost and lasts:
-                self._passed.append(passed)
+                self._postponed.append(postponed)
                 continue
-            passed.lease.release()
+            postponed.lease.release()
 
-    def _order_passed(
+    def _order_now(
         self,
         record: RequestRecord,
         group: int,
@@ -412,8 +414,8 @@ class SavePlanner:
 
     def poison_saves_since(self, step: int) -> None:
         """What was computed from ``step`` on may rest on a load that failed."""
-        while self._passed:
-            self._passed.pop().lease.release()
+        while self._postponed:
+            self._postponed.pop().lease.release()
         for transfer in self._transfers.live():
             if transfer.kind is Kind.SAVE and transfer.step >= step:
                 self.poison(transfer)

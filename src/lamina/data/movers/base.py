@@ -106,16 +106,16 @@ class Mover(ABC):
         row: int,
         source: torch.Tensor,
         source_pages: Indices,
-        blocks: Indices,
+        pages: Indices,
         after: Fence,
     ) -> Fence:
-        """Copy ``source[source_pages[i]]`` into page ``blocks[i]`` of ``row``.
+        """Copy ``source[source_pages[i]]`` into page ``pages[i]`` of ``row``.
 
         Args:
             row: the row.
             source: host pages.
             source_pages: which of them to read.
-            blocks: pages of the engine to fill, see :func:`pages_of`.
+            pages: pages of the engine to fill, see :func:`pages_of`.
             after: a fence behind whatever the engine submitted before these blocks became the
                 load's: a device that runs behind its host may still be writing into a block
                 that was freed and given away.
@@ -132,16 +132,16 @@ class Mover(ABC):
     def save(
         self,
         row: int,
-        blocks: Indices,
+        pages: Indices,
         target: torch.Tensor,
         target_pages: Indices,
         after: Fence,
     ) -> Fence:
-        """Copy page ``blocks[i]`` of ``row`` into ``target[target_pages[i]]``.
+        """Copy page ``pages[i]`` of ``row`` into ``target[target_pages[i]]``.
 
         Args:
             row: the row.
-            blocks: pages of the engine to read, see :func:`pages_of`.
+            pages: pages of the engine to read, see :func:`pages_of`.
             target: host pages.
             target_pages: which of them to fill.
             after: the fence behind which the row's bytes are written; a save cannot be
@@ -169,7 +169,7 @@ class Mover(ABC):
         """Wait for copies in flight and stop what runs in the background. Idempotent; host
         tensors stay readable until they are dropped, but take part in no more copies."""
 
-    def _check(self, row: int, host: torch.Tensor, pages: Indices, blocks: Indices) -> Row:
+    def _check(self, row: int, host: torch.Tensor, host_pages: Indices, pages: Indices) -> Row:
         """The geometry of ``row``, once everything about a copy has been found in order.
 
         Raises:
@@ -190,10 +190,10 @@ class Mover(ABC):
                 f"(pages, {shape.page_bytes}), not {host.dtype} {tuple(host.shape)} on "
                 f"{host.device}"
             )
-        _check_ids("host page", pages, host.shape[0])
-        _check_ids("block", blocks, self._geometry.num_blocks)
-        if len(pages) != len(blocks):
-            raise ValueError(f"{len(pages)} host pages for {len(blocks)} blocks")
+        _check_ids("host page", host_pages, host.shape[0])
+        _check_ids("page", pages, self._geometry.num_blocks)
+        if len(host_pages) != len(pages):
+            raise ValueError(f"{len(host_pages)} host pages for {len(pages)} pages")
         return shape
 
 

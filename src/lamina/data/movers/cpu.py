@@ -76,27 +76,27 @@ class CpuMover(Mover):
         row: int,
         source: torch.Tensor,
         source_pages: Indices,
-        blocks: Indices,
+        pages: Indices,
         after: Fence,
     ) -> Fence:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        self._check(row, source, source_pages, blocks)
+        self._check(row, source, source_pages, pages)
         after.wait()
-        _copy(_host_pages(source), source_pages, self._rows[row], blocks)
+        _copy(_host_pages(source), source_pages, self._rows[row], pages)
         return _PASSED
 
     def save(
         self,
         row: int,
-        blocks: Indices,
+        pages: Indices,
         target: torch.Tensor,
         target_pages: Indices,
         after: Fence,
     ) -> Fence:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        self._check(row, target, target_pages, blocks)
+        self._check(row, target, target_pages, pages)
         after.wait()
-        _copy(self._rows[row], blocks, _host_pages(target), target_pages)
+        _copy(self._rows[row], pages, _host_pages(target), target_pages)
         return _PASSED
 
     def fence_compute(self) -> Fence:

@@ -104,11 +104,11 @@ class CudaMover(Mover):
         row: int,
         source: torch.Tensor,
         source_pages: Indices,
-        blocks: Indices,
+        pages: Indices,
         after: Fence,
     ) -> Fence:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        shape = self._check(row, source, source_pages, blocks)
+        shape = self._check(row, source, source_pages, pages)
         self._await_pinned(source)
         stream = self._load_stream
         with torch.cuda.stream(stream):
@@ -118,7 +118,7 @@ class CudaMover(Mover):
                 shape.page_bytes,
                 self._rows[row],
                 shape.block_stride,
-                self._pairs(source_pages, blocks),
+                self._pairs(source_pages, pages),
                 shape.page_bytes,
             )
             return EventFence(stream)
@@ -126,13 +126,13 @@ class CudaMover(Mover):
     def save(
         self,
         row: int,
-        blocks: Indices,
+        pages: Indices,
         target: torch.Tensor,
         target_pages: Indices,
         after: Fence,
     ) -> Fence:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        shape = self._check(row, target, target_pages, blocks)
+        shape = self._check(row, target, target_pages, pages)
         self._await_pinned(target)
         stream = self._save_stream
         with torch.cuda.stream(stream):
@@ -142,7 +142,7 @@ class CudaMover(Mover):
                 shape.block_stride,
                 target.view(-1),
                 shape.page_bytes,
-                self._pairs(blocks, target_pages),
+                self._pairs(pages, target_pages),
                 shape.page_bytes,
             )
             return EventFence(stream)
