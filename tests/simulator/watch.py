@@ -161,9 +161,9 @@ class Watch:
     # -- tiers -----------------------------------------------------------------------------------
 
     def _publish(
-        self, tier: TierCatalog, publish: Callable[[ChunkKey], None], key: ChunkKey
+        self, tier: TierCatalog, publish: Callable[..., None], key: ChunkKey, **known: bool
     ) -> None:
-        publish(key)
+        publish(key, **known)
         slot = tier.find(key)
         if slot is None:
             raise Violation(f"a chunk was published in {tier.name.value} and is not visible")

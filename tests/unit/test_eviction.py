@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.control.eviction import SHARED_LIFE, SharedOutlivesSingle
-from lamina.plan import ChunkKey
+from lamina.plan import ChunkKey, TierName
 
 
 def key(number: int) -> ChunkKey:
@@ -202,6 +202,46 @@ def test_a_request_that_comes_back_is_not_somebody_else() -> None:
     engine.save(View("a", prompt(101)))
     crowd(engine, 9)
     assert not is_kept(engine, 96)
+
+
+def with_disk(slots: int) -> Engine:
+    disk = {"path": "/store", "capacity": "1GiB"}
+    return Engine({"disk": disk, "load": {"when": "always"}}, host_slots=6, disk_slots=slots)
+
+
+def write_all(engine: Engine) -> None:
+    while engine.planner.has_work:
+        engine.settle_writes()
+
+
+def test_what_is_fetched_from_disk_is_shared_in_memory_as_it_was_there() -> None:
+    engine, document = with_disk(100), prompt(96)
+    for number, name in enumerate("ab"):
+        ask(engine, name, document, number)
+        write_all(engine)
+    engine.planner._catalog.host.clear()
+    engine.planner.arrived(View("c", [*document, -1]))
+    engine.answer(*(order.transfer for order in engine.step().fetches))
+    engine.planner.finished("c", 0, [])
+    for number in range(9):
+        engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
+        write_all(engine)
+    assert is_kept(engine, 96)
+    assert engine.planner.hit_sources("look") == {TierName.HOST: 80}
+
+
+def test_what_is_written_is_shared_on_disk_as_it_is_in_memory() -> None:
+    engine, document = with_disk(6), prompt(96)
+    ask(engine, "a", document, 1)
+    plan = engine.save(View("b", document + prompt(40, seed=502), first_block=50))
+    engine.answer(*(write.transfer for write in plan.writes))  # it was shared before they ended
+    write_all(engine)
+    engine.planner._catalog.host.clear()
+    for number in range(4):
+        engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
+        write_all(engine)
+    assert is_kept(engine, 96)
+    assert engine.planner.hit_sources("look").keys() == {TierName.DISK}
 
 
 @pytest.mark.parametrize("turns", [2, 3, 5])

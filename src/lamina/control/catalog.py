@@ -95,11 +95,17 @@ class TierCatalog:
         self._filling[key] = slot
         return slot
 
-    def publish(self, key: ChunkKey) -> None:
-        """Make a filled chunk visible."""
+    def publish(self, key: ChunkKey, *, shared: bool = False, passed: bool = False) -> None:
+        """Make a filled chunk visible.
+
+        Args:
+            key: its key.
+            shared: whether several requests share it.
+            passed: whether a request went on behind it.
+        """
         self.arrivals += 1
         self._visible[key] = self._filling.pop(key)
-        self._order.add(key)
+        self._order.add(key, shared=shared, went_on=passed)
 
     def abandon(self, key: ChunkKey) -> None:
         """Give back the slot of a chunk that will not be filled."""
@@ -156,6 +162,10 @@ class TierCatalog:
         for key in reversed(keys):
             if key in self._visible:
                 self._order.share(key)
+
+    def is_shared(self, key: ChunkKey) -> bool:
+        """Whether several requests share a visible chunk."""
+        return self._order.is_shared(key)
 
     def is_passed(self, key: ChunkKey) -> bool:
         """Whether a request went on behind a visible chunk."""
@@ -230,6 +240,16 @@ class Catalog:
         """Whether the chunk can be loaded, or is on its way to where it can. What only a tier has
         that is out of use is as good as lost."""
         return self.locate(key) is not None or any(t.fills(key) for t in self.tiers.values())
+
+    def publish(self, place: Location) -> None:
+        """Make a chunk visible where it has been filled; what its requests have in common in
+        another tier they have in common there, too."""
+        tiers = self.tiers.values()
+        self.tiers[place.tier].publish(
+            place.key,
+            shared=any(tier.is_shared(place.key) for tier in tiers),
+            passed=any(tier.is_passed(place.key) for tier in tiers),
+        )
 
     def held(self, place: Location) -> bool:
         """Whether the chunk is still there."""

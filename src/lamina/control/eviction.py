@@ -44,10 +44,12 @@ class SharedOutlivesSingle:
     def __iter__(self) -> Iterator[ChunkKey]:
         return chain(self._single, self._shared)
 
-    def add(self, key: ChunkKey) -> None:
-        """Note a key that is new."""
+    def add(self, key: ChunkKey, *, shared: bool = False, went_on: bool = False) -> None:
+        """Note a key that is new here, and what is known of it from elsewhere: whether it is
+        shared, and whether somebody went on behind it."""
         self._added += 1
-        self._single[key] = self._stamp(0)
+        segment = self._shared if shared else self._single
+        segment[key] = self._stamp(went_on)
 
     def touch(self, key: ChunkKey, *, went_on: bool = False) -> None:
         """Note that ``key``, which is there, was used, and whether whoever used it went on behind
@@ -63,6 +65,10 @@ class SharedOutlivesSingle:
             before = self._shared[key]
         self._shared[key] = self._stamp(before)
         self._shared.move_to_end(key)
+
+    def is_shared(self, key: ChunkKey) -> bool:
+        """Whether several share ``key``; False if it is not there."""
+        return key in self._shared
 
     def is_passed(self, key: ChunkKey) -> bool:
         """Whether somebody went on behind ``key``; False if it is not there."""

@@ -175,7 +175,7 @@ class FetchPlanner:
         assert disk is not None
         disk.release(source.slot)
         if transfer.state is State.DONE:
-            self._catalog.host.publish(target.key)
+            self._catalog.publish(target)
             self._meter.count("fetch_bytes", transfer.moved_bytes)
             return
         if (waiting := self._waiting.get(transfer.request_id)) is not None:

@@ -380,7 +380,7 @@ class SavePlanner:
             self._meter.count("failures", 1, kind=f"save_{transfer.reason or 'poisoned'}")
             return
         (place,) = transfer.chunks
-        self._catalog.host.publish(place.key)
+        self._catalog.publish(place)
         self._meter.count("save_bytes", transfer.moved_bytes)
         self._meter.observe("save_seconds", transfer.seconds)
         self._enqueue_write(place.key)
@@ -389,15 +389,13 @@ class SavePlanner:
         """Take in a write that has ended."""
         self._transfers.close(transfer)
         source, target = transfer.chunks
-        disk = self._catalog.disk
-        assert disk is not None
         self._catalog.host.release(source.slot)
         if transfer.state is State.FAILED:
             self._catalog.give_back(target, poisoned=transfer.poisoned)
             self._catalog.forgotten.append(target.slot)
             self._meter.count("failures", 1, kind=f"write_{transfer.reason or 'poisoned'}")
             return
-        disk.publish(target.key)
+        self._catalog.publish(target)
         self._meter.count("write_bytes", transfer.moved_bytes)
         self._meter.observe("write_seconds", transfer.seconds)
 
