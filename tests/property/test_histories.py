@@ -73,6 +73,19 @@ def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(seed: int, s
     run_history(seed, STEPS, store, options=options)
 
 
+@pytest.mark.parametrize("seed", range(int(BUDGET * HAND_OFF_SHARE / STEPS)))
+def test_random_histories_of_a_scheduler_with_rings(seed: int) -> None:
+    random = Random(seed)
+    run_history(seed, STEPS, options=Options.draw(random).with_ring(random))
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS / 2)))
+def test_random_histories_of_a_scheduler_with_rings_and_a_disk(seed: int, store: Path) -> None:
+    random = Random(seed)
+    options = Options.draw(random, disk=True).with_ring(random)
+    run_history(seed, STEPS, store, options=options)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_histories_on_real_threads(seed: int) -> None:
     run_history(seed, STEPS, virtual=False)

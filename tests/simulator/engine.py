@@ -13,7 +13,6 @@ from typing import Self
 from unittest.mock import patch
 
 from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape
 from lamina.data.early_release import Arrival
 from lamina.observe.metrics import Meter
 from lamina.plan import Receipt
@@ -21,7 +20,7 @@ from simulator.content import Ledger, Violation
 from simulator.faults import Sky, Weather
 from simulator.forward import Part
 from simulator.hand_off import HandOffScheduler
-from simulator.options import BLOCK_TOKENS, Options
+from simulator.options import Options
 from simulator.pool import EnginePool, LeasedPool
 from simulator.rank import Misread, Rank, Surroundings
 from simulator.request import Request, Status
@@ -112,7 +111,7 @@ class Simulator:
         self._exit.callback(self.hurry)
         self._planner = Planner(
             options.config(self._around.store),
-            ChunkShape.uniform(BLOCK_TOKENS, options.chunk_tokens),
+            options.shape,
             _NAMESPACE,
             self._leased,
             [rank.executor.report() for rank in self._ranks],
@@ -164,7 +163,7 @@ class Simulator:
         recompute = 1 + self.options.drafts
         request = Request(
             f"r{self._submitted}", prompt, max_tokens, salt, recompute, _NAMESPACE,
-            self.options.chunk_tokens, self._weights,
+            self.options.chunk_tokens, self._weights, self.options.ring_blocks,
         )  # fmt: skip
         self._learn(request, 0)
         self._scheduler.submit(request)
@@ -267,7 +266,8 @@ class Simulator:
             raise Violation(f"nothing has moved for {PATIENCE} steps: {self.active}")
 
     def _finish_step(self, step: Step) -> None:
-        parts = [Part(item, self._random, self._ledger) for item in step.items]
+        window = self.options.window
+        parts = [Part(item, self._random, self._ledger, window) for item in step.items]
         lost: set[int] = set()
         arrived: list[str] = []
         receipts: list[Receipt] = []

@@ -27,6 +27,7 @@ class Part:
         item: the item.
         random: decides which drafts are right.
         ledger: learns whose the stamps are.
+        window: tokens that a layer looks at, and that the run's ring holds; 0 if it is all.
 
     Attributes:
         after: tokens of its run that are computed when the step is over.
@@ -35,11 +36,13 @@ class Part:
         written: the hashes to write, shape ``(count,)``.
         blocks: the block for each of them.
         offsets: the token within its block.
-        prefix: the hashes that must be there, shape ``(start,)``.
-        prefix_blocks: the blocks that hold them.
+        first: the first token that is read.
+        prefix: the hashes that must be there, shape ``(start - first,)``.
+        prefix_blocks: the block for each of them.
+        prefix_offsets: the token within its block.
     """
 
-    def __init__(self, item: Item, random: Random, ledger: Ledger) -> None:
+    def __init__(self, item: Item, random: Random, ledger: Ledger, window: int = 0) -> None:
         run, request = item.run, item.run.request
         start = run.position
         self.item = item
@@ -56,13 +59,20 @@ class Part:
             self.after -= len(drafts) - (len(item.sampled) - 1)
         if len(written) < item.count:
             written = np.resize(np.append(written, np.uint64(1)), item.count)
-        self.written: Stamps = written
-        positions = np.arange(start, start + item.count)
-        blocks = np.array(run.blocks.ids, np.int64)
-        self.blocks: Indices = blocks[positions // BLOCK_TOKENS]
-        self.offsets: Indices = positions % BLOCK_TOKENS
-        self.prefix: Stamps = request.hashes[:start]
-        self.prefix_blocks: Indices = blocks[: -(-start // BLOCK_TOKENS)]
+        kept = min(item.count, window or item.count)  # what a ring has of a longer step at its end
+        self.written: Stamps = written[item.count - kept :]
+        end = start + item.count
+        self.blocks, self.offsets = self._places(np.arange(end - kept, end), window)
+        self.first = max(0, start - window + 1) if window else 0
+        self.prefix: Stamps = request.hashes[self.first : start]
+        read = self.first + np.arange(len(self.prefix))
+        self.prefix_blocks, self.prefix_offsets = self._places(read, window)
+
+    def _places(self, positions: Indices, window: int) -> tuple[Indices, Indices]:
+        """The block of each token, and the token's place in it."""
+        blocks = np.array(self.item.run.blocks.ids, np.int64)
+        places = positions % window if window else positions
+        return blocks[places // BLOCK_TOKENS], places % BLOCK_TOKENS
 
     @staticmethod
     def _sample(item: Item, request: Request, count: int, random: Random) -> list[int]:
@@ -124,17 +134,15 @@ class Pages:
         Returns:
             The index of the first wrong block of the request, and words; None if all is right.
         """
-        count = len(part.prefix)
-        found = self._stamps[part.prefix_blocks, rows].swapaxes(0, 1)
-        found = found.reshape(found.shape[0], -1)[:, :count]
-        wrong = found != part.prefix ^ self._salts[rows, None]
+        found = self._stamps[part.prefix_blocks, rows, part.prefix_offsets]
+        wrong = found != part.prefix[:, None] ^ self._salts[rows]
         if not wrong.any():
             return None
-        position = int(np.flatnonzero(wrong.any(axis=0))[0])
-        row = int(np.flatnonzero(wrong[:, position])[0])
-        index = position // BLOCK_TOKENS
-        return index, (
+        index = int(np.flatnonzero(wrong.any(axis=1))[0])
+        row = int(np.flatnonzero(wrong[index])[0])
+        position = part.first + index
+        return position // BLOCK_TOKENS, (
             f"{part.item.run.request.request_id} read token {position} in row "
             f"{range(len(self._salts))[rows][row]} of block {part.prefix_blocks[index]} and found: "
-            f"{self._ledger.name(int(found[row, position]))}"
+            f"{self._ledger.name(int(found[index, row]))}"
         )

@@ -19,6 +19,9 @@ from simulator.pool import EnginePool
 from simulator.request import Blocks, Request, Run, RunState, Status
 from simulator.step import Item, Step
 
+UNCUT = 0.1
+"""Of steps that are longer than a ring: they end anywhere."""
+
 DECLINED = 0.05
 """Of hits: the engine gives the request blocks for a part of its tokens only."""
 
@@ -129,7 +132,18 @@ class HandOffScheduler:
 
     def _count(self, request: Request, budget: int) -> int:
         end = self._stops.get(request.request_id, request.num_tokens)
-        return min(end - request.computed, budget)
+        return self._cut(request, min(end - request.computed, budget))
+
+    def _cut(self, request: Request, count: int) -> int:
+        """Of a step that goes further than a ring, the end of the last chunk is all that remains:
+        it ends on a boundary, mostly."""
+        start, size = request.computed, self.options.chunk_tokens
+        end = start + count
+        long = end - start // size * size > self.options.window > 0
+        if not long or self._random.random() < UNCUT:
+            return count
+        usable = request.num_tokens - request.recompute_tokens
+        return max(0, min(end, usable) // size * size - start) or count
 
     def _schedule_waiting(self, items: list[Item], budget: int) -> None:
         for request in list(self.waiting):
@@ -251,8 +265,12 @@ class HandOffScheduler:
             found.append(block)
         return found
 
+    def _blocks(self, tokens: int) -> int:
+        """Blocks that a request has for so many tokens."""
+        return min(-(-tokens // BLOCK_TOKENS), self.options.ring_blocks or tokens)
+
     def _allocate(self, request: Request, found: list[int], upto: int) -> bool:
-        needed = -(-upto // BLOCK_TOKENS) - len(found)
+        needed = self._blocks(upto) - len(found)
         if needed > self._pool.num_free - self._pool.free_of(found):
             return False
         request.run = Run(request, len(found) * BLOCK_TOKENS, Blocks())
@@ -266,7 +284,7 @@ class HandOffScheduler:
         if request.run is None:
             return True
         blocks = request.run.blocks.ids
-        needed = -(-upto // BLOCK_TOKENS) - len(blocks)
+        needed = self._blocks(upto) - len(blocks)
         if needed > self._pool.num_free:
             return False
         if needed > 0:
@@ -286,6 +304,8 @@ class HandOffScheduler:
 
     def _remember(self, request: Request) -> None:
         assert request.run is not None
+        if not self.options.prefix_caching:
+            return
         blocks = request.run.blocks
         full = min(request.computed, request.num_tokens) // BLOCK_TOKENS
         for index in range(blocks.cached, full):

@@ -8,7 +8,8 @@ from random import Random
 from typing import Literal
 
 from lamina.config import Config, load_config
-from lamina.geometry import CacheGeometry, Row
+from lamina.control.requests import ChunkShape
+from lamina.geometry import CacheGeometry, Group, GroupKind, Row
 
 BLOCK_TOKENS = 4
 STAMP_BYTES = 8
@@ -32,6 +33,8 @@ class Options:
         hand_off: whether its scheduler knows nothing of loads, and has a hand-off; not with drafts,
             and not asynchronous.
         boundary_blocks: blocks; such an engine can load from any multiple of it on.
+        ring_blocks: blocks of a ring that holds a sliding window, which is all that a request has;
+            0 if it has all of its tokens. Only with a hand-off, and not with a prefix cache.
         takes_back: whether the engine can take back single blocks of a failed load.
         fails_requests: whether a failed load ends its request instead of being recomputed.
         host_slots: chunks in host memory.
@@ -63,6 +66,7 @@ class Options:
     prefix_caching: bool = True
     hand_off: bool = False
     boundary_blocks: int = 1
+    ring_blocks: int = 0
     takes_back: bool = True
     fails_requests: bool = False
     host_slots: int = 64
@@ -124,6 +128,28 @@ class Options:
             asynchronous=False,
             fails_requests=False,
         )
+
+    def with_ring(self, random: Random) -> Options:
+        """The same engine with a hand-off, and a model whose layers look at a window."""
+        return replace(
+            self.with_hand_off(random),
+            prefix_caching=False,
+            boundary_blocks=1,
+            ring_blocks=self.chunk_blocks * random.randint(1, 4),
+        )
+
+    @property
+    def window(self) -> int:
+        """Tokens that a ring holds; 0 without one."""
+        return self.ring_blocks * BLOCK_TOKENS
+
+    @property
+    def shape(self) -> ChunkShape:
+        """What control knows of the cache."""
+        if not self.ring_blocks:
+            return ChunkShape.uniform(BLOCK_TOKENS, self.chunk_tokens)
+        ring = Group(GroupKind.WINDOW, BLOCK_TOKENS, self.window, in_place=True)
+        return ChunkShape(self.chunk_tokens, (ring,))
 
     @property
     def chunk_tokens(self) -> int:

@@ -208,14 +208,20 @@ class Rank:
         return waited
 
     def _compute(self, parts: Sequence[Part], rows: slice, misreads: list[Misread]) -> None:
-        for part in parts:
-            self.pages.write(part, rows)
+        if not self._options.ring_blocks:
+            self._write(parts, rows)
         for part in parts:
             if (found := self.pages.misread(part, rows)) is not None:
                 part.spoiled = True
                 if part.trusted:
                     text = f"rank {self.number}: {found[1]}"
                     misreads.append(Misread(part.item.run, found[0], text))
+        if self._options.ring_blocks:  # what is written takes the place of what was read
+            self._write(parts, rows)
+
+    def _write(self, parts: Sequence[Part], rows: slice) -> None:
+        for part in parts:
+            self.pages.write(part, rows)
 
     # -- what must hold ------------------------------------------------------------------------
 

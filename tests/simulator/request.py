@@ -10,6 +10,7 @@ import numpy as np
 from lamina.control.requests import PushParameters
 from lamina.keys import ChunkChain, pack
 from simulator.content import Stamps, extend, root_hash
+from simulator.options import BLOCK_TOKENS
 
 VOCABULARY = 5
 """Few tokens, so that continuations of different requests meet."""
@@ -91,6 +92,7 @@ class Request:
         namespace: what chunk keys start from.
         chunk_tokens: tokens of a chunk.
         weights: which weights compute it.
+        ring: blocks of the ring that it overwrites again and again; 0 if it keeps all it computes.
 
     Attributes:
         computed: tokens that are computed once every step in flight has run and every draft in
@@ -111,7 +113,9 @@ class Request:
         namespace: bytes,
         chunk_tokens: int,
         weights: int,
+        ring: int = 0,
     ) -> None:
+        self._ring = ring
         self.request_id = request_id
         self.push: PushParameters | None = None
         self.num_prompt_tokens = len(prompt)
@@ -164,8 +168,11 @@ class Request:
         return b""
 
     def blocks(self, group: int = 0) -> Sequence[int]:
-        """The blocks that the engine has given it."""
-        return self.run.blocks.ids if self.run is not None else []
+        """The blocks that the engine has given it, as if a ring were unrolled."""
+        ids = self.run.blocks.ids if self.run is not None else []
+        if not self._ring or len(ids) < self._ring:
+            return ids
+        return [ids[i % self._ring] for i in range(-(-self.num_tokens // BLOCK_TOKENS))]
 
     def state_blocks(self, group: int, end: int) -> Sequence[int]:
         """See :class:`~lamina.control.requests.RequestView`."""

@@ -151,12 +151,24 @@ class Watch:
                 if planner._breakers.readable(name)
                 and not (sure and _was_just_closed(planner._breakers.loads(name)))
             ]
-            end = floor // size
-            while end < len(keys) and any(keys[end] in tier._visible for tier in tiers):
-                end += 1
-            longest = min(end * size, usable) - floor
+            held = [any(key in tier._visible for tier in tiers) for key in keys]
+            if self._options.ring_blocks:
+                longest = self._longest_window(held, usable)
+            else:
+                end = floor // size
+                while end < len(keys) and held[end]:
+                    end += 1
+                longest = min(end * size, usable) - floor
             lengths.add(longest if longest >= max(1, self._options.min_tokens) else 0)
         return lengths
+
+    def _longest_window(self, held: Sequence[bool], usable: int) -> int:
+        """The last boundary before which there is all that a window looks at."""
+        size, window = self._options.chunk_tokens, self._options.window
+        for end in range(min(usable // size, len(held)), 0, -1):
+            if all(held[max(0, end * size - window + 1) // size : end]):
+                return end * size
+        return 0
 
     # -- tiers -----------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ wrong; and nobody waits for a rank that has failed."""
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def threads() -> Gathering:
 
 
 def ranks_of(threads: Gathering, rank: int) -> Ranks:
-    return Ranks(rank, threads.of(rank), rank, threads.ranks)
+    return Ranks(rank, threads.of(rank), neighbours=threads.ranks)
 
 
 def lamina_threads() -> list[str]:
@@ -150,6 +152,20 @@ def test_plans_that_differ_are_not_carried_out(engine_of: Any, threads: Gatherin
         assert not began
 
 
+def test_after_an_error_there_is_nothing_but_that(threads: Gathering) -> None:
+    """Planners that differ would go on to, in the library's next session."""
+
+    def work(rank: int) -> Any:
+        ranks = ranks_of(threads, rank)
+        with pytest.raises(RanksError) as first:
+            ranks.agree("before a step", rank)
+        with pytest.raises(RanksError) as again:
+            ranks.tell("after a step", None)
+        return first.value is again.value
+
+    assert threads.together(work) == [True, True]
+
+
 def test_ranks_that_are_at_different_places(threads: Gathering) -> None:
     def work(rank: int) -> Any:
         ranks = ranks_of(threads, rank)
@@ -186,9 +202,75 @@ def test_a_rank_that_cannot_start_is_not_waited_for(
     first, second = threads.together(work)
     assert isinstance(first, StoreError)
     assert isinstance(second, RanksError)
-    assert str(second).startswith("rank 0 cannot start: StoreError: ")
+    assert str(second).startswith("another rank has failed, opening its tiers: rank 0: StoreError")
     alone.lamina.close()
     assert not lamina_threads()
+
+
+def test_a_shard_has_the_same_rank_in_every_job(
+    engine_of: Any, threads: Gathering, tmp_path: Path
+) -> None:
+    """Processes 0 and 1 share a model, in the next job 1 and 2, or 0 and 2: the heads that process
+    1 has are others each time."""
+    settings = SETTINGS | {"disk": {"path": str(tmp_path), "capacity": "1MiB"}}
+
+    def shards(engine: int) -> set[str]:
+        before = set(tmp_path.rglob("rank-*.slab"))
+
+        def work(rank: int) -> None:
+            ranks = Ranks(rank, threads.of(rank), engine)
+            engine_of(settings, ranks).lamina.close()
+
+        assert threads.together(work) == [None, None]
+        return {path.stem for path in set(tmp_path.rglob("rank-*.slab")) - before}
+
+    engine_of(settings).lamina.close()  # ranks are processes, and may make a store at once
+    assert shards(0) == {"rank-1"}
+    assert shards(1) == {"rank-2", "rank-3"}
+    assert shards(0) == set()
+
+
+MEETING = """
+import sys
+from torch import distributed
+from lamina.engines.ranks import Ranks
+
+rank = int(sys.argv[1])
+distributed.init_process_group(
+    "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3
+)
+members = (0, 2)
+for turn in range(3):
+    if rank in members:
+        ranks = Ranks.among(members)
+        word = (rank, turn, "x" * turn * 5000)
+        assert ranks.tell("here", word) == [(each, *word[1:]) for each in members]
+        ranks.agree("there", word[1:])
+        # The engine's own groups come and go meanwhile.
+        own = distributed.new_group(members, use_local_synchronization=True)
+        if turn != rank:
+            ranks.close()
+            del ranks
+        distributed.barrier(own)
+distributed.barrier()
+print("met")
+"""
+
+
+def test_a_part_of_a_job_meets_again_and_again(tmp_path: Path) -> None:
+    """Of three processes two share a model. Nobody ever waits for a name of the time before."""
+    command = [sys.executable, "-c", MEETING]
+    children = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    try:
+        assert [child.communicate(timeout=100)[0] for child in children] == ["met\n"] * 3
+    finally:
+        for child in children:
+            child.kill()
 
 
 def test_a_rank_that_is_gone(threads: Gathering) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,9 @@ from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Transfer, TransferTable
 from lamina.data.executor import Executor, Outcomes
 from lamina.data.load_pipeline import Load, LoadRun
+from lamina.geometry import Group
 from lamina.keys import ChunkChain
-from lamina.plan import Outcome, StepPlan, TransferId, TransferReceipt
+from lamina.plan import Outcome, SaveOrder, StepPlan, TransferId, TransferReceipt
 from simulator.content import Violation
 from simulator.engine import Simulator
 from simulator.faults import Weather
@@ -286,6 +288,27 @@ def a_load_begins_before_its_boundary(patch: Patch) -> None:
     patch.setattr(HandOff, "_round_up", lambda hand_off, floor: floor - floor % hand_off._boundary)
 
 
+def a_ring_is_read_when_the_next_step_is_over(patch: Patch) -> None:
+    def ordinary(*order: Any) -> SaveOrder:
+        return SaveOrder(*order[:-1])
+
+    patch.setattr("lamina.control.saving.SaveOrder", ordinary)
+
+
+def a_ring_is_believed_to_hold_more(patch: Patch) -> None:
+    def first_kept(group: Group, computed: int) -> int:
+        return max(0, computed - 2 * group.window)
+
+    patch.setattr(Group, "first_kept", first_kept)
+
+
+def half_a_window_is_enough(patch: Patch) -> None:
+    def first_token(group: Group, end: int) -> int:
+        return max(0, end - group.window // 2)
+
+    patch.setattr(Group, "first_token", first_token)
+
+
 @dataclass(frozen=True)
 class Case:
     """How Lamina is broken, and what is to be said of it.
@@ -309,6 +332,7 @@ PARKED = Options(mode="parked", prefix_caching=False, host_slots=12, chunk_block
 PIECES = Options(mode="parked", prefix_caching=False, piece_chunks=1, host_slots=12)
 HAND_OFF = Options(hand_off=True, prefix_caching=False, blocks=28)
 HAND_OFF_PARKED = replace(HAND_OFF, mode="parked", host_slots=12, chunk_blocks=1)
+RING = replace(HAND_OFF, ring_blocks=4)
 SLOW = Weather(slow=0.2, hang=0.02)
 
 CASES = [
@@ -361,6 +385,9 @@ CASES = [
         "it should be",
         replace(HAND_OFF, prefix_caching=True, boundary_blocks=3),
     ),
+    Case(a_ring_is_read_when_the_next_step_is_over, "host shows a chunk", RING),
+    Case(a_ring_is_believed_to_hold_more, "host shows a chunk", RING),
+    Case(half_a_window_is_enough, "it should be|a wrong token", RING),
 ]
 
 

@@ -196,7 +196,8 @@ class ObserveConfig(Section):
 
     timeline: Annotated[Path | None, PATH.nullable()] = Field(
         default=None,
-        description="A file that receives a trace of every step.",
+        description="A file that receives a trace of every step; of ranks beyond the first one "
+        "each, whose name has `-rank1` and so on in it.",
     )
     decisions: Annotated[Path | None, PATH.nullable()] = Field(
         default=None,

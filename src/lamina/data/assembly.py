@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,7 @@ def assemble(
         OSError: if there is no such amount of memory.
     """
     mover = make_mover(geometry, allocations)
+    timeline = config.observe.timeline
     tiers = replicas.open_tiers(geometry, mover, config.host.capacity_bytes(slabs), place)
     return Executor(
         rank=rank,
@@ -68,5 +70,10 @@ def assemble(
         sources=sources(tiers.host, tiers.disk, mover, geometry),
         follows=replicas.follows,
         push=push,
-        timeline=Timeline(config.observe.timeline) if config.observe.timeline else None,
+        timeline=None if timeline is None else Timeline(_of_rank(timeline, rank)),
     )
+
+
+def _of_rank(path: Path, rank: int) -> Path:
+    """The file that a rank has instead of ``path``; the first has that itself."""
+    return path.with_stem(f"{path.stem}-rank{rank}") if rank else path

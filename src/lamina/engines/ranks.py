@@ -9,13 +9,18 @@ compared before it is carried out. What differs is an error on all of them, and 
 from __future__ import annotations
 
 import os
+import pickle
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, Self, TypeVar
+from hashlib import blake2b
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
+import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from lamina.data.replicas import Gather
 
@@ -23,7 +28,13 @@ PATIENCE = timedelta(seconds=120)
 """How long a rank waits for the others. Less than transformers waits (300 s), so that what has
 happened is said by whoever knows it."""
 
+_SHORT = 1024
+"""Bytes that are told at once; a longer word is announced first."""
+
 T = TypeVar("T")
+
+_meetings: Counter[tuple[int, ...]] = Counter()
+"""How often processes have come together, by their global ranks: each time has its own names."""
 
 
 class RanksError(RuntimeError):
@@ -47,25 +58,24 @@ class _Word(Generic[T]):
 
 
 class Ranks:
-    """See the module. Every method but :meth:`close` is called on all ranks together.
+    """See the module. Every method is called on all ranks together, but :meth:`clock` and
+    :meth:`close`. After an error there is nothing but that error.
 
     Args:
         rank: this one.
         gather: how ranks speak.
-        global_rank: its number among all processes of the job, in which other engines may run.
-        neighbours: how many of those run on this machine.
+        engine: a number that no other engine of the job has.
+        neighbours: how many processes of the job run on this machine.
     """
 
-    def __init__(
-        self, rank: int, gather: Gather, global_rank: int = 0, neighbours: int = 1
-    ) -> None:
+    def __init__(self, rank: int, gather: Gather, engine: int = 0, neighbours: int = 1) -> None:
         self.rank = rank
-        self.global_rank = global_rank
+        self.engine = engine
         self.neighbours = neighbours
         self._gather = gather
-        self._group: Any = None
+        self._error: RanksError | None = None
         self._seconds = time.monotonic()
-        self.count = len(self.tell("start", rank))
+        self.count = len(self.tell("coming together", rank))
 
     @classmethod
     def alone(cls) -> Self:
@@ -76,8 +86,7 @@ class Ranks:
 
     @classmethod
     def among(cls, members: Sequence[int]) -> Self:
-        """A rank of an engine that runs in several processes of ``torch.distributed``. They get a
-        process group of their own: the engine's is busy with other words.
+        """A rank of an engine that runs in several processes of ``torch.distributed``.
 
         Args:
             members: their global ranks, in the order of their ranks.
@@ -85,22 +94,14 @@ class Ranks:
         Raises:
             RanksError: if they do not come together.
         """
-        own = distributed.get_rank()
-        group = distributed.new_group(
-            list(members),
-            timeout=PATIENCE,
-            backend="gloo",
-            use_local_synchronization=len(members) < distributed.get_world_size(),
-        )
+        rank = members.index(distributed.get_rank())
+        return cls(rank, _meet(rank, tuple(members)), min(members), _neighbours())
 
-        def gather(word: T) -> list[T]:
-            words: list[Any] = [None] * len(members)
-            distributed.all_gather_object(words, word, group=group)
-            return words
-
-        ranks = cls(members.index(own), gather, own, _neighbours())
-        ranks._group = group
-        return ranks
+    @property
+    def first_shard(self) -> int:
+        """Of the shards of a store, the one of the first rank; the others follow. No other rank,
+        of whatever engine of whatever job, has had one of them in another place."""
+        return self.engine * self.count
 
     def tell(self, occasion: str, word: T) -> list[T]:
         """What every rank has to say, by rank. It is also what the time is told by.
@@ -112,18 +113,19 @@ class Ranks:
         Raises:
             RanksError: if a rank is gone or somewhere else.
         """
+        if self._error is not None:
+            raise self._error
         try:
             words = self._gather(_Word(occasion, time.monotonic(), word))
         except RuntimeError as error:
-            raise RanksError(
+            self._fail(
                 f"rank {self.rank} has no news of the others, {occasion}: one of them has ended "
                 f"or is stuck, see what it says ({error})"
-            ) from error
-        elsewhere = [f"rank {rank}: {w.occasion}" for rank, w in enumerate(words)]
+            )
         if len({w.occasion for w in words}) > 1:
-            raise RanksError(
-                f"ranks are at different places, which calls that differ have led to: "
-                f"{'; '.join(elsewhere)}"
+            places = "; ".join(f"rank {rank}: {w.occasion}" for rank, w in enumerate(words))
+            self._fail(
+                f"ranks are at different places, to which different calls have led: {places}"
             )
         self._seconds = words[0].seconds
         return [w.said for w in words]
@@ -144,22 +146,101 @@ class Ranks:
         """
         if self.count == 1:
             return
-        said = self.tell(occasion, repr(value))
-        for rank, other in enumerate(said):
-            if other != said[0]:
-                raise RanksError(
-                    f"{occasion}, rank {rank} differs from rank 0: {_difference(other, said[0])}"
-                )
+        text = repr(value)
+        if len(set(self.tell(occasion, blake2b(text.encode(), digest_size=16).digest()))) == 1:
+            return
+        said = self.tell(occasion, text)
+        rank = next(rank for rank, other in enumerate(said) if other != said[0])
+        self._fail(
+            f"{occasion}, rank {rank} differs from rank 0: {_difference(said[rank], said[0])}"
+        )
+
+    def together(self, occasion: str, attempt: Callable[[], T]) -> T:
+        """Do something that may fail on all ranks, or on none: no rank waits for what never comes.
+
+        Args:
+            occasion: see :meth:`tell`.
+            attempt: what is done.
+
+        Returns:
+            What ``attempt`` did.
+
+        Raises:
+            Exception: what ``attempt`` has raised.
+            RanksError: if it has raised on another rank.
+        """
+        failure: Exception | None = None
+        try:
+            result = attempt()
+        except Exception as error:
+            failure = error
+        word = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        words = self.tell(occasion, word)
+        if failure is not None:
+            raise failure
+        if any(words):
+            said = "; ".join(f"rank {rank}: {word}" for rank, word in enumerate(words) if word)
+            self._fail(f"another rank has failed, {occasion}: {said}")
+        return result
 
     def clock(self) -> float:
         """Monotonic seconds; with others, those of the first rank when they last spoke."""
         return time.monotonic() if self.count == 1 else self._seconds
 
     def close(self) -> None:
-        """No word will follow."""
-        group, self._group = self._group, None
-        if group is not None and distributed.is_initialized():
-            distributed.destroy_process_group(group)
+        """No word will follow; the others learn of it when they wait for one."""
+        if self.count > 1:
+            self._gather = _nobody
+
+    def _fail(self, text: str) -> NoReturn:
+        self._error = RanksError(text)
+        raise self._error
+
+
+def _meet(rank: int, members: tuple[int, ...]) -> Gather:
+    """How processes speak that call this together. It is a group of their own, because the engine's
+    is busy with other words, and one that torch has no name for: names of groups that are a part of
+    a job depend on how many groups there are, and those of the engine's would change."""
+    meeting = _meetings[members]
+    _meetings[members] += 1
+    name = f"lamina/{'-'.join(map(str, members))}/{meeting}"
+    store = PrefixStore(name, _get_default_store())
+    try:
+        # The group itself would try for much longer.
+        store.set(str(rank), "here")
+        store.wait([str(other) for other in range(len(members))], PATIENCE)
+        group: Any = distributed.ProcessGroupGloo(store, rank, len(members), timeout=PATIENCE)
+    except RuntimeError as error:
+        raise RanksError(
+            f"rank {rank} has waited for the other ones, processes {members}, and one has not "
+            f"come: see what it says ({error})"
+        ) from error
+
+    def gather(word: T) -> list[T]:
+        said = pickle.dumps(word)
+        heads = _exchange(group, len(members), len(said).to_bytes(8, "big") + said[:_SHORT], _SHORT)
+        sizes = [int.from_bytes(head[:8], "big") for head in heads]
+        if max(sizes) > _SHORT:
+            heads = _exchange(group, len(members), bytes(8) + said, max(sizes))
+        words: list[T] = [
+            pickle.loads(head[8 : 8 + size]) for head, size in zip(heads, sizes, strict=True)
+        ]
+        return words
+
+    return gather
+
+
+def _exchange(group: Any, count: int, said: bytes, longest: int) -> list[bytes]:
+    """What each rank says in 8 bytes and up to ``longest`` more."""
+    own = torch.zeros(8 + longest, dtype=torch.uint8)
+    own[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    heard = [torch.empty_like(own) for _ in range(count)]
+    group.allgather([heard], [own]).wait()
+    return [each.numpy().tobytes() for each in heard]
+
+
+def _nobody(word: T) -> list[T]:
+    raise RuntimeError("this rank was closed")
 
 
 def _neighbours() -> int:

@@ -29,11 +29,11 @@ from lamina.data.assembly import assemble
 from lamina.data.executor import Executor
 from lamina.data.replicas import DiskPlace, Replicas
 from lamina.engines.notebook import Notebook
-from lamina.engines.ranks import Ranks, RanksError
+from lamina.engines.ranks import Ranks
 from lamina.geometry import CacheGeometry, Group
 from lamina.keys import Namespace
 from lamina.observe.metrics import Meter, Series
-from lamina.plan import LoadMode, RankReport
+from lamina.plan import LoadMode
 
 
 class TextRequest(ABC):
@@ -133,18 +133,31 @@ class Standalone:
         with ExitStack() as undo:
             undo.callback(ranks.close)
             ranks.agree("at the start", (config, geometry, tuple(groups), namespace, limit))
-            self._executor, reports = _open(config, geometry, allocations, namespace, ranks)
-            undo.callback(self._executor.close)
+
+            def opened() -> Executor:
+                executor = assemble(
+                    config,
+                    geometry,
+                    allocations,
+                    rank=ranks.rank,
+                    replicas=Replicas(ranks.rank, 1, lambda word: [word]),
+                    slabs=ranks.neighbours,
+                    place=DiskPlace.of(config.disk, namespace, ranks.first_shard),
+                )
+                undo.callback(executor.close)
+                return executor
+
+            self._executor = ranks.together("opening its tiers", opened)
             self._notebook = Notebook(None, None)
             if ranks.rank == 0:
-                self._notebook = Notebook.of(config, namespace.fingerprint, ranks.global_rank)
+                self._notebook = Notebook.of(config, namespace.fingerprint, ranks.engine)
             writes = ranks.rank == 0 and config.observe.decisions
             self._planner = Planner(
                 config,
                 ChunkShape(geometry.chunk_tokens, tuple(groups), null_block),
                 namespace.fingerprint,
                 pool,
-                reports,
+                ranks.tell("with what it has stored", self._executor.report()),
                 self._meter,
                 reports_blocks=takes_back,
                 leases_loads=True,
@@ -253,39 +266,3 @@ class Standalone:
             self._executor.close()
             self._notebook.close(self._planner.costs)
             self._ranks.close()
-
-
-def _open(
-    config: Config,
-    geometry: CacheGeometry,
-    allocations: Sequence[torch.Tensor],
-    namespace: Namespace,
-    ranks: Ranks,
-) -> tuple[Executor, list[RankReport]]:
-    """The rank's executor, and what every rank has: all of them can start, or none does."""
-    failure: Exception | None = None
-    with ExitStack() as undo:
-        word: RankReport | str
-        try:
-            executor = assemble(
-                config,
-                geometry,
-                allocations,
-                rank=ranks.rank,
-                replicas=Replicas(ranks.rank, 1, lambda word: [word]),
-                slabs=ranks.neighbours,
-                place=DiskPlace.of(config.disk, namespace, ranks.global_rank - ranks.rank),
-            )
-            undo.callback(executor.close)
-            word = executor.report()
-        except Exception as error:  # the others must not wait for what never comes
-            failure, word = error, f"{type(error).__name__}: {error}"
-        words = ranks.tell("with its tiers open", word)
-        if failure is not None:
-            raise failure
-        reports = [word for word in words if isinstance(word, RankReport)]
-        if len(reports) < ranks.count:
-            said = {rank: word for rank, word in enumerate(words) if isinstance(word, str)}
-            raise RanksError("; ".join(f"rank {r} cannot start: {why}" for r, why in said.items()))
-        undo.pop_all()
-    return executor, reports

@@ -34,7 +34,9 @@ def build_namespace(
 
     Raises:
         CheckpointError: if the weights cannot be told apart from others; says to set ``identity``.
+        RanksError: if that is so on another rank, or it is configured in another way.
     """
+    ranks.agree("with its configuration", config)
     model = cache.config
     return Namespace(
         model=describe_model(model.to_dict()),
@@ -58,7 +60,8 @@ def build_namespace(
 def _checkpoint(config: Config, cache: PagedAttentionCache, ranks: Ranks) -> str:
     if config.disk is None and config.identity == "auto":  # nothing outlives it or is shared
         return ranks.first("with a name", f"process {uuid.uuid4()}")
-    return describe_checkpoint(config, str(cache.config._name_or_path))
+    path = str(cache.config._name_or_path)
+    return ranks.together("with its checkpoint", lambda: describe_checkpoint(config, path))
 
 
 def _engine_format(cache: PagedAttentionCache) -> str:
