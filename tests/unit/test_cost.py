@@ -116,6 +116,22 @@ class TestEstimates:
         assert seconds is not None
         assert seconds > 10
 
+    @settings(deadline=None)
+    @given(
+        st.dictionaries(st.integers(0, 16), st.floats(1e-6, 1e-2), min_size=1, max_size=6),
+        st.tuples(*[st.integers(0, 1 << 17)] * 3),
+    )
+    def test_to_compute_more_never_takes_less(
+        self, rates: dict[int, float], positions: tuple[int, int, int]
+    ) -> None:
+        """Whatever was measured, and each context has its own figure."""
+        costs = Costs(prefills={where: Estimate(math.log(r), 1) for where, r in rates.items()})
+        start, middle, end = sorted(positions)
+        whole = costs.prefill_seconds(start, end)
+        first, second = costs.prefill_seconds(start, middle), costs.prefill_seconds(middle, end)
+        assert None not in (whole, first, second)
+        assert whole == pytest.approx(first + second)  # type: ignore[operator]
+
     def test_a_short_prefill_says_nothing(self) -> None:
         model = CostModel()
         model.computed(0, 8, 1.0)
@@ -224,6 +240,17 @@ class TestDecisions:
         CostModel(costs).worked(HOST, 64 * MIB, 1e-10 * 64 * MIB)
         what = situation(HitPart(HOST, 64 * CHUNK, 512 * MIB), suffix=2048)
         assert decide(what, costs, when="always").mode is LoadMode.LAYERWISE
+
+    def test_a_suffix_that_was_dear_does_not_cut_the_hit_before_it(self) -> None:
+        """Short suffixes behind a hit are computed beside other requests' prompts, and so seem to
+        take long. To compute some of the hit with them would not make them any shorter."""
+        model = CostModel(known(host=1e-10, token=8e-4))
+        for _ in range(10):
+            model.computed(1024, 1152, 128 * 25e-4)
+        what = situation(HitPart(HOST, 1024, 64 * MIB), suffix=128)
+        for others in (False, True):
+            decision = decide(replace(what, others_active=others), model.costs)
+            assert (decision.tokens, decision.reason) == (1024, "hit")
 
     @settings(deadline=None)
     @given(

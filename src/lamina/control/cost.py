@@ -86,12 +86,19 @@ class Costs:
         return known.rate * size if known else 0.0
 
     def prefill_seconds(self, start: int, end: int) -> float | None:
-        """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known."""
+        """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known. Each token
+        counts with what is known of its own context, so that to compute more never takes less."""
         if end <= start:
             return 0.0
         if not self.prefills:
             return None
-        return _nearest(self.prefills, _context_class(start, end)).rate * (end - start)
+        seconds, known = 0.0, sorted(self.prefills)
+        for where, above in zip(known, [*known[1:], None], strict=True):
+            stop = end if above is None else min(end, 1 << (where + above + 1) // 2)
+            if stop > start:
+                seconds += self.prefills[where].rate * (stop - start)
+                start = stop
+        return seconds
 
 
 def encode_costs(costs: Costs) -> bytes:
