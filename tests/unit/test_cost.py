@@ -246,6 +246,7 @@ class TestDecisions:
         take long. To compute some of the hit with them would not make them any shorter."""
         model = CostModel(known(host=1e-10, token=8e-4))
         for _ in range(10):
+            model.computed(0, 1152, 1152 * 8e-4)
             model.computed(1024, 1152, 128 * 25e-4)
         what = situation(HitPart(HOST, 1024, 64 * MIB), suffix=128)
         for others in (False, True):

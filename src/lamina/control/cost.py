@@ -86,8 +86,8 @@ class Costs:
         return known.rate * size if known else 0.0
 
     def prefill_seconds(self, start: int, end: int) -> float | None:
-        """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known. Each token
-        counts with what is known of its own context, so that to compute more never takes less."""
+        """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known. Each
+        token counts with what is known of its own context: to compute more never takes less."""
         if end <= start:
             return 0.0
         if not self.prefills:
