@@ -155,8 +155,8 @@ class Doomed(Simulator):
             writes = [(order.key, order.disk_slot, chunks[order.key]) for order in plan.writes]
             self._teller.say("ordered", writes, plan.drop_disk)
 
-    def _tell_durable(self, publish: Callable[[ChunkKey], None], key: ChunkKey) -> None:
-        publish(key)
+    def _tell_durable(self, publish: Callable[..., None], key: ChunkKey, **known: bool) -> None:
+        publish(key, **known)
         self._teller.say("reported", key)
 
 
