@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -24,6 +24,8 @@ from simulator.engine import Simulator
 from simulator.faults import Weather
 from simulator.history import Prompts, run_history
 from simulator.options import Options
+
+Kind = Callable[[Options, Random], Options]
 
 BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
 STEPS = 400
@@ -60,29 +62,23 @@ HAND_OFF_SHARE = 0.3
 """Of the budget, beside what others have of it."""
 
 
+with_a_hand_off = pytest.mark.parametrize("kind", [Options.with_hand_off, Options.with_ring])
+
+
+@with_a_hand_off
 @pytest.mark.parametrize("seed", range(int(BUDGET * HAND_OFF_SHARE / STEPS)))
-def test_random_histories_of_a_scheduler_with_a_hand_off(seed: int) -> None:
+def test_random_histories_of_a_scheduler_with_a_hand_off(kind: Kind, seed: int) -> None:
     random = Random(seed)
-    run_history(seed, STEPS, options=Options.draw(random).with_hand_off(random))
+    run_history(seed, STEPS, options=kind(Options.draw(random), random))
 
 
+@with_a_hand_off
 @pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS / 2)))
-def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(seed: int, store: Path) -> None:
+def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(
+    kind: Kind, seed: int, store: Path
+) -> None:
     random = Random(seed)
-    options = Options.draw(random, disk=True).with_hand_off(random)
-    run_history(seed, STEPS, store, options=options)
-
-
-@pytest.mark.parametrize("seed", range(int(BUDGET * HAND_OFF_SHARE / STEPS)))
-def test_random_histories_of_a_scheduler_with_rings(seed: int) -> None:
-    random = Random(seed)
-    run_history(seed, STEPS, options=Options.draw(random).with_ring(random))
-
-
-@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS / 2)))
-def test_random_histories_of_a_scheduler_with_rings_and_a_disk(seed: int, store: Path) -> None:
-    random = Random(seed)
-    options = Options.draw(random, disk=True).with_ring(random)
+    options = kind(Options.draw(random, disk=True), random)
     run_history(seed, STEPS, store, options=options)
 
 

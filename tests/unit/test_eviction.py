@@ -138,10 +138,16 @@ def test_documents_that_were_popular_once_make_room() -> None:
     assert cache.hits(others) == len(others)
 
 
+def write_all(engine: Engine) -> None:
+    while engine.planner.has_work:
+        engine.settle_writes()
+
+
 def crowd(engine: Engine, requests: int) -> None:
     """Requests of one chunk each that share nothing."""
     for number in range(requests):
         engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
+        write_all(engine)
 
 
 def is_kept(engine: Engine, length: int) -> bool:
@@ -209,11 +215,6 @@ def with_disk(slots: int) -> Engine:
     return Engine({"disk": disk, "load": {"when": "always"}}, host_slots=6, disk_slots=slots)
 
 
-def write_all(engine: Engine) -> None:
-    while engine.planner.has_work:
-        engine.settle_writes()
-
-
 def test_what_is_fetched_from_disk_is_shared_in_memory_as_it_was_there() -> None:
     engine, document = with_disk(100), prompt(96)
     for number, name in enumerate("ab"):
@@ -223,9 +224,7 @@ def test_what_is_fetched_from_disk_is_shared_in_memory_as_it_was_there() -> None
     engine.planner.arrived(View("c", [*document, -1]))
     engine.answer(*(order.transfer for order in engine.step().fetches))
     engine.planner.finished("c", 0, [])
-    for number in range(9):
-        engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
-        write_all(engine)
+    crowd(engine, 9)
     assert is_kept(engine, 96)
     assert engine.planner.hit_sources("look") == {TierName.HOST: 80}
 
@@ -237,9 +236,7 @@ def test_what_is_written_is_shared_on_disk_as_it_is_in_memory() -> None:
     engine.answer(*(write.transfer for write in plan.writes))  # it was shared before they ended
     write_all(engine)
     engine.planner._catalog.host.clear()
-    for number in range(4):
-        engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
-        write_all(engine)
+    crowd(engine, 4)
     assert is_kept(engine, 96)
     assert engine.planner.hit_sources("look").keys() == {TierName.DISK}
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from test_engine_example import EXAMPLE, QUESTIONS
@@ -35,6 +34,21 @@ def engine_of() -> Callable[..., Any]:
 @pytest.fixture
 def threads() -> Gathering:
     return Gathering(2)
+
+
+@pytest.fixture
+def cannot_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Has every load of an engine fail from now on, and no other engine's."""
+    broken: list[Any] = []
+    load = sources.HostSource.load_row
+
+    def load_row(source: Any, *args: Any) -> Any:
+        if source in broken:
+            raise OSError("not on this rank")
+        return load(source, *args)
+
+    monkeypatch.setattr(sources.HostSource, "load_row", load_row)
+    return lambda engine: broken.extend(engine.lamina._executor._sources.values())
 
 
 def ranks_of(threads: Gathering, rank: int) -> Ranks:
@@ -78,57 +92,41 @@ def test_ranks_load_what_each_has_saved(
         assert not left
 
 
-def test_what_one_rank_has_lost_is_lost_for_all(engine_of: Any, threads: Gathering) -> None:
+def test_what_one_rank_has_lost_is_lost_for_all(
+    engine_of: Any, threads: Gathering, cannot_copy: Callable[[Any], None]
+) -> None:
     """Rank 1 cannot copy: no request runs on what only rank 0 has."""
-    load = sources.HostSource.load_row
-
-    def load_row(source: Any, *args: Any) -> Any:
-        if source in broken:
-            raise OSError("not on this rank")
-        return load(source, *args)
-
-    broken: list[Any] = []
     settings = SETTINGS | {"load": {"mode": "parked", "when": "always"}}
 
     def work(rank: int) -> Any:
         engine = engine_of(settings, ranks_of(threads, rank))
         if rank:
-            broken.extend(engine.lamina._executor._sources.values())
+            cannot_copy(engine)
         first, computed = engine.generate(QUESTIONS), engine.computed
         again = engine.generate(QUESTIONS)
         recomputed = engine.computed - computed
         engine.lamina.close()
         return first == again, recomputed == computed
 
-    with patch.object(sources.HostSource, "load_row", load_row):
-        assert threads.together(work) == [(True, True)] * 2
+    assert threads.together(work) == [(True, True)] * 2
 
 
 def test_a_load_that_fails_in_the_step_of_one_rank_fails_it_on_all(
-    engine_of: Any, threads: Gathering
+    engine_of: Any, threads: Gathering, cannot_copy: Callable[[Any], None]
 ) -> None:
-    broken: list[Any] = []
-    load = sources.HostSource.load_row
-
-    def load_row(source: Any, *args: Any) -> Any:
-        if source in broken:
-            raise OSError("not on this rank")
-        return load(source, *args)
-
     settings = SETTINGS | {"load": {"mode": "layerwise", "when": "always"}}
 
     def work(rank: int) -> Any:
         engine = engine_of(settings, ranks_of(threads, rank))
         engine.generate(QUESTIONS)
         if rank:
-            broken.extend(engine.lamina._executor._sources.values())
+            cannot_copy(engine)
         try:
             engine.generate(QUESTIONS)
         finally:
             engine.lamina.close()
 
-    with patch.object(sources.HostSource, "load_row", load_row):
-        assert [type(error) for error in threads.together(work)] == [LoadFailed] * 2
+    assert [type(error) for error in threads.together(work)] == [LoadFailed] * 2
 
 
 def test_plans_that_differ_are_not_carried_out(engine_of: Any, threads: Gathering) -> None:
