@@ -298,6 +298,11 @@ class StepPlan:
     outstanding: bool = False
 
     @property
+    def loads_in_step(self) -> bool:
+        """Whether layers have to wait for loads that begin with this step."""
+        return any(order.mode is LoadMode.LAYERWISE for order in self.loads)
+
+    @property
     def is_empty(self) -> bool:
         """Whether the plan orders nothing."""
         return self.push.is_empty and not (

@@ -4,13 +4,19 @@ where it is not.
 
 from __future__ import annotations
 
+import logging
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import vllm
 
+import lamina.engines.vllm
 from engine.driver import Ask, EngineSpec, Start
 from engine.workload import CHUNK, prompt
+from lamina.engines.vllm import register
+from lamina.engines.vllm.version import UnsupportedVersion
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +38,45 @@ def test_found(llama: Path, start: Start, path: str | None) -> None:
 
 
 def test_every_process_may_register_again() -> None:
-    from lamina.engines.vllm import register
+    register()
+    register()
 
+
+FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory"
+MOVED = "vllm.v1.metrics.cache_hit_source"
+"""A private module of vLLM's that the connector needs."""
+
+
+@pytest.fixture
+def another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that nobody has seen, in which names have moved."""
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    monkeypatch.setitem(sys.modules, MOVED, None)
+    monkeypatch.delitem(sys.modules, "lamina.engines.vllm.connector", raising=False)
+    monkeypatch.delattr(lamina.engines.vllm, "connector", raising=False)
+
+
+@pytest.mark.usefixtures("another_vllm")
+def test_another_version_is_refused_by_a_sentence_and_not_by_a_name_that_it_lacks() -> None:
+    with pytest.raises(UnsupportedVersion, match=r"pip install 'vllm>=0\.32,<0\.34'"):
+        _ = lamina.engines.vllm.LaminaConnector
+
+
+@pytest.mark.usefixtures("another_vllm")
+def test_another_version_still_serves_without_lamina(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM calls the plugin whoever it serves."""
     register()
-    register()
+    monkeypatch.setitem(sys.modules, FACTORY, None)
+    with caplog.at_level(logging.WARNING):
+        register()
+    assert "0.34.0" in caplog.text
+
+
+def test_a_supported_version_without_its_factory_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, FACTORY, None)
+    with pytest.raises(ImportError):
+        register()

@@ -200,13 +200,13 @@ def test_shared_memory_that_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checks.shared_memory(tmp_path).verdict is Verdict.WARNING
 
 
-@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.32.0", "0.3.2"])
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "1.32.0", "0.3.2"])
 def test_another_vllm_fails(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert checks.vllm_version("vllm").verdict is Verdict.FAILED
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.7+cpu", "0.32.1.post1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7+cpu", "0.32.1.post1", "0.33.0"])
 def test_the_supported_vllm(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
     assert checks.vllm_version("vllm").verdict is Verdict.GOOD

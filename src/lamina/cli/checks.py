@@ -16,9 +16,9 @@ from pathlib import Path
 
 from lamina.config import Config, DiskConfig
 from lamina.config.memory import memory_bytes
+from lamina.engines.vllm.version import is_supported, served
 from lamina.geometry import DIRECT_IO_ALIGNMENT
 
-SUPPORTED_VLLM = "0.32"
 MIN_SHARED_MEMORY = 256 << 20
 """Bytes of ``/dev/shm`` below which vLLM's processes may not get their message queues."""
 MIN_FILES = 4096
@@ -70,12 +70,12 @@ def vllm_version(distribution: str | None) -> Finding:
         )
     version = metadata.version(distribution)
     found = f"{version} ({distribution})"
-    if version.split(".")[:2] != SUPPORTED_VLLM.split("."):
+    if not is_supported(version):
         return Finding(
             "vLLM",
             Verdict.FAILED,
             found,
-            f"its connector interface changes with every version: install {SUPPORTED_VLLM}.x",
+            f"its connector interface changes with every version: install {served()}",
         )
     if distribution != "vllm":
         return Finding(

@@ -7,7 +7,11 @@ its plugin entry point; it is also reachable with
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from typing import TYPE_CHECKING
+
+from lamina.engines.vllm.version import UnsupportedVersion, is_supported
 
 if TYPE_CHECKING:
     from lamina.engines.vllm.connector import LaminaConnector
@@ -16,17 +20,27 @@ __all__ = ["LaminaConnector", "register"]
 
 CONNECTOR_NAME = "LaminaConnector"
 
+log = logging.getLogger("lamina.engines.vllm")
+
 
 def register() -> None:
-    """Make the connector known to vLLM; the entry point of its plugin. Safe to call again."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    """Make the connector known to vLLM; the entry point of its plugin. Safe to call again.
+
+    Every vLLM beside which Lamina is installed calls this when it starts, also to serve without
+    it. So a version that is not supported is refused when the connector is asked for, and here only
+    said, where that version has no place any more to register it.
+    """
+    import vllm
 
     try:
-        KVConnectorFactory.get_connector_class_by_name(CONNECTOR_NAME)
-    except ValueError:
-        KVConnectorFactory.register_connector(
-            CONNECTOR_NAME, "lamina.engines.vllm.connector", CONNECTOR_NAME
-        )
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    except ImportError:
+        if is_supported(vllm.__version__):
+            raise
+        log.warning("%s", UnsupportedVersion(vllm.__version__))
+        return
+    with contextlib.suppress(ValueError):  # it is registered already
+        KVConnectorFactory.register_connector(CONNECTOR_NAME, __name__, CONNECTOR_NAME)
 
 
 def __getattr__(name: str) -> type[LaminaConnector]:

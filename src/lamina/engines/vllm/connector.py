@@ -7,6 +7,12 @@ import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import vllm
+
+from lamina.engines.vllm.version import check_version
+
+check_version(vllm.__version__)  # before a name is imported that another version may not have
+
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -31,6 +37,7 @@ from lamina.engines.vllm import layout
 from lamina.engines.vllm.messages import LaminaPlan
 from lamina.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
 from lamina.engines.vllm.scheduler_side import SchedulerSide
+from lamina.engines.vllm.step_order import Call, StepOrder
 from lamina.engines.vllm.worker_side import WorkerSide
 
 if TYPE_CHECKING:
@@ -65,6 +72,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._moves_rows = False
+        self._order = StepOrder()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(config, vllm_config, kv_cache_config)
         else:
@@ -110,15 +118,19 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """The first hook of every step, before anything of it runs."""
         assert isinstance(kv_connector_metadata, LaminaPlan)
-        self._on_worker.begin_step(kv_connector_metadata.plan)
+        plan = kv_connector_metadata.plan
+        self._order.begins(loads=plan.loads_in_step)
+        self._on_worker.begin_step(plan)
         self._moves_rows = self._on_worker.executor.moves_rows
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         """Right before the forward if the step has layerwise loads, else after it."""
+        self._order.makes(Call.START)
         self._on_worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Before a layer reads its cache."""
+        self._order.layer("wait_for_layer_load")
         self._on_worker.executor.wait_layer(layer_name)
 
     def save_kv_layer(
@@ -129,23 +141,28 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         **kwargs: object,
     ) -> None:
         """After a layer has written its cache."""
+        self._order.layer("save_kv_layer")
         self._on_worker.executor.layer_written(layer_name)
 
     def wait_for_save(self) -> None:
         """The end of every step. Waits for no save."""
+        self._order.makes(Call.END)
         self._on_worker.executor.end_step()
         self._moves_rows = False
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Parked loads that are over."""
+        self._order.makes(Call.RESULTS)
         return self._on_worker.collect()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose load failed; vLLM recomputes them or fails the request."""
+        self._order.makes(Call.ERRORS)
         return self._on_worker.lost_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Receipts, on their way to the scheduler."""
+        self._order.makes(Call.META)
         return self._on_worker.receipts()
 
     def shutdown(self) -> None:
