@@ -4,7 +4,9 @@ or stops a server: it is a miss, or an error at the start that says what to do.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import gc
 import json
 import logging
 import multiprocessing
@@ -14,8 +16,9 @@ import shutil
 import signal
 import sqlite3
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from hypothesis import strategies as st
 from lamina.data.tiers.disk import DiskTier, ReadFailure, StoreError, StoreNamespace
 from lamina.data.tiers.disk_aio import AioQueue
 from lamina.data.tiers.disk_index import summarize
+from lamina.data.tiers.disk_lock import StoreLost, holder
 from lamina.data.tiers.disk_slab import aligned_memory
 from lamina.keys import KEY_BYTES
 from lamina.plan import ChunkKey
@@ -391,6 +395,51 @@ def test_a_server_that_was_killed_does_not_keep_its_store(tmp_path: Path) -> Non
     open_tier(tmp_path).close()
 
 
+def left_behind(store: Path, fork: Callable[[], int]) -> tuple[int, int]:
+    """A server that has opened the store and was killed, and a child of it that lives on."""
+    processes = multiprocessing.get_context("fork")
+    child, ready = processes.Value("i"), processes.Event()
+
+    def serve() -> None:
+        tier = open_tier(store)
+        if pid := fork():
+            child.value = pid
+            ready.set()
+        signal.pause()
+        tier.close()
+
+    server = processes.Process(target=serve)
+    server.start()
+    assert ready.wait(60)
+    assert server.pid is not None
+    assert child.value > 1
+    server.kill()
+    server.join()
+    return server.pid, child.value
+
+
+def test_a_child_that_a_server_leaves_behind_does_not_keep_its_store(store: Path) -> None:
+    """A fork has every file of its parent open, and so its locks."""
+    _, child = left_behind(store, os.fork)
+    try:
+        open_tier(store).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_keeps_a_store_all_the_same_is_named(store: Path) -> None:
+    """A library that forks does not ask Python first."""
+    server, child = left_behind(store, ctypes.PyDLL(None).fork)
+    try:
+        with pytest.raises(
+            StoreError, match=rf"process {server}, which has ended, .* locked by process {child} "
+        ):
+            open_tier(store)
+        assert holder(store, 0) == str(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_failed_start_gives_the_store_back(store: Path) -> None:
     with pytest.raises(StoreError):
         open_tier(store, slots=1 << 40)
@@ -475,6 +524,42 @@ def test_a_disk_that_is_full_after_all_is_refused_and_given_back(tmp_path: Path)
     assert list(tmp_path.rglob("*.slab")) == []
 
 
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
+@pytest.mark.parametrize("number", [errno.EINTR, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("more", [0, 1])
+def test_no_call_that_fails_at_the_start_takes_away_what_is_stored(
+    store: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, more: int
+) -> None:
+    """Of the same capacity, or a larger one that the disk does not grant."""
+
+    def failing(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(StoreError, match=r"disk\.(path|capacity): .*(cannot|bytes free)"):
+            open_tier(store, SLOTS + more)
+    tier = open_tier(store)
+    assert [sound(tier, slot, slot) for slot in range(SLOTS)] == [[True] * 3] * SLOTS
+    tier.close()
+
+
+def test_a_file_system_that_reserves_nothing_is_used_and_said(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*arguments: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    tier = open_tier(store)
+    assert [sound(tier, slot, slot) for slot in range(SLOTS)] == [[True] * 3] * SLOTS
+    tier.close()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "cannot reserve space" in warning
+    assert "disk.capacity" in warning
+    assert "rank-0.slab" in warning
+
+
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
     """No file can be written beyond ``limit`` bytes, as if the disk were full there."""
@@ -484,6 +569,174 @@ def file_size_limit(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# -- files that go away ---------------------------------------------------------------------------
+
+
+def replace(file: Path) -> None:
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+
+
+GOES_AWAY = {
+    "slab deleted": ("rank-0.slab", Path.unlink),
+    "slab replaced": ("rank-0.slab", replace),
+    "index deleted": ("rank-0.sqlite", Path.unlink),
+    "journal deleted": ("rank-0.sqlite-wal", Path.unlink),
+    "lock deleted": ("rank-0.lock", Path.unlink),
+    "lock replaced": ("rank-0.lock", replace),
+    "model deleted": (NAMESPACE.fingerprint, shutil.rmtree),
+    "model moved": (NAMESPACE.fingerprint, lambda path: path.rename(path.with_name("cafe0123"))),
+}
+
+
+@pytest.mark.parametrize("case", GOES_AWAY)
+def test_what_goes_away_under_a_server_is_said_once_and_nothing_is_written_any_more(
+    store: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, happen = GOES_AWAY[case]
+    tier = open_tier(store)
+    (path,) = store.rglob(name)
+    happen(path)
+    for _ in range(2):
+        with pytest.raises(StoreLost, match="while this server uses the store"):
+            put(tier, {0: 7})
+    tier.drop([1])
+    assert sound(tier, 7, 0) == sound(tier, 1, 1) == [False] * 3
+    assert sound(tier, 2, 2) == [True] * 3
+    tier.close()
+    (warning,) = [r for r in caplog.records if "while this server uses" in r.getMessage()]
+    assert name in warning.getMessage()
+    assert "start the server again" in warning.getMessage()
+
+
+def test_what_goes_away_while_it_is_written_is_no_chunk(store: Path) -> None:
+    tier = open_tier(store)
+    tier.begin([0])
+    for row in range(len(EXTENTS)):
+        tier.write_row(row, [0], [content(7, row)])
+    shutil.rmtree(store)
+    with pytest.raises(StoreLost):
+        tier.commit([(0, key(7))])
+    assert sound(tier, 7, 0) == [False] * 3
+    tier.close()
+
+
+def test_of_two_servers_that_a_lost_lock_let_in_the_first_leaves_the_store_alone(
+    store: Path,
+) -> None:
+    first = open_tier(store)
+    (store / "rank-0.lock").unlink()
+    second = open_tier(store)
+    with pytest.raises(StoreLost, match="by another server"):
+        put(first, {0: 7})
+    put(second, {0: 8})
+    first.drop([0, 1])
+    first.note_used([2])
+    first.close()
+    second.close()
+    third = open_tier(store)
+    assert {chunk.slot: chunk.key for chunk in third.stored()} == {
+        0: key(8),
+        1: key(1),
+        2: key(2),
+        3: key(3),
+    }
+    third.close()
+
+
+# -- I/O without an end --------------------------------------------------------------------------
+
+
+def test_a_kernel_that_says_nothing_of_io_loses_a_queue_and_no_chunk(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = open_tier(store)
+    with monkeypatch.context() as patch:
+        patch.setattr("lamina.data.tiers.disk_aio._GETEVENTS", 9999)
+        into = aligned_memory(EXTENTS[0]).reshape(1, -1)
+        read = tier.read_row(0, [0], [key(0)], into)
+        assert not read.good.any()
+        assert not read.damaged.any()
+        with pytest.raises(OSError, match="I/O in flight"):
+            put(tier, {1: 7})
+    assert "does not say what became of I/O in flight" in caplog.text
+    assert sound(tier, 0, 0) == sound(tier, 2, 2) == [True] * 3
+    put(tier, {1: 7})
+    assert sound(tier, 7, 1) == [True] * 3
+    tier.close()
+
+
+def test_memory_that_the_kernel_may_still_write_to_is_used_for_nothing_else(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = open_tier(store)
+    into = aligned_memory(EXTENTS[0]).reshape(1, -1)
+    with monkeypatch.context() as patch:
+        patch.setattr("lamina.data.tiers.disk_aio._GETEVENTS", 9999)
+        patch.setattr("lamina.data.tiers.disk_aio._DESTROY", 9999)
+        read = tier.read_row(0, [0], [key(0)], into)
+        assert not read.good.any()
+        assert not read.damaged.any()
+    kept = weakref.ref(into)
+    before = into.copy()
+    del into
+    gc.collect()
+    lent = kept()
+    assert lent is not None, "the memory was given back"
+    assert not tier.read_row(0, [1], [key(1)], lent).good.any()
+    assert (lent == before).all(), "the memory was used again"
+    with pytest.raises(OSError, match="out of use until a restart"):
+        put(tier, {1: 7})
+    assert "out of use until this server is restarted" in caplog.text
+    tier.close()
+    tier = open_tier(store)
+    assert sound(tier, 0, 0) == sound(tier, 2, 2) == [True] * 3
+    tier.close()
+
+
+# -- forgetting ----------------------------------------------------------------------------------
+
+
+def test_what_was_dropped_on_a_full_disk_does_not_come_back(store: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        with file_size_limit(EXTENTS[1]), suppress(OSError):  # as far as slot 0 begins
+            tier.drop([0])
+
+    killed_after(store, work)
+    tier = open_tier(store)
+    assert sound(tier, 0, 0)[0] is False
+    assert sound(tier, 1, 1) == sound(tier, 3, 3) == [True] * 3
+    tier.close()
+
+
+def test_where_nothing_at_all_can_be_written_the_store_starts_empty(store: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        with file_size_limit(0), suppress(OSError):
+            tier.drop([1])
+        assert sound(tier, 1, 1) == [False] * 3
+        assert sound(tier, 2, 2) == [True] * 3
+        with pytest.raises(StoreLost, match=r"starts empty after a restart"):
+            put(tier, {0: 7})
+
+    killed_after(store, work)
+    tier = open_tier(store)
+    assert tier.stored() == ()
+    tier.close()
+
+
+def test_what_could_not_be_forgotten_is_forgotten_with_the_next_change(store: Path) -> None:
+    def work(tier: DiskTier) -> None:
+        with file_size_limit(EXTENTS[1]), suppress(OSError):
+            tier.drop([0])
+        put(tier, {3: 7})
+
+    killed_after(store, work)
+    tier = open_tier(store)
+    assert {chunk.slot for chunk in tier.stored()} == {1, 2, 3}
+    tier.close()
 
 
 # -- writing -------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from engine.server import Server
 from engine.workload import CHUNK, loadable, random_tokens
 from lamina.cli import store as store_commands
 from lamina.data.tiers.disk_index import summarize
-from lamina.data.tiers.disk_store import holder
+from lamina.data.tiers.disk_lock import holder
 from soak.conftest import Note
 from soak.damage import damage_store
 

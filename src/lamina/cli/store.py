@@ -23,11 +23,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lamina.data.tiers import disk_store
+from lamina.data.tiers import disk_lock, disk_store
 from lamina.data.tiers.disk_index import DamagedIndex, DiskIndex, IndexSummary, summarize
-from lamina.data.tiers.disk_shard import DiskShard
+from lamina.data.tiers.disk_lock import StoreError
+from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.disk_slab import Slab, aligned_memory
-from lamina.data.tiers.disk_store import Shard, StoreError
+from lamina.data.tiers.disk_store import Shard
 
 Store = Annotated[
     Path, typer.Argument(metavar="PATH", help="Directory of a disk store (`disk.path`).")
@@ -57,7 +58,7 @@ def verify(path: Store) -> None:
         disk_store.require_store(path)
         disk_store.check_format(path)
         shards = disk_store.shards(path)
-        with disk_store.hold(path, sorted({shard.rank for shard in shards})):
+        with disk_lock.hold(path, sorted({shard.rank for shard in shards})):
             damage = _verify_all(console, shards)
     for line in damage[:_SHOWN]:
         console.print(line, style="red", soft_wrap=True, highlight=False)
@@ -117,7 +118,7 @@ def _inspect_namespace(console: Console, store: Path, name: str, shards: list[Sh
         table.add_column(title, no_wrap=True)
     notes = []
     for shard in shards:
-        pid = disk_store.holder(store, shard.rank)
+        pid = disk_lock.holder(store, shard.rank)
         server = f"pid {pid}" if pid else "-"
         on_disk = _size(shard.disk_bytes())
         try:
@@ -176,7 +177,7 @@ def _verify_shard(shard: Shard, found: IndexSummary) -> Iterator[tuple[int, list
         closing(DiskIndex(shard.index, layout)) as index,
         closing(Slab(shard.slab, layout.extent_bytes, layout.slots, direct=None)) as slab,
     ):
-        reader, stored = DiskShard(layout, slab, index), index.stored()
+        reader, stored = ShardReader(layout, slab, index), index.stored()
         for row, extent in enumerate(layout.extent_bytes):
             batch = max(1, _BATCH_BYTES // extent)
             into = aligned_memory(batch * extent).reshape(batch, extent)

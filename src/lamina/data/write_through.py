@@ -56,7 +56,7 @@ class DiskWriter:
 
     def drop(self, slots: Sequence[int]) -> None:
         """Forget slots, after what was queued before."""
-        self._pool.submit((0, 0), lambda: self._disk.drop(slots))
+        self._pool.submit((0, 0), lambda: self._drop(slots))
 
     def write(self, orders: Sequence[WriteThrough], step: int) -> None:
         """Write a batch, after what was queued before."""
@@ -65,6 +65,12 @@ class DiskWriter:
     def close(self, timeout: float) -> bool:
         """Write what is queued, then stop; False if that took longer than ``timeout`` seconds."""
         return self._pool.close(timeout)
+
+    def _drop(self, slots: Sequence[int]) -> None:
+        try:
+            self._disk.drop(slots)
+        except OSError as error:
+            log.warning("disk tier: %s", error.strerror)
 
     def _write(self, orders: Sequence[WriteThrough], step: int) -> None:
         began = time.perf_counter()

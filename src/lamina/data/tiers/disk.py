@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers import disk_store
 from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, open_index
+from lamina.data.tiers.disk_lock import StoreError, Watch, hold
 from lamina.data.tiers.disk_shard import DiskShard, ReadFailure, ShardReader
 from lamina.data.tiers.disk_slab import Slab, allocate, chunk_on_disk
-from lamina.data.tiers.disk_store import Shard, StoreError, StoreNamespace
+from lamina.data.tiers.disk_store import Shard, StoreNamespace
 from lamina.data.tiers.disk_table import ChunkTable
+from lamina.data.tiers.file_system import concern
 
 __all__ = ["DiskReader", "DiskTier", "ReadFailure", "StoreError", "StoreNamespace"]
 
@@ -64,16 +67,19 @@ class DiskTier(DiskShard):
         size = layout.slots * chunk
         with ExitStack() as opened:
             disk_store.prepare(path)
-            opened.enter_context(disk_store.hold(path, [rank], disk_store.LOCK_PATIENCE))
+            (lock,) = opened.enter_context(hold(path, [rank], disk_store.LOCK_PATIENCE))
             try:
+                if (found := concern(path)) is not None:
+                    log.warning("disk tier: %s: %s", found.found, found.advice)
                 shard = Shard(disk_store.describe(path, namespace), rank)
                 disk_store.make_room(path, shard, size, capacity)
                 disk_store.check_room(shard.slab, size)
                 index, slab = _open(shard, layout, size, direct, table, opened)
                 disk_store.sync_directories(path, shard.directory)
+                files = [(lock.path, lock.stat()), (shard.slab, slab.stat()), *index.stats()]
             except OSError as error:
                 raise StoreError(f"disk.path: cannot use {path}: {error}") from error
-            super().__init__(layout, slab, index)
+            super().__init__(layout, slab, index, Watch(files))
             self._opened = opened.pop_all()
         log.info(
             "disk tier: %s in %s, %d of them stored, %s I/O",
@@ -138,22 +144,32 @@ def _open(
     table: MemoryFile | None,
     opened: ExitStack,
 ) -> tuple[DiskIndex, Slab]:
-    """Open a shard's files. The index is emptied before the slab changes, never after it."""
-    whole = shard.slab.exists() and shard.slab.stat().st_size == size
+    """Open a shard's files. Space is found first, because there may be none, and the index is
+    emptied before the slab loses a byte."""
+    before = shard.slab.stat().st_size if shard.slab.exists() else -1
+    try:
+        reserved = allocate(shard.slab, size)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise disk_store.no_room(shard.slab, size, error) from error
+        raise
+    if not reserved:
+        log.warning(
+            "disk tier: the file system of %s cannot reserve space, so that disk.capacity is only "
+            "known to fit now: if others fill the disk later, writes stop. Use ext4 or xfs for "
+            "disk.path, or keep as much free",
+            shard.slab,
+        )
     index = open_index(shard.index, layout, table)
     opened.callback(index.close)
-    if not whole and len(index):
+    if before < size and len(index):
         log.warning(
             "disk tier: %s is missing or was cut short; this rank's part of the store starts empty",
             shard.slab,
         )
         index.clear()
-    try:
-        allocate(shard.slab, size)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise disk_store.no_room(shard.slab, size) from error
-        raise
+    if before > size:
+        os.truncate(shard.slab, size)
     slab = Slab(shard.slab, layout.extent_bytes, layout.slots, direct)
     opened.callback(slab.close)
     return index, slab

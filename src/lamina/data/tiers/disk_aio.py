@@ -12,6 +12,7 @@ import errno
 import os
 import platform
 from enum import IntEnum
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +68,16 @@ def _call(number: int, *arguments: int) -> int:
     return result if result >= 0 else -ctypes.get_errno()
 
 
+class UnendedIO(OSError):
+    """I/O that was ordered and of whose end nothing can be learnt: the kernel may write to its
+    memory, or read it, at any time from now on."""
+
+
 class AioQueue:
     """A queue to the kernel, for one thread at a time.
+
+    Attributes:
+        usable: whether it can be used again; False once the kernel has not answered.
 
     Raises:
         OSError: if the kernel gives none; says what to do.
@@ -85,6 +94,7 @@ class AioQueue:
             )
             raise OSError(-result, f"no asynchronous I/O ({os.strerror(-result)}): {remedy}")
         self._context = context.value
+        self.usable = True
         self._requests = np.zeros(DEPTH, _REQUEST)
         self._requests["data"] = np.arange(DEPTH)
         self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(DEPTH)
@@ -112,6 +122,11 @@ class AioQueue:
 
         Returns:
             For each request 0, or the errno of its failure; ``ENODATA`` at the end of the file.
+
+        Raises:
+            OSError: if what has become of the requests cannot be told, but that they have ended.
+            UnendedIO: if nobody knows whether the requests have ended. The memory must stay where
+                it is and be used for nothing else, for as long as the process lives.
         """
         failed = np.zeros(len(offsets), np.int32)
         moved = np.zeros(len(offsets), np.int64)
@@ -137,8 +152,23 @@ class AioQueue:
             _call(_DESTROY, self._context)
             self._context = 0
 
+    def _abandon(self, error: int) -> NoReturn:
+        """The kernel does not say what became of requests in flight. It ends them before it takes
+        the queue back, if it does that."""
+        self.usable = False
+        context, self._context = self._context, 0
+        reason = "the kernel does not say what became of I/O in flight"
+        if _call(_DESTROY, context) == 0:
+            raise OSError(error, f"{reason} ({os.strerror(error)})")
+        raise UnendedIO(error, f"{reason}, nor does it end it ({os.strerror(error)})")
+
     def _flush(self, count: int) -> Integers:
-        """Submit the first ``count`` requests and wait for all: bytes moved or a negative errno."""
+        """Submit the first ``count`` requests and wait for all: bytes moved or a negative errno.
+
+        Raises:
+            OSError: if the queue had to be given up; none is in flight then.
+            UnendedIO: see :meth:`run`.
+        """
         results = np.zeros(count, np.int64)
         sent = in_flight = 0
         while sent < count or in_flight:
@@ -155,7 +185,7 @@ class AioQueue:
                 events = self._events.ctypes.data
                 came = _call(_GETEVENTS, self._context, in_flight, DEPTH, events, 0)
                 if came < 0 and came != -errno.EINTR:
-                    raise OSError(-came, "cannot learn what became of I/O in flight")
+                    self._abandon(-came)
                 seen = self._events[: max(came, 0)]
                 results[seen["data"].astype(np.int64)] = seen["result"]
                 in_flight -= len(seen)

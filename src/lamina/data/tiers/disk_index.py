@@ -23,6 +23,8 @@ import numpy as np
 from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers.disk_aio import Integers
 from lamina.data.tiers.disk_checksum import Bytes, Checksums, key_tags
+from lamina.data.tiers.disk_lock import StoreLost
+from lamina.data.tiers.disk_store import sync_directories
 from lamina.data.tiers.disk_table import ChunkTable
 from lamina.keys import KEY_BYTES
 from lamina.plan import ChunkKey
@@ -148,6 +150,7 @@ class DiskIndex(ChunkTable):
         self._lock = threading.Lock()
         self._recorded = np.zeros(layout.slots, np.bool_)
         self._stale = np.zeros(layout.slots, np.bool_)
+        self._owed: set[int] = set()
         # SQLite gives the file's mode to all that it puts beside it, and cannot be told one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -166,14 +169,18 @@ class DiskIndex(ChunkTable):
         """Durably forget what these slots hold.
 
         Raises:
-            OSError: if that could not be made durable; in memory it is forgotten all the same.
+            OSError: if that could not be made durable; in memory it is forgotten all the same, and
+                the next change that succeeds makes it durable.
         """
+        self.hide(slots)
+        self._owed.update(slots[self._recorded[slots]].tolist())
+        if self._owed:
+            with self._transaction():
+                pass
+
+    def hide(self, slots: Integers) -> None:
+        """Forget what these slots hold, but not durably."""
         self._held[slots] = False
-        recorded = slots[self._recorded[slots]]
-        if recorded.size:
-            with self._transaction() as database:
-                database.executemany("DELETE FROM chunk WHERE slot = ?", recorded[:, None].tolist())
-            self._recorded[recorded] = False
 
     def record(self, slots: Integers, keys: Bytes, sums: Checksums) -> None:
         """Durably say what slots hold; their bytes must be durable already.
@@ -217,15 +224,52 @@ class DiskIndex(ChunkTable):
         """
         self.forget(np.arange(self._layout.slots))
 
+    def stats(self) -> list[tuple[Path, os.stat_result]]:
+        """The files that a change goes to, as they are now; SQLite keeps them open."""
+        files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        return [(file, os.stat(file)) for file in files if file.exists()]
+
+    def delete(self, reason: str) -> StoreLost:
+        """Give up the file, so that nothing in it is found after a restart. Needs no room.
+
+        Args:
+            reason: why.
+
+        Returns:
+            What to say to whoever changes it from now on.
+
+        Raises:
+            OSError: if it cannot be deleted; the text says what to do.
+        """
+        try:
+            for suffix in ("", "-wal", "-shm"):  # without its database a WAL is void
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            sync_directories(self._path.parent)
+        except OSError as error:
+            store = self._path.parent.parent
+            raise OSError(
+                error.errno,
+                f"what was to be forgotten may be found again after a restart ({reason}; {error}): "
+                f"stop the server, and empty the store with `lamina clear {store}`",
+            ) from error
+        return StoreLost(
+            errno.ENOSPC,
+            f"what was to be forgotten could not be ({reason}), so that {self._path} was deleted: "
+            "nothing more is written to the disk tier, and it starts empty after a restart. Free "
+            "some space and start the server again",
+        )
+
     def close(self) -> None:
         """Write what is only in memory and close the file. Idempotent."""
         try:
-            if self._stale.any():
+            if self._owed or self._stale.any():
                 with self._transaction() as database:
                     self._write_recency(database)
-            self._database.close()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             log.warning("disk tier: when its chunks were last used is lost: %s", error)
+        finally:
+            with suppress(sqlite3.Error):
+                self._database.close()
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -293,11 +337,18 @@ class DiskIndex(ChunkTable):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Change the database; slots that it has yet to forget are forgotten first."""
+        owed = sorted(self._owed)
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
+                self._database.executemany(
+                    "DELETE FROM chunk WHERE slot = ?", ((slot,) for slot in owed)
+                )
                 yield self._database
                 self._database.execute("COMMIT")
+                self._recorded[owed] = False
+                self._owed.clear()
             except BaseException as error:
                 with suppress(sqlite3.Error):
                     self._database.execute("ROLLBACK")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lamina.data.tiers.disk_aio import Integers
 from lamina.data.tiers.disk_checksum import Bytes, Checksums, agree, checksum
 from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, key_array
+from lamina.data.tiers.disk_lock import StoreLost, Watch
 from lamina.data.tiers.disk_slab import Extent, Slab
 from lamina.data.tiers.disk_table import ChunkTable
 from lamina.geometry import DIRECT_IO_ALIGNMENT
@@ -31,7 +32,14 @@ from lamina.plan import ChunkKey, StoredChunk
 log = logging.getLogger("lamina.data")
 
 
-_PASSING = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_PASSING = (
+    errno.EAGAIN,
+    errno.ECANCELED,
+    errno.EINTR,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
 """Errors that say that the machine could not read just now, and nothing about the disk."""
 
 
@@ -179,15 +187,21 @@ class ShardReader:
 class DiskShard(ShardReader):
     """Chunks in slots, to be read and written; changes come from one thread at a time.
 
+    Once a file is gone (see :class:`~lamina.data.tiers.disk_lock.Watch`) nothing is written any
+    more. What is stored can still be read: the files are open, and every extent is verified.
+
     Args:
         layout: of the slab.
         slab: where the bytes are; the caller closes it.
         index: what they are; the caller closes it.
+        watch: whether the files are still there.
     """
 
-    def __init__(self, layout: ShardLayout, slab: Slab, index: DiskIndex) -> None:
+    def __init__(self, layout: ShardLayout, slab: Slab, index: DiskIndex, watch: Watch) -> None:
         super().__init__(layout, slab, index)
         self._index = index
+        self._watch = watch
+        self._lost: StoreLost | None = None
         self._pending: dict[int, dict[int, int]] = {}
 
     def begin(self, slots: Sequence[int]) -> None:
@@ -195,7 +209,9 @@ class DiskShard(ShardReader):
 
         Raises:
             OSError: if that could not be made durable; the slots must not be written then.
+            StoreLost: if a file of the store is gone.
         """
+        self._see_that_it_is_there()
         self._index.forget(np.array(slots, np.int64))
         self._pending.update((slot, {}) for slot in slots)
 
@@ -228,6 +244,7 @@ class DiskShard(ShardReader):
 
         Raises:
             OSError: if that failed; the chunks are not there then.
+            StoreLost: if a file of the store is gone.
             ValueError: if a slot was not begun or lacks rows.
         """
         rows = range(len(self._layout.extent_bytes))
@@ -236,22 +253,53 @@ class DiskShard(ShardReader):
             raise ValueError("a chunk can be committed only when all of its rows are written")
         sums: Checksums = np.array([[found[row] for row in rows] for found in pending], np.uint32)
         self._slab.sync()
+        self._see_that_it_is_there()
         slots = np.array([slot for slot, _ in chunks], np.int64)
         self._index.record(slots, key_array([key for _, key in chunks]), sums)
         for slot, _ in chunks:
             del self._pending[slot]
 
     def drop(self, slots: Sequence[int]) -> None:
-        """Durably forget what these slots hold.
+        """Forget what these slots hold, so that it does not come back after a restart either.
+
+        Where the index cannot be written, as on a full disk, the bytes themselves are spoilt, which
+        takes no room; and where that fails, too, the index is deleted.
 
         Raises:
-            OSError: if that could not be made durable.
+            OSError: if nothing of this was possible; the text says what to do.
         """
-        self._index.forget(np.array(slots, np.int64))
+        where = np.array(slots, np.int64)
+        self._index.hide(where)
+        try:
+            self._see_that_it_is_there()
+        except StoreLost:
+            return  # with all that could come back, or it is another server's now
+        try:
+            self._index.forget(where)
+        except OSError as error:
+            self._spoil(where, error)
 
     def note_used(self, slots: Sequence[int]) -> None:
         """These slots were of use just now; orders eviction after a restart."""
         self._index.note_used(np.array(slots, np.int64))
+
+    def _spoil(self, slots: Integers, reason: OSError) -> None:
+        try:
+            self._slab.spoil(slots)
+        except OSError as error:
+            self._lost = self._index.delete(f"{reason}; {error}")
+            log.warning("disk tier: %s", self._lost.strerror)
+
+    def _see_that_it_is_there(self) -> None:
+        """Look whether the store is still the one that was opened; said once if not."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            self._watch.check()
+        except StoreLost as error:
+            self._lost = error
+            log.warning("disk tier: %s", error.strerror)
+            raise
 
     def _begun(self, slot: int) -> dict[int, int]:
         try:

@@ -12,14 +12,16 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from lamina.data.tiers.disk_aio import AioQueue, Integers, Operation
+from lamina.data.tiers.disk_aio import AioQueue, Integers, Operation, UnendedIO
 from lamina.data.tiers.disk_checksum import Bytes
+from lamina.data.tiers.file_system import reserve
 from lamina.geometry import DIRECT_IO_ALIGNMENT, align_up
 
 log = logging.getLogger("lamina.data")
@@ -65,6 +67,8 @@ class Slab:
         self._strides = tuple(map(align_up, extent_bytes))
         self._bases = tuple(accumulate((s * slots for s in self._strides), initial=0))
         self._queues: deque[AioQueue] = deque([AioQueue()])
+        self._lent: list[object] = []
+        self._said: set[int | None] = set()
         self._file, self.direct = _open(path, direct, os.O_RDWR if writable else os.O_RDONLY)
 
     def read(self, row: int, slots: Integers, into: Bytes) -> npt.NDArray[np.int32]:
@@ -77,7 +81,8 @@ class Slab:
                 :data:`~lamina.geometry.DIRECT_IO_ALIGNMENT`.
 
         Returns:
-            Shape ``(n,)``: 0 where the whole extent was read, else an errno.
+            Shape ``(n,)``: 0 where the whole extent was read, else an errno; ``ECANCELED`` where
+            the machine and not the disk is the reason.
         """
         size = stride = self._extent_bytes[row]
         target = into
@@ -86,9 +91,12 @@ class Slab:
             target = aligned_memory(len(slots) * stride).reshape(-1, stride)
         addresses = _address(target) + stride * np.arange(len(slots))
         try:
-            failed = self._run(Operation.READ, row, slots, addresses, size)
-        except OSError as error:  # no queue, and so nothing was read
-            failed = np.full(len(slots), error.errno, np.int32)
+            failed = self._run(Operation.READ, row, slots, addresses, size, (target, into))
+        except OSError as error:
+            if error.errno not in self._said:
+                self._said.add(error.errno)
+                log.warning("disk tier: nothing can be read: %s (said once)", error)
+            return np.full(len(slots), errno.ECANCELED, np.int32)
         if target is not into:
             into[:] = target[:, : into.shape[1]]
         return failed
@@ -109,11 +117,32 @@ class Slab:
             for copy, extent in zip(copies, extents, strict=True):
                 copy[:size] = extent
             size = self._strides[row]
+            extents = list(copies)
             addresses = _address(copies) + size * np.arange(len(extents))
-        failed = self._run(Operation.WRITE, row, slots, addresses, size)
+        failed = self._run(Operation.WRITE, row, slots, addresses, size, extents)
         if failed.any():
             number = int(failed[failed != 0][0])
             raise OSError(number, f"cannot write to the disk tier: {os.strerror(number)}")
+
+    def spoil(self, slots: Integers) -> None:
+        """Durably overwrite a part of what these slots hold, so that it is never taken for what it
+        was. Needs no space on the disk where extents are overwritten in place.
+
+        Raises:
+            OSError: if that failed for any of them.
+        """
+        noise = aligned_memory(DIRECT_IO_ALIGNMENT)
+        noise[:] = np.frombuffer(os.urandom(len(noise)), np.uint8)
+        addresses = np.full(len(slots), _address(noise))
+        failed = self._run(Operation.WRITE, 0, slots, addresses, len(noise), noise)
+        if failed.any():
+            number = int(failed[failed != 0][0])
+            raise OSError(number, f"cannot overwrite the disk tier: {os.strerror(number)}")
+        self.sync()
+
+    def stat(self) -> os.stat_result:
+        """What the open file is."""
+        return os.fstat(self._file)
 
     def sync(self) -> None:
         """Make what was written durable.
@@ -132,8 +161,23 @@ class Slab:
             self._queues.popleft().close()
 
     def _run(
-        self, operation: Operation, row: int, slots: Integers, addresses: Integers, size: int
+        self,
+        operation: Operation,
+        row: int,
+        slots: Integers,
+        addresses: Integers,
+        size: int,
+        memory: object,
     ) -> npt.NDArray[np.int32]:
+        """Move ``size`` bytes for each slot; ``memory`` is what has the addresses in it.
+
+        Raises:
+            OSError: if nothing was moved, for want of a queue.
+            UnendedIO: if the kernel may use ``memory`` at any time from now on. It is kept, and as
+                nothing is read or written any more, nobody uses it for anything else.
+        """
+        if self._lent:
+            raise OSError(errno.ECANCELED, "the disk tier is out of use until a restart")
         try:
             queue = self._queues.popleft()
         except IndexError:
@@ -142,26 +186,51 @@ class Slab:
             offsets = self._bases[row] + slots * self._strides[row]
             sizes = np.full(len(slots), size, np.int64)
             return queue.run(operation, self._file, offsets, addresses, sizes)
+        except UnendedIO as error:
+            self._lent.append(memory)
+            log.warning(
+                "disk tier: %s: it is out of use until this server is restarted, and the memory "
+                "that was read or written is kept for the kernel. Where system calls are filtered, "
+                "allow io_getevents and io_destroy",
+                error,
+            )
+            raise
         finally:
-            self._queues.append(queue)
+            if queue.usable:
+                self._queues.append(queue)
 
 
-def allocate(path: Path, size: int) -> None:
-    """Make the file ``path`` exactly ``size`` bytes, all of them reserved on the disk.
+def allocate(path: Path, size: int) -> bool:
+    """Make the file ``path`` at least ``size`` bytes, reserved on the disk where the file system
+    can. Changes no byte that is there.
+
+    Returns:
+        Whether they are reserved.
 
     Raises:
-        OSError: if there is no room; the file is gone then.
+        OSError: if there is no room; the file is as it was then, and gone if this call made it.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        os.ftruncate(file, size)
-        os.posix_fallocate(file, 0, size)
+        file, made = os.open(path, flags | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        file, made = os.open(path, flags), False
+    before = os.fstat(file).st_size
+    try:
+        reserved = reserve(file, size)
+        if os.fstat(file).st_size < size:
+            os.ftruncate(file, size)
         os.fsync(file)
-    except OSError:
-        path.unlink()
+    except BaseException:
+        with suppress(OSError):
+            if made:
+                path.unlink()
+            elif before < size:
+                os.ftruncate(file, before)
         raise
     finally:
         os.close(file)
+    return reserved
 
 
 def _open(path: Path, direct: bool | None, access: int) -> tuple[int, bool]:

@@ -13,16 +13,16 @@ A namespace's files of one rank are a *shard*. Only their owner may read or writ
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from lamina.data.tiers.disk_lock import StoreError, hold
 
 log = logging.getLogger("lamina.data")
 
@@ -38,12 +38,7 @@ _LOCK_FILE = re.compile(r"rank-(\d+)\.lock")
 LOCK_PATIENCE = 2.0
 """Seconds that a server waits for its part of a store, while another one may be removing an old
 model's shard from it."""
-_LOCK_POLL = 0.05
 _TEMPORARY = re.compile(r"\.lamina-\d+\.tmp")
-
-
-class StoreError(RuntimeError):
-    """A disk store that cannot be used as it is; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,68 +151,6 @@ def is_store(path: Path) -> bool:
     return _read(path / _STORE_FILE).get("format") == FORMAT_NAME
 
 
-def acquire(path: Path, rank: int, patience: float = 0.0) -> int:
-    """Take a rank's part of a store for this process.
-
-    Args:
-        path: the store.
-        rank: the rank.
-        patience: seconds to wait for another process to give it back.
-
-    Returns:
-        A file descriptor; closing it, or the end of the process, gives the rank back.
-
-    Raises:
-        StoreError: if another process has it, or there can be no lock.
-    """
-    lock = path / f"rank-{rank}.lock"
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StoreError(f"disk.path: cannot lock {path}: {error}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(file, 32, 0).decode(errors="replace").strip()
-            os.close(file)
-            if time.monotonic() < give_up:  # perhaps somebody only removes an old shard
-                time.sleep(_LOCK_POLL)
-                continue
-            raise StoreError(
-                f"disk.path: rank {rank} of {path} is in use by process {holder}: stop it, or "
-                "choose another path; every server needs its own"
-            ) from error
-        except OSError as error:
-            os.close(file)
-            raise StoreError(f"disk.path: cannot lock {path}: {error}") from error
-        if os.fstat(file).st_nlink:
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-            return file
-        os.close(file)  # cleared between open and lock: this one no longer stands for the rank
-
-
-@contextmanager
-def hold(path: Path, ranks: Iterable[int], patience: float = 0.0) -> Iterator[None]:
-    """Hold some ranks' parts of a store, see :func:`acquire`."""
-    with ExitStack() as held:
-        for rank in ranks:
-            held.callback(os.close, acquire(path, rank, patience))
-        yield
-
-
-def holder(path: Path, rank: int) -> str:
-    """The process id of the server that uses a rank's part of a store; empty if none does."""
-    with suppress(OSError), (path / f"rank-{rank}.lock").open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read(32).decode(errors="replace").strip() or "unknown"
-    return ""
-
-
 def require_store(path: Path) -> None:
     """Make sure that ``path`` is a store of any version.
 
@@ -295,17 +228,28 @@ def check_room(slab: Path, size: int) -> None:
     Raises:
         StoreError: if it does not.
     """
-    missing = size - (slab.stat().st_blocks * 512 if slab.exists() else 0)
-    if missing > _free_bytes(slab.parent):
-        raise no_room(slab, missing)
+    if _missing(slab, size) > _free_bytes(slab.parent):
+        raise no_room(slab, size)
 
 
-def no_room(slab: Path, missing: int) -> StoreError:
-    """The error for a slab that needs ``missing`` bytes more than there are."""
+def no_room(slab: Path, size: int, error: OSError | None = None) -> StoreError:
+    """The error for a slab that is to have ``size`` bytes.
+
+    Args:
+        slab: the file.
+        size: what it is to have.
+        error: what the system says; a quota is seen in nothing else.
+    """
+    said = "" if error is None else f" ({error.strerror})"
     return StoreError(
-        f"disk.capacity: {slab.parent} has {_free_bytes(slab.parent)} bytes free, and {missing} "
-        "more are needed: lower disk.capacity, free some space, or choose another disk.path"
+        f"disk.capacity: {slab.parent} has {_free_bytes(slab.parent)} bytes free, and "
+        f"{_missing(slab, size)} more are needed{said}: lower disk.capacity, free some space, or "
+        "choose another disk.path"
     )
+
+
+def _missing(slab: Path, size: int) -> int:
+    return max(0, size - (slab.stat().st_blocks * 512 if slab.exists() else 0))
 
 
 def sync_directories(*directories: Path) -> None:
