@@ -133,6 +133,37 @@ class Namespace:
         return {field.name: str(getattr(self, field.name)) for field in fields(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Which weights compute, where an engine changes them while it runs.
+
+    Without arguments: the weights of the namespace's checkpoint, which a start begins with.
+
+    Attributes:
+        weights: the operator's name for the weights; empty where nobody has named them.
+        run: for weights that nobody has named, which ones: a word that no other epoch of any
+            process has.
+    """
+
+    weights: str = ""
+    run: str = ""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a later process may serve the same weights, so that their chunks are of use to
+        it."""
+        return not self.run
+
+    @property
+    def mark(self) -> tuple[str, ...]:
+        """What the epoch adds to whatever is hashed; nothing for the checkpoint's own weights."""
+        return ("epoch", self.weights, self.run) if self.weights or self.run else ()
+
+
+CHECKPOINT = Epoch()
+"""The weights that a start begins with."""
+
+
 class ChunkChain:
     """The keys of one request's whole chunks, extended as its tokens become known.
 
@@ -145,14 +176,20 @@ class ChunkChain:
 
     Attributes:
         chunk_tokens: tokens in one chunk.
+        epoch: which weights.
         groups: per group, keys of the chunks hashed so far, in prefix order; not to be changed by
             the reader.
     """
 
-    __slots__ = ("_links", "_root", "chunk_tokens", "groups")
+    __slots__ = ("_links", "_root", "chunk_tokens", "epoch", "groups")
 
     def __init__(
-        self, namespace: bytes, chunk_tokens: int, root_extra: bytes = b"", groups: int = 1
+        self,
+        namespace: bytes,
+        chunk_tokens: int,
+        root_extra: bytes = b"",
+        groups: int = 1,
+        epoch: Epoch = CHECKPOINT,
     ) -> None:
         """Start without tokens.
 
@@ -162,6 +199,7 @@ class ChunkChain:
             root_extra: what the whole request depends on (cache salt, adapter), from
                 :func:`pack`.
             groups: cache groups of the model.
+            epoch: which weights.
 
         Raises:
             ValueError: if ``chunk_tokens`` is not positive.
@@ -169,12 +207,14 @@ class ChunkChain:
         if chunk_tokens <= 0:
             raise ValueError(f"a chunk must have at least one token, got {chunk_tokens}")
         self.chunk_tokens = chunk_tokens
+        self.epoch = epoch
         self._links: list[ChunkKey] = []
         self.groups: tuple[list[ChunkKey], ...] = (self._links,)
         if groups > 1:
             self.groups = tuple([] for _ in range(groups))
         self._root = blake2b(
-            pack((_SCHEME, namespace, chunk_tokens, root_extra)), digest_size=KEY_BYTES
+            pack((_SCHEME, namespace, chunk_tokens, root_extra, *epoch.mark)),
+            digest_size=KEY_BYTES,
         ).digest()
 
     @property
@@ -233,13 +273,17 @@ class ChunkChain:
                 keys += [_key_of_group(link, group) for link in added]
 
 
-def prompt_digest(tokens: Sequence[int], root_extra: bytes, extra: bytes) -> bytes:
-    """Names a whole prompt: two engines that were given the same one have the same digest.
+def prompt_digest(
+    tokens: Sequence[int], root_extra: bytes, extra: bytes, epoch: Epoch = CHECKPOINT
+) -> bytes:
+    """Names a whole prompt: two engines that were given the same one, and compute it with the same
+    weights, have the same digest.
 
     Args:
         tokens: its token ids.
         root_extra: what it depends on as a whole, see :class:`ChunkChain`.
         extra: what it depends on beyond that (multimodal inputs).
+        epoch: which weights.
 
     Raises:
         ValueError: if a token id is not in ``0 .. MAX_TOKEN``.
@@ -251,7 +295,7 @@ def prompt_digest(tokens: Sequence[int], root_extra: bytes, extra: bytes) -> byt
     if sys.byteorder == "big":
         ids.byteswap()
     return blake2b(
-        pack((_SCHEME, root_extra, extra, ids.tobytes())), digest_size=KEY_BYTES
+        pack((_SCHEME, root_extra, extra, ids.tobytes(), *epoch.mark)), digest_size=KEY_BYTES
     ).digest()
 
 

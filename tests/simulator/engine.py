@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from lamina.control.planner import Planner
 from lamina.data.early_release import Arrival
+from lamina.keys import CHECKPOINT, Epoch
 from lamina.observe.metrics import Meter
 from lamina.plan import Receipt
 from simulator.content import Ledger, Violation
@@ -39,6 +40,9 @@ EARLY = 0.3
 """Chance that a parked load is released when its rank is asked."""
 
 _NAMESPACE = b"simulator"
+
+_NAMED = (CHECKPOINT, Epoch("second"))
+"""Weights that the engine comes back to."""
 
 
 class Simulator:
@@ -70,6 +74,7 @@ class Simulator:
         self._virtual = virtual
         self._clock = self._world.read if virtual else time.monotonic
         self._weights = 0
+        self._changes = 0
         self._submitted = 0
         self._hurried = threading.Event()
         self._queue: deque[Step] = deque()
@@ -163,7 +168,8 @@ class Simulator:
         recompute = 1 + self.options.drafts
         request = Request(
             f"r{self._submitted}", prompt, max_tokens, salt, recompute, _NAMESPACE,
-            self.options.chunk_tokens, self._weights, self.options.ring_blocks,
+            self.options.chunk_tokens, self._weights, self._planner.epoch,
+            self.options.ring_blocks,
         )  # fmt: skip
         self._learn(request, 0)
         self._scheduler.submit(request)
@@ -194,9 +200,10 @@ class Simulator:
             self._random.choice(self._ranks).damage_disk()
 
     def reset(self) -> None:
-        """Forget what is kept outside of the engine."""
+        """Find nothing any more of what is kept outside of the engine."""
         self._note("reset")
         self._planner.reset()
+        self._rename()
 
     def forget_prefixes(self) -> None:
         """Empty the engine's own prefix cache."""
@@ -204,25 +211,34 @@ class Simulator:
         self._pool.forget_all()
 
     def change_weights(self) -> bool:
-        """Load other weights: all that was computed is wrong from now on, wherever it is.
+        """Load other weights: all that was computed is wrong from now on, wherever it is. They may
+        be weights that the engine has had before, under a name.
 
         Returns:
             Whether it was done; like vLLM, not while loads are under way.
         """
-        while self._queue:
+        # A step that is in flight may come to compute with the new ones.
+        while self._queue and self._random.random() < 0.5:
             self._finish_step(self._queue.popleft())
         if self._scheduler.holding or len(self._scheduler.requests) > len(self.active):
             return False
         self._note("change weights")
         self._scheduler.preempt_all()
         self._pool.forget_all()
-        self._planner.reset()
-        self._watch.forget()
-        self._weights += 1
-        for request in self._scheduler.requests.values():
-            request.rehash(self._weights)
-            self._learn(request, 0)
+        if (number := self._random.randrange(4)) < len(_NAMED):
+            self._weights = number
+            self._planner.begin(_NAMED[number])
+        else:
+            self._changes += 1
+            self._weights = len(_NAMED) + self._changes
+            self._planner.reset()
+        self._rename()
         return True
+
+    def _rename(self) -> None:
+        for request in self._scheduler.requests.values():
+            request.rehash(self._weights, self._planner.epoch)
+            self._learn(request, 0)
 
     def missing(self) -> int:
         """Chunks that a request has computed and that no tier holds, if none was aborted."""

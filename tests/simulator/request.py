@@ -8,7 +8,7 @@ from enum import Enum
 import numpy as np
 
 from lamina.control.requests import PushParameters
-from lamina.keys import ChunkChain, pack
+from lamina.keys import ChunkChain, Epoch, pack
 from simulator.content import Stamps, extend, root_hash
 from simulator.options import BLOCK_TOKENS
 
@@ -92,6 +92,7 @@ class Request:
         namespace: what chunk keys start from.
         chunk_tokens: tokens of a chunk.
         weights: which weights compute it.
+        epoch: what Lamina calls them.
         ring: blocks of the ring that it overwrites again and again; 0 if it keeps all it computes.
 
     Attributes:
@@ -113,8 +114,10 @@ class Request:
         namespace: bytes,
         chunk_tokens: int,
         weights: int,
+        epoch: Epoch,
         ring: int = 0,
     ) -> None:
+        self._namespace = namespace
         self._ring = ring
         self.request_id = request_id
         self.push: PushParameters | None = None
@@ -123,7 +126,7 @@ class Request:
         self.root_extra = pack((str(salt), ""))
         self.max_tokens = max_tokens
         self.salt = salt
-        self.chain = ChunkChain(namespace, chunk_tokens, self.root_extra)
+        self.chain = ChunkChain(namespace, chunk_tokens, self.root_extra, epoch=epoch)
         self._tokens: list[int] = []
         self._hashes: Stamps = np.empty(len(prompt) + max_tokens, np.uint64)
         self._root = root_hash(weights, salt)
@@ -188,10 +191,14 @@ class Request:
         self.chain.extend(self._tokens)
         return added
 
-    def rehash(self, weights: int) -> None:
-        """The weights have changed: the same tokens have other content now."""
+    def rehash(self, weights: int, epoch: Epoch) -> None:
+        """The weights have changed, or may have: the same tokens have another content, and in any
+        case other names."""
         self._root = root_hash(weights, self.salt)
         self._hashes[: len(self._tokens)] = extend(self._root, self._tokens)
+        chunk = self.chain.chunk_tokens
+        self.chain = ChunkChain(self._namespace, chunk, self.root_extra, epoch=epoch)
+        self.chain.extend(self._tokens)
 
     @staticmethod
     def next_token(prefix: int) -> int:

@@ -44,6 +44,7 @@ class Watch:
         self._ledger = ledger
         self._chunks: dict[ChunkKey, Stamps] = {}
         self._computed: set[ChunkKey] = set()
+        self._fleeting: set[ChunkKey] = set()
         self._orders: dict[TransferId, SaveOrder] = {}
         self._reading: dict[TransferId, set[int]] = {}
         self._loads: dict[TransferId, str] = {}
@@ -64,22 +65,21 @@ class Watch:
             kept = (k for tier in self._planner._catalog.tiers.values() for k in tier._visible)
             self._chunks = {key: self._chunks[key] for key in kept}
             self._computed.clear()
+        if not request.chain.epoch.lasting:
+            self._fleeting.update(request.chain.keys)
         for index, key in enumerate(request.chain.keys):
             if key not in self._chunks:
                 self._chunks[key] = request.hashes[index * size : (index + 1) * size].copy()
         # The last token of a request is known, but nobody computes it.
         self._computed.update(request.chain.keys[: (request.num_tokens - 1) // size])
 
-    def forget(self) -> None:
-        """Every chunk has other content from now on."""
-        self._chunks.clear()
-        self._computed.clear()
-
     # -- engine blocks ---------------------------------------------------------------------------
 
     def planned(self, plan: StepPlan) -> None:
         """A plan was made: its saves read their blocks from now on."""
         self._loads.update((order.transfer, order.request_id) for order in plan.loads)
+        if any(order.key in self._fleeting for order in plan.writes):
+            raise Violation("a chunk of weights without a name is written to disk")
         for order in plan.saves:
             self._orders[order.transfer] = order
             self._reading[order.transfer] = set(range(self._options.ranks))

@@ -291,13 +291,13 @@ def test_what_failed_together_is_one_failure() -> None:
     assert engine.planner._breakers.fills(TierName.DISK).closed
 
 
-def test_loads_of_what_a_reset_has_dropped_say_nothing_of_the_disk() -> None:
+def test_loads_of_what_was_dropped_meanwhile_say_nothing_of_the_disk() -> None:
     engine = Engine({"breaker": {"failures": 1}}, disk_slots=20)
     on_disk(engine, 0)
     view = View("r", prompt(40, 0))
     engine.planner.admitted("r", engine.planner.lookup(view, 0).tokens)
     (order,) = engine.step().loads
-    engine.planner.reset()
+    engine.planner._catalog.tiers[TierName.DISK].clear()
     engine.answer(order.transfer, outcome=Outcome.FAILED, bad=(order.chunks[0].key,))
     assert engine.planner._breakers.loads(TierName.DISK).closed
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, View, prompt
 
+from lamina.keys import CHECKPOINT
 from lamina.plan import FetchOrder, LoadMode, Outcome, TierName
 
 
@@ -133,7 +134,7 @@ def test_a_damaged_chunk_is_forgotten_and_its_slot_comes_back() -> None:
     assert engine.count("failures", "fetch_test") == 1
 
 
-def test_a_reset_is_not_survived_by_what_is_on_its_way() -> None:
+def test_what_comes_from_disk_is_not_found_after_a_reset() -> None:
     engine, tokens = fetching(), prompt(CHUNK + 1)
     on_disk(engine, tokens)
     engine.planner.arrived(View("waiting", tokens))
@@ -141,7 +142,8 @@ def test_a_reset_is_not_survived_by_what_is_on_its_way() -> None:
     engine.planner.reset()
     answer(engine, *orders)
     assert engine.planner.lookup(View("next", tokens), 0).tokens == 0
-    assert engine.planner._catalog.host.used == 0
+    engine.planner.begin(CHECKPOINT)
+    assert engine.planner.lookup(View("last", tokens), 0).tokens == CHUNK
 
 
 def test_nothing_is_fetched_from_a_disk_that_is_out_of_use() -> None:

@@ -8,7 +8,9 @@ from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, Pool, View, prompt
 from lamina.config import load_config
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape
+from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind
+from lamina.keys import CHECKPOINT, Epoch
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     ChunkKey,
@@ -421,7 +423,7 @@ def test_only_what_every_rank_found_on_disk_is_hit() -> None:
     assert planner.plan_step((), forward=False).drop_disk == (1, 3)
 
 
-def test_reset_forgets_every_tier_and_what_is_on_its_way() -> None:
+def test_a_reset_begins_an_epoch_and_deletes_nothing() -> None:
     engine = Engine(disk_slots=8)
     engine.save(View("a", prompt(70)))
     engine.settle_writes()
@@ -432,8 +434,62 @@ def test_reset_forgets_every_tier_and_what_is_on_its_way() -> None:
     engine.answer(*(o.transfer for o in saves))
     assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 0
     assert engine.planner.lookup(View("d", prompt(70, seed=2)), 0).tokens == 0
-    assert sorted(engine.step().drop_disk) == [0, 1]
+    assert engine.step().drop_disk == ()
     assert engine.pool.held == set()
+    engine.planner.begin(CHECKPOINT)
+    assert engine.planner.lookup(View("e", prompt(70)), 0).tokens == 64
+    # Nobody knows which weights had computed what was on its way.
+    assert engine.planner.lookup(View("f", prompt(70, seed=2)), 0).tokens == 0
+
+
+def test_a_save_that_survives_a_change_of_weights_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SavePlanner, "poison", lambda saving, transfer: None)
+    with pytest.raises(AssertionError, match="64 == 0"):
+        test_a_reset_begins_an_epoch_and_deletes_nothing()
+
+
+@pytest.mark.parametrize(("epoch", "written"), [(Epoch("v2"), 2), (Epoch(run="1"), 0)])
+def test_only_weights_with_a_name_are_written_to_disk(epoch: Epoch, written: int) -> None:
+    engine = Engine(disk_slots=8)
+    engine.planner.begin(epoch)
+    engine.save(View("a", prompt(70)))
+    assert len(engine.settle_writes().writes) == written
+    engine.planner.reset()
+    assert engine.planner.lookup(View("b", prompt(70)), 0).tokens == 0
+    engine.planner.begin(epoch)
+    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 64
+
+
+def test_an_epoch_without_a_name_that_lasts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Epoch, "lasting", True)
+    with pytest.raises(AssertionError, match="2 == 0"):
+        test_only_weights_with_a_name_are_written_to_disk(Epoch(run="1"), 0)
+
+
+def test_two_resets_are_two_epochs_and_those_of_another_process_are_others() -> None:
+    epochs = set()
+    for _ in range(2):
+        engine = Engine()
+        for _ in range(2):
+            engine.planner.reset()
+            epochs.add(engine.planner.epoch)
+    assert len(epochs) == 4
+    assert not any(epoch.lasting for epoch in epochs)
+
+
+@pytest.mark.parametrize("how", ["waiting", "preempted"])
+def test_a_request_that_outlives_its_weights_is_saved_for_the_new_ones(how: str) -> None:
+    engine, view = Engine(), View("a", prompt(70))
+    engine.planner.arrived(view)
+    if how == "preempted":
+        engine.planner.admitted("a", engine.planner.lookup(view, 0).tokens)
+        engine.answer(*(o.transfer for o in engine.step(("a", 70)).saves))
+    engine.planner.reset()
+    engine.save(view)
+    assert engine.planner.lookup(View("b", prompt(70)), 0).tokens == 64
+    engine.planner.begin(CHECKPOINT)
+    found = engine.planner.lookup(View("c", prompt(70)), 0).tokens
+    assert found == (64 if how == "preempted" else 0)
 
 
 def test_an_overdue_save_lets_go_of_its_blocks_and_is_never_shown() -> None:

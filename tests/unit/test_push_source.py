@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import msgspec
 import pytest
@@ -19,7 +18,7 @@ from lamina.control.push_source import PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
-from lamina.keys import ChunkChain, prompt_digest
+from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import TORN, LoadMode, Outcome, PushOrder, PushStop, TransferId, TransferReceipt
 from lamina.push.cards import EngineCard, RankCard, RowCard, decode_card
@@ -84,7 +83,7 @@ class View:
 
 
 def record_of(view: View) -> RequestRecord:
-    return RequestRecord(view, cast(ChunkChain, None))
+    return RequestRecord(view, ChunkChain(b"namespace", 16))
 
 
 class Source:
@@ -154,9 +153,14 @@ class Source:
 
 
 def announce(
-    *tables: BlockTable, start: int = 0, end: int = 55, attempt: Attempt = ATTEMPT, salt: int = 0
+    *tables: BlockTable,
+    start: int = 0,
+    end: int = 55,
+    attempt: Attempt = ATTEMPT,
+    salt: int = 0,
+    epoch: Epoch = CHECKPOINT,
 ) -> Announce:
-    digest = prompt_digest([salt + i for i in range(56)], b"", b"")
+    digest = prompt_digest([salt + i for i in range(56)], b"", b"", epoch)
     return Announce(
         attempt, digest, start, end, 30.0, tables or (BlockTable(start // BLOCK, (50, 51, 52, 53)),)
     )
@@ -557,6 +561,7 @@ def test_a_word_from_a_connection_that_is_gone_changes_nothing() -> None:
     ("wrong", "words"),
     [
         (announce(salt=1), "different prompts"),
+        (announce(epoch=Epoch("v2")), "different weights"),
         (announce(end=57), "tokens 0..57 of a prompt of 56"),
         (announce(start=56, end=40), "tokens 56..40"),
         (announce(BlockTable(0, ()), end=0), "tokens 0..0"),

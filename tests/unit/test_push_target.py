@@ -18,7 +18,7 @@ from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
 from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
-from lamina.keys import ChunkChain, prompt_digest
+from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
@@ -93,10 +93,16 @@ class Target:
         )
 
     def order(
-        self, view: View | None = None, *, floor: int = 0, start: int = 0, end: int = 55
+        self,
+        view: View | None = None,
+        *,
+        floor: int = 0,
+        start: int = 0,
+        end: int = 55,
+        epoch: Epoch = CHECKPOINT,
     ) -> RequestRecord:
         view = view or View([[50, 51, 52, 53] for _ in self.groups])
-        record = RequestRecord(view, cast(ChunkChain, None))
+        record = RequestRecord(view, ChunkChain(b"namespace", 16, epoch=epoch))
         self.target.order(record, floor, start, end, step=0)
         return record
 
@@ -184,7 +190,7 @@ def test_of_a_window_only_blocks_that_are_needed_and_not_the_engines_own() -> No
 
 def test_of_a_state_the_one_block_where_the_request_goes_on() -> None:
     target = Target(FULL, STATE)
-    record = RequestRecord(View([[50, 51, 52, 53], []], [70, 71]), cast(ChunkChain, None))
+    record = RequestRecord(View([[50, 51, 52, 53], []], [70, 71]), ChunkChain(b"namespace", 16))
     end, why = target.target.reach(record)
     assert (end, why) == (48, "")
     target.target.order(record, 0, 0, end, step=0)
@@ -196,18 +202,18 @@ def test_of_a_state_the_one_block_where_the_request_goes_on() -> None:
 
 def test_reach() -> None:
     target = Target()
-    record = RequestRecord(View([[50]]), cast(ChunkChain, None))
+    record = RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))
     assert target.target.reach(record) == (55, "")
     record.push_over = "pushed"
     assert target.target.reach(record) == (0, "pushed")
     for push in (None, PushParameters(PUSH, None)):
-        other = RequestRecord(View([[50]], push=push), cast(ChunkChain, None))
+        other = RequestRecord(View([[50]], push=push), ChunkChain(b"namespace", 16))
         assert target.target.reach(other) == (0, "")
 
 
 def test_a_push_that_is_not_needed_is_declined_once() -> None:
     target = Target()
-    record = RequestRecord(View([[50]]), cast(ChunkChain, None))
+    record = RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))
     target.target.decline(record)
     target.target.decline(record)
     assert target.said() == [Cancel(Attempt(PUSH, NO_EPOCH))]
@@ -421,17 +427,29 @@ def test_a_request_that_ends_gives_its_push_up_and_that_is_nobodys_fault() -> No
     assert record.receive is not None
     target.target.give_up(record.receive, CANCELLED)
     target.fail(record, reason="given_up")
-    assert target.target.reach(RequestRecord(View([[50]]), cast(ChunkChain, None))) == (55, "")
+    assert target.target.reach(RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))) == (
+        55,
+        "",
+    )
+
+
+def test_an_announcement_names_the_weights() -> None:
+    target, epoch = Target(), Epoch("v2")
+    target.order(epoch=epoch)
+    (letter,) = target.target.letters
+    assert isinstance(letter.message, Announce)
+    assert letter.message.digest == prompt_digest(range(56), b"salt", b"image 56", epoch)
+    assert letter.message.digest != prompt_digest(range(56), b"salt", b"image 56")
 
 
 def test_a_peer_that_fails_in_a_row_is_not_asked_for_a_while_and_then_tried_once() -> None:
     target = Target(failures=2)
     for _ in range(2):
         target.fail(target.order())
-    other = RequestRecord(View([[50]]), cast(ChunkChain, None))
+    other = RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))
     assert target.target.reach(other) == (0, "peer_out_of_use")
     elsewhere = RequestRecord(
-        View([[50]], push=PushParameters(PUSH, "10.0.0.2:9300")), cast(ChunkChain, None)
+        View([[50]], push=PushParameters(PUSH, "10.0.0.2:9300")), ChunkChain(b"namespace", 16)
     )
     assert target.target.reach(elsewhere) == (55, "")
     target.now += PAUSE

@@ -107,15 +107,13 @@ def saves_are_believed_before_the_loads_under_them(patch: Patch) -> None:
     patch.setattr(SavePlanner, "settle", settle)
 
 
-def saves_survive_a_reset(patch: Patch) -> None:
-    reset = SavePlanner.reset
+def a_change_of_weights_begins_nothing(patch: Patch) -> None:
+    begin = Planner.begin
+    patch.setattr(Planner, "begin", lambda planner, epoch: begin(planner, planner.epoch))
 
-    def unpoisoned(saving: SavePlanner) -> None:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(saving, "poison", lambda transfer: None)
-            reset(saving)
 
-    patch.setattr(SavePlanner, "reset", unpoisoned)
+def waiting_requests_keep_the_keys_of_old_weights(patch: Patch) -> None:
+    patch.setattr(RequestRecord, "rename", lambda record, chain: None)
 
 
 def overdue_saves_are_believed(patch: Patch) -> None:
@@ -354,7 +352,8 @@ CASES = [
         ASYNC,
         Weather(bad=0.2, overtaken=0.5),
     ),
-    Case(saves_survive_a_reset, "host shows a chunk", None, SLOW),
+    Case(a_change_of_weights_begins_nothing, "host shows a chunk|it should be|a wrong token"),
+    Case(waiting_requests_keep_the_keys_of_old_weights, "host shows a chunk|it should be"),
     Case(overdue_saves_are_believed, "is reused while save|host shows a chunk"),
     Case(overdue_transfers_keep_the_engine_awake, "step for ever", None, Weather(hang=0.1)),
     Case(a_remembered_hit_is_never_stale, "it should be", PARKED),

@@ -87,6 +87,11 @@ class FetchPlanner:
         if self.enabled:
             self._waiting[record.view.request_id] = _Waiting(record)
 
+    def look_again(self, request_id: str) -> None:
+        """What a waiting request will load is something else from now on."""
+        if (waiting := self._waiting.get(request_id)) is not None:
+            waiting.needed = None
+
     def forget(self, request_id: str) -> None:
         """A request has its blocks, or has ended: no more is fetched for it."""
         self._waiting.pop(request_id, None)

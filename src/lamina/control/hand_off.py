@@ -316,7 +316,8 @@ class HandOff:
         return known
 
     def reset(self) -> None:
-        """Forget every chunk in every tier; what is on its way to a request does not count."""
+        """The engine's weights have changed, or may have: no chunk of the old ones is found any
+        more, and what is on its way to a request does not count."""
         self._planner.reset()
         for entry in self._entries.values():
             entry.void = entry.loading

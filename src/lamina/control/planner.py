@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from lamina.config import Config
@@ -32,7 +33,7 @@ from lamina.control.requests import (
 )
 from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
-from lamina.keys import ChunkChain
+from lamina.keys import CHECKPOINT, ChunkChain, Epoch
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     NO_PUSH,
@@ -90,6 +91,8 @@ class Planner:
             an engine that does not keep them itself.
         step_tokens: tokens that the engine computes in one step at most; 0 if there is no bound.
         costs: what was measured by an engine before.
+        incarnation: a word that no other run of any engine has; the same on every rank that has
+            a planner.
         on_decision: called with what was decided for every request that gets its blocks.
         clock: monotonic seconds.
 
@@ -111,6 +114,7 @@ class Planner:
         leases_loads: bool = False,
         step_tokens: int = 0,
         costs: Costs | None = None,
+        incarnation: str = "",
         on_decision: Callable[[DecisionRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,6 +123,9 @@ class Planner:
         self._config = config
         self._shape = shape
         self._namespace = namespace
+        self._epoch = CHECKPOINT
+        self._incarnation = incarnation or uuid.uuid4().hex
+        self._resets = 0
         self._meter = meter
         self._clock = EngineClock(clock, config.load.deadline / 2)
         kept = [report.chunk_bytes for report in reports if not report.follows]
@@ -212,9 +219,10 @@ class Planner:
             floor: tokens at its beginning that the engine already has, on a block boundary.
             declined: why nothing may be loaded for it, if so; a word for logs and metrics.
         """
-        record = self._record_of(view)
-        if record.admitted:
+        record = self._requests.get(view.request_id)
+        if record is not None and record.admitted and not record.ended:
             record.new_epoch()
+        record = self._record_of(view)
         hit = self._loading.lookup(
             record,
             floor,
@@ -230,18 +238,25 @@ class Planner:
 
     def _record_of(self, view: RequestView) -> RequestRecord:
         record = self._requests.get(view.request_id)
-        # An adapter may have been loaded anew while its request waited.
-        stale = record is not None and record.view.root_extra != view.root_extra
-        if record is None or record.ended or (stale and not record.admitted):
-            chain = ChunkChain(
-                self._namespace,
-                self._shape.chunk_tokens,
-                view.root_extra,
-                len(self._shape.groups),
-            )
-            record = self._requests[view.request_id] = RequestRecord(view, chain)
+        if record is None or record.ended:
+            record = self._requests[view.request_id] = RequestRecord(view, self._chain_of(view))
+        elif not record.admitted and (
+            record.chain.epoch is not self._epoch or record.view.root_extra != view.root_extra
+        ):
+            # Weights, or an adapter, were loaded anew while the request waited.
+            record.rename(self._chain_of(view))
+            self._fetching.look_again(view.request_id)
         record.view = view
         return record
+
+    def _chain_of(self, view: RequestView) -> ChunkChain:
+        return ChunkChain(
+            self._namespace,
+            self._shape.chunk_tokens,
+            view.root_extra,
+            len(self._shape.groups),
+            self._epoch,
+        )
 
     def _with_push(self, record: RequestRecord, floor: int, hit: Hit, declined: str) -> Hit:
         """A hit and what a prefill engine will push behind it."""
@@ -573,12 +588,25 @@ class Planner:
 
     # -- the whole ---------------------------------------------------------------------------
 
+    @property
+    def epoch(self) -> Epoch:
+        """Which weights compute now."""
+        return self._epoch
+
     def reset(self) -> None:
-        """Forget every chunk in every tier; what is on its way will not become visible."""
-        self._saving.reset()
+        """The engine's cache is void, because its weights are others now, or may be: an epoch of
+        weights without a name begins."""
+        self._resets += 1
+        self.begin(Epoch(run=f"{self._incarnation} {self._resets}"))
+
+    def begin(self, epoch: Epoch) -> None:
+        """Other weights compute from now on. Chunks of the old ones are kept, and found again in
+        their epoch only; a save that has not ended will not become visible in any."""
+        self._epoch = epoch
+        self._saving.poison_saves_since(0)
         for record in self._requests.values():
             record.hit = FoundPrefix()
-            # What a running request has computed was computed before the reset.
+            # What a running request has computed was computed before.
             record.barred = record.admitted
 
     @property

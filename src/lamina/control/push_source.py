@@ -533,11 +533,17 @@ class PushSource:
             )
         view = record.view
         prompt = view.num_prompt_tokens
-        digest = prompt_digest(view.tokens()[:prompt], view.root_extra, view.chunk_extra(0, prompt))
+        digest = prompt_digest(
+            view.tokens()[:prompt],
+            view.root_extra,
+            view.chunk_extra(0, prompt),
+            record.chain.epoch,
+        )
         if digest != announce.digest:
             return (
-                "the engines were given different prompts: check that both have the same "
-                "tokenizer, chat template, adapter and salt"
+                "the engines were given different prompts, or compute them with different "
+                "weights: check that both have the same tokenizer, chat template, adapter and "
+                "salt, and that weights changed at run time have the same name on both"
             )
         if not 0 <= announce.start <= announce.end <= prompt or announce.end == 0:
             return f"tokens {announce.start}..{announce.end} of a prompt of {prompt}"

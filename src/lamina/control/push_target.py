@@ -186,7 +186,12 @@ class PushTarget:
         )
         record.receive = transfer.id
         prompt = view.num_prompt_tokens
-        digest = prompt_digest(view.tokens()[:prompt], view.root_extra, view.chunk_extra(0, prompt))
+        digest = prompt_digest(
+            view.tokens()[:prompt],
+            view.root_extra,
+            view.chunk_extra(0, prompt),
+            record.chain.epoch,
+        )
         patience = self._config.deadline
         self.orders.append(ReceiveOrder(transfer.id, view.request_id, patience))
         announce = Announce(attempt, digest, start, end, patience, tables)

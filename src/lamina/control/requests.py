@@ -296,6 +296,14 @@ class RequestRecord:
     fresh: bool = False
     story: Story = field(default_factory=Story)
 
+    def rename(self, chain: ChunkChain) -> None:
+        """Its chunks are others from now on: weights, or an adapter, have changed. Only for a
+        request without blocks."""
+        self.chain = chain
+        self.next_save = 0
+        self.hit = FoundPrefix()
+        self.promote.clear()
+
     def new_epoch(self) -> None:
         """The engine took the blocks away (preemption, failed load): everything is open again."""
         self.epoch += 1

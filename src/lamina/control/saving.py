@@ -282,6 +282,7 @@ class SavePlanner:
             size=self._chunk_bytes,
             chunks=(Location(key, TierName.HOST, slot),),
             lease=self._leases.take(blocks),
+            lasting=record.chain.epoch.lasting,
             tries=self._breakers.order(Kind.SAVE, [TierName.HOST]),
         )
         overwritten = self._shape.groups[group].in_place
@@ -383,7 +384,8 @@ class SavePlanner:
         self._catalog.publish(place)
         self._meter.count("save_bytes", transfer.moved_bytes)
         self._meter.observe("save_seconds", transfer.seconds)
-        self._enqueue_write(place.key)
+        if transfer.lasting:
+            self._enqueue_write(place.key)
 
     def settle_write(self, transfer: Transfer) -> None:
         """Take in a write that has ended."""
@@ -416,14 +418,4 @@ class SavePlanner:
             self._postponed.pop().lease.release()
         for transfer in self._transfers.live():
             if transfer.kind is Kind.SAVE and transfer.step >= step:
-                self.poison(transfer)
-
-    def reset(self) -> None:
-        """Forget every chunk in every tier; what is on its way will not become visible."""
-        self._catalog.host.clear()
-        if self._catalog.disk is not None:
-            self._catalog.forgotten += self._catalog.disk.clear()
-        self._backlog.clear()
-        for transfer in self._transfers.live():
-            if transfer.kind in (Kind.SAVE, Kind.WRITE, Kind.FETCH):
                 self.poison(transfer)

@@ -65,6 +65,7 @@ class Transfer:
         layerwise: whether it is a load that runs in the step itself, so that the model computes on
             it before anybody knows its outcome.
         early: whether it is a load whose request may be resumed before its outcome is known.
+        lasting: whether what it saves may be of use to a later process.
         tries: tiers that were out of use, and are tried by it.
         moving: ranks that are not terminal.
         poisoned: built on data that turned out bad; must never become visible.
@@ -82,6 +83,7 @@ class Transfer:
     lease: BlockLease | None = None
     layerwise: bool = False
     early: bool = False
+    lasting: bool = True
     tries: frozenset[TierName] = frozenset()
     state: State = State.PLANNED
     poisoned: bool = False
@@ -167,6 +169,7 @@ class TransferTable:
         lease: BlockLease | None = None,
         layerwise: bool = False,
         early: bool = False,
+        lasting: bool = True,
         tries: frozenset[TierName] = frozenset(),
     ) -> Transfer:
         """A new transfer under an identity that was never used before."""
@@ -183,6 +186,7 @@ class TransferTable:
             lease=lease,
             layerwise=layerwise,
             early=early,
+            lasting=lasting,
             tries=tries,
             moving=set(ranks),
         )

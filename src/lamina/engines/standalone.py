@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
+import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
@@ -162,6 +163,7 @@ class Standalone:
                 reports_blocks=takes_back,
                 leases_loads=True,
                 costs=ranks.first("with what was learnt", self._notebook.read_costs()),
+                incarnation=ranks.first("with a name for this run", uuid.uuid4().hex),
                 on_decision=self._notebook.note if writes else None,
                 clock=ranks.clock,
             )

@@ -226,7 +226,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         return self._on_scheduler.has_work
 
     def reset_cache(self) -> bool | None:
-        """Forget everything in every tier."""
+        """VLLM's cache is void, and what is kept of it is not to be found any more."""
         self._on_scheduler.reset()
         return True
 

@@ -246,7 +246,7 @@ class SchedulerSide:
             self._moved = True
 
     def reset(self) -> None:
-        """Forget everything in every tier."""
+        """VLLM's cache is void: its weights are others from now on, or may be."""
         self.planner.reset()
         self._moved = True
 
