@@ -17,6 +17,7 @@ from lamina.cli.checks import Finding, Verdict
 from lamina.cli.doctor import examine, transfer_config
 from lamina.cli.main import app
 from lamina.config import CONFIG_VARIABLE, Config, DiskConfig
+from lamina.data.tiers import file_system
 
 RIGHT: dict[str, object] = {
     "kv_connector": "LaminaConnector",
@@ -168,6 +169,16 @@ def test_a_store_that_exists_counts_as_room_for_itself(
         settings = DiskConfig(path=tmp_path, capacity=free + more)
         failed = subjects([*checks.disk(tmp_path, settings)], Verdict.FAILED)
         assert ("disk space" not in failed) is enough
+
+
+def test_a_network_file_system_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "file system" not in subjects([*checks.disk(tmp_path / "store", None)], Verdict.WARNING)
+    monkeypatch.setattr(file_system, "_type", lambda directory: 0x6969)
+    found = subjects([*checks.disk(tmp_path / "store", None)], Verdict.WARNING)["file system"]
+    assert "NFS" in found.found
+    assert "disk.path" in found.advice
 
 
 @pytest.mark.parametrize(("direct", "verdict"), [("auto", Verdict.WARNING), (True, Verdict.FAILED)])

@@ -5,6 +5,10 @@ damage nothing, and leave alone what a server uses or what is not Lamina's.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +86,58 @@ def test_inspect_survives_a_damaged_index(filled: Path) -> None:
     assert code == 0
     assert "is damaged" in output
     assert index.read_bytes() == b"x" * 5000
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Nothing under ``path`` can be written to; root may write to anything but to such a mount."""
+    if os.geteuid():
+        for file in (path, *path.rglob("*")):
+            file.chmod(0o500 if file.is_dir() else 0o400)
+        yield
+        for file in (path, *path.rglob("*")):
+            file.chmod(0o700 if file.is_dir() else 0o600)
+        return
+    mount = ["mount", "--bind", "-o", "ro", str(path), str(path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("root, and may not mount")
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_inspect_works_where_nothing_can_be_written(filled: Path) -> None:
+    with read_only(filled):
+        code, output = run("inspect", filled)
+    assert code == 0
+    assert "3 of 10" in output
+    assert "192" in output
+
+
+def test_inspect_says_why_it_cannot_look_at_what_a_server_was_killed_over(filled: Path) -> None:
+    journal = filled / NAMESPACE.fingerprint / "rank-0.sqlite-wal"
+    journal.write_bytes(b"x" * 100)
+    with read_only(filled):
+        code, output = run("inspect", filled)
+    assert code == 0
+    assert "rank-0.sqlite cannot be read here" in output
+    assert "look at it where it can be written to" in output
+    assert "0 of 10" in output  # rank 1
+
+
+def test_inspect_says_in_what_namespaces_differ(filled: Path) -> None:
+    assert "differs" not in run("inspect", filled)[1]
+    model = {"architectures": ["TinyForCausalLM"], "rope": {"theta": 7}}
+    other = StoreNamespace(
+        "cd" * 16, {"model": json.dumps(model), "chunk_tokens": "64", "cache_dtype": "fp8"}
+    )
+    DiskTier(path=filled, namespace=other, rank=5, extent_bytes=EXTENTS, capacity=12288).close()
+    output = run("inspect", filled)[1]
+    assert "differs from others in cache_dtype: -; model.rope.theta: -" in output
+    assert "differs from others in cache_dtype: fp8; model.rope.theta: 7" in output
+    assert "chunk_tokens:" not in output
 
 
 def test_verify_finds_nothing_in_a_sound_store(filled: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def open_tier(
     namespace: StoreNamespace = NAMESPACE,
     rank: int = 0,
     direct: bool | None = None,
+    shards: int | None = None,
 ) -> DiskTier:
     chunk = sum(-(-extent // 4096) * 4096 for extent in extents)
     return DiskTier(
@@ -44,6 +46,7 @@ def open_tier(
         extent_bytes=extents,
         capacity=slots * chunk + 1,
         direct=direct,
+        shards=shards,
     )
 
 
@@ -324,3 +327,68 @@ def test_ranks_are_separate_and_rank_0_answers_for_those_nobody_uses(tmp_path: P
     assert get(in_use, {0: 1}) == {0: True}
     tier.close()
     in_use.close()
+
+
+def ranks_on_disk(path: Path) -> set[int]:
+    return {int(slab.stem.removeprefix("rank-")) for slab in path.rglob("*.slab")}
+
+
+def age(path: Path, rank: int, seconds: float) -> None:
+    """A rank's part of a store was last used that long ago."""
+    then = time.time() - seconds
+    for file in path.rglob(f"rank-{rank}.*"):
+        os.utime(file, (then, then))
+
+
+def test_ranks_that_are_gone_give_back_their_space(tmp_path: Path) -> None:
+    """Eight engines of one server are four from now on; one of the others is still stopping."""
+    for rank in range(8):
+        tier = open_tier(tmp_path, rank=rank, shards=8)
+        put(tier, {0: rank})
+        tier.close()
+    still_there = open_tier(tmp_path, rank=7, shards=8)
+    tiers = [open_tier(tmp_path, rank=rank, shards=4) for rank in range(4)]
+    assert ranks_on_disk(tmp_path) == {0, 1, 2, 3, 7}
+    assert [get(tier, {0: rank}) for rank, tier in enumerate(tiers)] == [{0: True}] * 4
+    assert get(still_there, {0: 7}) == {0: True}
+    for tier in (*tiers, still_there):
+        tier.close()
+
+
+def test_of_ranks_that_are_gone_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    def open_with(rank: int, extent: int, spare: int, shards: int | None = None) -> None:
+        DiskTier(
+            path=tmp_path,
+            namespace=NAMESPACE,
+            rank=rank,
+            extent_bytes=(extent,),
+            capacity=extent + spare,
+            shards=shards,
+        ).close()
+
+    for rank in (1, 2, 3):
+        open_with(rank, 64 << 10, 0)
+    for rank in (1, 3):
+        age(tmp_path, rank, 1000 * rank)
+    open_with(0, 1 << 20, 200 << 10, shards=1)
+    assert ranks_on_disk(tmp_path) == {0, 1, 2}
+
+
+def test_a_rank_that_was_not_there_the_time_before_is_gone(tmp_path: Path) -> None:
+    """Where an engine cannot know how many there are."""
+    for rank in range(3):
+        open_tier(tmp_path, rank=rank).close()
+    open_tier(tmp_path, rank=0).close()
+    assert ranks_on_disk(tmp_path) == {0, 1, 2}, "others of the same server may still start"
+    age(tmp_path, 1, 2000)
+    age(tmp_path, 0, 1000)
+    age(tmp_path, 2, 1000)
+    open_tier(tmp_path, rank=0).close()
+    assert ranks_on_disk(tmp_path) == {0, 2}
+
+
+def test_the_first_start_of_a_rank_says_nothing_about_others(tmp_path: Path) -> None:
+    open_tier(tmp_path, rank=1).close()
+    age(tmp_path, 1, 100_000)
+    open_tier(tmp_path, rank=0).close()
+    assert ranks_on_disk(tmp_path) == {0, 1}

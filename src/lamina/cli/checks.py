@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lamina.config import Config, DiskConfig
 from lamina.config.memory import memory_bytes
+from lamina.data.tiers.file_system import concern
 from lamina.engines.vllm.version import is_supported, served
 from lamina.geometry import DIRECT_IO_ALIGNMENT
 
@@ -209,7 +210,7 @@ def shared_memory(mount: Path) -> Finding:
 
 
 def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
-    """Whether a disk store can live in ``directory``: writable, large enough, direct I/O.
+    """Whether a disk store can live in ``directory``: writable, local, large enough, direct I/O.
 
     Args:
         directory: of the store; it need not exist yet.
@@ -229,6 +230,8 @@ def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
             "change its owner, or name another directory",
         )
         return
+    if (known := concern(there)) is not None:
+        yield Finding("file system", Verdict.WARNING, known.found, known.advice)
     if settings is not None:
         yield _disk_space(there, directory, settings.capacity)
     yield _direct_io(there, required=settings is not None and settings.direct is True)

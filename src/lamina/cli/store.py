@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,13 @@ from rich.progress import (
 from rich.table import Table
 
 from lamina.data.tiers import disk_lock, disk_store
-from lamina.data.tiers.disk_index import DamagedIndex, DiskIndex, IndexSummary, summarize
+from lamina.data.tiers.disk_index import (
+    DamagedIndex,
+    DiskIndex,
+    IndexSummary,
+    UnreadableIndex,
+    summarize,
+)
 from lamina.data.tiers.disk_lock import StoreError
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.disk_slab import Slab, aligned_memory
@@ -36,6 +42,7 @@ Store = Annotated[
 
 _BATCH_BYTES = 16 << 20
 _SHOWN = 20
+_DIFFERENCES = 8
 
 
 def inspect(path: Store) -> None:
@@ -105,14 +112,21 @@ def _inspect(console: Console, store: Path) -> None:
     disk_store.check_format(store)
     shards = disk_store.shards(store)
     console.print(f"{store}: {_size(sum(shard.disk_bytes() for shard in shards))}", soft_wrap=True)
-    for directory, ranks in groupby(shards, key=lambda shard: shard.directory):
-        _inspect_namespace(console, store, directory.name, list(ranks))
+    namespaces = [[*found] for _, found in groupby(shards, key=lambda shard: shard.directory)]
+    said = [disk_store.description(ranks[0]) for ranks in namespaces]
+    for ranks, description, different in zip(namespaces, said, _differences(said), strict=True):
+        _inspect_namespace(console, store, ranks, description, different)
 
 
-def _inspect_namespace(console: Console, store: Path, name: str, shards: list[Shard]) -> None:
-    said = disk_store.description(shards[0])
+def _inspect_namespace(
+    console: Console, store: Path, shards: list[Shard], said: dict[str, str], different: str
+) -> None:
     console.print(f"\n{_model(said)}", style="bold", markup=False, soft_wrap=True)
-    console.print(f"namespace {name}", soft_wrap=True)
+    console.print(f"namespace {shards[0].directory.name}", soft_wrap=True)
+    if different:
+        console.print(
+            f"differs from others in {different}", markup=False, soft_wrap=True, highlight=False
+        )
     table = Table(box=box.SIMPLE)
     for title in ("rank", "chunks", "tokens", "KV cache", "on disk", "oldest", "newest", "server"):
         table.add_column(title, no_wrap=True)
@@ -123,9 +137,10 @@ def _inspect_namespace(console: Console, store: Path, name: str, shards: list[Sh
         on_disk = _size(shard.disk_bytes())
         try:
             found = summarize(shard.index)
-        except DamagedIndex as damage:
+        except (DamagedIndex, UnreadableIndex) as error:
             table.add_row(str(shard.rank), "?", "?", "?", on_disk, "?", "?", server)
-            notes.append(f"{shard.index} is damaged: {damage}")
+            what = "is damaged" if isinstance(error, DamagedIndex) else "cannot be read here"
+            notes.append(f"{shard.index} {what}: {error}")
             continue
         table.add_row(
             str(shard.rank),
@@ -150,6 +165,8 @@ def _verify_all(console: Console, shards: list[Shard]) -> list[str]:
             summaries[shard] = summarize(shard.index)
         except DamagedIndex as error:
             damage.append(f"{shard.index}: the index is damaged: {error}")
+        except UnreadableIndex as error:
+            damage.append(f"{shard.index}: the index cannot be read here: {error}")
     total = sum(found.entries * sum(found.layout.extent_bytes) for found in summaries.values())
     bar = Progress(
         BarColumn(),
@@ -209,6 +226,35 @@ def _model(said: dict[str, str]) -> str:
         if said.get(key)
     ]
     return "; ".join([model[:80], *details])
+
+
+def _differences(said: list[dict[str, str]]) -> list[str]:
+    """For each of some namespaces what it has, where not all have the same; empty for only one."""
+    fields = [_flat(description) for description in said]
+    names = dict.fromkeys(name for each in fields for name in each)
+    names = {name: None for name in names if len({each.get(name) for each in fields}) > 1}
+    lines = []
+    for each in fields:
+        told = [f"{name}: {each.get(name, '-')[:60]}" for name in names]
+        more = f"; and {len(told) - _DIFFERENCES} more" if len(told) > _DIFFERENCES else ""
+        lines.append("; ".join(told[:_DIFFERENCES]) + more)
+    return lines
+
+
+def _flat(description: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """A description with what is nested in it, the nested last."""
+    plain: dict[str, str] = {}
+    nested: dict[str, str] = {}
+    for name, value in description.items():
+        inner = value
+        if not prefix and isinstance(value, str):
+            with suppress(ValueError, RecursionError):
+                inner = json.loads(value)
+        if isinstance(inner, dict):
+            nested |= _flat(inner, f"{prefix}{name}.")
+        else:
+            plain[prefix + name] = str(value)
+    return plain | nested
 
 
 def _tokens(said: dict[str, str], found: IndexSummary) -> str:

@@ -47,6 +47,8 @@ class DiskPlace:
         first_shard: number of rank 0's shard; below it are those of other engines of one server.
         capacity: bytes of disk for each rank that keeps chunks.
         direct: bypass the page cache; None: where the file system can.
+        shards: how many shards the server has, its engines' all together; None if that is not
+            known.
     """
 
     path: Path
@@ -54,10 +56,15 @@ class DiskPlace:
     first_shard: int
     capacity: int
     direct: bool | None
+    shards: int | None = None
 
     @classmethod
     def of(
-        cls, config: DiskConfig | None, namespace: Namespace, first_shard: int = 0
+        cls,
+        config: DiskConfig | None,
+        namespace: Namespace,
+        first_shard: int = 0,
+        shards: int | None = None,
     ) -> DiskPlace | None:
         """The place that a configuration asks for; None if it asks for none.
 
@@ -65,6 +72,7 @@ class DiskPlace:
             config: the ``disk`` section.
             namespace: the model.
             first_shard: see the class.
+            shards: see the class.
         """
         if config is None:
             return None
@@ -74,6 +82,7 @@ class DiskPlace:
             first_shard=first_shard,
             capacity=config.capacity,
             direct=None if config.direct == "auto" else config.direct,
+            shards=shards,
         )
 
 
@@ -162,6 +171,7 @@ class Replicas:
                 capacity=place.capacity,
                 direct=place.direct,
                 table=self._table,
+                shards=place.shards,
             )
             return Tiers(host, disk)
 

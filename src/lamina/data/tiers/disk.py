@@ -15,7 +15,7 @@ from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, open_index
 from lamina.data.tiers.disk_lock import StoreError, Watch, hold
 from lamina.data.tiers.disk_shard import DiskShard, ReadFailure, ShardReader
 from lamina.data.tiers.disk_slab import Slab, allocate, chunk_on_disk
-from lamina.data.tiers.disk_store import Shard, StoreNamespace
+from lamina.data.tiers.disk_store import Server, Shard, StoreNamespace
 from lamina.data.tiers.disk_table import ChunkTable
 from lamina.data.tiers.file_system import concern
 
@@ -39,6 +39,8 @@ class DiskTier(DiskShard):
         capacity: bytes of disk for this rank; allocated here, not when they are needed.
         direct: bypass the page cache; None: where the file system can.
         table: memory for what followers need to read it, see :class:`DiskReader`.
+        shards: how many ranks' parts the server has in the store, from rank 0 on, so that those of
+            ranks that are gone are told apart; None if that is not known.
 
     Raises:
         ValueError: if ``capacity`` is less than one chunk.
@@ -56,6 +58,7 @@ class DiskTier(DiskShard):
         capacity: int,
         direct: bool | None = None,
         table: MemoryFile | None = None,
+        shards: int | None = None,
     ) -> None:
         chunk = chunk_on_disk(extent_bytes)
         if capacity < chunk:
@@ -72,7 +75,8 @@ class DiskTier(DiskShard):
                 if (found := concern(path)) is not None:
                     log.warning("disk tier: %s: %s", found.found, found.advice)
                 shard = Shard(disk_store.describe(path, namespace), rank)
-                disk_store.make_room(path, shard, size, capacity)
+                server = Server(shards, lock.before)
+                disk_store.make_room(path, shard, size, capacity, server)
                 disk_store.check_room(shard.slab, size)
                 index, slab = _open(shard, layout, size, direct, table, opened)
                 disk_store.sync_directories(path, shard.directory)

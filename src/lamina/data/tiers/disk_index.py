@@ -54,6 +54,10 @@ class DamagedIndex(Exception):
     """An index file that cannot be relied on; the text says why."""
 
 
+class UnreadableIndex(Exception):
+    """An index file that may be sound and cannot be looked into from here; the text says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
     """What a slab holds.
@@ -116,9 +120,21 @@ def summarize(path: Path) -> IndexSummary:
 
     Raises:
         DamagedIndex: if that cannot be done.
+        UnreadableIndex: if that cannot be done here.
     """
+    mode = "mode=ro"
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        # SQLite reads no journal without a file of its own beside it.
+        journal = path.with_name(f"{path.name}-wal")
+        if journal.exists() and journal.stat().st_size:
+            raise UnreadableIndex(
+                f"{path.parent} cannot be written to by this user or is mounted read-only, and a "
+                "server uses the index, or was killed while it did: look at it where it can be "
+                "written to"
+            )
+        mode = "immutable=1"
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as database:
             (layout,) = database.execute("SELECT layout FROM shard").fetchone() or ("",)
             entries, oldest, newest = database.execute(
                 "SELECT count(*), ifnull(min(last_used), 0.0), ifnull(max(last_used), 0.0)"

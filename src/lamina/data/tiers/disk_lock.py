@@ -39,13 +39,14 @@ class RankLock:
         file: its descriptor, locked; closed by :meth:`close`.
 
     Attributes:
-        before: when it was taken the time before, in seconds since the epoch.
+        before: when it was taken the time before, in seconds since the epoch; 0 if never.
     """
 
     def __init__(self, path: Path, file: int) -> None:
         self.path = path
         self._file = file
-        self.before = os.fstat(file).st_mtime
+        stat = os.fstat(file)
+        self.before = stat.st_mtime if stat.st_size else 0.0
         with suppress(OSError):  # only for messages, and a full disk has no room for it
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)

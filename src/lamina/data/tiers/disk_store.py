@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamina.data.tiers.disk_lock import StoreError, hold
+from lamina.data.tiers.disk_lock import StoreError, hold, lock_file
 
 log = logging.getLogger("lamina.data")
 
@@ -38,6 +38,8 @@ _LOCK_FILE = re.compile(r"rank-(\d+)\.lock")
 LOCK_PATIENCE = 2.0
 """Seconds that a server waits for its part of a store, while another one may be removing an old
 model's shard from it."""
+START_SECONDS = 600.0
+"""Seconds within which all ranks of a server open their shards."""
 _TEMPORARY = re.compile(r"\.lamina-\d+\.tmp")
 
 
@@ -84,17 +86,18 @@ class Shard:
         """What there is of it."""
         return [
             path
-            for path in self.directory.iterdir()
+            for path in _entries(self.directory)
             if (match := _SHARD_FILE.fullmatch(path.name)) and int(match[1]) == self.rank
         ]
 
     def disk_bytes(self) -> int:
         """Bytes that it takes on the disk."""
-        return sum(path.stat().st_blocks * 512 for path in self.files())
+        return sum(stat.st_blocks * 512 for stat in map(_stat, self.files()) if stat)
 
     def last_used(self) -> float:
         """When it was written last, in seconds since the epoch."""
-        return max((path.stat().st_mtime for path in self.files()), default=0.0)
+        times = [stat.st_mtime for stat in map(_stat, self.files()) if stat]
+        return max(times, default=0.0)
 
     def remove(self) -> None:
         """Delete it, and the namespace's directory with the last shard in it."""
@@ -166,7 +169,7 @@ def shards(path: Path) -> list[Shard]:
     found = {
         Shard(directory, int(match[1]))
         for directory in _namespaces(path)
-        for file in directory.iterdir()
+        for file in _entries(directory)
         if (match := _SHARD_FILE.fullmatch(file.name))
     }
     return sorted(found, key=lambda shard: (shard.directory, shard.rank))
@@ -190,16 +193,41 @@ def description(shard: Shard) -> dict[str, str]:
     return {str(k): str(v) for k, v in _read(shard.directory / _NAMESPACE_FILE).items()}
 
 
-def make_room(path: Path, own: Shard, size: int, capacity: int) -> None:
-    """Remove shards of other namespaces, least recently used first, until those that are left
-    and ``size`` bytes of our own do not exceed ``capacity``.
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What a rank knows of the server that it belongs to, when it opens its shard.
 
-    They are this rank's; rank 0 also answers for ranks that no server uses any more.
+    Attributes:
+        shards: how many shards the server has, from rank 0 on; None if the rank cannot know.
+        before: when the rank was opened the time before, in seconds since the epoch; 0 if never.
+    """
+
+    shards: int | None = None
+    before: float = 0.0
+
+    def has_left(self, path: Path, shard: Shard) -> bool:
+        """Whether a shard of the server's model is that of a rank which there is no more: its
+        number is too high, or it was not opened when this rank was, the time before."""
+        if self.shards is not None and shard.rank >= self.shards:
+            return True
+        lock = _stat(lock_file(path, shard.rank))
+        used = max(shard.last_used(), lock.st_mtime if lock else 0.0)
+        return used < self.before - START_SECONDS
+
+
+def make_room(path: Path, own: Shard, size: int, capacity: int, server: Server) -> None:
+    """Remove shards that are not the server's, least recently used first, until those that are
+    left and ``size`` bytes of our own do not exceed ``capacity``.
+
+    They are this rank's of other namespaces; rank 0 also answers for ranks that no server uses any
+    more, of other namespaces and of this one.
     """
     candidates = [
         shard
         for shard in shards(path)
-        if shard.directory != own.directory and own.rank in {shard.rank, 0}
+        if own.rank in {shard.rank, 0}
+        and shard != own
+        and (shard.directory != own.directory or server.has_left(path, shard))
     ]
     taken = {shard: shard.disk_bytes() for shard in candidates}
     for shard in sorted(candidates, key=Shard.last_used):
@@ -294,13 +322,25 @@ def _free_bytes(directory: Path) -> int:
     return system.f_bavail * system.f_frsize
 
 
+def _stat(file: Path) -> os.stat_result | None:
+    with suppress(FileNotFoundError):  # another rank removes what is its own, at any time
+        return file.stat()
+    return None
+
+
+def _entries(directory: Path) -> list[Path]:
+    with suppress(FileNotFoundError):
+        return list(directory.iterdir())
+    return []
+
+
 def _namespaces(path: Path) -> list[Path]:
     return [each for each in path.iterdir() if _NAMESPACE.fullmatch(each.name) and each.is_dir()]
 
 
 def _remove_if_empty(namespace: Path) -> None:
     """Delete a namespace's directory if no shard is left in it, nor anything that is not ours."""
-    there = list(namespace.iterdir())
+    there = _entries(namespace)
     if not any(_SHARD_FILE.fullmatch(path.name) for path in there):
         for path in there:
             if path.name == _NAMESPACE_FILE or _TEMPORARY.fullmatch(path.name):
