@@ -137,6 +137,9 @@ class Service:
     def reset(self, everywhere: bool) -> bool:
         return self._llm.reset_prefix_cache(reset_connector=everywhere)
 
+    def core(self, method: str, arguments: tuple[object, ...]) -> Any:
+        return getattr(self._core, method)(*arguments)
+
     def scribble(self) -> None:
         self._llm.collective_rpc(overwrite_cache)
 

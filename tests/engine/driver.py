@@ -313,6 +313,10 @@ class Engine:
         """vLLM's own call, with or without the connector's tiers; whether it succeeded."""
         return self._call("reset", everywhere)
 
+    def core(self, method: str, *arguments: object) -> Any:
+        """Call a method of vLLM's ``EngineCore``, as its utilities do."""
+        return self._call("core", method, arguments)
+
     def pages(self, name: str) -> list[str]:
         """A digest of the cache content of each block that a running request has, over all
         layers and ranks, read through vLLM's own view of its cache."""

@@ -38,9 +38,11 @@ from lamina.engines.vllm.messages import LaminaPlan
 from lamina.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
 from lamina.engines.vllm.scheduler_side import SchedulerSide
 from lamina.engines.vllm.step_order import Call, StepOrder
+from lamina.engines.vllm.weights import WeightsWatch
 from lamina.engines.vllm.worker_side import WorkerSide
 
 if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -89,9 +91,21 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker
 
     @property
+    def weights(self) -> WeightsWatch | None:
+        """Which weights vLLM computes with, for the scheduler's connector."""
+        return None if self._scheduler is None else self._scheduler.weights
+
+    @property
     def requires_kv_delivery(self) -> bool:
         """A save that is dropped is a miss later on, so no request has to wait for one."""
         return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """vLLM 0.33 asks. A sleeping cache keeps its addresses, but not its registration with
+        NIXL."""
+        config = load_config(kv_transfer_config.kv_connector_extra_config, os.environ)
+        return config.push is None
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

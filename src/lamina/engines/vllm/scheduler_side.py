@@ -26,6 +26,7 @@ from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.requests import PUSH_PARAMETER, VllmBlockPool, VllmRequest, push_parameters
+from lamina.engines.vllm.weights import WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.cards import EngineCard
@@ -46,6 +47,9 @@ class SchedulerSide:
         config: Lamina's configuration.
         vllm_config: vLLM's.
         cache: vLLM's cache.
+
+    Attributes:
+        weights: which weights vLLM computes with; None until the handshake.
     """
 
     def __init__(self, config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
@@ -75,6 +79,8 @@ class SchedulerSide:
         self._meter = Meter()
         self._manager: KVCacheManager | None = None
         self._planner: Planner | None = None
+        self.weights: WeightsWatch | None = None
+        watch_engine_core()
         self._link: Link | None = None
         self._notebook: Notebook | None = None
         # Engines of one server: each has a port and a file of its own.
@@ -93,6 +99,8 @@ class SchedulerSide:
             ValueError: if the reports are another connector's, or of another checkpoint.
         """
         assert self._manager is not None
+        if self._planner is not None:
+            return  # vLLM 0.33 says it again after a sleep; tiers, and what is in them, have stayed
         ours = [m for _, m in sorted(messages.items()) if isinstance(m, LaminaReport)]
         if len(ours) != len(messages):
             raise ValueError(
@@ -126,6 +134,7 @@ class SchedulerSide:
             reports_blocks=False,
             step_tokens=self._step_tokens,
         )
+        self.weights = WeightsWatch(self._planner)
         if card is not None:
             self._link = self._open_link(card)
 
@@ -190,6 +199,8 @@ class SchedulerSide:
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
         the next step."""
+        assert self.weights is not None
+        self.weights.request()
         declined = "" if self._loads else "kv_role"
         if request.skip_reading_prefix_cache:
             declined = "skip_reading_prefix_cache"
@@ -223,6 +234,8 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of the step that vLLM has just scheduled."""
         self._exchange()
+        if output.total_num_scheduled_tokens and self.weights is not None:
+            self.weights.computed()
         progress = list(self._progress(output)) if self._saves else []
         plan = self.planner.plan_step(
             progress,
@@ -247,7 +260,9 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """VLLM's cache is void: its weights are others from now on, or may be."""
-        self.planner.reset()
+        assert self.weights is not None
+        assert self._manager is not None
+        self.weights.was_reset(void=not self._manager.block_pool.cached_block_hashes_by_block)
         self._moved = True
 
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:

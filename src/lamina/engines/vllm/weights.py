@@ -1,0 +1,213 @@
+"""Which weights vLLM computes with.
+
+vLLM tells a connector that its cache is void (``reset_cache``), and neither why nor what the
+weights are called. The engine core knows both, and the connector's scheduler side lives in its
+process. So three of the core's methods tell it what they are about to do, or have done:
+
+- ``set_weight_version`` names the weights.
+- ``_reset_caches`` is called by a pause or a sleep. Either keeps the weights, unless somebody
+  replaces them before the engine goes on. They are weighed before the reset, and again when the
+  next request comes, so that nobody has to be believed.
+- ``sleep`` at level 2 drops the weights.
+
+Whoever resets the caches without a pause says that the weights are others.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from vllm.v1.engine.core import EngineCore
+
+from lamina.control.planner import Planner
+from lamina.keys import Epoch
+
+log = logging.getLogger("lamina.engines.vllm")
+
+Scales = Callable[[], str | None]
+"""Weighs the model on every rank; None if that cannot be done."""
+
+_PART = 1 << 22
+"""Words that are weighed at once: 32 MiB, and as much again for what is made of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """An epoch that begins with the next request, if the weights are then what they were.
+
+    Attributes:
+        epoch: the epoch.
+        weight: what its weights weigh.
+        named: whether the operator has named it: a later reset does not take it back.
+        due: whether the engine's cache was emptied since.
+    """
+
+    epoch: Epoch
+    weight: str
+    named: bool
+    due: bool
+
+
+class WeightsWatch:
+    """Decides which epoch an engine is in.
+
+    Args:
+        planner: whose epochs they are.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._promise: _Promise | None = None
+        self._scales: Scales = lambda: None
+        self._pausing: str | None = None
+        self._void = True
+
+    def pausing(self, scales: Scales) -> None:
+        """The reset that follows is a pause's: the weights are still those of the epoch."""
+        self._scales = scales
+        self._pausing = scales()
+
+    def was_reset(self, *, void: bool) -> None:
+        """The engine's cache is not to be used any more.
+
+        Args:
+            void: whether it is empty. It is not where vLLM could not reset it.
+        """
+        promise, weight = self._promise, self._pausing
+        self._pausing = None
+        if promise is not None and (promise.named or weight is not None):
+            self._promise = replace(promise, due=promise.due or void)
+        elif weight is not None and void:
+            self._promise = _Promise(self._planner.epoch, weight, named=False, due=True)
+        else:
+            self._promise = None
+        self._void = void
+        self._planner.reset()
+
+    def named(self, name: str, scales: Scales) -> None:
+        """The operator has named the weights."""
+        epoch = Epoch(weights=name)
+        if epoch == self._planner.epoch:
+            return
+        if self._void:
+            self._promise = None
+            self._planner.begin(epoch)
+            return
+        # What the engine has in its cache may have been computed by others.
+        self._planner.reset()
+        self._scales, weight = scales, scales()
+        self._promise = None if weight is None else _Promise(epoch, weight, named=True, due=False)
+        log.info(
+            "weights %r were named while the cache holds what was computed before: what is "
+            "computed now is kept in host memory only, until the cache is reset "
+            "(reset_prefix_cache with reset_connector, or pause with clear_cache)",
+            name,
+        )
+
+    def request(self) -> None:
+        """A request is about to be looked up."""
+        if (promise := self._promise) is not None and promise.due:
+            self._promise = None
+            if self._scales() == promise.weight:
+                self._planner.begin(promise.epoch)
+
+    def computed(self) -> None:
+        """The model runs: from now on there is something in the engine's cache."""
+        self._void = False
+
+
+def watch_engine_core() -> None:
+    """Have every engine core of this process tell the scheduler sides of its connectors what
+    becomes of its weights. Once is enough; vLLM's classes stay what they are but for that."""
+    if hasattr(EngineCore.set_weight_version, "__wrapped__"):
+        return
+    name, reset, sleep = EngineCore.set_weight_version, EngineCore._reset_caches, EngineCore.sleep
+
+    @functools.wraps(name)
+    def set_weight_version(core: EngineCore, weight_version: str) -> None:
+        name(core, weight_version)
+        for watch in _watches(core):
+            watch.named(weight_version, functools.partial(_weigh, core))
+
+    @functools.wraps(reset)
+    def _reset_caches(core: EngineCore, *args: Any, **kwargs: Any) -> None:
+        if not core.__dict__.pop(_DROPS, False):
+            for watch in _watches(core):
+                watch.pausing(functools.partial(_weigh, core))
+        reset(core, *args, **kwargs)
+
+    @functools.wraps(sleep)
+    def sleeping(core: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        core.__dict__[_DROPS] = level > 1  # its reset may come when the last request has ended
+        return sleep(core, level, *args, **kwargs)
+
+    for attribute, function in (
+        ("set_weight_version", set_weight_version),
+        ("_reset_caches", _reset_caches),
+        ("sleep", sleeping),
+    ):
+        setattr(EngineCore, attribute, function)
+
+
+_DROPS = "_lamina_drops_weights"
+
+
+def _watches(core: EngineCore) -> Iterator[WeightsWatch]:
+    todo = [core.scheduler.get_kv_connector()]
+    while todo:
+        connector = todo.pop()
+        todo += getattr(connector, "sub_connectors", ())
+        if (watch := getattr(connector, "weights", None)) is not None:
+            assert isinstance(watch, WeightsWatch)
+            yield watch
+
+
+def _weigh(core: EngineCore) -> str | None:
+    """What the weights of a core's engine weigh; None if that cannot be found out."""
+    try:
+        return " ".join(core.model_executor.collective_rpc(weigh_model))
+    except (
+        Exception
+    ) as error:  # whatever an executor may raise: weights unknown are weights changed
+        log.warning("the weights cannot be weighed, and so count as changed: %s", error)
+        return None
+
+
+def weigh_model(worker: Any) -> str:
+    """A checksum over everything that a worker's models consist of, computed where they are.
+
+    It tells weights that were replaced from weights that were not. It is no cryptographic hash:
+    nobody gains anything by replacing weights with others that weigh the same.
+    """
+    models = [worker.model_runner.get_model()]
+    draft = getattr(worker.model_runner, "get_draft_model", lambda: None)()
+    models += [draft] if draft is not None else []
+    weights: list[torch.Tensor] = []
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            weights += _weights(tensor.detach())
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in weights:
+        by_device.setdefault(weight.device, []).append(weight)
+    digest = blake2b(digest_size=16)
+    for found in by_device.values():
+        digest.update(torch.stack(found).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Two sums of a tensor's words for each of its parts; the second is weighted by place."""
+    content = tensor.contiguous().reshape(-1).view(torch.uint8)
+    rest = len(content) % 8
+    if rest:
+        content = torch.nn.functional.pad(content, (0, 8 - rest))
+    words = content.view(torch.int64)
+    places = torch.arange(min(len(words), _PART), device=tensor.device) * 2 + 1
+    for part in words.split(_PART):
+        yield torch.stack((part.sum(), ((part ^ (part >> 29)) * places[: len(part)]).sum()))
