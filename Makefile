@@ -14,7 +14,7 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push demo-standalone test test-all soak lint lock clean
+.PHONY: help demo demo-push demo-standalone test test-all soak compat lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,15 @@ soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 
 		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
 		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py \
 			tests/protocol
+
+compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runners; fetches 336 MB
+	@newer=$$(PYTHONPATH=tests $(BIN)/python -m engine.runners) && \
+		$(BIN)/pytest -n 2 --dist loadgroup -m compat tests/engine/test_compat.py && \
+		PYTHONPATH=$$newer $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(ON_NEWER)
+
+# Files that are run again in a session in which every vLLM is the newer one.
+ON_NEWER := $(addprefix tests/engine/test_,v2_step.py plugin.py hooks.py push.py reset.py) \
+	tests/fault/test_engine_pressure.py
 
 lint: .venv/installed ## ruff and mypy
 	@$(BIN)/ruff check

@@ -22,6 +22,7 @@ from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
 
 import lamina.engines.vllm.connector  # noqa: F401
@@ -41,6 +42,8 @@ def run(pipe: Connection, spec: EngineSpec) -> None:
     """Start the engine, say so, and serve calls until the other end goes away."""
     os.environ.update({**ENVIRONMENT, **spec.environment})
     try:
+        if spec.asynchronous:
+            plan_a_step_ahead()
         for name, value in spec.faults.items():
             getattr(faults, name)(value)
         service = Service(spec)
@@ -58,6 +61,19 @@ def run(pipe: Connection, spec: EngineSpec) -> None:
             pipe.send(answer)
             if method == "close":
                 return
+
+
+def plan_a_step_ahead() -> None:
+    """Have vLLM schedule asynchronously wherever it would on a GPU. On a CPU, where it brings
+    nothing, vLLM takes that back."""
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: type, config: Any) -> None:
+        asynchronous = config.scheduler_config.async_scheduling
+        check(cls, config)
+        config.scheduler_config.async_scheduling = asynchronous
+
+    CpuPlatform.check_and_update_config = classmethod(keep)
 
 
 class Service:

@@ -29,6 +29,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from engine.runners import Runner
+
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "src"
 
@@ -79,6 +81,9 @@ class EngineSpec:
         transfer: fields of vLLM's ``KVTransferConfig``, over the usual ones.
         environment: variables of the child.
         faults: what is wrong with the child's machine, see :mod:`engine.faults`.
+        runner: on what it runs; None takes what this process would import.
+        asynchronous: whether the next step is planned before the last one has ended, which is what
+            vLLM does on a GPU wherever it can and never on a CPU.
     """
 
     model: Path
@@ -87,6 +92,8 @@ class EngineSpec:
     transfer: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, float] = field(default_factory=dict)
+    runner: Runner | None = None
+    asynchronous: bool = True
 
     @property
     def key(self) -> str:
@@ -241,8 +248,10 @@ class Engine:
         self.spec = spec
         self._log = log
         self._pipe, theirs = multiprocessing.Pipe()
-        with child_environment(spec.environment if fresh else {}):
-            forkserver.set_forkserver_preload(["engine.child"])
+        with (
+            child_environment(spec.environment if fresh else {}, spec.runner),
+            _server(spec.runner),
+        ):
             context = multiprocessing.get_context("spawn" if fresh else "forkserver")
             self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
                 target=_run_child, args=(theirs, spec, log), name="engine"
@@ -425,6 +434,8 @@ def _run_child(pipe: connection.Connection, spec: EngineSpec, log: Path) -> None
     """The child's first function; vLLM is imported here in a fresh interpreter, and long
     before in a forked one."""
     enter_child(log)
+    if spec.runner is not None:  # it has been given its parent's path
+        sys.path[:0] = spec.runner.paths
     from engine import child
 
     child.run(pipe, spec)
@@ -441,13 +452,36 @@ def enter_child(log: Path) -> None:
     os.close(descriptor)
 
 
+_SERVERS: dict[Runner | None, forkserver.ForkServer] = {}
+
+
 @contextlib.contextmanager
-def child_environment(more: Mapping[str, str]) -> Iterator[None]:
+def _server(runner: Runner | None) -> Iterator[None]:
+    """Processes are forked from the server that has imported this runner's vLLM. Python knows of
+    one server only, and asks for a process by this name."""
+    server = _SERVERS.setdefault(runner, forkserver.ForkServer())
+    server.set_forkserver_preload(["engine.child"])
+    usual = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = server.connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = usual
+
+
+@contextlib.contextmanager
+def child_environment(more: Mapping[str, str], runner: Runner | None = None) -> Iterator[None]:
     """The environment that an interpreter starts with: children find this package and Lamina
     whatever is installed, and compute on one thread, because two that wait for each other on a
     busy machine take many times as long."""
-    paths = [str(TESTS), str(PACKAGE), os.environ.get("PYTHONPATH", "")]
-    ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
+    first, variables = ([], {}) if runner is None else (runner.paths, runner.environment)
+    paths = [*first, str(TESTS), str(PACKAGE), os.environ.get("PYTHONPATH", "")]
+    ours = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+        **more,
+    }
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:

@@ -59,20 +59,6 @@ def hasty(_: float) -> None:
     EarlyRelease.allows = at_once
 
 
-def async_scheduling(_: float) -> None:
-    """The next step is planned before the last one has ended, as on a GPU; vLLM switches that off
-    on a CPU, where it brings nothing."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def keep(cls: type, config: object) -> None:
-        check(cls, config)
-        config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(keep)
-
-
 def network(number: float) -> None:
     """It is in another network namespace, that of :func:`namespace`."""
     from lamina.bench.network import join_network

@@ -43,6 +43,7 @@ class PairSpec:
         decode: options of the decode engine alone.
         environment: variables of both.
         faults: what is wrong with the prefill engine's machine.
+        asynchronous: whether both plan a step ahead.
     """
 
     model: Path
@@ -54,6 +55,7 @@ class PairSpec:
     decode: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, float] = field(default_factory=dict)
+    asynchronous: bool = True
 
     @property
     def address(self) -> str:
@@ -72,12 +74,14 @@ class PairSpec:
                 {**self.options, **self.prefill},
                 environment=environment,
                 faults=self.faults,
+                asynchronous=self.asynchronous,
             ),
             EngineSpec(
                 self.model,
                 {**sections, "push": push},
                 {**self.options, **self.decode},
                 environment=environment,
+                asynchronous=self.asynchronous,
             ),
         )
 

@@ -139,8 +139,8 @@ def test_an_end_with_transfers_in_flight(llama: Path, start: Start, tmp_path: Pa
     engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.5}))
     ask = Ask(prompt(65, 6 * CHUNK + 1), max_tokens=1)
     engine.submit([ask])
-    engine.step()
-    assert engine.metrics().total("lamina_transfers", direction="save") > 0
+    while not engine.metrics().total("lamina_transfers", direction="save"):
+        engine.step()
     engine.close()
     assert engine.process.exitcode == 0
     with pytest.raises(ProcessLookupError):

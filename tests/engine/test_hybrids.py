@@ -163,14 +163,15 @@ def test_from_disk_after_restarts(
 
 
 @pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
-def test_planned_a_step_ahead(
+def test_planned_when_the_last_step_has_ended(
     checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str
 ) -> None:
-    """Then the last token of a boundary that is passed while decoding is not known yet."""
+    """A step ahead the last token of a boundary that is passed while decoding is not known yet,
+    and here it is."""
     conversations, expected = reference(model)
     lamina = {"host": HOST, "chunk_tokens": 32, "load": {"min_tokens": 1}}
     checkpoint, options = checkpoints.model(model), options_of(model)
-    engine = fleet.get(EngineSpec(checkpoint, lamina, options, faults={"async_scheduling": 1}))
+    engine = fleet.get(EngineSpec(checkpoint, lamina, options, asynchronous=False))
     compare(model, hold(engine, conversations, forget), expected)
     assert engine.metrics().total("lamina_leased_blocks") == 0
 

@@ -7,6 +7,7 @@ requests share prefixes within a step) and one by one, against the same vLLM wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,13 @@ def expect_same_answers(
     options: Mapping[str, object],
     load: Mapping[str, object],
     faults: Mapping[str, float] = NO_FAULTS,
+    *,
+    asynchronous: bool = True,
 ) -> None:
     expected = fleet.get(EngineSpec(model, options=options)).generate(ASKS)
     load = {"min_tokens": 1, **load}  # a chunk of which the engine has half is loaded by half
-    engine = fleet.get(EngineSpec(model, {"host": HOST, "load": load}, options, faults=faults))
+    spec = EngineSpec(model, {"host": HOST, "load": load}, options, faults=faults)
+    engine = fleet.get(replace(spec, asynchronous=asynchronous))
 
     assert not differences(engine.generate(ASKS), expected)
     engine.forget()
@@ -80,18 +84,20 @@ def test_loads_slower_than_the_model(llama: Path, fleet: Fleet, mode: str) -> No
 
 @pytest.mark.parametrize("options", [EAGER, CHUNKED], ids=["eager", "chunked"])
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
-def test_planned_a_step_ahead(
+def test_planned_when_the_last_step_has_ended(
     llama: Path, fleet: Fleet, mode: str, options: dict[str, object]
 ) -> None:
-    expect_same_answers(fleet, llama, options, {"mode": mode}, {"async_scheduling": 1})
+    expect_same_answers(fleet, llama, options, {"mode": mode}, asynchronous=False)
 
 
-@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
-def test_resumed_before_all_is_there(llama: Path, fleet: Fleet, faults: dict[str, float]) -> None:
-    faults = {"slow_loads": 0.01, "hasty": 1, **faults}
-    expect_same_answers(fleet, llama, CHUNKED, {"load_ahead": 1}, faults)
-    load = {"min_tokens": 1, "load_ahead": 1}
-    engine = fleet.get(EngineSpec(llama, {"host": HOST, "load": load}, CHUNKED, faults=faults))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "a-step-ahead"])
+def test_resumed_before_all_is_there(llama: Path, fleet: Fleet, asynchronous: bool) -> None:
+    faults = {"slow_loads": 0.01, "hasty": 1.0}
+    load = {"load_ahead": 1}
+    expect_same_answers(fleet, llama, CHUNKED, load, faults, asynchronous=asynchronous)
+    lamina = {"host": HOST, "load": {"min_tokens": 1, **load}}
+    spec = EngineSpec(llama, lamina, CHUNKED, faults=faults, asynchronous=asynchronous)
+    engine = fleet.get(spec)
     assert engine.in_workers(released)[0] > 0
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import vllm
+from vllm.config import KVTransferConfig
 
 import lamina.engines.vllm
 from engine.driver import Ask, EngineSpec, Start
 from engine.workload import CHUNK, prompt
 from lamina.engines.vllm import register
+from lamina.engines.vllm.connector import LaminaConnector
 from lamina.engines.vllm.version import UnsupportedVersion
 
 pytestmark = pytest.mark.engine
@@ -72,6 +74,17 @@ def test_another_version_still_serves_without_lamina(
     with caplog.at_level(logging.WARNING):
         register()
     assert "0.34.0" in caplog.text
+
+
+@pytest.mark.parametrize(("sections", "sleeps"), [({}, True), ({"push": {}}, False)])
+def test_a_cache_that_the_network_knows_of_does_not_sleep(
+    sections: dict[str, object], sleeps: bool
+) -> None:
+    """vLLM 0.33 asks, and takes a connector that says nothing to support it."""
+    config = KVTransferConfig(
+        kv_connector="LaminaConnector", kv_role="kv_both", kv_connector_extra_config=sections
+    )
+    assert LaminaConnector.supports_sleep_mode(config) is sleeps
 
 
 def test_a_supported_version_without_its_factory_is_broken(

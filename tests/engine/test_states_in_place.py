@@ -46,9 +46,9 @@ CHUNKS = {
 HYBRID = "attention-and-state-space"
 BOTH = pytest.mark.parametrize("model", ["state-space", HYBRID])
 MODES = pytest.mark.parametrize("mode", ["layerwise", "parked"])
+HOW = ("layerwise", "parked", "in-turn")
 SLOW = {"slow_saves": 0.002}
 """Who reads a state while the next step runs reads another one."""
-ASYNC = {"async_scheduling": 1}
 DISK = {"capacity": "32MiB"}
 
 
@@ -223,7 +223,7 @@ def reference(checkpoints: Checkpoints, fleet: Fleet) -> Callable[[str], Sequenc
 
 @pytest.mark.parametrize(
     ("model", "how"),
-    [(model, how) for model in ("state-space", HYBRID) for how in ("layerwise", "parked", "ahead")]
+    [(model, how) for model in ("state-space", HYBRID) for how in HOW]
     + [
         ("short-convolution", "layerwise"),
         pytest.param("linear-attention", "layerwise", marks=pytest.mark.slow),
@@ -232,12 +232,11 @@ def reference(checkpoints: Checkpoints, fleet: Fleet) -> Callable[[str], Sequenc
 def test_from_host_memory(
     checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str, how: str
 ) -> None:
-    """``ahead``: with every step planned before the last one has ended."""
+    """``in-turn``: with every step planned when the last one has ended."""
     expected = reference(model)
-    faults = ASYNC if how == "ahead" else SLOW
-    lamina = loading("auto" if how == "ahead" else how) | saving(model)
-    spec = spec_of(checkpoints, model, lamina, faults)
-    engine = fleet.get(spec)
+    lamina = loading("auto" if how == "in-turn" else how) | saving(model)
+    spec = spec_of(checkpoints, model, lamina, SLOW)
+    engine = fleet.get(replace(spec, asynchronous=how != "in-turn"))
     before = engine.metrics()
     answers = talk(engine, model, forget)
     assert not differences_of(answers, expected)
@@ -288,10 +287,10 @@ def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model
     assert sum(answer.cached for answer in answers) > 0
 
 
-@pytest.mark.parametrize("faults", [SLOW, pytest.param(ASYNC, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [HYBRID, pytest.param("state-space", marks=pytest.mark.slow)])
 def test_many_at_once_with_too_little_memory(
-    checkpoints: Checkpoints, fleet: Fleet, model: str, faults: dict[str, float]
+    checkpoints: Checkpoints, fleet: Fleet, model: str, asynchronous: bool
 ) -> None:
     """Steps end off boundaries, requests are preempted and aborted, and prefixes are shared."""
     chunk = CHUNKS[model]
@@ -309,7 +308,8 @@ def test_many_at_once_with_too_little_memory(
         for i, (ask, answer) in enumerate(zip(asks, expected, strict=True))
     ]
     expected_more = plain.generate(more)
-    engine = fleet.get(spec_of(checkpoints, model, loading("auto"), faults, **room))
+    spec = spec_of(checkpoints, model, loading("auto"), SLOW, **room)
+    engine = fleet.get(replace(spec, asynchronous=asynchronous))
     free = engine.free_blocks()
     for _ in range(2):
         names = engine.submit(asks[:4])

@@ -8,6 +8,7 @@ from math import inf
 import pytest
 
 from engine.v2_step import CHUNK_BLOCKS, Forward, Work, Worker
+from lamina.engines.vllm.layout import UnsupportedModel
 from lamina.engines.vllm.step_order import StepOrderError
 from lamina.plan import (
     ChunkKey,
@@ -146,6 +147,12 @@ def test_a_step_that_vllm_does_not_end_is_an_error(start: Start) -> None:
     worker.begin(StepPlan(0))
     with pytest.raises(StepOrderError, match="handle_preemptions"):
         worker.begin(StepPlan(0))
+
+
+def test_a_cache_that_the_network_knows_of_does_not_sleep(start: Start) -> None:
+    """vLLM 0.32 does not ask, and would."""
+    with pytest.raises(UnsupportedModel, match="push: does not go with --enable-sleep-mode"):
+        start(lamina={"host": {"capacity": "1MiB"}, "push": {}}, sleeps=True)
 
 
 def test_nothing_is_called_while_vllm_warms_up(start: Start) -> None:

@@ -81,6 +81,7 @@ class Worker:
         silent: those that do not call the connector.
         drafts: names of a draft model's layers, which run after it.
         lamina: the connector's configuration.
+        sleeps: whether vLLM may put the worker to sleep.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Worker:
         silent: Sequence[str] = (),
         drafts: Sequence[str] = (),
         lamina: Mapping[str, object] | None = None,
+        sleeps: bool = False,
     ) -> None:
         self.layers, self.silent, self.drafts = tuple(layers), frozenset(silent), tuple(drafts)
         self.compute = Stream("compute")
@@ -106,6 +108,7 @@ class Worker:
                 kv_connector_extra_config=lamina or {"host": {"capacity": "1MiB"}},
             )
         )
+        self._config.model_config = SimpleNamespace(enable_sleep_mode=sleeps)
         cache, self._pages = self._allocate()
         context = self._config.compilation_config.static_forward_context
         for name, view in self._pages.items():

@@ -146,7 +146,7 @@ def test_recomputed_while_the_saves_of_the_failed_step_are_under_way(
     expect_whole(engine, expected)
 
 
-@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "a-step-ahead"])
 @pytest.mark.parametrize("load", [{"mode": "layerwise"}, {"mode": "parked"}, {}])
 def test_one_bad_request_among_good_ones(
     llama: Path,
@@ -154,10 +154,10 @@ def test_one_bad_request_among_good_ones(
     start: Start,
     full_store: Path,
     load: dict[str, object],
-    faults: dict[str, float],
+    asynchronous: bool,
 ) -> None:
     expected = fleet.get(EngineSpec(llama)).generate(ASKS)
-    engine = start(EngineSpec(llama, lamina(full_store, **load), faults=faults))
+    engine = start(EngineSpec(llama, lamina(full_store, **load), asynchronous=asynchronous))
     flip(full_store, range(1, 2), range(CHUNKS + 2, CHUNKS + 3))
     answers = engine.generate(ASKS)
     assert not differences(answers, expected)
@@ -165,7 +165,7 @@ def test_one_bad_request_among_good_ones(
     assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
 
 
-@pytest.mark.parametrize("faults", [{}, {"async_scheduling": 1}], ids=["", "a-step-ahead"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "a-step-ahead"])
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_requests_that_share_a_bad_chunk(
     llama: Path,
@@ -173,13 +173,13 @@ def test_requests_that_share_a_bad_chunk(
     start: Start,
     full_store: Path,
     mode: str,
-    faults: dict[str, float],
+    asynchronous: bool,
 ) -> None:
     """In one step a request may build on blocks that another one loads: both are recomputed."""
     shared = ASKS[0].tokens[: 4 * CHUNK]
     asks = [Ask(shared + prompt(80 + seed, 50 + seed)) for seed in range(4)]
     expected = fleet.get(EngineSpec(llama)).generate(asks)
-    engine = start(EngineSpec(llama, lamina(full_store, mode=mode), faults=faults))
+    engine = start(EngineSpec(llama, lamina(full_store, mode=mode), asynchronous=asynchronous))
     flip(full_store, range(2, 3), range(1, 2))
     assert not differences(engine.generate(asks), expected)
     engine.forget()

@@ -5,6 +5,7 @@ they are without Lamina, and every block that was held is given back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,29 +29,35 @@ def expect_nothing_held(engine: Engine, free_blocks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "faults"),
+    ("load", "faults", "asynchronous"),
     [
-        ({"mode": "layerwise"}, {}),
-        ({"mode": "parked"}, {}),
-        ({}, {"slow_saves": 0.005}),
-        ({"mode": "parked"}, {"slow_saves": 0.005, "slow_loads": 0.01}),
-        ({"mode": "layerwise"}, {"slow_saves": 0.005, "async_scheduling": 1}),
-        ({"mode": "parked"}, {"slow_loads": 0.01, "async_scheduling": 1}),
+        ({"mode": "layerwise"}, {}, True),
+        ({"mode": "parked"}, {}, False),
+        ({}, {"slow_saves": 0.005}, False),
+        ({"mode": "parked"}, {"slow_saves": 0.005, "slow_loads": 0.01}, True),
+        ({"mode": "layerwise"}, {"slow_saves": 0.005}, True),
+        ({"mode": "parked"}, {"slow_loads": 0.01}, True),
     ],
     ids=[
         "layerwise",
         "parked",
         "slow-saves",
         "slow-everything",
-        "a-step-ahead-layerwise",
-        "a-step-ahead-parked",
+        "slow-saves-layerwise",
+        "slow-loads",
     ],
 )
 def test_preemption(
-    llama: Path, fleet: Fleet, start: Start, load: dict[str, object], faults: dict[str, float]
+    llama: Path,
+    fleet: Fleet,
+    start: Start,
+    load: dict[str, object],
+    faults: dict[str, float],
+    asynchronous: bool,
 ) -> None:
     expected = fleet.get(EngineSpec(llama)).generate(CROWD)
-    engine = start(EngineSpec(llama, {**SMALL, "load": load}, TIGHT, faults=faults))
+    spec = EngineSpec(llama, {**SMALL, "load": load}, TIGHT, faults=faults)
+    engine = start(replace(spec, asynchronous=asynchronous))
     free = engine.free_blocks()
     for _ in range(2):
         assert not differences(engine.generate(CROWD), expected)

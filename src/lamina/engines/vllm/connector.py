@@ -71,6 +71,11 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         _log_beside_vllm()
         config = load_config(self._kv_transfer_config.kv_connector_extra_config, os.environ)
         layout.check_supported(vllm_config, kv_cache_config)
+        if vllm_config.model_config.enable_sleep_mode and config.push is not None:
+            raise layout.UnsupportedModel(
+                "push: does not go with --enable-sleep-mode: a sleep takes away the memory that "
+                "the network was told of. Serve without one of them."
+            )
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._moves_rows = False
