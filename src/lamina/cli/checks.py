@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import platform
 import resource
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -193,12 +195,12 @@ def limits() -> Iterator[Finding]:
 def shared_memory(mount: Path) -> Finding:
     """Whether vLLM's processes find room to talk to each other."""
     try:
-        stat = os.statvfs(mount)
+        volume = os.statvfs(mount)
     except OSError as error:
         return Finding(
             str(mount), Verdict.FAILED, f"{error.strerror}", "mount a tmpfs there: vLLM needs it"
         )
-    free = stat.f_bavail * stat.f_frsize
+    free = volume.f_bavail * volume.f_frsize
     if free < MIN_SHARED_MEMORY:
         return Finding(
             str(mount),
@@ -216,12 +218,11 @@ def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
         directory: of the store; it need not exist yet.
         settings: what is configured for it, if anything is.
     """
-    if directory.exists() and not directory.is_dir():
-        yield Finding(
-            "disk store", Verdict.FAILED, f"{directory} is not a directory", "name a directory"
-        )
+    try:
+        there = _nearest_directory(directory)
+    except OSError as error:
+        yield Finding("disk store", Verdict.FAILED, f"{error}", "name a directory")
         return
-    there = next(place for place in (directory, *directory.parents) if place.is_dir())
     if not os.access(there, os.W_OK | os.X_OK):
         yield Finding(
             "disk store",
@@ -237,9 +238,26 @@ def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
     yield _direct_io(there, required=settings is not None and settings.direct is True)
 
 
+def _nearest_directory(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that is there.
+
+    Raises:
+        OSError: if there is something else in its place, or can be nothing.
+    """
+    for place in (directory, *directory.parents):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is not a directory", str(place))
+        return place
+    raise FileNotFoundError(errno.ENOENT, "is not there", str(directory))
+
+
 def _disk_space(there: Path, directory: Path, capacity: int) -> Finding:
-    stat = os.statvfs(there)
-    room = stat.f_bavail * stat.f_frsize
+    volume = os.statvfs(there)
+    room = volume.f_bavail * volume.f_frsize
     with contextlib.suppress(OSError):  # what a store takes already is its own
         room += sum(file.stat().st_blocks * 512 for file in directory.rglob("*"))
     found = f"disk.capacity {_size(capacity)}, room for {_size(room)} in {directory}"

@@ -205,7 +205,7 @@ def push_proxy(
         typer.Option(metavar="URL", help="A decode engine's server. Repeat it for several."),
     ],
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     token: Annotated[
         str | None,
         typer.Option(
@@ -238,7 +238,8 @@ def push_proxy(
         int, typer.Option(metavar="REQUESTS", help="More at a time are turned away with a 503.")
     ] = 1024,
     drain_seconds: Annotated[
-        int, typer.Option(metavar="SECONDS", help="How long requests may go on after SIGTERM.")
+        int,
+        typer.Option(min=0, metavar="SECONDS", help="How long requests may go on after SIGTERM."),
     ] = 30,
 ) -> None:
     """Serve an OpenAI API with prefill engines that push to decode engines.

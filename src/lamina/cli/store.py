@@ -68,7 +68,7 @@ def verify(path: Store) -> None:
         with disk_lock.hold(path, sorted({shard.rank for shard in shards})):
             damage = _verify_all(console, shards)
     for line in damage[:_SHOWN]:
-        console.print(line, style="red", soft_wrap=True, highlight=False)
+        console.print(line, style="red", markup=False, soft_wrap=True, highlight=False)
     if len(damage) > _SHOWN:
         console.print(f"... and {len(damage) - _SHOWN} more", style="red")
     if damage:
@@ -93,10 +93,10 @@ def clear(
         if not yes:
             typer.confirm(f"Delete {_size(size)} of KV cache in {path}?", abort=True)
         left = disk_store.clear(path)
-        console.print(f"Deleted {_size(size)} in {path}.", soft_wrap=True)
+        console.print(f"Deleted {_size(size)} in {path}.", markup=False, soft_wrap=True)
         if left:
             names = ", ".join(file.name for file in left)
-            console.print(f"Left alone, as not Lamina's: {names}", soft_wrap=True)
+            console.print(f"Left alone, as not Lamina's: {names}", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -104,14 +104,15 @@ def _errors(console: Console) -> Iterator[None]:
     try:
         yield
     except (StoreError, OSError) as error:
-        console.print(str(error), style="red", soft_wrap=True, highlight=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
 
 
 def _inspect(console: Console, store: Path) -> None:
     disk_store.check_format(store)
     shards = disk_store.shards(store)
-    console.print(f"{store}: {_size(sum(shard.disk_bytes() for shard in shards))}", soft_wrap=True)
+    size = _size(sum(shard.disk_bytes() for shard in shards))
+    console.print(f"{store}: {size}", markup=False, soft_wrap=True)
     namespaces = [[*found] for _, found in groupby(shards, key=lambda shard: shard.directory)]
     said = [disk_store.description(ranks[0]) for ranks in namespaces]
     for ranks, description, different in zip(namespaces, said, _differences(said), strict=True):
@@ -154,7 +155,7 @@ def _inspect_namespace(
         )
     console.print(table)
     for note in notes:
-        console.print(note, style="red", soft_wrap=True, highlight=False)
+        console.print(note, style="red", markup=False, soft_wrap=True, highlight=False)
 
 
 def _verify_all(console: Console, shards: list[Shard]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lamina.geometry import CacheGeometry
 from lamina.observe.timeline import Timeline
 from lamina.plan import TierName
 from lamina.push.transports.base import Transport
+
+log = logging.getLogger("lamina.data")
 
 Sources = Callable[
     [HostTier, ShardReader | None, Mover, CacheGeometry], Mapping[TierName, RowSource]
@@ -58,7 +61,6 @@ def assemble(
         OSError: if there is no such amount of memory.
     """
     mover = make_mover(geometry, allocations)
-    timeline = config.observe.timeline
     tiers = replicas.open_tiers(geometry, mover, config.host.capacity_bytes(slabs), place)
     return Executor(
         rank=rank,
@@ -70,8 +72,20 @@ def assemble(
         sources=sources(tiers.host, tiers.disk, mover, geometry),
         follows=replicas.follows,
         push=push,
-        timeline=None if timeline is None else Timeline(_of_rank(timeline, rank)),
+        timeline=_open_timeline(config.observe.timeline, rank),
     )
+
+
+def _open_timeline(path: Path | None, rank: int) -> Timeline | None:
+    if path is None:
+        return None
+    file = _of_rank(path, rank)
+    try:
+        file.open("ab").close()  # it is written at the end, hours from now
+    except OSError as error:
+        log.warning("observe.timeline: nothing is recorded: %s", error)
+        return None
+    return Timeline(file)
 
 
 def _of_rank(path: Path, rank: int) -> Path:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from lamina.data.tiers.disk import DiskTier
+from lamina.data.tiers.disk_lock import StoreLost
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
 from lamina.observe.timeline import Lane, Timeline
@@ -85,7 +86,8 @@ class DiskWriter:
             self._disk.commit([(order.disk_slot, order.key) for order in orders])
         except Exception as error:
             reason = type(error).__name__
-            if reason not in self._complained:
+            # That the store is lost was said by the tier.
+            if reason not in self._complained and not isinstance(error, StoreLost):
                 self._complained.add(reason)
                 log.warning("cannot write to the disk tier, loads go on without it: %s", error)
         seconds = time.perf_counter() - began

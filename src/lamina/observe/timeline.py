@@ -7,12 +7,15 @@ Perfetto); the bench draws them. When no recorder is configured nothing is measu
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("lamina.observe")
 
 
 class Lane(StrEnum):
@@ -74,7 +77,7 @@ class Timeline:
         return list(self._spans)
 
     def write(self) -> None:
-        """Write a Chrome trace to the path given, if one was."""
+        """Write a Chrome trace to the path given, if one was. That it cannot be written is said."""
         if self._path is None:
             return
         lanes = {lane: index for index, lane in enumerate(Lane)}
@@ -95,7 +98,10 @@ class Timeline:
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": lane.value}}
             for lane, i in lanes.items()
         ]
-        self._path.write_text(json.dumps({"traceEvents": names + events}))
+        try:
+            self._path.write_text(json.dumps({"traceEvents": names + events}))
+        except OSError as error:
+            log.warning("observe.timeline: the trace is lost: %s", error)
 
 
 def read_trace(path: Path) -> list[Span]:

@@ -64,7 +64,7 @@ class DiskTier(DiskShard):
         if capacity < chunk:
             raise ValueError(
                 f"disk.capacity: {capacity} bytes for each rank is less than one chunk, which "
-                f"takes {chunk} bytes on disk"
+                f"takes {chunk} bytes on disk: use at least that, or smaller chunks (chunk_tokens)"
             )
         layout = ShardLayout(tuple(extent_bytes), capacity // chunk)
         size = layout.slots * chunk

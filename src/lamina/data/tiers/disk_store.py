@@ -130,6 +130,7 @@ def check_format(path: Path) -> None:
     Raises:
         StoreError: if it is not.
     """
+    _require_access(path)
     found = _read(path / _STORE_FILE)
     if found.get("format") != FORMAT_NAME:
         raise StoreError(
@@ -160,6 +161,7 @@ def require_store(path: Path) -> None:
     Raises:
         StoreError: if it is not.
     """
+    _require_access(path)
     if not is_store(path):
         raise StoreError(f"{path} is not a Lamina disk store")
 
@@ -347,6 +349,22 @@ def _remove_if_empty(namespace: Path) -> None:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             namespace.rmdir()
+
+
+def _require_access(path: Path) -> None:
+    """Make sure that a store, if there is one, is this user's to read.
+
+    Raises:
+        StoreError: if it is not.
+    """
+    try:
+        (path / _STORE_FILE).open("rb").close()
+    except PermissionError as error:
+        raise StoreError(
+            f"disk.path: {error.filename} may not be read by this user: a store is its owner's"
+        ) from error
+    except OSError:
+        pass  # there is none
 
 
 def _read(file: Path) -> dict[str, object]:

@@ -33,7 +33,8 @@ class HostTier:
         if slots < 1:
             raise ValueError(
                 f"host.capacity: {capacity} bytes for this rank is less than one chunk of "
-                f"{geometry.chunk_bytes} bytes ({geometry.chunk_tokens} tokens)"
+                f"{geometry.chunk_bytes} bytes ({geometry.chunk_tokens} tokens): use at least "
+                "that, or smaller chunks (chunk_tokens)"
             )
         self.slots = slots
         bases, end = [], 0

@@ -84,20 +84,29 @@ class Settings:
         for name, given in (("prefill", self.prefill), ("decode", self.decode)):
             if not given:
                 yield f"there is no {name} engine: give at least one --{name}"
-        urls = [*(address.url for address in self.prefill), *self.decode]
-        for url in urls:
-            yield from _url_problems(url)
         for address in self.prefill:
-            yield from _push_problems(address.push)
+            yield from (f"--prefill: {problem}" for problem in _url_problems(address.url))
+            yield from (f"--prefill: {problem}" for problem in _push_problems(address.push))
+        for url in self.decode:
+            yield from (f"--decode: {problem}" for problem in _url_problems(url))
+        urls = [*(address.url for address in self.prefill), *self.decode]
         given_twice = Counter([*urls, *(address.push for address in self.prefill)])
-        yield from (f"{name} is given twice" for name, n in given_twice.items() if n > 1)
-        for secret, name in ((self.token, "token"), (self.engine_key, "engine key")):
+        yield from (
+            f"--prefill, --decode: {name} is given twice"
+            for name, n in given_twice.items()
+            if n > 1
+        )
+        for secret, name, where in (
+            (self.token, "token", "--token or LAMINA_PUSH_TOKEN"),
+            (self.engine_key, "engine key", "--engine-key or LAMINA_PUSH_ENGINE_KEY"),
+        ):
             if secret is not None and not (secret.isascii() and secret.isprintable() and secret):
-                yield f"the {name} is empty or has characters that no HTTP header may have"
+                yield f"{where}: the {name} is empty or has characters that no HTTP header may have"
         for number in fields(self):
             value = getattr(self, number.name)
             if isinstance(value, (int, float)) and not value > 0:
-                yield f"{number.name} is {value}, and must be more than 0"
+                flag = number.name.replace("_", "-")
+                yield f"--{flag}: {number.name} is {value}, and must be more than 0"
 
 
 def _url_problems(url: str) -> Iterator[str]:

@@ -1,0 +1,169 @@
+"""Guards that whatever a person can get wrong is answered with the key, flag, variable or path that
+is wrong, and never with a traceback."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from typer.testing import CliRunner
+
+from lamina.cli.main import app, push_proxy
+from lamina.config import ConfigError, load_config, table
+from lamina.observe.timeline import Timeline
+
+ROWS = [line.strip("| ").split(" | ") for line in table().splitlines()[2:]]
+LEAVES = [row[0].strip("`") for row in ROWS if row[1] != "null or the keys below"]
+SECTIONS = sorted({key.rpartition(".")[0] for key in LEAVES})
+WRONG: list[object] = [[], {"a": 1}, -1, math.nan, "", "  ", 10**400, object(), b"x", ["auto"]]
+
+
+def problems(key: str, value: object) -> tuple[str, ...]:
+    """What is wrong with a tree in which only this is given."""
+    tree: object = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    assert isinstance(tree, dict)
+    try:
+        load_config(tree, {})
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_every_key_is_named_with_what_would_be_right(key: str) -> None:
+    (words,) = [row[1] for row in ROWS if row[0].strip("`") == key]
+    for value in WRONG:
+        (problem, *others) = problems(key, value)
+        if others:  # what its section also needs
+            (problem,) = [line for line in (problem, *others) if "is required" not in line]
+        assert problem.startswith(f"{key}: must be ")
+        assert words in problem or "at most" in problem or "below 2^63" in problem
+        assert "\n" not in problem
+        assert len(problem) < 400
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_unknown_key_is_named_with_those_that_are_meant(section: str) -> None:
+    key = f"{section}.nonsense" if section else "nonsense"
+    (problem,) = [line for line in problems(key, 1) if "is required" not in line]
+    assert problem.startswith(f"{key}: unknown key; ")
+    assert any(leaf in problem for leaf in LEAVES)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def odd_paths(directory: Path) -> dict[str, Path]:
+    """Paths that people give by mistake."""
+    paths = {
+        "missing": directory / "missing",
+        "directory": directory / "there",
+        "binary": directory / "binary",
+        "empty": directory / "empty",
+        "markup": directory / "[" / "b] [bold]",
+        "loop": directory / "loop",
+        "dangling": directory / "dangling",
+        "long": Path("/" + "x" * 5000),
+        "device": Path("/dev/null"),
+        "below a file": directory / "empty" / "store",
+    }
+    paths["directory"].mkdir()
+    paths["markup"].mkdir(parents=True)
+    paths["binary"].write_bytes(bytes(range(256)))
+    paths["empty"].touch()
+    paths["loop"].symlink_to(paths["loop"])
+    paths["dangling"].symlink_to(directory / "nowhere")
+    return paths
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("explain",),
+        ("inspect",),
+        ("verify",),
+        ("clear", "--yes"),
+        ("doctor", "--path"),
+        ("doctor", "--config"),
+    ],
+    ids=" ".join,
+)
+def test_no_path_makes_a_command_stumble(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.cli.checks.software", lambda: iter(()))
+    for name, path in odd_paths(tmp_path).items():
+        result = CliRunner().invoke(app, [*command, str(path)])
+        assert isinstance(result.exception, SystemExit | None), name
+        assert result.exit_code in {0, 1}, name
+        if result.exit_code:
+            assert path.name[:50] in result.output.replace("\n", ""), name
+
+
+def test_a_store_of_another_user_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lamina-store.json").write_text("{}")
+
+    def forbidden(*arguments: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "lamina-store.json"))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    for verb in ("inspect", "verify", "clear"):
+        result = CliRunner().invoke(app, [verb, str(tmp_path)])
+        assert result.exit_code == 1
+        assert "may not be read by this user" in result.output
+
+
+def proxy_numbers() -> list[str]:
+    """Options of the proxy that take a number."""
+    hints = get_type_hints(push_proxy)
+    return [f"--{name.replace('_', '-')}" for name, kind in hints.items() if kind in {int, float}]
+
+
+@pytest.mark.parametrize("option", proxy_numbers())
+@pytest.mark.parametrize("value", ["-1", "nan", "many", "99999999999999999999"])
+def test_every_number_of_the_proxy_is_named(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: None)
+    engines = ("--prefill", "http://p:1,p:7000", "--decode", "http://d:1")
+    result = CliRunner().invoke(app, ["push-proxy", *engines, f"{option}={value}"])
+    if value.startswith("9") and result.exit_code == 0:
+        return  # a long time, or many requests
+    assert result.exit_code == 2
+    assert option in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("--prefill", "p,p:7", "--decode", "http://d"), "--prefill:"),
+        (("--prefill", "http://p,x", "--decode", "http://d"), "--prefill:"),
+        (("--prefill", "http://p,p:7", "--decode", "d"), "--decode:"),
+        (("--prefill", "http://p,p:7", "--decode", "http://d", "--token", ""), "--token"),
+        (("--prefill", "http://p,p:7", "--decode", "http://d", "--engine-key", "\n"), "--engine-k"),
+    ],
+)
+def test_every_text_of_the_proxy_is_named(arguments: tuple[str, ...], flag: str) -> None:
+    result = CliRunner().invoke(app, ["push-proxy", *arguments])
+    assert result.exit_code == 2
+    assert flag in result.output
+
+
+# -- what is written down ------------------------------------------------------------------------
+
+
+def test_a_trace_that_cannot_be_written_is_said_and_takes_nobody_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        Timeline(tmp_path).write()
+    assert "observe.timeline" in caplog.text
+    assert os.strerror(21) in caplog.text
