@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import runpy
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lamina.data.tiers.disk import DiskTier
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "tiny_engine.py"
 QUESTIONS = [[(7 * i + j) % 1000 for j in range(100 + 20 * i)] for i in range(6)]
@@ -52,3 +55,22 @@ def test_what_is_on_disk_is_found_by_the_next_engine(
     assert engine.generate(QUESTIONS) == first
     assert engine.computed < 0.2 * computed
     engine.lamina.close()
+
+
+def test_an_engine_that_a_thread_of_its_own_lets_go_of_gives_its_store_back(
+    example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector ends an engine on whatever thread it runs."""
+    store = str(tmp_path / "store")
+    settings = {"host": {"capacity": "1MiB"}, "disk": {"path": store, "capacity": "16MiB"}}
+    engine = example["TinyEngine"](settings)
+    ended = threading.Event()
+
+    def collect(*arguments: object) -> None:
+        engine.lamina.close()
+        ended.set()
+
+    monkeypatch.setattr(DiskTier, "drop", collect)
+    engine.lamina._executor._writer.drop([0])
+    assert ended.wait(60), "it waits for itself"
+    example["TinyEngine"](settings).lamina.close()

@@ -117,8 +117,8 @@ class DiskConfig(Section):
         "time.",
     )
     capacity: Annotated[int, SIZE] = Field(
-        description="Bytes of disk that each rank keeps chunks in; reserved at the start, where the "
-        "file system can.",
+        description="Bytes of disk that each rank keeps chunks in; reserved at the start, where "
+        "the file system can.",
     )
     direct: Annotated[bool | Auto, FLAG.auto()] = Field(
         default="auto",

@@ -262,9 +262,20 @@ class Standalone:
 
     def close(self) -> None:
         """The engine ends: let what is under way come to its end, and release everything. A step
-        that has begun and not ended leaves nothing visible. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._executor.close()
-            self._notebook.close(self._planner.costs)
-            self._ranks.close()
+        that has begun and not ended leaves nothing visible. A second call does nothing.
+
+        The garbage collector may call this on any thread. One of Lamina's own cannot wait for
+        itself, and may be inside of a lock; so it returns at once there, and another one goes on.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if threading.current_thread().name.startswith("lamina-"):
+            threading.Thread(target=self._close, name="lamina-close").start()
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._executor.close()
+        self._notebook.close(self._planner.costs)
+        self._ranks.close()
