@@ -54,7 +54,7 @@ def test_neighbouring_chunks_get_neighbouring_slots() -> None:
 def test_the_least_recently_used_chunk_is_evicted() -> None:
     tier = TierCatalog(TierName.HOST, 3)
     fill(tier, 1, 2, 3)
-    tier.touch([key(1)])
+    tier.touch(key(1))
     tier.reserve(key(4))
     assert [tier.find(key(n)) is not None for n in (1, 2, 3)] == [True, False, True]
     assert (tier.evictions, tier.losses) == (1, 1)
@@ -63,7 +63,7 @@ def test_the_least_recently_used_chunk_is_evicted() -> None:
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     tier = TierCatalog(TierName.HOST, 3)
     fill(tier, 1, 2, 3)
-    tier.touch([key(1), key(2), key(3)])
+    Catalog(tier, None).note_use([[key(1), key(2), key(3)]])
     tier.reserve(key(4))
     assert tier.find(key(3)) is None
     assert tier.find(key(1)) is not None

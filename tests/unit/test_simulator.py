@@ -172,14 +172,14 @@ def salts_are_not_looked_at(patch: Patch) -> None:
 
 
 def more_is_saved_than_is_allowed(patch: Patch) -> None:
-    order = SavePlanner._order_save
+    refusal = SavePlanner._refusal
 
-    def unbounded(saving: SavePlanner, *arguments: object) -> str | None:
+    def unbounded(saving: SavePlanner) -> str | None:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(saving._transfers, "bytes_in_flight", lambda kind: 0)
-            return order(saving, *arguments)  # type: ignore[arg-type]
+            return refusal(saving)
 
-    patch.setattr(SavePlanner, "_order_save", unbounded)
+    patch.setattr(SavePlanner, "_refusal", unbounded)
 
 
 def requests_that_end_while_loading_are_kept(patch: Patch) -> None:

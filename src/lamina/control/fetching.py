@@ -3,12 +3,14 @@
 It then comes back at the speed of memory, and in the step itself if that is best. Fetches have the
 lowest priority: a rank does one at a time, behind every load, and few are ordered ahead. A request
 that gets its blocks, or ends, is not fetched for any more; what is on its way arrives all the same.
+
+A queue of any length costs a plan the same: each request is searched once, first come first served,
+a bounded number of chunks a plan, and one that needs nothing is not looked at again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
@@ -23,19 +25,13 @@ LARGEST_SHARE = 2
 that those who come last do not push out what was fetched for the first."""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A request that waits for its blocks.
+LOOKS = 256
+"""Chunks of waiting requests that are looked at for one plan: up to a quarter of a millisecond."""
 
-    Attributes:
-        record: the request.
-        needed: what it will load, as far as that was not looked at; None before the first look.
-        fetched: slots of the host that were filled for it.
-    """
+LOOKS_OF_A_SEARCH = 16
+"""To begin and to end the search for one request takes as long as so many looks."""
 
-    record: RequestRecord
-    needed: Iterator[Location] | None = None
-    fetched: int = 0
+Search = Iterator[Location | None]
 
 
 class FetchPlanner:
@@ -47,7 +43,7 @@ class FetchPlanner:
         transfers: all transfers of the engine.
         breakers: which tiers are in use.
         meter: where figures go.
-        needed: gives what a request without any tokens in the engine would load.
+        search: looks for what a request must get from below host memory, chunk by chunk.
         chunk_bytes: bytes of one chunk, all ranks that keep it.
         ranks: how many those are; the bound of the configuration is for each.
     """
@@ -59,7 +55,7 @@ class FetchPlanner:
         transfers: TransferTable,
         breakers: Breakers,
         meter: Meter,
-        needed: Callable[[RequestRecord], Iterable[Location]],
+        search: Callable[[RequestRecord], Search],
         *,
         chunk_bytes: int,
         ranks: int,
@@ -71,9 +67,12 @@ class FetchPlanner:
         self._transfers = transfers
         self._breakers = breakers
         self._meter = meter
-        self._needed = needed
+        self._search = search
         self._chunk_bytes = chunk_bytes
-        self._waiting: dict[str, _Waiting] = {}
+        self._searches: dict[str, Search] = {}
+        # Slots of the host that were filled for each request that waits, and for all of them.
+        self._fetched: dict[str, int] = {}
+        self._in_use = 0
         self._asked: list[tuple[str, Location]] = []
 
     @property
@@ -85,16 +84,18 @@ class FetchPlanner:
     def expect(self, record: RequestRecord) -> None:
         """A request waits for its blocks."""
         if self.enabled:
-            self._waiting[record.view.request_id] = _Waiting(record)
+            self._fetched.setdefault(record.view.request_id, 0)
+            self._searches[record.view.request_id] = self._search(record)
 
-    def look_again(self, request_id: str) -> None:
+    def look_again(self, record: RequestRecord) -> None:
         """What a waiting request will load is something else from now on."""
-        if (waiting := self._waiting.get(request_id)) is not None:
-            waiting.needed = None
+        if record.view.request_id in self._fetched:
+            self._searches[record.view.request_id] = self._search(record)
 
     def forget(self, request_id: str) -> None:
         """A request has its blocks, or has ended: no more is fetched for it."""
-        self._waiting.pop(request_id, None)
+        self._searches.pop(request_id, None)
+        self._in_use -= self._fetched.pop(request_id, 0)
 
     def ask(self, request_id: str, place: Location) -> None:
         """Fetch one chunk with the next plan, whoever waits, if there is room for it then."""
@@ -116,29 +117,29 @@ class FetchPlanner:
         """
         asked = self._asked.copy()
         self._asked.clear()
-        if not (self._waiting or asked) or not self._breakers.loads(TierName.DISK).closed:
+        if not (self._searches or asked) or not self._breakers.loads(TierName.DISK).closed:
             return ()
-        room = self._catalog.host.slots // LARGEST_SHARE
-        room -= sum(waiting.fetched for waiting in self._waiting.values())
         orders: list[FetchOrder] = []
         for request_id, wanted in asked:
             order = self._fetch(request_id, wanted, step, now) if self._may_fetch else None
             if order is not None:
                 orders.append(order)
-        for waiting in self._waiting.values():
-            if room <= 0 or not self._may_fetch:
-                break
-            if waiting.needed is None:
-                waiting.needed = iter(self._look(waiting.record))
-            while room > 0 and self._may_fetch:
-                place = next(waiting.needed, None)
-                if place is None:
+        room, looks = self._catalog.host.slots // LARGEST_SHARE, LOOKS
+        while looks > 0 and self._searches and self._in_use < room and self._may_fetch:
+            request_id, search = next(iter(self._searches.items()))
+            for place in search:
+                looks -= 1
+                if place is not None or looks <= 0:
                     break
-                order = self._fetch(waiting.record.view.request_id, place, step, now)
-                if order is not None:
-                    waiting.fetched += 1
-                    room -= 1
-                    orders.append(order)
+            else:  # all of it was looked at
+                del self._searches[request_id]
+                looks -= LOOKS_OF_A_SEARCH
+                continue
+            order = self._fetch(request_id, place, step, now) if place is not None else None
+            if order is not None:
+                self._fetched[request_id] += 1
+                self._in_use += 1
+                orders.append(order)
         return tuple(orders)
 
     @property
@@ -146,18 +147,13 @@ class FetchPlanner:
         in_flight = self._transfers.bytes_in_flight(Kind.FETCH)
         return not in_flight or in_flight + self._chunk_bytes <= self._bound
 
-    def _look(self, record: RequestRecord) -> list[Location]:
-        """What must be fetched for a request. What the host has of it is not given up meanwhile,
-        if that can be helped."""
-        needed = list(self._needed(record))
-        self._catalog.host.touch([place.key for place in needed])
-        return [place for place in needed if place.tier is TierName.DISK]
-
     def _fetch(self, request_id: str, place: Location, step: int, now: float) -> FetchOrder | None:
         host, disk = self._catalog.host, self._catalog.disk
         assert disk is not None
         if host.holds(place.key) or not self._catalog.held(place):
             return None
+        if disk.is_leased(place.slot):
+            return None  # a load reads it, and the host gets it from the engine afterwards
         slot = host.reserve(place.key)
         if slot is None:
             return None
@@ -183,8 +179,9 @@ class FetchPlanner:
             self._catalog.publish(target)
             self._meter.count("fetch_bytes", transfer.moved_bytes)
             return
-        if (waiting := self._waiting.get(transfer.request_id)) is not None:
-            waiting.fetched -= 1
+        if self._fetched.get(transfer.request_id):
+            self._fetched[transfer.request_id] -= 1
+            self._in_use -= 1
         self._catalog.give_back(target, poisoned=transfer.poisoned)
         self._catalog.drop_bad(transfer.chunks, transfer.bad_chunks)
         self._meter.count("failures", 1, kind=f"fetch_{transfer.reason or 'poisoned'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 from lamina.control.breakers import Breakers
@@ -92,12 +92,25 @@ class HitFinder:
     def _last_boundary(self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int) -> int:
         """The last boundary up to ``end`` at which every window and state is there that a request
         with the first ``floor`` tokens lacks; ``floor`` or less if there is none."""
+        search = self._search_boundary(groups, floor, end)
+        while True:
+            try:
+                next(search)
+            except StopIteration as found:
+                boundary: int = found.value
+                return boundary
+
+    def _search_boundary(
+        self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int
+    ) -> Generator[None, None, int]:
+        """:meth:`_last_boundary`, chunk by chunk."""
         chunk, held = self._shape.chunk_tokens, self._catalog.finder()
         while end > floor:
             gap = -1
             for group in self._shape.sparse:
                 first = self._first_chunk(group, floor, end)
                 for index in range((end - 1) // chunk, first - 1, -1):
+                    yield
                     if held(groups[group][index]) is None:
                         gap = max(gap, index)
                         break
@@ -138,10 +151,54 @@ class HitFinder:
             if found.end_chunk < len(keys)
         )
 
-    def needed(self, record: RequestRecord) -> list[Location]:
-        """Where everything is that a request would load that has no tokens in the engine."""
-        found = self.find(record, 0)
-        return [chunk.place for chunk in self.chunks(record.known_keys(), 0, found.tokens)]
+    def search(self, record: RequestRecord) -> Iterator[Location | None]:
+        """Look for what a request would load that has no tokens in the engine, chunk by chunk, so
+        that whoever asks can stop at any of them and go on in a later step.
+
+        What host memory has of it is used, last chunk first, so that it is not given up before the
+        request runs, if that can be helped.
+
+        Returns:
+            For every look at a chunk, where it is if the host has yet to get it; else None.
+        """
+        shape, chunk, host = self._shape, self._shape.chunk_tokens, self._catalog.host
+        groups = record.known_keys()
+        usable = record.view.num_tokens - record.view.recompute_tokens
+        usable = max(0, usable) // shape.resume_tokens * shape.resume_tokens
+        end = yield from self._search_prefix(groups, min(len(groups[0]), -(-usable // chunk)))
+        firsts = [0] * len(groups)
+        if shape.sparse:
+            tokens = min(end * chunk, usable)
+            tokens = yield from self._search_boundary(groups, 0, tokens)
+            if tokens <= 0:
+                return
+            end = -(-tokens // chunk)
+            firsts = [self._first_chunk(group, 0, tokens) for group in range(len(groups))]
+            for keys, first in zip(groups, firsts, strict=True):
+                for key in keys[first:end]:
+                    yield None if host.holds(key) else self._catalog.locate(key)
+        for index in range(end - 1, min(firsts) - 1, -1):
+            for keys, first in zip(groups, firsts, strict=True):
+                if index >= first:
+                    host.touch(keys[index])
+                    yield None
+
+    def _search_prefix(
+        self, groups: Sequence[Sequence[ChunkKey]], end: int
+    ) -> Generator[Location | None, None, int]:
+        """The first chunk that is missing of a group that needs all of a prefix, ``end`` at most.
+        Where there are other groups, it is yet to be found out what is needed."""
+        shape, holds = self._shape, self._catalog.host.holds
+        for index in range(end if shape.full else 0):
+            for group in shape.full:
+                key = groups[group][index]
+                if holds(key):
+                    yield None
+                elif (place := self._catalog.locate(key)) is not None:
+                    yield None if shape.sparse else place
+                else:
+                    return index
+        return end
 
     def reuse(self, record: RequestRecord, end: int) -> None:
         """Note that the first ``end`` tokens of a request were found, wherever.
@@ -156,11 +213,4 @@ class HitFinder:
         if last < 0 or not any(tier.is_passed(keys[last]) for tier in tiers for keys in groups):
             return
         firsts = [self._first_chunk(group, 0, end) for group in range(len(groups))]
-        keys = [
-            groups[group][index]
-            for index in range(min(firsts), last + 1)
-            for group, first in enumerate(firsts)
-            if index >= first
-        ]
-        for tier in tiers:
-            tier.share(keys)
+        self._catalog.note_reuse(groups, firsts, last + 1)

@@ -180,7 +180,7 @@ class Planner:
             self._transfers,
             self._breakers,
             meter,
-            self._hits.needed,
+            self._hits.search,
             chunk_bytes=self._kept_bytes,
             ranks=len(kept),
         )
@@ -194,6 +194,7 @@ class Planner:
                 config.push, config.breaker, shape, self._transfers, self._leases, meter, clock
             )
         self._requests: dict[str, RequestRecord] = {}
+        self._active: set[str] = set()  # admitted and not ended
         self._queued = 0
         self._step = 0
 
@@ -222,12 +223,13 @@ class Planner:
         record = self._requests.get(view.request_id)
         if record is not None and record.admitted and not record.ended:
             record.new_epoch()
+            self._active.discard(view.request_id)
         record = self._record_of(view)
         hit = self._loading.lookup(
             record,
             floor,
             declined=declined,
-            others_active=self._others_active(view.request_id),
+            others_active=bool(self._active),
             now=self._clock.now,
         )
         record.story.pushed = 0
@@ -245,7 +247,7 @@ class Planner:
         ):
             # Weights, or an adapter, were loaded anew while the request waited.
             record.rename(self._chain_of(view))
-            self._fetching.look_again(view.request_id)
+            self._fetching.look_again(record)
         record.view = view
         return record
 
@@ -281,6 +283,7 @@ class Planner:
         if record.admitted:
             return
         record.admitted = record.fresh = True
+        self._active.add(request_id)
         self._fetching.forget(request_id)
         story = record.story
         if self._on_decision is not None and record.decision is not None:
@@ -317,13 +320,6 @@ class Planner:
         """Tokens of the request's load by the tier they come from."""
         return dict(self._requests[request_id].story.taken)
 
-    def _others_active(self, request_id: str) -> bool:
-        return any(
-            record.admitted and not record.ended
-            for name, record in self._requests.items()
-            if name != request_id
-        )
-
     # -- the step --------------------------------------------------------------------------
 
     def plan_step(
@@ -343,6 +339,7 @@ class Planner:
         """
         now = self._clock.tick()
         chunk = self._shape.chunk_tokens
+        self._catalog.bring_up_to_date()
         # First, because a hit needs one, and it is gone with the step.
         self._saving.order_postponed(step=self._step, now=now)
         for state in states:
@@ -478,12 +475,11 @@ class Planner:
         if record is None:
             return
         self._fetching.forget(request_id)
+        self._active.discard(request_id)
         if computed >= record.view.num_prompt_tokens:
             self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
-        keys = [key for chunk in zip(*record.chain.groups, strict=True) for key in chunk]
-        for tier in self._catalog.tiers.values():
-            tier.touch(keys, passed=len(keys) - len(record.chain.groups))
+        self._catalog.note_use(record.chain.groups)
         self._saving.order_postponed(
             step=self._step, now=self._clock.now, ended=record, computed=computed
         )

@@ -112,18 +112,22 @@ class SavePlanner:
         end = self._complete_chunks(record, computed)
         if end <= record.next_save or record.barred:
             return 0
+        if record.held_back == record.next_save and self._refusal() is not None:
+            return end - record.next_save  # as before, and nothing of it was looked at
         keys = record.known_keys()
         tables: dict[int, Sequence[int]] = {}
         for index in range(record.next_save, end):
             for group in self._shape.paged:
                 if not self._wanted(record, keys[group][index]):
                     continue
-                if group not in tables:
-                    tables[group] = blocks_of(group)
-                blocks = self._chunk_blocks(tables[group], group, index)
-                if self._shape.null_block in blocks:
-                    continue  # fallen out of a window before there was room
-                refusal = self._order_save(record, keys[group][index], blocks, group, step, now)
+                refusal = self._refusal()
+                if refusal is None:
+                    if group not in tables:  # long, and made anew whenever it is asked for
+                        tables[group] = blocks_of(group)
+                    blocks = self._chunk_blocks(tables[group], group, index)
+                    if self._shape.null_block in blocks:
+                        continue  # fallen out of a window before there was room
+                    refusal = self._order_save(record, keys[group][index], blocks, group, step, now)
                 if refusal is not None:
                     if record.held_back != index:
                         record.held_back = index
@@ -258,6 +262,14 @@ class SavePlanner:
             return False
         return key in record.promote or not self._catalog.keeps(key)
 
+    def _refusal(self) -> str | None:
+        """Why no save may be ordered now; None if one may."""
+        if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
+            return "max_inflight"
+        if not self._breakers.fills(TierName.HOST).allows:
+            return "tier_out_of_use"
+        return None if self._catalog.host.has_room else "host_in_use"
+
     def _order_save(
         self,
         record: RequestRecord,
@@ -267,10 +279,8 @@ class SavePlanner:
         step: int,
         now: float,
     ) -> str | None:
-        if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._save_bound:
-            return "max_inflight"
-        if not self._breakers.fills(TierName.HOST).allows:
-            return "tier_out_of_use"
+        if (refusal := self._refusal()) is not None:
+            return refusal
         slot = self._catalog.host.reserve(key)
         if slot is None:
             return "host_in_use"
