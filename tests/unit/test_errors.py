@@ -3,9 +3,12 @@ is wrong, and never with a traceback."""
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
 
@@ -167,3 +170,69 @@ def test_a_trace_that_cannot_be_written_is_said_and_takes_nobody_down(
         Timeline(tmp_path).write()
     assert "observe.timeline" in caplog.text
     assert os.strerror(21) in caplog.text
+
+
+# -- what engines and tiers refuse ---------------------------------------------------------------
+
+SOURCE = Path(__file__).parents[2] / "src" / "lamina"
+REFUSING = [
+    "control/catalog.py",
+    "control/planner.py",
+    "data/movers/host_memory.py",
+    "data/tiers/disk.py",
+    "data/tiers/disk_lock.py",
+    "data/tiers/disk_store.py",
+    "data/tiers/host.py",
+    "engines/standalone.py",
+    "engines/transformers/layout.py",
+    "engines/vllm/layout.py",
+    "engines/vllm/scheduler_side.py",
+    "engines/vllm/wire.py",
+]
+"""Modules whose errors stop a start."""
+
+NOBODYS = (
+    "a copy from host memory failed under",
+    "already holds chunk",
+    "no rank has reported its tiers",
+    "a namespace's fingerprint is hexadecimal",
+    "host memory of ",
+    "host memory was closed",
+    "the checkpoint changed while the engine was starting",
+)
+"""What no setting is at fault for: mistakes in the code, and events."""
+
+NAMED = re.compile(
+    r"--[a-z][a-z-]+|\b[A-Z]+(?:_[A-Z]+)+\b|attach\(|page_size|MultiConnector|\b(?:"
+    + "|".join(map(re.escape, [*LEAVES, "push", "disk"]))
+    + r")\b"
+)
+
+
+def words(argument: ast.AST) -> str:
+    """What is written in an expression; what is put in by a key's name counts as that."""
+    match argument:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.FormattedValue(value=ast.Name(id="key")):
+            return LEAVES[0]
+    return "".join(map(words, ast.iter_child_nodes(argument)))
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """Where each error is raised, and the text that it is raised with, without what is put in."""
+    for module in REFUSING:
+        for node in ast.walk(ast.parse((SOURCE / module).read_text())):
+            match node:
+                case ast.Raise(exc=ast.Call(func=ast.Name(), args=arguments)):
+                    text = "".join(map(words, arguments))
+                case _:
+                    continue
+            if text and not any(known in text for known in NOBODYS):
+                yield f"{module}:{node.lineno}", text
+
+
+def test_every_refusal_names_what_a_person_can_change() -> None:
+    found = dict(refusals())
+    assert len(found) > 25
+    assert {where: text for where, text in found.items() if not NAMED.search(text)} == {}

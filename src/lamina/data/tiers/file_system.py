@@ -11,9 +11,6 @@ from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_KEEP_SIZE = 1
-"""The kernel's ``FALLOC_FL_KEEP_SIZE``."""
-
 
 class Trait(Enum):
     """What is special about a file system."""
@@ -104,7 +101,7 @@ def reserve(file: int, size: int) -> bool:
     """
     # The C library would write to every block instead, which takes hours and, where blocks are
     # written anew each time, reserves nothing.
-    if _fallocate(file, _KEEP_SIZE, 1) == errno.EOPNOTSUPP:
+    if _fallocate(file, 1) == errno.EOPNOTSUPP:
         return False
     try:
         os.posix_fallocate(file, 0, size)
@@ -115,10 +112,10 @@ def reserve(file: int, size: int) -> bool:
     return True
 
 
-def _fallocate(file: int, mode: int, size: int) -> int:
+def _fallocate(file: int, size: int) -> int:
     """The system call on the first ``size`` bytes; 0 or an errno."""
     done = _libc.fallocate(
-        ctypes.c_int(file), ctypes.c_int(mode), ctypes.c_int64(0), ctypes.c_int64(size)
+        ctypes.c_int(file), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size)
     )
     return 0 if done == 0 else ctypes.get_errno()
 

@@ -200,7 +200,10 @@ def bind(
     for tensor in cache.kv_cache_tensors:
         for position, layer in enumerate(tensor.layers):
             if layer not in views:
-                raise UnsupportedModel(f"vLLM registered no cache for layer {layer!r}")
+                raise UnsupportedModel(
+                    f"vLLM registered no cache for layer {layer!r}. Serve this model without "
+                    "--kv-transfer-config."
+                )
             offset = tensor.offset + position * tensor.layer_stride
             view = views[layer]
             base = view.data_ptr() - offset
@@ -212,7 +215,8 @@ def bind(
             )
             if (stride, size) != (tensor.block_stride, page_bytes[layer]):
                 raise UnsupportedModel(
-                    f"layers {layers[0]!r} and {layer!r} share memory but not a page size"
+                    f"layers {layers[0]!r} and {layer!r} share memory but not a page size. Serve "
+                    "this model without --kv-transfer-config."
                 )
             layers.append(layer)
     rank = {layer: i for i, layer in enumerate(forward_order)}
@@ -309,7 +313,8 @@ def _flat(view: torch.Tensor, base: int, size: int, layer: str) -> torch.Tensor:
     if start < 0 or start + size > storage.nbytes():
         raise UnsupportedModel(
             f"layer {layer!r} is not where vLLM's KVCacheTensor says it is; this version of vLLM "
-            "lays its cache out in a way that Lamina does not know"
+            "lays its cache out in a way that Lamina does not know. Serve this model without "
+            "--kv-transfer-config."
         )
     flat = torch.empty(0, dtype=torch.uint8, device=view.device)
     flat.set_(storage, start, (size,), (1,))

@@ -194,17 +194,18 @@ class WorkerSide:
         self._namespace = namespace.hex
         # vLLM tells the engines of dense models that there is no data parallelism but for this.
         first = parallel.data_parallel_index * parallel.world_size
-        return DiskPlace.of(config, namespace, first, self._shards())
+        return DiskPlace.of(config, namespace, first, ranks_of_server(self._vllm_config))
 
-    def _shards(self) -> int | None:
-        """How many ranks all engines of this server have; None if vLLM does not tell."""
-        parallel, transfer = self._vllm_config.parallel_config, self._vllm_config.kv_transfer_config
-        engine = (transfer.engine_id if transfer else None) or ""
-        if parallel.data_parallel_size == 1 and (
-            parallel.data_parallel_index or engine.endswith(f"_dp{parallel.data_parallel_index}")
-        ):
-            return None  # one of several engines of a dense model
-        return int(parallel.data_parallel_size * parallel.world_size)
+
+def ranks_of_server(vllm_config: VllmConfig) -> int | None:
+    """How many ranks all engines of this server have; None if vLLM does not tell."""
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    engine = (transfer.engine_id if transfer else None) or ""
+    if parallel.data_parallel_size == 1 and (
+        parallel.data_parallel_index or engine.endswith(f"_dp{parallel.data_parallel_index}")
+    ):
+        return None  # one of several engines of a dense model, of which vLLM says no more
+    return int(parallel.data_parallel_size * parallel.world_size)
 
 
 def _gather(word: T) -> list[T]:
