@@ -6,15 +6,15 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/lock.txt)
-# Two at a time: an engine computes on one core in the tests. A file stays together, for its engines.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two at a time: an engine computes on one core in the tests. tests/durations.py says what goes where.
+PYTEST := $(BIN)/pytest -n 2
 INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 
 # Python's caches save 8 s of imports at every start of the engine: keep them whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push demo-standalone test test-all soak compat lint lock clean
+.PHONY: help demo demo-push demo-standalone test test-all durations soak compat lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -29,10 +29,13 @@ demo-push: .venv/installed ## one engine prefills, another decodes, each row lea
 	@$(BIN)/lamina demo-push --model-dir models
 
 test: .venv/installed-tests ## the test suite, without what is marked slow
-	@$(PYTEST) -m "not slow and not soak"
+	@$(PYTEST) -m "not slow and not soak" --budget 10
 
 test-all: .venv/installed-tests ## the whole test suite, without what takes minutes
-	@$(PYTEST) -m "not soak"
+	@$(PYTEST) -m "not soak" --durations 20 $(PYTEST_OPTIONS)
+
+durations: .venv/installed-tests ## the whole test suite, and write down what each test takes
+	@$(PYTEST) -m "not soak" --record-durations
 
 SOAK_STEPS ?= 1000000
 SOAK_CYCLES ?= 300
@@ -40,14 +43,17 @@ SOAK_ENGINE_CYCLES ?= 12
 SOAK_SERVER_CYCLES ?= 2
 SOAK_REQUESTS ?= 10000
 SOAK_PUSH_REQUESTS ?= 500
+SOAK_CONVERSATIONS ?= 40
+SOAK_PROTOCOL_HISTORIES ?= 60
 
 soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 10,000 requests with aborts
 	@LAMINA_SOAK_STEPS=$(SOAK_STEPS) LAMINA_SOAK_CYCLES=$(SOAK_CYCLES) \
 		LAMINA_SOAK_ENGINE_CYCLES=$(SOAK_ENGINE_CYCLES) LAMINA_SOAK_REQUESTS=$(SOAK_REQUESTS) \
 		LAMINA_SOAK_SERVER_CYCLES=$(SOAK_SERVER_CYCLES) \
 		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
-		$(BIN)/pytest -q --timeout 3600 tests/soak tests/property/test_histories.py \
-			tests/protocol
+		LAMINA_SOAK_CONVERSATIONS=$(SOAK_CONVERSATIONS) \
+		LAMINA_PROTOCOL_HISTORIES=$(SOAK_PROTOCOL_HISTORIES) \
+		$(BIN)/pytest -q --timeout 3600 -m "soak or scaled"
 
 compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runners; fetches 336 MB
 	@newer=$$(PYTHONPATH=tests $(BIN)/python -m engine.runners) && \

@@ -14,13 +14,23 @@ import pytest
 from engine.driver import Engine, EngineSpec, Fleet, Start
 from engine.models import Checkpoints
 
+pytest_plugins = ["durations"]
+
 LIVE_ENGINES = 4
 """Engines kept alive at a time: each holds a few hundred MiB."""
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Checkpoints:
+    """One folder for all workers of a session."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):
+        folder = folder.parent
+    folder /= "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return Checkpoints(folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ wrong page in the cache is a wrong answer (``test_harness`` holds the models to 
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,10 +258,10 @@ def make_adapter(model: Path, folder: Path, seed: int = 0) -> Path:
 
 
 class Checkpoints:
-    """Models and adapters, made when they are first asked for and the same for the session.
+    """Models and adapters, each made once, when it is first asked for.
 
     Args:
-        folder: where they go.
+        folder: where they go. Processes that are given the same folder share what is in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -267,10 +269,19 @@ class Checkpoints:
 
     def model(self, name: str, seed: int = 0) -> Path:
         """See :func:`make_model`."""
-        path = self._folder / f"{name}-{seed}"
-        return path if path.exists() else make_model(name, path, seed)
+        return self._once(f"{name}-{seed}", lambda path: make_model(name, path, seed))
 
     def adapter(self, model: Path, seed: int = 0) -> Path:
         """See :func:`make_adapter`."""
-        path = self._folder / f"{model.name}-adapter-{seed}"
-        return path if path.exists() else make_adapter(model, path, seed)
+        return self._once(
+            f"{model.name}-adapter-{seed}", lambda path: make_adapter(model, path, seed)
+        )
+
+    def _once(self, name: str, make: Callable[[Path], Path]) -> Path:
+        path = self._folder / name
+        with (self._folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            if not path.exists():
+                # A process that is killed meanwhile leaves nothing that passes for a checkpoint.
+                make(self._folder / f"{name}.part").rename(path)
+        return path

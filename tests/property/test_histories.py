@@ -25,6 +25,8 @@ from simulator.faults import Weather
 from simulator.history import Prompts, run_history
 from simulator.options import Options
 
+pytestmark = pytest.mark.scaled
+
 Kind = Callable[[Options, Random], Options]
 
 BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))

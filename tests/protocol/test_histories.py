@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from random import Random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -13,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from lamina.geometry import Group, GroupKind
 from protocol.engine import BLOCK, Options, PushCase
 from protocol.world import FAULTS, World, settle
+
+pytestmark = pytest.mark.scaled
 
 EXAMPLES = int(os.environ.get("LAMINA_PROTOCOL_HISTORIES", "60"))
 

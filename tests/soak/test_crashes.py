@@ -16,6 +16,8 @@ import pytest
 from soak.conftest import Note
 from soak.crash import Life
 
+pytestmark = pytest.mark.scaled
+
 CYCLES = int(os.environ.get("LAMINA_SOAK_CYCLES", "20"))
 SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 PER_STORE = 10

@@ -40,7 +40,7 @@ from lamina.data.tiers.disk_lock import holder
 from soak.conftest import Note
 from soak.damage import damage_store
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.scaled]
 
 CYCLES = int(os.environ.get("LAMINA_SOAK_ENGINE_CYCLES", "3"))
 SERVER_CYCLES = int(os.environ.get("LAMINA_SOAK_SERVER_CYCLES", "1"))
