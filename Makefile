@@ -53,7 +53,7 @@ soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 
 		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
 		LAMINA_SOAK_CONVERSATIONS=$(SOAK_CONVERSATIONS) \
 		LAMINA_PROTOCOL_HISTORIES=$(SOAK_PROTOCOL_HISTORIES) \
-		$(BIN)/pytest -q --timeout 3600 -m "soak or scaled"
+		$(BIN)/pytest -q --timeout 3600 -m "(soak and not compat) or scaled"
 
 compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runners; fetches 336 MB
 	@newer=$$(PYTHONPATH=tests $(BIN)/python -m engine.runners) && \

@@ -460,7 +460,7 @@ def _server(runner: Runner | None) -> Iterator[None]:
     """Processes are forked from the server that has imported this runner's vLLM. Python knows of
     one server only, and asks for a process by this name."""
     server = _SERVERS.setdefault(runner, forkserver.ForkServer())
-    server.set_forkserver_preload(["engine.child"])
+    server.set_forkserver_preload(["engine.preloaded"])
     usual = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = server.connect_to_new_process
     try:

@@ -16,7 +16,7 @@ from soak import leaks
 from soak.conftest import Note
 from soak.leaks import Account
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.scaled]
 
 SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 REQUESTS = int(os.environ.get("LAMINA_SOAK_REQUESTS", "500"))
@@ -51,7 +51,7 @@ def account(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory)
     log = folder / "engine.log"
     pipe, theirs = multiprocessing.Pipe()
     with child_environment({}):
-        forkserver.set_forkserver_preload(["engine.child"])
+        forkserver.set_forkserver_preload(["engine.preloaded"])
         process = multiprocessing.get_context("forkserver").Process(
             target=leaks.run,
             args=(theirs, spec, log, SEED),

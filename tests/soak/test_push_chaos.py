@@ -36,7 +36,7 @@ from push_proxy.running import until
 from soak.conftest import Note
 from soak.serving import Served
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.scaled]
 
 SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 REQUESTS = int(os.environ.get("LAMINA_SOAK_PUSH_REQUESTS", "60"))
@@ -260,7 +260,7 @@ def served(llama: Path, fleet: Fleet, tmp_path: Path) -> Iterator[Any]:
 
     def serve(push: dict[str, object]) -> Served:
         with child_environment({}):
-            forkserver.set_forkserver_preload(["engine.child"])
+            forkserver.set_forkserver_preload(["engine.preloaded"])
             context = multiprocessing.get_context("forkserver")
             spec = EngineSpec(llama, {**SMALL, "push": {**PUSH, **push}}, OPTIONS)
             children.append(Served(spec, free_port(), tmp_path, context))
