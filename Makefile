@@ -14,7 +14,7 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push demo-standalone test test-all durations soak compat lint lock clean
+.PHONY: help demo demo-push demo-standalone test test-all durations mutants soak compat lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,12 @@ test-all: .venv/installed-tests ## the whole test suite, without what takes minu
 
 durations: .venv/installed-tests ## the whole test suite, and write down what each test takes
 	@$(PYTEST) -m "not soak" --record-durations
+
+MUTANTS ?= 40
+MUTANTS_SEED ?= 1
+
+mutants: .venv/installed-tests ## faults put into the product at random, and whether the fast tests notice
+	@$(BIN)/python tests/mutation --count $(MUTANTS) --seed $(MUTANTS_SEED)
 
 SOAK_STEPS ?= 1000000
 SOAK_CYCLES ?= 300
