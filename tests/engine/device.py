@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -49,6 +50,7 @@ class Stream:
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._waits: Fence | None = None
         self._thread = threading.Thread(target=self._run, name=f"stream-{name}", daemon=True)
         self._thread.start()
 
@@ -64,7 +66,22 @@ class Stream:
 
     def hold(self, fence: Fence) -> None:
         """What is launched next runs after ``fence``; the caller does not wait."""
-        self.launch(fence.wait)
+
+        def wait() -> None:
+            self._waits = fence
+            fence.wait()
+            self._waits = None
+
+        self.launch(wait)
+
+    def settle(self) -> None:
+        """Return when all that was launched has run, or waits for a fence that has not passed."""
+        end = self.record()
+        while not end.passed():
+            waits = self._waits
+            if waits is not None and not waits.passed():
+                return
+            time.sleep(0.001)
 
     def synchronize(self) -> None:
         """Wait for all that was launched.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Metrics
+from engine.runners import Runner
 from lamina.bench.ports import free_port
 
 PATIENCE = 180.0
@@ -44,6 +45,7 @@ class PairSpec:
         environment: variables of both.
         faults: what is wrong with the prefill engine's machine.
         asynchronous: whether both plan a step ahead.
+        runner: on what both run.
     """
 
     model: Path
@@ -56,6 +58,7 @@ class PairSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, float] = field(default_factory=dict)
     asynchronous: bool = True
+    runner: Runner | None = None
 
     @property
     def address(self) -> str:
@@ -74,6 +77,7 @@ class PairSpec:
                 {**self.options, **self.prefill},
                 environment=environment,
                 faults=self.faults,
+                runner=self.runner,
                 asynchronous=self.asynchronous,
             ),
             EngineSpec(
@@ -81,6 +85,7 @@ class PairSpec:
                 {**sections, "push": push},
                 {**self.options, **self.decode},
                 environment=environment,
+                runner=self.runner,
                 asynchronous=self.asynchronous,
             ),
         )

@@ -16,6 +16,7 @@ import pytest
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.models import Checkpoints
+from engine.pair import Pair, PairSpec
 from engine.runners import RUNNERS, Runner
 from engine.test_hybrids import BLOCKS, compare, forget, hold, options_of, talks
 from engine.workload import loadable, prompt
@@ -158,6 +159,21 @@ def test_a_draft_model(
     assert not differences(again, expected)
     assert sum(answer.cached for answer in again) > 0
     expect_quiet(engine)
+
+
+@pytest.mark.compat
+@pytest.mark.soak
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_pushes(llama: Path, fleet: Fleet, plain: Plain, runner: Runner, first: str) -> None:
+    spec = PairSpec(llama, {"max_num_batched_tokens": 96}, runner=runner)
+    prefill, decode = spec.engines()
+    pair = Pair(fleet.get(prefill), fleet.get(decode), spec.address)
+    expected = plain(ASKS)
+    answers = pair.push(ASKS, first=first, apart=2)
+    assert not differences(answers, expected)
+    assert [answer.cached for answer in answers] == [len(ask.tokens) - 1 for ask in ASKS]
+    pair.settle()
+    assert pair.counts() == {"sent": len(ASKS), "received": len(ASKS)}
 
 
 OTHERS = [

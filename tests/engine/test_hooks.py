@@ -124,7 +124,8 @@ def unhook(worker: Any) -> None:
 def spec(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> EngineSpec:
     model, eager = request.param
     options = {**SHAPES[model].options, **IN_TURNS, "enforce_eager": eager}
-    return EngineSpec(checkpoints.model(model), options=options)
+    # A forward for each step that was asked for, so that they can be counted.
+    return EngineSpec(checkpoints.model(model), options=options, asynchronous=False)
 
 
 @pytest.fixture

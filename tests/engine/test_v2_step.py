@@ -70,6 +70,7 @@ def expect_loaded(worker: Worker, forward: Forward = Forward.EAGER) -> None:
     works = [work, work] if forward is Forward.MICRO_BATCHES else work
     with worker.mover.loads.stopped():
         receipts = worker.step(StepPlan(0, loads=(load(),)), works, forward, draft=work)
+        worker.compute.settle()
     assert worker.finish() == []
     receipts += worker.settle(1 - len(receipts))
     assert [receipt.outcome for receipt in receipts] == [Outcome.DONE]
@@ -81,18 +82,19 @@ def test_rows_are_there_when_layers_read_them(start: Start) -> None:
     expect_loaded(worker)
 
 
-def test_layers_that_do_not_wait_are_seen_here(start: Start) -> None:
-    """The harness itself: without the hook the device reads what was there before."""
+def test_a_device_that_does_not_wait_is_seen_here(start: Start) -> None:
+    """The harness itself: if nothing holds its stream, layers read what was there before."""
     worker = start()
     fill(worker)
-    worker.lamina.wait_for_layer_load = lambda layer_name: None
+    worker.mover.hold_compute = lambda fence: None
     with worker.mover.loads.stopped():
         worker.step(StepPlan(0, loads=(load(),)), Work(reads=GOOD))
+        worker.compute.settle()
     assert len(worker.finish()) == len(worker.layers) * CHUNK_BLOCKS
 
 
 def test_two_micro_batches_wait_for_the_rows_they_share(start: Start) -> None:
-    worker = start()
+    worker = start(micro_batches=True)
     fill(worker)
     expect_loaded(worker, Forward.MICRO_BATCHES)
 

@@ -9,6 +9,7 @@ A layer's kernel looks at pages and fills pages; nothing is computed.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.forward_context import set_forward_context
@@ -78,8 +79,11 @@ class Worker:
     Args:
         patch: undoes what is changed in modules.
         layers: names of the model's layers in the order of its forward.
-        silent: those that do not call the connector.
+        silent: those of a class that does not call the connector.
+        mute: those that do not call it although their class does.
         drafts: names of a draft model's layers, which run after it.
+        micro_batches: whether vLLM is configured to split batches.
+        graphs: its mode of CUDA graphs.
         lamina: the connector's configuration.
         sleeps: whether vLLM may put the worker to sleep.
     """
@@ -90,11 +94,15 @@ class Worker:
         *,
         layers: Sequence[str] = ("layer.0", "layer.1", "layer.2"),
         silent: Sequence[str] = (),
+        mute: Sequence[str] = (),
         drafts: Sequence[str] = (),
+        micro_batches: bool = False,
+        graphs: CUDAGraphMode = CUDAGraphMode.NONE,
         lamina: Mapping[str, object] | None = None,
         sleeps: bool = False,
     ) -> None:
-        self.layers, self.silent, self.drafts = tuple(layers), frozenset(silent), tuple(drafts)
+        self.layers, self.drafts = tuple(layers), tuple(drafts)
+        self._silent, self._mute = frozenset(silent), frozenset(mute)
         self.compute = Stream("compute")
         self.wrong: list[str] = []
         self._movers: list[DeviceMover] = []
@@ -109,6 +117,11 @@ class Worker:
             )
         )
         self._config.model_config = SimpleNamespace(enable_sleep_mode=sleeps)
+        self._config.compilation_config.cudagraph_mode = graphs
+        if drafts:
+            self._config.speculative_config = SimpleNamespace()
+        if micro_batches:
+            self._config.parallel_config.ubatch_size = 2
         cache, self._pages = self._allocate()
         context = self._config.compilation_config.static_forward_context
         for name, view in self._pages.items():
@@ -175,6 +188,13 @@ class Worker:
         while len(receipts) < count:
             receipts += self.step(StepPlan(0, forward=False, outstanding=True))
         return receipts
+
+    def let_device_run(self) -> None:
+        """Return when the device has done what was launched, and whoever waited for it, too."""
+        self.compute.synchronize()
+        for _ in range(3):  # a row has a thread and a stream to go through
+            time.sleep(0.01)
+            self.mover.saves.synchronize()
 
     def finish(self) -> list[str]:
         """Wait for the device; what layers found that they should not have."""
@@ -256,7 +276,7 @@ class Worker:
 
     def _model(self, layers: Sequence[str], work: Work) -> None:
         for name in layers:
-            if name in self.silent:
+            if name in self._silent | self._mute:
                 self._launch(name, work)
             else:
                 _attention(self._launch, work, name)
@@ -295,7 +315,7 @@ class Worker:
         return cache, dict(zip(names, memory, strict=True))
 
     def _layer(self, name: str, view: torch.Tensor) -> torch.nn.Module:
-        kind = SilentLayer if name in self.silent else Attention
+        kind = SilentLayer if name in self._silent else Attention
         layer = kind.__new__(kind)
         torch.nn.Module.__init__(layer)
         layer.kv_cache = view
