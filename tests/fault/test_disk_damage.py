@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import inspect
 import json
 import logging
 import multiprocessing
@@ -20,17 +21,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lamina.data.tiers import disk, disk_lock
 from lamina.data.tiers.disk import DiskTier, ReadFailure, StoreError, StoreNamespace
 from lamina.data.tiers.disk_aio import AioQueue
-from lamina.data.tiers.disk_index import summarize
-from lamina.data.tiers.disk_lock import StoreLost, holder
-from lamina.data.tiers.disk_slab import aligned_memory
+from lamina.data.tiers.disk_index import DiskIndex, summarize
+from lamina.data.tiers.disk_lock import StoreLost, Watch, holder
+from lamina.data.tiers.disk_slab import Slab, aligned_memory
 from lamina.keys import KEY_BYTES
 from lamina.plan import ChunkKey
 
@@ -784,3 +787,108 @@ def test_an_index_that_cannot_be_written_is_an_error_and_no_chunk(store: Path) -
     put(tier, {0: 7})
     assert sound(tier, 7, 0) == [True] * 3
     tier.close()
+
+
+# -- would these tests see it? -------------------------------------------------------------------
+
+
+def unlink_on_failure(path: Path, size: int) -> bool:
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.posix_fallocate(file, 0, size)
+        os.fsync(file)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(file)
+    return True
+
+
+def forget_the_memory(self: AioQueue, error: int) -> NoReturn:
+    raise OSError(error, "the kernel does not say what became of I/O in flight")
+
+
+class Nothing(set[object]):
+    """A set that keeps nothing."""
+
+    def add(self, element: object) -> None:
+        pass
+
+
+BREAKS: dict[str, tuple[object, str, object, str]] = {
+    "a call that fails deletes the slab": (
+        disk,
+        "allocate",
+        unlink_on_failure,
+        "test_no_call_that_fails_at_the_start_takes_away_what_is_stored",
+    ),
+    "nobody looks whether the files are there": (
+        Watch,
+        "check",
+        lambda self: None,
+        "test_what_goes_away_under_a_server_is_said_once_and_nothing_is_written_any_more",
+    ),
+    "nobody looks before the index names a chunk": (
+        DiskTier,
+        "_see_that_it_is_there",
+        lambda self: None,
+        "test_what_goes_away_while_it_is_written_is_no_chunk",
+    ),
+    "a lost lock is not looked at": (
+        Watch,
+        "check",
+        lambda self: None,
+        "test_of_two_servers_that_a_lost_lock_let_in_the_first_leaves_the_store_alone",
+    ),
+    "a child keeps the lock": (
+        disk_lock,
+        "_held",
+        Nothing(),
+        "test_a_child_that_a_server_leaves_behind_does_not_keep_its_store",
+    ),
+    "bytes that cannot be forgotten stay": (
+        Slab,
+        "spoil",
+        lambda self, slots: None,
+        "test_what_was_dropped_on_a_full_disk_does_not_come_back",
+    ),
+    "an index that cannot forget stays": (
+        DiskIndex,
+        "delete",
+        lambda self, reason: StoreLost(errno.ENOSPC, "it starts empty after a restart"),
+        "test_where_nothing_at_all_can_be_written_the_store_starts_empty",
+    ),
+    "what is owed is forgotten": (
+        DiskIndex,
+        "_owed",
+        property(lambda self: set(), lambda self, owed: None),
+        "test_what_could_not_be_forgotten_is_forgotten_with_the_next_change",
+    ),
+    "memory of I/O in flight is used again": (
+        AioQueue,
+        "_abandon",
+        forget_the_memory,
+        "test_memory_that_the_kernel_may_still_write_to_is_used_for_nothing_else",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_of_the_product_is_seen(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    place, attribute, broken, guard = BREAKS[name]
+    fixtures = {
+        "store": store,
+        "monkeypatch": monkeypatch,
+        "caplog": caplog,
+        "call": "fsync",
+        "number": errno.EINTR,
+        "more": 0,
+        "case": "slab deleted",
+    }
+    test = globals()[guard]
+    monkeypatch.setattr(place, attribute, broken, raising=False)
+    with pytest.raises((AssertionError, StoreError, pytest.fail.Exception)):
+        test(**{name: fixtures[name] for name in inspect.signature(test).parameters})

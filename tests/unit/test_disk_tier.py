@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from lamina.data.tiers.disk import DiskTier, ReadFailure, StoreNamespace
 from lamina.data.tiers.disk_slab import aligned_memory
+from lamina.data.tiers.disk_store import Server
 from lamina.keys import KEY_BYTES
 from lamina.plan import ChunkKey
 
@@ -392,3 +394,18 @@ def test_the_first_start_of_a_rank_says_nothing_about_others(tmp_path: Path) -> 
     age(tmp_path, 1, 100_000)
     open_tier(tmp_path, rank=0).close()
     assert ranks_on_disk(tmp_path) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("gone", "guard"),
+    [
+        (False, test_ranks_that_are_gone_give_back_their_space),
+        (True, test_a_rank_that_was_not_there_the_time_before_is_gone),
+    ],
+)
+def test_that_ranks_are_never_or_always_taken_for_gone_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool, guard: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(Server, "has_left", lambda *_: gone)
+    with pytest.raises(AssertionError):
+        guard(tmp_path)

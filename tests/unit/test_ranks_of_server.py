@@ -1,5 +1,5 @@
-"""Guards that a rank knows how many ranks its server has exactly where vLLM says so: parts of a store
-whose number is higher are given up."""
+"""Guards that a rank knows how many ranks its server has exactly where vLLM says so: parts of a
+store whose number is higher are given up."""
 
 from __future__ import annotations
 
