@@ -130,6 +130,27 @@ def locate(model: str, *, revision: str | None = None, download_dir: Path | None
         ) from error
 
 
+Snapshot = tuple[tuple[str, int, int, int, int], ...]
+"""What :func:`snapshot` returns."""
+
+
+def snapshot(path: Path) -> Snapshot:
+    """What metadata say of a checkpoint's files, without reading one: while it is the same, so is
+    the :func:`fingerprint`. Empty if there are none.
+
+    Raises:
+        CheckpointError: if they cannot be looked at.
+    """
+    root = Path(os.path.abspath(path))
+    try:
+        found = [(str(file), *astuple(stamp)) for file, stamp in _stamps(root)]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {root} ({error}): make it readable, {_ADVICE}"
+        ) from error
+    return tuple(sorted(found))
+
+
 def fingerprint(path: Path, *, cache_dir: Path | None = None) -> str:
     """The fingerprint of a checkpoint's content: a model's or an adapter's.
 

@@ -31,6 +31,8 @@ MAX_TOKEN = 2**32 - 1
 
 _NO_EXTRA = bytes(4)
 
+_TOKEN_BYTES = array("I").itemsize
+
 _SCHEME = "lamina keys 2"  # to be changed with anything that changes what is hashed, or how
 
 Packable = None | int | str | bytes | tuple["Packable", ...]
@@ -181,7 +183,7 @@ class ChunkChain:
             the reader.
     """
 
-    __slots__ = ("_links", "_root", "chunk_tokens", "epoch", "groups")
+    __slots__ = ("_last", "_links", "_root", "chunk_tokens", "epoch", "groups")
 
     def __init__(
         self,
@@ -209,6 +211,7 @@ class ChunkChain:
         self.chunk_tokens = chunk_tokens
         self.epoch = epoch
         self._links: list[ChunkKey] = []
+        self._last = b""
         self.groups: tuple[list[ChunkKey], ...] = (self._links,)
         if groups > 1:
             self.groups = tuple([] for _ in range(groups))
@@ -226,12 +229,15 @@ class ChunkChain:
         self,
         tokens: Sequence[int],
         extra_of: Callable[[int, int], bytes] | None = None,
+        *,
+        end: int | None = None,
     ) -> None:
         """Hash the whole chunks of ``tokens`` that are not hashed yet.
 
         Args:
-            tokens: all token ids of the request, from its first one on; those of chunks hashed
-                before are not looked at again.
+            tokens: all token ids of the request, from its first one on. What was hashed before has
+                not changed; if the last chunk of it has, all is hashed anew.
+            end: tokens to look at; all if it is None.
             extra_of: for the token positions ``[start, end)`` of a chunk, what the chunk depends
                 on beyond its token ids (multimodal inputs, embeddings), from :func:`pack`, or
                 empty.
@@ -240,32 +246,32 @@ class ChunkChain:
             ValueError: if a token id is not in ``0 .. MAX_TOKEN``; no key is added then.
         """
         size = self.chunk_tokens
-        start, end = len(self._links) * size, len(tokens) // size * size
+        start = len(self._links) * size
+        end = (len(tokens) if end is None else end) // size * size
         if start >= end:
             return
-        try:
-            ids = array("I", tokens[start:end])
-        except (OverflowError, TypeError) as error:
-            raise ValueError(f"token ids must be integers in 0 .. {MAX_TOKEN}: {error}") from error
-        if len(ids) != end - start:  # bytes count as a sequence of integers, but not here
-            raise ValueError(f"token ids must be integers, got {type(tokens).__name__}")
-        if sys.byteorder == "big":
-            ids.byteswap()
-        content = ids.tobytes()
-        width = size * ids.itemsize
+        width = size * _TOKEN_BYTES
+        content = _token_bytes(tokens[max(0, start - size) : end])
+        if start and content[:width] != self._last:
+            for keys in (self._links, *self.groups):
+                keys.clear()
+            start, content = 0, _token_bytes(tokens[:end])
+        elif start:
+            content = content[width:]
         parent: bytes = self._links[-1] if self._links else self._root
         hashed: list[bytes] = []
         for offset in range(0, len(content), width):
             # Parent and tokens have a fixed length here, so only the extra needs its own.
             head = _NO_EXTRA
             if extra_of is not None:
-                first = start + offset // ids.itemsize
+                first = start + offset // _TOKEN_BYTES
                 if extra := extra_of(first, first + size):
                     head = len(extra).to_bytes(4, "little") + extra
             parent = blake2b(
                 parent + head + content[offset : offset + width], digest_size=KEY_BYTES
             ).digest()
             hashed.append(parent)
+        self._last = content[-width:]
         added = cast(list[ChunkKey], hashed)
         self._links += added
         if len(self.groups) > 1:
@@ -288,15 +294,21 @@ def prompt_digest(
     Raises:
         ValueError: if a token id is not in ``0 .. MAX_TOKEN``.
     """
+    return blake2b(
+        pack((_SCHEME, root_extra, extra, _token_bytes(tokens), *epoch.mark)), digest_size=KEY_BYTES
+    ).digest()
+
+
+def _token_bytes(tokens: Sequence[int]) -> bytes:
     try:
         ids = array("I", tokens)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"token ids must be integers in 0 .. {MAX_TOKEN}: {error}") from error
+    if len(ids) != len(tokens):  # bytes count as a sequence of integers, but not here
+        raise ValueError(f"token ids must be integers, got {type(tokens).__name__}")
     if sys.byteorder == "big":
         ids.byteswap()
-    return blake2b(
-        pack((_SCHEME, root_extra, extra, ids.tobytes(), *epoch.mark)), digest_size=KEY_BYTES
-    ).digest()
+    return ids.tobytes()
 
 
 def _key_of_group(link: ChunkKey, group: int) -> ChunkKey:

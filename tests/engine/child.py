@@ -127,6 +127,10 @@ class Service:
             names.append(name)
         return names
 
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        outputs = self._llm.embed([{"prompt_token_ids": list(tokens)} for tokens in prompts])
+        return [output.outputs.embedding for output in outputs]
+
     def step(self) -> list[Answer]:
         answers = []
         for output in self._engine.step():

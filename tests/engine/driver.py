@@ -300,6 +300,10 @@ class Engine:
         """Abort requests."""
         self._call("abort", list(names))
 
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """What a pooling model makes of prompts."""
+        return self._call("embed", prompts)
+
     def progress(self) -> dict[str, int]:
         """Tokens generated so far by each request that has not ended."""
         return self._call("progress")

@@ -214,3 +214,22 @@ def test_adapters_do_not_share(
     assert not differences(answers, expected)
     whole = loadable(len(ASK.tokens))
     assert [answer.cached for answer in answers] == [0, 0, 0, whole, whole]
+
+
+def test_an_adapter_that_is_replaced_in_its_folder_is_another(
+    checkpoints: Checkpoints, llama: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    first, second = (checkpoints.adapter(llama, seed) for seed in (1, 2))
+    folder = tmp_path / "adapter"
+    shutil.copytree(first, folder)
+    engine = fleet.get(EngineSpec(llama, SMALL, LORA))
+    engine.forget()
+    old = engine.ask(Ask(ASK.tokens, adapter=folder))
+    shutil.copytree(second, folder, dirs_exist_ok=True)
+    for number in engine.core("list_loras"):
+        engine.core("remove_lora", number)
+    engine.forget()
+    new = engine.ask(Ask(ASK.tokens, adapter=folder))
+    assert new.distance(old) > 0.01
+    engine.forget()
+    assert not differences([engine.ask(Ask(ASK.tokens, adapter=second))], [new])

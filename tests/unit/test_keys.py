@@ -147,10 +147,21 @@ class TestChain:
     def test_hashed_tokens_are_not_looked_at_again(self) -> None:
         chain = ChunkChain(b"n" * 16, 64)
         chain.extend(range(70))
-        tokens = Constant(list(range(200)))
+        tokens = Constant(list(range(400)))
+        chain.extend(tokens, end=200)
+        chain.extend(tokens, end=201)
         chain.extend(tokens)
-        chain.extend(tokens)
-        assert tokens.asked == [slice(64, 192)]
+        assert tokens.asked == [slice(0, 192), slice(128, 384)], "but for the last chunk"
+
+    def test_what_was_taken_back_is_not_built_upon(self) -> None:
+        chain = ChunkChain(b"n" * 16, 4, groups=2)
+        chain.extend(range(13))
+        later = [*range(11), 99, *range(20)]
+        chain.extend(later)
+        fresh = ChunkChain(b"n" * 16, 4, groups=2)
+        fresh.extend(later)
+        assert chain.groups == fresh.groups
+        assert all(len(keys) == 8 for keys in chain.groups)
 
     def test_fewer_tokens_than_hashed_change_nothing(self) -> None:
         chain = ChunkChain(b"n" * 16, 4)

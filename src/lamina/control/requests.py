@@ -102,11 +102,14 @@ class RequestView(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose ids are known and final: the prompt and what was sampled so far."""
+        """Tokens whose ids are known and final: the prompt and what was sampled so far. A token
+        that the engine may still take back is none, nor one behind an input of which it is not
+        known what it is; nothing is kept of those."""
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Tokens of the prompt. In a session, whose next turn is a longer prompt, it grows; what
+        was computed for tokens that the turn took back then counts for nothing."""
 
     @property
     def recompute_tokens(self) -> int:
@@ -324,6 +327,7 @@ class RequestRecord:
 
     def known_keys(self) -> tuple[list[ChunkKey], ...]:
         """Per group, keys of all whole chunks whose tokens are known."""
-        if len(self.chain.keys) < self.view.num_tokens // self.chain.chunk_tokens:
-            self.chain.extend(self.view.tokens(), self.view.chunk_extra)
+        known = self.view.num_tokens
+        if len(self.chain.keys) < known // self.chain.chunk_tokens:
+            self.chain.extend(self.view.tokens(), self.view.chunk_extra, end=known)
         return self.chain.groups

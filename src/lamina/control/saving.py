@@ -25,6 +25,7 @@ class Postponed:
     Attributes:
         record: the request.
         epoch: its epoch then.
+        prompt: tokens of its prompt then.
         group: the cache group.
         blocks: the blocks that hold it.
         end: the first token behind it.
@@ -33,6 +34,7 @@ class Postponed:
 
     record: RequestRecord
     epoch: int
+    prompt: int
     group: int
     blocks: tuple[int, ...]
     end: int
@@ -203,7 +205,8 @@ class SavePlanner:
         self, record: RequestRecord, group: int, blocks: tuple[int, ...], end: int
     ) -> None:
         lease = self._leases.take(blocks)
-        self._postponed.append(Postponed(record, record.epoch, group, blocks, end, lease))
+        prompt = record.view.num_prompt_tokens
+        self._postponed.append(Postponed(record, record.epoch, prompt, group, blocks, end, lease))
 
     def order_postponed(
         self, *, step: int, now: float, ended: RequestRecord | None = None, computed: int = 0
@@ -221,6 +224,8 @@ class SavePlanner:
         for postponed in waiting:
             record = postponed.record
             lost = record.epoch != postponed.epoch or record.barred
+            # A session's next turn may have put another token in the place of its last one.
+            lost |= record.view.num_prompt_tokens != postponed.prompt
             if ended is None:
                 lasts = not self._shape.groups[postponed.group].in_place
             else:  # the plan is yet to be made, and before it others may learn their tokens

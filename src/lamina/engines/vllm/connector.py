@@ -34,11 +34,12 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lamina.config import load_config
 from lamina.engines.vllm import layout
+from lamina.engines.vllm.idle import IdleScheduler, IdleWorker, why_idle
 from lamina.engines.vllm.messages import LaminaPlan
 from lamina.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
 from lamina.engines.vllm.scheduler_side import SchedulerSide
 from lamina.engines.vllm.step_order import Call, StepOrder
-from lamina.engines.vllm.weights import WeightsWatch
+from lamina.engines.vllm.weights import Watch
 from lamina.engines.vllm.worker_side import WorkerSide
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+log = logging.getLogger("lamina.engines.vllm")
 
 
 class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
@@ -70,35 +73,42 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         _log_beside_vllm()
         config = load_config(self._kv_transfer_config.kv_connector_extra_config, os.environ)
+        self._scheduler: SchedulerSide | IdleScheduler | None = None
+        self._worker: WorkerSide | IdleWorker | None = None
+        self._moves_rows = False
+        self._order = StepOrder()
+        if idle := why_idle(vllm_config, kv_cache_config):
+            log.info("%s: it is served as without Lamina, and nothing is kept", idle)
+            if role is KVConnectorRole.SCHEDULER:
+                self._scheduler = IdleScheduler()
+            else:
+                self._worker = IdleWorker()
+            return
         layout.check_supported(vllm_config, kv_cache_config)
         if vllm_config.model_config.enable_sleep_mode and config.push is not None:
             raise layout.UnsupportedModel(
                 "push: does not go with --enable-sleep-mode: a sleep takes away the memory that "
                 "the network was told of. Serve without one of them."
             )
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
-        self._moves_rows = False
-        self._order = StepOrder()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(config, vllm_config, kv_cache_config)
         else:
             self._worker = self.worker_side(config, vllm_config, kv_cache_config)
 
     @property
-    def _on_scheduler(self) -> SchedulerSide:
+    def _on_scheduler(self) -> SchedulerSide | IdleScheduler:
         assert self._scheduler is not None, "this is the worker's connector"
         return self._scheduler
 
     @property
-    def _on_worker(self) -> WorkerSide:
+    def _on_worker(self) -> WorkerSide | IdleWorker:
         assert self._worker is not None, "this is the scheduler's connector"
         return self._worker
 
     @property
-    def weights(self) -> WeightsWatch | None:
-        """Which weights vLLM computes with, for the scheduler's connector."""
-        return None if self._scheduler is None else self._scheduler.weights
+    def watch(self) -> Watch | None:
+        """What vLLM's engine core tells of weights, for the scheduler's connector."""
+        return None if self._scheduler is None else self._scheduler.watch
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -160,6 +160,16 @@ def groups(cache: KVCacheConfig, configured_chunk: int | str) -> tuple[Group, ..
     return tuple(found)
 
 
+def is_non_causal(cache: KVCacheConfig) -> bool:
+    """Whether a layer looks at tokens that come later, so that a page of it belongs to the whole
+    prompt and not to the part before its end."""
+    return any(
+        getattr(spec, "non_causal", False)
+        for group in cache.kv_cache_groups
+        for spec in _specs(group).values()
+    )
+
+
 def recurrent_layers(cache: KVCacheConfig) -> tuple[str, ...]:
     """Layers whose cache is a recurrent state."""
     return tuple(

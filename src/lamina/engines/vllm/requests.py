@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.block_pool import BlockPool as VllmPool
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from lamina.control.requests import PushParameters
 from lamina.engines.vllm.layout import NULL_BLOCK
 from lamina.geometry import Group
-from lamina.keys import pack
+from lamina.keys import Packable, pack
 from lamina.push.link import split_address
 
 PUSH_PARAMETER = "lamina_push"
 """The key of ``kv_transfer_params`` that is Lamina's."""
+
+
+_NAMELESS = re.compile(r"renderer\d+-mm-\d+-.*|[0-9a-f]{32,}", re.DOTALL)
+"""Where vLLM names inputs by a counter: such names, as they are or hashed together with the
+settings of their processor (``vllm/renderers/base.py``, ``_process_mm_uuids``)."""
 
 
 class VllmRequest:
@@ -26,6 +33,7 @@ class VllmRequest:
         tables: gives the request's block ids of every cache group.
         groups: the cache groups.
         adapter: identity of its LoRA adapter, empty without one.
+        counted: whether vLLM names multimodal inputs by a counter, where their user has not.
         recompute_tokens: tokens that must be computed even on a full hit.
         push: the push that it is part of.
     """
@@ -36,12 +44,13 @@ class VllmRequest:
         tables: Callable[[], Sequence[Sequence[int]]],
         groups: Sequence[Group],
         adapter: str,
+        counted: bool,
         recompute_tokens: int,
         push: PushParameters | None,
     ) -> None:
         self._request = request
         self.request_id: str = request.request_id
-        self.num_prompt_tokens: int = request.num_prompt_tokens
+        self._counted = counted
         self.recompute_tokens = recompute_tokens
         self.push = push
         self._tables = tables
@@ -50,8 +59,22 @@ class VllmRequest:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose ids are known."""
-        return int(self._request.num_tokens)
+        """Tokens whose ids are known and final. Where a session waits for its next turn they are
+        not: the turn takes back what was sampled and not computed."""
+        request = self._request
+        known = int(request.num_tokens)
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            known = min(known, int(request.num_computed_tokens))
+        if self._counted:
+            for feature in request.mm_features or ():
+                if _NAMELESS.fullmatch(_name(feature)):
+                    return min(known, int(feature.mm_position.offset))
+        return known
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, that of its latest turn in a session."""
+        return int(self._request.num_prompt_tokens)
 
     def tokens(self) -> Sequence[int]:
         """All known token ids."""
@@ -70,12 +93,23 @@ class VllmRequest:
         return [block for block in table if block != NULL_BLOCK]
 
     def chunk_extra(self, start: int, end: int) -> bytes:
-        """Hashes of the multimodal inputs and prompt embeddings that lie in the chunk."""
+        """Hashes of the multimodal inputs and prompt embeddings that lie in the chunk. Nothing
+        that is only a name: vLLM's own key of a block has the adapter's."""
         request = self._request
-        if not request.mm_features and request.prompt_embeds is None:
-            return b""
-        extra, _ = generate_block_hash_extra_keys(request, start, end, 0)
-        return b"" if extra is None else pack(extra)
+        extra: list[Packable] = []
+        for feature in request.mm_features or ():
+            offset, length = feature.mm_position.offset, feature.mm_position.length
+            if offset < end and start < offset + length:
+                extra.append(("mm", _name(feature), offset - start))
+        if request.prompt_embeds is not None:
+            keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+            extra += [key for key in keys or () if key[0] == "prompt_embeds"]
+        return pack(tuple(extra)) if extra else b""
+
+
+def _name(feature: MultiModalFeatureSpec) -> str:
+    """The name of an input's content; its identifier may begin with an adapter's name."""
+    return str(feature.mm_hash or feature.identifier)
 
 
 def push_parameters(request: Request) -> PushParameters | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,17 +15,17 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lamina.checkpoint import CheckpointError, fingerprint, locate
 from lamina.config import Config
 from lamina.control.planner import Planner
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
 from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
+from lamina.engines.vllm.adapters import Adapters
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.requests import PUSH_PARAMETER, VllmBlockPool, VllmRequest, push_parameters
-from lamina.engines.vllm.weights import WeightsWatch, watch_engine_core
+from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.cards import EngineCard
@@ -49,7 +48,7 @@ class SchedulerSide:
         cache: vLLM's cache.
 
     Attributes:
-        weights: which weights vLLM computes with; None until the handshake.
+        watch: what vLLM's engine core tells of weights; None until the handshake.
     """
 
     def __init__(self, config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
@@ -79,13 +78,19 @@ class SchedulerSide:
         self._meter = Meter()
         self._manager: KVCacheManager | None = None
         self._planner: Planner | None = None
-        self.weights: WeightsWatch | None = None
+        self.watch: Watch | None = None
         watch_engine_core()
         self._link: Link | None = None
         self._notebook: Notebook | None = None
         # Engines of one server: each has a port and a file of its own.
         self._index = vllm_config.parallel_config.data_parallel_index
-        self._adapters: dict[tuple[str, int, str], str] = {}
+        self._adapters = Adapters(vllm_config.lora_config)
+        multimodal = vllm_config.model_config.multimodal_config
+        self._counted = (
+            multimodal is not None
+            and multimodal.mm_processor_cache_gb == 0
+            and not vllm_config.cache_config.enable_prefix_caching
+        )
         self._moved = True
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -134,7 +139,7 @@ class SchedulerSide:
             reports_blocks=False,
             step_tokens=self._step_tokens,
         )
-        self.weights = WeightsWatch(self._planner)
+        self.watch = Watch(WeightsWatch(self._planner), self._adapters)
         if card is not None:
             self._link = self._open_link(card)
 
@@ -199,8 +204,8 @@ class SchedulerSide:
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
         the next step."""
-        assert self.weights is not None
-        self.weights.request()
+        assert self.watch is not None
+        self.watch.weights.request()
         declined = "" if self._loads else "kv_role"
         if request.skip_reading_prefix_cache:
             declined = "skip_reading_prefix_cache"
@@ -222,6 +227,7 @@ class SchedulerSide:
 
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
+        self._adapters.admitted(request)
         self.planner.admitted(request.request_id, loaded)
         self._exchange()
         self._moved = True
@@ -234,8 +240,9 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of the step that vLLM has just scheduled."""
         self._exchange()
-        if output.total_num_scheduled_tokens and self.weights is not None:
-            self.weights.computed()
+        assert self.watch is not None
+        if output.total_num_scheduled_tokens:
+            self.watch.weights.computed()
         progress = list(self._progress(output)) if self._saves else []
         plan = self.planner.plan_step(
             progress,
@@ -260,9 +267,9 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """VLLM's cache is void: its weights are others from now on, or may be."""
-        assert self.weights is not None
+        assert self.watch is not None
         assert self._manager is not None
-        self.weights.was_reset(void=not self._manager.block_pool.cached_block_hashes_by_block)
+        self.watch.weights.was_reset(void=not self._manager.block_pool.cached_block_hashes_by_block)
         self._moved = True
 
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
@@ -270,6 +277,7 @@ class SchedulerSide:
         computed = request.num_computed_tokens if self._saves else 0
         push = self._push(request) if request.kv_transfer_params else None
         self.planner.finished(request.request_id, computed, blocks, push=push)
+        self._adapters.finished(request)
         self._exchange()
 
     def stats(self) -> LaminaStats | None:
@@ -320,7 +328,8 @@ class SchedulerSide:
             request,
             lambda: manager.get_block_ids(request.request_id),
             self._shape.groups,
-            self._adapter(request),
+            self._adapters.identity(request),
+            self._counted,
             self._recompute,
             self._push(request),
         )
@@ -344,21 +353,3 @@ class SchedulerSide:
             )
             return None
         return push
-
-    def _adapter(self, request: Request) -> str:
-        """Identity of the request's adapter, read anew when vLLM is told to load it anew."""
-        lora = request.lora_request
-        if lora is None:
-            return ""
-        name = (lora.lora_name, lora.lora_int_id, lora.lora_path)
-        if name not in self._adapters or lora.load_inplace:
-            try:
-                self._adapters[name] = fingerprint(locate(lora.lora_path))
-            except CheckpointError as error:
-                log.warning(
-                    "adapter %s: its cache is of use to this process only: %s",
-                    lora.lora_name,
-                    error,
-                )
-                self._adapters[name] = f"unknown {uuid.uuid4()}"
-        return self._adapters[name]

@@ -2,13 +2,14 @@
 
 vLLM tells a connector that its cache is void (``reset_cache``), and neither why nor what the
 weights are called. The engine core knows both, and the connector's scheduler side lives in its
-process. So three of the core's methods tell it what they are about to do, or have done:
+process. So some of the core's methods tell it what they are about to do, or have done:
 
 - ``set_weight_version`` names the weights.
 - ``_reset_caches`` is called by a pause or a sleep. Either keeps the weights, unless somebody
   replaces them before the engine goes on. They are weighed before the reset, and again when the
   next request comes, so that nobody has to be believed.
 - ``sleep`` at level 2 drops the weights.
+- ``add_lora`` and ``remove_lora`` have workers load an adapter, and forget it.
 
 Whoever resets the caches without a pause says that the weights are others.
 """
@@ -23,9 +24,11 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine.core import EngineCore
 
 from lamina.control.planner import Planner
+from lamina.engines.vllm.adapters import Adapters
 from lamina.keys import Epoch
 
 log = logging.getLogger("lamina.engines.vllm")
@@ -122,24 +125,38 @@ class WeightsWatch:
         self._void = False
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What an engine core tells a connector's scheduler side.
+
+    Attributes:
+        weights: which weights the model has.
+        adapters: which weights its adapters have.
+    """
+
+    weights: WeightsWatch
+    adapters: Adapters
+
+
 def watch_engine_core() -> None:
     """Have every engine core of this process tell the scheduler sides of its connectors what
     becomes of its weights. Once is enough; vLLM's classes stay what they are but for that."""
     if hasattr(EngineCore.set_weight_version, "__wrapped__"):
         return
     name, reset, sleep = EngineCore.set_weight_version, EngineCore._reset_caches, EngineCore.sleep
+    add, remove = EngineCore.add_lora, EngineCore.remove_lora
 
     @functools.wraps(name)
     def set_weight_version(core: EngineCore, weight_version: str) -> None:
         name(core, weight_version)
         for watch in _watches(core):
-            watch.named(weight_version, functools.partial(_weigh, core))
+            watch.weights.named(weight_version, functools.partial(_weigh, core))
 
     @functools.wraps(reset)
     def _reset_caches(core: EngineCore, *args: Any, **kwargs: Any) -> None:
         if not core.__dict__.pop(_DROPS, False):
             for watch in _watches(core):
-                watch.pausing(functools.partial(_weigh, core))
+                watch.weights.pausing(functools.partial(_weigh, core))
         reset(core, *args, **kwargs)
 
     @functools.wraps(sleep)
@@ -147,7 +164,25 @@ def watch_engine_core() -> None:
         core.__dict__[_DROPS] = level > 1  # its reset may come when the last request has ended
         return sleep(core, level, *args, **kwargs)
 
+    @functools.wraps(add)
+    def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
+        kept = not lora_request.load_inplace and lora_request.lora_int_id in core.list_loras()
+        added: bool = add(core, lora_request)
+        if not kept:
+            for watch in _watches(core):
+                watch.adapters.added(lora_request)
+        return added
+
+    @functools.wraps(remove)
+    def remove_lora(core: EngineCore, lora_id: int) -> bool:
+        for watch in _watches(core):
+            watch.adapters.removed(lora_id)
+        removed: bool = remove(core, lora_id)
+        return removed
+
     for attribute, function in (
+        ("add_lora", add_lora),
+        ("remove_lora", remove_lora),
         ("set_weight_version", set_weight_version),
         ("_reset_caches", _reset_caches),
         ("sleep", sleeping),
@@ -158,13 +193,13 @@ def watch_engine_core() -> None:
 _DROPS = "_lamina_drops_weights"
 
 
-def _watches(core: EngineCore) -> Iterator[WeightsWatch]:
+def _watches(core: EngineCore) -> Iterator[Watch]:
     todo = [core.scheduler.get_kv_connector()]
     while todo:
         connector = todo.pop()
         todo += getattr(connector, "sub_connectors", ())
-        if (watch := getattr(connector, "weights", None)) is not None:
-            assert isinstance(watch, WeightsWatch)
+        if (watch := getattr(connector, "watch", None)) is not None:
+            assert isinstance(watch, Watch)
             yield watch
 
 
