@@ -94,6 +94,12 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
             "with --enable-prefix-caching, without speculative decoding, or without "
             "--kv-transfer-config."
         )
+    if in_place and vllm_config.cache_config.use_replayssm:
+        raise UnsupportedModel(
+            "LaminaConnector does not serve a recurrent model with use_replayssm while vLLM's "
+            "prefix cache is off: a step leaves no whole state. Serve with "
+            "--enable-prefix-caching, without use_replayssm, or without --kv-transfer-config."
+        )
     parallel = vllm_config.parallel_config
     for name in (
         "pipeline_parallel_size",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
 import torch
 import vllm
 from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -13,6 +17,44 @@ from lamina.config import Config
 from lamina.engines.identity import describe_checkpoint, describe_model
 from lamina.engines.vllm import layout
 from lamina.keys import Namespace
+
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "model": (
+        "code_revision",
+        "disable_sliding_window",
+        "model_class_overrides",
+        "model_impl",
+        "quantization_config",
+    ),
+    "multimodal": (
+        "language_model_only",
+        "media_io_kwargs",
+        "mm_device_do_normalize",
+        "mm_encoder_attn_dtype",
+        "mm_processor_kwargs",
+        "video_pruning_method",
+        "video_pruning_rate",
+    ),
+    "cache": (
+        "kv_cache_dtype_skip_layers",
+        "kv_sharing_fast_prefill",
+        "mamba_cache_dtype",
+        "mamba_ssm_cache_dtype",
+        "swa_bounded_replay",
+        "use_replayssm",
+    ),
+    "attention": (
+        "backend_per_kind",
+        "disable_flashinfer_q_quantization",
+        "indexer_kv_dtype",
+        "indexer_sparse_logits",
+        "use_non_causal",
+        "use_prefill_query_quantization",
+    ),
+}
+"""Fields of vLLM's configuration that change a cache's bytes and that no other part of a namespace
+tells: the model's own configuration has ``hf_overrides`` in it, cache groups have windows, and so
+on. What merely computes the same by another kernel is none."""
 
 
 def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> Namespace:
@@ -46,11 +88,34 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
 
 
 def _model(vllm_config: VllmConfig) -> str:
-    fields = vllm_config.model_config.hf_config.to_dict()
+    model = vllm_config.model_config
+    fields = model.hf_config.to_dict()
+    engine: dict[str, object] = {"settings": settings(vllm_config)}
     if "longrope" in str(fields):
         # vLLM scales its positions by whether the longest sequence needs it.
-        return describe_model(fields, max_model_len=vllm_config.model_config.max_model_len)
-    return describe_model(fields)
+        engine["max_model_len"] = model.max_model_len
+    return describe_model(fields, **engine)
+
+
+def settings(vllm_config: VllmConfig) -> dict[str, object]:
+    """What the operator has set, beyond the model's own configuration, of what changes the cache's
+    bytes; see :data:`SETTINGS`."""
+    model = vllm_config.model_config
+    parts = {
+        "model": model,
+        "multimodal": model.multimodal_config,
+        "cache": vllm_config.cache_config,
+        "attention": vllm_config.attention_config,
+    }
+    found = {
+        f"{part}.{name}": getattr(parts[part], name, None)
+        for part, names in SETTINGS.items()
+        for name in names
+    }
+    scales = getattr(model.multimodal_config, "mm_encoder_fp8_scale_path", None)
+    if scales is not None:
+        found["mm_encoder_fp8_scales"] = blake2b(Path(scales).read_bytes()).hexdigest()
+    return found
 
 
 def _checkpoint(config: Config, vllm_config: VllmConfig) -> str:
