@@ -730,6 +730,23 @@ def test_where_nothing_at_all_can_be_written_the_store_starts_empty(store: Path)
     tier.close()
 
 
+def test_a_write_that_a_full_disk_refuses_costs_no_more_than_that(store: Path) -> None:
+    """Control drops the slot of every write that failed."""
+
+    def work(tier: DiskTier) -> None:
+        with file_size_limit(0):
+            with suppress(OSError):
+                tier.begin([0])
+            tier.drop([0])
+        put(tier, {1: 7})
+
+    killed_after(store, work)
+    tier = open_tier(store)
+    assert {chunk.slot: chunk.key for chunk in tier.stored()} == {1: key(7), 2: key(2), 3: key(3)}
+    assert sound(tier, 7, 1) == sound(tier, 2, 2) == [True] * 3
+    tier.close()
+
+
 def test_what_could_not_be_forgotten_is_forgotten_with_the_next_change(store: Path) -> None:
     def work(tier: DiskTier) -> None:
         with file_size_limit(EXTENTS[1]), suppress(OSError):

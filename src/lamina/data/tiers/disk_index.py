@@ -194,9 +194,11 @@ class DiskIndex(ChunkTable):
             with self._transaction():
                 pass
 
-    def hide(self, slots: Integers) -> None:
-        """Forget what these slots hold, but not durably."""
+    def hide(self, slots: Integers) -> Integers:
+        """Forget what these slots hold, but not durably. Returns those that held anything."""
+        held = slots[self._held[slots]]
         self._held[slots] = False
+        return held
 
     def record(self, slots: Integers, keys: Bytes, sums: Checksums) -> None:
         """Durably say what slots hold; their bytes must be durable already.

@@ -263,13 +263,14 @@ class DiskShard(ShardReader):
         """Forget what these slots hold, so that it does not come back after a restart either.
 
         Where the index cannot be written, as on a full disk, the bytes themselves are spoilt, which
-        takes no room; and where that fails, too, the index is deleted.
+        takes no room; and where that fails, too, the index is deleted. A slot that was begun in
+        vain holds nothing since; if that comes back, it is whole and only of an earlier time.
 
         Raises:
             OSError: if nothing of this was possible; the text says what to do.
         """
         where = np.array(slots, np.int64)
-        self._index.hide(where)
+        held = self._index.hide(where)
         try:
             self._see_that_it_is_there()
         except StoreLost:
@@ -277,7 +278,8 @@ class DiskShard(ShardReader):
         try:
             self._index.forget(where)
         except OSError as error:
-            self._spoil(where, error)
+            if held.size:
+                self._spoil(held, error)
 
     def note_used(self, slots: Sequence[int]) -> None:
         """These slots were of use just now; orders eviction after a restart."""

@@ -12,6 +12,9 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+_NOT_THERE = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
 class Trait(Enum):
     """What is special about a file system."""
 
@@ -101,12 +104,12 @@ def reserve(file: int, size: int) -> bool:
     """
     # The C library would write to every block instead, which takes hours and, where blocks are
     # written anew each time, reserves nothing.
-    if _fallocate(file, 1) == errno.EOPNOTSUPP:
+    if _fallocate(file, 1) in _NOT_THERE:
         return False
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
+        if error.errno in _NOT_THERE:
             return False
         raise
     return True
