@@ -288,5 +288,5 @@ class View:
 
 
 def record_of(view: View) -> RequestRecord:
-    """Control's record of a request; no push looks at chunk keys."""
-    return RequestRecord(view, cast(ChunkChain, None))
+    """Control's record of a request; of its chunk keys a push looks at the epoch alone."""
+    return RequestRecord(view, ChunkChain(b"", BLOCK))
