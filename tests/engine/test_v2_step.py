@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from math import inf
+from typing import Any
 
 import pytest
+from vllm.config import CUDAGraphMode
 
 from engine.v2_step import CHUNK_BLOCKS, Forward, Work, Worker
+from lamina.data.executor import Executor, LayersDidNotWait
+from lamina.data.movers import Fence
+from lamina.engines.vllm import worker_side
+from lamina.engines.vllm.connector import LaminaConnector
 from lamina.engines.vllm.layout import UnsupportedModel
 from lamina.engines.vllm.step_order import StepOrderError
 from lamina.plan import (
@@ -58,7 +65,8 @@ def start() -> Iterator[Start]:
 
 def fill(worker: Worker) -> None:
     """A chunk is in the host tier, and other bytes are where it is to be loaded."""
-    receipts = worker.step(StepPlan(0, saves=(save(),)), Work(writes=dict.fromkeys(SAVED, STAMP)))
+    written = Work(writes=dict.fromkeys(SAVED, STAMP))
+    receipts = worker.step(StepPlan(0, saves=(save(),)), written, draft=written)
     receipts += worker.settle(1 - len(receipts))
     assert [receipt.outcome for receipt in receipts] == [Outcome.DONE]
     worker.stamp(dict.fromkeys(LOADED, STALE))
@@ -70,7 +78,6 @@ def expect_loaded(worker: Worker, forward: Forward = Forward.EAGER) -> None:
     works = [work, work] if forward is Forward.MICRO_BATCHES else work
     with worker.mover.loads.stopped():
         receipts = worker.step(StepPlan(0, loads=(load(),)), works, forward, draft=work)
-        worker.compute.settle()
     assert worker.finish() == []
     receipts += worker.settle(1 - len(receipts))
     assert [receipt.outcome for receipt in receipts] == [Outcome.DONE]
@@ -93,6 +100,90 @@ def test_a_device_that_does_not_wait_is_seen_here(start: Start) -> None:
     assert len(worker.finish()) == len(worker.layers) * CHUNK_BLOCKS
 
 
+@pytest.mark.parametrize("mute", [["layer.1"], ["layer.0", "layer.1", "layer.2"]])
+def test_layers_that_do_not_call_although_their_class_does_stop_the_engine(
+    start: Start, mute: list[str]
+) -> None:
+    worker = start(mute=mute)
+    fill(worker)
+    with pytest.raises(LayersDidNotWait, match=mute[0]):
+        worker.step(StepPlan(0, loads=(load(),), saves=(save(3),)))
+    with pytest.raises(RuntimeError):
+        worker.step(StepPlan(0))
+
+
+def test_a_layer_that_calls_no_hook_finds_its_row(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An indexer of sparse attention beside attention that calls."""
+    worker = start(silent=["layer.1"])
+    assert "layers layer.1 do not call KV connectors" in caplog.text
+    fill(worker)
+    expect_loaded(worker)
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
+def test_a_full_graph_that_is_replayed_without_hooks_finds_its_rows(
+    start: Start, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """As with vLLM's fusion of attention and quantisation, whatever the connector has asked for."""
+    worker = start(graphs=CUDAGraphMode[mode])
+    assert f"CUDA graphs ({mode}) hold" in caplog.text
+    fill(worker)
+    expect_loaded(worker, Forward.FULL_GRAPH)
+    worker.stamp(dict.fromkeys(LOADED, STALE))
+    expect_loaded(worker)
+
+
+def test_a_full_graph_that_nobody_knew_of_stops_the_engine(start: Start) -> None:
+    worker = start()
+    fill(worker)
+    with pytest.raises(LayersDidNotWait):
+        worker.step(StepPlan(0, loads=(load(),)), Work(), Forward.FULL_GRAPH)
+
+
+def test_a_draft_model_in_a_full_graph_finds_its_rows(start: Start) -> None:
+    worker = start(drafts=["draft.0"], mute=["draft.0"])
+    fill(worker)
+    copy = worker.mover.load
+
+    def slowly(row: int, *arguments: Any) -> Fence:
+        if row == len(worker.layers):
+            worker.mover.loads.launch(lambda: time.sleep(0.05))
+        return copy(row, *arguments)
+
+    worker.mover.load = slowly  # type: ignore[method-assign]
+    expect_loaded(worker)
+
+
+def test_a_draft_model_need_not_run(start: Start) -> None:
+    """As where a prompt is too long for it."""
+    worker = start(drafts=["draft.0"])
+    fill(worker)
+    worker.drafts = ()
+    expect_loaded(worker)
+
+
+def test_a_row_is_saved_when_both_micro_batches_have_written_it(start: Start) -> None:
+    """The second one writes long after the first one's hook, and after the row could be copied."""
+    worker = start(micro_batches=True)
+    first, second = ({block: STAMP} for block in SAVED)
+
+    def copied() -> None:  # whoever copies now copies too early
+        assert worker.lamina._on_worker.executor._save_pool.await_idle(60)
+
+    receipts = worker.step(
+        StepPlan(0, saves=(save(),)),
+        [Work(writes=first), Work(writes=second)],
+        Forward.MICRO_BATCHES,
+        between=copied,
+    )
+    receipts += worker.settle(1 - len(receipts))
+    assert receipts[0].outcome is Outcome.DONE
+    worker.stamp(dict.fromkeys(LOADED, STALE))
+    expect_loaded(worker, Forward.MICRO_BATCHES)
+
+
 def test_two_micro_batches_wait_for_the_rows_they_share(start: Start) -> None:
     worker = start(micro_batches=True)
     fill(worker)
@@ -105,7 +196,8 @@ def test_a_row_is_saved_when_the_device_has_written_it(start: Start) -> None:
         receipts = worker.step(
             StepPlan(0, saves=(save(),)), Work(writes=dict.fromkeys(SAVED, STAMP))
         )
-    assert worker.settle(1 - len(receipts))[0].outcome is Outcome.DONE
+    receipts += worker.settle(1 - len(receipts))
+    assert receipts[0].outcome is Outcome.DONE
     worker.stamp(dict.fromkeys(LOADED, STALE))
     expect_loaded(worker)
 
@@ -117,7 +209,8 @@ def test_a_full_graph_calls_no_hook_and_all_its_rows_are_saved(start: Start) -> 
         Work(writes=dict.fromkeys(SAVED, STAMP)),
         Forward.FULL_GRAPH,
     )
-    assert worker.settle(1 - len(receipts))[0].outcome is Outcome.DONE
+    receipts += worker.settle(1 - len(receipts))
+    assert receipts[0].outcome is Outcome.DONE
     worker.stamp(dict.fromkeys(LOADED, STALE))
     expect_loaded(worker)
 
@@ -139,7 +232,8 @@ def test_drafts_wait_for_their_rows_and_theirs_are_saved_when_they_have_written(
     worker = start(drafts=["draft.0"])
     written = Work(writes=dict.fromkeys(SAVED, STAMP))
     receipts = worker.step(StepPlan(0, saves=(save(),)), written, draft=written)
-    assert worker.settle(1 - len(receipts))[0].outcome is Outcome.DONE
+    receipts += worker.settle(1 - len(receipts))
+    assert receipts[0].outcome is Outcome.DONE
     worker.stamp(dict.fromkeys(LOADED, STALE))
     expect_loaded(worker)
 
@@ -162,3 +256,68 @@ def test_nothing_is_called_while_vllm_warms_up(start: Start) -> None:
     worker.lamina.wait_for_layer_load = None  # type: ignore[method-assign]
     worker.warm_up()
     assert worker.finish() == []
+
+
+# -- Lamina, broken ------------------------------------------------------------------------------
+
+
+Patch = pytest.MonkeyPatch
+
+
+def every_layer_is_taken_to_call(patch: Patch) -> None:
+    patch.setattr(worker_side, "silent_layers", lambda layers, names: ())
+
+
+def graphs_are_taken_to_call(patch: Patch) -> None:
+    patch.setattr(worker_side, "graphs_hide_hooks", lambda compilation: False)
+
+
+def the_first_micro_batch_counts(patch: Patch) -> None:
+    patch.setattr(Executor, "save_after_forward", lambda executor: None)
+
+
+def drafts_are_not_waited_for(patch: Patch) -> None:
+    patch.setattr(LaminaConnector, "finish_forward", lambda connector: None)
+
+
+def drafts_must_run(patch: Patch) -> None:
+    patch.setattr(Executor, "drafts_follow", lambda executor, order: None)
+
+
+def nobody_is_missed(patch: Patch) -> None:
+    patch.setattr(Executor, "_check_called", lambda executor: None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (
+            every_layer_is_taken_to_call,
+            lambda start: expect_loaded(filled(start(silent=["layer.1"]))),
+        ),
+        (
+            graphs_are_taken_to_call,
+            lambda start: expect_loaded(filled(start(graphs=CUDAGraphMode.FULL)), Forward.FULL_GRAPH),
+        ),
+        (the_first_micro_batch_counts, test_a_row_is_saved_when_both_micro_batches_have_written_it),
+        (drafts_are_not_waited_for, test_a_draft_model_in_a_full_graph_finds_its_rows),
+        (drafts_must_run, test_a_draft_model_need_not_run),
+        (nobody_is_missed, test_a_full_graph_that_nobody_knew_of_stops_the_engine),
+    ],
+    ids=lambda part: part.__name__,
+)
+def test_a_broken_worker_is_seen(
+    broken: Callable[[Patch], None],
+    test: Callable[[Start], None],
+    start: Start,
+    monkeypatch: Patch,
+) -> None:
+    broken(monkeypatch)
+    with pytest.raises((AssertionError, LayersDidNotWait, pytest.fail.Exception)):
+        test(start)
+
+
+def filled(worker: Worker) -> Worker:
+    """With a chunk in the host tier."""
+    fill(worker)
+    return worker

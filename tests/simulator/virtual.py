@@ -18,7 +18,8 @@ from random import Random
 from types import SimpleNamespace, TracebackType
 from unittest.mock import patch
 
-from lamina.data.worker_pool import Job, WorkerPool
+from lamina.data.threads import Threads
+from lamina.data.worker_pool import Job, Lost, WorkerPool
 from simulator.content import Violation
 
 _PATCHED = {
@@ -142,10 +143,8 @@ class World:
         finally:
             self._running = before
 
-    def _make_pool(
-        self, name: str, threads: int, cores: frozenset[int] | None = None
-    ) -> VirtualPool:
-        pool = VirtualPool(self, name, threads)
+    def _make_pool(self, name: str, count: int, threads: Threads | None = None) -> VirtualPool:
+        pool = VirtualPool(self, name, count)
         self._pools.append(pool)
         return pool
 
@@ -163,6 +162,7 @@ class World:
                 pool.threads.append(thread)
         except Exception as error:
             self.failures.append(error)
+            thread.lost(error)
         return True
 
 
@@ -171,6 +171,7 @@ class VirtualThread:
 
     Args:
         job: the job.
+        lost: to be told if it raises.
         stalls_for: seconds that it stalls half-way.
         due: when it can go on.
 
@@ -178,10 +179,11 @@ class VirtualThread:
         strand: the real thread that it needs to stall.
     """
 
-    __slots__ = ("due", "job", "stalls_for", "strand")
+    __slots__ = ("due", "job", "lost", "stalls_for", "strand")
 
-    def __init__(self, job: Job, stalls_for: float, due: float) -> None:
+    def __init__(self, job: Job, lost: Lost, stalls_for: float, due: float) -> None:
         self.job = job
+        self.lost = lost
         self.stalls_for = stalls_for
         self.due = due
         self.strand: Strand | None = None
@@ -244,13 +246,13 @@ class VirtualPool(WorkerPool):
         self._name = name
         self._size = size
         self._count = 0
-        self._waiting: list[tuple[tuple[float, int], int, Job]] = []
+        self._waiting: list[tuple[tuple[float, int], int, Job, Lost]] = []
         self.threads: list[VirtualThread] = []
 
-    def submit(self, priority: tuple[float, int], job: Job) -> None:
+    def submit(self, priority: tuple[float, int], job: Job, lost: Lost) -> None:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""
         self._count += 1
-        heappush(self._waiting, (priority, self._count, job))
+        heappush(self._waiting, (priority, self._count, job, lost))
 
     def depth(self) -> int:
         """See :class:`~lamina.data.worker_pool.WorkerPool`."""
@@ -267,12 +269,12 @@ class VirtualPool(WorkerPool):
     def take(self, delay: Callable[[str], float]) -> None:
         """Give every idle thread its next job."""
         while self._waiting and len(self.threads) < self._size:
-            job = heappop(self._waiting)[2]
+            _, _, job, lost = heappop(self._waiting)
             seconds = delay(self._name)
             if self._name.startswith(STALLING):
-                thread = VirtualThread(job, seconds, self._world.now)
+                thread = VirtualThread(job, lost, seconds, self._world.now)
             else:
-                thread = VirtualThread(job, 0.0, self._world.now + seconds)
+                thread = VirtualThread(job, lost, 0.0, self._world.now + seconds)
             self.threads.append(thread)
 
 
@@ -315,7 +317,6 @@ class VirtualCondition:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._notified = False
 
     def __enter__(self) -> None:
         """See :class:`threading.Condition`."""
@@ -329,10 +330,8 @@ class VirtualCondition:
         """See :class:`threading.Condition`."""
 
     def notify_all(self) -> None:
-        """See :class:`threading.Condition`."""
-        self._notified = True
+        """See :class:`threading.Condition`. Who waits looks again when a job has run."""
 
-    def wait(self) -> None:
+    def wait_for(self, done: Callable[[], bool], timeout: float) -> bool:
         """See :class:`threading.Condition`."""
-        self._notified = False
-        self._world.wait(lambda: self._notified, math.inf)
+        return self._world.wait(done, timeout)

@@ -98,6 +98,11 @@ class Rank:
         )
         self.step = 0
 
+    @property
+    def layers(self) -> list[str]:
+        """In the order of the forward."""
+        return [layer for row in self.geometry.rows for layer in row.layers]
+
     def pages(self, blocks: Sequence[int]) -> list[bytes]:
         return [
             bytes(self.cache[row.offset + b * STRIDE :][: row.page_bytes].tolist())
@@ -111,9 +116,9 @@ class Rank:
         self.executor.begin_step(replace(plan, step=self.step))
         self.executor.start_loads()
         if plan.forward and hooks and self.executor.moves_rows:
-            for row in self.geometry.rows:
-                self.executor.wait_layer(row.layers[0])
-                self.executor.layer_written(row.layers[0])
+            for layer in self.layers:
+                self.executor.wait_layer(layer)
+                self.executor.layer_written(layer)
         self.executor.end_step()
 
     def settle(self, count: int) -> list[TransferReceipt]:
@@ -185,11 +190,11 @@ def test_half_a_chunk_is_loaded_by_half(rank: Rank) -> None:
     assert rank.pages((11,)) == other
 
 
-def test_rows_that_no_hook_announces_are_moved_all_the_same(rank: Rank) -> None:
+def test_rows_that_no_hook_announces_are_saved_all_the_same(rank: Rank) -> None:
     rank.run(StepPlan(0, saves=(save(1, b"k", 3, (7, 2)),)), hooks=False)
     rank.settle(1)
     expected = rank.pages((7, 2))
-    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)), hooks=False)
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     rank.settle(1)
     assert rank.pages((11, 5)) == expected
 
@@ -254,16 +259,20 @@ def test_a_row_is_saved_once_per_step(rank: Rank) -> None:
     assert sorted(span.row for span in spans) == [0, 1, 2]
 
 
-def test_an_unknown_layer_is_ignored(rank: Rank) -> None:
+def test_a_layer_that_reads_the_cache_of_another_one_is_ignored_without_a_word(
+    rank: Rank, caplog: pytest.LogCaptureFixture
+) -> None:
     rank.save(b"k", 3, (7, 2))
     expected = rank.pages((7, 2))
     rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
     rank.executor.start_loads()
-    rank.executor.wait_layer("no.such.layer")
-    rank.executor.layer_written("no.such.layer")
+    for layer in (*rank.layers, "no.such.layer"):
+        rank.executor.wait_layer(layer)
+        rank.executor.layer_written(layer)
     rank.executor.end_step()
     rank.settle(1)
     assert rank.pages((11, 5)) == expected
+    assert not caplog.records
 
 
 def test_a_step_with_nothing_to_move_asks_for_no_hooks(rank: Rank) -> None:
@@ -277,10 +286,7 @@ def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_s
 ) -> None:
     rank.save(b"k", 3, (7, 2))
     rank.source.bad_row = 1
-    orders = StepPlan(0, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),))
-    rank.executor.begin_step(orders)
-    rank.executor.start_loads()
-    rank.executor.end_step()
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),)))
     outcomes = rank.executor.collect()
     assert outcomes.lost_blocks == {11, 5}
     receipts = list(outcomes.receipt.transfers) + rank.settle(2 - len(outcomes.receipt.transfers))
@@ -408,6 +414,8 @@ def test_failures_are_known_when_the_engine_asks_before_it_ends_the_step(rank: R
     rank.source.bad_row = 2
     rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
     rank.executor.start_loads()
+    for layer in rank.layers:
+        rank.executor.wait_layer(layer)
     assert rank.executor.collect().lost_blocks == {11, 5}
     rank.executor.end_step()
     assert rank.executor.collect().lost_blocks == frozenset()
@@ -513,8 +521,7 @@ def test_what_is_missing_after_its_grace_is_a_failed_load(rank: Rank, forward: b
     rank.run(StepPlan(0, loads=(early,), forward=False))
     assert until_arrived(rank).arrived == {"r"}
     time.sleep(0.06)
-    rank.executor.begin_step(StepPlan(0, forward=forward))
-    rank.executor.end_step()
+    rank.run(StepPlan(0, forward=forward))
     outcomes = rank.executor.collect()
     assert outcomes.lost_blocks == {11, 5}
     assert outcomes.failed == {"r"}

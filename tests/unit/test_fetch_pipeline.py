@@ -130,7 +130,7 @@ def test_a_disk_that_raises_fails_the_fetch_and_not_the_next(
 def test_a_load_goes_before_the_next_chunk(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_pipeline, "GIVE_WAY", PATIENCE)
     loading = threading.Event()
-    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE))
+    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE), pytest.fail)
     rank.fetcher.fetch([order(n, host_slot=n) for n in range(STORED)], step=0)
     time.sleep(0.1)
     assert rank.receipts.empty()
@@ -143,7 +143,7 @@ def test_a_disk_that_is_never_idle_keeps_nobody_waiting_for_ever(
 ) -> None:
     monkeypatch.setattr(fetch_pipeline, "GIVE_WAY", 0.01)
     loading = threading.Event()
-    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE))
+    rank.pool.submit((1.0, 0), lambda: loading.wait(PATIENCE), pytest.fail)
     rank.fetcher.fetch([order(1, host_slot=1)], step=0)
     assert rank.receipt().outcome is Outcome.DONE
     loading.set()
@@ -177,7 +177,7 @@ def test_chunks_that_come_one_by_one_do_not_mix(rank: Rank) -> None:
 def test_who_waits_for_a_pool_waits_for_the_job_that_runs() -> None:
     pool, go_on = WorkerPool("test", 1), threading.Event()
     assert pool.await_idle(0)
-    pool.submit((0.0, 0), lambda: go_on.wait(PATIENCE))
+    pool.submit((0.0, 0), lambda: go_on.wait(PATIENCE), pytest.fail)
     assert not pool.await_idle(0.01)
     go_on.set()
     assert pool.await_idle(PATIENCE)

@@ -1,4 +1,6 @@
-"""Hooks around a recurrent layer: what is called when, and which layers cannot be hooked."""
+"""Which layers call by themselves; hooks around a recurrent layer: what is called when, and which
+layers cannot be hooked.
+"""
 
 from __future__ import annotations
 
@@ -153,3 +155,87 @@ def test_a_forward_that_fails_has_written_nothing(log: list[str]) -> None:
 @pytest.mark.parametrize("layer", [Derived([]), Older(), object()], ids=lambda x: type(x).__name__)
 def test_layers_that_are_not_known_are_named(layer: object, log: list[str]) -> None:
     assert install(layer, log) == ("layer",)
+
+
+# -- layers that call by themselves --------------------------------------------------------------
+
+
+def attention_layers() -> dict[str, Any]:
+    """Instances without their parts, of layers as vLLM's models have them."""
+    from torch import nn
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache
+    from vllm.models.deepseek_v32.attention import DeepseekV32Attention
+
+    class Cut(Attention):
+        """Changes something else."""
+
+    class Own(Attention):
+        def forward(self, query: Any) -> Any:
+            """Reads the cache in its own way."""
+
+    class Indexer(nn.Module):
+        """Has a cache and no forward."""
+
+    kinds = {
+        "attention": Attention,
+        "latent": MLAAttention,
+        "same": Cut,
+        "own": Own,
+        "sparse": DeepseekV32Attention,
+        "indexer": DeepseekV32IndexerCache,
+        "future": Indexer,
+    }
+    layers: dict[str, Any] = {name: kind.__new__(kind) for name, kind in kinds.items()}
+    for layer in layers.values():
+        nn.Module.__init__(layer)
+    layers["replaced"] = Attention.__new__(Attention)
+    nn.Module.__init__(layers["replaced"])
+    layers["replaced"].__dict__["forward"] = lambda query: query
+    return layers
+
+
+def test_only_layers_that_are_known_to_call_do() -> None:
+    layers = attention_layers()
+    silent = hooks.silent_layers(layers, [*layers, "of another rank"])
+    assert set(layers).difference(silent) == {"attention", "latent", "same"}
+    assert "of another rank" in silent
+
+
+def test_the_operators_of_layers_that_call_are_hooked_by_vllm() -> None:
+    from vllm.model_executor.layers.attention.attention import unified_attention_with_output
+    from vllm.model_executor.layers.attention.mla_attention import unified_mla_attention_with_output
+
+    for operator in (unified_attention_with_output, unified_mla_attention_with_output):
+        assert operator.__wrapped__.__name__ == operator.__name__
+
+
+def compilation(mode: str, *, cut: bool = True) -> Any:
+    from vllm.config import CUDAGraphMode
+
+    return SimpleNamespace(
+        cudagraph_mode=CUDAGraphMode[mode], is_attention_compiled_piecewise=lambda: cut
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "cut", "hidden"),
+    [
+        ("NONE", False, False),
+        ("PIECEWISE", True, False),
+        ("PIECEWISE", False, True),
+        ("FULL", True, True),
+        ("FULL_DECODE_ONLY", True, True),
+        ("FULL_AND_PIECEWISE", True, True),
+    ],
+)
+def test_graphs_that_hold_attention_hide_its_hooks(
+    mode: str, cut: bool, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
+    assert hooks.graphs_hide_hooks(compilation(mode, cut=cut)) is hidden
+
+
+def test_graphs_that_are_broken_at_attention_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    assert not hooks.graphs_hide_hooks(compilation("PIECEWISE", cut=False))

@@ -16,7 +16,7 @@ from lamina.data.load_pipeline import (
     window_rows,
 )
 from lamina.data.movers.base import Fence
-from lamina.data.worker_pool import Job, WorkerPool
+from lamina.data.worker_pool import Job, Lost, WorkerPool
 from lamina.geometry import CacheGeometry, Row
 from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, Outcome, TierName, TransferId
 
@@ -47,9 +47,9 @@ class RecordingPool(WorkerPool):
         self.rows: list[int] = []
         super().__init__("test", 2)
 
-    def submit(self, priority: tuple[float, int], job: Job) -> None:
+    def submit(self, priority: tuple[float, int], job: Job, lost: Lost) -> None:
         self.rows.append(priority[1])
-        super().submit(priority, job)
+        super().submit(priority, job, lost)
 
 
 class RecordingSource:
@@ -104,6 +104,7 @@ def start(
     window: int,
     *orders: LoadOrder,
     self_driven: bool = False,
+    patience: float = 60.0,
     rows: int = ROWS,
 ) -> LoadRun:
     loads = [Load(o, geometry(rows)) for o in orders or (order("a", 1),)]
@@ -116,6 +117,7 @@ def start(
         cores=2,
         urgency=0,
         self_driven=self_driven,
+        patience=patience,
     )
     run.start(Passed())
     return run
@@ -222,7 +224,7 @@ def test_giving_up_waits_for_a_write_that_was_admitted() -> None:
     load.outstanding = 1
     assert load.admit()
     over = threading.Event()
-    thread = threading.Thread(target=lambda: (load.give_up("test"), over.set()))
+    thread = threading.Thread(target=lambda: (load.give_up("test", 60), over.set()))
     thread.start()
     assert not over.wait(0.05)
     load.leave(1)
@@ -235,7 +237,7 @@ def test_what_is_refused_while_giving_up_waits_for_a_write_has_failed() -> None:
     load = Load(order("a", 2), geometry())
     load.outstanding = 2
     assert load.admit()
-    thread = threading.Thread(target=lambda: load.give_up("test"))
+    thread = threading.Thread(target=lambda: load.give_up("test", 60))
     thread.start()
     while load.admit():
         load.leave(1)
@@ -250,7 +252,11 @@ def test_auto_fills_the_staging_budget() -> None:
     assert window_rows("auto", staging=100, row_bytes=30, rows=16) == 3
     assert window_rows("auto", staging=100, row_bytes=1000, rows=16) == 1
     assert window_rows("auto", staging=100, row_bytes=1, rows=16) == 16
-    assert window_rows(40, staging=1, row_bytes=1000, rows=16) == 40
+    assert window_rows(12, staging=1, row_bytes=1000, rows=16) == 12
+
+
+def test_the_window_is_never_longer_than_the_model() -> None:
+    assert window_rows(1_000_000_000, staging=1, row_bytes=1000, rows=16) == 16
 
 
 def test_a_load_is_cut_where_the_tier_changes_and_pages_follow_the_blocks() -> None:

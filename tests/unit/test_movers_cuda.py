@@ -77,6 +77,7 @@ class Device:
         self.compute = self.current = Stream()
         self.copies: list[tuple[Stream, list[list[int]]]] = []
         self.registered: dict[int, int] = {}
+        self.chosen_by: list[threading.Thread] = []
         self.may_register = threading.Event()
         self.may_register.set()
         self.result = 0
@@ -102,8 +103,12 @@ class Device:
             page = source[i * source_stride : i * source_stride + page_bytes]
             target[j * target_stride : j * target_stride + page_bytes] = page
 
+    def choose(self, _: torch.device) -> None:
+        self.chosen_by.append(threading.current_thread())
+
     def register(self, address: int, length: int, _: int) -> int:
         assert self.may_register.wait(30)
+        assert threading.current_thread() in self.chosen_by
         self.registered[address] = length
         return self.result
 
@@ -131,6 +136,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         "current_stream": lambda _: device.compute,
         "device": lambda _: contextlib.nullcontext(),
         "cudart": lambda: runtime,
+        "set_device": device.choose,
         "check_error": check_error,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -6,8 +6,12 @@ An engine adapter calls it around each forward pass, from one thread::
     start_loads()               the step's layerwise loads
       wait_layer(name)          before a layer reads its row
       layer_written(name)       after a layer has written its row
-    end_step()                  rows that no hook announced
+    end_step()                  rows that no hook announced are saved
     collect()                   what has become of everything so far
+
+Every layer waits. A model with layers that do not call has all rows loaded before its forward
+(:meth:`Executor.load_before_forward`). A layer that was to wait and did not has read rows that
+nobody knows to have been there: then nothing of the step is kept, and the engine has to stop.
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ from dataclasses import dataclass
 from lamina.config import LoadConfig
 from lamina.data.early_release import EarlyRelease
 from lamina.data.fetch_pipeline import DiskFetcher
-from lamina.data.load_pipeline import Load, LoadRun, RowSource, window_rows
+from lamina.data.load_pipeline import Load, LoadRun, LoadStuck, RowSource, window_rows
 from lamina.data.movers.base import Mover
 from lamina.data.push_pipeline import PushRun
 from lamina.data.push_wire import PushIdentity, PushWire
 from lamina.data.save_pipeline import SaveRun
 from lamina.data.sources import LOAD_THREADS
+from lamina.data.threads import Threads
 from lamina.data.tiers.disk import DiskReader, DiskTier
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
@@ -56,7 +61,16 @@ IDLE_WAIT, LONGEST_IDLE_WAIT = 0.002, 0.008
 run neither spins on the interpreter lock nor is late for the next request. They double while there
 is none: a push takes as long as another engine's prefill, which may run on the same cores."""
 
+LEAST_PATIENCE = 30.0
+"""Seconds that one copy between host memory and the engine may take at least, whatever
+``load.deadline`` says: that is meant for tiers which can be slow, and what comes of this is an
+engine that stops."""
+
 _LAYERWISE, _PARKED = 0.0, 1.0
+
+
+class LayersDidNotWait(RuntimeError):
+    """Layers have read rows of a load without waiting for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +133,14 @@ class Executor:
         self._timeline = timeline
         self._row_of_layer = geometry.row_of_layer
         self._unwritten: dict[int, set[str]] = {}
-        cores = self._cores = usable_cores()
+        self._patience = max(config.deadline, LEAST_PATIENCE)
+        self._cores = usable_cores()
+        threads = Threads(mover.enter_thread, self._cores)
         # A pool for each tier: a disk that hangs takes its own threads with it, and no others.
         self._load_pools = {
-            tier: WorkerPool(f"load-{tier.value}", LOAD_THREADS[tier], cores) for tier in sources
+            tier: WorkerPool(f"load-{tier.value}", LOAD_THREADS[tier], threads) for tier in sources
         }
-        self._save_pool = WorkerPool("save", 1, cores)
+        self._save_pool = WorkerPool("save", 1, threads)
         self._writer: DiskWriter | None = None
         self._sources = sources
         if disk is not None and not isinstance(disk, DiskReader):
@@ -135,7 +151,7 @@ class Executor:
                 loads=self._load_pools[TierName.DISK],
                 rows=len(geometry.rows),
                 chunk_bytes=geometry.chunk_bytes,
-                cores=cores,
+                threads=threads,
                 timeline=timeline,
             )
         self._fetcher: DiskFetcher | None = None
@@ -147,7 +163,7 @@ class Executor:
                 geometry,
                 self._load_pools[TierName.DISK],
                 self._report,
-                cores,
+                threads,
                 timeline,
             )
         self._plan: StepPlan | None = None
@@ -157,6 +173,10 @@ class Executor:
         self._resumed: list[LoadRun] = []
         self._early = EarlyRelease()
         self._layers_wait = True
+        self._layers_save = True
+        self._order: Mapping[str, int] | None = None
+        self._called: set[str] = set()
+        self._stopped: RuntimeError | None = None
         self._saves: SaveRun | None = None
         self._parked: list[LoadRun] = []
         self._awaited: Counter[str] = Counter()
@@ -167,7 +187,6 @@ class Executor:
         self._failed: set[str] = set()
         self._rejected: set[str] = set()
         self._lost_blocks: set[int] = set()
-        self._unknown_layers: set[str] = set()
         self._step_failure = ""
         self._computing = (-1, 0.0)
         self._nothing = Outcomes(Receipt(rank), frozenset(), frozenset(), frozenset())
@@ -177,7 +196,7 @@ class Executor:
                 *push,
                 report=self._report,
                 wake=self._news.set,
-                cores=cores,
+                threads=threads,
                 timeline=timeline,
             )
 
@@ -193,23 +212,42 @@ class Executor:
         )
 
     def load_before_forward(self) -> None:
-        """Some layers do not wait for their rows: nobody is resumed before all is there."""
+        """Some layers do not wait for their rows: nobody is resumed before all is there, and
+        :meth:`start_loads` returns when all is there."""
         self._layers_wait = False
+
+    def save_after_forward(self) -> None:
+        """Layers run several times in a step, each time for a part of it: no row is written before
+        the step is over."""
+        self._layers_save = False
+
+    def drafts_follow(self, order: Sequence[str]) -> None:
+        """Layers at the end of ``order`` may be a draft model's. They run once the loads of a step
+        are finished, or not at all, and need not wait.
+
+        Args:
+            order: all layers, in the order in which they run.
+        """
+        self._order = {layer: index for index, layer in enumerate(order)}
 
     @property
     def moves_rows(self) -> bool:
         """Whether the layers of this step have anything to wait for or to save."""
-        return (
-            bool(self._in_step)
-            or self._saves is not None
-            or (self._pushes is not None and self._pushes.moves_rows)
-        )
+        pushes = self._pushes is not None and self._pushes.moves_rows
+        return bool(self._in_step) or (self._layers_save and (self._saves is not None or pushes))
 
     # -- one step ----------------------------------------------------------------------------
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Start what does not belong to the forward; call before it."""
+        """Start what does not belong to the forward; call before it.
+
+        Raises:
+            LoadStuck, LayersDidNotWait: if the engine had to stop, and has not.
+        """
+        if self._stopped is not None:
+            raise self._stopped
         self._plan = plan
+        self._called.clear()
         self._early.step_begins(plan.forward)
         if plan.forward and self._resumed:
             self._in_step, self._resumed = self._resumed, []
@@ -250,18 +288,29 @@ class Executor:
             self._saves = self._make_saves(written)
 
     def start_loads(self) -> None:
-        """Submit the first rows of the step's layerwise loads; call right before the forward."""
+        """Submit the first rows of the step's layerwise loads; call right before the forward.
+
+        Raises:
+            LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
+        """
         if self._layerwise is not None:
             # Here and not earlier: engines prepare blocks (zero, copy) once the step has begun.
             self._layerwise.start(self._mover.fence_compute())
             self._layerwise = None
+        if not self._layers_wait:
+            self.finish_loads()
 
     def wait_layer(self, layer: str) -> None:
-        """Return when the row of ``layer`` may be read; at once if nothing is loaded."""
-        if self._in_step and (row := self._row(layer)) is not None:
+        """Return when the row of ``layer`` may be read; at once if nothing is loaded, or if the
+        layer has no row because it reads another one's.
+
+        Raises:
+            LoadStuck: if a copy does not end. The engine has to stop.
+        """
+        if self._in_step and (row := self._row_of_layer.get(layer)) is not None:
+            self._called.add(layer)
             for run in self._in_step:
-                for fence in run.wait(row):
-                    self._mover.hold_compute(fence)
+                self._hold(run, row)
         if self._timeline is not None:
             self._computing = (self._row_of_layer.get(layer, -1), Timeline.now())
 
@@ -270,9 +319,9 @@ class Executor:
         if self._timeline is not None and self._plan is not None:
             row, began = self._computing
             self._timeline.add(Lane.COMPUTE, self._plan.step, row, began)
-        if self._saves is None and self._pushes is None:
+        if not self._layers_save or (self._saves is None and self._pushes is None):
             return
-        if (written := self._row(layer)) is not None:
+        if (written := self._row_of_layer.get(layer)) is not None:
             # Not "the last layer of the row": in what order layers run is the model's affair.
             left = self._unwritten.setdefault(written, set(self._geometry.rows[written].layers))
             left.discard(layer)
@@ -290,8 +339,15 @@ class Executor:
             self._saves.poison(reason)
 
     def end_step(self) -> None:
-        """Finish the step's loads and sweep its saves; call after the forward."""
-        self.finish_loads()
+        """Finish the step's loads and sweep its saves; call after the forward.
+
+        Raises:
+            LayersDidNotWait: if layers have not waited for their rows. Nothing of the step is
+                kept, and the engine has to stop: what it has computed cannot be taken back.
+            LoadStuck: if a copy does not end. The engine has to stop.
+        """
+        with contextlib.suppress(LoadStuck):  # raised below, once everybody knows of it
+            self.finish_loads()
         saves, self._saves = self._saves, None
         self._unwritten.clear()
         pushes, self._pushes = self._pushes, None
@@ -307,12 +363,17 @@ class Executor:
         else:
             self._idle_wait = IDLE_WAIT
         self._news.clear()
+        if self._stopped is not None:
+            raise self._stopped
 
     def collect(self) -> Outcomes:
         """Everything that has ended since the last call.
 
         An engine that runs draft models asks before it ends the step; the step's loads are
         finished then, because their failures must be known now.
+
+        Raises:
+            LoadStuck: if a copy does not end. The engine has to stop.
         """
         self.finish_loads()
         pushed = self._wire.ended() if self._wire is not None else []
@@ -322,7 +383,7 @@ class Executor:
         arrived: set[str] = set()
         for run in (*self._parked, *self._resumed):
             if run.expired and not run.landed:
-                run.give_up("deadline")
+                self._give_up(run, "deadline")
         for run in list(self._parked):
             if run.landed:
                 self._parked.remove(run)
@@ -362,9 +423,14 @@ class Executor:
 
     def close(self) -> None:
         """Finish what is under way, within ``load.deadline``, and release what is held."""
-        for run in (*self._parked, *self._resumed):
-            run.give_up("closed")
         give_up = time.monotonic() + self._config.deadline
+        ended = True
+        for run in (*self._parked, *self._resumed):
+            try:
+                run.give_up("closed")
+            except LoadStuck as error:
+                log.warning("%s", error)
+                ended = False
         pools: list[WorkerPool | DiskWriter | DiskFetcher | PushWire] = [
             *self._load_pools.values(),
             self._save_pool,
@@ -376,7 +442,7 @@ class Executor:
         if self._wire is not None:
             pools.append(self._wire)
         left = [pool.close(max(0.0, give_up - time.monotonic())) for pool in pools]
-        ended = all(left)
+        ended = ended and all(left)
         if not ended:
             log.warning("transfers under way did not end within %.0f s", self._config.deadline)
         if ended:  # else files and memory that a thread still uses go with the process
@@ -426,6 +492,7 @@ class Executor:
             cores=len(self._cores),
             urgency=_PARKED if parked else _LAYERWISE,
             self_driven=parked,
+            patience=self._patience,
             step=self._plan.step,
             timeline=self._timeline,
             done=self._wake,
@@ -446,15 +513,72 @@ class Executor:
         )
 
     def finish_loads(self) -> None:
-        """Wait for all of the step's loads."""
-        runs, self._in_step = self._in_step, []
+        """Wait for all of the step's loads. Call it before the step ends where layers run that do
+        not wait, and behind all that do.
+
+        Raises:
+            LoadStuck: as :meth:`wait_layer` does.
+        """
+        self._check_called()
+        runs = list(self._in_step)
+        for run in runs:
+            for row in range(len(self._geometry.rows)):
+                self._hold(run, row)
+        self._in_step = []
         for run in runs:
             self._finish_load(run)
         self._early.step_ends(len(self._geometry.rows), sum(run.waited for run in runs))
 
+    def _hold(self, run: LoadRun, row: int) -> None:
+        try:
+            for fence in run.wait(row):
+                self._mover.hold_compute(fence)
+        except LoadStuck as error:
+            self._stop(error)
+            raise
+
+    def _give_up(self, run: LoadRun, reason: str) -> None:
+        try:
+            run.give_up(reason)
+        except LoadStuck as error:
+            self._stop(error)
+            raise
+
+    def _stop(self, error: RuntimeError) -> None:
+        """Keep nothing of the step, and begin no other one."""
+        log.error("%s", error)
+        self._stopped = error
+        self._in_step = []
+        self.fail_step(type(error).__name__)
+
+    def _check_called(self) -> None:
+        """See that every layer has waited whose row is loaded in the step."""
+        forward = self._plan is not None and self._plan.forward
+        if not (self._in_step and forward and self._layers_wait) or self._step_failure:
+            return
+        groups = {
+            piece.group for run in self._in_step for load in run.loads for piece in load.pieces
+        }
+        layers = [
+            layer
+            for row in self._geometry.rows
+            if groups.intersection(row.groups)
+            for layer in row.layers
+        ]
+        if self._order is not None and self._called:
+            last = max(map(self._order.__getitem__, self._called))
+            layers = [layer for layer in layers if self._order[layer] <= last]
+        if silent := [layer for layer in layers if layer not in self._called]:
+            named = ", ".join(silent[:4]) + (f" and {len(silent) - 4} more" if silent[4:] else "")
+            self._stop(
+                LayersDidNotWait(
+                    f"layers {named} did not wait for rows that were loaded in their step, and may "
+                    "have read them before they were there. Nothing of the step is kept, and the "
+                    'engine stops. Set load.mode to "parked" to serve this model, and report this'
+                )
+            )
+
     def _finish_load(self, run: LoadRun) -> None:
-        for fence in run.finish():
-            self._mover.hold_compute(fence)
         failed = any(load.failed for load in run.loads)
         if failed or run.landed:
             self._settle(run)
@@ -478,15 +602,6 @@ class Executor:
 
     def _wake(self, _: LoadRun) -> None:
         self._news.set()
-
-    def _row(self, layer: str) -> int | None:
-        row = self._row_of_layer.get(layer)
-        if row is None and layer not in self._unknown_layers:
-            self._unknown_layers.add(layer)
-            log.warning(
-                "layer %r has no row in the cache geometry; nothing is loaded for it", layer
-            )
-        return row
 
 
 def usable_cores() -> frozenset[int]:

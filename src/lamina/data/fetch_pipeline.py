@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from lamina.data.movers.base import Mover
+from lamina.data.threads import Threads
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.data.worker_pool import WorkerPool
@@ -34,7 +35,7 @@ class DiskFetcher:
         geometry: the engine's cache.
         loads: the threads that load from the disk, which go first.
         report: called with the receipt of each fetch, from a thread.
-        cores: cores the thread may run on.
+        threads: how its thread begins.
         timeline: where spans go.
     """
 
@@ -46,7 +47,7 @@ class DiskFetcher:
         geometry: CacheGeometry,
         loads: WorkerPool,
         report: Callable[[Iterable[TransferReceipt]], None],
-        cores: frozenset[int] | None = None,
+        threads: Threads | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._disk = disk
@@ -55,7 +56,7 @@ class DiskFetcher:
         self._extent_bytes = geometry.extent_bytes
         self._chunk_bytes = geometry.chunk_bytes
         self._loads = loads
-        self._pool = WorkerPool("fetch", 1, cores)
+        self._pool = WorkerPool("fetch", 1, threads)
         self._report = report
         self._timeline = timeline
         self._closing = False
@@ -64,7 +65,9 @@ class DiskFetcher:
     def fetch(self, orders: Iterable[FetchOrder], step: int) -> None:
         """Queue chunks, behind those that are queued."""
         for order in orders:
-            self._pool.submit((0, 0), partial(self._carry_out, order, step))
+            self._pool.submit(
+                (0, 0), partial(self._carry_out, order, step), partial(self._lost, order)
+            )
 
     def close(self, timeout: float) -> bool:
         """Fetch no further chunk; False if the one under way took longer than ``timeout``
@@ -77,24 +80,22 @@ class DiskFetcher:
             return  # with the engine, and with whoever waits for a receipt
         self._loads.await_idle(GIVE_WAY)
         began = time.perf_counter()
-        reason, damaged = "", False
-        try:
-            reason, damaged = self._copy(order)
-        except Exception as error:
-            reason = type(error).__name__
-            raise
-        finally:
-            receipt = TransferReceipt(
-                order.transfer,
-                Outcome.FAILED if reason else Outcome.DONE,
-                moved_bytes=0 if reason else self._chunk_bytes,
-                seconds=time.perf_counter() - began,
-                bad_chunks=(order.key,) if damaged else (),
-                reason=reason,
-            )
-            self._report([receipt])
-            if self._timeline is not None:
-                self._timeline.add(Lane.FETCH, step, -1, began, self._chunk_bytes)
+        reason, damaged = self._copy(order)
+        receipt = TransferReceipt(
+            order.transfer,
+            Outcome.FAILED if reason else Outcome.DONE,
+            moved_bytes=0 if reason else self._chunk_bytes,
+            seconds=time.perf_counter() - began,
+            bad_chunks=(order.key,) if damaged else (),
+            reason=reason,
+        )
+        if self._timeline is not None:
+            self._timeline.add(Lane.FETCH, step, -1, began, self._chunk_bytes)
+        self._report([receipt])
+
+    def _lost(self, order: FetchOrder, error: BaseException) -> None:
+        reason = type(error).__name__
+        self._report([TransferReceipt(order.transfer, Outcome.FAILED, reason=reason)])
 
     def _copy(self, order: FetchOrder) -> tuple[str, bool]:
         """Why a chunk was not copied, empty if it was, and whether it never can be."""

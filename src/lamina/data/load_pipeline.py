@@ -13,6 +13,7 @@ from its first bad chunk on; the others go on. A row that is waited for again re
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,6 @@ from lamina.plan import ChunkKey, ChunkLoad, LoadOrder, Outcome, TierName, Trans
 
 PIECE_BYTES = 8 << 20
 """Bytes of one row that one thread moves at a time: enough to stream, little enough to share."""
-
-
-_LONGEST_WAIT = 3600.0
-"""Seconds; what waits without a deadline waits again after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,11 @@ class BadChunks(Exception):
         self.indices = tuple(indices)
         self.damaged = tuple(damaged)
         self.reason = reason
+
+
+class LoadStuck(RuntimeError):
+    """A copy into the engine does not end, and nothing can be done without it: the engine has to
+    stop."""
 
 
 class RowSource(Protocol):
@@ -155,13 +157,24 @@ class Load:
             self._writing -= grants
             self._changed.notify_all()
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str, patience: float) -> None:
         """Fail what has not arrived. When this returns no thread writes engine memory for this
-        load, now or later."""
+        load, now or later.
+
+        Args:
+            reason: a word for logs and metrics.
+            patience: seconds that a copy which has begun has to end.
+
+        Raises:
+            LoadStuck: if one has not ended. It may write whenever it goes on.
+        """
         with self._changed:
             self._given_up = True
-            while self._writing:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: not self._writing, patience):
+                raise LoadStuck(
+                    f"a copy into blocks of {self.order.request_id} has not ended within "
+                    f"{patience:.0f} s, and these blocks must not be used while it may go on"
+                )
         # A piece that was refused while this waited for another one is over and not outstanding.
         if self.outstanding or self._refused:
             self.fail(range(len(self.order.chunks)), reason)
@@ -201,6 +214,8 @@ class LoadRun:
         urgency: the pools' first priority; the row is the second.
         self_driven: whether a row that has arrived stands for one that was waited for, because
             no model waits (a parked load).
+        patience: seconds that one copy may take. A wait for a load that the engine cannot take
+            back ends after them, by :class:`LoadStuck`.
         done: called once, from a pool thread or from a waiter, when every row has arrived.
         step: for the timeline.
         timeline: where spans go.
@@ -217,6 +232,7 @@ class LoadRun:
         cores: int,
         urgency: float,
         self_driven: bool,
+        patience: float,
         step: int = 0,
         timeline: Timeline | None = None,
         done: Callable[[LoadRun], None] | None = None,
@@ -235,6 +251,7 @@ class LoadRun:
         self._cores = cores
         self._urgency = urgency
         self._self_driven = self_driven
+        self._patience = patience
         self._step = step
         self._timeline = timeline
         self._done = done
@@ -271,15 +288,26 @@ class LoadRun:
         Returns:
             The fences that the engine's next work must come after; empty when the row was
             waited for before.
+
+        Raises:
+            LoadStuck: if it does not arrive, and cannot be given up.
         """
         if row in self._waited_rows:
             return []
         began = time.perf_counter()
         while row >= self._submitted:
             self._submit_next()
-        while not self._arrived[row].wait(self._patience()):
-            if time.perf_counter() >= self.deadline:
+        since = began
+        while True:
+            may_be_given_up = self.deadline < math.inf
+            due = self.deadline if may_be_given_up else since + self._patience
+            if self._arrived[row].wait(max(0.0, due - time.perf_counter())):
+                break
+            if time.perf_counter() >= due:
+                if not may_be_given_up:
+                    raise LoadStuck(self._describe_stuck(row))
                 self._give_up_stuck(row)
+                since = time.perf_counter()
         self._waited_rows.add(row)
         self._submit_next()
         self.waited += time.perf_counter() - began
@@ -287,8 +315,14 @@ class LoadRun:
             self._timeline.add(Lane.WAIT, self._step, row, began)
         return self._fences[row]
 
-    def _patience(self) -> float:
-        return min(max(0.0, self.deadline - time.perf_counter()), _LONGEST_WAIT)
+    def _describe_stuck(self, row: int) -> str:
+        stuck = [self.loads[i].order.request_id for i in self._alive if self._left[row][i]]
+        return (
+            f"row {row} of the loads for {', '.join(sorted(stuck))} did not arrive within "
+            f"{self._patience:.0f} s, and the model waits for it. A copy from host memory that "
+            "takes so long means that the machine is not well: look whether it swaps, and at the "
+            "device. What runs cannot be taken back, so the engine stops"
+        )
 
     def finish(self) -> list[Fence]:
         """Wait for every row that was not waited for."""
@@ -313,7 +347,7 @@ class LoadRun:
 
     def _give_up(self, which: set[int], reason: str) -> None:
         for i in which:
-            self.loads[i].give_up(reason)
+            self.loads[i].give_up(reason, self._patience)
         for fences in self._fences:
             for fence in fences:
                 fence.wait()
@@ -379,8 +413,11 @@ class LoadRun:
                 self._active_since = time.perf_counter()
             self._in_flight += len(wanted)
         for i, piece in wanted:
-            job = partial(self._move, row, i, piece)
-            self._pools[piece.tier].submit((self._urgency, row), job)
+            self._pools[piece.tier].submit(
+                (self._urgency, row),
+                partial(self._move, row, i, piece),
+                partial(self._lost, row, i, piece),
+            )
         if not wanted:
             self._note_arrival(row)
 
@@ -403,16 +440,20 @@ class LoadRun:
         except BadChunks as error:
             load.fail([piece.first + i for i in error.indices], error.reason)
             load.damaged.update(piece.first + i for i in error.damaged)
-        except Exception as error:
-            load.fail(range(piece.first, piece.first + len(piece.keys)), type(error).__name__)
-            raise
-        finally:
-            worked = time.thread_time() - working
-            self._piece_over(row, index, fence, len(piece.blocks) * self._page_bytes[row], worked)
+        except BaseException:
             load.leave(grants)
-            if self._timeline is not None:
-                size = len(piece.blocks) * self._page_bytes[row]
-                self._timeline.add(Lane.LOAD, self._step, row, began, size)
+            raise
+        size = len(piece.blocks) * self._page_bytes[row]
+        if self._timeline is not None:
+            self._timeline.add(Lane.LOAD, self._step, row, began, size)
+        self._piece_over(row, index, fence, size, time.thread_time() - working)
+        load.leave(grants)
+
+    def _lost(self, row: int, index: int, piece: Piece, error: BaseException) -> None:
+        """A piece will not come."""
+        chunks = range(piece.first, piece.first + len(piece.keys))
+        self.loads[index].fail(chunks, type(error).__name__)
+        self._piece_over(row, index, None, 0, 0.0)
 
     def _piece_over(
         self, row: int, index: int, fence: Fence | None, size: int, worked: float
@@ -449,13 +490,14 @@ def window_rows(load_ahead: int | str, staging: int, row_bytes: int, rows: int) 
     """How many rows to keep in flight.
 
     Args:
-        load_ahead: an integer is obeyed exactly; ``"auto"`` fills the staging budget.
+        load_ahead: an integer is obeyed exactly, up to all rows; ``"auto"`` fills the staging
+            budget.
         staging: the budget in bytes.
         row_bytes: bytes of one row over all loads of the run.
         rows: rows of the model.
     """
     if isinstance(load_ahead, int):
-        return load_ahead
+        return min(rows, load_ahead)
     return max(1, min(rows, staging // max(1, row_bytes)))
 
 

@@ -62,6 +62,11 @@ class Receives:
         if receive is not None:
             self._end(receive, Outcome.FAILED, reason)
 
+    def give_up_all(self, reason: str) -> None:
+        """Nothing more can be heard of any."""
+        for transfer in list(self._expected):
+            self.give_up(TransferId(transfer), reason)
+
     def notice(self, notice: Notice) -> None:
         """Something has come from a peer; what is not for this run of the engine is dropped."""
         try:

@@ -6,18 +6,16 @@ The engine's thread only queues; it never waits for the wire.
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from lamina.data.movers.base import Fence
 from lamina.data.push_receives import Receives
 from lamina.data.push_streams import PushRoute, PushStream, Sending
+from lamina.data.threads import Threads
 from lamina.observe.timeline import Timeline
 from lamina.plan import (
     PeerOrder,
@@ -75,7 +73,7 @@ class PushWire:
         transport: its end of the wire; closed with this.
         report: called with receipts, from the wire's thread.
         wake: called when a receive has ended, from the wire's thread.
-        cores: cores the thread may run on.
+        threads: how its thread begins.
         timeline: where spans go.
     """
 
@@ -86,14 +84,13 @@ class PushWire:
         *,
         report: Callable[[Iterable[TransferReceipt]], None],
         wake: Callable[[], None],
-        cores: frozenset[int] | None = None,
+        threads: Threads | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._identity = identity
         self._transport = transport
         self._report = report
         self._wake = wake
-        self._cores = cores
         self._timeline = timeline
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._cards: dict[str, EngineCard] = {}
@@ -103,8 +100,8 @@ class PushWire:
         self._ended: deque[tuple[str, TransferReceipt]] = deque()
         self._broken = False
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="lamina-push", daemon=True)
-        self._thread.start()
+        self._dead = ""
+        self._thread = (threads or Threads()).start("push", self._run, self._died)
 
     # -- the engine's thread -----------------------------------------------------------------
 
@@ -149,19 +146,29 @@ class PushWire:
     # -- the wire's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
-        if self._cores is not None:
-            with suppress(OSError):  # slower where the cores are others' by now
-                os.sched_setaffinity(0, self._cores)
         while not self._closed:
             try:
                 self._take_commands()
                 self._pump()
-            except Exception:
+            # Not Exception: whoever counts on a push waits for this thread.
+            except BaseException:
                 log.exception("the wire of rank %d raised", self._identity.card.rank)
         for stream in self._streams.values():
             stream.fail("closed")
             stream.pump()
         self._transport.close()
+
+    def _died(self, error: BaseException) -> None:
+        """The thread cannot work. It stays to say so of every push."""
+        log.error(
+            "nothing more is pushed from or to rank %d until the engine is restarted: %r",
+            self._identity.card.rank,
+            error,
+        )
+        self._dead = type(error).__name__
+        for stream in self._streams.values():
+            stream.fail(self._dead)
+        self._run()
 
     def _take_commands(self) -> None:
         timeout = IDLE_POLL
@@ -194,7 +201,10 @@ class PushWire:
                     while len(self._failed) > REMEMBERED:
                         self._failed.popitem(last=False)
         try:
-            self._take_notices()
+            if self._dead:
+                self._receives.give_up_all(self._dead)
+            else:
+                self._take_notices()
         finally:
             if ended := self._receives.ended():
                 self._ended.extend(ended)
@@ -243,9 +253,9 @@ class PushWire:
                 order.epoch,
                 self._identity.card.rank,
                 self._identity.card,
-                () if card is None else self._routes(card),
+                () if card is None or self._dead else self._routes(card),
                 self._transport,
-                failure=self._failed.get(name, "unreachable" if card is None else ""),
+                failure=self._dead or self._failed.get(name, "unreachable" if card is None else ""),
                 batch=self._identity.batch,
                 until=until,
                 report=lambda receipt: self._report([receipt]),

@@ -16,7 +16,7 @@ import numpy as np
 
 from lamina.data.movers.base import Fence, Indices, Mover, pages_of
 from lamina.data.tiers.host import HostTier
-from lamina.data.worker_pool import WorkerPool
+from lamina.data.worker_pool import Job, WorkerPool
 from lamina.geometry import CacheGeometry, Row
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import Outcome, SaveOrder, TransferReceipt
@@ -75,7 +75,7 @@ class SaveRun:
         if row in self._unsubmitted:
             self._unsubmitted.remove(row)
             fence = self._mover.fence_compute()
-            self._pool.submit((0, self._step), partial(self._copy, row, fence))
+            self._submit(partial(self._copy, row, fence))
 
     def sweep(self) -> None:
         """The step is over: save the rows whose hook did not fire."""
@@ -94,13 +94,21 @@ class SaveRun:
             read = self._read(row, after)
             if read is not None:
                 self._mover.hold_compute(read)
-            self._pool.submit((0, self._step), partial(self._finish, row, read, began))
+            self._submit(partial(self._finish, row, read, began))
         self._one_over()
 
     def poison(self, reason: str) -> None:
         """What the step computed is not to be trusted: report every save as failed."""
         with self._lock:
             self._failure = self._failure or reason
+
+    def _submit(self, job: Job) -> None:
+        self._pool.submit((0, self._step), job, self._lost)
+
+    def _lost(self, error: BaseException) -> None:
+        """A row is not saved."""
+        self.poison(type(error).__name__)
+        self._one_over()
 
     def _copy(self, row: int, after: Fence) -> None:
         began = time.perf_counter()
@@ -123,17 +131,12 @@ class SaveRun:
         return self._copies[shape.groups, shape.places]
 
     def _finish(self, row: int, read: Fence | None, began: float) -> None:
-        try:
-            if read is not None:
-                read.wait()
-        except Exception as error:
-            self.poison(type(error).__name__)
-            raise
-        finally:
-            self._one_over()
-            if self._timeline is not None:
-                size = len(self._copies_of(row)[0]) * self._rows[row].page_bytes
-                self._timeline.add(Lane.SAVE, self._step, row, began, size)
+        if read is not None:
+            read.wait()
+        if self._timeline is not None:
+            size = len(self._copies_of(row)[0]) * self._rows[row].page_bytes
+            self._timeline.add(Lane.SAVE, self._step, row, began, size)
+        self._one_over()
 
     def _one_over(self) -> None:
         with self._lock:

@@ -1,60 +1,80 @@
-"""Threads that run jobs, the most urgent first."""
+"""Threads that run jobs, the most urgent first. Every job is answered for."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
+
+from lamina.data.threads import Threads
 
 log = logging.getLogger("lamina.data")
 
 Job = Callable[[], None]
 
-_CLOSED = (float("inf"), 0)
+Lost = Callable[[BaseException], None]
+"""Called with the error if a job raised, or was never run. It must not raise."""
+
+
+class _Task(NamedTuple):
+    priority: tuple[float, int]
+    number: int
+    job: Job
+    lost: Lost
 
 
 class WorkerPool:
-    """A few daemon threads over one priority queue.
+    """A few threads over one priority queue.
 
-    Engines pin their own threads to cores and threads inherit that from whoever starts them, so
-    a worker takes back every core the process may use.
+    A job returns, or its ``lost`` is called; never both, and never neither. A thread that cannot
+    work leaves the jobs to the others. The last one stays and calls ``lost`` for every job, so that
+    whoever waits for one learns of it.
 
     Args:
         name: prefix of the threads' names.
-        threads: how many.
-        cores: cores the threads may run on; None leaves what they inherit.
+        count: how many threads.
+        threads: how they begin.
     """
 
-    def __init__(self, name: str, threads: int, cores: frozenset[int] | None = None) -> None:
-        self._queue: queue.PriorityQueue[tuple[tuple[float, int], int, Job | None]]
-        self._queue = queue.PriorityQueue()
+    def __init__(self, name: str, count: int, threads: Threads | None = None) -> None:
+        self._name = name
+        self._tasks: list[_Task] = []
         self._order = itertools.count()
-        self._cores = cores
+        self._running = 0
+        self._working = count
+        self._closing = False
+        self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        begin = threads or Threads()
         self._threads = [
-            threading.Thread(target=self._run, name=f"lamina-{name}-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+            begin.start(f"{name}-{i}", self._work, self._died) for i in range(count)
+        ]  # fmt: skip
 
-    def submit(self, priority: tuple[float, int], job: Job) -> None:
-        """Queue ``job``; lower priorities run first, equal ones in the order of submission."""
-        self._queue.put((priority, next(self._order), job))
+    def submit(self, priority: tuple[float, int], job: Job, lost: Lost) -> None:
+        """Queue ``job``; lower priorities run first, equal ones in the order of submission.
+
+        Args:
+            priority: compared as a tuple.
+            job: what to run, on a thread of the pool.
+            lost: called there with the error if the job raises, or cannot be run any more.
+        """
+        with self._lock:
+            heapq.heappush(self._tasks, _Task(priority, next(self._order), job, lost))
+            self._more.notify()
 
     def depth(self) -> int:
         """Jobs that no thread has taken yet."""
-        return self._queue.qsize()
+        return len(self._tasks)
 
     def await_idle(self, timeout: float) -> bool:
         """Wait until there is no job; False if that took longer than ``timeout`` seconds."""
-        with self._queue.all_tasks_done:
-            return self._queue.all_tasks_done.wait_for(
-                lambda: not self._queue.unfinished_tasks, timeout
-            )
+        with self._lock:
+            return self._idle.wait_for(lambda: not (self._tasks or self._running), timeout)
 
     def close(self, timeout: float) -> bool:
         """Run what is queued, then stop.
@@ -62,24 +82,58 @@ class WorkerPool:
         Returns:
             Whether every thread ended within ``timeout`` seconds.
         """
-        for _ in self._threads:
-            self._queue.put((_CLOSED, next(self._order), None))
+        with self._lock:
+            self._closing = True
+            self._more.notify_all()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _run(self) -> None:
-        if self._cores is not None:
-            os.sched_setaffinity(0, self._cores)
-        while True:
-            _, _, job = self._queue.get()
-            if job is None:
-                self._queue.task_done()
-                return
+    def _work(self) -> None:
+        self._serve(None)
+
+    def _died(self, error: BaseException) -> None:
+        with self._lock:
+            self._working -= 1
+            last = not self._working
+        if last:
+            log.error(
+                "no thread of %r can work any more, all of its transfers fail until the engine is "
+                "restarted: %r", self._name, error,
+            )  # fmt: skip
+            self._serve(error)
+
+    def _serve(self, error: BaseException | None) -> None:
+        """Run jobs until the pool is closed, or fail them if there is an ``error``."""
+        while (task := self._next()) is not None:
             try:
-                job()
-            except Exception:
-                log.exception("a job of %s raised", threading.current_thread().name)
-            del job  # an idle thread keeps nothing alive
-            self._queue.task_done()
+                self._carry_out(task, error)
+            finally:
+                self._over()
+            del task  # an idle thread keeps nothing alive
+
+    def _carry_out(self, task: _Task, error: BaseException | None) -> None:
+        if error is not None:
+            task.lost(error)
+            return
+        try:
+            task.job()
+        except BaseException as raised:  # whatever ends a job early, somebody waits for it
+            log.exception("a job of %s raised", threading.current_thread().name)
+            task.lost(raised)
+
+    def _next(self) -> _Task | None:
+        with self._lock:
+            while not self._tasks:
+                if self._closing:
+                    return None
+                self._more.wait()
+            self._running += 1
+            return heapq.heappop(self._tasks)
+
+    def _over(self) -> None:
+        with self._lock:
+            self._running -= 1
+            if not (self._tasks or self._running):
+                self._idle.notify_all()

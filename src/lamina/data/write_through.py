@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from lamina.data.threads import Threads
 from lamina.data.tiers.disk import DiskTier
 from lamina.data.tiers.disk_lock import StoreLost
 from lamina.data.tiers.host import HostTier
@@ -29,7 +30,7 @@ class DiskWriter:
         host: where the bytes come from; control holds the slots leased until the receipt.
         report: called with the receipts of a batch.
         loads: the threads that load from the disk, which go first.
-        cores: cores the thread may run on.
+        threads: how its thread begins.
         timeline: where spans go.
     """
 
@@ -42,7 +43,7 @@ class DiskWriter:
         loads: WorkerPool,
         rows: int,
         chunk_bytes: int,
-        cores: frozenset[int] | None = None,
+        threads: Threads | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self._disk = disk
@@ -52,16 +53,21 @@ class DiskWriter:
         self._rows = rows
         self._chunk_bytes = chunk_bytes
         self._timeline = timeline
-        self._pool = WorkerPool("write", 1, cores)
+        self._pool = WorkerPool("write", 1, threads)
         self._complained: set[str] = set()
 
     def drop(self, slots: Sequence[int]) -> None:
         """Forget slots, after what was queued before."""
-        self._pool.submit((0, 0), lambda: self._drop(slots))
+        self._pool.submit((0, 0), lambda: self._drop(slots), lambda error: None)
 
     def write(self, orders: Sequence[WriteThrough], step: int) -> None:
         """Write a batch, after what was queued before."""
-        self._pool.submit((0, 0), lambda: self._write(orders, step))
+        began = time.perf_counter()
+        self._pool.submit(
+            (0, 0),
+            lambda: self._write(orders, step),
+            lambda error: self._answer(orders, began, type(error).__name__),
+        )
 
     def close(self, timeout: float) -> bool:
         """Write what is queued, then stop; False if that took longer than ``timeout`` seconds."""
@@ -90,6 +96,12 @@ class DiskWriter:
             if reason not in self._complained and not isinstance(error, StoreLost):
                 self._complained.add(reason)
                 log.warning("cannot write to the disk tier, loads go on without it: %s", error)
+        if self._timeline is not None:
+            size = len(orders) * self._chunk_bytes
+            self._timeline.add(Lane.WRITE, step, -1, began, size)
+        self._answer(orders, began, reason)
+
+    def _answer(self, orders: Sequence[WriteThrough], began: float, reason: str) -> None:
         seconds = time.perf_counter() - began
         self._report(
             TransferReceipt(
@@ -101,6 +113,3 @@ class DiskWriter:
             )
             for order in orders
         )
-        if self._timeline is not None:
-            size = len(orders) * self._chunk_bytes
-            self._timeline.add(Lane.WRITE, step, -1, began, size)

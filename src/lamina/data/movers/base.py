@@ -79,6 +79,12 @@ class Mover(ABC):
         self._allocations = tuple(allocations)
 
     @abstractmethod
+    def enter_thread(self) -> None:
+        """Make this mover's device the calling thread's own, on which nothing else was called
+        before. Every thread that moves pages, waits for fences or commits host memory calls it
+        first, see :class:`~lamina.data.threads.Threads`."""
+
+    @abstractmethod
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """A flat uint8 host tensor of ``size`` bytes, page aligned, fit for fast copies.
 

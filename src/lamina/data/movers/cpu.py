@@ -20,6 +20,7 @@ import torch
 from lamina.data.movers.base import Fence, Indices, Mover
 from lamina.data.movers.host_memory import POPULATE_PIECE, HostMemory, populate
 from lamina.data.shared_memory import MemoryFile
+from lamina.data.threads import Threads
 from lamina.geometry import CacheGeometry, Row
 
 Pages = npt.NDArray[Any]
@@ -61,9 +62,12 @@ class CpuMover(Mover):
         )
         self._host: list[HostMemory] = []
 
+    def enter_thread(self) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`. There is one CPU."""
+
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        memory = HostMemory(size, POPULATE_PIECE, populate, file)
+        memory = HostMemory(size, POPULATE_PIECE, populate, file, Threads(self.enter_thread))
         self._host.append(memory)
         return memory.tensor
 

@@ -28,6 +28,7 @@ import torch
 from lamina.data.movers.base import Fence, Indices, Mover
 from lamina.data.movers.host_memory import HostMemory
 from lamina.data.shared_memory import MemoryFile
+from lamina.data.threads import Threads
 from lamina.geometry import CacheGeometry
 
 PIN_PIECE = 64 << 20
@@ -88,9 +89,15 @@ class CudaMover(Mover):
         self._pinned: list[int] = []
         self._compile()
 
+    def enter_thread(self) -> None:
+        """See :class:`~lamina.data.movers.base.Mover`. A thread that has chosen no device makes a
+        context on the first one as soon as it waits for an event or leaves a stream, which takes
+        half a GiB there for each process."""
+        torch.cuda.set_device(self._device)
+
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina.data.movers.base.Mover`."""
-        memory = HostMemory(size, PIN_PIECE, self._pin, file)
+        memory = HostMemory(size, PIN_PIECE, self._pin, file, Threads(self.enter_thread))
         self._host.append(memory)
         return memory.tensor
 
@@ -184,8 +191,7 @@ class CudaMover(Mover):
         # or is spoilt by it, unless the thread says that it has nothing to do with the capture.
         mode = ctypes.c_int(_RELAXED_CAPTURE)
         ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-        with torch.cuda.device(self._device):
-            torch.cuda.check_error(int(self._runtime.cudaHostRegister(address, length, 0)))
+        torch.cuda.check_error(int(self._runtime.cudaHostRegister(address, length, 0)))
         self._pinned.append(address)
 
     def _compile(self) -> None:

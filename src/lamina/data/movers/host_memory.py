@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from lamina.data.shared_memory import MemoryFile, private_memory
+from lamina.data.threads import Threads
 
 log = logging.getLogger("lamina.data")
 
@@ -44,6 +45,7 @@ class HostMemory:
             of this object's own; must release the GIL while it works.
         file: memory that other processes have mapped or will map; None for private memory. Each
             commits it: what one has made resident costs the next next to nothing.
+        threads: how the thread that commits it begins.
 
     Attributes:
         tensor: the memory, flat, uint8, zeros; the mapping lives as long as it does.
@@ -59,6 +61,7 @@ class HostMemory:
         piece: int,
         commit: Callable[[int, int], None],
         file: MemoryFile | None = None,
+        threads: Threads | None = None,
     ) -> None:
         if size <= 0:
             raise ValueError(f"host memory of {size} bytes")
@@ -75,9 +78,8 @@ class HostMemory:
         self._commit = commit
         self._closing = threading.Event()
         self._committed = False
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="lamina-host-memory", daemon=True)
-        self._thread.start()
+        self._error: BaseException | None = None
+        self._thread = (threads or Threads()).start("host-memory", self._run, self._died)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the bytes of a contiguous host tensor are part of this memory."""
@@ -106,15 +108,17 @@ class HostMemory:
 
     def _run(self) -> None:
         base, size = self.tensor.data_ptr(), self.tensor.nbytes
-        try:
-            for start in range(0, size, self._piece):
-                if self._closing.is_set():
-                    return
-                self._commit(base + start, min(self._piece, size - start))
-            self._committed = True
-        except Exception as error:
-            self._error = error
-            log.warning("host memory of %d bytes could not be made resident: %s", size, error)
+        for start in range(0, size, self._piece):
+            if self._closing.is_set():
+                return
+            self._commit(base + start, min(self._piece, size - start))
+        self._committed = True
+
+    def _died(self, error: BaseException) -> None:
+        self._error = error
+        log.warning(
+            "host memory of %d bytes could not be made resident: %s", self.tensor.nbytes, error
+        )
 
 
 def populate(address: int, length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -165,9 +166,15 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self._order.layer("save_kv_layer")
         self._on_worker.executor.layer_written(layer_name)
 
+    def finish_forward(self) -> None:
+        """Behind the model and before a draft model; the V2 runner alone calls it."""
+        self._on_worker.finish_forward()
+
     def wait_for_save(self) -> None:
         """The end of every step. Waits for no save."""
         self._order.makes(Call.END)
+        if sys.exc_info()[0] is not None:  # the V1 runner ends a step whose forward has failed
+            self._on_worker.executor.fail_step("step_failed")
         self._on_worker.executor.end_step()
         self._moves_rows = False
 

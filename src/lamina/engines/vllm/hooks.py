@@ -1,10 +1,14 @@
-"""Calls before and after a recurrent layer uses its state, which vLLM does not make.
+"""Which layers call before and after they use their cache, and calls where vLLM makes none.
 
-vLLM 0.32 calls a connector's two layer hooks for attention layers only
-(``vllm/model_executor/layers/attention/kv_transfer_utils.py``). A recurrent layer runs inside a
-custom operator that looks the layer up by name and calls a method of it, in eager and in compiled
-models, within graph capture and outside. That method is wrapped, on the instance: vLLM's code stays
-as it is, and the wrapper goes when the model goes.
+vLLM 0.32 and 0.33 call a connector's two layer hooks in the operators that ``Attention.forward``
+and ``MLAAttention.forward`` run, and nowhere else that matters
+(``vllm/model_executor/layers/attention/kv_transfer_utils.py``). Many models have layers of their
+own: sparse attention and its indexers, compressors, short windows. Which those are changes with
+every version. So a layer counts as calling only if its ``forward`` is one of these two.
+
+A recurrent layer runs inside a custom operator that looks the layer up by name and calls a method
+of it, in eager and in compiled models, within graph capture and outside. That method is wrapped, on
+the instance: vLLM's code stays as it is, and the wrapper goes when the model goes.
 
 The one exception are gated delta nets on a CPU, whose operator calls functions of a module and
 hands them the layer. These functions are made to look for a method first.
@@ -17,7 +21,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vllm import envs
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+_CALLING = (Attention.forward, MLAAttention.forward)
+"""Forwards that call the connector's hooks."""
 
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "gdn.olmo_gdn_linear_attn.OlmoHybridGatedDeltaNetAttention": ("_forward_core",),
@@ -40,6 +50,39 @@ _PACKAGE = "vllm.model_executor.layers.mamba."
 _CPU_MODULE = _PACKAGE + "ops.cpu.gdn_attention"
 _CPU_FUNCTIONS = ("_cpu_gdn_attention_nonspec", "_cpu_gdn_attention_spec_aware")
 _CPU_CLASS = "gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
+
+
+def silent_layers(layers: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Attention layers that are not known to call the connector's hooks.
+
+    Args:
+        layers: the model's layers by name, vLLM's ``static_forward_context``.
+        names: which of them to look at.
+
+    Returns:
+        Those of ``names`` whose rows must be there before the forward begins.
+    """
+    return tuple(name for name in names if not _calls(layers.get(name)))
+
+
+def _calls(layer: Any) -> bool:
+    overridden = "forward" in vars(layer) if layer is not None else True
+    return not overridden and getattr(type(layer), "forward", None) in _CALLING
+
+
+def graphs_hide_hooks(compilation: CompilationConfig) -> bool:
+    """Whether CUDA graphs of this configuration hold attention, so that no hook runs when they are
+    replayed. Asked once the graph mode is resolved: vLLM's fusion of attention and quantisation
+    makes full graphs after a connector has asked for none.
+    """
+    mode = compilation.cudagraph_mode
+    if mode is None or mode == CUDAGraphMode.NONE:
+        return False
+    if mode.has_full_cudagraphs():
+        return True
+    # A piece of the graph may hold attention, unless graphs are broken there.
+    cut = compilation.is_attention_compiled_piecewise() or envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+    return not cut
 
 
 def hook_recurrent_layers(

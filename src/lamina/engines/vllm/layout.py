@@ -22,8 +22,10 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     RSWASpec,
     UniformTypeKVCacheSpecs,
+    compute_layer_kv_cache_shape_bytes,
     get_kv_cache_spec_kind,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from lamina.geometry import (
     AUTO_STATE_TOKENS,
@@ -73,6 +75,7 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
     Raises:
         UnsupportedModel: says what is not supported and what to do.
     """
+    _check_layout(cache)
     kinds = {get_kv_cache_spec_kind(group.kv_cache_spec) for group in cache.kv_cache_groups}
     if foreign := sorted(kind.value for kind in kinds if kind not in KINDS):
         raise UnsupportedModel(
@@ -111,6 +114,21 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
                 f"LaminaConnector does not support {name} > 1 yet; use tensor parallelism, or "
                 "serve without --kv-transfer-config."
             )
+
+
+def _check_layout(cache: KVCacheConfig) -> None:
+    """Refuse pages that are cut by heads, with other pages between the cuts."""
+    if cache.kv_cache_layout is None or KVCacheLayout[cache.kv_cache_layout].is_block_compact:
+        return
+    # With one head there is nothing to cut.
+    specs = [spec for group in cache.kv_cache_groups for spec in _specs(group).values()]
+    if any(compute_layer_kv_cache_shape_bytes(spec, 1)[1] > 1 for spec in specs):
+        whole = ", ".join(layout.name for layout in KVCacheLayout if layout.is_block_compact)
+        raise UnsupportedModel(
+            f"VLLM_KV_CACHE_LAYOUT: LaminaConnector does not serve {cache.kv_cache_layout}, in "
+            f"which the heads of a block lie apart. Leave it out or use one of {whole}, or serve "
+            "without --kv-transfer-config."
+        )
 
 
 def chunk_tokens(cache: KVCacheConfig, configured: int | str) -> int:

@@ -26,7 +26,7 @@ from lamina.data.sources import tier_sources
 from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
-from lamina.engines.vllm.hooks import hook_recurrent_layers
+from lamina.engines.vllm.hooks import graphs_hide_hooks, hook_recurrent_layers, silent_layers
 from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.wire import open_wire, rank_card
@@ -54,7 +54,6 @@ class WorkerSide:
         self._cache = cache
         self._receipt = Receipt(vllm_config.parallel_config.rank)
         self._lost_blocks: frozenset[int] = frozenset()
-        self._unhooked: tuple[str, ...] = ()
         self._namespace = ""
         self._identity: PushIdentity | None = None
         self._executor: Executor | None = None
@@ -86,7 +85,7 @@ class WorkerSide:
             sources=self.sources,
             push=self._open_wire(bound),
         )
-        self._hook(self._executor)
+        self._hook(self._executor, bound.geometry)
 
     def sources(
         self, host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
@@ -113,8 +112,10 @@ class WorkerSide:
     def start_loads(self) -> None:
         """Right before the forward, if the step has layerwise loads."""
         self.executor.start_loads()
-        if self._unhooked:
-            self.executor.finish_loads()
+
+    def finish_forward(self) -> None:
+        """The model has run; a draft model may follow. The V2 runner alone says so."""
+        self.executor.finish_loads()
 
     def collect(self) -> KVConnectorTransferResults:
         """Parked loads that are over. What else there is to say follows in the next two calls.
@@ -169,22 +170,38 @@ class WorkerSide:
         )
         return self._identity, transport
 
-    def _hook(self, executor: Executor) -> None:
-        """Have recurrent layers wait for their rows, too, or all rows before the forward."""
-        self._unhooked = hook_recurrent_layers(
-            self._vllm_config.compilation_config.static_forward_context,
-            layout.recurrent_layers(self._cache),
+    def _hook(self, executor: Executor, geometry: CacheGeometry) -> None:
+        """Have every layer wait for its row, or all rows be loaded before the forward."""
+        compilation = self._vllm_config.compilation_config
+        layers = compilation.static_forward_context
+        recurrent = layout.recurrent_layers(self._cache)
+        named = {layer for row in geometry.rows for layer in row.layers}
+        silent = silent_layers(layers, sorted(named.difference(recurrent)))
+        silent += hook_recurrent_layers(
+            layers,
+            recurrent,
             executor.wait_layer,
             executor.layer_written,
             lambda: executor.moves_rows,
         )
-        if self._unhooked:
+        reason = ""
+        if silent:
+            more = f" and {len(silent) - 4} more" if silent[4:] else ""
+            reason = f"layers {', '.join(silent[:4])}{more} do not call KV connectors"
+        elif graphs_hide_hooks(compilation):
+            reason = f"CUDA graphs ({compilation.cudagraph_mode.name}) hold this model's attention"
+        if reason:
             executor.load_before_forward()
-            log.warning(
-                "layers %s cannot be hooked in this version of vLLM: their model's rows are all "
-                "loaded before a forward, and not ahead of each layer",
-                ", ".join(self._unhooked),
-            )
+            if self._config.load.mode != "parked":
+                log.warning(
+                    "%s: all rows of a load are brought in before a forward, and not ahead of each "
+                    "layer",
+                    reason,
+                )
+        if self._vllm_config.speculative_config is not None:
+            executor.drafts_follow(list(layers))
+        if self._vllm_config.parallel_config.use_ubatching:
+            executor.save_after_forward()
 
     def _place(self) -> DiskPlace | None:
         config, parallel = self._config.disk, self._vllm_config.parallel_config

@@ -1,0 +1,87 @@
+"""A layout of vLLM's cache is served if each page is one stretch of bytes, and else refused by the
+name of the variable that chooses it. Which is which is asked of the addresses, not of names.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+layout = pytest.importorskip("lamina.engines.vllm.layout")
+
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    MLAAttentionSpec,
+    compute_layout_strides,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
+
+LAYERS, BLOCKS, TOKENS, CONTENT = 3, 5, 16, 32
+
+
+def spec(heads: int) -> Any:
+    kind = MLAAttentionSpec if heads == 1 else FullAttentionSpec
+    return kind(
+        block_size=TOKENS, num_kv_heads=heads, head_size=CONTENT, dtype=torch.bfloat16
+    )  # fmt: skip
+
+
+def cache(name: str | None, heads: int) -> KVCacheConfig:
+    names = [f"layer.{i}" for i in range(LAYERS)]
+    size = LAYERS * BLOCKS * spec(heads).page_size_bytes
+    return KVCacheConfig(
+        num_blocks=BLOCKS,
+        kv_cache_tensors=[KVCacheTensor(size=size, layers=names, layer_stride=0, block_stride=0)],
+        kv_cache_groups=[KVCacheGroupSpec(names, spec(heads))],
+        kv_cache_layout=name,
+    )
+
+
+def check(name: str | None, heads: int) -> None:
+    parallel = SimpleNamespace()
+    config = SimpleNamespace(speculative_config=None, parallel_config=parallel)
+    layout.check_supported(config, cache(name, heads))
+
+
+def page_is_one_stretch(which: KVCacheLayout, heads: int) -> bool:
+    """By the addresses of all of its bytes but the content's own."""
+    strides = compute_layout_strides(spec(heads), BLOCKS, LAYERS, which)
+    content = spec(heads).page_size_bytes // heads // TOKENS
+    starts = {h * strides[2] + n * strides[3] for h in range(heads) for n in range(TOKENS)}
+    return starts == {i * content for i in range(heads * TOKENS)}
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("which", list(KVCacheLayout), ids=lambda which: which.name)
+def test_pages_that_are_cut_are_refused(which: KVCacheLayout, heads: int) -> None:
+    if page_is_one_stretch(which, heads):
+        check(which.name, heads)
+        return
+    with pytest.raises(layout.UnsupportedModel) as refusal:
+        check(which.name, heads)
+    message = str(refusal.value)
+    assert message.startswith("VLLM_KV_CACHE_LAYOUT: ")
+    assert which.name in message
+    assert "LBHNC" in message
+
+
+def test_some_are_refused_and_some_are_not() -> None:
+    whole = {which.name for which in KVCacheLayout if page_is_one_stretch(which, 4)}
+    assert whole == {"LBHNC", "LBNHC", "BLHNC", "BLNHC"}
+    assert all(page_is_one_stretch(which, 1) for which in KVCacheLayout)
+
+
+def test_a_cut_page_is_refused_before_anything_else() -> None:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2))
+    with pytest.raises(layout.UnsupportedModel, match="VLLM_KV_CACHE_LAYOUT"):
+        layout.check_supported(config, cache("BHLNC", 4))
+
+
+def test_a_version_that_names_no_layout_is_served() -> None:
+    check(None, 4)

@@ -1,0 +1,437 @@
+"""Every thread of the data side chooses its device before it does anything else, and none that
+cannot work leaves anybody waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_executor import geometry
+from test_push_wire import Guarded, World
+
+import lamina.data
+from lamina.config import LoadConfig
+from lamina.data.executor import Executor
+from lamina.data.load_pipeline import LoadRun
+from lamina.data.movers.cpu import CpuMover
+from lamina.data.movers.cuda import CudaMover
+from lamina.data.push_wire import PushIdentity
+from lamina.data.save_pipeline import SaveRun
+from lamina.data.sources import HostSource, tier_sources
+from lamina.data.threads import Threads
+from lamina.data.tiers.disk import DiskTier, StoreNamespace
+from lamina.data.tiers.host import HostTier
+from lamina.data.worker_pool import WorkerPool
+from lamina.keys import KEY_BYTES
+from lamina.plan import (
+    ChunkKey,
+    ChunkLoad,
+    FetchOrder,
+    LoadMode,
+    LoadOrder,
+    Outcome,
+    PeerOrder,
+    PushOrder,
+    PushPages,
+    PushPlan,
+    ReceiveOrder,
+    SaveOrder,
+    StepPlan,
+    TierName,
+    TransferId,
+    TransferReceipt,
+    WriteThrough,
+)
+from lamina.push.cards import EngineCard, RankCard, RowCard, encode_card
+from lamina.push.transports.base import Region
+
+PATIENCE = 60.0
+KEYS = [ChunkKey(number.to_bytes(KEY_BYTES, "little")) for number in range(4)]
+Patch = pytest.MonkeyPatch
+
+
+def unexpected(error: BaseException) -> None:
+    raise AssertionError(f"a job was lost: {error!r}")
+
+
+class Device:
+    """What threads do with a device, in which order."""
+
+    def __init__(self) -> None:
+        self.started: list[threading.Thread] = []
+        self.entered: list[threading.Thread] = []
+        self.strangers: list[str] = []
+        self.error: BaseException | None = None
+
+    def enter(self) -> None:
+        """A thread chooses it."""
+        self.entered.append(threading.current_thread())
+        if self.error is not None:
+            raise self.error
+
+    def used(self, what: str) -> None:
+        """A thread works with it."""
+        thread = threading.current_thread()
+        if thread not in self.entered and thread is not threading.main_thread():
+            self.strangers.append(f"{what} on {thread.name}")
+
+
+class DeviceMover(CpuMover):
+    """A mover of a device that has to be chosen."""
+
+    device: Device
+
+    def enter_thread(self) -> None:
+        self.device.enter()
+
+    def load(self, *arguments: Any) -> Any:
+        self.device.used("load")
+        return super().load(*arguments)
+
+    def save(self, *arguments: Any) -> Any:
+        self.device.used("save")
+        return super().save(*arguments)
+
+
+class Rank:
+    """One rank with everything that has threads: host, disk, fetches, pushes."""
+
+    def __init__(self, path: Path, device: Device) -> None:
+        shape = self.geometry = geometry()
+        cache = torch.randint(0, 256, (shape.allocation_bytes[0],), dtype=torch.uint8)
+        mover = DeviceMover(shape, [cache])
+        mover.device = device
+        host = HostTier(shape, 6 * shape.chunk_bytes, mover.allocate_host)
+        disk = DiskTier(
+            path=path,
+            namespace=StoreNamespace("ab" * 16, {}),
+            rank=0,
+            extent_bytes=shape.extent_bytes,
+            capacity=1 << 20,
+        )
+        self.world = World()
+        end = Guarded(self.world, [Region(cache.data_ptr(), cache.numel())])
+        rows = tuple(
+            RowCard(cache.data_ptr() + r.offset, r.block_stride, r.page_bytes, 1, r.groups)
+            for r in shape.rows
+        )
+        card = RankCard(0, end.describe(), shape.num_blocks, rows)
+        self.peer = PeerOrder("d", encode_card(EngineCard("d", b"", False, (), (card,))))
+        self.executor = Executor(
+            rank=0,
+            geometry=shape,
+            mover=mover,
+            host=host,
+            disk=disk,
+            config=LoadConfig(),
+            sources=tier_sources(host, disk, mover, shape),
+            push=(PushIdentity("p", card, 1, False, 1), end),
+        )
+        self.arrived: set[str] = set()
+        self.failed: set[str] = set()
+
+    def run(self, plan: StepPlan) -> None:
+        executor = self.executor
+        executor.begin_step(plan)
+        executor.start_loads()
+        for row in self.geometry.rows:
+            executor.wait_layer(row.layers[0])
+            executor.layer_written(row.layers[0])
+        executor.end_step()
+
+    def settle(self, count: int) -> dict[int, TransferReceipt]:
+        receipts: dict[int, TransferReceipt] = {}
+        deadline = time.monotonic() + PATIENCE
+        while len(receipts) < count and time.monotonic() < deadline:
+            outcomes = self.executor.collect()
+            self.arrived |= outcomes.arrived
+            self.failed |= outcomes.failed
+            receipts |= {receipt.transfer: receipt for receipt in outcomes.receipt.transfers}
+            if not self.world.step():
+                time.sleep(0.001)
+        return receipts
+
+    def everything(self) -> dict[int, TransferReceipt]:
+        """Two chunks are saved, and one of them goes to disk; then all the rest follows."""
+        saves = tuple(
+            SaveOrder(TransferId(n + 1), "r", KEYS[n], n, (2 * n, 2 * n + 1)) for n in (0, 1)
+        )
+        self.run(StepPlan(1, saves=saves))
+        receipts = self.settle(2)
+        self.run(StepPlan(2, writes=(WriteThrough(TransferId(3), KEYS[0], 0, 0),)))
+        receipts |= self.settle(1)
+        push = PushOrder(
+            TransferId(8), "d", 1, (PushPages(0, (0,), (30,)),), computed=True, last=True,
+            patience=PATIENCE,
+        )  # fmt: skip
+        pushes = PushPlan(
+            orders=(push,), peers=(self.peer,), receives=(ReceiveOrder(TransferId(9), "e", 0.2),)
+        )
+        loads = (
+            load(4, LoadMode.LAYERWISE, TierName.HOST, "a", 1, (10, 11)),
+            load(5, LoadMode.PARKED, TierName.HOST, "b", 1, (12, 13)),
+            load(6, LoadMode.PARKED, TierName.DISK, "c", 0, (14, 15)),
+        )
+        fetches = (FetchOrder(TransferId(7), KEYS[0], 0, 3),)
+        self.run(StepPlan(3, loads=loads, fetches=fetches, push=pushes))
+        return receipts | self.settle(6)
+
+
+def load(
+    number: int, mode: LoadMode, tier: TierName, name: str, slot: int, blocks: tuple[int, ...]
+) -> LoadOrder:
+    chunk = ChunkLoad(KEYS[slot], tier, slot, 0, blocks)
+    return LoadOrder(TransferId(number), name, mode, (chunk,), inf)
+
+
+@pytest.fixture
+def device(monkeypatch: Patch) -> Device:
+    device = Device()
+    start = threading.Thread.start
+
+    def noted(thread: threading.Thread) -> None:
+        device.started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    return device
+
+
+@pytest.fixture
+def rank(tmp_path: Path, device: Device) -> Iterator[Rank]:
+    rank = Rank(tmp_path, device)
+    yield rank
+    rank.executor.close()
+
+
+# -- the device ----------------------------------------------------------------------------------
+
+
+def test_every_thread_chooses_its_device_first(rank: Rank, device: Device) -> None:
+    receipts = rank.everything()
+    assert {number: receipts[number].outcome for number in range(1, 9)} == dict.fromkeys(
+        range(1, 9), Outcome.DONE
+    )
+    names = {re.sub(r"-\d+$", "", thread.name) for thread in device.started}
+    assert names == {
+        "lamina-load-host", "lamina-load-disk", "lamina-save", "lamina-write", "lamina-fetch",
+        "lamina-host-memory", "lamina-push",
+    }  # fmt: skip
+    assert device.entered.count(device.started[0]) == 1
+    assert set(device.entered) == set(device.started)
+    assert device.strangers == []
+
+
+def test_threads_are_started_in_one_place() -> None:
+    """So that one which is added later chooses its device, too."""
+    folder = Path(lamina.data.__file__).parent
+    starts = re.compile(r"\bThread\(|ThreadPool|start_new_thread|threading\.Timer|multiprocessing")
+    found = {path.name for path in folder.rglob("*.py") if starts.search(path.read_text())}
+    assert found == {"threads.py"}
+
+
+def test_a_cuda_mover_chooses_its_own_device(monkeypatch: Patch) -> None:
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    mover = CudaMover.__new__(CudaMover)
+    mover._device = torch.device("cuda", 3)
+    mover.enter_thread()
+    assert chosen == [torch.device("cuda", 3)]
+
+
+def test_cores_that_are_others_by_now_stop_nobody(
+    tmp_path: Path, device: Device, monkeypatch: Patch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("these cores are another container's")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    rank = Rank(tmp_path, device)
+    receipts = rank.everything()
+    assert {receipts[number].outcome for number in range(1, 9)} == {Outcome.DONE}
+    rank.executor.close()
+
+
+# -- threads that cannot work --------------------------------------------------------------------
+
+
+def test_transfers_of_threads_that_cannot_begin_fail(
+    tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    device.error = MemoryError("no room for a context on this device")
+    rank = Rank(tmp_path, device)
+    receipts = rank.everything()
+    assert {number: receipt.outcome for number, receipt in receipts.items()} == dict.fromkeys(
+        range(1, 10), Outcome.FAILED
+    )
+    assert {receipt.reason for receipt in receipts.values()} == {"MemoryError"}
+    assert rank.arrived == {"b", "c", "e"}
+    assert rank.failed == {"a", "b", "c"}
+    rank.executor.close()
+    said = [record.getMessage() for record in caplog.records if "until the engine is" in record.msg]
+    assert len(said) == 6, "once for each pool, and for the wire"
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), ZeroDivisionError()])
+@pytest.mark.parametrize("mode", list(LoadMode))
+def test_a_load_that_ends_in_whatever_way_is_not_taken_for_done(
+    rank: Rank, monkeypatch: Patch, mode: LoadMode, error: BaseException
+) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", KEYS[1], 1, (2, 3)),)))
+    rank.settle(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSource, "load_row", end)
+        rank.run(StepPlan(2, loads=(load(2, mode, TierName.HOST, "a", 1, (10, 11)),)))
+        receipt = rank.settle(1)[2]
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, type(error).__name__)
+    assert rank.failed == {"a"}
+    rank.run(StepPlan(3, loads=(load(3, mode, TierName.HOST, "a", 1, (10, 11)),)))
+    assert rank.settle(1)[3].outcome is Outcome.DONE
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), ZeroDivisionError()])
+def test_a_save_that_ends_in_whatever_way_is_not_taken_for_done(
+    rank: Rank, monkeypatch: Patch, error: BaseException
+) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(CpuMover, "save", end)
+    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", KEYS[1], 1, (2, 3)),)))
+    receipt = rank.settle(1)[1]
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, type(error).__name__)
+
+
+class Beginners:
+    """Threads of which only some can begin."""
+
+    def __init__(self, failing: int) -> None:
+        self.left = failing
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        with self._lock:
+            self.left -= 1
+            if self.left >= 0:
+                raise OSError("no device")
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_jobs_of_a_thread_that_cannot_begin_are_left_to_the_others(failing: int) -> None:
+    done: list[int] = []
+    lost: list[str] = []
+    pool = WorkerPool("test", 2, Threads(Beginners(failing).enter))
+    for number in range(20):
+        pool.submit(
+            (0, number),
+            lambda number=number: done.append(number),  # type: ignore[misc]
+            lambda error: lost.append(type(error).__name__),
+        )
+    assert pool.await_idle(PATIENCE)
+    assert (len(done), lost) == ((20, []) if failing == 1 else (0, ["OSError"] * 20))
+    assert pool.close(PATIENCE)
+
+
+def test_a_pool_is_idle_when_its_job_has_raised() -> None:
+    def end() -> None:
+        raise SystemExit
+
+    lost: list[BaseException] = []
+    pool = WorkerPool("test", 1)
+    pool.submit((0, 0), end, lost.append)
+    assert pool.await_idle(PATIENCE)
+    assert [type(error) for error in lost] == [SystemExit]
+    pool.submit((0, 0), lambda: None, unexpected)
+    assert pool.close(PATIENCE)
+
+
+def test_jobs_that_a_job_submits_while_the_pool_closes_are_run() -> None:
+    done = threading.Event()
+    pool = WorkerPool("test", 1)
+    go_on = threading.Event()
+
+    def first() -> None:
+        go_on.wait(PATIENCE)
+        pool.submit((0, 0), done.set, unexpected)
+
+    pool.submit((0, 0), first, unexpected)
+    threading.Timer(0.05, go_on.set).start()
+    assert pool.close(PATIENCE)
+    assert done.is_set()
+
+
+# -- Lamina, broken ------------------------------------------------------------------------------
+
+
+def one_thread_chooses_no_device(patch: Patch) -> None:
+    start = Threads.start
+
+    def hasty(threads: Threads, name: str, *rest: Any) -> threading.Thread:
+        begin = Threads(cores=threads.cores) if name == "push" else threads
+        return start(begin, name, *rest)
+
+    patch.setattr(Threads, "start", hasty)
+
+
+def a_piece_that_is_lost_counts_as_loaded(patch: Patch) -> None:
+    def lost(run: LoadRun, row: int, index: int, piece: Any, error: BaseException) -> None:
+        run._piece_over(row, index, None, 0, 0.0)
+
+    patch.setattr(LoadRun, "_lost", lost)
+
+
+def a_row_that_is_lost_counts_as_saved(patch: Patch) -> None:
+    patch.setattr(SaveRun, "_lost", lambda saves, error: saves._one_over())
+
+
+def test_threads_that_are_broken_are_seen(
+    tmp_path: Path, device: Device, monkeypatch: Patch
+) -> None:
+    with monkeypatch.context() as patch:
+        one_thread_chooses_no_device(patch)
+        rank = Rank(tmp_path / "a", device)
+        with pytest.raises(AssertionError):
+            test_every_thread_chooses_its_device_first(rank, device)
+        rank.executor.close()
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (
+            a_piece_that_is_lost_counts_as_loaded,
+            lambda rank, patch: test_a_load_that_ends_in_whatever_way_is_not_taken_for_done(
+                rank, patch, LoadMode.PARKED, SystemExit(1)
+            ),
+        ),
+        (
+            a_row_that_is_lost_counts_as_saved,
+            lambda rank, patch: test_a_save_that_ends_in_whatever_way_is_not_taken_for_done(
+                rank, patch, SystemExit(1)
+            ),
+        ),
+    ],
+    ids=["load", "save"],
+)
+def test_a_lost_job_that_counts_is_seen(
+    broken: Callable[[Patch], None],
+    test: Callable[[Rank, Patch], None],
+    rank: Rank,
+    monkeypatch: Patch,
+) -> None:
+    with monkeypatch.context() as patch:
+        broken(patch)
+        with pytest.raises(AssertionError):
+            test(rank, monkeypatch)
