@@ -22,7 +22,7 @@ from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina.control.hand_off import Phase
 from lamina.data.movers.base import pages_of
-from lamina.engines.transformers import attach, layout
+from lamina.engines.transformers import attach, layout, scheduler
 
 pytestmark = pytest.mark.engine
 
@@ -256,9 +256,12 @@ def test_requests_that_the_library_moves_to_host_memory(
 
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(OffloadingManager, "_offload_to_cpu", counted)
+    waits: list[torch.device] = []
+    monkeypatch.setattr(scheduler, "wait_for_copies", waits.append)
     small = ContinuousBatchingConfig(**SMALL, cpu_offload_space=0.1)
     assert both(model, small, PARKED) == expected * 2
     assert moved
+    assert waits, "loads were begun beside the library's copies"
 
 
 # -- refusals --------------------------------------------------------------------------------------

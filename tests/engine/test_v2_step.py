@@ -35,6 +35,7 @@ KEY = ChunkKey(b"k" * 16)
 SAVED, LOADED = tuple(range(1, 1 + CHUNK_BLOCKS)), tuple(range(5, 5 + CHUNK_BLOCKS))
 STAMP, STALE = 7, 99
 GOOD = dict.fromkeys(LOADED, STAMP)
+FULL = CUDAGraphMode.FULL
 
 
 def save(number: int = 1) -> SaveOrder:
@@ -297,7 +298,9 @@ def nobody_is_missed(patch: Patch) -> None:
         ),
         (
             graphs_are_taken_to_call,
-            lambda start: expect_loaded(filled(start(graphs=CUDAGraphMode.FULL)), Forward.FULL_GRAPH),
+            lambda start: expect_loaded(
+                filled(start(graphs=CUDAGraphMode.FULL)), Forward.FULL_GRAPH
+            ),
         ),
         (the_first_micro_batch_counts, test_a_row_is_saved_when_both_micro_batches_have_written_it),
         (drafts_are_not_waited_for, test_a_draft_model_in_a_full_graph_finds_its_rows),

@@ -55,7 +55,7 @@ class LoadConfig(Section):
     load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",
         description="The window: how many rows are in flight ahead of the one that is waited "
-        "for. An integer is obeyed exactly; `auto` fills `load.staging`.",
+        "for. An integer is obeyed exactly, up to all rows; `auto` fills `load.staging`.",
     )
     min_tokens: Annotated[int | Auto, integer(0).auto()] = Field(
         default="auto",
@@ -66,7 +66,8 @@ class LoadConfig(Section):
         default=30.0,
         description="Seconds after which a load has failed and its tokens are recomputed, and "
         "after which a save or write is given up. A load from host memory that runs in the step, "
-        "and that the engine could not take back, is waited for.",
+        "and that the engine could not take back, is waited for so long, or for 30 s if that is "
+        "longer; then the engine stops.",
     )
     staging: Annotated[int, SIZE] = Field(
         default=256 * MIB,

@@ -16,7 +16,7 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -99,6 +99,8 @@ class Standalone:
         null_block: a block id that stands for none in the tables of requests.
         takes_back: whether the engine can take back what it has computed on a load that fails in
             its step, see :meth:`~lamina.control.hand_off.HandOff.take_cut`.
+        settle: called before loads begin. An engine that copies blocks on a stream of its own waits
+            for that here: a load may go into a block that such a copy still reads or fills.
         ranks: of which this is one; none for an engine in one process. They are closed with it.
 
     Attributes:
@@ -124,12 +126,14 @@ class Standalone:
         limit: int,
         null_block: int = -1,
         takes_back: bool = False,
+        settle: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
     ) -> None:
         if config.push is not None:
             raise ValueError("push: engines push to each other with vLLM only; leave it out")
         self._ranks = ranks = ranks or Ranks.alone()
         self.clock = ranks.clock
+        self._settle = settle
         self._meter = Meter()
         with ExitStack() as undo:
             undo.callback(ranks.close)
@@ -201,6 +205,8 @@ class Standalone:
         """
         plan = self.hand_off.plan(progress, forward=bool(progress))
         self._ranks.agree("before a step", plan)
+        if plan.loads:
+            self._settle()
         self._in_step = True
         self._loads_in_step = any(order.mode is LoadMode.LAYERWISE for order in plan.loads)
         self._executor.begin_step(plan)

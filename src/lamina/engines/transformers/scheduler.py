@@ -47,6 +47,14 @@ LOOKAHEAD = 64
 Scheduled = tuple[list[FutureRequestState] | None, bool, int, int]
 
 
+def wait_for_copies(device: torch.device) -> None:
+    """Wait for what the library copies on its own stream, which has no name here. Blocks of a
+    request that moves to host memory (``cpu_offload_space``) or forks (``num_children``) are free,
+    or taken, before they are copied. Otherwise nothing runs there between two turns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class WithLamina(Scheduler):
     """To be mixed into a scheduler of the library, before it.
 
@@ -98,6 +106,7 @@ class WithLamina(Scheduler):
             self._pool,
             limit=max_requests_per_batch,
             null_block=layout.NO_BLOCK,
+            settle=lambda: wait_for_copies(cache.cache_tensor.device),
             ranks=ranks,
         )
         weakref.finalize(self, self.lamina.close)

@@ -168,7 +168,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def finish_forward(self) -> None:
         """Behind the model and before a draft model; the V2 runner alone calls it."""
-        self._on_worker.finish_forward()
+        self._on_worker.executor.finish_loads()
 
     def wait_for_save(self) -> None:
         """The end of every step. Waits for no save."""

@@ -47,6 +47,12 @@ class IdleExecutor:
     def layer_written(self, layer_name: str) -> None:
         """Nothing is saved."""
 
+    def finish_loads(self) -> None:
+        """There are none."""
+
+    def fail_step(self, reason: str) -> None:
+        """Nothing of it would have been kept."""
+
     def end_step(self) -> None:
         """Nothing has begun."""
 

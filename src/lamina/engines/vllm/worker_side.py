@@ -113,32 +113,29 @@ class WorkerSide:
         """Right before the forward, if the step has layerwise loads."""
         self.executor.start_loads()
 
-    def finish_forward(self) -> None:
-        """The model has run; a draft model may follow. The V2 runner alone says so."""
-        self.executor.finish_loads()
-
     def collect(self) -> KVConnectorTransferResults:
         """Parked loads that are over. What else there is to say follows in the next two calls.
 
         Raises:
-            RuntimeError: if a load failed in the step of a model that is not served by blocks.
+            RuntimeError: if a load failed in the step.
         """
         outcomes = self.executor.collect()
         self._receipt = outcomes.receipt
         arrived, failed = set(outcomes.arrived), set(outcomes.failed)
+        # vLLM takes back waiting requests only, see SchedulerSide.open.
+        if stranded := failed - arrived:
+            raise RuntimeError(
+                f"a copy from host memory failed under requests {sorted(stranded)} while they ran, "
+                "and vLLM cannot take that back"
+            )
         if layout.by_blocks(self._cache):
             self._lost_blocks = outcomes.lost_blocks
             return KVConnectorTransferResults(
                 finished_recving=arrived, failed_recving=set(outcomes.rejected)
             )
-        failed |= outcomes.rejected
         # What comes before a lost block is not all there, or has another meaning in another group:
-        # vLLM takes back whole requests, and only waiting ones.
-        if stranded := failed - arrived:
-            raise RuntimeError(
-                f"a copy from host memory failed under requests {sorted(stranded)} while they ran, "
-                "and vLLM cannot take that back for a model with windows, states or several groups"
-            )
+        # vLLM takes back whole requests.
+        failed |= outcomes.rejected
         return KVConnectorTransferResults(finished_recving=arrived, failed_recving=failed)
 
     def lost_blocks(self) -> set[int]:
