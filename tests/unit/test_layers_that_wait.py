@@ -227,6 +227,18 @@ def test_the_forwards_wait_has_an_end_at_which_the_engine_stops(impatient: Rank)
     check_stopped(impatient, pushes, "LoadStuck")
 
 
+def test_memory_that_is_still_being_pinned_makes_no_copy_late(
+    impatient: Rank, monkeypatch: Patch
+) -> None:
+    assert impatient.source.stall is not None
+    impatient.source.stall.set()
+    pinned = threading.Event()
+    monkeypatch.setattr(impatient.mover, "await_host", lambda: pinned.wait(60))
+    threading.Timer(0.3, pinned.set).start()
+    impatient.run(StepPlan(0, loads=(LOAD,)))
+    assert impatient.settle(1)[0].outcome is Outcome.DONE
+
+
 @pytest.mark.parametrize("ends", [Executor.end_step, Executor.collect, Executor.finish_loads])
 def test_so_have_all_other_waits_for_a_row(
     impatient: Rank, ends: Callable[[Executor], object]

@@ -292,8 +292,12 @@ class Executor:
 
         Raises:
             LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
+            RuntimeError: if there is no host memory to load from.
         """
         if self._layerwise is not None:
+            # Of ranks that share a slab another one may have filled it while this one still pins
+            # it. That takes its time, and no copy is late because of it.
+            self._mover.await_host()
             # Here and not earlier: engines prepare blocks (zero, copy) once the step has begun.
             self._layerwise.start(self._mover.fence_compute())
             self._layerwise = None
