@@ -168,7 +168,7 @@ def nothing_is_left_to_compute(patch: Patch) -> None:
 def salts_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(
         "lamina.control.planner.ChunkChain",
-        lambda namespace, size, extra, groups: ChunkChain(namespace, size, b"", groups),
+        lambda namespace, size, extra, *rest: ChunkChain(namespace, size, b"", *rest),
     )
 
 
