@@ -418,9 +418,10 @@ class Fleet:
             while len(self._engines) >= self._limit:
                 self._engines.pop(next(iter(self._engines))).kill()
             engine = Engine(spec, self.next_log())
+        else:  # To Lamina its weights are others afterwards, of which nobody outside knows a name.
+            engine.drain()
+            engine.forget_all()
         self._engines[spec.key] = engine
-        engine.drain()
-        engine.forget_all()
         return engine
 
     def next_log(self) -> Path:

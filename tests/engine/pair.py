@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Metrics
+from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Metrics
 from engine.runners import Runner
 from lamina.bench.ports import free_port
 
@@ -89,6 +89,16 @@ class PairSpec:
                 asynchronous=self.asynchronous,
             ),
         )
+
+
+def shared_pair(fleet: Fleet, spec: PairSpec) -> Pair:
+    """A pair of shared engines, whose caches are empty. To Lamina a reset says that an engine's
+    weights are others now; those of the two have the same name again, and a new one."""
+    prefill, decode = (fleet.get(engine) for engine in spec.engines())
+    weights = uuid.uuid4().hex
+    for engine in (prefill, decode):
+        engine.core("set_weight_version", weights)
+    return Pair(prefill, decode, spec.address)
 
 
 class Pair:

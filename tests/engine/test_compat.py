@@ -16,7 +16,7 @@ import pytest
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.models import Checkpoints
-from engine.pair import Pair, PairSpec
+from engine.pair import PairSpec, shared_pair
 from engine.runners import RUNNERS, Runner
 from engine.test_hybrids import BLOCKS, compare, forget, hold, options_of, talks
 from engine.workload import loadable, prompt
@@ -166,8 +166,7 @@ def test_a_draft_model(
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 def test_pushes(llama: Path, fleet: Fleet, plain: Plain, runner: Runner, first: str) -> None:
     spec = PairSpec(llama, {"max_num_batched_tokens": 96}, runner=runner)
-    prefill, decode = spec.engines()
-    pair = Pair(fleet.get(prefill), fleet.get(decode), spec.address)
+    pair = shared_pair(fleet, spec)
     expected = plain(ASKS)
     answers = pair.push(ASKS, first=first, apart=2)
     assert not differences(answers, expected)

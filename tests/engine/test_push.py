@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
 from engine.models import SHAPES, Checkpoints
-from engine.pair import Pair, PairSpec
+from engine.pair import Pair, PairSpec, shared_pair
 from engine.workload import CHUNK, Tokens, mixed_prompts, prompt, random_tokens
 
 pytestmark = pytest.mark.engine
@@ -32,12 +33,7 @@ MakePair = Callable[[PairSpec], Pair]
 @pytest.fixture
 def make_pair(fleet: Fleet) -> MakePair:
     """Shared engines, whose caches are empty."""
-
-    def make(spec: PairSpec) -> Pair:
-        prefill, decode = spec.engines()
-        return Pair(fleet.get(prefill), fleet.get(decode), spec.address)
-
-    return make
+    return partial(shared_pair, fleet)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 from engine.v2_step import CHUNK_BLOCKS, Forward, Work, Worker
 from lamina.data.executor import Executor, LayersDidNotWait
@@ -303,7 +304,14 @@ def nobody_is_missed(patch: Patch) -> None:
             ),
         ),
         (the_first_micro_batch_counts, test_a_row_is_saved_when_both_micro_batches_have_written_it),
-        (drafts_are_not_waited_for, test_a_draft_model_in_a_full_graph_finds_its_rows),
+        pytest.param(
+            drafts_are_not_waited_for,
+            test_a_draft_model_in_a_full_graph_finds_its_rows,
+            marks=pytest.mark.skipif(
+                hasattr(ActiveKVConnector, "finalize_step"),
+                reason="vLLM 0.33 asks for results before drafts run, which finishes loads as well",
+            ),
+        ),
         (drafts_must_run, test_a_draft_model_need_not_run),
         (nobody_is_missed, test_a_full_graph_that_nobody_knew_of_stops_the_engine),
     ],

@@ -116,7 +116,9 @@ class Worker:
                 kv_connector_extra_config=lamina or {"host": {"capacity": "1MiB"}},
             )
         )
-        self._config.model_config = SimpleNamespace(enable_sleep_mode=sleeps)
+        self._config.model_config = SimpleNamespace(
+            enable_sleep_mode=sleeps, runner_type="generate"
+        )
         self._config.compilation_config.cudagraph_mode = graphs
         if drafts:
             self._config.speculative_config = SimpleNamespace()

@@ -44,6 +44,7 @@ from lamina.engines.vllm.weights import Watch
 from lamina.engines.vllm.worker_side import WorkerSide
 
 if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -114,6 +115,13 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A save that is dropped is a miss later on, so no request has to wait for one."""
         return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """vLLM 0.33 asks. A sleeping cache keeps its addresses, but not its registration with
+        NIXL."""
+        config = load_config(kv_transfer_config.kv_connector_extra_config, os.environ)
+        return config.push is None
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
