@@ -120,12 +120,12 @@ class Simulator:
             _NAMESPACE,
             self._leased,
             [rank.executor.report() for rank in self._ranks],
-            Meter(),
+            meter := Meter(),
             reports_blocks=options.takes_back,
             leases_loads=options.hand_off,
             clock=self._clock,
         )
-        self._watch.attach(self._planner, self._ranks, self._leased)
+        self._watch.attach(self._planner, self._ranks, self._leased, meter)
         scheduler = HandOffScheduler if options.hand_off else Scheduler
         self._scheduler: Scheduler | HandOffScheduler = scheduler(
             options,
@@ -172,6 +172,7 @@ class Simulator:
             self.options.ring_blocks,
         )  # fmt: skip
         self._learn(request, 0)
+        self._watch.submitted(request)
         self._scheduler.submit(request)
         self._note("submit", request.request_id, len(prompt), max_tokens)
         return request.request_id
@@ -283,6 +284,8 @@ class Simulator:
 
     def _finish_step(self, step: Step) -> None:
         window = self.options.window
+        for item in step.items:
+            self._watch.ran(item.run, item.count)
         parts = [Part(item, self._random, self._ledger, window) for item in step.items]
         lost: set[int] = set()
         arrived: list[str] = []

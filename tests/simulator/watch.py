@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,13 +10,16 @@ import numpy as np
 
 from lamina.control.breakers import BreakerState, CircuitBreaker
 from lamina.control.catalog import TierCatalog
+from lamina.control.loading import Hit
 from lamina.control.planner import Planner
+from lamina.control.requests import RequestRecord
+from lamina.observe.metrics import Meter
 from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
 from simulator.content import Ledger, Stamps, Violation
 from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import LeasedPool
 from simulator.rank import Rank
-from simulator.request import Request
+from simulator.request import Blocks, Request, Run
 
 _CHUNKS = 50_000
 
@@ -50,11 +54,19 @@ class Watch:
         self._loads: dict[TransferId, str] = {}
         self._unlucky: set[str] = set()
         self._readers: dict[int, set[TransferId]] = {}
+        self._lives: dict[str, tuple[Blocks, set[int]]] = {}
+        self._floors: dict[str, int] = {}
+        self._uncounted: set[str] = set()
         self.disk_is_damaged = False
 
-    def attach(self, planner: Planner, ranks: Sequence[Rank], leased: LeasedPool) -> None:
+    def attach(
+        self, planner: Planner, ranks: Sequence[Rank], leased: LeasedPool, meter: Meter
+    ) -> None:
         """Look over these shoulders."""
-        self._planner, self._ranks, self._leased = planner, ranks, leased
+        self._planner, self._ranks, self._leased, self._meter = planner, ranks, leased, meter
+        count = planner._prompts.count
+        planner._prompts.count = partial(self._prompt, count)  # type: ignore[method-assign]
+        planner.lookup = partial(self._lookup, planner.lookup)  # type: ignore[method-assign]
         for tier in planner._catalog.tiers.values():
             tier.publish = partial(self._publish, tier, tier.publish)  # type: ignore[method-assign]
 
@@ -113,6 +125,59 @@ class Watch:
             live = self._planner._transfers.get(transfer)
             if live is None or not live.poisoned:
                 raise Violation(f"block {block} is reused while save {transfer} still reads it")
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    def submitted(self, request: Request) -> None:
+        """A request has arrived."""
+        self._uncounted.add(request.request_id)
+
+    def ran(self, run: Run, count: int) -> None:
+        """The model computes tokens of a request behind what is there."""
+        blocks, computed = self._lives.get(run.request.request_id, (None, set[int]()))
+        if blocks is not run.blocks:
+            computed = set()
+        computed.update(
+            range(run.position, min(run.position + count, run.request.num_prompt_tokens))
+        )
+        self._lives[run.request.request_id] = run.blocks, computed
+
+    def _lookup(self, lookup: Callable[..., Hit], request: Request, floor: int, **more: str) -> Hit:
+        hit = lookup(request, floor, **more)
+        self._floors[request.request_id] = floor
+        return hit
+
+    def _prompt(
+        self, count: Callable[[RequestRecord, int], None], record: RequestRecord, end: int
+    ) -> None:
+        """A prompt is counted: once, all of it, and each token for what it was."""
+        request_id, prompt = record.view.request_id, record.view.num_prompt_tokens
+        if request_id not in self._uncounted:
+            raise Violation(f"the prompt of {request_id} is counted twice, or comes from nowhere")
+        self._uncounted.remove(request_id)
+        before = self._sources()
+        count(record, end)
+        sources = {name: n for name, n in (self._sources() - before).items() if n}
+        complete = record.view.num_tokens > prompt
+        _, computed = self._lives.pop(request_id, (None, set[int]()))
+        floor = self._floors.get(request_id, 0)
+        wrong = sum(sources.values()) != prompt
+        if complete:  # else nobody knows what steps in flight will still compute
+            wrong |= sources.get("unfinished", 0) > 0 or sources["computed"] != len(computed)
+            if not self._options.hand_off:  # there a part is computed up to a boundary
+                wrong |= sources.get("engine", 0) != min(floor, *computed)
+        if wrong:
+            raise Violation(
+                f"the {prompt} tokens of the prompt of {request_id} are counted as {sources}; the "
+                f"model has computed {len(computed)}, and the engine had {floor} itself"
+            )
+
+    def _sources(self) -> Counter[str]:
+        counters = self._meter._counters
+        figures = {labels[0]: n for (name, labels), n in counters.items() if name == "hit_tokens"}
+        for name in ("computed", "unfinished"):
+            figures[name] = counters.get((f"{name}_tokens", ()), 0)
+        return Counter({name: int(n) for name, n in figures.items()})
 
     # -- hits ------------------------------------------------------------------------------------
 
@@ -248,6 +313,7 @@ class Watch:
                 if breaker._state is BreakerState.TRYING
             ],
             "work": planner.has_work,
+            "prompts that nobody has counted": sorted(self._uncounted),
             "requests that wait for a load": [r.number for r in self._ranks if not r.is_idle],
             "writes to the gaps between blocks": [
                 rank.number for rank in self._ranks if not rank.pages.gaps_untouched

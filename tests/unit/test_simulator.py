@@ -20,6 +20,7 @@ from lamina.control.hits import HitFinder
 from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.loading import LoadEnd, LoadPlanner
 from lamina.control.planner import Planner
+from lamina.control.prompts import PromptMeter
 from lamina.control.requests import RequestRecord
 from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Transfer, TransferTable
@@ -308,6 +309,31 @@ def half_a_window_is_enough(patch: Patch) -> None:
     patch.setattr(Group, "first_token", first_token)
 
 
+def what_a_failed_load_has_not_brought_is_counted(patch: Patch) -> None:
+    runs = PromptMeter.runs
+
+    def as_ordered(prompts: PromptMeter, record: RequestRecord, start: int, end: int) -> None:
+        reached = record.sources[-1][1] if record.sources else 0
+        runs(prompts, record, max(start, reached), max(end, reached))
+
+    patch.setattr(PromptMeter, "runs", as_ordered)
+
+
+def a_prompt_is_counted_each_time_it_gets_blocks(patch: Patch) -> None:
+    admitted = Planner.admitted
+
+    def counted(planner: Planner, request_id: str, loaded: int) -> None:
+        admitted(planner, request_id, loaded)
+        record = planner._requests[request_id]
+        planner._prompts.count(record, record.view.num_prompt_tokens)
+
+    patch.setattr(Planner, "admitted", counted)
+
+
+def what_a_request_had_before_it_was_preempted_counts(patch: Patch) -> None:
+    patch.setattr(PromptMeter, "interrupted", lambda prompts, record: None)
+
+
 @dataclass(frozen=True)
 class Case:
     """How Lamina is broken, and what is to be said of it.
@@ -388,6 +414,14 @@ CASES = [
     Case(a_ring_is_read_when_the_next_step_is_over, "host shows a chunk", RING),
     Case(a_ring_is_believed_to_hold_more, "host shows a chunk", RING),
     Case(half_a_window_is_enough, "it should be|a wrong token", RING),
+    Case(
+        what_a_failed_load_has_not_brought_is_counted,
+        "are counted as",
+        LAYERWISE,
+        Weather(bad=0.3),
+    ),
+    Case(a_prompt_is_counted_each_time_it_gets_blocks, "is counted twice|are counted as"),
+    Case(what_a_request_had_before_it_was_preempted_counts, "are counted as"),
 ]
 
 

@@ -287,6 +287,7 @@ class HandOff:
         """The engine takes a request's blocks back; it waits again, with all tokens it has by now.
         What is being loaded into them keeps them from being reused."""
         self._entries.pop(request_id, None)
+        self._planner.preempted(request_id)
 
     def finished(
         self, request_id: str, computed: int, blocks: Sequence[Sequence[int]] = ()

@@ -239,8 +239,6 @@ class LoadPlanner:
                 patience if early else None,
             )
         )
-        for tier_name, count in record.story.taken.items():
-            self._meter.count("hit_tokens", count, tier=tier_name.value)
 
     def _loads_of(self, record: RequestRecord, chunk: FoundChunk, end: int) -> Iterator[ChunkLoad]:
         """Orders that bring a chunk of a hit of ``end`` tokens to where its request has blocks."""

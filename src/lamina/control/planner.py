@@ -21,6 +21,7 @@ from lamina.control.fetching import FetchPlanner
 from lamina.control.hits import HitFinder
 from lamina.control.leases import BlockPool, LeaseBook
 from lamina.control.loading import Hit, LoadEnd, LoadPlanner, stories
+from lamina.control.prompts import PromptMeter
 from lamina.control.push_source import PushSource
 from lamina.control.push_target import CANCELLED, PushTarget
 from lamina.control.requests import (
@@ -89,6 +90,7 @@ class Planner:
         reports_blocks: whether the engine can take back single blocks of a failed load.
         leases_loads: whether blocks that are loaded into are leased until the load has ended, for
             an engine that does not keep them itself.
+        saves: whether anything is saved.
         step_tokens: tokens that the engine computes in one step at most; 0 if there is no bound.
         costs: what was measured by an engine before.
         incarnation: a word that no other run of any engine has; the same on every rank that has
@@ -97,7 +99,7 @@ class Planner:
         clock: monotonic seconds.
 
     Raises:
-        ValueError: if ``reports`` is empty, or a tier or a bound is smaller than one chunk.
+        ValueError: if ``reports`` is empty, or a tier is smaller than one chunk.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Planner:
         card: EngineCard | None = None,
         reports_blocks: bool = True,
         leases_loads: bool = False,
+        saves: bool = True,
         step_tokens: int = 0,
         costs: Costs | None = None,
         incarnation: str = "",
@@ -127,19 +130,11 @@ class Planner:
         self._incarnation = incarnation or uuid.uuid4().hex
         self._resets = 0
         self._meter = meter
+        self._saves = saves
+        self._prompts = PromptMeter(meter, shape.chunk_tokens)
         self._clock = EngineClock(clock, config.load.deadline / 2)
         kept = [report.chunk_bytes for report in reports if not report.follows]
         self._kept_bytes = sum(kept)
-        for key, bound in (
-            ("save.max_inflight", config.save.max_inflight),
-            ("disk.max_inflight", config.disk.max_inflight if config.disk else None),
-        ):
-            largest = max(report.chunk_bytes for report in reports)
-            if bound is not None and bound < largest:
-                raise ValueError(
-                    f"{key}: {bound} bytes is less than one chunk, so nothing could ever be "
-                    f"moved; use at least {largest}"
-                )
         self._leases = LeaseBook(pool)
         self._transfers = TransferTable(len(reports))
         self._breakers = Breakers(config.breaker, clock)
@@ -222,9 +217,11 @@ class Planner:
         """
         record = self._requests.get(view.request_id)
         if record is not None and record.admitted and not record.ended:
+            self._prompts.interrupted(record)
             record.new_epoch()
             self._active.discard(view.request_id)
         record = self._record_of(view)
+        record.may_hit = not declined
         hit = self._loading.lookup(
             record,
             floor,
@@ -277,10 +274,10 @@ class Planner:
         """The engine has given a request its blocks and will have ``loaded`` tokens loaded.
 
         Called after :meth:`lookup`, in the same scheduling pass; a call with 0 that follows the
-        end of a parked load changes nothing.
+        end of a parked load, or is for a request that was never looked up, changes nothing.
         """
-        record = self._requests[request_id]
-        if record.admitted:
+        record = self._requests.get(request_id)
+        if record is None or record.admitted:
             return
         record.admitted = record.fresh = True
         self._active.add(request_id)
@@ -289,13 +286,12 @@ class Planner:
         if self._on_decision is not None and record.decision is not None:
             self._on_decision(record.decision)
         now = self._clock.tick()
+        if loaded == 0:
+            story.pushed = 0  # the engine has taken somebody else's offer
         if self._source is not None:
             self._source.admitted(record, story.engine + loaded, now)
         if self._target is not None and record.view.push is not None and not story.pushed:
             self._target.decline(record)
-        self._meter.count("lookups", 1)
-        self._meter.count("lookup_tokens", story.prompt)
-        self._meter.count("hit_tokens", story.engine, tier="engine")
         if not record.epoch:  # one that comes back finds what it had computed itself
             self._hits.reuse(record, story.engine + (story.loaded if loaded else 0))
         if loaded == 0:
@@ -315,6 +311,11 @@ class Planner:
             self._loading.order(record, step=self._step, now=now, partial=story.pushed > 0)
             if (place := self._loading.to_measure(record, now)) is not None:
                 self._fetching.ask(request_id, place)
+
+    def preempted(self, request_id: str) -> None:
+        """The engine has taken a request's blocks away, and says so before it looks it up again."""
+        if (record := self._requests.get(request_id)) is not None:
+            self._prompts.interrupted(record)
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens of the request's load by the tier they come from."""
@@ -354,14 +355,16 @@ class Planner:
             record = self._requests.get(request_id)
             if record is None:
                 continue
+            if not record.counted:
+                self._prompts.runs(record, start, computed)
             if self._source is not None:
                 self._source.progress(record, start, computed)
-            if self._shape.rings:
+            if self._shape.rings and self._saves:
                 self._saving.consider_rings(record, start, computed, step=self._step, now=now)
             if record.fresh or record.prefill is not None:
                 self._time_prefill(record, start, now)
             # Most requests of most steps have completed no chunk.
-            if computed >= (record.next_save + 1) * chunk:
+            if self._saves and computed >= (record.next_save + 1) * chunk:
                 self._saving.consider(
                     record, computed, record.view.blocks, step=self._step, now=now
                 )
@@ -474,6 +477,7 @@ class Planner:
             self._source.abandoned(push)
         if record is None:
             return
+        self._prompts.ended(record, computed)
         self._fetching.forget(request_id)
         self._active.discard(request_id)
         if computed >= record.view.num_prompt_tokens:
@@ -488,7 +492,7 @@ class Planner:
         if self._target is not None and record.receive is not None:
             self._target.give_up(record.receive, CANCELLED)
         parked = record.moving and record.story.mode is LoadMode.PARKED
-        if record.admitted and not parked:
+        if record.admitted and self._saves and not parked:
             left = self._saving.consider(
                 record, computed, lambda group: blocks[group], step=self._step, now=self._clock.now
             )
@@ -588,6 +592,11 @@ class Planner:
     def epoch(self) -> Epoch:
         """Which weights compute now."""
         return self._epoch
+
+    @property
+    def leaving(self) -> list[str]:
+        """Requests that have ended, and to whose blocks something is still on its way."""
+        return [name for name, record in self._requests.items() if record.ended]
 
     def reset(self) -> None:
         """The engine's cache is void, because its weights are others now, or may be: an epoch of

@@ -275,6 +275,9 @@ class RequestRecord:
         prefill: tokens that it had, and control's clock, when its prompt began to be computed; None
             while nothing is to be measured.
         fresh: whether nothing of it was computed since it got its blocks.
+        may_hit: whether its last lookup was allowed to find anything.
+        sources: of its first tokens, where they came from, and how far each source reaches.
+        counted: whether its prompt has been counted.
         story: what became of its hit.
     """
 
@@ -297,6 +300,9 @@ class RequestRecord:
     patience: float = inf
     prefill: tuple[int, float] | None = None
     fresh: bool = False
+    may_hit: bool = False
+    sources: list[tuple[str, int]] = field(default_factory=list)
+    counted: bool = False
     story: Story = field(default_factory=Story)
 
     def rename(self, chain: ChunkChain) -> None:

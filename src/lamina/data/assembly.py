@@ -56,10 +56,12 @@ def assemble(
         push: who this rank is among engines, and its wire to them.
 
     Raises:
-        ValueError: if a capacity is less than a chunk, or there is no mover for the device.
+        ValueError: if a capacity or a bound is less than a chunk, or there is no mover for the
+            device.
         StoreError: if the store cannot be used.
         OSError: if there is no such amount of memory.
     """
+    _check_bounds(config, geometry.chunk_bytes)
     mover = make_mover(geometry, allocations)
     tiers = replicas.open_tiers(geometry, mover, config.host.capacity_bytes(slabs), place)
     return Executor(
@@ -86,6 +88,18 @@ def _open_timeline(path: Path | None, rank: int) -> Timeline | None:
         log.warning("observe.timeline: nothing is recorded: %s", error)
         return None
     return Timeline(file)
+
+
+def _check_bounds(config: Config, chunk_bytes: int) -> None:
+    for key, bound in (
+        ("save.max_inflight", config.save.max_inflight),
+        ("disk.max_inflight", config.disk.max_inflight if config.disk else None),
+    ):
+        if bound is not None and bound < chunk_bytes:
+            raise ValueError(
+                f"{key}: {bound} bytes is less than one chunk, so nothing could ever be moved; "
+                f"use at least {chunk_bytes}"
+            )
 
 
 def _of_rank(path: Path, rank: int) -> Path:

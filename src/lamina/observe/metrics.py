@@ -43,9 +43,12 @@ _C, _G, _H = MetricKind.COUNTER, MetricKind.GAUGE, MetricKind.HISTOGRAM
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("lookups", _C, "Requests admitted after a lookup"),
-        Metric("lookup_tokens", _C, "Tokens of admitted requests"),
-        Metric("hit_tokens", _C, "Tokens found and used, by where they were", ("tier",)),
+        Metric("prompt_tokens", _C, "Tokens of prompts that are complete or have ended"),
+        Metric("hit_tokens", _C, "Of these, tokens that were brought, by where from", ("tier",)),
+        Metric("computed_tokens", _C, "Of these, tokens that were computed"),
+        Metric("unfinished_tokens", _C, "Of these, tokens that neither was done for"),
+        Metric("lookups", _C, "Prompts that were looked up; some may not hit"),
+        Metric("lookup_tokens", _C, "Tokens of prompts that were looked up"),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
         Metric("save_bytes", _C, "Bytes saved from the engine to the host tier"),

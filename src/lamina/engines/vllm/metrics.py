@@ -85,6 +85,9 @@ class LaminaPromMetrics(KVConnectorPromMetrics):
         self._metrics: dict[str, Any] = {}
         for metric in METRICS.values():
             options: dict[str, Any] = {"buckets": metric.buckets} if metric.buckets else {}
+            if metric.kind is MetricKind.GAUGE:
+                # Of several API servers each is told now and then, and one scrape asks all.
+                options["multiprocess_mode"] = "mostrecent"
             self._metrics[metric.name] = kinds[metric.kind](
                 name=PREFIX + metric.name,
                 documentation=metric.help,
