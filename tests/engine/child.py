@@ -103,7 +103,7 @@ class Service:
             prompt: dict[str, Any] = {"prompt_token_ids": list(ask.tokens)}
             if ask.salt is not None:
                 prompt["cache_salt"] = ask.salt
-            params = SamplingParams(
+            sampling = SamplingParams(
                 n=ask.n,
                 temperature=0.0 if ask.seed is None else 1.0,
                 seed=ask.seed,
@@ -112,7 +112,7 @@ class Service:
                 detokenize=False,
                 logprobs=0,
                 extra_args=(
-                    None if ask.push is None else {"kv_transfer_params": {"lamina_push": ask.push}}
+                    {"kv_transfer_params": params} if (params := ask.transfer_params) else None
                 ),
                 # Several samples come together only at the end; one is watched as it grows.
                 output_kind=(
@@ -121,7 +121,7 @@ class Service:
             )
             adapter = self._adapter(ask.adapter)
             self._live[name] = self._engine.add_request(
-                name, prompt, params, lora_request=adapter, priority=ask.priority
+                name, prompt, sampling, lora_request=adapter, priority=ask.priority
             )
             self._generated[name] = 0
             names.append(name)
@@ -154,8 +154,14 @@ class Service:
     def progress(self) -> dict[str, int]:
         return dict(self._generated)
 
-    def reset(self, everywhere: bool) -> bool:
-        return self._llm.reset_prefix_cache(reset_connector=everywhere)
+    def reset(self, everywhere: bool, running: bool) -> bool:
+        return self._llm.reset_prefix_cache(running, everywhere)
+
+    def pause(self, mode: str) -> None:
+        self._core.pause_scheduler(mode)
+
+    def resume(self) -> None:
+        self._core.resume_scheduler()
 
     def core(self, method: str, arguments: tuple[object, ...]) -> Any:
         return getattr(self._core, method)(*arguments)
@@ -232,4 +238,5 @@ def _answer(output: RequestOutput) -> Answer:
         ),
         cached=output.num_cached_tokens or 0,
         finish=str(output.outputs[0].finish_reason),
+        transfer=output.kv_transfer_params,
     )

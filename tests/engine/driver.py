@@ -131,6 +131,7 @@ class Ask:
         seed: of the samples.
         priority: the lower, the sooner, where the scheduler looks at it.
         push: the push that it is part of, as a router would say.
+        transfer: other ``kv_transfer_params``.
     """
 
     tokens: tuple[int, ...]
@@ -141,6 +142,13 @@ class Ask:
     seed: int | None = None
     priority: int = 0
     push: Mapping[str, str] | None = None
+    transfer: Mapping[str, Any] | None = None
+
+    @property
+    def transfer_params(self) -> dict[str, Any] | None:
+        """vLLM's ``kv_transfer_params``."""
+        push = {} if self.push is None else {"lamina_push": self.push}
+        return {**push, **(self.transfer or {})} or None
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ class Answer:
         logprobs: their log probabilities, which tell more about the cache than the tokens do.
         cached: prompt tokens that vLLM took from any cache.
         finish: why it ended: ``length``, ``abort`` or ``error``.
+        transfer: ``kv_transfer_params`` for whoever goes on with it.
     """
 
     name: str
@@ -160,6 +169,7 @@ class Answer:
     logprobs: tuple[tuple[float, ...], ...]
     cached: int
     finish: str
+    transfer: Mapping[str, Any] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -322,9 +332,22 @@ class Engine:
         self.drain()
         self._call("scribble")
 
-    def reset(self, *, everywhere: bool) -> bool:
-        """vLLM's own call, with or without the connector's tiers; whether it succeeded."""
-        return self._call("reset", everywhere)
+    def reset(self, *, everywhere: bool, running: bool = False) -> bool:
+        """vLLM's own call, with or without the connector's tiers; whether it succeeded.
+
+        Args:
+            everywhere: the connector's tiers, too.
+            running: although requests run; they begin anew.
+        """
+        return self._call("reset", everywhere, running)
+
+    def pause(self, mode: str) -> None:
+        """vLLM's own call, with cleared caches."""
+        self._call("pause", mode)
+
+    def resume(self) -> None:
+        """The end of a pause."""
+        self._call("resume")
 
     def core(self, method: str, *arguments: object) -> Any:
         """Call a method of vLLM's ``EngineCore``, as its utilities do."""

@@ -35,7 +35,7 @@ from engine.device import DeviceMover, Stream
 from lamina.data import assembly
 from lamina.engines.vllm import worker_side
 from lamina.engines.vllm.connector import LaminaConnector
-from lamina.engines.vllm.messages import LaminaPlan, LaminaReceipts
+from lamina.engines.vllm.messages import LaminaPlan, LaminaWords
 from lamina.plan import LoadMode, StepPlan, TransferReceipt
 
 BLOCKS, BLOCK_TOKENS = 16, 16
@@ -341,5 +341,5 @@ def _numbered(plan: StepPlan, step: int) -> StepPlan:
 def _receipts(output: Any) -> list[TransferReceipt]:
     if output is None or (metadata := output.kv_connector_worker_meta) is None:
         return []
-    assert isinstance(metadata, LaminaReceipts)
+    assert isinstance(metadata, LaminaWords)
     return [receipt for rank in metadata.receipts for receipt in rank.transfers]

@@ -92,6 +92,21 @@ class Connection:
             transport.abort()
 
 
+def try_listening(address: str) -> None:
+    """Listen at an address for a moment, as a link will.
+
+    Raises:
+        OSError: if nobody can listen there.
+    """
+
+    async def listen() -> None:
+        server = await asyncio.start_server(lambda *_: None, *split_address(address))
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(listen())
+
+
 class Link:
     """See the module.
 

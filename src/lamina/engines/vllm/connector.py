@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 import vllm
@@ -17,7 +18,6 @@ check_version(vllm.__version__)  # before a name is imported that another versio
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -67,12 +67,14 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     worker_side: ClassVar[type[WorkerSide]] = WorkerSide
+    _alive: ClassVar[WeakSet[LaminaConnector]] = WeakSet()
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _log_beside_vllm()
+        self._be_the_only_one(role, kv_cache_config)
         config = load_config(self._kv_transfer_config.kv_connector_extra_config, os.environ)
         self._scheduler: SchedulerSide | IdleScheduler | None = None
         self._worker: WorkerSide | IdleWorker | None = None
@@ -95,6 +97,16 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerSide(config, vllm_config, kv_cache_config)
         else:
             self._worker = self.worker_side(config, vllm_config, kv_cache_config)
+
+    def _be_the_only_one(self, role: KVConnectorRole, cache: KVCacheConfig) -> None:
+        """A ``MultiConnector`` hands all of its connectors the same description of the cache."""
+        for other in self._alive:
+            if other._role is role and other._kv_cache_config is cache:
+                raise ValueError(
+                    "connectors: LaminaConnector is named twice in one MultiConnector, and both "
+                    "would keep the same cache: name it once, with all of its tiers"
+                )
+        self._alive.add(self)
 
     @property
     def _on_scheduler(self) -> SchedulerSide | IdleScheduler:
@@ -136,10 +148,6 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """VLLM has allocated its cache."""
         self._on_worker.open(kv_caches)
 
-    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """This rank's tiers, on their way to the scheduler."""
-        return self._on_worker.report()
-
     def has_connector_metadata(self) -> bool:
         """Whether layers have to call the two layer hooks. vLLM asks this for every layer, so it
         is looked up once a step, and a step with nothing to move skips them here."""
@@ -148,9 +156,8 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """The first hook of every step, before anything of it runs."""
         assert isinstance(kv_connector_metadata, LaminaPlan)
-        plan = kv_connector_metadata.plan
-        self._order.begins(loads=plan.loads_in_step)
-        self._on_worker.begin_step(plan)
+        self._order.begins(loads=kv_connector_metadata.plan.loads_in_step)
+        self._on_worker.begin_step(kv_connector_metadata)
         self._moves_rows = self._on_worker.executor.moves_rows
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
@@ -197,9 +204,10 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         return self._on_worker.lost_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Receipts, on their way to the scheduler."""
+        """Receipts, and in the first step what tiers this rank has, on their way to the
+        scheduler."""
         self._order.makes(Call.META)
-        return self._on_worker.receipts()
+        return self._on_worker.words()
 
     def shutdown(self) -> None:
         """The engine ends."""
@@ -213,12 +221,6 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """VLLM's cache manager exists now."""
         self._on_scheduler.bind(kv_cache_manager)
-
-    def set_xfer_handshake_metadata_pp_aware(
-        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
-    ) -> None:
-        """Every rank's tiers have arrived."""
-        self._on_scheduler.open(metadata)
 
     def on_new_request(self, request: Request) -> None:
         """A request has arrived and will wait for its turn."""
@@ -244,7 +246,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The plan of the step."""
-        return LaminaPlan(self._on_scheduler.plan(scheduler_output))
+        return self._on_scheduler.plan(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Receipts of the step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
@@ -16,26 +15,20 @@ from lamina.push.cards import RankCard
 
 @dataclass(frozen=True)
 class LaminaPlan(KVConnectorMetadata):
-    """Scheduler to workers: the plan of a step."""
+    """Scheduler to workers: the plan of a step.
+
+    Attributes:
+        plan: the plan; empty until the scheduler has every rank's report.
+        asks: whether each rank is to send its report with what it says after this step.
+    """
 
     plan: StepPlan
+    asks: bool = False
 
 
 @dataclass(frozen=True)
-class LaminaReceipts(KVConnectorWorkerMetadata):
-    """Workers to scheduler: the receipts of a step, one of each rank that has any."""
-
-    receipts: tuple[Receipt, ...]
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> LaminaReceipts:
-        """Join the words of two ranks."""
-        assert isinstance(other, LaminaReceipts)
-        return LaminaReceipts(self.receipts + other.receipts)
-
-
-@dataclass(frozen=True)
-class LaminaReport(KVConnectorHandshakeMetadata):
-    """Workers to scheduler, once: what tiers a rank has.
+class LaminaReport:
+    """What a rank tells the scheduler once: its tiers, and who it is among engines.
 
     Attributes:
         report: for control.
@@ -50,3 +43,22 @@ class LaminaReport(KVConnectorHandshakeMetadata):
     incarnation: str = ""
     card: RankCard | None = None
     replicated: bool = False
+
+
+@dataclass(frozen=True)
+class LaminaWords(KVConnectorWorkerMetadata):
+    """Workers to scheduler: what ranks say after a step.
+
+    Attributes:
+        receipts: one from each rank that has any.
+        reports: one from each rank, after the step that has asked for them. They do not travel in
+            vLLM's handshake, which has room for one connector of a ``MultiConnector``.
+    """
+
+    receipts: tuple[Receipt, ...] = ()
+    reports: tuple[LaminaReport, ...] = ()
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> LaminaWords:
+        """Join the words of two ranks."""
+        assert isinstance(other, LaminaWords)
+        return LaminaWords(self.receipts + other.receipts, self.reports + other.reports)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from vllm.config import VllmConfig
@@ -21,15 +22,17 @@ from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
 from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.adapters import Adapters
-from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
+from lamina.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
+from lamina.engines.vllm.opening import Opening
 from lamina.engines.vllm.requests import PUSH_PARAMETER, VllmBlockPool, VllmRequest, push_parameters
+from lamina.engines.vllm.resets import reset_despite_readers
 from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.cards import EngineCard
-from lamina.push.link import Link, split_address
+from lamina.push.link import Link, split_address, try_listening
 
 log = logging.getLogger("lamina.engines.vllm")
 
@@ -48,7 +51,10 @@ class SchedulerSide:
         cache: vLLM's cache.
 
     Attributes:
-        watch: what vLLM's engine core tells of weights; None until the handshake.
+        watch: what vLLM's engine core tells of weights.
+
+    Raises:
+        ValueError: if other engines could not reach this one where the configuration says.
     """
 
     def __init__(self, config: Config, vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
@@ -77,14 +83,15 @@ class SchedulerSide:
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._meter = Meter()
         self._manager: KVCacheManager | None = None
+        self._opening = Opening(vllm_config.parallel_config.world_size)
         self._planner: Planner | None = None
-        self.watch: Watch | None = None
         watch_engine_core()
         self._link: Link | None = None
         self._notebook: Notebook | None = None
         # Engines of one server: each has a port and a file of its own.
         self._index = vllm_config.parallel_config.data_parallel_index
         self._adapters = Adapters(vllm_config.lora_config)
+        self.watch = Watch(WeightsWatch(self._opening), self._adapters)
         multimodal = vllm_config.model_config.multimodal_config
         self._counted = (
             multimodal is not None
@@ -92,32 +99,22 @@ class SchedulerSide:
             and not vllm_config.cache_config.enable_prefix_caching
         )
         self._moved = True
+        with self._listening() as address:  # a mistake is to be seen at the start
+            if address is not None:
+                try_listening(address)
 
     def bind(self, manager: KVCacheManager) -> None:
         """VLLM's cache manager exists now."""
         self._manager = manager
+        reset_despite_readers(manager, self._leaving)
 
-    def open(self, messages: Mapping[tuple[int, int], object]) -> None:
-        """Every rank has reported its tiers: requests can be served.
+    def _leaving(self) -> Collection[str]:
+        return () if self._planner is None else self._planner.leaving
 
-        Raises:
-            ValueError: if the reports are another connector's, or of another checkpoint.
-        """
+    def _open(self, ours: Sequence[LaminaReport]) -> None:
+        """Every rank has reported its tiers: requests can be served from them."""
         assert self._manager is not None
-        if self._planner is not None:
-            return  # vLLM 0.33 says it again after a sleep; tiers, and what is in them, have stayed
-        ours = [m for _, m in sorted(messages.items()) if isinstance(m, LaminaReport)]
-        if len(ours) != len(messages):
-            raise ValueError(
-                "another connector has taken Lamina's place in vLLM's handshake; in a "
-                "MultiConnector name LaminaConnector before every connector that has one"
-            )
         named = {message.namespace for message in ours} - {""}
-        if len(named) > 1:
-            raise ValueError(
-                "the checkpoint changed while the engine was starting: its ranks disagree about "
-                "what they serve. Start again."
-            )
         # The ranks know their caches to the layer; the scheduler is shown less (vLLM replaces
         # UniformTypeKVCacheSpecs by one of its members there).
         fingerprint = bytes.fromhex(named.pop()) if named else self._namespace.fingerprint
@@ -137,11 +134,15 @@ class SchedulerSide:
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
             reports_blocks=False,
+            saves=self._saves,
             step_tokens=self._step_tokens,
         )
-        self.watch = Watch(WeightsWatch(self._planner), self._adapters)
         if card is not None:
             self._link = self._open_link(card)
+        self._planner.begin(self._opening.epoch)
+        self.watch.weights.follow(self._planner)
+        for request in self._opening.waiting:
+            self.arrived(request)
 
     def _card(self, ours: Sequence[LaminaReport]) -> EngineCard | None:
         """This engine as other engines see it, if it takes part in pushes."""
@@ -161,13 +162,20 @@ class SchedulerSide:
     def _open_link(self, card: EngineCard) -> Link:
         config = self._config.push
         assert config is not None
-        listen = config.listen if self._saves else None
+        with self._listening() as listen:
+            return Link(card, listen=listen, token=config.token, silence=config.silence)
+
+    @contextmanager
+    def _listening(self) -> Iterator[str | None]:
+        """Gives the address to listen at, if there is one, to somebody who may fail to."""
+        config = self._config.push
+        listen = config.listen if config is not None and self._saves else None
         if listen is not None:
             host, port = split_address(listen)
             port += self._index
             listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            return Link(card, listen=listen, token=config.token, silence=config.silence)
+            yield listen
         except OSError as error:
             raise ValueError(f"push.listen: cannot listen at {listen}: {error}") from error
 
@@ -188,29 +196,34 @@ class SchedulerSide:
     @property
     def has_work(self) -> bool:
         """Whether the engine must keep stepping, although it may have no request to run."""
-        return self.planner.has_work or (self._link is not None and self._link.has_news)
+        if self._planner is None:
+            return True
+        return self._planner.has_work or (self._link is not None and self._link.has_news)
 
     @property
     def planner(self) -> Planner:
-        """The planner; it exists from the handshake on."""
-        assert self._planner is not None, "vLLM scheduled before its workers had reported"
+        """The planner; it exists once every rank has reported."""
+        assert self._planner is not None, "no rank has reported yet"
         return self._planner
 
     def arrived(self, request: Request) -> None:
         """A request will wait for its turn."""
-        if self._loads and not request.skip_reading_prefix_cache:
+        if self._planner is None:
+            self._opening.arrived(request)
+        elif self._loads and not request.skip_reading_prefix_cache:
             self.planner.arrived(self._view(request))
 
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
-        the next step."""
-        assert self.watch is not None
+        the next step, which vLLM does unless the request may not hit."""
         self.watch.weights.request()
+        if self._planner is None:
+            return None, False
         declined = "" if self._loads else "kv_role"
         if request.skip_reading_prefix_cache:
             declined = "skip_reading_prefix_cache"
         view = self._view(request)
-        if self._awaits_destination(request, view.push):
+        if not declined and self._awaits_destination(request, view.push):
             return None, False
         hit = self.planner.lookup(view, computed, declined=declined)
         return hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
@@ -228,56 +241,66 @@ class SchedulerSide:
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
         self._adapters.admitted(request)
-        self.planner.admitted(request.request_id, loaded)
-        self._exchange()
-        self._moved = True
+        if self._planner is not None:
+            self._planner.admitted(request.request_id, loaded)
+            self._exchange()
+            self._moved = True
 
     def hit_sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
         """Where ``tokens`` come from."""
         sources = self.planner.hit_sources(request.request_id)
         return {_SOURCES[tier]: count for tier, count in sources.items()} if tokens else {}
 
-    def plan(self, output: SchedulerOutput) -> StepPlan:
+    def plan(self, output: SchedulerOutput) -> LaminaPlan:
         """The plan of the step that vLLM has just scheduled."""
-        self._exchange()
-        assert self.watch is not None
-        if output.total_num_scheduled_tokens:
+        if forward := output.total_num_scheduled_tokens > 0:
             self.watch.weights.computed()
-        progress = list(self._progress(output)) if self._saves else []
-        plan = self.planner.plan_step(
+        if self._planner is None:
+            return LaminaPlan(StepPlan(-1, forward=forward), self._opening.asks())
+        self._exchange()
+        progress = list(self._progress(output))
+        plan = self._planner.plan_step(
             progress,
-            forward=output.total_num_scheduled_tokens > 0,
+            forward=forward,
             states=self._boundary_states(output, progress) if self._saves else (),
         )
         self._moved |= not plan.is_empty
         self._exchange()
-        return plan
+        return LaminaPlan(plan)
 
     def receive(self, output: KVConnectorOutput) -> None:
         """Take in what the ranks report."""
-        if output.invalid_block_ids:
+        if output.invalid_block_ids and self._planner is not None:
             # Perhaps another connector's load: what was computed on it is in our saves.
-            self.planner.distrust()
+            self._planner.distrust()
         message = output.kv_connector_worker_meta
-        if message is not None:
-            assert isinstance(message, LaminaReceipts)
+        if message is None:
+            return
+        assert isinstance(message, LaminaWords)
+        self._moved = True
+        if message.reports and (reports := self._opening.heard(message.reports)) is not None:
+            self._open(reports)
+        if message.receipts:
             self.planner.receive(message.receipts)
+        if self._planner is not None:
             self._exchange()
-            self._moved = True
 
     def reset(self) -> None:
         """VLLM's cache is void: its weights are others from now on, or may be."""
-        assert self.watch is not None
         assert self._manager is not None
-        self.watch.weights.was_reset(void=not self._manager.block_pool.cached_block_hashes_by_block)
+        hashes = self._manager.block_pool.cached_block_hash_to_block
+        self.watch.weights.was_reset(void=len(hashes) == 0)
         self._moved = True
 
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
         """A request has ended and its blocks are about to be freed."""
-        computed = request.num_computed_tokens if self._saves else 0
-        push = self._push(request) if request.kv_transfer_params else None
-        self.planner.finished(request.request_id, computed, blocks, push=push)
         self._adapters.finished(request)
+        if self._planner is None:
+            self._opening.finished(request)
+            return
+        computed = request.num_computed_tokens
+        push = self._push(request) if request.kv_transfer_params else None
+        self._planner.finished(request.request_id, computed, blocks, push=push)
         self._exchange()
 
     def stats(self) -> LaminaStats | None:

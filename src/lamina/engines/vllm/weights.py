@@ -21,13 +21,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.core import EngineCore
 
-from lamina.control.planner import Planner
 from lamina.engines.vllm.adapters import Adapters
 from lamina.keys import Epoch
 
@@ -57,6 +56,20 @@ class _Promise:
     due: bool
 
 
+class Epochs(Protocol):
+    """Whoever is in an epoch: the planner, and before there is one, what stands for it."""
+
+    @property
+    def epoch(self) -> Epoch:
+        """Which weights compute now."""
+
+    def begin(self, epoch: Epoch) -> None:
+        """Other weights compute from now on."""
+
+    def reset(self) -> None:
+        """Weights without a name compute from now on."""
+
+
 class WeightsWatch:
     """Decides which epoch an engine is in.
 
@@ -64,12 +77,16 @@ class WeightsWatch:
         planner: whose epochs they are.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: Epochs) -> None:
         self._planner = planner
         self._promise: _Promise | None = None
         self._scales: Scales = lambda: None
         self._pausing: str | None = None
         self._void = True
+
+    def follow(self, planner: Epochs) -> None:
+        """Somebody else is in the epoch now."""
+        self._planner = planner
 
     def pausing(self, scales: Scales) -> None:
         """The reset that follows is a pause's: the weights are still those of the epoch."""

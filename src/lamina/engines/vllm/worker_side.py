@@ -27,11 +27,11 @@ from lamina.data.tiers.disk_shard import ShardReader
 from lamina.data.tiers.host import HostTier
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.hooks import graphs_hide_hooks, hook_recurrent_layers, silent_layers
-from lamina.engines.vllm.messages import LaminaReceipts, LaminaReport
+from lamina.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.wire import open_wire, rank_card
 from lamina.geometry import CacheGeometry
-from lamina.plan import Receipt, StepPlan, TierName
+from lamina.plan import Receipt, TierName
 from lamina.push.transports.base import Transport
 
 log = logging.getLogger("lamina.engines.vllm")
@@ -57,6 +57,8 @@ class WorkerSide:
         self._namespace = ""
         self._identity: PushIdentity | None = None
         self._executor: Executor | None = None
+        self._report: LaminaReport | None = None
+        self._asked = False
 
     @property
     def executor(self) -> Executor:
@@ -86,6 +88,7 @@ class WorkerSide:
             push=self._open_wire(bound),
         )
         self._hook(self._executor, bound.geometry)
+        self._report = self._make_report(self._executor)
 
     def sources(
         self, host: HostTier, disk: ShardReader | None, mover: Mover, geometry: CacheGeometry
@@ -93,9 +96,8 @@ class WorkerSide:
         """The tiers as loads see them."""
         return tier_sources(host, disk, mover, geometry)
 
-    def report(self) -> LaminaReport:
-        """This rank's tiers, for the handshake."""
-        report = LaminaReport(self.executor.report(), self._namespace)
+    def _make_report(self, executor: Executor) -> LaminaReport:
+        report = LaminaReport(executor.report(), self._namespace)
         if (push := self._identity) is not None:
             report = replace(
                 report,
@@ -105,9 +107,10 @@ class WorkerSide:
             )
         return report
 
-    def begin_step(self, plan: StepPlan) -> None:
+    def begin_step(self, message: LaminaPlan) -> None:
         """Before anything of the step runs."""
-        self.executor.begin_step(plan)
+        self._asked |= message.asks
+        self.executor.begin_step(message.plan)
 
     def start_loads(self) -> None:
         """Right before the forward, if the step has layerwise loads."""
@@ -142,9 +145,14 @@ class WorkerSide:
         """Blocks whose load failed, as of :meth:`collect`."""
         return set(self._lost_blocks)
 
-    def receipts(self) -> LaminaReceipts | None:
-        """The receipt for control, as of :meth:`collect`."""
-        return LaminaReceipts((self._receipt,)) if self._receipt.transfers else None
+    def words(self) -> LaminaWords | None:
+        """The receipt for control, as of :meth:`collect`, and this rank's report if it was asked
+        for. That is said once and not kept: it names every chunk that is stored."""
+        receipts = (self._receipt,) if self._receipt.transfers else ()
+        reports: tuple[LaminaReport, ...] = ()
+        if self._asked and self._report is not None:
+            reports, self._report = (self._report,), None
+        return LaminaWords(receipts, reports) if receipts or reports else None
 
     def close(self) -> None:
         """The engine shuts down."""
