@@ -138,6 +138,51 @@ class Rank:
         assert receipt.outcome is Outcome.DONE
 
 
+def test_before_the_engines_memory_goes_nobody_reads_or_writes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Rank(LoadConfig(mode="parked"))
+    rank.save(b"k", 3, (7, 2))
+    slow, copy = threading.Event(), rank.mover.save
+
+    def slowly(*arguments: Any) -> Fence:
+        slow.wait(60)
+        return copy(*arguments)
+
+    monkeypatch.setattr(rank.mover, "save", slowly)
+    rank.source.stall = threading.Event()
+    rank.run(StepPlan(0, saves=(save(2, b"l", 4, (4, 9)),)))
+    rank.run(StepPlan(0, loads=(load(3, (11, 5), mode=LoadMode.PARKED),), forward=False))
+    threading.Timer(0.1, slow.set).start()
+    rank.executor.quiet()
+    rank.cache.zero_()
+    rank.source.stall.set()
+    assert {r.transfer: r.outcome for r in rank.settle(2)} == {
+        2: Outcome.DONE,
+        3: Outcome.FAILED,
+    }
+    assert not rank.cache.any(), "a load that was given up has written"
+    rank.executor.close()
+
+
+def test_a_save_that_does_not_end_keeps_the_engines_memory_awake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Rank(LoadConfig(deadline=0.1))
+    hangs, copy = threading.Event(), rank.mover.save
+
+    def hanging(*arguments: Any) -> Fence:
+        hangs.wait(60)
+        return copy(*arguments)
+
+    monkeypatch.setattr(rank.mover, "save", hanging)
+    rank.run(StepPlan(0, saves=(save(2, b"l", 4, (4, 9)),)))
+    with pytest.raises(TimeoutError, match=r"load\.deadline, 0\.1 s"):
+        rank.executor.quiet()
+    hangs.set()
+    rank.executor.close()
+
+
 @pytest.fixture
 def rank() -> Iterator[Rank]:
     rank = Rank()

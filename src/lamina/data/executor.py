@@ -425,6 +425,21 @@ class Executor:
             self._rejected_of(arrived),
         )
 
+    def quiet(self) -> None:
+        """Have nobody read or write the engine's memory any more, because it is about to go; call
+        it between steps. Loads between steps are given up, saves come to their end.
+
+        Raises:
+            TimeoutError: if saves have not within ``load.deadline``.
+        """
+        for run in (*self._parked, *self._resumed):
+            run.give_up("quiet")
+        if not self._save_pool.await_idle(self._config.deadline):
+            raise TimeoutError(
+                f"saves have not ended within load.deadline, {self._config.deadline:g} s, and "
+                "still read the engine's cache: it must not go to sleep now"
+            )
+
     def close(self) -> None:
         """Finish what is under way, within ``load.deadline``, and release what is held."""
         give_up = time.monotonic() + self._config.deadline

@@ -148,6 +148,11 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """VLLM has allocated its cache."""
         self._on_worker.open(kv_caches)
 
+    def unregister_kv_caches(self) -> None:
+        """The cache's memory is about to go to sleep; it will have the same addresses when it is
+        back."""
+        self._on_worker.executor.quiet()
+
     def has_connector_metadata(self) -> bool:
         """Whether layers have to call the two layer hooks. vLLM asks this for every layer, so it
         is looked up once a step, and a step with nothing to move skips them here."""

@@ -28,6 +28,7 @@ from lamina.engines.vllm.namespace import build_namespace
 from lamina.engines.vllm.opening import Opening
 from lamina.engines.vllm.requests import PUSH_PARAMETER, VllmBlockPool, VllmRequest, push_parameters
 from lamina.engines.vllm.resets import reset_despite_readers
+from lamina.engines.vllm.sleep import be_quiet_before_sleep
 from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
@@ -86,6 +87,7 @@ class SchedulerSide:
         self._opening = Opening(vllm_config.parallel_config.world_size)
         self._planner: Planner | None = None
         watch_engine_core()
+        be_quiet_before_sleep()
         self._link: Link | None = None
         self._notebook: Notebook | None = None
         # Engines of one server: each has a port and a file of its own.
