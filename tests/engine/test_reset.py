@@ -3,7 +3,6 @@ nothing of before is found, and no more is deleted than what was on its way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ pytestmark = pytest.mark.engine
 ASK = Ask(prompt(41, 4 * CHUNK + 1))
 LATER = Ask(prompt(42, 4 * CHUNK + 1))
 WHOLE = loadable(len(ASK.tokens))
-
-SCHEDULINGS: list[Mapping[str, float]] = [{}, {"async_scheduling": 1}]
 
 
 def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
@@ -59,13 +56,14 @@ def test_a_restart_finds_what_its_checkpoint_had_saved_and_nothing_else(
     assert engine.ask(ASK).cached == WHOLE
 
 
-@pytest.mark.parametrize("scheduling", SCHEDULINGS, ids=["sync", "async"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "a-step-ahead"])
 def test_resets_and_a_pause_while_saves_are_slow(
-    llama: Path, start: Start, scheduling: Mapping[str, float]
+    llama: Path, start: Start, asynchronous: bool
 ) -> None:
     """Every way to void a cache, each while blocks are still being read, and weights that are
     replaced in place in between: nothing of the old ones is found."""
-    engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.1, **scheduling}))
+    faults = {"slow_saves": 0.1}
+    engine = start(EngineSpec(llama, SMALL, faults=faults, asynchronous=asynchronous))
     asks = [Ask(prompt(seed, 3 * CHUNK - 1), max_tokens=2) for seed in (42, 43)]
 
     def run() -> list[Answer]:

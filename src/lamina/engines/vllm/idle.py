@@ -21,6 +21,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lamina.engines.vllm import layout
+from lamina.engines.vllm.messages import LaminaPlan
 from lamina.plan import StepPlan
 
 
@@ -56,6 +57,9 @@ class IdleExecutor:
     def end_step(self) -> None:
         """Nothing has begun."""
 
+    def quiet(self) -> None:
+        """Nobody reads or writes."""
+
 
 class IdleWorker:
     """Stands where :class:`~lamina.engines.vllm.worker_side.WorkerSide` does."""
@@ -65,10 +69,7 @@ class IdleWorker:
     def open(self, views: Mapping[str, torch.Tensor]) -> None:
         """Has no tiers."""
 
-    def report(self) -> None:
-        """Has nothing to report."""
-
-    def begin_step(self, plan: StepPlan) -> None:
+    def begin_step(self, message: LaminaPlan) -> None:
         """The plan is empty."""
 
     def start_loads(self) -> None:
@@ -82,7 +83,7 @@ class IdleWorker:
         """None."""
         return set()
 
-    def receipts(self) -> None:
+    def words(self) -> None:
         """None."""
 
     def close(self) -> None:
@@ -98,9 +99,6 @@ class IdleScheduler:
     def bind(self, manager: KVCacheManager) -> None:
         """Holds no blocks."""
 
-    def open(self, messages: Mapping[tuple[int, int], object]) -> None:
-        """No rank has tiers."""
-
     def arrived(self, request: Request) -> None:
         """Nothing will be loaded for it."""
 
@@ -115,9 +113,9 @@ class IdleScheduler:
         """None."""
         return {}
 
-    def plan(self, output: SchedulerOutput) -> StepPlan:
+    def plan(self, output: SchedulerOutput) -> LaminaPlan:
         """An empty one."""
-        return StepPlan(0)
+        return LaminaPlan(StepPlan(0))
 
     def receive(self, output: KVConnectorOutput) -> None:
         """There are no receipts."""

@@ -114,6 +114,12 @@ def check_supported(vllm_config: VllmConfig, cache: KVCacheConfig) -> None:
                 f"LaminaConnector does not support {name} > 1 yet; use tensor parallelism, or "
                 "serve without --kv-transfer-config."
             )
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise UnsupportedModel(
+            "LaminaConnector does not support distributed_executor_backend external_launcher with "
+            "several ranks: each has a scheduler, and hears of loads and saves at a time of its "
+            'own. Use "mp" or "ray", or serve without --kv-transfer-config.'
+        )
 
 
 def _check_layout(cache: KVCacheConfig) -> None:
