@@ -92,13 +92,11 @@ class PairSpec:
 
 
 def shared_pair(fleet: Fleet, spec: PairSpec) -> Pair:
-    """A pair of shared engines, whose caches are empty. To Lamina a reset says that an engine's
-    weights are others now; those of the two have the same name again, and a new one."""
+    """A pair of shared engines, whose caches are empty."""
     prefill, decode = (fleet.get(engine) for engine in spec.engines())
-    weights = uuid.uuid4().hex
-    for engine in (prefill, decode):
-        engine.core("set_weight_version", weights)
-    return Pair(prefill, decode, spec.address)
+    pair = Pair(prefill, decode, spec.address)
+    pair.name_weights()
+    return pair
 
 
 class Pair:
@@ -119,6 +117,20 @@ class Pair:
         self._before = self.metrics()
         self._running: dict[Engine, set[str]] = {prefill: set(), decode: set()}
         self._answers: dict[str, Answer] = {}
+
+    def forget_all(self) -> None:
+        """Empty every cache and tier of both."""
+        for engine in (self.prefill, self.decode):
+            engine.drain()
+            engine.forget_all()
+        self.name_weights()
+
+    def name_weights(self) -> None:
+        """To Lamina a reset says that an engine's weights are others now, and two whose weights
+        differ push nothing. Those of both have the same name again, and a new one."""
+        weights = uuid.uuid4().hex
+        for engine in (self.prefill, self.decode):
+            engine.core("set_weight_version", weights)
 
     # -- requests ----------------------------------------------------------------------------
 

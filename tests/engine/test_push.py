@@ -123,13 +123,13 @@ def test_a_prefix_in_the_tiers_of_prefill(
     pair = make_pair(PairSpec(llama, SMALL_STEPS, tiers=tiers))
     ask = Ask(prompt(721, 15 * CHUNK))
     expected = alone.ask(ask)
-    for _ in range(2):  # also when all of it is there
-        pair.prefill.ask(replace(ask, tokens=ask.tokens[: 13 * CHUNK + 5], max_tokens=1))
+    for known in (13 * CHUNK + 5, 15 * CHUNK):  # also when all of it is there
+        pair.forget_all()
+        pair.prefill.ask(replace(ask, tokens=ask.tokens[:known], max_tokens=1))
         if tier == "disk":
             pair.prefill.ask(Ask(prompt(724, 15 * CHUNK), max_tokens=1))  # has the host to itself
         pair.prefill.forget()
         before = pair.prefill.metrics()
-        pair.decode.forget_all()
         (answer,) = pair.push([ask])
         assert not differences([answer], [expected])
         assert answer.cached == len(ask.tokens) - 1
@@ -155,7 +155,7 @@ def test_what_decode_has_is_not_sent(pair: Pair, alone: Engine) -> None:
         hit = pair.decode.metrics().since(then, "lamina_hit_tokens_total", tier=tier)
         assert hit >= 9 * CHUNK
     partly = pair.prefill.metrics()
-    pair.decode.forget_all()
+    pair.forget_all()
     pair.push([ask])
     expect_pushed(pair, 3)
     whole = pair.prefill.metrics().since(partly, "lamina_push_bytes_total")
@@ -246,7 +246,7 @@ def test_ranks(
     for first in ("prefill", "decode"):
         assert not differences(pair.push(asks, first=first, apart=1), expected)
         pair.settle()
-        pair.decode.forget_all()
+        pair.forget_all()
     assert pair.pushes(pair.decode, "received") > len(asks)
     assert pair.pushes(pair.decode, "given_up") == 0
 

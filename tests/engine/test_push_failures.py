@@ -56,7 +56,7 @@ def expect_usable(pair: Pair, alone: Engine) -> None:
     pair.settle()
     before = pair.pushes(pair.decode, "received")
     expected = alone.generate(OTHERS)
-    pair.decode.forget_all()
+    pair.forget_all()
     assert not differences(pair.push(OTHERS), expected)
     pair.settle()
     assert pair.pushes(pair.decode, "received") >= before + len(OTHERS) - 2
@@ -111,7 +111,7 @@ def test_decode_is_never_asked(pair: Pair, alone: Engine) -> None:
 )
 def test_prefill_is_asked_something_else(pair: Pair, alone: Engine, given: Ask) -> None:
     for first in ("prefill", "decode"):
-        pair.decode.forget_all()
+        pair.forget_all()
         push = pair.name_push()
         if first == "prefill":
             pair.submit_prefill([given], [push])
@@ -318,7 +318,7 @@ def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone
     assert not differences(answers, expected)
     assert 0 < pair.pushes(pair.decode, "given_up") < len(asks)
     pair.address = right
-    pair.decode.forget_all()
+    pair.forget_all()
     assert not differences(pair.push(asks), expected)
     pair.settle()
     assert pair.pushes(pair.decode, "received") == len(asks)

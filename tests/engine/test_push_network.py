@@ -135,7 +135,7 @@ def test_a_network_that_stalls(
 
     for engine in (prefill, decode):
         assert not differences(engine.generate(others), expected)
-    decode.forget_all()
+    pair.forget_all()
     assert not differences(pair.push([*others, ask]), [*expected, right])
     pair.settle()
     assert pair.pushes(decode, "received") >= 2 * received
