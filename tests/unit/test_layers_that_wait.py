@@ -83,6 +83,14 @@ def test_a_layer_that_does_not_wait_stops_the_engine(rank: Rank, silent: set[int
     check_stopped(rank, pushes, "LayersDidNotWait")
 
 
+def test_that_a_layer_has_waited_in_another_step_does_not_count(rank: Rank) -> None:
+    rank.run(STEP)
+    rank.settle(2)
+    begin(rank)
+    with pytest.raises(LayersDidNotWait):
+        rank.executor.end_step()
+
+
 def test_a_layer_that_shares_its_row_with_one_that_waits_must_wait_too() -> None:
     shape = geometry()
     rows = [replace(row, layers=(f"{i}.full", f"{i}.index")) for i, row in enumerate(shape.rows)]

@@ -446,7 +446,7 @@ class Executor:
         ended = True
         for run in (*self._parked, *self._resumed):
             try:
-                run.give_up("closed")
+                run.give_up("closed", max(0.0, give_up - time.monotonic()))
             except LoadStuck as error:
                 log.warning("%s", error)
                 ended = False

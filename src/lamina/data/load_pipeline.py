@@ -328,8 +328,18 @@ class LoadRun:
         """Wait for every row that was not waited for."""
         return [fence for row in range(self._rows) for fence in self.wait(row)]
 
-    def give_up(self, reason: str) -> None:
-        """Fail what has not arrived; afterwards nothing of this run writes engine memory."""
+    def give_up(self, reason: str, patience: float | None = None) -> None:
+        """Fail what has not arrived; afterwards nothing of this run writes engine memory.
+
+        Args:
+            reason: a word for logs and metrics.
+            patience: seconds that copies which have begun have to end; those of the run if None.
+
+        Raises:
+            LoadStuck: if one has not ended.
+        """
+        if patience is not None:
+            self._patience = patience
         self._give_up(set(self._alive), reason)
 
     def _give_up_stuck(self, row: int) -> None:
