@@ -314,6 +314,12 @@ class TestFile:
         (problem,) = problems(None, {"LAMINA_CONFIG": str(tmp_path)})
         assert problem == f"LAMINA_CONFIG={tmp_path}: cannot be read: Is a directory"
 
+    def test_no_mistake_keeps_a_file_open(self, tmp_path: Path) -> None:
+        before = os.listdir("/proc/self/fd")
+        for path in (tmp_path, Path("/dev/zero"), tmp_path / "missing"):
+            problems(None, {"LAMINA_CONFIG": str(path)})
+        assert os.listdir("/proc/self/fd") == before
+
     def test_aliases_cannot_blow_up_a_message(self, tmp_path: Path) -> None:
         lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
         lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]

@@ -148,9 +148,12 @@ def _read_file(path: str) -> Mapping[str, object]:
     try:
         # Opening a pipe must not block; only a regular file is read.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        try:
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            content = file.read(_MAX_FILE_BYTES + 1) if regular else b""
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(_MAX_FILE_BYTES + 1) if regular else b""
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError([f"{source}: cannot be read: {reason}"]) from error
