@@ -77,7 +77,7 @@ class DiskWriter:
         try:
             self._disk.drop(slots)
         except OSError as error:
-            log.warning("disk tier: %s", error.strerror)
+            log.warning("disk tier: %s", error.strerror or error)
 
     def _write(self, orders: Sequence[WriteThrough], step: int) -> None:
         began = time.perf_counter()
