@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.request import Request, RequestStatus
 
 import lamina.engines.vllm.connector  # noqa: F401
 from engine import faults
@@ -130,6 +131,47 @@ class Service:
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         outputs = self._llm.embed([{"prompt_token_ids": list(tokens)} for tokens in prompts])
         return [output.outputs.embedding for output in outputs]
+
+    def converse(
+        self, turns: Sequence[Sequence[int]], stops: Sequence[Sequence[int]], longest: int
+    ) -> list[list[int]]:
+        said = []
+        scheduler = self._core.scheduler
+        self._names += 1
+        name = f"r{self._names}"
+        for tokens, stop in zip(turns, stops, strict=True):
+            self._core.add_request(self._turn(name, tokens, stop, longest, resumable=True))
+            live, heard = scheduler.requests[name], []
+            while live.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+                outputs, _ = self._core.step_fn()
+                for batch in (outputs or {}).values():
+                    for output in batch.outputs:
+                        heard += output.new_token_ids
+            said.append(heard)
+        self._core.add_request(self._turn(name, [0], (), longest, resumable=False))
+        self.drain()
+        return said
+
+    def _turn(
+        self,
+        name: str,
+        tokens: Sequence[int],
+        stop: Sequence[int],
+        longest: int,
+        *,
+        resumable: bool,
+    ) -> Request:
+        params = SamplingParams(
+            temperature=0.0, max_tokens=longest, ignore_eos=True, stop_token_ids=list(stop)
+        )
+        return Request(
+            name,
+            list(tokens),
+            params,
+            None,
+            block_hasher=self._core.request_block_hasher,
+            resumable=resumable,
+        )
 
     def step(self) -> list[Answer]:
         answers = []

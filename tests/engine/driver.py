@@ -314,6 +314,24 @@ class Engine:
         """What a pooling model makes of prompts."""
         return self._call("embed", prompts)
 
+    def converse(
+        self,
+        turns: Sequence[Sequence[int]],
+        stops: Sequence[Sequence[int]],
+        longest: int,
+    ) -> list[list[int]]:
+        """A streaming session, from its begin to its end.
+
+        Args:
+            turns: what is said in each turn.
+            stops: per turn, tokens that end the answer; vLLM takes the one that does back.
+            longest: tokens of an answer at most.
+
+        Returns:
+            The answers.
+        """
+        return self._call("converse", turns, stops, longest)
+
     def progress(self) -> dict[str, int]:
         """Tokens generated so far by each request that has not ended."""
         return self._call("progress")

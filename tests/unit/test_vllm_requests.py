@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from lamina.control.requests import BoundaryState, ChunkShape, RequestView
+from lamina.control.requests import BoundaryState, ChunkShape, RequestRecord, RequestView
 from lamina.engines.vllm.adapters import Adapters
 from lamina.engines.vllm.requests import VllmRequest
 from lamina.geometry import Group, GroupKind
@@ -155,6 +155,35 @@ def a_state_behind_a_token_that_was_taken_back() -> list[bytes]:
 
 def test_a_state_behind_a_token_that_was_taken_back_is_not_kept() -> None:
     assert a_state_behind_a_token_that_was_taken_back() == []
+
+
+def states_of_the_next_turn(*, in_flight: bool) -> list[bytes]:
+    """Keys of the states that are saved of a turn; before it a step in flight may have computed the
+    token that ended the last one."""
+    engine, session = served(FULL, STATE), request(CHUNK - 2, resumable=True)
+    begin(engine, view(session))
+    engine.step(("r", CHUNK - 2))
+    if in_flight:
+        engine.planner.plan_step([("r", CHUNK - 2, CHUNK - 1)], forward=True)
+    stop(session, CHUNK - 2, 7)
+    go_on(session, list(range(CHUNK + 9)))
+    states = [BoundaryState("r", 1, 30, CHUNK)]
+    progress = [("r", CHUNK - 2, 2 * CHUNK)]
+    plan = engine.planner.plan_step(progress, forward=True, states=states)
+    return [order.key for order in plan.saves if order.group == 1]
+
+
+def test_a_state_that_has_a_token_in_it_that_was_taken_back_is_not_kept() -> None:
+    assert states_of_the_next_turn(in_flight=True) == []
+    assert len(states_of_the_next_turn(in_flight=False)) == 1
+
+
+def test_a_state_that_is_believed_to_forget_a_token_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(RequestRecord, "computes", lambda record, start, end: None)
+    with pytest.raises(AssertionError):
+        test_a_state_that_has_a_token_in_it_that_was_taken_back_is_not_kept()
 
 
 @pytest.mark.parametrize("broken", ["the prompt's length", "what is known"])

@@ -343,6 +343,11 @@ class Planner:
         self._catalog.bring_up_to_date()
         # First, because a hit needs one, and it is gone with the step.
         self._saving.order_postponed(step=self._step, now=now)
+        if self._shape.recurrent:
+            progress = tuple(progress)
+            for request_id, start, computed in progress:
+                if (record := self._requests.get(request_id)) is not None:
+                    record.computes(start, computed)
         for state in states:
             record = self._requests.get(state.request_id)
             if record is not None:

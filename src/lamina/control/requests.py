@@ -267,6 +267,7 @@ class RequestRecord:
         next_save: first chunk that was not yet considered for saving.
         promote: chunks loaded from disk that the host tier should hold, too.
         held_back: first chunk that found no room, so that it is counted once.
+        turn: tokens of its prompt, and tokens that are computed when the latest step is over.
         barred: whether it may not be saved in this epoch, because what it holds was computed before
             a reset.
         distrust: why nothing is loaded for it any more; empty while it may be.
@@ -295,6 +296,7 @@ class RequestRecord:
     promote: set[ChunkKey] = field(default_factory=set)
     held_back: int = -1
     barred: bool = False
+    turn: tuple[int, int] = (0, 0)
     distrust: str = ""
     decision: DecisionRecord | None = None
     patience: float = inf
@@ -323,8 +325,19 @@ class RequestRecord:
         self.hit = FoundPrefix()
         self.held_back = -1
         self.barred = False
+        self.turn = (0, 0)
         self.prefill = None
         self.promote.clear()
+
+    def computes(self, start: int, end: int) -> None:
+        """A step computes the tokens from ``start`` to ``end``, for a model with recurrent states.
+
+        A session's turn may take back a token that a step in flight had computed. Then the state
+        has that token in it, and all that comes after is computed from it: nothing of it is saved.
+        """
+        prompt, computed = self.turn
+        self.turn = self.view.num_prompt_tokens, end
+        self.barred |= start < computed and prompt != self.turn[0]
 
     @property
     def moving(self) -> bool:
