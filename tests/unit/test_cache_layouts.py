@@ -12,6 +12,7 @@ import torch
 
 layout = pytest.importorskip("lamina.engines.vllm.layout")
 
+from vllm.config import ParallelConfig  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -44,8 +45,7 @@ def cache(name: str | None, heads: int) -> KVCacheConfig:
 
 
 def check(name: str | None, heads: int) -> None:
-    parallel = SimpleNamespace()
-    config = SimpleNamespace(speculative_config=None, parallel_config=parallel)
+    config = SimpleNamespace(speculative_config=None, parallel_config=ParallelConfig())
     layout.check_supported(config, cache(name, heads))
 
 
