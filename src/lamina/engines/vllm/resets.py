@@ -45,12 +45,11 @@ def _wrap(pool: BlockPool, requests_hold_blocks: Callable[[], bool]) -> None:
     def wrapped() -> bool:
         if requests_hold_blocks():
             return bool(reset())
-        count = pool.get_num_free_blocks
         # All that the reset asks before it forgets the hashes; the null block is never free.
         pool.get_num_free_blocks = lambda: pool.num_gpu_blocks - 1
         try:
             return bool(reset())
         finally:
-            pool.get_num_free_blocks = count
+            del pool.get_num_free_blocks
 
     pool.reset_prefix_cache = wrapped

@@ -303,6 +303,7 @@ class SchedulerSide:
         computed = request.num_computed_tokens
         push = self._push(request) if request.kv_transfer_params else None
         self._planner.finished(request.request_id, computed, blocks, push=push)
+        self._moved = True  # its prompt is counted by now
         self._exchange()
 
     def stats(self) -> LaminaStats | None:
