@@ -21,7 +21,7 @@ HASH = make_block_hash_with_group_id(BlockHash(b"k" * 32), 0)
 class Cache:
     """vLLM's pool, with one request that has put a block under a hash."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, mended: bool = True) -> None:
         self.pool = BlockPool(8, True, 16, enable_kv_cache_events=True)
         self.tables: dict[str, list[Any]] = {"r": self.pool.get_new_blocks(2)}
         self.pool._insert_block_hash(HASH, self.tables["r"][0], 16)
@@ -30,7 +30,8 @@ class Cache:
         manager: Any = SimpleNamespace(
             coordinator=SimpleNamespace(single_type_managers=(single, single))
         )
-        reset_despite_readers(manager, lambda: self.leaving)
+        if mended:
+            reset_despite_readers(manager, lambda: self.leaving)
         self.book = LeaseBook(VllmBlockPool(self.pool))
 
     @property
@@ -62,6 +63,15 @@ def test_what_vllm_will_free_when_a_step_is_over_is_not_waited_for() -> None:
     cache.pool.free_blocks(reversed(kept))
     assert cache.pool.get_num_free_blocks() == 7
     assert not cache.found
+
+
+def test_vllm_alone_waits_for_readers() -> None:
+    """Else there is nothing to mend any more."""
+    cache = Cache(mended=False)
+    cache.book.take(tuple(block.block_id for block in cache.tables["r"]))
+    cache.pool.free_blocks(cache.tables.pop("r"))
+    assert not cache.pool.reset_prefix_cache()
+    assert cache.found
 
 
 @pytest.mark.parametrize("leased", [False, True])
