@@ -112,8 +112,10 @@ def test_beside_another_connector(
     assert all(
         a.cached >= len(p) // CHUNK * CHUNK - CHUNK for a, p in zip(again, PROMPTS, strict=False)
     )
+    metrics = engine.metrics()
+    assert metrics.total("lamina_lookups_total") == 2 * len(asks), "some have not ended for Lamina"
     if first == "LaminaConnector":
-        assert engine.metrics().total("lamina_hit_tokens_total", tier="host") > 0
+        assert metrics.total("lamina_hit_tokens_total", tier="host") > 0
 
 
 @pytest.mark.parametrize(("role", "loads", "saves"), [("kv_producer", 0, 1), ("kv_consumer", 1, 0)])

@@ -264,6 +264,13 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self._on_scheduler.finished(request, block_ids)
         return False, None
 
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The same; a ``MultiConnector`` calls it if another of its connectors knows one cache
+        group only."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
     def has_pending_push_work(self) -> bool:
         """Whether the engine must keep stepping so that saves and writes come to an end."""
         return self._on_scheduler.has_work
