@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from simulator.engine import Simulator
 from simulator.faults import Weather
-from simulator.history import Prompts, run_history
+from simulator.history import Prompts, run_crowd, run_history
 from simulator.options import Options
 
 pytestmark = pytest.mark.scaled
@@ -32,6 +33,8 @@ Kind = Callable[[Options, Random], Options]
 BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
 STEPS = 400
 """Steps of one random history."""
+CROWDS = 8
+"""Crowds of each kind."""
 DISK_SHARE = 0.1
 """Of the budget; a step beside a disk takes many times as long."""
 
@@ -82,6 +85,17 @@ def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(
     random = Random(seed)
     options = kind(Options.draw(random, disk=True), random)
     run_history(seed, STEPS, store, options=options)
+
+
+@pytest.mark.parametrize("hand_off", [False, True])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_document_is_loaded_once_for_a_crowd(hand_off: bool, disk: bool, store: Path) -> None:
+    counts = Counter[str]()
+    for seed in range(CROWDS):
+        folder = store / str(seed)
+        folder.mkdir()
+        counts += run_crowd(seed, folder if disk else None, hand_off=hand_off)
+    assert counts["asks again"] > 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -206,6 +206,10 @@ class Simulator:
         self._planner.reset()
         self._rename()
 
+    def empty_host(self) -> None:
+        """Everything in host memory is given up; what is on disk stays."""
+        self._planner._catalog.host.clear()
+
     def forget_prefixes(self) -> None:
         """Empty the engine's own prefix cache."""
         self._note("forget prefixes")
@@ -396,6 +400,7 @@ class Simulator:
         self.counts["forwards"] += bool(step.items)
         for order in step.plan.loads:
             self.counts[f"{order.mode.value} loads"] += 1
+            self.counts["chunks loaded"] += len(order.chunks)
         if not step.plan.is_empty:
             self._note(
                 "plan",

@@ -54,7 +54,12 @@ class HandOffScheduler:
         self.holding: list[Request] = []
         self.preempt_next = False
         self._boundary = options.boundary_blocks * BLOCK_TOKENS
-        self._hand_off = HandOff(planner, boundary=self._boundary, limit=options.max_running)
+        self._hand_off = HandOff(
+            planner,
+            boundary=self._boundary,
+            limit=options.max_running,
+            shares=options.prefix_caching,
+        )
         self._pool = pool
         self._check_hit = check_hit
         self._note = note
@@ -152,6 +157,9 @@ class HandOffScheduler:
             found = self._find(request)
             floor = len(found) * BLOCK_TOKENS
             hit = self._hand_off.look(request, floor)
+            if hit is None:
+                self._note("asks again", request.request_id)
+                continue
             rounded = -(-floor // self._boundary) * self._boundary
             if rounded < request.num_tokens:
                 self._check_hit(request, rounded, hit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -84,6 +85,69 @@ def run_history(
             raise
         simulator.counts["steps"] = simulator.steps
         return simulator.counts
+
+
+def run_crowd(seed: int, store: Path | None = None, *, hand_off: bool = False) -> Counter[str]:
+    """Let several requests about one document come at once, in fair weather, while another one
+    runs.
+
+    Args:
+        seed: decides how many there are, how long everything is, and what engine it is; one that
+            has a prefix cache.
+        store: a directory for a disk tier, on which the document is then.
+        hand_off: whether the engine's scheduler knows nothing of loads.
+
+    Returns:
+        What has happened how often.
+
+    Raises:
+        Violation: if a promise was broken, or if more was loaded than the document once.
+    """
+    random = Random(seed)
+    options = replace(
+        Options.draw(random, disk=store is not None),
+        blocks=64,
+        chunk_blocks=random.randint(1, 2),
+        max_running=6,
+        prefix_caching=True,
+        host_slots=100,
+        disk_slots=100 if store is not None else 0,
+        when="always",
+        min_tokens=0,
+        saves_in_flight=64,
+        save_tokens="all",
+        deadline=1.0,
+    )
+    if hand_off:
+        options = replace(options.with_hand_off(random), boundary_blocks=1)
+    chunks = random.randint(2, 8)
+    document = [random.randrange(50) for _ in range(chunks * options.chunk_tokens)]
+    with Simulator(seed, options, store) as simulator:
+        simulator.submit([*document, 50], 1)
+        _idle(simulator)
+        simulator.forget_prefixes()
+        if store is not None:
+            simulator.empty_host()
+        simulator.submit([51] * 5, 30)
+        for _ in range(random.randint(0, 3)):
+            simulator.step()
+        before = simulator.counts["chunks loaded"]
+        for number in range(random.randint(2, 5)):
+            simulator.submit([*document, *[60 + number] * random.randint(1, 5)], 2)
+        _idle(simulator)
+        loaded = simulator.counts["chunks loaded"] - before
+        if loaded > chunks:
+            violation = Violation(f"{loaded} chunks were loaded of a document of {chunks}")
+            violation.add_note(f"seed {seed}")
+            violation.add_note(simulator.describe())
+            raise violation
+        simulator.drain()
+        return simulator.counts
+
+
+def _idle(simulator: Simulator) -> None:
+    while simulator.has_work:
+        simulator.step()
 
 
 def happen(simulator: Simulator, random: Random, prompts: Prompts) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 from lamina.control.planner import Planner
+from lamina.control.sharing import Sharing
 from lamina.plan import LoadMode, Receipt
 from simulator.content import Violation
 from simulator.options import BLOCK_TOKENS, Options
@@ -157,7 +158,11 @@ class Scheduler:
             if known == 0:
                 found = self._find(request)
                 floor = len(found) * BLOCK_TOKENS
-                hit = self._planner.lookup(request, floor)
+                sharing = Sharing.PARKED if self.options.prefix_caching else Sharing.NOTHING
+                hit = self._planner.lookup(request, floor, sharing=sharing)
+                if hit.ask_again:
+                    self._note("asks again", request.request_id)
+                    continue
                 self._check_hit(request, floor, hit.tokens)
                 if hit.tokens and self._random.random() > DECLINED:
                     extra, parked = hit.tokens, hit.mode is LoadMode.PARKED

@@ -23,6 +23,7 @@ from lamina.control.planner import Planner
 from lamina.control.prompts import PromptMeter
 from lamina.control.requests import RequestRecord
 from lamina.control.saving import SavePlanner
+from lamina.control.sharing import SharedLoads
 from lamina.control.transfers import Transfer, TransferTable
 from lamina.data.executor import Executor, Outcomes
 from lamina.data.load_pipeline import Load, LoadRun
@@ -32,7 +33,7 @@ from lamina.plan import Outcome, SaveOrder, StepPlan, TransferId, TransferReceip
 from simulator.content import Violation
 from simulator.engine import Simulator
 from simulator.faults import Weather
-from simulator.history import run_history
+from simulator.history import run_crowd, run_history
 from simulator.options import Options
 from simulator.pool import EnginePool, LeasedPool
 from simulator.virtual import World
@@ -435,6 +436,39 @@ def test_a_broken_promise_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch) -
     case.broken(monkeypatch)
     with pytest.raises(Violation, match=case.said):
         run_histories(case)
+
+
+# -- crowds ------------------------------------------------------------------------------------
+
+
+def everybody_loads_for_itself(patch: Patch) -> None:
+    patch.setattr(SharedLoads, "joins", lambda shared, *arguments: False)
+
+
+def those_who_wait_are_never_told(patch: Patch) -> None:
+    patch.setattr(SharedLoads, "end", lambda shared, load, now, *, well: None)
+    patch.setattr(SharedLoads, "waits", lambda shared, record, *_: record.wait.load is not None)
+
+
+@pytest.mark.parametrize("hand_off", [False, True])
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (everybody_loads_for_itself, "chunks were loaded of a document of"),
+        (those_who_wait_are_never_told, "nothing has moved"),
+    ],
+)
+def test_a_crowd_that_is_not_served_is_seen(
+    broken: Callable[[Patch], None], said: str, hand_off: bool, monkeypatch: Patch
+) -> None:
+    broken(monkeypatch)
+    with pytest.raises(Violation, match=said):
+        run_crowds(hand_off)
+
+
+def run_crowds(hand_off: bool) -> None:
+    for seed in range(SEEDS):
+        run_crowd(seed, hand_off=hand_off)
 
 
 # -- the simulator itself ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from enum import Enum
 
 from lamina.control.planner import Planner
 from lamina.control.requests import BoundaryState, RequestView
+from lamina.control.sharing import Sharing
 from lamina.plan import LoadMode, Receipt, StepPlan
 
 
@@ -111,17 +112,22 @@ class HandOff:
         boundary: tokens; the engine can load from any multiple of this on. A whole number of
             blocks; one, if it can do so anywhere.
         limit: requests that may have blocks at the same time.
+        shares: whether the engine lets other requests find what was loaded for one: when that is
+            out of :meth:`take_ready`, or the step is over in which it was loaded.
 
     Raises:
         ValueError: if a bound is not positive.
     """
 
-    def __init__(self, planner: Planner, *, boundary: int, limit: int) -> None:
+    def __init__(
+        self, planner: Planner, *, boundary: int, limit: int, shares: bool = False
+    ) -> None:
         if boundary < 1 or limit < 1:
             raise ValueError(f"boundary and limit must be positive, got {boundary} and {limit}")
         self._planner = planner
         self._boundary = boundary
         self._limit = limit
+        self._shares = shares
         self._entries: dict[str, _Entry] = {}
         self._cut: list[Resumption] = []
         self._admitted = 0
@@ -151,8 +157,10 @@ class HandOff:
         self._expected.add(view.request_id)
         self._planner.arrived(view)
 
-    def look(self, view: RequestView, floor: int, *, declined: str = "") -> int:
-        """Tokens that would be loaded for a waiting request if it had ``floor`` of its own.
+    def look(self, view: RequestView, floor: int, *, declined: str = "") -> int | None:
+        """Tokens that would be loaded for a waiting request if it had ``floor`` of its own. None if
+        it should go on waiting, because another's load brings what it needs; ask again in the next
+        step. That has an end, and is only said to an engine that shares.
 
         It changes nothing, may be called in every step, and is decided again by :meth:`admit`. A
         request for which there is something should get blocks for all its tokens at once, or wait:
@@ -167,7 +175,9 @@ class HandOff:
         floor = self._round_up(floor)
         if floor >= view.num_tokens:
             return 0
-        return self._planner.lookup(view, floor, declined=declined).tokens
+        sharing = Sharing.ALL if self._shares else Sharing.NOTHING
+        hit = self._planner.lookup(view, floor, declined=declined, sharing=sharing)
+        return None if hit.ask_again else hit.tokens
 
     def admit(self, view: RequestView, floor: int, *, declined: str = "") -> Admission:
         """A waiting request has been given its blocks: decide, and order the load in the next plan.

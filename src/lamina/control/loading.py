@@ -16,6 +16,7 @@ from lamina.control.hits import HitFinder
 from lamina.control.leases import LeaseBook
 from lamina.control.policy import HitPart, LoadPolicy, Situation
 from lamina.control.requests import ChunkShape, FoundChunk, RequestRecord, Story
+from lamina.control.sharing import SharedLoads
 from lamina.control.slow_tiers import SlowTiers
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -35,10 +36,16 @@ class Hit:
     Attributes:
         tokens: tokens beyond the engine's own hit that will be loaded.
         mode: how.
+        ask_again: whether the request should not begin yet, because another's load brings what it
+            needs: it is looked up again in the next step. Then ``tokens`` is 0.
     """
 
     tokens: int
     mode: LoadMode
+    ask_again: bool = False
+
+
+ASK_AGAIN = Hit(0, LoadMode.PARKED, ask_again=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class LoadPlanner:
         shape: tokens of blocks and chunks.
         catalog: where chunks are.
         hits: finds what is kept of a request.
+        shared: loads that several requests wait for.
         transfers: all transfers of the engine.
         leases: holds on engine blocks.
         breakers: which tiers are in use.
@@ -84,6 +92,7 @@ class LoadPlanner:
         shape: ChunkShape,
         catalog: Catalog,
         hits: HitFinder,
+        shared: SharedLoads,
         transfers: TransferTable,
         leases: LeaseBook,
         breakers: Breakers,
@@ -104,6 +113,7 @@ class LoadPlanner:
         self._shape = shape
         self._catalog = catalog
         self._hits = hits
+        self._shared = shared
         self._transfers = transfers
         self._leases = leases
         self._leases_loads = leases_loads
@@ -210,6 +220,8 @@ class LoadPlanner:
         tries = self._breakers.order(Kind.LOAD, _tiers(places))
         deadline = self._deadline * TRY_DEADLINE if tries else self._deadline
         deadline = min(deadline, record.patience)
+        # Who has waited for another's load is not late by a second deadline.
+        deadline = max(deadline - record.wait.seconds, deadline * TRY_DEADLINE)
         layerwise = record.story.mode is LoadMode.LAYERWISE
         # Where a load cannot be taken back that runs in the step, it is only late.
         patience = float(deadline) if self._reports_blocks else inf
@@ -228,6 +240,9 @@ class LoadPlanner:
             tries=tries,
         )
         record.load = transfer.id
+        if not partial:  # else it is not whole before the push is
+            parked = not layerwise
+            self._shared.begin(transfer.id, record, record.hit.floor, end, parked=parked)
         self._begin(transfer, record, now)
         self.orders.append(
             LoadOrder(
@@ -304,12 +319,15 @@ class LoadPlanner:
             if transfer.state is State.DONE:  # of as many bytes as a load of it would have
                 self._cost.measured_again(tier, self._chunk_bytes, transfer.seconds)
 
-    def settle(self, transfer: Transfer, record: RequestRecord | None) -> LoadEnd | None:
+    def settle(
+        self, transfer: Transfer, record: RequestRecord | None, now: float
+    ) -> LoadEnd | None:
         """Take in a load that has ended.
 
         Args:
             transfer: the load.
             record: its request, if the engine still has it.
+            now: control's clock.
 
         Returns:
             What its request is to know; None if it is not that load that it waits for.
@@ -319,6 +337,7 @@ class LoadPlanner:
         for place in transfer.chunks:
             self._catalog.tiers[place.tier].release(place.slot)
         failed = transfer.state is State.FAILED
+        self._shared.end(transfer.id, now, well=not failed)
         self._meter.count("load_bytes", transfer.moved_bytes)
         self._meter.observe("load_seconds", transfer.seconds)
         if failed:

@@ -20,7 +20,7 @@ from lamina.control.decisions import DecisionRecord
 from lamina.control.fetching import FetchPlanner
 from lamina.control.hits import HitFinder
 from lamina.control.leases import BlockPool, LeaseBook
-from lamina.control.loading import Hit, LoadEnd, LoadPlanner, stories
+from lamina.control.loading import ASK_AGAIN, Hit, LoadEnd, LoadPlanner, stories
 from lamina.control.prompts import PromptMeter
 from lamina.control.push_source import PushSource
 from lamina.control.push_target import CANCELLED, PushTarget
@@ -33,6 +33,7 @@ from lamina.control.requests import (
     RequestView,
 )
 from lamina.control.saving import SavePlanner
+from lamina.control.sharing import SharedLoads, Sharing
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.keys import CHECKPOINT, ChunkChain, Epoch
 from lamina.observe.metrics import Meter
@@ -143,11 +144,13 @@ class Planner:
         self._catalog = open_catalog(reports, self._breakers.readable)
         moved = sum(report.chunk_bytes for report in reports)
         self._hits = HitFinder(shape, self._catalog, self._breakers, moved)
+        self._shared = SharedLoads(shape, config.load.deadline)
         self._loading = LoadPlanner(
             config,
             shape,
             self._catalog,
             self._hits,
+            self._shared,
             self._transfers,
             self._leases,
             self._breakers,
@@ -205,7 +208,14 @@ class Planner:
         record.known_keys()
         self._fetching.expect(record)
 
-    def lookup(self, view: RequestView, floor: int, *, declined: str = "") -> Hit:
+    def lookup(
+        self,
+        view: RequestView,
+        floor: int,
+        *,
+        declined: str = "",
+        sharing: Sharing = Sharing.NOTHING,
+    ) -> Hit:
         """How many tokens beyond ``floor`` will be loaded for a request that has no blocks yet.
 
         Free of side effects on tiers and leases; called again for as long as the request waits.
@@ -214,21 +224,32 @@ class Planner:
             view: the request.
             floor: tokens at its beginning that the engine already has, on a block boundary.
             declined: why nothing may be loaded for it, if so; a word for logs and metrics.
+            sharing: which loads of others it may be told to wait for.
         """
+        now = self._clock.now
         record = self._requests.get(view.request_id)
         if record is not None and record.admitted and not record.ended:
             self._prompts.interrupted(record)
+            self._shared.end(record.load, now, well=False)
             record.new_epoch()
             self._active.discard(view.request_id)
         record = self._record_of(view)
         record.may_hit = not declined
+        # A request that is pushed to has a destination to announce.
+        pushed_to = view.push is not None and view.push.prefill is not None
+        may_wait = not (sharing is Sharing.NOTHING or declined or pushed_to)
+        if may_wait and self._shared.waits(record, floor, now):
+            return ASK_AGAIN
         hit = self._loading.lookup(
             record,
             floor,
             declined=declined,
             others_active=bool(self._active),
-            now=self._clock.now,
+            now=now,
         )
+        if may_wait and self._shared.joins(record, floor, sharing, now):
+            record.offered = 0
+            return ASK_AGAIN
         record.story.pushed = 0
         if self._target is not None and view.push is not None:
             hit = self._with_push(record, floor, hit, declined)
@@ -485,6 +506,7 @@ class Planner:
         self._prompts.ended(record, computed)
         self._fetching.forget(request_id)
         self._active.discard(request_id)
+        self._shared.end(record.load, self._clock.now, well=False)
         if computed >= record.view.num_prompt_tokens:
             self._end_prefill(record, self._clock.tick())
         # Chunks are published first to last; without this the beginning would go first.
@@ -573,7 +595,7 @@ class Planner:
 
     def _settle_load(self, transfer: Transfer) -> list[LoadEnd]:
         record = self._requests.get(transfer.request_id)
-        end = self._loading.settle(transfer, record)
+        end = self._loading.settle(transfer, record, self._clock.now)
         if transfer.state is State.FAILED and transfer.computed_on:
             self.distrust(transfer.step)
         self._forget_if_over(transfer, record)

@@ -250,6 +250,27 @@ class FoundPrefix:
 
 
 @dataclass(slots=True)
+class Wait:
+    """How a request waits for what another's load brings (:mod:`lamina.control.sharing`).
+
+    Attributes:
+        load: the load that it waits for; None if for none.
+        floor: tokens that the engine had of it when it began to wait.
+        since: control's clock then.
+        seconds: how long it has waited for loads before.
+        promised: whether the last of those went well, so that the engine has more of it now.
+        in_vain: whether that was not so: nothing is shared with it.
+    """
+
+    load: TransferId | None = None
+    floor: int = 0
+    since: float = 0.0
+    seconds: float = 0.0
+    promised: bool = False
+    in_vain: bool = False
+
+
+@dataclass(slots=True)
 class RequestRecord:
     """One request of the engine.
 
@@ -280,6 +301,7 @@ class RequestRecord:
         sources: of its first tokens, where they came from, and how far each source reaches.
         counted: whether its prompt has been counted.
         story: what became of its hit.
+        wait: whether and how it waits for another's load.
     """
 
     view: RequestView
@@ -306,6 +328,7 @@ class RequestRecord:
     sources: list[tuple[str, int]] = field(default_factory=list)
     counted: bool = False
     story: Story = field(default_factory=Story)
+    wait: Wait = field(default_factory=Wait)
 
     def rename(self, chain: ChunkChain) -> None:
         """Its chunks are others from now on: weights, or an adapter, have changed. Only for a
@@ -313,6 +336,7 @@ class RequestRecord:
         self.chain = chain
         self.next_save = 0
         self.hit = FoundPrefix()
+        self.wait = Wait()
         self.promote.clear()
 
     def new_epoch(self) -> None:
@@ -327,6 +351,7 @@ class RequestRecord:
         self.barred = False
         self.turn = (0, 0)
         self.prefill = None
+        self.wait = Wait()
         self.promote.clear()
 
     def computes(self, start: int, end: int) -> None:

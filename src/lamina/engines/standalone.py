@@ -101,6 +101,8 @@ class Standalone:
             its step, see :meth:`~lamina.control.hand_off.HandOff.take_cut`.
         settle: called before loads begin. An engine that copies blocks on a stream of its own waits
             for that here: a load may go into a block that such a copy still reads or fills.
+        shares: whether the engine has a prefix cache in which other requests find what was loaded
+            for one.
         ranks: of which this is one; none for an engine in one process. They are closed with it.
 
     Attributes:
@@ -127,6 +129,7 @@ class Standalone:
         null_block: int = -1,
         takes_back: bool = False,
         settle: Callable[[], None] = lambda: None,
+        shares: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         if config.push is not None:
@@ -175,6 +178,7 @@ class Standalone:
                 self._planner,
                 boundary=math.lcm(*(group.block_tokens for group in groups)),
                 limit=limit,
+                shares=shares,
             )
             undo.pop_all()
         self.wait_layer = self._executor.wait_layer

@@ -107,6 +107,7 @@ class WithLamina(Scheduler):
             limit=max_requests_per_batch,
             null_block=layout.NO_BLOCK,
             settle=lambda: wait_for_copies(cache.cache_tensor.device),
+            shares=cache.use_prefix_sharing,
             ranks=ranks,
         )
         weakref.finalize(self, self.lamina.close)
@@ -249,7 +250,12 @@ class WithLamina(Scheduler):
             state = self.waiting_requests[request_id]
             if hand_off.phase(request_id) is Phase.PARKED:
                 continue
-            if state.is_cpu_offloaded or not hand_off.look(self._view(state), self._match(state)):
+            found: int | None = 0
+            if not state.is_cpu_offloaded:
+                found = hand_off.look(self._view(state), self._match(state))
+            if found is None:
+                continue  # what it needs is being loaded for another
+            if not found:
                 self._in_sight.append(request_id)
                 claimed.append(self._needs(state, len(state.remaining_prefill_tokens)))
             elif self._allocate(state, claimed):

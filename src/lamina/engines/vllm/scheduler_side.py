@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from lamina.config import Config
 from lamina.control.planner import Planner
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
+from lamina.control.sharing import Sharing
 from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.adapters import Adapters
@@ -63,6 +64,10 @@ class SchedulerSide:
         assert transfer is not None
         self._config = config
         self._loads: bool = transfer.is_kv_consumer
+        # vLLM caches the blocks of a load in the step as it allocates them, and those of a parked
+        # one when it takes up its request, which it does before it looks at others.
+        caches = vllm_config.cache_config.enable_prefix_caching
+        self._sharing = Sharing.PARKED if caches else Sharing.NOTHING
         self._saves: bool = transfer.is_kv_producer
         self._shape = ChunkShape(
             layout.chunk_tokens(cache, config.chunk_tokens),
@@ -227,7 +232,9 @@ class SchedulerSide:
         view = self._view(request)
         if not declined and self._awaits_destination(request, view.push):
             return None, False
-        hit = self.planner.lookup(view, computed, declined=declined)
+        hit = self.planner.lookup(view, computed, declined=declined, sharing=self._sharing)
+        if hit.ask_again:
+            return None, False
         return hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
 
     def _awaits_destination(self, request: Request, push: PushParameters | None) -> bool:
