@@ -28,7 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 import lamina.engines.vllm.connector  # noqa: F401
 from engine import faults
-from engine.driver import Answer, Ask, EngineSpec, Sample
+from engine.driver import Answer, Ask, CacheEvent, EngineSpec, Sample
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -95,6 +95,8 @@ class Service:
         self._live: dict[str, str] = {}
         self._generated: dict[str, int] = {}
         self._adapters: dict[Path, LoRARequest] = {}
+        self._events: list[Any] = []
+        self._core.scheduler.kv_event_publisher.publish = self._events.append
 
     def submit(self, asks: Sequence[Ask]) -> list[str]:
         names = []
@@ -229,6 +231,18 @@ class Service:
 
     def free_blocks(self) -> int:
         return self._core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def events(self) -> list[CacheEvent]:
+        events = [event for batch in self._events for event in batch.events]
+        self._events.clear()
+        return [
+            CacheEvent(
+                type(event).__name__,
+                tuple(getattr(event, "block_hashes", ())),
+                getattr(event, "parent_block_hash", None),
+            )
+            for event in events
+        ]
 
     def hash_of(self, text: str) -> int:
         return hash(text)

@@ -195,6 +195,21 @@ def differences(answers: Sequence[Answer], expected: Sequence[Answer]) -> list[s
 
 
 @dataclass(frozen=True)
+class CacheEvent:
+    """What vLLM publishes of its own prefix cache, with ``kv_events_config``.
+
+    Attributes:
+        kind: ``BlockStored``, ``BlockRemoved`` or ``AllBlocksCleared``.
+        blocks: hashes of the blocks.
+        parent: of stored blocks, the hash of the one before them.
+    """
+
+    kind: str
+    blocks: tuple[object, ...]
+    parent: object
+
+
+@dataclass(frozen=True)
 class Sample:
     """One value of one published metric."""
 
@@ -383,6 +398,10 @@ class Engine:
     def metrics(self) -> Metrics:
         """What the engine publishes now."""
         return Metrics(self._call("metrics"))
+
+    def events(self) -> list[CacheEvent]:
+        """What vLLM has published of its prefix cache since the last call."""
+        return self._call("events")
 
     def free_blocks(self) -> int:
         """Blocks in vLLM's pool that nobody holds."""
