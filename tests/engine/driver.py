@@ -470,6 +470,7 @@ class Fleet:
         self._limit = limit
         self._started = 0
         self._engines: dict[str, Engine] = {}
+        self._answers: dict[tuple[str, tuple[Ask, ...]], list[Answer]] = {}
 
     def get(self, spec: EngineSpec) -> Engine:
         """The engine for ``spec``, started if need be."""
@@ -483,6 +484,15 @@ class Fleet:
             engine.forget_all()
         self._engines[spec.key] = engine
         return engine
+
+    def answers(self, spec: EngineSpec, asks: Sequence[Ask]) -> list[Answer]:
+        """What the engine for ``spec`` answers, from empty caches, to all of ``asks`` at once. It
+        is asked once: an engine without Lamina, beside which others are held, answers the same
+        every time."""
+        key = spec.key, tuple(asks)
+        if key not in self._answers:
+            self._answers[key] = self.get(spec).generate(asks)
+        return list(self._answers[key])
 
     def next_log(self) -> Path:
         """A log file for one more child."""

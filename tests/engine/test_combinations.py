@@ -27,7 +27,7 @@ def expect_same(
     lamina: Mapping[str, object] = SMALL,
 ) -> None:
     """Cold and from the host tier the answers are those of the same vLLM without Lamina."""
-    expected = fleet.get(EngineSpec(model, options=options)).generate(asks)
+    expected = fleet.answers(EngineSpec(model, options=options), asks)
     engine = fleet.get(EngineSpec(model, lamina, options))
     assert not differences(engine.generate(asks), expected)
     engine.forget()
@@ -68,7 +68,7 @@ def test_a_draft_model(checkpoints: Checkpoints, llama: Path, fleet: Fleet, seed
     draft = str(checkpoints.model("llama", seed))
     drafts = {"speculative_config": {"model": draft, "num_speculative_tokens": 3}}
     asks = [replace(ask, max_tokens=24) for ask in ASKS[:12]]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     engine = fleet.get(EngineSpec(llama, SMALL, drafts))
     assert not differences(engine.generate(asks), expected)
     engine.forget()
@@ -103,7 +103,7 @@ def test_beside_another_connector(
         "kv_connector_extra_config": {"connectors": connectors},
     }
     asks = ASKS[:8]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     engine = start(EngineSpec(llama, {}, transfer=transfer))
     assert not differences(engine.generate(asks), expected)
     assert engine.reset(everywhere=False)

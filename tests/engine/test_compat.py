@@ -53,7 +53,7 @@ Plain = Callable[[Sequence[Ask]], list[Answer]]
 @pytest.fixture
 def plain(llama: Path, fleet: Fleet, runner: Runner) -> Plain:
     """What this engine answers without Lamina."""
-    return lambda asks: fleet.get(EngineSpec(llama, runner=runner)).generate(asks)
+    return lambda asks: fleet.answers(EngineSpec(llama, runner=runner), asks)
 
 
 def what_runs(worker: Any) -> tuple[str, int]:

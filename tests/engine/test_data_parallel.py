@@ -22,7 +22,7 @@ def test_two_engines(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
     lamina = {**SMALL, "disk": {"path": str(store), "capacity": "32MiB"}}
     spec = EngineSpec(llama, lamina, {"data_parallel_size": 2})
     asks = [Ask(tokens) for tokens in PROMPTS]
-    expected = [answer.tokens for answer in fleet.get(EngineSpec(llama)).generate(asks)]
+    expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
     with Server(spec, tmp_path / "first.log") as server:
         for _ in range(3):  # so that both engines have seen every prompt
             assert [server.complete(tokens) for tokens in PROMPTS] == expected

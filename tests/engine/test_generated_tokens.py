@@ -69,7 +69,7 @@ def test_speculation(llama: Path, fleet: Fleet, mode: str) -> None:
 
 def test_speculation_in_a_batch(llama: Path, fleet: Fleet) -> None:
     asks = [Ask(prompt(seed, 12) * (3 + seed), max_tokens=80) for seed in range(12)]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     engine = fleet.get(EngineSpec(llama, SMALL, DRAFTS))
     assert not differences(engine.generate(asks), expected)
     engine.forget()

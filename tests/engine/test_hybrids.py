@@ -20,9 +20,10 @@ from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start, differe
 from engine.models import SHAPES, Checkpoints
 from engine.workload import Tokens, prompt
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.scaled]
 
-TALKS, TURNS = 30, 3
+TALKS, TURNS = int(os.environ.get("LAMINA_SOAK_CONVERSATIONS", "12")), 3
+"""A dozen conversations have three that begin alike, and lengths of every kind."""
 BLOCKS = {"linear-attention": 256}
 """Tokens of a block where it is not 32."""
 HYBRIDS = [
@@ -116,7 +117,7 @@ def compare(model: str, answers: Sequence[Answer], expected: Sequence[Answer]) -
 
 
 @pytest.mark.parametrize(
-    "mode", ["layerwise", "parked", pytest.param("auto", marks=pytest.mark.slow)]
+    "mode", ["layerwise", "parked", pytest.param("auto", marks=pytest.mark.soak)]
 )
 @pytest.mark.parametrize("model", HYBRIDS)
 def test_from_host_memory(
@@ -215,7 +216,7 @@ def test_many_at_once_in_small_pieces(checkpoints: Checkpoints, fleet: Fleet, mo
     options = {**options_of(model), **CHUNKED}
     asks = [Ask(talk.first) for talk in talks(32)] * 2
     plain = {**options, "prefix_cache_retention_interval": None}
-    expected = fleet.get(EngineSpec(checkpoints.model(model), options=plain)).generate(asks)
+    expected = fleet.answers(EngineSpec(checkpoints.model(model), options=plain), asks)
     lamina = {"host": HOST, "chunk_tokens": 32, "load": {"min_tokens": 1}}
     engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options))
     for _ in range(3):
@@ -232,7 +233,7 @@ def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: st
     room = {"num_gpu_blocks_override": 110, "max_num_seqs": 6, "max_model_len": 512}
     options = {**options_of(model), **room}
     asks = [Ask(prompt(700 + i, 150 + 30 * i), max_tokens=70) for i in range(8)]
-    expected = fleet.get(EngineSpec(checkpoints.model(model), options=options)).generate(asks)
+    expected = fleet.answers(EngineSpec(checkpoints.model(model), options=options), asks)
     engine = fleet.get(EngineSpec(checkpoints.model(model), {"host": HOST}, options))
     free = engine.free_blocks()
     for _ in range(2):
@@ -259,7 +260,7 @@ def test_a_load_that_fails(
     lamina = {"host": HOST, "disk": {"path": str(store), "capacity": "64MiB"}, "chunk_tokens": 32}
     options = options_of(model)
     asks = [Ask(prompt(800 + i, 200 + i)) for i in range(3)]
-    expected = fleet.get(EngineSpec(checkpoints.model(model), options=options)).generate(asks)
+    expected = fleet.answers(EngineSpec(checkpoints.model(model), options=options), asks)
     engine = start(EngineSpec(checkpoints.model(model), lamina, options))
     for ask in asks:
         engine.ask(ask)

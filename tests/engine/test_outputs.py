@@ -1,6 +1,6 @@
 """Promise 1: the output with Lamina is the output without it.
 
-Fifty prompts of every kind run cold and then from Lamina's host tier, all at once (so that
+Two dozen prompts of every kind run cold and then from Lamina's host tier, all at once (so that
 requests share prefixes within a step) and one by one, against the same vLLM without a connector.
 """
 
@@ -18,7 +18,7 @@ from engine.workload import loadable, mixed_prompts
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = mixed_prompts(7)
+PROMPTS = mixed_prompts(7, count=24)
 ASKS = [Ask(tokens) for tokens in PROMPTS]
 HOST = {"capacity": "192MiB"}
 
@@ -37,7 +37,7 @@ def expect_same_answers(
     *,
     asynchronous: bool = True,
 ) -> None:
-    expected = fleet.get(EngineSpec(model, options=options)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(model, options=options), ASKS)
     load = {"min_tokens": 1, **load}  # a chunk of which the engine has half is loaded by half
     spec = EngineSpec(model, {"host": HOST, "load": load}, options, faults=faults)
     engine = fleet.get(replace(spec, asynchronous=asynchronous))
@@ -61,7 +61,9 @@ def expect_same_answers(
     assert engine.metrics().total("lamina_failures_total") == 0
 
 
-@pytest.mark.parametrize("load_ahead", [1, 2, 99, "auto"])
+@pytest.mark.parametrize(
+    "load_ahead", [1, "auto", *(pytest.param(rows, marks=pytest.mark.slow) for rows in (2, 99))]
+)
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_eager(llama: Path, fleet: Fleet, mode: str, load_ahead: object) -> None:
     expect_same_answers(fleet, llama, EAGER, {"mode": mode, "load_ahead": load_ahead})
@@ -108,6 +110,7 @@ def released(_: object) -> int:
     return EarlyRelease.released
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_compiled(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, COMPILED, {"mode": mode})

@@ -16,7 +16,7 @@ from engine.workload import CHUNK, loadable, mixed_prompts, prompt
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = mixed_prompts(21)
+PROMPTS = mixed_prompts(21, count=24)
 ASKS = [Ask(tokens) for tokens in PROMPTS]
 ASK = Ask(prompt(22, 5 * CHUNK + 20))
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 3}
@@ -44,8 +44,8 @@ def full_store(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFacto
     "load",
     [
         {"mode": "layerwise", "load_ahead": 1},
-        {"mode": "layerwise", "load_ahead": 2},
-        {"mode": "layerwise", "load_ahead": 99},
+        pytest.param({"mode": "layerwise", "load_ahead": 2}, marks=pytest.mark.slow),
+        pytest.param({"mode": "layerwise", "load_ahead": 99}, marks=pytest.mark.slow),
         {"mode": "layerwise"},
         {"mode": "parked", "load_ahead": 1},
         {"mode": "parked"},
@@ -56,7 +56,7 @@ def full_store(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFacto
 def test_answers_from_the_disk_of_an_earlier_process(
     llama: Path, fleet: Fleet, start: Start, full_store: Path, load: dict[str, object]
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     engine = start(EngineSpec(llama, on_disk(full_store, **load)))
     together = engine.generate(ASKS)
     assert not differences(together, expected)
@@ -84,7 +84,7 @@ def test_a_request_that_waits_finds_in_memory_what_was_on_disk(
     llama: Path, fleet: Fleet, start: Start, tmp_path: Path
 ) -> None:
     asks = [Ask(prompt(23, CHUNK), max_tokens=32), ASK]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     lamina = on_disk(tmp_path / "store")
     writer = start(EngineSpec(llama, lamina))
     writer.ask(ASK)

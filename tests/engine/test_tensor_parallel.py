@@ -113,4 +113,4 @@ def test_one_rank_is_not_two(llama: Path, fleet: Fleet, start: Start, tmp_path: 
     alone = start(EngineSpec(llama, spec.lamina))
     answer = alone.ask(ASKS[0])
     assert answer.cached == 0
-    assert not differences([answer], [fleet.get(EngineSpec(llama)).ask(ASKS[0])])
+    assert not differences([answer], fleet.answers(EngineSpec(llama), [ASKS[0]]))

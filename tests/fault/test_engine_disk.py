@@ -100,7 +100,7 @@ def test_damage_while_the_server_runs(
     load: dict[str, object],
     damage: Damage,
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     engine = start(EngineSpec(llama, lamina(full_store, **load)))
     damage(full_store)
     assert not differences(engine.generate(ASKS), expected)
@@ -125,7 +125,7 @@ def expect_whole(engine: Engine, expected: Sequence[Answer]) -> None:
 def test_what_was_recomputed_is_on_disk_again(
     llama: Path, fleet: Fleet, start: Start, full_store: Path
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     engine = start(EngineSpec(llama, lamina(full_store)))
     everything(full_store)
     engine.generate(ASKS)
@@ -138,7 +138,7 @@ def test_recomputed_while_the_saves_of_the_failed_step_are_under_way(
 ) -> None:
     """Chunks loaded from disk are saved to the host tier in the same step. When the load fails
     that is void, and must not stand in the way of saving what is then recomputed."""
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     spec = EngineSpec(llama, lamina(full_store, mode="layerwise"), faults={"slow_saves": 0.2})
     engine = start(spec)
     everything(full_store)
@@ -156,7 +156,7 @@ def test_one_bad_request_among_good_ones(
     load: dict[str, object],
     asynchronous: bool,
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     engine = start(EngineSpec(llama, lamina(full_store, **load), asynchronous=asynchronous))
     flip(full_store, range(1, 2), range(CHUNKS + 2, CHUNKS + 3))
     answers = engine.generate(ASKS)
@@ -178,7 +178,7 @@ def test_requests_that_share_a_bad_chunk(
     """In one step a request may build on blocks that another one loads: both are recomputed."""
     shared = ASKS[0].tokens[: 4 * CHUNK]
     asks = [Ask(shared + prompt(80 + seed, 50 + seed)) for seed in range(4)]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     engine = start(EngineSpec(llama, lamina(full_store, mode=mode), asynchronous=asynchronous))
     flip(full_store, range(2, 3), range(1, 2))
     assert not differences(engine.generate(asks), expected)
@@ -191,7 +191,7 @@ def test_requests_that_share_a_bad_chunk(
 def test_the_policy_to_fail(
     llama: Path, fleet: Fleet, start: Start, full_store: Path, mode: str
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     spec = EngineSpec(
         llama, lamina(full_store, mode=mode), transfer={"kv_load_failure_policy": "fail"}
     )
@@ -208,7 +208,7 @@ def test_the_policy_to_fail(
 
 
 def test_a_load_that_is_too_slow(llama: Path, fleet: Fleet, start: Start, full_store: Path) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     for mode in ("layerwise", "parked"):
         engine = start(
             EngineSpec(
@@ -227,7 +227,7 @@ def test_a_server_that_is_killed(
     llama: Path, fleet: Fleet, start: Start, tmp_path: Path, moment: str
 ) -> None:
     """At most what was not yet durable is lost."""
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     store = tmp_path / "store"
     engine = start(EngineSpec(llama, lamina(store)))
     if moment == "when all is written":
@@ -253,7 +253,7 @@ def test_a_full_store_makes_room(llama: Path, fleet: Fleet, start: Start, tmp_pa
         "host": {"capacity": 2 * CHUNKS * ROWS * EXTENT},
         "disk": {"path": str(tmp_path / "store"), "capacity": 3 * CHUNKS * ROWS * EXTENT},
     }
-    expected = fleet.get(EngineSpec(llama)).generate(ASKS)
+    expected = fleet.answers(EngineSpec(llama), ASKS)
     engine = start(EngineSpec(llama, lamina))
     for ask, answer in zip(ASKS * 2, expected * 2, strict=True):
         assert not differences([engine.ask(ask)], [answer])

@@ -55,7 +55,7 @@ def test_preemption(
     faults: dict[str, float],
     asynchronous: bool,
 ) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(CROWD)
+    expected = fleet.answers(EngineSpec(llama), CROWD)
     spec = EngineSpec(llama, {**SMALL, "load": load}, TIGHT, faults=faults)
     engine = start(replace(spec, asynchronous=asynchronous))
     free = engine.free_blocks()
@@ -70,7 +70,7 @@ def test_preemption(
 
 
 def test_a_bound_on_saves_only_costs_hits(llama: Path, fleet: Fleet, start: Start) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(CROWD)
+    expected = fleet.answers(EngineSpec(llama), CROWD)
     lamina = {**SMALL, "save": {"max_inflight": "256KiB"}}
     engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.02}))
     free = engine.free_blocks()
@@ -92,7 +92,7 @@ def start_a_slow_load(start: Start, llama: Path, mode: str) -> tuple[Engine, Seq
 
 
 def test_abort_while_a_parked_load_is_under_way(llama: Path, fleet: Fleet, start: Start) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(CROWD)
+    expected = fleet.answers(EngineSpec(llama), CROWD)
     engine, (first, _), free = start_a_slow_load(start, llama, "parked")
     assert engine.metrics().total("lamina_transfers", direction="load") == 2
     engine.abort([first])
@@ -106,7 +106,7 @@ def test_abort_while_a_parked_load_is_under_way(llama: Path, fleet: Fleet, start
 
 
 def test_abort_of_everything(llama: Path, fleet: Fleet, start: Start) -> None:
-    expected = fleet.get(EngineSpec(llama)).generate(CROWD)
+    expected = fleet.answers(EngineSpec(llama), CROWD)
     engine, names, free = start_a_slow_load(start, llama, "parked")
     engine.abort(names)
     assert engine.drain() == []
@@ -117,7 +117,7 @@ def test_abort_of_everything(llama: Path, fleet: Fleet, start: Start) -> None:
 
 def test_abort_after_the_prompt(llama: Path, fleet: Fleet, start: Start) -> None:
     """What an aborted request had computed is kept; nothing that it had not is."""
-    expected = fleet.get(EngineSpec(llama)).generate(CROWD)
+    expected = fleet.answers(EngineSpec(llama), CROWD)
     engine = start(EngineSpec(llama, SMALL, faults={"slow_saves": 0.05}))
     free = engine.free_blocks()
     names = engine.submit(CROWD)
@@ -135,7 +135,7 @@ def test_abort_after_the_prompt(llama: Path, fleet: Fleet, start: Start) -> None
 @pytest.mark.parametrize("mode", ["layerwise", "parked"])
 def test_several_samples(llama: Path, fleet: Fleet, mode: str) -> None:
     asks = [Ask(prompt(60 + n, 300), n=n, seed=n, max_tokens=70) for n in (2, 3)]
-    expected = fleet.get(EngineSpec(llama)).generate(asks)
+    expected = fleet.answers(EngineSpec(llama), asks)
     assert [len(set(answer.samples)) for answer in expected] == [2, 3]
     engine = fleet.get(EngineSpec(llama, {**SMALL, "load": {"mode": mode}}))
     assert not differences(engine.generate(asks), expected)

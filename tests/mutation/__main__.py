@@ -1,5 +1,5 @@
 """Puts random faults into the product, each into a copy of its own, and runs the fast tests on it:
-first those that name its module, then all.
+first those that name its module, then histories of the simulator, then all.
 
 ``python tests/mutation --count 40 --seed 1`` is what ``make mutants`` does.
 
@@ -28,6 +28,8 @@ from mutation.faults import Fault, faults_of
 ROOT = Path(__file__).parents[2]
 ROOMS = ("control", "data", "push", "engines")
 FAST = "not engine and not slow and not soak and not compat"
+HISTORIES = ["tests/unit/test_simulator.py", "tests/property/test_histories.py"]
+"""What sees most of what is wrong in control and data; they run before all others."""
 TIMEOUT = 900.0
 """Seconds for the fast tests; with some faults they hang, which is noticed, too."""
 
@@ -75,9 +77,8 @@ def survives(mutant: Mutant, workers: int) -> str | None:
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
         broken = copy / mutant.module
         broken.write_text(mutant.fault.put_into(broken.read_text()))
-        first = near(mutant.module)
-        for tests, more in ((first, []), (["tests"], ["-n", str(workers)])):
-            if tests and (noticed := _run(copy, [*tests, *more])):
+        for tests in (near(mutant.module), HISTORIES, ["tests", "-n", str(workers)]):
+            if tests and (noticed := _run(copy, tests)):
                 return noticed
     return None
 
@@ -126,13 +127,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--skip", type=int, default=0, help="faults of the seed that are known")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="take for granted that tests pass")
     parser.add_argument("--list", action="store_true", help="say what they are, and run nothing")
     asked = parser.parse_args()
     mutants = draw(asked.count, asked.seed)[asked.skip :]
     if asked.list:
         print("\n".join(map(str, mutants)))
         return 0
-    if noticed := _run(ROOT / "src", ["tests", "-n", str(asked.workers)]):
+    if not asked.quick and (noticed := _run(ROOT / "src", ["tests", "-n", str(asked.workers)])):
         print(f"without any fault: {noticed}", file=sys.stderr)
         return len(mutants)
     survivors = [mutant for mutant, noticed in rounds(mutants, asked.workers) if noticed is None]

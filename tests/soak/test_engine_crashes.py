@@ -186,7 +186,7 @@ def test_servers_that_are_killed(
     """The same with a server in processes of its own, asked by several clients at once."""
     random = Random(seed)
     asks = new_asks(random, 40)
-    expected = [answer.tokens for answer in fleet.get(EngineSpec(llama)).generate(asks)]
+    expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
     store = tmp_path / "store"
     spec = EngineSpec(llama, lamina(store))
     answers: dict[int, tuple[int, ...]] = {}

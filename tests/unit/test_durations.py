@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from durations import PIECE_SECONDS, UNKNOWN_SECONDS, Durations, LongestFirst, pieces
+import pytest
+
+from durations import PIECE_SECONDS, UNKNOWN_SECONDS, Durations, LongestFirst, Watch, pieces
 
 QUICK, LONG = "tests/test_quick.py", "tests/test_long.py"
 
@@ -83,3 +86,16 @@ def test_the_longest_piece_is_begun_first() -> None:
     for index in workers[0].sent[:2]:
         scheduler.mark_test_complete(workers[0], index)
     assert [everything[index] for index in workers[0].sent[3:]] == medium
+
+
+@pytest.mark.parametrize(("budget", "warned"), [(11, False), (9, True)])
+def test_a_run_that_takes_more_than_its_budget_says_so(budget: float, warned: bool) -> None:
+    options = {"budget": budget, "budget_since": time.time() - 600, "record_durations": False}
+    config: Any = SimpleNamespace(getoption=options.__getitem__)
+    said: list[str] = []
+    reporter: Any = SimpleNamespace(
+        write_sep=lambda *args: None, write_line=lambda line, **markup: said.append(line)
+    )
+    Watch(config).pytest_terminal_summary(reporter)
+    assert said[0] == f"10.0 of {budget} minutes are used"
+    assert any("WARNING" in line for line in said) == warned
