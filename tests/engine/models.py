@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -283,5 +284,7 @@ class Checkpoints:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
             if not path.exists():
                 # A process that is killed meanwhile leaves nothing that passes for a checkpoint.
-                make(self._folder / f"{name}.part").rename(path)
+                part = self._folder / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                make(part).rename(path)
         return path
