@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.driver import SMALL, Ask, EngineSpec, Fleet
+from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start
 from engine.server import CALL_SECONDS, Server
 from engine.workload import CHUNK, prompt
 
@@ -17,7 +17,7 @@ PROMPTS = [prompt(500 + seed, 3 * CHUNK + 5) for seed in range(6)]
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def test_two_engines(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
+def test_two_engines_and_then_one(llama: Path, fleet: Fleet, start: Start, tmp_path: Path) -> None:
     store = tmp_path / "store"
     lamina = {**SMALL, "disk": {"path": str(store), "capacity": "32MiB"}}
     spec = EngineSpec(llama, lamina, {"data_parallel_size": 2})
@@ -42,6 +42,10 @@ def test_two_engines(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
         for engine in ("0", "1"):
             assert metrics.total("lamina_hit_tokens_total", tier="disk", engine=engine) > 0
         assert metrics.total("lamina_failures_total") == 0
+        assert server.stop() == 0
+    single = start(EngineSpec(llama, lamina))
+    assert [answer.tokens for answer in single.generate(asks)] == expected
+    assert [path.name for path in store.glob("*/rank-*.slab")] == ["rank-0.slab"]
 
 
 def written(server: Server) -> float:
