@@ -103,6 +103,15 @@ def test_a_reset_without_a_pause_finds_nothing_whatever_the_weights_are() -> Non
     assert served.ask() == 0
 
 
+def test_a_pause_that_failed_says_nothing_of_a_later_reset() -> None:
+    served = Served()
+    served.ask()
+    served.watch.pausing(served.weigh)
+    served.watch.paused()
+    served.reset()
+    assert served.ask() == 0
+
+
 def test_weights_that_cannot_be_weighed_are_others() -> None:
     served = Served()
     served.ask()

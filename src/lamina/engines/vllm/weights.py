@@ -93,6 +93,10 @@ class WeightsWatch:
         self._scales = scales
         self._pausing = scales()
 
+    def paused(self) -> None:
+        """The pause is over, or has failed before its reset."""
+        self._pausing = None
+
     def was_reset(self, *, void: bool) -> None:
         """The engine's cache is not to be used any more.
 
@@ -174,7 +178,11 @@ def watch_engine_core() -> None:
         if not core.__dict__.pop(_DROPS, False):
             for watch in _watches(core):
                 watch.weights.pausing(functools.partial(_weigh, core))
-        reset(core, *args, **kwargs)
+        try:
+            reset(core, *args, **kwargs)
+        finally:
+            for watch in _watches(core):
+                watch.weights.paused()
 
     @functools.wraps(sleep)
     def sleeping(core: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
