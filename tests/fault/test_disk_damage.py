@@ -33,7 +33,7 @@ from lamina.data.tiers.disk import DiskTier, ReadFailure, StoreError, StoreNames
 from lamina.data.tiers.disk_aio import AioQueue
 from lamina.data.tiers.disk_index import DiskIndex, summarize
 from lamina.data.tiers.disk_lock import StoreLost, Watch, holder
-from lamina.data.tiers.disk_slab import Slab, aligned_memory
+from lamina.data.tiers.disk_slab import Slab, aligned_memory, allocate
 from lamina.keys import KEY_BYTES
 from lamina.plan import ChunkKey
 
@@ -547,6 +547,29 @@ def test_no_call_that_fails_at_the_start_takes_away_what_is_stored(
     tier.close()
 
 
+def test_a_start_that_dies_when_a_lost_slab_is_whole_again_promises_nothing(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slab,) = store.rglob("*.slab")
+    slab.unlink()
+
+    def allocated_and_died(path: Path, size: int) -> bool:
+        allocate(path, size)
+        return died()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "allocate", allocated_and_died)
+        with pytest.raises(StoreError, match="died here"):
+            open_tier(store)
+    tier = open_tier(store)
+    assert not tier.stored()
+    tier.close()
+
+
+def died(*arguments: object) -> NoReturn:
+    raise OSError(errno.EIO, "died here")
+
+
 def test_a_file_system_that_reserves_nothing_is_used_and_said(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -588,8 +611,6 @@ GOES_AWAY = {
     "slab replaced": ("rank-0.slab", replace),
     "index deleted": ("rank-0.sqlite", Path.unlink),
     "journal deleted": ("rank-0.sqlite-wal", Path.unlink),
-    "lock deleted": ("rank-0.lock", Path.unlink),
-    "lock replaced": ("rank-0.lock", replace),
     "model deleted": (NAMESPACE.fingerprint, shutil.rmtree),
     "model moved": (NAMESPACE.fingerprint, lambda path: path.rename(path.with_name("cafe0123"))),
 }
@@ -627,13 +648,33 @@ def test_what_goes_away_while_it_is_written_is_no_chunk(store: Path) -> None:
     tier.close()
 
 
+@pytest.mark.parametrize("happen", [Path.unlink, replace])
+def test_a_lock_file_that_a_cleaner_deletes_is_made_anew(
+    store: Path, happen: Callable[[Path], None]
+) -> None:
+    tier = open_tier(store)
+    happen(store / "rank-0.lock")
+    put(tier, {0: 7})
+    tier.drop([1])
+    with pytest.raises(StoreError, match="in use by process"):
+        open_tier(store)
+    tier.close()
+    again = open_tier(store)
+    assert {chunk.slot: chunk.key for chunk in again.stored()} == {
+        0: key(7),
+        2: key(2),
+        3: key(3),
+    }
+    again.close()
+
+
 def test_of_two_servers_that_a_lost_lock_let_in_the_first_leaves_the_store_alone(
     store: Path,
 ) -> None:
     first = open_tier(store)
     (store / "rank-0.lock").unlink()
     second = open_tier(store)
-    with pytest.raises(StoreLost, match="by another server"):
+    with pytest.raises(StoreLost, match=r"rank-0.lock was deleted .* in use by process"):
         put(first, {0: 7})
     put(second, {0: 8})
     first.drop([0, 1])

@@ -376,6 +376,18 @@ def test_of_ranks_that_are_gone_the_least_recently_used_goes_first(tmp_path: Pat
     assert ranks_on_disk(tmp_path) == {0, 1, 2}
 
 
+def test_a_rank_whose_process_does_not_come_up_for_long_is_not_gone(tmp_path: Path) -> None:
+    """Its number says that it belongs to the server."""
+    for rank in range(2):
+        tier = open_tier(tmp_path, rank=rank, shards=2)
+        put(tier, {0: rank})
+        tier.close()
+    for _ in range(2):  # rank 1 fails before it opens its part
+        age(tmp_path, 1, 10_000)
+        open_tier(tmp_path, rank=0, shards=2).close()
+    assert ranks_on_disk(tmp_path) == {0, 1}
+
+
 def test_a_rank_that_was_not_there_the_time_before_is_gone(tmp_path: Path) -> None:
     """Where an engine cannot know how many there are."""
     for rank in range(3):

@@ -6,12 +6,18 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from lamina.data.shared_memory import MemoryFile
 from lamina.data.tiers import disk_store
-from lamina.data.tiers.disk_index import DiskIndex, ShardLayout, open_index
+from lamina.data.tiers.disk_index import (
+    DamagedIndex,
+    DiskIndex,
+    ShardLayout,
+    open_index,
+    summarize,
+)
 from lamina.data.tiers.disk_lock import StoreError, Watch, hold
 from lamina.data.tiers.disk_shard import DiskShard, ReadFailure, ShardReader
 from lamina.data.tiers.disk_slab import Slab, allocate, chunk_on_disk
@@ -80,10 +86,10 @@ class DiskTier(DiskShard):
                 disk_store.check_room(shard.slab, size)
                 index, slab = _open(shard, layout, size, direct, table, opened)
                 disk_store.sync_directories(path, shard.directory)
-                files = [(lock.path, lock.stat()), (shard.slab, slab.stat()), *index.stats()]
+                watch = Watch(lock, [(shard.slab, slab.stat()), *index.stats()])
             except OSError as error:
                 raise StoreError(f"disk.path: cannot use {path}: {error}") from error
-            super().__init__(layout, slab, index, Watch(files))
+            super().__init__(layout, slab, index, watch)
             self._opened = opened.pop_all()
         log.info(
             "disk tier: %s in %s, %d of them stored, %s I/O",
@@ -148,9 +154,11 @@ def _open(
     table: MemoryFile | None,
     opened: ExitStack,
 ) -> tuple[DiskIndex, Slab]:
-    """Open a shard's files. Space is found first, because there may be none, and the index is
-    emptied before the slab loses a byte."""
+    """Open a shard's files. Space is found first, because there may be none: until then what is
+    stored is left as it is. An index of another layout starts empty by itself."""
     before = shard.slab.stat().st_size if shard.slab.exists() else -1
+    if before < size and shard.index.exists():
+        _forget_lost_bytes(shard, layout)
     try:
         reserved = allocate(shard.slab, size)
     except OSError as error:
@@ -166,14 +174,24 @@ def _open(
         )
     index = open_index(shard.index, layout, table)
     opened.callback(index.close)
-    if before < size and len(index):
-        log.warning(
-            "disk tier: %s is missing or was cut short; this rank's part of the store starts empty",
-            shard.slab,
-        )
-        index.clear()
     if before > size:
         os.truncate(shard.slab, size)
     slab = Slab(shard.slab, layout.extent_bytes, layout.slots, direct)
     opened.callback(slab.close)
     return index, slab
+
+
+def _forget_lost_bytes(shard: Shard, layout: ShardLayout) -> None:
+    """Empty the index of a slab that is missing or was cut short, before the slab is made whole: a
+    start that fails in between would leave an index that promises bytes which are gone."""
+    with suppress(DamagedIndex, OSError):  # whoever opens it next says what is wrong with it
+        if summarize(shard.index).layout != layout:
+            return
+    with closing(open_index(shard.index, layout)) as index:
+        if len(index):
+            log.warning(
+                "disk tier: %s is missing or was cut short; this rank's part of the store starts "
+                "empty",
+                shard.slab,
+            )
+            index.clear()

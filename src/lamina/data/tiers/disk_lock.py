@@ -35,15 +35,17 @@ class RankLock:
     """A rank's part of a store, taken for this process. A child of it does not have it.
 
     Args:
-        path: of the lock file.
-        file: its descriptor, locked; closed by :meth:`close`.
+        store: the store's directory.
+        rank: the rank.
+        file: descriptor of its lock file, locked; closed by :meth:`close`.
 
     Attributes:
         before: when it was taken the time before, in seconds since the epoch; 0 if never.
     """
 
-    def __init__(self, path: Path, file: int) -> None:
-        self.path = path
+    def __init__(self, store: Path, rank: int, file: int) -> None:
+        self._store = store
+        self._rank = rank
         self._file = file
         stat = os.fstat(file)
         self.before = stat.st_mtime if stat.st_size else 0.0
@@ -53,9 +55,28 @@ class RankLock:
             os.utime(file)
         _held.add(self)
 
-    def stat(self) -> os.stat_result:
-        """What the lock is on."""
-        return os.fstat(self._file)
+    def keep(self) -> None:
+        """Take the rank again where its lock file is gone: a cleaner may delete it, as nobody
+        writes to it.
+
+        Raises:
+            StoreLost: if another process has the rank now, or there can be no lock.
+        """
+        path = lock_file(self._store, self._rank)
+        if not _is_gone(path, os.fstat(self._file)):
+            return
+        try:
+            again = acquire(self._store, self._rank)
+        except StoreError as error:
+            raise StoreLost(
+                errno.ESTALE,
+                f"{path} was deleted while this server uses the store, and another may have it now "
+                f"({error}): nothing more is written to the disk tier, and what it holds serves "
+                "until the server stops. See that every server has a path of its own, and start "
+                "the server again",
+            ) from error
+        self._file, again._file = again._file, self._file
+        again.close()
 
     def close(self) -> None:
         """Give the rank back. Idempotent."""
@@ -99,7 +120,7 @@ def acquire(path: Path, rank: int, patience: float = 0.0) -> RankLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file).st_nlink:
-                return RankLock(lock, file)
+                return RankLock(path, rank, file)
             os.close(file)  # cleared between open and lock: it no longer stands for the rank
         except BlockingIOError as error:
             said = _said(file)
@@ -142,12 +163,14 @@ class Watch:
     """Notices that files were deleted, moved or replaced while they are in use.
 
     Args:
+        lock: of the rank that they belong to.
         files: where they are to be, and what they were when they were opened. They must be kept
             open: another file could have the number of one that is not.
     """
 
-    def __init__(self, files: Iterable[tuple[Path, os.stat_result]]) -> None:
-        self._files = [(path, (stat.st_dev, stat.st_ino)) for path, stat in files]
+    def __init__(self, lock: RankLock, files: Iterable[tuple[Path, os.stat_result]]) -> None:
+        self._lock = lock
+        self._files = tuple(files)
 
     def check(self) -> None:
         """See whether all of them are still there.
@@ -155,28 +178,30 @@ class Watch:
         Raises:
             StoreLost: if one is not. What cannot be told is left to whoever uses them next.
         """
-        for path, file in self._files:
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                if error.errno not in _GONE:
-                    continue
-                raise self._lost(path, "deleted") from error
-            if (stat.st_dev, stat.st_ino) != file:
-                raise self._lost(path, "replaced, perhaps by another server,")
+        for path, opened in self._files:
+            if _is_gone(path, opened):
+                raise StoreLost(
+                    errno.ESTALE,
+                    f"{path} was deleted or replaced while this server uses the store: nothing "
+                    "more is written to the disk tier, what it holds serves until the server stops "
+                    "and is not found again. See that nothing else touches the store, and start "
+                    "the server again",
+                )
+        self._lock.keep()
 
-    @staticmethod
-    def _lost(path: Path, what: str) -> StoreLost:
-        return StoreLost(
-            errno.ESTALE,
-            f"{path} was {what} while this server uses the store: nothing more is written to the "
-            "disk tier, what it holds serves until the server stops and is not found again. See "
-            "that nothing else touches the store, and start the server again",
-        )
+
+def _is_gone(path: Path, opened: os.stat_result) -> bool:
+    """Whether what was opened under a path is not there any more, as far as can be told."""
+    try:
+        return not os.path.samestat(os.stat(path), opened)
+    except OSError as error:
+        return error.errno in _GONE
 
 
 def _said(file: int) -> str:
-    return os.pread(file, 32, 0).decode(errors="replace").strip()
+    with suppress(OSError):
+        return os.pread(file, 32, 0).decode(errors="replace").strip()
+    return ""
 
 
 def _in_use(path: Path, rank: int, said: str) -> str:
@@ -205,8 +230,11 @@ def _lives(said: str) -> bool:
 
 def _who_has_open(file: Path) -> list[tuple[int, str]]:
     """Other processes that have a file open, and their names, as far as this user may see."""
-    wanted = os.stat(file)
-    found = []
+    found: list[tuple[int, str]] = []
+    try:
+        wanted = os.stat(file)
+    except OSError:  # given back meanwhile
+        return found
     for process in Path("/proc").iterdir():
         if not process.name.isdecimal() or int(process.name) == os.getpid():
             continue

@@ -209,9 +209,10 @@ class Server:
 
     def has_left(self, path: Path, shard: Shard) -> bool:
         """Whether a shard of the server's model is that of a rank which there is no more: its
-        number is too high, or it was not opened when this rank was, the time before."""
-        if self.shards is not None and shard.rank >= self.shards:
-            return True
+        number is too high. Where the rank cannot know that, it was not opened when this rank was,
+        the time before."""
+        if self.shards is not None:
+            return shard.rank >= self.shards
         lock = _stat(lock_file(path, shard.rank))
         used = max(shard.last_used(), lock.st_mtime if lock else 0.0)
         return used < self.before - START_SECONDS
