@@ -191,13 +191,14 @@ def test_the_page_cache_of_a_whole_directory_is_dropped(tmp_path: Path) -> None:
 
 def test_control_is_measured_without_an_engine(tmp_path: Path) -> None:
     sizes = ("--chunks", "40", "--tokens", "1024", "--requests", "3", "--repeat", "2")
+    sizes += ("--waiting", "5", "--waiting-tokens", "512")
     file = tmp_path / "control.json"
     outcome = CliRunner().invoke(app, ["control", *sizes, "--json", str(file)])
     assert outcome.exit_code == 0, outcome.output
     measured = json.loads(file.read_text())
-    assert len(measured["samples"]) == 6
+    assert len(measured["samples"]) == 12
     assert all(len(sample["values"]) == 2 for sample in measured["samples"])
-    assert [target["unit"] for target in measured["targets"]] == ["s", "s", "s", "B"]
+    assert [target["unit"] for target in measured["targets"]] == ["s"] * 9 + ["B"]
 
 
 def test_control_refuses_what_cannot_be() -> None:

@@ -279,16 +279,23 @@ def control(
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is looked up.")] = 131_072,
     requests: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
+    waiting: Annotated[int, typer.Option(help="Requests that wait at once.")] = 2000,
+    waiting_tokens: Annotated[int, typer.Option(help="Tokens of each of those.")] = 8192,
     repeat: Repeat = 5,
     json: Json = None,
 ) -> None:
-    """What the scheduler pays: lookups in a large catalog, plans for many requests, memory.
+    """What the scheduler pays: lookups in a large catalog, plans for many requests that run or
+    wait, ends of long ones, memory.
 
     Needs no engine.
     """
     from lamina.bench.control import ControlSettings, measure
 
-    settings = _made(lambda: ControlSettings(chunks, chunk_tokens, tokens, requests, repeat))
+    settings = _made(
+        lambda: ControlSettings(
+            chunks, chunk_tokens, tokens, requests, waiting, waiting_tokens, repeat
+        )
+    )
     _check_outputs(json)
     _measured(lambda progress: measure(settings, progress), json)
 

@@ -1,4 +1,5 @@
-"""What the scheduler pays: lookups in a large catalog, plans for many requests, receipts, memory.
+"""What the scheduler pays: lookups in a large catalog, plans for many requests that run, wait or
+are held back, ends of long requests, receipts, memory.
 
 Control alone, without an engine, so that what is measured is Lamina and nothing else.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from lamina.bench.progress import Progress
 from lamina.bench.report import Machine, Report
 from lamina.bench.samples import Samples, Target, Unit
-from lamina.config import Config
+from lamina.config import load_config
 from lamina.control.catalog import TierCatalog
 from lamina.control.planner import Planner
 from lamina.control.requests import ChunkShape, PushParameters
@@ -29,11 +30,16 @@ from lamina.plan import (
     RankReport,
     Receipt,
     StepPlan,
+    StoredChunk,
     TransferReceipt,
 )
 
 LOOKUP_LIMIT, AGAIN_LIMIT, PLAN_LIMIT = 2e-3, 50e-6, 0.3e-3
 """Seconds that a first lookup, one more, and a plan may take."""
+
+QUEUE_LIMIT = 2e-3
+"""Seconds that a plan may take however many requests wait, and the end of a request however long
+it is."""
 
 MEMORY_LIMIT = 200
 """Bytes that a chunk may take beyond its key."""
@@ -52,6 +58,8 @@ class ControlSettings:
         chunk_tokens: tokens of each.
         tokens: tokens of a prompt.
         requests: requests that run at once.
+        waiting: requests that wait at once.
+        waiting_tokens: tokens of each of those.
         repeat: repetitions.
 
     Raises:
@@ -62,17 +70,20 @@ class ControlSettings:
     chunk_tokens: int
     tokens: int
     requests: int
+    waiting: int
+    waiting_tokens: int
     repeat: int
 
     def __post_init__(self) -> None:
-        for name in ("chunks", "tokens", "requests", "repeat"):
+        for name in ("chunks", "tokens", "requests", "waiting", "waiting_tokens", "repeat"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be at least 1, got {getattr(self, name)}")
         if self.chunk_tokens < 1 or self.chunk_tokens % _BLOCK_TOKENS:
             raise ValueError(
                 f"--chunk-tokens must be a multiple of {_BLOCK_TOKENS}, got {self.chunk_tokens}"
             )
-        if self.tokens // self.chunk_tokens > self.chunks:
+        if max(self.tokens, self.waiting_tokens) // self.chunk_tokens > self.chunks:
             raise ValueError("--chunks must be enough for one prompt")
 
 
@@ -123,7 +134,14 @@ def measure(settings: ControlSettings, progress: Progress) -> Report:
     memory = _fill(planner._catalog.host, settings.chunks)
     arrivals, lookups, again = _lookups(planner, settings, progress)
     plans, completions, receipts = _steps(settings, progress)
-    samples = (arrivals, lookups, again, plans, completions, receipts, memory)
+    queues = (
+        *_queue(settings, progress, 1, "in host memory"),
+        *_queue(settings, progress, 2, "on disk, every second"),
+    )
+    held_back, ends = _held_back(settings, progress), _ends(settings, progress)
+    samples = (
+        arrivals, lookups, again, plans, completions, receipts, *queues, held_back, ends, memory
+    )  # fmt: skip
     return Report(
         bench="control",
         title="What the scheduler pays",
@@ -135,23 +153,36 @@ def measure(settings: ControlSettings, progress: Progress) -> Report:
             Target(lookups, Unit.SECONDS, LOOKUP_LIMIT),
             Target(again, Unit.SECONDS, AGAIN_LIMIT),
             Target(plans, Unit.SECONDS, PLAN_LIMIT),
+            *(Target(queue, Unit.SECONDS, QUEUE_LIMIT) for queue in queues),
+            Target(held_back, Unit.SECONDS, PLAN_LIMIT),
+            Target(ends, Unit.SECONDS, QUEUE_LIMIT),
             Target(memory, Unit.BYTES, MEMORY_LIMIT),
         ),
         notes=(
-            f"A prompt of {settings.tokens:,} tokens; {settings.requests} requests that run.",
+            f"A prompt of {settings.tokens:,} tokens; {settings.requests} requests that run; "
+            f"{settings.waiting:,} of {settings.waiting_tokens:,} tokens that wait.",
             "A prompt is hashed when it arrives. In a step in which all requests complete a chunk, "
-            "each has a save ordered, and its receipt comes back.",
+            "each has a save ordered, and its receipt comes back. Python's garbage collector rests "
+            "beside the queues: the requests are not Lamina's.",
         ),
     )
 
 
-def _planner(settings: ControlSettings) -> Planner:
+def _planner(
+    settings: ControlSettings, on_disk: Sequence[ChunkKey] | None = None, **save: object
+) -> Planner:
+    """A planner whose tiers are empty; with a disk that has ``on_disk`` if that is given."""
+    tree: dict[str, object] = {"load": {"when": "always"}, "save": save}
+    if on_disk is not None:
+        tree["disk"] = {"path": "/nowhere", "capacity": settings.chunks * _CHUNK_BYTES}
+    stored = tuple(StoredChunk(key, slot, slot) for slot, key in enumerate(on_disk or ()))
+    disk_slots = 0 if on_disk is None else settings.chunks
     return Planner(
-        Config(),
+        load_config(tree, {}),
         ChunkShape.uniform(_BLOCK_TOKENS, settings.chunk_tokens),
         b"bench",
         _Pool(),
-        [RankReport(0, settings.chunks, 0, _CHUNK_BYTES)],
+        [RankReport(0, settings.chunks, disk_slots, _CHUNK_BYTES, stored)],
         Meter(),
         reports_blocks=False,
     )
@@ -210,14 +241,102 @@ def _let_be_found(planner: Planner, tokens: list[int]) -> None:
     request = _Request("writer", tokens)
     planner.lookup(request, 0)
     planner.admitted(request.request_id, 0)
-    while (plan := planner.plan_step([("writer", 0, len(tokens))], forward=True)).saves:
-        _answer(planner, plan)
+    saves = True
+    while saves:
+        plan = planner.plan_step([("writer", 0, len(tokens))], forward=True)
+        _answer(planner, plan)  # its writes, too
+        saves = bool(plan.saves)
     planner.finished(request.request_id, len(tokens), [request.blocks(0)])
 
 
 def _answer(planner: Planner, plan: StepPlan) -> None:
-    receipts = tuple(TransferReceipt(o.transfer, Outcome.DONE, _CHUNK_BYTES) for o in plan.saves)
+    transfers = [order.transfer for order in plan.saves]
+    transfers += [order.transfer for order in plan.writes]
+    transfers += [order.transfer for order in plan.fetches]
+    receipts = tuple(TransferReceipt(t, Outcome.DONE, _CHUNK_BYTES) for t in transfers)
     planner.receive([Receipt(0, receipts)])
+
+
+def _queue(
+    settings: ControlSettings, progress: Progress, every: int, where: str
+) -> tuple[Samples, Samples]:
+    """Seconds of the first plan after many requests have arrived, and of the longest later one.
+
+    Args:
+        settings: how large everything is.
+        progress: told how far it is.
+        every: of the requests, so many need what is in host memory for one that does not; the
+            others need what is on disk only. 1: all do.
+        where: says so.
+    """
+    in_host = [1] * settings.waiting_tokens
+    on_disk = [2] * settings.waiting_tokens
+    probe = _planner(settings)
+    probe.arrived(_Request("probe", on_disk))
+    (keys,) = probe._requests["probe"].known_keys()
+    first, later = [], []
+    for i in range(settings.repeat):
+        progress.say(f"a queue {where}, {i + 1} of {settings.repeat}")
+        planner = _planner(settings, keys)
+        _let_be_found(planner, in_host)
+        while planner.has_work:
+            _answer(planner, planner.plan_step((), forward=False))
+        for n in range(settings.waiting):
+            planner.arrived(_Request(f"waiting {n}", on_disk if n % every else in_host))
+        times = []
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(_STEPS):
+                began = time.perf_counter()
+                plan = planner.plan_step((), forward=True)
+                times.append(time.perf_counter() - began)
+                _answer(planner, plan)
+        finally:
+            gc.enable()
+        first.append(times[0])
+        later.append(max(times[1:]))
+    return (
+        Samples(f"first plan beside a queue, {where}", tuple(first)),
+        Samples("longest later one", tuple(later)),
+    )
+
+
+def _held_back(settings: ControlSettings, progress: Progress) -> Samples:
+    """Seconds of a plan in which every request that runs has a save that finds no room."""
+    times = []
+    for i in range(settings.repeat):
+        progress.say(f"saves that are held back, {i + 1} of {settings.repeat}")
+        planner = _planner(settings, max_inflight=_CHUNK_BYTES)
+        runs = []
+        for n in range(settings.requests):
+            request = _Request(f"running {n}", [n] * 4 * settings.chunk_tokens)
+            planner.lookup(request, 0)
+            planner.admitted(request.request_id, 0)
+            runs.append((request.request_id, 0, request.num_tokens))
+        planner.plan_step(runs, forward=True)
+        each = []
+        for _ in range(_STEPS):
+            began = time.perf_counter()
+            planner.plan_step(runs, forward=True)
+            each.append(time.perf_counter() - began)
+        times.append(statistics.median(each))
+    return Samples("plan of one in which all saves are held back", tuple(times))
+
+
+def _ends(settings: ControlSettings, progress: Progress) -> Samples:
+    """Seconds of the end of a request whose chunks are all kept."""
+    times = []
+    for i in range(settings.repeat):
+        progress.say(f"end {i + 1} of {settings.repeat}")
+        planner, tokens = _planner(settings), [i] * settings.tokens
+        _let_be_found(planner, tokens)
+        request = _Request("ending", tokens)
+        planner.admitted(request.request_id, planner.lookup(request, 0).tokens)
+        began = time.perf_counter()
+        planner.finished(request.request_id, settings.tokens, [request.blocks(0)])
+        times.append(time.perf_counter() - began)
+    return Samples("end of a request", tuple(times))
 
 
 def _steps(settings: ControlSettings, progress: Progress) -> tuple[Samples, Samples, Samples]:
