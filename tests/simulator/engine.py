@@ -123,6 +123,7 @@ class Simulator:
             meter := Meter(),
             reports_blocks=options.takes_back,
             leases_loads=options.hand_off,
+            incarnation="simulator",  # a history is the same in every process
             clock=self._clock,
         )
         self._watch.attach(self._planner, self._ranks, self._leased, meter)
