@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, Pool, View, prompt
 
 from lamina.config import load_config
 from lamina.control.planner import Planner
+from lamina.control.push_source import PushSource
 from lamina.control.requests import ChunkShape
 from lamina.control.saving import SavePlanner
 from lamina.control.transfers import Kind
@@ -516,6 +520,45 @@ def test_a_request_that_ends_saves_its_last_whole_chunk() -> None:
     engine.planner.finished("a", 64, [view.blocks()])
     assert engine.planner.has_work
     assert [o.blocks for o in engine.step().saves] == [(3, 4)]
+
+
+def start(engine: Engine, view: View) -> None:
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted(view.request_id, 0)
+
+
+def test_a_barred_request_keeps_nothing_until_it_gets_other_blocks() -> None:
+    engine = Engine()
+    mine, other, waiting = (View(n, prompt(70, seed=i), first_block=1 + 50 * i)
+                            for i, n in enumerate(("a", "b", "c")))  # fmt: skip
+    start(engine, mine)
+    start(engine, other)
+    engine.planner.arrived(waiting)
+    saves = engine.step(("a", 70), ("b", 32)).saves
+    engine.planner.bar(["a", "c", "nobody"])
+    assert len(engine.step(("b", 70)).saves) == 1
+    start(engine, waiting)
+    assert len(engine.step(("c", 70)).saves) == 2
+    engine.answer(*(save.transfer for save in saves))
+    engine.step(("a", 70))
+    assert engine.planner.lookup(View("d", prompt(70)), 0).tokens == 0, "not shown"
+    start(engine, mine)
+    assert len(engine.step(("a", 70)).saves) == 2
+
+
+@pytest.mark.parametrize("how", ["weights", "an adapter", "an adapter, preempted"])
+def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
+    engine, view, barred = Engine(), View("a", prompt(70)), []
+    start(engine, view)
+    source = SimpleNamespace(bar=lambda record: barred.append(record.view.request_id))
+    engine.planner._source = cast(PushSource, source)
+    if how == "weights":
+        engine.planner.reset()
+    elif how == "an adapter":
+        engine.planner.bar(["a"])
+    else:
+        engine.planner.lookup(View("a", prompt(70), root_extra=b"new"), 0)
+    assert barred == ["a"]
 
 
 def test_a_tier_smaller_than_a_chunk_is_an_error_at_the_start() -> None:

@@ -317,6 +317,21 @@ def test_back_from_a_preemption_less_may_be_computed_than_was() -> None:
     assert source.step() == []
 
 
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_prefill_under_which_weights_have_changed_is_not_pushed(announced: bool) -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    if announced:
+        source.hear(announce())
+        source.said()
+    source.source.bar(source.record)
+    if not announced:
+        source.hear(announce())
+    assert [type(message) for message in source.said()] == [Failed, Fenced]
+    assert source.step(0, 56) == []
+
+
 # -- blocks ----------------------------------------------------------------------------------
 
 

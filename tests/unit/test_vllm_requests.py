@@ -242,7 +242,11 @@ class Asking:
         return request(adapter=adapter, name=f"r{self.asked}")
 
     def ask(self, name: str = "adapter", *, inplace: bool = False) -> str:
-        return self.adapters.identity(self.request(name, inplace=inplace))
+        asked = self.request(name, inplace=inplace)
+        identity = self.adapters.identity(asked)
+        self.adapters.admitted(asked)
+        self.adapters.finished(asked)
+        return identity
 
 
 def test_an_adapter_is_its_content_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
@@ -297,15 +301,18 @@ def test_files_that_are_gone_cannot_be_loaded_instead(folder: Path) -> None:
     assert asking.ask() == first
 
 
-def test_files_are_looked_at_once_for_a_request(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("inplace", [False, True])
+def test_files_are_read_once_for_as_long_as_they_stay(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, inplace: bool
 ) -> None:
     asking = Asking(folder)
-    waiting = asking.request()
+    waiting = asking.request(inplace=inplace)
     first = asking.adapters.identity(waiting)
     with monkeypatch.context() as patch:
-        patch.setattr("lamina.engines.vllm.adapters.locate", forbidden)
+        patch.setattr("lamina.engines.vllm.adapters.fingerprint", forbidden)
         assert asking.adapters.identity(waiting) == first
+        assert asking.ask(inplace=inplace) == first
+        assert asking.ask(inplace=inplace) == first
     write(folder, "second")
     asking.adapters.removed(1)
     assert asking.adapters.identity(waiting) != first
@@ -314,7 +321,7 @@ def test_files_are_looked_at_once_for_a_request(
 
 
 def forbidden(path: str) -> Path:
-    raise AssertionError(f"{path} is looked at")
+    raise AssertionError(f"{path} is read")
 
 
 def test_an_adapter_that_is_loaded_in_place_is_read_whenever_it_may_be(folder: Path) -> None:

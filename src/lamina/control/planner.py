@@ -266,6 +266,8 @@ class Planner:
             # Weights, or an adapter, were loaded anew while the request waited.
             record.rename(self._chain_of(view))
             self._fetching.look_again(record)
+            if self._source is not None:  # of one that was preempted a part may have been sent
+                self._source.bar(record)
         record.view = view
         return record
 
@@ -638,8 +640,26 @@ class Planner:
         self._saving.poison_saves_since(0)
         for record in self._requests.values():
             record.hit = FoundPrefix()
-            # What a running request has computed was computed before.
-            record.barred = record.admitted
+        self.bar(self._requests)
+
+    def bar(self, requests: Iterable[str]) -> None:
+        """Weights of these requests are others now, or may be. What those of them that have blocks
+        hold was computed by several: it is neither saved nor pushed, until they get other blocks.
+        Their saves that have not ended will not become visible.
+
+        Args:
+            requests: ids; those that are not known, or have no blocks, stay as they are.
+        """
+        barred = set()
+        for request_id in requests:
+            record = self._requests.get(request_id)
+            if record is None or not record.admitted:
+                continue
+            barred.add(request_id)
+            record.barred = True
+            if self._source is not None:
+                self._source.bar(record)
+        self._saving.poison_saves_of(barred)
 
     @property
     def has_work(self) -> bool:

@@ -462,6 +462,12 @@ class PushSource:
         for push in suspects:
             self._fail(self._outbound[push], "a load failed under the prefill")
 
+    def bar(self, record: RequestRecord) -> None:
+        """Weights of a request, or of its adapter, are others now: what it holds was computed by
+        several."""
+        if (out := self._of(record)) is not None:
+            self._fail(out, "weights or an adapter changed under the prefill")
+
     @property
     def pending(self) -> bool:
         """Whether a request has ended and waits for its destination."""

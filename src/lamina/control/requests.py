@@ -289,8 +289,8 @@ class RequestRecord:
         promote: chunks loaded from disk that the host tier should hold, too.
         held_back: first chunk that found no room, so that it is counted once.
         turn: tokens of its prompt, and tokens that are computed when the latest step is over.
-        barred: whether it may not be saved in this epoch, because what it holds was computed before
-            a reset.
+        barred: whether what it holds must not be saved, because it was computed by several weights
+            or adapters, or from a token that was taken back; until it gets other blocks.
         distrust: why nothing is loaded for it any more; empty while it may be.
         decision: what was last decided about its hit.
         patience: seconds after which its load has taken too long.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.config import Config
@@ -433,4 +433,10 @@ class SavePlanner:
             self._postponed.pop().lease.release()
         for transfer in self._transfers.live():
             if transfer.kind is Kind.SAVE and transfer.step >= step:
+                self.poison(transfer)
+
+    def poison_saves_of(self, requests: Collection[str]) -> None:
+        """What these requests have computed may be another's; what is postponed sees it itself."""
+        for transfer in self._transfers.live():
+            if transfer.kind is Kind.SAVE and transfer.request_id in requests:
                 self.poison(transfer)

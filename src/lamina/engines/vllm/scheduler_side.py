@@ -148,6 +148,7 @@ class SchedulerSide:
             self._link = self._open_link(card)
         self._planner.begin(self._opening.epoch)
         self.watch.weights.follow(self._planner)
+        self._adapters.follow(self._planner.bar)
         for request in self._opening.waiting:
             self.arrived(request)
 
@@ -229,7 +230,9 @@ class SchedulerSide:
         declined = "" if self._loads else "kv_role"
         if request.skip_reading_prefix_cache:
             declined = "skip_reading_prefix_cache"
-        view = self._view(request)
+        if not self._blocks_are_cached:  # vLLM tells nobody of a reset of its own cache alone
+            self._adapters.emptied()
+        view = self._view(request, computed)
         if not declined and self._awaits_destination(request, view.push):
             return None, False
         hit = self.planner.lookup(view, computed, declined=declined, sharing=self._sharing)
@@ -249,9 +252,10 @@ class SchedulerSide:
 
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
-        self._adapters.admitted(request)
         if self._planner is not None:
             self._planner.admitted(request.request_id, loaded)
+        self._adapters.admitted(request)
+        if self._planner is not None:
             self._exchange()
             self._moved = True
 
@@ -264,6 +268,7 @@ class SchedulerSide:
         """The plan of the step that vLLM has just scheduled."""
         if forward := output.total_num_scheduled_tokens > 0:
             self.watch.weights.computed()
+        self._adapters.check()
         if self._planner is None:
             return LaminaPlan(StepPlan(-1, forward=forward), self._opening.asks())
         self._exchange()
@@ -279,6 +284,7 @@ class SchedulerSide:
 
     def receive(self, output: KVConnectorOutput) -> None:
         """Take in what the ranks report."""
+        self._adapters.check()
         if output.invalid_block_ids and self._planner is not None:
             # Perhaps another connector's load: what was computed on it is in our saves.
             self._planner.distrust()
@@ -296,10 +302,14 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """VLLM's cache is void: its weights are others from now on, or may be."""
-        assert self._manager is not None
-        hashes = self._manager.block_pool.cached_block_hash_to_block
-        self.watch.weights.was_reset(void=len(hashes) == 0)
+        self.watch.weights.was_reset(void=not self._blocks_are_cached)
         self._moved = True
+
+    @property
+    def _blocks_are_cached(self) -> bool:
+        """Whether a request may find anything in vLLM's own cache."""
+        assert self._manager is not None
+        return len(self._manager.block_pool.cached_block_hash_to_block) > 0
 
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
         """A request has ended and its blocks are about to be freed."""
@@ -354,14 +364,14 @@ class SchedulerSide:
                         found.add(BoundaryState(request_id, group, block, end))
         return sorted(found, key=lambda state: (state.request_id, state.end, state.group))
 
-    def _view(self, request: Request) -> VllmRequest:
+    def _view(self, request: Request, found: int = 0) -> VllmRequest:
         manager = self._manager
         assert manager is not None
         return VllmRequest(
             request,
             lambda: manager.get_block_ids(request.request_id),
             self._shape.groups,
-            self._adapters.identity(request),
+            self._adapters.identity(request, found),
             self._counted,
             self._recompute,
             self._push(request),

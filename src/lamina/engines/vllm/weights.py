@@ -192,10 +192,10 @@ def watch_engine_core() -> None:
     @functools.wraps(add)
     def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
         kept = not lora_request.load_inplace and lora_request.lora_int_id in core.list_loras()
+        stamps = [(watch, watch.adapters.stamps(lora_request)) for watch in _watches(core)]
         added: bool = add(core, lora_request)
-        if not kept:
-            for watch in _watches(core):
-                watch.adapters.added(lora_request)
+        for watch, before in stamps if not kept else ():
+            watch.adapters.added(lora_request, before)
         return added
 
     @functools.wraps(remove)
