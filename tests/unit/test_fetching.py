@@ -64,6 +64,23 @@ def test_what_is_in_the_host_is_not_fetched() -> None:
     assert len(engine.step().fetches) == 2
 
 
+def test_a_host_that_is_full_for_a_while_costs_a_request_nothing_of_its_fetch() -> None:
+    engine, tokens = fetching(), prompt(4 * CHUNK + 1)
+    on_disk(engine, tokens)
+    host = engine.planner._catalog.host
+    for number in range(host.slots):  # everything is being read
+        key = bytes([number]) * 32
+        slot = host.reserve(key)
+        assert slot is not None
+        host.publish(key)
+        host.lease(slot)
+    engine.planner.arrived(View("waiting", tokens))
+    assert not engine.step().fetches
+    for slot in range(host.slots):
+        host.release(slot)
+    assert len(engine.step().fetches) == 4
+
+
 def test_two_that_need_the_same_fetch_it_once() -> None:
     engine, tokens = fetching(), prompt(2 * CHUNK + 1)
     on_disk(engine, tokens)

@@ -124,8 +124,17 @@ class FetchPlanner:
             order = self._fetch(request_id, wanted, step, now) if self._may_fetch else None
             if order is not None:
                 orders.append(order)
-        room, looks = self._catalog.host.slots // LARGEST_SHARE, LOOKS
-        while looks > 0 and self._searches and self._in_use < room and self._may_fetch:
+        host, looks = self._catalog.host, LOOKS
+        room = host.slots // LARGEST_SHARE
+        # A search does not come back to what it has passed: it goes on when there is room for what
+        # it finds.
+        while (
+            looks > 0
+            and self._searches
+            and self._in_use < room
+            and self._may_fetch
+            and host.has_room
+        ):
             request_id, search = next(iter(self._searches.items()))
             for place in search:
                 looks -= 1
