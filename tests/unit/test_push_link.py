@@ -18,7 +18,7 @@ from lamina.bench.ports import free_port
 from lamina.push import link as link_module
 from lamina.push.cards import EngineCard, RankCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
-from lamina.push.link import Link, split_address
+from lamina.push.link import Link, listen_at, split_address
 from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_MESSAGE,
@@ -63,7 +63,12 @@ class Side:
     ) -> None:
         self.card = card(incarnation)
         address = f"127.0.0.1:{port}" if listen else None
-        self.link = Link(self.card, listen=address, token=token, silence=silence)
+        self.link = Link(
+            self.card,
+            server=None if address is None else listen_at(address),
+            token=token,
+            silence=silence,
+        )
         self.heard: list[News] = []
 
     @property
@@ -432,7 +437,7 @@ def test_a_peer_is_dialled_again(make: Make) -> None:
     first.until(2)
     first.link.close()
     assert [type(item) for item in decode_side.until(2)] == [Opened, Lost]
-    second = Link(card("P2"), listen=address, token=None, silence=NEVER)
+    second = Link(card("P2"), server=listen_at(address), token=None, silence=NEVER)
     try:
         decode_side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
         assert decode_side.until(3)[2] == Opened(address, "P2")
@@ -494,8 +499,8 @@ def test_close_ends_every_connection(make: Make) -> None:
 
 def test_an_address_in_use(make: Make) -> None:
     side = make("P", listen=True)
-    with pytest.raises(OSError, match="address already in use"):
-        Link(side.card, listen=side.address, token=None, silence=NEVER)
+    with pytest.raises(OSError, match="[Aa]ddress already in use"):
+        Link(side.card, server=listen_at(side.address), token=None, silence=NEVER)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import contextlib
 import hmac
 import logging
 import queue
+import socket
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -92,19 +93,15 @@ class Connection:
             transport.abort()
 
 
-def try_listening(address: str) -> None:
-    """Listen at an address for a moment, as a link will.
+def listen_at(address: str) -> socket.socket:
+    """A socket that listens at an address: whoever connects waits until a link takes it up.
 
     Raises:
         OSError: if nobody can listen there.
     """
-
-    async def listen() -> None:
-        server = await asyncio.start_server(lambda *_: None, *split_address(address))
-        server.close()
-        await server.wait_closed()
-
-    asyncio.run(listen())
+    host, port = split_address(address)
+    family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(place[:2], family=family)
 
 
 class Link:
@@ -112,16 +109,13 @@ class Link:
 
     Args:
         card: who this engine is.
-        listen: ``HOST:PORT`` to listen at; None to dial only.
+        server: where it listens, see :func:`listen_at`; None to dial only.
         token: a secret that both sides must have; None for none.
         silence: seconds without a word after which a peer is gone.
-
-    Raises:
-        OSError: if the address cannot be listened at.
     """
 
     def __init__(
-        self, card: EngineCard, *, listen: str | None, token: str | None, silence: float
+        self, card: EngineCard, *, server: socket.socket | None, token: str | None, silence: float
     ) -> None:
         self._card = card
         self._token = token or ""
@@ -133,12 +127,11 @@ class Link:
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self.port = 0
-        if listen is not None:
-            host, port = split_address(listen)
+        if server is not None:
+            self.port = int(server.getsockname()[1])
             self._server = self._loop.run_until_complete(
-                asyncio.start_server(self._accept, host, port)
+                asyncio.start_server(self._accept, sock=server)
             )
-            self.port = int(self._server.sockets[0].getsockname()[1])
         self._thread = threading.Thread(target=self._run, name="lamina-link", daemon=True)
         self._thread.start()
 

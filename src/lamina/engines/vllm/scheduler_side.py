@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 from vllm.config import VllmConfig
@@ -34,7 +34,7 @@ from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.cards import EngineCard
-from lamina.push.link import Link, split_address, try_listening
+from lamina.push.link import Link, listen_at, split_address
 
 log = logging.getLogger("lamina.engines.vllm")
 
@@ -106,9 +106,8 @@ class SchedulerSide:
             and not vllm_config.cache_config.enable_prefix_caching
         )
         self._moved = True
-        with self._listening() as address:  # a mistake is to be seen at the start
-            if address is not None:
-                try_listening(address)
+        # Peers may dial before the tiers are known, and a mistake is to be seen at the start.
+        self._server = self._listen()
 
     def bind(self, manager: KVCacheManager) -> None:
         """VLLM's cache manager exists now."""
@@ -170,20 +169,18 @@ class SchedulerSide:
     def _open_link(self, card: EngineCard) -> Link:
         config = self._config.push
         assert config is not None
-        with self._listening() as listen:
-            return Link(card, listen=listen, token=config.token, silence=config.silence)
+        server, self._server = self._server, None
+        return Link(card, server=server, token=config.token, silence=config.silence)
 
-    @contextmanager
-    def _listening(self) -> Iterator[str | None]:
-        """Gives the address to listen at, if there is one, to somebody who may fail to."""
+    def _listen(self) -> socket.socket | None:
         config = self._config.push
-        listen = config.listen if config is not None and self._saves else None
-        if listen is not None:
-            host, port = split_address(listen)
-            port += self._index
-            listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if config is None or config.listen is None or not self._saves:
+            return None
+        host, port = split_address(config.listen)
+        port += self._index
+        listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            yield listen
+            return listen_at(listen)
         except OSError as error:
             raise ValueError(f"push.listen: cannot listen at {listen}: {error}") from error
 
@@ -200,6 +197,8 @@ class SchedulerSide:
             self._notebook.close(self._planner.costs)
         if self._link is not None:
             self._link.close()
+        if self._server is not None:
+            self._server.close()
 
     @property
     def has_work(self) -> bool:
