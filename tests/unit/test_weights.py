@@ -4,14 +4,24 @@ order an operator pauses, replaces weights, names them, resets and goes on.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from driven_planner import Engine, View, prompt
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.v1.engine.core import EngineCore
 
-from lamina.engines.vllm.weights import WeightsWatch, weigh_model
+from lamina.engines.vllm.adapters import Adapters
+from lamina.engines.vllm.weights import (
+    Watch,
+    WeightsWatch,
+    _weights,
+    watch_engine_core,
+    weigh_model,
+)
 from lamina.keys import CHECKPOINT
 
 LENGTH, HIT = 70, 64
@@ -191,6 +201,120 @@ def test_nothing_is_weighed_without_a_pause() -> None:
     assert served.weighed == 0
 
 
+def test_a_pause_of_an_engine_that_sleeps_weighs_nothing_and_changes_nothing() -> None:
+    served = Served()
+    served.ask()
+    served.pause()
+    weighed = served.weighed
+    served.watch.pausing_asleep()
+    served.reset()
+    assert served.weighed == weighed
+    assert served.ask() == HIT
+
+
+def test_a_pause_of_an_engine_that_sleeps_brings_back_no_weights_that_were_dropped() -> None:
+    served = Served()
+    served.ask()
+    served.reset()  # a sleep at level 2
+    served.watch.pausing_asleep()
+    served.reset()
+    assert served.ask() == 0
+
+
+@pytest.mark.parametrize("how", ["a reset", "replaced in a pause", "replaced under a name"])
+def test_what_is_not_found_any_more_is_said_once(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served()
+    served.ask()
+    if how == "replaced in a pause":
+        served.pause()
+    elif how == "replaced under a name":
+        served.named("v2")
+    if how != "replaced in a pause":
+        served.reset()
+    served.weights = "others"
+    for seed in range(3):
+        served.ask(seed)
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "weight_version" in said
+    assert ("'v2'" in said) == (how == "replaced under a name")
+
+
+def test_weights_that_are_named_after_a_reset_are_no_loss(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = Served()
+    served.ask()
+    served.reset()
+    served.named("v2")
+    served.ask()
+    served.pause()
+    served.ask()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+class Executor:
+    """VLLM's, as far as it weighs and sleeps."""
+
+    def __init__(self) -> None:
+        self.sleeping_tags: set[str] = set()
+        self.weighed = 0
+
+    def collective_rpc(self, method: object) -> list[str]:
+        if method is weigh_model:
+            assert "weights" not in self.sleeping_tags, "weights are read that are not mapped"
+            self.weighed += 1
+        return ["checkpoint"]
+
+    def reset_mm_cache(self) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def sleep(self, level: int) -> None:
+        self.sleeping_tags = {"weights", "kv_cache"}
+
+
+class Scheduler:
+    """VLLM's, as far as it is paused and reset."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def get_kv_connector(self) -> object:
+        return SimpleNamespace(watch=self.watch)
+
+    def finish_requests(self, requests: object, status: object) -> None: ...
+
+    def set_pause_state(self, state: object) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def has_unfinished_requests(self) -> bool:
+        return False
+
+    def reset_prefix_cache(self, running: bool = False, connector: bool = False) -> bool:
+        self.watch.weights.was_reset(void=True)
+        return True
+
+
+def test_an_engine_core_that_sleeps_is_not_weighed() -> None:
+    served = Served()
+    served.ask()
+    core: Any = object.__new__(EngineCore)
+    core.scheduler = Scheduler(Watch(served.watch, Adapters(None)))
+    core.model_executor, core.mm_receiver_cache = Executor(), None
+    watch_engine_core()
+    core.sleep(1)
+    assert core.model_executor.weighed == 1
+    core.sleep(1)
+    core.pause_scheduler("abort", True)
+    assert core.model_executor.weighed == 1
+    core.model_executor.sleeping_tags = set()
+    assert served.ask() == HIT
+    assert core.model_executor.weighed == 2
+
+
 def believing(watch: WeightsWatch) -> None:
     if (promise := watch._promise) is not None and promise.due:
         watch._promise = None
@@ -252,3 +376,46 @@ def test_other_weights_weigh_otherwise(how: str) -> None:
     else:
         model[2].bias.data[-1] += 1
     assert weigh_model(worker) != before
+
+
+class Copies(TorchDispatchMode):
+    """The most bytes of new memory that an operation has filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        mine = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in mine:
+            self.most = max(self.most, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("how", ["whole", "transposed", "with gaps", "at an odd place", "one row"])
+def test_no_tensor_is_copied_whole_to_be_weighed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.engines.vllm.weights._PART", 16)
+    content = torch.arange(40 * 51, dtype=torch.int16)
+    tensor = {
+        "whole": content,
+        "transposed": content.view(40, 51).t(),
+        "with gaps": content.view(40, 51)[:, :50],
+        "at an odd place": content[1:],
+        "one row": content[::2][None],
+    }[how]
+    with Copies() as copies:
+        before = list(_weights(tensor))
+    assert 0 < copies.most <= 16 * 8
+    for place in ((0, 0), (0, -1), (-1, -1)) if tensor.dim() > 1 else (0, 500, -1):
+        tensor[place] += 1
+        after = list(_weights(tensor))
+        assert not torch.equal(torch.stack(before), torch.stack(after))
+        before = after
+
+
+def test_nothing_weighs_something() -> None:
+    for shape in ((), (0,), (3, 0)):
+        assert list(_weights(torch.zeros(shape)))

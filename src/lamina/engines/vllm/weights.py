@@ -36,7 +36,7 @@ Scales = Callable[[], str | None]
 """Weighs the model on every rank; None if that cannot be done."""
 
 _PART = 1 << 22
-"""Words that are weighed at once: 32 MiB, and as much again for what is made of them."""
+"""Words that are weighed at once: 32 MiB, and a few times as much for what is made of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,9 @@ class WeightsWatch:
         self._promise: _Promise | None = None
         self._scales: Scales = lambda: None
         self._pausing: str | None = None
+        self._asleep = False
         self._void = True
+        self._lost = ""
 
     def follow(self, planner: Epochs) -> None:
         """Somebody else is in the epoch now."""
@@ -92,6 +94,11 @@ class WeightsWatch:
         """The reset that follows is a pause's: the weights are still those of the epoch."""
         self._scales = scales
         self._pausing = scales()
+
+    def pausing_asleep(self) -> None:
+        """The reset that follows is a pause's, and the weights are asleep: nobody may read them,
+        and nobody replaces them. What was promised before stays promised."""
+        self._asleep = True
 
     def paused(self) -> None:
         """The pause is over, or has failed before its reset."""
@@ -103,14 +110,17 @@ class WeightsWatch:
         Args:
             void: whether it is empty. It is not where vLLM could not reset it.
         """
-        promise, weight = self._promise, self._pausing
-        self._pausing = None
-        if promise is not None and (promise.named or weight is not None):
+        promise, weight, asleep = self._promise, self._pausing, self._asleep
+        self._pausing, self._asleep = None, False
+        if promise is not None and (promise.named or asleep or weight is not None):
             self._promise = replace(promise, due=promise.due or void)
         elif weight is not None and void:
             self._promise = _Promise(self._planner.epoch, weight, named=False, due=True)
         else:
             self._promise = None
+            self._lost = (
+                "the cache was reset without a pause, or the weights were dropped or not weighed"
+            )
         self._void = void
         self._planner.reset()
 
@@ -119,6 +129,7 @@ class WeightsWatch:
         epoch = Epoch(weights=name)
         if epoch == self._planner.epoch:
             return
+        self._lost = ""
         if self._void:
             self._promise = None
             self._planner.begin(epoch)
@@ -136,10 +147,25 @@ class WeightsWatch:
 
     def request(self) -> None:
         """A request is about to be looked up."""
+        lost, self._lost = self._lost, ""
         if (promise := self._promise) is not None and promise.due:
             self._promise = None
             if self._scales() == promise.weight:
                 self._planner.begin(promise.epoch)
+                return
+            lost = (
+                f"the weights are not those any more that were named {promise.epoch.weights!r}"
+                if promise.named
+                else "weights were replaced during a pause"
+            )
+        if lost:
+            log.warning(
+                "%s: what was kept before is not found any more, and what is computed now is kept "
+                "in host memory only, not on disk. Name the weights right after a reset "
+                "(finish_weight_update or update_weight_version with a weight_version), or start "
+                "the engine again.",
+                lost,
+            )
 
     def computed(self) -> None:
         """The model runs: from now on there is something in the engine's cache."""
@@ -177,7 +203,10 @@ def watch_engine_core() -> None:
     def _reset_caches(core: EngineCore, *args: Any, **kwargs: Any) -> None:
         if not core.__dict__.pop(_DROPS, False):
             for watch in _watches(core):
-                watch.weights.pausing(functools.partial(_weigh, core))
+                if _is_asleep(core):
+                    watch.weights.pausing_asleep()
+                else:
+                    watch.weights.pausing(functools.partial(_weigh, core))
         try:
             reset(core, *args, **kwargs)
         finally:
@@ -228,8 +257,16 @@ def _watches(core: EngineCore) -> Iterator[Watch]:
             yield watch
 
 
+def _is_asleep(core: EngineCore) -> bool:
+    """Whether the memory of the weights is not mapped. VLLM resets caches before it asks."""
+    return "weights" in core.model_executor.sleeping_tags
+
+
 def _weigh(core: EngineCore) -> str | None:
     """What the weights of a core's engine weigh; None if that cannot be found out."""
+    if _is_asleep(core):
+        log.warning("the weights are asleep and cannot be weighed, and so count as changed")
+        return None
     try:
         return " ".join(core.model_executor.collective_rpc(weigh_model))
     except (
@@ -262,12 +299,34 @@ def weigh_model(worker: Any) -> str:
 
 
 def _weights(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Two sums of a tensor's words for each of its parts; the second is weighted by place."""
-    content = tensor.contiguous().reshape(-1).view(torch.uint8)
-    rest = len(content) % 8
-    if rest:
-        content = torch.nn.functional.pad(content, (0, 8 - rest))
-    words = content.view(torch.int64)
-    places = torch.arange(min(len(words), _PART), device=tensor.device) * 2 + 1
-    for part in words.split(_PART):
-        yield torch.stack((part.sum(), ((part ^ (part >> 29)) * places[: len(part)]).sum()))
+    """Two sums of a tensor's words for each of its parts; the second is weighted by place. No more
+    than one part is copied at a time: a tensor may take most of the memory that there is."""
+    places = torch.arange(min(-(-tensor.nbytes // 8), _PART), device=tensor.device) * 2 + 1
+    for piece in _pieces(tensor):
+        for part in piece.view(torch.uint8).split(8 * _PART):
+            words = _words(part)
+            weighted = (words ^ (words >> 29)) * places[: len(words)]
+            yield torch.stack((words.sum(), weighted.sum()))
+
+
+def _words(content: torch.Tensor) -> torch.Tensor:
+    """Bytes as words; a copy where they do not begin or end on a word's boundary."""
+    if rest := -len(content) % 8:
+        content = torch.nn.functional.pad(content, (0, rest))
+    elif content.storage_offset() % 8:
+        content = content.clone()
+    return content.view(torch.int64)
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """All elements of a tensor, flat, in the order of memory: the tensor itself if it has no gaps,
+    and else copies of at most one part each."""
+    if tensor.dim():
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if tensor.is_contiguous() or tensor.nbytes <= 8 * _PART:
+        yield tensor.contiguous().reshape(-1)
+    elif len(tensor) > 1:
+        for half in tensor.tensor_split(2):
+            yield from _pieces(half)
+    else:
+        yield from _pieces(tensor[0])
