@@ -234,7 +234,7 @@ class Planner:
             record.new_epoch()
             self._active.discard(view.request_id)
         record = self._record_of(view)
-        record.may_hit = not declined
+        record.may_hit |= not declined
         # A request that is pushed to has a destination to announce.
         pushed_to = view.push is not None and view.push.prefill is not None
         may_wait = not (sharing is Sharing.NOTHING or declined or pushed_to)

@@ -252,6 +252,11 @@ class Standalone:
 
     def _collect(self, occasion: str) -> None:
         self.hand_off.receive(self._ranks.tell(occasion, self._executor.collect().receipt))
+        self.publish()
+
+    def publish(self) -> None:
+        """Have :meth:`figures` say what was counted by now. Every step does; an engine that ends a
+        request calls it, because its last step may have been the last for long."""
         self._planner.gauges()
         readings = self._meter.drain()
         with self._counting:

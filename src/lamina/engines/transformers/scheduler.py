@@ -378,6 +378,7 @@ class WithLamina(Scheduler):
                 computed = state.position_offset
         self._loaded.pop(request_id, None)
         self.lamina.hand_off.finished(request_id, computed, tables)
+        self.lamina.publish()
 
     @property
     def _blocks_come_back(self) -> bool:
