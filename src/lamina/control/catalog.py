@@ -17,8 +17,8 @@ from lamina.plan import ChunkKey, RankReport, StoredChunk, TierName
 
 AGED = 256
 """Chunks whose age is brought up to date in one go: about half a millisecond with two tiers. A
-prompt of 131,072 tokens takes some steps. Until then its beginning is older than its end, and is given
-up first if many such prompts end at once in a tier that is full."""
+prompt of 131,072 tokens takes some steps. Until then its beginning is older than its end, and is
+given up first if many such prompts end at once in a tier that is full."""
 
 
 @dataclass(frozen=True, slots=True)
