@@ -499,7 +499,7 @@ def test_close_ends_every_connection(make: Make) -> None:
 
 def test_an_address_in_use(make: Make) -> None:
     side = make("P", listen=True)
-    with pytest.raises(OSError, match="[Aa]ddress already in use"):
+    with pytest.raises(OSError, match=r"[Aa]ddress already in use"):
         Link(side.card, server=listen_at(side.address), token=None, silence=NEVER)
 
 
