@@ -232,32 +232,36 @@ class ChunkChain:
         *,
         end: int | None = None,
     ) -> None:
-        """Hash the whole chunks of ``tokens`` that are not hashed yet.
+        """Hash the whole chunks of ``tokens`` that are not hashed yet, and all of them anew if the
+        last one that was has changed.
 
         Args:
-            tokens: all token ids of the request, from its first one on. What was hashed before has
-                not changed; if the last chunk of it has, all is hashed anew.
+            tokens: all token ids of the request, from its first one on. If fewer are whole chunks
+                than were before, nothing changes.
             end: tokens to look at; all if it is None.
             extra_of: for the token positions ``[start, end)`` of a chunk, what the chunk depends
                 on beyond its token ids (multimodal inputs, embeddings), from :func:`pack`, or
                 empty.
 
         Raises:
-            ValueError: if a token id is not in ``0 .. MAX_TOKEN``; no key is added then.
+            ValueError: if a token id is not in ``0 .. MAX_TOKEN``; the keys stay as they
+                were then.
         """
         size = self.chunk_tokens
         start = len(self._links) * size
         end = (len(tokens) if end is None else end) // size * size
-        if start >= end:
+        if start > end:
             return
         width = size * _TOKEN_BYTES
         content = _token_bytes(tokens[max(0, start - size) : end])
         if start and content[:width] != self._last:
+            start, content = 0, _token_bytes(tokens[:end])
             for keys in (self._links, *self.groups):
                 keys.clear()
-            start, content = 0, _token_bytes(tokens[:end])
         elif start:
             content = content[width:]
+        if not content:
+            return
         parent: bytes = self._links[-1] if self._links else self._root
         hashed: list[bytes] = []
         for offset in range(0, len(content), width):

@@ -205,7 +205,7 @@ class Prefill:
     def readmit(self, push: str) -> None:
         """A preempted request is scheduled anew; what a tier had, it has."""
         request = self.requests[push]
-        request.record.new_epoch()
+        request.record.lose_blocks()
         parked = request.case.hit == "parked"
         self._admit(request, *(("parked", request.case.hit_tokens) if parked else ("none", 0)))
 

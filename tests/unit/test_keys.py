@@ -151,17 +151,27 @@ class TestChain:
         chain.extend(tokens, end=200)
         chain.extend(tokens, end=201)
         chain.extend(tokens)
-        assert tokens.asked == [slice(0, 192), slice(128, 384)], "but for the last chunk"
+        last = slice(128, 192)
+        assert tokens.asked == [slice(0, 192), last, slice(128, 384)], "but for the last chunk"
 
-    def test_what_was_taken_back_is_not_built_upon(self) -> None:
+    @pytest.mark.parametrize("more", [0, 3, 20])
+    def test_what_was_taken_back_is_not_built_upon(self, more: int) -> None:
         chain = ChunkChain(b"n" * 16, 4, groups=2)
         chain.extend(range(13))
-        later = [*range(11), 99, *range(20)]
+        later = [*range(11), 99, *range(more)]
         chain.extend(later)
         fresh = ChunkChain(b"n" * 16, 4, groups=2)
         fresh.extend(later)
         assert chain.groups == fresh.groups
-        assert all(len(keys) == 8 for keys in chain.groups)
+        assert all(len(keys) == 3 + more // 4 for keys in chain.groups)
+
+    def test_what_is_no_token_id_takes_no_key_away(self) -> None:
+        chain = ChunkChain(b"n" * 16, 4)
+        chain.extend(range(8))
+        before = list(chain.keys)
+        with pytest.raises(ValueError, match="token ids must be integers"):
+            chain.extend([-1, *range(6), 99])
+        assert chain.keys == before
 
     def test_fewer_tokens_than_hashed_change_nothing(self) -> None:
         chain = ChunkChain(b"n" * 16, 4)

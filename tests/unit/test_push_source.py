@@ -269,7 +269,7 @@ def test_preempted_and_back_it_goes_on_where_it_was() -> None:
     source.view.tables = [[]]
     assert source.step() == []
     source.view.tables = [[20, 21, 22, 23]]
-    source.record.new_epoch()
+    source.record.lose_blocks()
     source.admit()
     assert source.step(0, 32) == []
     (second,) = source.step(32, 56)
@@ -298,7 +298,7 @@ def test_back_from_a_preemption_its_blocks_hold_nothing_before_it_runs() -> None
     source.view.tables = [[]]
     source.step()
     source.view.tables = [[20, 21, 22, 23]]
-    source.record.new_epoch()
+    source.record.lose_blocks()
     source.admit(floor=48)
     source.record.load = TransferId(99)
     assert source.step() == []
@@ -310,7 +310,7 @@ def test_back_from_a_preemption_less_may_be_computed_than_was() -> None:
     source = Source()
     source.admit()
     source.step(0, 56)
-    source.record.new_epoch()
+    source.record.lose_blocks()
     source.admit()
     source.connect()
     source.hear(announce())
@@ -526,7 +526,7 @@ def test_a_push_that_is_not_needed_holds_nothing(first: str) -> None:
 def test_a_push_that_is_over_is_not_begun_anew_by_a_preemption() -> None:
     source = bound(Source())
     source.drain(*source.step(0, 56))
-    source.record.new_epoch()
+    source.record.lose_blocks()
     source.admit()
     source.step(0, 56)
     source.finish()

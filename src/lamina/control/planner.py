@@ -231,7 +231,7 @@ class Planner:
         if record is not None and record.admitted and not record.ended:
             self._prompts.interrupted(record)
             self._shared.end(record.load, now, well=False)
-            record.new_epoch()
+            record.lose_blocks()
             self._active.discard(view.request_id)
         record = self._record_of(view)
         record.may_hit |= not declined
@@ -315,7 +315,7 @@ class Planner:
             self._source.admitted(record, story.engine + loaded, now)
         if self._target is not None and record.view.push is not None and not story.pushed:
             self._target.decline(record)
-        if not record.epoch:  # one that comes back finds what it had computed itself
+        if not record.losses:  # one that comes back finds what it had computed itself
             self._hits.reuse(record, story.engine + (story.loaded if loaded else 0))
         if loaded == 0:
             if story.host + story.disk:

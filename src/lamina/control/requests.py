@@ -278,8 +278,8 @@ class RequestRecord:
         view: the engine's request.
         chain: its chunk keys, extended as tokens become known.
         hit: the memoised hit.
-        epoch: how often the engine took its blocks away.
-        admitted: whether the engine gave it blocks in this epoch.
+        losses: how often the engine took its blocks away.
+        admitted: whether the engine gave it blocks since.
         ended: whether the engine is done with it; kept until its load is terminal.
         offered: tokens beyond the engine's that the last lookup promised.
         load: its load that is not terminal.
@@ -307,7 +307,7 @@ class RequestRecord:
     view: RequestView
     chain: ChunkChain
     hit: FoundPrefix = field(default_factory=FoundPrefix)
-    epoch: int = 0
+    losses: int = 0
     admitted: bool = False
     ended: bool = False
     offered: int = 0
@@ -339,9 +339,9 @@ class RequestRecord:
         self.wait = Wait()
         self.promote.clear()
 
-    def new_epoch(self) -> None:
+    def lose_blocks(self) -> None:
         """The engine took the blocks away (preemption, failed load): everything is open again."""
-        self.epoch += 1
+        self.losses += 1
         self.admitted = False
         self.load = None
         self.receive = None
@@ -372,6 +372,5 @@ class RequestRecord:
     def known_keys(self) -> tuple[list[ChunkKey], ...]:
         """Per group, keys of all whole chunks whose tokens are known."""
         known = self.view.num_tokens
-        if len(self.chain.keys) < known // self.chain.chunk_tokens:
-            self.chain.extend(self.view.tokens(), self.view.chunk_extra, end=known)
+        self.chain.extend(self.view.tokens(), self.view.chunk_extra, end=known)
         return self.chain.groups

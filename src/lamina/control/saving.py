@@ -24,7 +24,7 @@ class Postponed:
 
     Attributes:
         record: the request.
-        epoch: its epoch then.
+        losses: how often it had lost its blocks then.
         prompt: tokens of its prompt then.
         group: the cache group.
         blocks: the blocks that hold it.
@@ -33,7 +33,7 @@ class Postponed:
     """
 
     record: RequestRecord
-    epoch: int
+    losses: int
     prompt: int
     group: int
     blocks: tuple[int, ...]
@@ -206,7 +206,7 @@ class SavePlanner:
     ) -> None:
         lease = self._leases.take(blocks)
         prompt = record.view.num_prompt_tokens
-        self._postponed.append(Postponed(record, record.epoch, prompt, group, blocks, end, lease))
+        self._postponed.append(Postponed(record, record.losses, prompt, group, blocks, end, lease))
 
     def order_postponed(
         self, *, step: int, now: float, ended: RequestRecord | None = None, computed: int = 0
@@ -223,7 +223,7 @@ class SavePlanner:
         waiting, self._postponed = self._postponed, []
         for postponed in waiting:
             record = postponed.record
-            lost = record.epoch != postponed.epoch or record.barred
+            lost = record.losses != postponed.losses or record.barred
             # A session's next turn may have put another token in the place of its last one.
             lost |= record.view.num_prompt_tokens != postponed.prompt
             if ended is None:
