@@ -11,7 +11,9 @@ import pytest
 from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
 from vllm.config.multimodal import MultiModalConfig
 
-from lamina.engines.vllm.namespace import SETTINGS, settings
+from lamina.checkpoint import CheckpointError
+from lamina.config import load_config
+from lamina.engines.vllm.namespace import SETTINGS, _speculation, settings
 
 CONFIGS = {
     "model": ModelConfig,
@@ -108,3 +110,36 @@ def test_a_model_without_inputs_but_text_has_settings() -> None:
     plain = config()
     plain.model_config.multimodal_config = None
     assert settings(plain) == settings(config())
+
+
+def drafting(model: Path) -> VllmConfig:
+    """A configuration with that draft model."""
+    draft = SimpleNamespace(model=str(model), revision=None)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model="target"),
+        load_config=SimpleNamespace(download_dir=None),
+        speculative_config=SimpleNamespace(method="eagle", draft_model_config=draft),
+    )
+    return cast(VllmConfig, config)
+
+
+def test_what_an_error_about_a_draft_model_says_to_set_helps(tmp_path: Path) -> None:
+    """A draft model without weight files: what vLLM downloads when it starts, say."""
+    with pytest.raises(CheckpointError, match="set `identity`"):
+        _speculation(load_config({}, {}), drafting(tmp_path))
+    named = {
+        _speculation(load_config({"identity": identity}, {}), drafting(tmp_path / model))
+        for identity in ("one", "two")
+        for model in ("draft", "other")
+    }
+    assert len(named) == 4
+
+
+def test_a_draft_model_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = []
+    for name, content in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(content)
+        found.append(_speculation(load_config({}, {}), drafting(tmp_path / name)))
+    assert found[0] == found[1] != found[2]

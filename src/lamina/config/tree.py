@@ -220,9 +220,9 @@ class Config(Section):
     )
     identity: Annotated[str, TEXT.auto()] = Field(
         default="auto",
-        description="What tells this model's weights from all others. `auto`: a fingerprint of "
-        "the checkpoint's content. Any other text stands in for it, and is the operator's "
-        "promise that it changes whenever the weights do.",
+        description="What tells this model's weights, and its draft model's, from all others. "
+        "`auto`: a fingerprint of the checkpoints' content. Any other text stands in for it, and "
+        "is the operator's promise that it changes whenever the weights do.",
     )
     load: LoadConfig = LoadConfig()
     save: SaveConfig = SaveConfig()

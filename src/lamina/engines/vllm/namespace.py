@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 import vllm
-from vllm.config import LoadConfig, ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lamina.checkpoint import fingerprint, locate
 from lamina.config import Config
 from lamina.engines.identity import describe_checkpoint, describe_model
 from lamina.engines.vllm import layout
@@ -81,7 +80,7 @@ def build_namespace(config: Config, vllm_config: VllmConfig, cache: KVCacheConfi
         pipeline_parallel=parallel.pipeline_parallel_size,
         context_parallel=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
-        speculation=_speculation(vllm_config),
+        speculation=_speculation(config, vllm_config),
         engine="vllm",
         engine_format=_engine_format(vllm_config),
     )
@@ -127,19 +126,23 @@ def _checkpoint(config: Config, vllm_config: VllmConfig) -> str:
     )
 
 
-def _content(model: ModelConfig, load: LoadConfig) -> str:
-    where = locate(model.model, revision=model.revision, download_dir=load.download_dir)
-    return fingerprint(where)
-
-
-def _speculation(vllm_config: VllmConfig) -> str:
+def _speculation(config: Config, vllm_config: VllmConfig) -> str:
+    """How the engine drafts, and with which weights; ``identity`` stands for those, too."""
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.draft_model_config is None:
         return ""
     draft = speculative.draft_model_config
     if draft.model == vllm_config.model_config.model:
         return str(speculative.method)
-    return f"{speculative.method} {_content(draft, vllm_config.load_config)}"
+    content = describe_checkpoint(
+        config,
+        draft.model,
+        revision=draft.revision,
+        download_dir=vllm_config.load_config.download_dir,
+    )
+    if config.identity != "auto":
+        content += f" {draft.model}"
+    return f"{speculative.method} {content}"
 
 
 def _engine_format(vllm_config: VllmConfig) -> str:
