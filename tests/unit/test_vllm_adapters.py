@@ -4,6 +4,7 @@ these change: under a request that waits, under one that runs, and in the middle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,3 +249,21 @@ def test_a_finished_request_leaves_no_trace(served: Served) -> None:
     assert not served.adapters._running
     assert not served.adapters._known
     assert not served.adapters._loading
+
+
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [
+        ("_changed", test_saves_that_are_under_way_when_an_adapter_is_replaced_are_not_shown),
+        ("check", test_an_adapter_in_place_is_watched_in_every_step),
+    ],
+)
+def test_adapters_that_tell_nobody_are_seen(
+    served: Served,
+    method: str,
+    case: Callable[[Served], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Adapters, method, lambda *args: None)
+    with pytest.raises(AssertionError):
+        case(served)
