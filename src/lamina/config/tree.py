@@ -45,7 +45,7 @@ class LoadConfig(Section):
         description="How a load runs. `layerwise`: in the step itself, row by row ahead of the "
         "model. `parked`: between steps, while other requests run. `auto` decides for each load. "
         "What is on disk is always parked where the engine cannot take a failed load back, as "
-        "vLLM 0.32 cannot.",
+        "vLLM cannot.",
     )
     when: Annotated[Literal["auto", "always"], choice("auto", "always")] = Field(
         default="auto",

@@ -136,7 +136,7 @@ class SchedulerSide:
             card=card,
             costs=self._notebook.read_costs(),
             on_decision=self._notebook.note if self._config.observe.decisions else None,
-            # vLLM 0.32 does not take back a load that failed in a step: with asynchronous
+            # vLLM does not take back a load that failed in a step: with asynchronous
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
             reports_blocks=False,
