@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
         Metric("hit_tokens", _C, "Of these, tokens that were brought, by where from", ("tier",)),
         Metric("computed_tokens", _C, "Of these, tokens that were computed"),
         Metric("unfinished_tokens", _C, "Of these, tokens that neither was done for"),
-        Metric("lookups", _C, "Prompts that were looked up; those that may not hit are not counted"),
+        Metric("lookups", _C, "Prompts that were looked up; none that may not hit"),
         Metric("lookup_tokens", _C, "Tokens of prompts that were looked up"),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
