@@ -4,6 +4,7 @@ order an operator pauses, replaces weights, names them, resets and goes on.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_a_pause_that_failed_says_nothing_of_a_later_reset() -> None:
     served = Served()
     served.ask()
     served.watch.pausing(served.weigh)
+    served.watch.paused()
+    served.reset()
+    assert served.ask() == 0
+
+
+def test_a_pause_of_an_engine_that_sleeps_and_that_failed_says_nothing_of_a_later_reset() -> None:
+    served = Served()
+    served.ask()
+    served.pause()
+    served.watch.pausing_asleep()
     served.watch.paused()
     served.reset()
     assert served.ask() == 0
@@ -260,8 +271,11 @@ class Executor:
     def __init__(self) -> None:
         self.sleeping_tags: set[str] = set()
         self.weighed = 0
+        self.broken = False
 
     def collective_rpc(self, method: object) -> list[str]:
+        if self.broken:
+            raise RuntimeError("a worker is gone")
         if method is weigh_model:
             assert "weights" not in self.sleeping_tags, "weights are read that are not mapped"
             self.weighed += 1
@@ -298,13 +312,41 @@ class Scheduler:
         return True
 
 
-def test_an_engine_core_that_sleeps_is_not_weighed() -> None:
-    served = Served()
-    served.ask()
+def core_of(served: Served) -> Any:
     core: Any = object.__new__(EngineCore)
     core.scheduler = Scheduler(Watch(served.watch, Adapters(None)))
     core.model_executor, core.mm_receiver_cache = Executor(), None
     watch_engine_core()
+    return core
+
+
+@pytest.mark.parametrize("when", ["at once", "when the last request has ended"])
+def test_a_sleep_that_failed_has_dropped_no_weights(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served()
+    served.ask()
+    core = core_of(served)
+    core.model_executor.broken = True
+    if when == "at once":
+        with pytest.raises(RuntimeError, match="a worker is gone"):
+            core.sleep(2)
+    else:
+        ended: Future[None] = Future()
+        monkeypatch.setattr(core, "pause_scheduler", lambda **_: ended)
+        slept = core.sleep(2)
+        ended.set_exception(RuntimeError("a worker is gone"))
+        assert slept.exception() is not None
+        monkeypatch.undo()
+    core.model_executor.broken = False
+    core.pause_scheduler("abort", True)
+    assert served.ask() == HIT
+
+
+def test_an_engine_core_that_sleeps_is_not_weighed() -> None:
+    served = Served()
+    served.ask()
+    core = core_of(served)
     core.sleep(1)
     assert core.model_executor.weighed == 1
     core.sleep(1)

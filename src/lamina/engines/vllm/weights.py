@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -56,6 +57,17 @@ class _Promise:
     due: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """A pause whose reset is about to come.
+
+    Attributes:
+        weight: what the weights weigh; None while they sleep, and nobody replaces them.
+    """
+
+    weight: str | None
+
+
 class Epochs(Protocol):
     """Whoever is in an epoch: the planner, and before there is one, what stands for it."""
 
@@ -81,8 +93,7 @@ class WeightsWatch:
         self._planner = planner
         self._promise: _Promise | None = None
         self._scales: Scales = lambda: None
-        self._pausing: str | None = None
-        self._asleep = False
+        self._pause: _Pause | None = None
         self._void = True
         self._lost = ""
 
@@ -93,16 +104,17 @@ class WeightsWatch:
     def pausing(self, scales: Scales) -> None:
         """The reset that follows is a pause's: the weights are still those of the epoch."""
         self._scales = scales
-        self._pausing = scales()
+        weight = scales()
+        self._pause = None if weight is None else _Pause(weight)
 
     def pausing_asleep(self) -> None:
         """The reset that follows is a pause's, and the weights are asleep: nobody may read them,
         and nobody replaces them. What was promised before stays promised."""
-        self._asleep = True
+        self._pause = _Pause(None)
 
     def paused(self) -> None:
         """The pause is over, or has failed before its reset."""
-        self._pausing = None
+        self._pause = None
 
     def was_reset(self, *, void: bool) -> None:
         """The engine's cache is not to be used any more.
@@ -110,12 +122,11 @@ class WeightsWatch:
         Args:
             void: whether it is empty. It is not where vLLM could not reset it.
         """
-        promise, weight, asleep = self._promise, self._pausing, self._asleep
-        self._pausing, self._asleep = None, False
-        if promise is not None and (promise.named or asleep or weight is not None):
+        promise, pause, self._pause = self._promise, self._pause, None
+        if promise is not None and (promise.named or pause is not None):
             self._promise = replace(promise, due=promise.due or void)
-        elif weight is not None and void:
-            self._promise = _Promise(self._planner.epoch, weight, named=False, due=True)
+        elif pause is not None and pause.weight is not None and void:
+            self._promise = _Promise(self._planner.epoch, pause.weight, named=False, due=True)
         else:
             self._promise = None
             self._lost = (
@@ -215,8 +226,19 @@ def watch_engine_core() -> None:
 
     @functools.wraps(sleep)
     def sleeping(core: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        def forget(future: Future[Any] | None = None) -> None:
+            if future is None or future.cancelled() or future.exception() is not None:
+                core.__dict__.pop(_DROPS, None)
+
         core.__dict__[_DROPS] = level > 1  # its reset may come when the last request has ended
-        return sleep(core, level, *args, **kwargs)
+        try:
+            slept = sleep(core, level, *args, **kwargs)
+        except BaseException:
+            forget()
+            raise
+        if isinstance(slept, Future):
+            slept.add_done_callback(forget)
+        return slept
 
     @functools.wraps(add)
     def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
