@@ -80,6 +80,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | IdleWorker | None = None
         self._moves_rows = False
         self._order = StepOrder()
+        self._handled: BaseException | None = None
         if idle := why_idle(vllm_config, kv_cache_config):
             log.info("%s: it is served as without Lamina, and nothing is kept", idle)
             if role is KVConnectorRole.SCHEDULER:
@@ -161,6 +162,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """The first hook of every step, before anything of it runs."""
         assert isinstance(kv_connector_metadata, LaminaPlan)
+        self._handled = sys.exc_info()[1]  # who calls the engine may be handling one of its own
         self._order.begins(loads=kv_connector_metadata.plan.loads_in_step)
         self._on_worker.begin_step(kv_connector_metadata)
         self._moves_rows = self._on_worker.executor.moves_rows
@@ -193,8 +195,10 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """The end of every step. Waits for no save."""
         self._order.makes(Call.END)
-        if sys.exc_info()[0] is not None:  # the V1 runner ends a step whose forward has failed
+        # The V1 runner ends a step whose forward has failed, too.
+        if sys.exc_info()[1] is not self._handled:
             self._on_worker.executor.fail_step("step_failed")
+        self._handled = None
         self._on_worker.executor.end_step()
         self._moves_rows = False
 
