@@ -185,11 +185,13 @@ def test_a_load_that_is_late_is_waited_for(checkpoints: Checkpoints, fleet: Flee
     lamina = {"host": HOST, "load": {"mode": "layerwise", "deadline": 0.1}}
     slow = {"slow_loads": 0.3}
     engine = fleet.get(EngineSpec(checkpoints.model(model), lamina, options, faults=slow))
-    assert not differences([engine.ask(ask)], [expected])
-    engine.forget()
-    again = engine.ask(ask)
+    for _ in range(20):  # on a busy machine a save, too, is late
+        again = engine.ask(ask)
+        assert not differences([again], [expected])
+        if again.cached:
+            break
+        engine.forget()
     assert again.cached > 0
-    assert not differences([again], [expected])
 
 
 def test_states_of_another_type_do_not_mix(
