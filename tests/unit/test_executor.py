@@ -409,9 +409,11 @@ class LateFence(Fence):
     """A device that runs behind its host."""
 
     over = False
+    waits = 0
 
     def wait(self) -> None:
         """See :class:`~lamina.data.movers.base.Fence`."""
+        self.waits += 1
 
     def passed(self) -> bool:
         return self.over
@@ -555,6 +557,42 @@ def test_what_was_resumed_early_may_land_between_steps(rank: Rank) -> None:
     (receipt,) = rank.settle(1)
     assert receipt.outcome is Outcome.DONE
     assert not rank.executor.moves_rows
+
+
+@pytest.mark.usefixtures("hasty")
+def test_before_the_engines_memory_goes_what_was_resumed_early_lands(rank: Rank) -> None:
+    """Its request runs: it would be an error of the engine if its rows did not come."""
+    rank.save(b"k", 3, (7, 2))
+    expected = rank.pages((7, 2))
+    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
+    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
+    rank.run(StepPlan(0, loads=(early,), forward=False))
+    assert until_arrived(rank).arrived == {"r"}
+    threading.Timer(0.05, rank.source.stall.set).start()
+    rank.executor.quiet()
+    assert rank.pages((11, 5)) == expected
+    outcomes = rank.executor.collect()
+    assert not outcomes.failed
+    assert [receipt.outcome for receipt in outcomes.receipt.transfers] == [Outcome.DONE]
+
+
+def test_before_the_engines_memory_goes_the_device_has_carried_out_every_copy(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank.save(b"k", 3, (7, 2))
+    fence, inner = LateFence(), rank.source.load_row
+
+    def late(*arguments: Any) -> Fence:
+        inner(*arguments)
+        return fence
+
+    monkeypatch.setattr(rank.source, "load_row", late)
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
+    assert rank.executor.collect().receipt.transfers == ()
+    waits = fence.waits
+    rank.executor.quiet()
+    assert fence.waits > waits
+    fence.over = True
 
 
 @pytest.mark.usefixtures("hasty")

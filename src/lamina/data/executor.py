@@ -427,13 +427,17 @@ class Executor:
 
     def quiet(self) -> None:
         """Have nobody read or write the engine's memory any more, because it is about to go; call
-        it between steps. Loads between steps are given up, saves come to their end.
+        it between steps. Loads that requests wait for are given up. Those of requests that go on
+        come to their end, because nobody could take them back, and so do saves.
 
         Raises:
             TimeoutError: if saves have not within ``load.deadline``.
+            LoadStuck: if a copy does not end. The engine has to stop.
         """
-        for run in (*self._parked, *self._resumed):
+        for run in self._parked:
             run.give_up("quiet")
+        for run in (*self._resumed, *self._landing):
+            run.land()
         if not self._save_pool.await_idle(self._config.deadline):
             raise TimeoutError(
                 f"saves have not ended within load.deadline, {self._config.deadline:g} s, and "

@@ -328,6 +328,17 @@ class LoadRun:
         """Wait for every row that was not waited for."""
         return [fence for row in range(self._rows) for fence in self.wait(row)]
 
+    def land(self) -> None:
+        """Wait for every row, and for the device to carry out every copy.
+
+        Raises:
+            LoadStuck: as :meth:`wait` does.
+        """
+        self.finish()
+        for fences in self._fences:
+            for fence in fences:
+                fence.wait()
+
     def give_up(self, reason: str, patience: float | None = None) -> None:
         """Fail what has not arrived; afterwards nothing of this run writes engine memory.
 
