@@ -89,6 +89,7 @@ class Guarded(Transport):
         self.begun: list[Begun] = []
         self.error: Exception | None = None
         self.nobody = False
+        self.connects: Exception | None = None
         self._lock = world.lock
         self.end = world.network.end(regions)
 
@@ -98,6 +99,8 @@ class Guarded(Transport):
     def connect(self, description: bytes) -> Peer:
         if self.nobody:
             raise TransportError("nobody is there")
+        if self.connects is not None:
+            raise self.connects
         with self._lock:
             return self.end.connect(description)
 
@@ -585,6 +588,45 @@ def test_a_transport_that_refuses(world: World, two: Two, error: Exception) -> N
     send(prefill, order(3, pages((3,), (3,)), epoch=8))
     world.until(decode.take_ended)
     assert decode.ended[0][1].transfer == 8
+
+
+def test_a_connection_that_fails_as_nobody_expected(world: World, two: Two) -> None:
+    prefill, decode = two
+    prefill.transport.connects = RuntimeError("anything")
+    send(prefill, order(1, pages((1,), (1,)), last=False), order(2, pages((2,), (2,))))
+    world.until(lambda: len(prefill.receipts) == 2)
+    assert prefill.outcomes() == [(n, Outcome.FAILED, "RuntimeError") for n in (1, 2)]
+    prefill.transport.connects = None
+    expect(decode, epoch=8)
+    send(prefill, order(3, pages((3,), (3,)), epoch=8))
+    world.until(decode.take_ended)
+    assert decode.ended[0][1].transfer == 8
+
+
+def test_an_order_that_cannot_be_begun(
+    world: World, two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its push has failed, each order once, and nothing is said to be there."""
+    prefill, decode = two
+    send(prefill, order(1, pages((1,), (1,)), last=False))
+    world.until(lambda: len(prefill.receipts) == 1)
+
+    def refuse(*_: object) -> None:
+        raise IndexError("no such page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(push_streams, "PageSpans", refuse)
+        send(prefill, order(2, pages((2,), (2,)), last=False))
+        world.until(lambda: len(prefill.receipts) == 2)
+    send(prefill, order(3, pages((3,), (3,))))
+    world.until(lambda: len(prefill.receipts) == 3)
+    assert prefill.outcomes() == [
+        (1, Outcome.DONE, ""),
+        (2, Outcome.FAILED, "IndexError"),
+        (3, Outcome.FAILED, "IndexError"),
+    ]
+    world.still()
+    assert not decode.take_ended()
 
 
 def test_a_peer_that_is_gone(world: World, two: Two) -> None:

@@ -172,9 +172,11 @@ class PushStream:
         return self.idle and (self._delivered or bool(self.failure))
 
     def begin(self, order: PushOrder, step: int) -> Sending:
-        """A new order of the push, in a plan for ``step``."""
+        """A new order of the push, in a plan for ``step``. If the push has failed, nobody looks at
+        its pages."""
+        routes = () if self.failure else self._routes
         spans = tuple(
-            PageSpans(order.pages, route.route, self._card, route.card) for route in self._routes
+            PageSpans(order.pages, route.route, self._card, route.card) for route in routes
         )
         gathered: list[list[tuple[Spans, Spans]]] = [[] for _ in self._routes]
         sending = Sending(order, step, spans, time.perf_counter(), gathered=gathered)

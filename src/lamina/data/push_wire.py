@@ -246,22 +246,39 @@ class PushWire:
     def _begin(self, order: PushOrder, step: int, outgoing: OutgoingOrder, until: float) -> None:
         name = (order.peer, order.epoch)
         stream = self._streams.get(name)
-        if stream is None:
-            card = self._cards.get(order.peer)
-            stream = self._streams[name] = PushStream(
-                order.peer,
-                order.epoch,
-                self._identity.card.rank,
-                self._identity.card,
-                () if card is None or self._dead else self._routes(card),
-                self._transport,
-                failure=self._dead or self._failed.get(name, "unreachable" if card is None else ""),
-                batch=self._identity.batch,
-                until=until,
-                report=lambda receipt: self._report([receipt]),
-                timeline=self._timeline,
-            )
-        outgoing.bind(stream, stream.begin(order, step))
+        try:
+            if stream is None:
+                stream = self._streams[name] = self._open(order, until)
+            sending = stream.begin(order, step)
+        except Exception as error:
+            # A push that cannot be sent still has to answer every one of its orders.
+            log.exception("push %d to %s", order.epoch, order.peer)
+            reason = type(error).__name__
+            if stream is None:
+                stream = self._streams[name] = self._open(order, until, reason)
+            stream.fail(reason)
+            sending = stream.begin(order, step)
+        outgoing.bind(stream, sending)
+
+    def _open(self, order: PushOrder, until: float, failure: str = "") -> PushStream:
+        """A new push; with a ``failure`` it sends nothing."""
+        card = self._cards.get(order.peer)
+        failure = failure or self._dead or self._failed.get((order.peer, order.epoch), "")
+        if card is None:
+            failure = failure or "unreachable"
+        return PushStream(
+            order.peer,
+            order.epoch,
+            self._identity.card.rank,
+            self._identity.card,
+            () if card is None or failure else self._routes(card),
+            self._transport,
+            failure=failure,
+            batch=self._identity.batch,
+            until=until,
+            report=lambda receipt: self._report([receipt]),
+            timeline=self._timeline,
+        )
 
     def _stop(self, stop: PushStop) -> None:
         stream = self._streams.get((stop.peer, stop.epoch))
