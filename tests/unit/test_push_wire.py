@@ -90,6 +90,7 @@ class Guarded(Transport):
         self.error: Exception | None = None
         self.nobody = False
         self.connects: Exception | None = None
+        self.deaf: Exception | None = None
         self._lock = world.lock
         self.end = world.network.end(regions)
 
@@ -117,6 +118,8 @@ class Guarded(Transport):
             self.end.notify(peer, body)
 
     def notices(self) -> list[Notice]:
+        if self.deaf is not None:
+            raise self.deaf
         with self._lock:
             return self.end.notices()
 
@@ -699,6 +702,24 @@ def test_close_calls_back_what_moves(world: World, two: Two) -> None:
 
 
 # -- what is received ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [TransportError("broken"), RuntimeError("anything")])
+def test_a_transport_that_hears_nothing_any_more(
+    world: World, two: Two, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for a deadline, and it is said once."""
+    _, decode = two
+    decode.transport.deaf = error
+    world.until(decode.take_ended)
+    expect(decode, epoch=8)
+    world.until(lambda: len(decode.take_ended()) == 2)
+    world.still()
+    assert [(receipt.outcome, receipt.reason) for _, receipt in decode.ended] == [
+        (Outcome.FAILED, type(error).__name__)
+    ] * 2
+    (said,) = (record for record in caplog.records if record.name == "lamina.data")
+    assert "nothing more is received" in said.message
 
 
 def notice(sender: int = 0, *, epoch: int = 7, incarnation: str = D, senders: int = 1) -> Notice:

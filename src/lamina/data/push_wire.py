@@ -98,7 +98,7 @@ class PushWire:
         self._failed: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._receives = Receives(identity.incarnation)
         self._ended: deque[tuple[str, TransferReceipt]] = deque()
-        self._broken = False
+        self._deaf = ""
         self._closed = False
         self._dead = ""
         self._thread = (threads or Threads()).start("push", self._run, self._died)
@@ -201,23 +201,26 @@ class PushWire:
                     while len(self._failed) > REMEMBERED:
                         self._failed.popitem(last=False)
         try:
-            if self._dead:
-                self._receives.give_up_all(self._dead)
-            else:
+            if not self._dead:
                 self._take_notices()
+            if reason := self._dead or self._deaf:
+                self._receives.give_up_all(reason)
         finally:
             if ended := self._receives.ended():
                 self._ended.extend(ended)
                 self._wake()
 
     def _take_notices(self) -> None:
+        # Also if nothing is heard any more: what peers still write may only arrive meanwhile.
         try:
             for notice in self._transport.notices():
                 self._receives.notice(notice)
-        except TransportError as error:
-            if not self._broken:
-                self._broken = True
-                log.warning("nothing more is received from other engines: %s", error)
+        except Exception as error:
+            if not self._deaf:
+                self._deaf = type(error).__name__
+                log.exception(
+                    "nothing more is received from other engines until this one is restarted"
+                )
 
     def _connect(self, peer: PeerOrder) -> None:
         self._cards[peer.incarnation] = decode_card(peer.card)
