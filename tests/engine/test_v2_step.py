@@ -166,6 +166,14 @@ def test_a_draft_model_need_not_run(start: Start) -> None:
     expect_loaded(worker)
 
 
+def test_a_last_layer_that_does_not_wait_is_missed_where_tokens_are_guessed(start: Start) -> None:
+    """There is no draft model that it could be of."""
+    worker = start(guesses=True, mute=["layer.2"])
+    fill(worker)
+    with pytest.raises(LayersDidNotWait, match=r"layer\.2"):
+        expect_loaded(worker)
+
+
 def test_a_row_is_saved_when_both_micro_batches_have_written_it(start: Start) -> None:
     """The second one writes long after the first one's hook, and after the row could be copied."""
     worker = start(micro_batches=True)

@@ -82,6 +82,7 @@ class Worker:
         silent: those of a class that does not call the connector.
         mute: those that do not call it although their class does.
         drafts: names of a draft model's layers, which run after it.
+        guesses: whether tokens are guessed without a draft model, as n-grams are.
         micro_batches: whether vLLM is configured to split batches.
         graphs: its mode of CUDA graphs.
         lamina: the connector's configuration.
@@ -96,6 +97,7 @@ class Worker:
         silent: Sequence[str] = (),
         mute: Sequence[str] = (),
         drafts: Sequence[str] = (),
+        guesses: bool = False,
         micro_batches: bool = False,
         graphs: CUDAGraphMode = CUDAGraphMode.NONE,
         lamina: Mapping[str, object] | None = None,
@@ -120,8 +122,10 @@ class Worker:
             enable_sleep_mode=sleeps, runner_type="generate"
         )
         self._config.compilation_config.cudagraph_mode = graphs
-        if drafts:
-            self._config.speculative_config = SimpleNamespace()
+        if drafts or guesses:
+            self._config.speculative_config = SimpleNamespace(
+                uses_draft_kv_cache=lambda: bool(drafts)
+            )
         if micro_batches:
             self._config.parallel_config.ubatch_size = 2
         cache, self._pages = self._allocate()

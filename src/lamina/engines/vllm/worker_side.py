@@ -203,7 +203,9 @@ class WorkerSide:
                     "layer",
                     reason,
                 )
-        if self._vllm_config.speculative_config is not None:
+        # Not where tokens are guessed from the text alone: there every layer is the model's.
+        speculative = self._vllm_config.speculative_config
+        if speculative is not None and speculative.uses_draft_kv_cache():
             executor.drafts_follow(list(layers))
         if self._vllm_config.parallel_config.use_ubatching:
             executor.save_after_forward()
