@@ -185,6 +185,18 @@ def test_a_request_that_is_pushed_to_is_not_kept_waiting() -> None:
     assert ask(driven, view).ask_again, "a prefill engine has crowds, too"
 
 
+def test_who_joins_a_load_again_is_told_of_its_end_once() -> None:
+    driven = engine()
+    order, (second, _) = crowd(driven)
+    (shared,) = driven.planner._shared._loads.values()
+    for floor in (CHUNK, 2 * CHUNK, CHUNK):
+        assert ask(driven, second, floor).ask_again
+    assert len(shared.waiting) == 2
+    driven.answer(order.transfer)
+    hit = ask(driven, second, SHARED)
+    assert (hit.tokens, hit.ask_again) == (0, False)
+
+
 def test_a_waiting_request_whose_keys_change_waits_no_longer() -> None:
     driven = engine()
     _, (second, _) = crowd(driven, 3)

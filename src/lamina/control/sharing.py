@@ -52,14 +52,14 @@ class _SharedLoad:
         end: tokens that its request has with it.
         size: tokens that it brings.
         parked: whether it is one between steps.
-        waiting: requests that were told to wait for it.
+        waiting: requests that were told to wait for it, by their ids.
     """
 
     keys: Sequence[ChunkKey]
     end: int
     size: int
     parked: bool
-    waiting: list[RequestRecord] = field(default_factory=list)
+    waiting: dict[str, RequestRecord] = field(default_factory=dict)
 
 
 class SharedLoads:
@@ -113,7 +113,7 @@ class SharedLoads:
         for key in shared.keys:
             if self._by_key.get(key) == load:
                 del self._by_key[key]
-        for record in shared.waiting:
+        for record in shared.waiting.values():
             if record.wait.load == load:
                 self._stop(record.wait, now)
                 record.wait.promised = well
@@ -132,6 +132,7 @@ class SharedLoads:
             return False
         if wait.floor == floor and wait.seconds + now - wait.since < self._longest:
             return True
+        self._loads[wait.load].waiting.pop(record.view.request_id, None)
         self._stop(wait, now)
         return False
 
@@ -160,7 +161,7 @@ class SharedLoads:
         if self._shape.sparse and not self._shares_all(record, floor, shared):
             return False
         wait.load, wait.floor, wait.since = load, floor, now
-        shared.waiting.append(record)
+        shared.waiting[record.view.request_id] = record
         return True
 
     def _key(self, record: RequestRecord, floor: int) -> ChunkKey:
