@@ -7,12 +7,14 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 
+from lamina.data.threads import Threads
 from lamina.data.tiers.disk import DiskTier, StoreNamespace
 from lamina.data.tiers.disk_slab import aligned_memory
 from lamina.data.tiers.host import HostTier
@@ -38,13 +40,17 @@ class Rig:
         self.disk = disk
         self.receipts: list[TransferReceipt] = []
         self.loads = WorkerPool("load", 1)
-        self.writer = DiskWriter(
-            disk,
+        self.writer = self.new_writer()
+
+    def new_writer(self, threads: Threads | None = None) -> DiskWriter:
+        return DiskWriter(
+            self.disk,
             cast(HostTier, Memory()),
             self.receipts.extend,
             loads=self.loads,
             rows=1,
             chunk_bytes=EXTENT,
+            threads=threads,
         )
 
     def write(self, *slots: int) -> None:
@@ -69,16 +75,19 @@ def order(slot: int) -> WriteThrough:
     return WriteThrough(TransferId(slot), key, host_slot=slot, disk_slot=slot)
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    disk = DiskTier(
-        path=tmp_path,
+def disk_at(path: Path) -> DiskTier:
+    return DiskTier(
+        path=path,
         namespace=StoreNamespace("ab" * 16, {}),
         rank=0,
         extent_bytes=(EXTENT,),
         capacity=4 * EXTENT,
     )
-    rig = Rig(disk)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(disk_at(tmp_path))
     yield rig
     rig.close()
 
@@ -99,6 +108,27 @@ def test_a_store_that_is_deleted_fails_writes_and_says_so_once(
     assert "rank-0" in warning.getMessage()
 
 
+def test_a_writer_without_a_thread_forgets_all_the_same(
+    rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Damaged chunks would be found after a restart."""
+    rig.write(0, 1)
+    rig.await_receipts(2)
+    assert rig.writer.close(60)
+
+    def cannot_begin() -> None:
+        raise RuntimeError("no device")
+
+    rig.writer = rig.new_writer(Threads(enter=cannot_begin))
+    rig.writer.drop([0])
+    rig.write(2)
+    assert [receipt.outcome for receipt in rig.close()[2:]] == [Outcome.FAILED]
+    with closing(disk_at(tmp_path)) as again:
+        assert [chunk.slot for chunk in again.stored()] == [1]
+    (error,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "no device" in error.getMessage()
+
+
 def test_slots_that_cannot_be_forgotten_stop_no_write(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,6 +137,7 @@ def test_slots_that_cannot_be_forgotten_stop_no_write(
 
     monkeypatch.setattr(DiskTier, "drop", broken)
     rig.writer.drop([0])
+    rig.writer.drop([2])
     rig.write(1)
     (receipt,) = rig.close()
     assert receipt.outcome is Outcome.DONE

@@ -58,7 +58,9 @@ class DiskWriter:
 
     def drop(self, slots: Sequence[int]) -> None:
         """Forget slots, after what was queued before."""
-        self._pool.submit((0, 0), lambda: self._drop(slots), lambda error: None)
+        # A thread that cannot write any more must forget all the same: what is in these slots may
+        # be damaged, and would be found after a restart.
+        self._pool.submit((0, 0), lambda: self._drop(slots), lambda error: self._drop(slots))
 
     def write(self, orders: Sequence[WriteThrough], step: int) -> None:
         """Write a batch, after what was queued before."""
@@ -76,8 +78,11 @@ class DiskWriter:
     def _drop(self, slots: Sequence[int]) -> None:
         try:
             self._disk.drop(slots)
-        except OSError as error:
-            log.warning("disk tier: %s", error.strerror or error)
+        except Exception as error:
+            reason = str((isinstance(error, OSError) and error.strerror) or error)
+            if reason not in self._complained:
+                self._complained.add(reason)
+                log.warning("disk tier: %s", reason)
 
     def _write(self, orders: Sequence[WriteThrough], step: int) -> None:
         began = time.perf_counter()
