@@ -220,6 +220,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """The engine ends."""
+        self._alive.discard(self)
         if self._worker is not None:
             self._worker.close()
         if self._scheduler is not None:
