@@ -25,7 +25,6 @@ from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
-from lamina.keys import prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import (
     TORN,
@@ -539,13 +538,7 @@ class PushSource:
             )
         view = record.view
         prompt = view.num_prompt_tokens
-        digest = prompt_digest(
-            view.tokens()[:prompt],
-            view.root_extra,
-            view.chunk_extra(0, prompt),
-            record.chain.epoch,
-        )
-        if digest != announce.digest:
+        if record.prompt_digest() != announce.digest:
             return (
                 "the engines were given different prompts, or compute them with different "
                 "weights: check that both have the same tokenizer, chat template, adapter and "

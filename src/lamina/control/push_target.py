@@ -22,7 +22,6 @@ from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
-from lamina.keys import prompt_digest
 from lamina.observe.metrics import Meter
 from lamina.plan import TORN, ReceiveOrder, TransferId
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
@@ -185,16 +184,9 @@ class PushTarget:
             self._breaker_of(push.prefill).ordered(),
         )
         record.receive = transfer.id
-        prompt = view.num_prompt_tokens
-        digest = prompt_digest(
-            view.tokens()[:prompt],
-            view.root_extra,
-            view.chunk_extra(0, prompt),
-            record.chain.epoch,
-        )
         patience = self._config.deadline
         self.orders.append(ReceiveOrder(transfer.id, view.request_id, patience))
-        announce = Announce(attempt, digest, start, end, patience, tables)
+        announce = Announce(attempt, record.prompt_digest(), start, end, patience, tables)
         self.letters.append(Letter(push.prefill, announce))
 
     def decline(self, record: RequestRecord) -> None:

@@ -13,7 +13,7 @@ from lamina.control.catalog import Location
 from lamina.control.decisions import DecisionRecord
 from lamina.control.policy import HitPart
 from lamina.geometry import Group, GroupKind
-from lamina.keys import ChunkChain
+from lamina.keys import ChunkChain, prompt_digest
 from lamina.plan import ChunkKey, LoadMode, TierName, TransferId
 
 
@@ -338,6 +338,16 @@ class RequestRecord:
         self.hit = FoundPrefix()
         self.wait = Wait()
         self.promote.clear()
+
+    def prompt_digest(self) -> bytes:
+        """Names its prompt and the weights that compute it, for the other engine of a push."""
+        prompt = self.view.num_prompt_tokens
+        return prompt_digest(
+            self.view.tokens()[:prompt],
+            self.view.root_extra,
+            self.view.chunk_extra(0, prompt),
+            self.chain.epoch,
+        )
 
     def lose_blocks(self) -> None:
         """The engine took the blocks away (preemption, failed load): everything is open again."""

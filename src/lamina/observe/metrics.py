@@ -46,7 +46,7 @@ METRICS: dict[str, Metric] = {
         Metric("prompt_tokens", _C, "Tokens of prompts that are complete or have ended"),
         Metric("hit_tokens", _C, "Of these, tokens that were brought, by where from", ("tier",)),
         Metric("computed_tokens", _C, "Of these, tokens that were computed"),
-        Metric("unfinished_tokens", _C, "Of these, tokens that neither was done for"),
+        Metric("unfinished_tokens", _C, "Of these, tokens that were neither brought nor computed"),
         Metric("lookups", _C, "Prompts that were looked up; none that may not hit"),
         Metric("lookup_tokens", _C, "Tokens of prompts that were looked up"),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
