@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +65,19 @@ def test_requests_that_ended_before_the_reports_do_not_wait() -> None:
     for request in requests:
         opening.arrived(request)
     opening.finished(requests[1])
-    assert list(opening.waiting) == [stays]
+    assert list(opening.hand_over()) == [stays]
+
+
+def test_when_it_is_over_nothing_of_it_is_kept() -> None:
+    """Reports name every chunk that is stored, and requests hold their tokens."""
+    opening = Opening(1)
+    request: Any = SimpleNamespace(request_id="a")
+    reported = report(0)
+    before = [sys.getrefcount(kept) for kept in (request, reported)]
+    opening.arrived(request)
+    opening.heard([reported])
+    opening.hand_over()
+    assert [sys.getrefcount(kept) for kept in (request, reported)] == before
 
 
 def test_a_scheduler_on_every_rank_is_refused() -> None:

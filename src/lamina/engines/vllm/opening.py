@@ -53,10 +53,10 @@ class Opening:
         """A request has ended."""
         self._arrived.pop(request.request_id, None)
 
-    @property
-    def waiting(self) -> Iterable[Request]:
-        """Requests that have arrived and not ended."""
-        return self._arrived.values()
+    def hand_over(self) -> Iterable[Request]:
+        """Requests that have arrived and not ended; they are known to somebody else from now on."""
+        arrived, self._arrived = self._arrived, {}
+        return arrived.values()
 
     def asks(self) -> bool:
         """Whether the next plan asks the ranks for their reports.
@@ -77,7 +77,7 @@ class Opening:
         """Take in reports.
 
         Returns:
-            One from each rank, in their order, as soon as all are there.
+            One from each rank, in their order, as soon as all are there; they are not kept.
 
         Raises:
             ValueError: if the ranks serve different checkpoints.
@@ -85,7 +85,8 @@ class Opening:
         self._reports |= {report.report.rank: report for report in reports}
         if len(self._reports) < self._ranks:
             return None
-        found = [self._reports[rank] for rank in sorted(self._reports)]
+        reported, self._reports = self._reports, {}
+        found = [reported[rank] for rank in sorted(reported)]
         if len({report.namespace for report in found} - {""}) > 1:
             raise ValueError(
                 "the checkpoint changed while the engine was starting: its ranks disagree about "

@@ -148,7 +148,7 @@ class SchedulerSide:
         self._planner.begin(self._opening.epoch)
         self.watch.weights.follow(self._planner)
         self._adapters.follow(self._planner.bar)
-        for request in self._opening.waiting:
+        for request in self._opening.hand_over():
             self.arrived(request)
 
     def _card(self, ours: Sequence[LaminaReport]) -> EngineCard | None:
