@@ -65,7 +65,7 @@ class Side:
         address = f"127.0.0.1:{port}" if listen else None
         self.link = Link(
             self.card,
-            server=None if address is None else listen_at(address),
+            servers=[] if address is None else listen_at(address),
             token=token,
             silence=silence,
         )
@@ -437,7 +437,7 @@ def test_a_peer_is_dialled_again(make: Make) -> None:
     first.until(2)
     first.link.close()
     assert [type(item) for item in decode_side.until(2)] == [Opened, Lost]
-    second = Link(card("P2"), server=listen_at(address), token=None, silence=NEVER)
+    second = Link(card("P2"), servers=listen_at(address), token=None, silence=NEVER)
     try:
         decode_side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
         assert decode_side.until(3)[2] == Opened(address, "P2")
@@ -500,7 +500,39 @@ def test_close_ends_every_connection(make: Make) -> None:
 def test_an_address_in_use(make: Make) -> None:
     side = make("P", listen=True)
     with pytest.raises(OSError, match=r"[Aa]ddress already in use"):
-        Link(side.card, server=listen_at(side.address), token=None, silence=NEVER)
+        Link(side.card, servers=listen_at(side.address), token=None, silence=NEVER)
+
+
+def test_it_listens_at_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may stand for addresses of both families, or for one that this machine lacks."""
+    names = ["192.0.2.1", "127.0.0.1", "127.0.0.2", "127.0.0.1"]
+
+    def found(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        stream = socket.AF_INET, socket.SOCK_STREAM, 6, ""
+        return [(*stream, (name, port)) for name in names]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", found)
+        servers = listen_at("name:0")
+        del names[1:]
+        with pytest.raises(OSError, match=r"[Cc]annot assign"):
+            listen_at("name:0")
+    link = Link(card("P"), servers=servers, token=None, silence=NEVER)
+    dialling = Link(card("D"), servers=[], token=None, silence=NEVER)
+    try:
+        for name in ("127.0.0.1", "127.0.0.2"):
+            dialling.send(Letter(f"{name}:{link.port}", Cancel(Attempt("p", 1))))
+        opened: set[str] = set()
+        deadline = time.monotonic() + PATIENCE
+        while len(opened) < 2:
+            news = dialling.news()
+            assert not [item for item in news if isinstance(item, Lost) and not item.was_open], news
+            opened |= {item.peer for item in news if isinstance(item, Opened)}
+            assert time.monotonic() < deadline, opened
+            time.sleep(0.002)
+    finally:
+        dialling.close()
+        link.close()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
 import queue
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -45,6 +46,10 @@ MAX_QUEUED = 64 << 20
 
 PINGS = 4
 """Pings in the time after which silence means that a peer is gone."""
+
+
+_NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+"""A name may stand for an address of a family that this machine does not have."""
 
 
 class LinkClosedError(Exception):
@@ -93,15 +98,32 @@ class Connection:
             transport.abort()
 
 
-def listen_at(address: str) -> socket.socket:
-    """A socket that listens at an address: whoever connects waits until a link takes it up.
+def listen_at(address: str) -> list[socket.socket]:
+    """Sockets that listen at an address: whoever connects waits until a link takes it up. There is
+    one for each address that the host's name stands for and this machine has, all with one port.
 
     Raises:
         OSError: if nobody can listen there.
     """
     host, port = split_address(address)
-    family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(place[:2], family=family)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    listening: list[socket.socket] = []
+    missing: OSError | None = None
+    with contextlib.ExitStack() as opened:
+        for family, (name, *_) in dict.fromkeys((family, place) for family, *_, place in found):
+            try:
+                server = socket.create_server((name, port), family=family)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_ADDRESS:
+                    raise
+                missing = error
+                continue
+            listening.append(opened.enter_context(server))
+            port = server.getsockname()[1]
+        if missing is not None and not listening:
+            raise missing
+        opened.pop_all()
+    return listening
 
 
 class Link:
@@ -109,13 +131,18 @@ class Link:
 
     Args:
         card: who this engine is.
-        server: where it listens, see :func:`listen_at`; None to dial only.
+        servers: where it listens, see :func:`listen_at`; none to dial only.
         token: a secret that both sides must have; None for none.
         silence: seconds without a word after which a peer is gone.
     """
 
     def __init__(
-        self, card: EngineCard, *, server: socket.socket | None, token: str | None, silence: float
+        self,
+        card: EngineCard,
+        *,
+        servers: Sequence[socket.socket],
+        token: str | None,
+        silence: float,
     ) -> None:
         self._card = card
         self._token = token or ""
@@ -125,13 +152,11 @@ class Link:
         self._accepted: dict[str, Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
-        self._server: asyncio.Server | None = None
-        self.port = 0
-        if server is not None:
-            self.port = int(server.getsockname()[1])
-            self._server = self._loop.run_until_complete(
-                asyncio.start_server(self._accept, sock=server)
-            )
+        self.port = int(servers[0].getsockname()[1]) if servers else 0
+        self._servers = [
+            self._loop.run_until_complete(asyncio.start_server(self._accept, sock=server))
+            for server in servers
+        ]
         self._thread = threading.Thread(target=self._run, name="lamina-link", daemon=True)
         self._thread.start()
 
@@ -173,8 +198,8 @@ class Link:
                 task.cancel()
             gathered = asyncio.gather(*self._tasks, return_exceptions=True)
             self._loop.run_until_complete(gathered)
-            if self._server is not None:
-                self._server.close()
+            for server in self._servers:
+                server.close()
             self._loop.close()
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:

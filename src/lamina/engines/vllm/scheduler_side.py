@@ -107,7 +107,7 @@ class SchedulerSide:
         )
         self._moved = True
         # Peers may dial before the tiers are known, and a mistake is to be seen at the start.
-        self._server = self._listen()
+        self._servers = self._listen()
 
     def bind(self, manager: KVCacheManager) -> None:
         """VLLM's cache manager exists now."""
@@ -169,13 +169,13 @@ class SchedulerSide:
     def _open_link(self, card: EngineCard) -> Link:
         config = self._config.push
         assert config is not None
-        server, self._server = self._server, None
-        return Link(card, server=server, token=config.token, silence=config.silence)
+        servers, self._servers = self._servers, []
+        return Link(card, servers=servers, token=config.token, silence=config.silence)
 
-    def _listen(self) -> socket.socket | None:
+    def _listen(self) -> list[socket.socket]:
         config = self._config.push
         if config is None or config.listen is None or not self._saves:
-            return None
+            return []
         host, port = split_address(config.listen)
         port += self._index
         listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -197,8 +197,8 @@ class SchedulerSide:
             self._notebook.close(self._planner.costs)
         if self._link is not None:
             self._link.close()
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
 
     @property
     def has_work(self) -> bool:
