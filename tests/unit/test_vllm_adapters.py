@@ -12,7 +12,7 @@ import pytest
 from driven_planner import CHUNK, Engine, View, prompt
 from vllm.lora.request import LoRARequest
 
-from lamina.checkpoint import fingerprint
+from lamina.checkpoint import Snapshot, fingerprint, snapshot
 from lamina.engines.vllm.adapters import Adapters
 from lamina.keys import pack
 
@@ -137,11 +137,37 @@ def test_an_adapter_that_is_added_again_as_it_is_changes_nothing(served: Served)
 
 def test_a_request_that_waits_is_looked_up_with_the_files_as_they_are(served: Served) -> None:
     served.lookup("r")
+    served.adapters.check()
     served.write("B")
     served.begin("r")
     served.step("r", LENGTH)
     assert served.found("A") == 0
     assert served.found("B") == LENGTH
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_crowd_looks_at_an_adapter_once_a_step(
+    served: Served, inplace: bool, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loaded:
+        served.begin("loads it")
+    crowd = [Asked(str(number), served.adapter(inplace=inplace)) for number in range(5)]
+    looks: list[Path] = []
+
+    def counted(path: Path) -> Snapshot:
+        looks.append(path)
+        return snapshot(path)
+
+    for asked in crowd:
+        served.adapters.identity(asked)
+    monkeypatch.setattr("lamina.engines.vllm.adapters.snapshot", counted)
+    for _ in range(3):
+        served.adapters.check()
+        looks.clear()
+        for asked in crowd:
+            served.adapters.identity(asked)
+        assert len(looks) == 1
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -12,8 +12,9 @@ Then they keep it, whatever becomes of its files. The scheduler learns what is a
 changed since, it is open which weights a new request gets: nothing is kept of it, until the adapter
 is removed or added anew.
 
-Files may change at any time. Their metadata are compared with those of the loaded content at every
-lookup, and, while workers may still load them, before and after every step. Requests under which
+Files may change at any time. Their metadata are compared with those of the loaded content once for
+the lookups of a step, when a request is admitted, and, while workers may still load them, before
+and after every step. Requests under which
 they have changed are barred: what these hold was computed by several adapters.
 
 VLLM keeps blocks of its own cache when an adapter is loaded anew under its name. A request that
@@ -107,6 +108,7 @@ class Adapters:
         self._loaded: dict[int, _Files] = {}
         self._known: dict[str, _Identity] = {}
         self._running: dict[int, dict[str, _Running]] = {}
+        self._looked: dict[tuple[int, str, str, bool], str | None] = {}
         self._loading: set[int] = set()  # numbers whose files workers may yet read
         # By name and path, as vLLM's cache has it: the content that has computed its blocks.
         self._computed: dict[tuple[str, str], str] = {}
@@ -125,7 +127,10 @@ class Adapters:
         adapter = request.lora_request
         if adapter is None:
             return ""
-        content = self._content(adapter)
+        looked = adapter.lora_int_id, *_source(adapter), adapter.load_inplace
+        if looked not in self._looked:
+            self._looked[looked] = self._content(adapter)
+        content = self._looked[looked]
         if found and self._computed.get(_source(adapter), content) != content:
             content = None
         known = self._known.get(request.request_id)
@@ -135,6 +140,11 @@ class Adapters:
             known = _Identity(content, _unknown() if content is None else content)
             self._known[request.request_id] = known
         return f"{known.name} {self._settings}"
+
+    def look_anew(self) -> None:
+        """The next lookup looks at the files itself. Lookups of one step look once for all: there
+        may be thousands, and what changes in between is seen when a request is admitted."""
+        self._looked.clear()
 
     def admitted(self, request: _Wanting) -> None:
         """A request has got its blocks, and runs with one of the next steps."""
@@ -158,6 +168,7 @@ class Adapters:
     def check(self) -> None:
         """A step begins, or is over: of adapters that workers may have read in it, see whether
         their files are what they were."""
+        self.look_anew()
         for number in list(self._loading):
             running, loaded = self._running[number].values(), self._loaded.get(number)
             inplace = next((run.adapter for run in running if run.adapter.load_inplace), None)
@@ -207,6 +218,7 @@ class Adapters:
         have it loaded again, from whatever its files are then."""
         self._changed(number)
         self._loaded.pop(number, None)
+        self.look_anew()
         self._read.pop(number, None)
 
     def emptied(self) -> None:
@@ -218,6 +230,7 @@ class Adapters:
     def _load(self, adapter: LoRARequest, files: _Files) -> None:
         former = self._loaded.get(adapter.lora_int_id)
         self._loaded[adapter.lora_int_id] = files
+        self.look_anew()
         if former is None or former.content != files.content:
             self._changed(adapter.lora_int_id)
 

@@ -219,6 +219,7 @@ class SchedulerSide:
             self._opening.arrived(request)
         elif self._loads and not request.skip_reading_prefix_cache:
             self.planner.arrived(self._view(request))
+            self._adapters.look_anew()  # the next step may be far away
 
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
