@@ -14,8 +14,8 @@ is removed or added anew.
 
 Files may change at any time. Their metadata are compared with those of the loaded content once for
 the lookups of a step, when a request is admitted, and, while workers may still load them, before
-and after every step. Requests under which
-they have changed are barred: what these hold was computed by several adapters.
+and after every step. Requests under which they have changed are barred: what these hold was
+computed by several adapters.
 
 VLLM keeps blocks of its own cache when an adapter is loaded anew under its name. A request that
 finds such blocks computes on what another adapter has left: nothing is kept of it either.
