@@ -173,7 +173,9 @@ def begin(pair: Pair, steps: int) -> tuple[list[str], list[str]]:
     """A push under way: requests of prefill and decode; the former has run so many steps."""
     pushes = [pair.name_push()]
     decode = pair.submit_decode([LONG], pushes)
-    pair.step(pair.decode)
+    free = pair.decode.free_blocks()
+    while pair.decode.free_blocks() == free:  # it opens its tiers first if it has just started
+        pair.step(pair.decode)
     prefill = pair.submit_prefill([LONG], pushes)
     for _ in range(steps):
         pair.step(pair.prefill)
