@@ -59,9 +59,13 @@ def test_every_group_is_saved_from_its_own_pages_and_loaded_into_them(overwritte
         sources=tier_sources(host, None, mover, GEOMETRY),
     )
 
+    layers = [layer for row in GEOMETRY.rows for layer in row.layers]
+
     def run(plan: StepPlan) -> None:
         executor.begin_step(plan)
         executor.start_loads()
+        for layer in layers:
+            executor.wait_layer(layer)
         executor.end_step()
         outcomes: list[Outcome] = []
         while len(outcomes) < 2:
