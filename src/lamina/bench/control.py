@@ -98,16 +98,22 @@ class _Pool:
 
 
 class _Request:
-    """An engine's request that costs nothing."""
+    """An engine's request that costs nothing.
+
+    Args:
+        name: its name.
+        tokens: all that are known of it.
+        prompt: how many of them are its prompt; None for all.
+    """
 
     recompute_tokens = 1
     root_extra = b""
     push: PushParameters | None = None
 
-    def __init__(self, name: str, tokens: list[int]) -> None:
+    def __init__(self, name: str, tokens: list[int], prompt: int | None = None) -> None:
         self.request_id = name
         self._tokens = tokens
-        self.num_prompt_tokens = len(tokens)
+        self.num_prompt_tokens = len(tokens) if prompt is None else prompt
 
     @property
     def num_tokens(self) -> int:
@@ -310,7 +316,7 @@ def _held_back(settings: ControlSettings, progress: Progress) -> Samples:
         planner = _planner(settings, max_inflight=_CHUNK_BYTES)
         runs = []
         for n in range(settings.requests):
-            request = _Request(f"running {n}", [n] * 4 * settings.chunk_tokens)
+            request = _Request(f"running {n}", [n] * 4 * settings.chunk_tokens, prompt=1)
             planner.lookup(request, 0)
             planner.admitted(request.request_id, 0)
             runs.append((request.request_id, 0, request.num_tokens))
@@ -347,7 +353,8 @@ def _steps(settings: ControlSettings, progress: Progress) -> tuple[Samples, Samp
         progress.say(f"steps {i + 1} of {settings.repeat}")
         planner = _planner(settings)
         requests = [
-            _Request(f"running {n}", [n] * chunk * (_STEPS + 2)) for n in range(settings.requests)
+            _Request(f"running {n}", [n] * chunk * (_STEPS + 2), prompt=1)
+            for n in range(settings.requests)
         ]
         for request in requests:
             planner.lookup(request, 0)
