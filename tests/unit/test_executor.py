@@ -419,11 +419,8 @@ class LateFence(Fence):
         return self.over
 
 
-def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
-    rank: Rank, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its slots are leased until then, and another process may share them."""
-    rank.save(b"k", 3, (7, 2))
+def late_loads(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> LateFence:
+    """Have all loads of ``rank`` end with the fence that is returned."""
     fence, inner = LateFence(), rank.source.load_row
 
     def late(*arguments: Any) -> Fence:
@@ -431,6 +428,15 @@ def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
         return fence
 
     monkeypatch.setattr(rank.source, "load_row", late)
+    return fence
+
+
+def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots are leased until then, and another process may share them."""
+    rank.save(b"k", 3, (7, 2))
+    fence = late_loads(rank, monkeypatch)
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     assert rank.executor.collect().receipt.transfers == ()
     fence.over = True
@@ -580,13 +586,7 @@ def test_before_the_engines_memory_goes_the_device_has_carried_out_every_copy(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank.save(b"k", 3, (7, 2))
-    fence, inner = LateFence(), rank.source.load_row
-
-    def late(*arguments: Any) -> Fence:
-        inner(*arguments)
-        return fence
-
-    monkeypatch.setattr(rank.source, "load_row", late)
+    fence = late_loads(rank, monkeypatch)
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     assert rank.executor.collect().receipt.transfers == ()
     waits = fence.waits

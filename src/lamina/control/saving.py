@@ -252,7 +252,7 @@ class SavePlanner:
             return  # behind the prompt, and only that is kept
         key = record.known_keys()[group][index - 1]
         if self._wanted(record, key):
-            refusal = self._order_save(record, key, blocks, group, step, now)
+            refusal = self._refusal() or self._order_save(record, key, blocks, group, step, now)
             if refusal is not None:  # it is gone with the next step
                 self._meter.count("saves_dropped", 1)
 
@@ -284,8 +284,8 @@ class SavePlanner:
         step: int,
         now: float,
     ) -> str | None:
-        if (refusal := self._refusal()) is not None:
-            return refusal
+        """Order a save that nothing refuses, see :meth:`_refusal`; returns why there is no slot for
+        it all the same."""
         slot = self._catalog.host.reserve(key)
         if slot is None:
             return "host_in_use"
