@@ -190,7 +190,7 @@ class Prefill:
 
     def leave(self, push: str) -> None:
         """A request ends that never got blocks."""
-        self.source.abandoned(PushParameters(push, None))
+        self.source.abandoned(PushParameters(push, None), push)
         self.exchange()
 
     def preempt(self, push: str) -> None:

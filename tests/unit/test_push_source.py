@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from driven_planner import Pool
 
 from lamina.config import PushConfig
 from lamina.control.leases import LeaseBook
-from lamina.control.push_source import PushSource
+from lamina.control.push_source import OF_ANOTHER, PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
@@ -31,9 +32,11 @@ from lamina.push.messages import (
     BlockTable,
     Bound,
     Cancel,
+    Claim,
     Failed,
     Fenced,
     LinkMessage,
+    Queued,
 )
 
 BLOCK = 16
@@ -497,7 +500,7 @@ def test_a_request_that_never_got_blocks_fails_its_push() -> None:
     source.connect()
     source.hear(announce())
     assert source.source.knows(PUSH)
-    source.source.abandoned(PushParameters(PUSH, None))
+    source.source.abandoned(PushParameters(PUSH, None), "request")
     failed, fenced = source.said()
     assert isinstance(failed, Failed)
     assert fenced == Fenced(ATTEMPT, clean=True)
@@ -621,7 +624,7 @@ def test_one_push_has_one_destination() -> None:
     second = Attempt(PUSH, 3)
     source.hear(announce(attempt=second), "other")
     assert source.said() == [
-        Failed(second, "this push is bound to another request"),
+        Failed(second, OF_ANOTHER),
         Fenced(second, clean=True),
     ]
     source.hear(announce())  # twice is once
@@ -638,6 +641,207 @@ def test_a_second_request_under_one_name_is_no_part_of_the_push() -> None:
     assert source.pool.held == set()
     (order,) = source.step(0, 56)
     assert pages(order)[0][1] == (10, 11, 12, 13)
+
+
+# -- claims ----------------------------------------------------------------------------------
+
+CLAIM = Claim((PUSH,), DEADLINE)
+UNANNOUNCED = Attempt(PUSH, NO_EPOCH)
+
+
+def other(number: int, *, first_block: int = 100) -> RequestRecord:
+    """A request of another push, whose blocks are its own."""
+    blocks = [first_block + 4 * number + i for i in range(4)]
+    push = PushParameters(f"push {number}", None)
+    return record_of(View([blocks], push=push, request_id=f"request {number}"))
+
+
+def compute(source: Source, record: RequestRecord) -> None:
+    """A request gets its blocks, and ends."""
+    source.admit(record=record)
+    source.source.progress(record, 0, 56)
+    source.step()
+    source.source.finished(record, 56, cast(View, record.view).tables)
+
+
+@pytest.mark.parametrize("first", ["the request", "the claim"])
+def test_a_decode_engine_hears_when_what_it_claims_is_here(first: str) -> None:
+    source = Source()
+    source.connect()
+    if first == "the request":
+        source.source.arrived(source.record, 0.0)
+        assert source.said() == []
+        source.hear(CLAIM)
+    else:
+        source.hear(CLAIM)
+        assert source.said() == []
+        source.source.arrived(source.record, 0.0)
+    assert source.said() == [Queued(UNANNOUNCED)]
+    source.hear(CLAIM)
+    assert source.said() == [Queued(UNANNOUNCED)]  # the first may have been lost
+    source.hear(announce())
+    assert source.said() == [Queued(ATTEMPT)]
+    source.admit()
+    assert source.said() == [Bound(ATTEMPT)]
+
+
+def test_what_was_announced_is_queued_when_it_comes() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.source.arrived(source.record, 0.0)
+    assert source.said() == [Queued(ATTEMPT)]
+
+
+def test_what_is_claimed_is_held_for_as_long_as_it_is_claimed() -> None:
+    source = Source()
+    source.connect()
+    compute(source, source.record)
+    for _ in range(10):
+        source.now += 0.9 * DEADLINE
+        source.hear(CLAIM)
+        source.step()
+    assert source.pool.held == {10, 11, 12, 13}
+    source.hear(announce())
+    (order,) = source.step()
+    source.drain(order)
+    assert source.pool.held == set()
+
+
+@pytest.mark.parametrize("end", ["patience", "cancel", "lost"])
+def test_a_claim_that_ends_holds_nothing(end: str) -> None:
+    source = Source()
+    source.connect()
+    source.hear(CLAIM)
+    compute(source, source.record)
+    source.said()
+    if end == "cancel":
+        source.hear(Cancel(UNANNOUNCED))
+    else:
+        if end == "lost":
+            source.lose()
+            source.step()
+            assert source.pool.held  # the connection may come back
+        source.now += SILENCE if end == "lost" else DEADLINE
+        source.step()
+    assert source.pool.held == set()
+    assert not source.source.pending
+    assert (Failed(UNANNOUNCED, "too late") in source.said()) == (end == "patience")
+
+
+def test_a_claim_outlives_its_connection() -> None:
+    source = Source()
+    source.connect()
+    source.hear(CLAIM)
+    compute(source, source.record)
+    source.lose()
+    source.connect()
+    source.hear(CLAIM)
+    source.now += 2 * SILENCE
+    source.step()
+    source.said()
+    source.hear(announce())
+    assert source.said() == [Bound(ATTEMPT)]
+
+
+def test_who_claims_first_has_the_only_say() -> None:
+    source = Source()
+    source.connect()
+    source.connect("other")
+    source.hear(CLAIM)
+    source.hear(CLAIM, "other")
+    assert source.said() == [Failed(UNANNOUNCED, OF_ANOTHER)]
+    second = Attempt(PUSH, 3)
+    source.hear(announce(attempt=second), "other")
+    source.hear(Cancel(UNANNOUNCED), "other")
+    assert source.said() == [Failed(second, OF_ANOTHER), Fenced(second, clean=True)]
+    source.admit()
+    source.hear(announce())
+    assert source.said() == [Bound(ATTEMPT)]
+
+
+def test_what_will_not_be_pushed_is_not_claimed() -> None:
+    source = Source()
+    source.connect()
+    source.source.arrived(source.record, 0.0)
+    source.source.abandoned(PushParameters(PUSH, None), "request")
+    source.hear(CLAIM)
+    (failed,) = source.said()
+    assert isinstance(failed, Failed)
+    assert failed.attempt == UNANNOUNCED
+
+
+def test_a_claim_is_refused_where_the_announcement_would_be() -> None:
+    source = Source()
+    wrong = msgspec.structs.replace(card(D, (FULL,)), model=b"another")
+    source.source.receive([Opened(D, D, wrong)], 0.0)
+    source.hear(CLAIM)
+    (failed,) = source.said()
+    assert isinstance(failed, Failed)
+    assert "same model" in failed.reason
+
+
+def test_prompts_without_a_destination_take_half_of_the_blocks_and_others_wait() -> None:
+    """Of 16 blocks two prompts of four hold the half."""
+    source = Source(blocks=16)
+    source.connect()
+    records = [other(number) for number in range(4)]
+    for record in records:
+        source.source.arrived(record, 0.0)
+    source.hear(Claim(tuple(f"push {n}" for n in range(4)), DEADLINE))
+    assert not source.source.waits(records[0])
+    source.admit(record=records[0])
+    assert not source.source.waits(records[1])
+    source.admit(record=records[1])
+    assert source.source.waits(records[2])  # they will hold them when they have ended
+    for record in records[:2]:
+        compute(source, record)
+    assert source.source.waits(records[2])
+    source.hear(announce(attempt=Attempt("push 3", 9)))
+    assert not source.source.waits(records[3])  # it has a destination
+    source.hear(announce(attempt=Attempt("push 0", 8)))
+    source.drain(*source.step())
+    assert not source.source.waits(records[2])
+
+
+def test_what_waits_for_its_destination_waits_no_longer_when_none_is_left() -> None:
+    source = Source(blocks=16)
+    source.connect()
+    for number in range(2):
+        compute(source, other(number))
+    source.source.arrived(source.record, 0.0)
+    source.hear(CLAIM)
+    assert source.source.waits(source.record)
+    source.hear(Cancel(UNANNOUNCED))
+    assert not source.source.waits(source.record)
+
+
+def test_only_blocks_without_a_destination_count_and_each_once() -> None:
+    """Not those of saves, of pushes that are under way, or of a prefix that prompts share."""
+    source = Source(blocks=16)
+    source.connect()
+    source.leases.take(tuple(range(500, 516)))
+    shared = [record_of(View([[10, 11, 12, 20 + n]], push=PushParameters(f"shared {n}", None),
+                             request_id=f"shared {n}")) for n in range(5)]  # fmt: skip
+    for record in shared:
+        compute(source, record)
+    assert source.said() == []
+    assert source.pool.held >= {10, 11, 12, *range(20, 25)}
+
+
+def test_a_prompt_for_which_there_was_room_is_held_when_it_ends() -> None:
+    source = Source(blocks=16)
+    source.connect()
+    first, second, third = (other(number) for number in range(3))
+    source.admit(record=first)
+    source.admit(record=second)
+    compute(source, third)  # for this one there was none
+    assert source.said() == []
+    source.source.finished(first, 56, cast(View, first.view).tables)
+    source.source.progress(second, 0, 56)
+    source.step()
+    source.source.finished(second, 56, cast(View, second.view).tables)
+    assert set(cast(View, second.view).tables[0]) <= source.pool.held
 
 
 # -- groups ----------------------------------------------------------------------------------
@@ -765,7 +969,7 @@ def test_a_request_that_ends_before_it_begins_is_told_of() -> None:
     source = Source()
     source.connect()
     source.hear(announce())
-    source.source.abandoned(PushParameters(ATTEMPT.push, None))
+    source.source.abandoned(PushParameters(ATTEMPT.push, None), "request")
     failed, fenced = source.said()
     assert isinstance(failed, Failed)
     assert fenced == Fenced(ATTEMPT, clean=True)

@@ -202,11 +202,20 @@ class Planner:
         """Whether it is known where a push from here goes, or that it goes nowhere."""
         return self._source is not None and self._source.knows(push)
 
-    def arrived(self, view: RequestView) -> None:
-        """A request waits for its blocks: what it will load may come nearer meanwhile."""
+    def arrived(self, view: RequestView, *, loads: bool = True) -> None:
+        """A request waits for its blocks: what it will load may come nearer meanwhile, and what
+        another engine computes for it is to be kept there.
+
+        Args:
+            view: the request.
+            loads: whether anything may be loaded for it.
+        """
         record = self._record_of(view)
-        record.known_keys()
-        self._fetching.expect(record)
+        if loads:
+            record.known_keys()
+            self._fetching.expect(record)
+        if self._source is not None and view.push is not None:
+            self._source.arrived(record, self._clock.tick())
 
     def lookup(
         self,
@@ -234,6 +243,8 @@ class Planner:
             record.lose_blocks()
             self._active.discard(view.request_id)
         record = self._record_of(view)
+        if self._source is not None and self._source.waits(record):
+            return ASK_AGAIN
         record.may_hit |= not declined
         # A request that is pushed to has a destination to announce.
         pushed_to = view.push is not None and view.push.prefill is not None
@@ -502,7 +513,7 @@ class Planner:
         """
         record = self._requests.get(request_id)
         if push is not None and self._source is not None:
-            self._source.abandoned(push)
+            self._source.abandoned(push, request_id)
         if record is None:
             return
         self._prompts.ended(record, computed)

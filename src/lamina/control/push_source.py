@@ -45,9 +45,11 @@ from lamina.push.messages import (
     Attempt,
     Bound,
     Cancel,
+    Claim,
     Failed,
     Fenced,
     LinkMessage,
+    Queued,
 )
 
 log = logging.getLogger("lamina.control")
@@ -59,6 +61,9 @@ REMEMBERED = 4096
 
 LONGEST_PATIENCE = 86_400.0
 """Seconds that a decode engine may be ready to wait."""
+
+OF_ANOTHER = "this push is another decode engine's"
+"""Why a decode engine has no say in a push."""
 
 HELD_SHARE = 2
 """Of the engine's blocks one in so many may be held for requests that have ended and whose
@@ -81,8 +86,10 @@ class Outbound:
     Attributes:
         push: the router's id.
         expires: control's clock after which nobody waits for it any more.
+        request: the request's id, once it is here.
         record: the request, once the engine has given it blocks.
-        peer: the decode engine's incarnation, empty until it is announced.
+        peer: incarnation of the decode engine that was the first to claim or announce it, and that
+            alone has a say in it; empty until then.
         announce: what it has announced.
         stage: how far it is.
         computed: its tokens that are known to be computed before the step that is being planned.
@@ -101,6 +108,7 @@ class Outbound:
 
     push: str
     expires: float
+    request: str = ""
     record: RequestRecord | None = None
     peer: str = ""
     announce: Announce | None = None
@@ -116,6 +124,11 @@ class Outbound:
     torn: bool = False
     let_go_at: float = inf
 
+    @property
+    def attempt(self) -> Attempt:
+        """What its decode engine calls it."""
+        return Attempt(self.push, NO_EPOCH) if self.announce is None else self.announce.attempt
+
     def let_go(self) -> None:
         """Give up every hold that belongs to no transfer."""
         if self.held is not None:
@@ -123,6 +136,53 @@ class Outbound:
         for _, _, lease in self.states.values():
             lease.release()
         self.states.clear()
+
+
+class Undelivered:
+    """Blocks of prompts whose destination is not known: each block counts once, however many
+    prompts begin with it, and what is still being computed counts as much as it will take."""
+
+    def __init__(self) -> None:
+        self._reserved: dict[str, int] = {}
+        self._held: dict[str, tuple[int, ...]] = {}
+        self._holders: Counter[int] = Counter()
+
+    def reserve(self, push: str, blocks: int) -> None:
+        """A prompt will be computed, and take so many blocks."""
+        self.drop(push)
+        self._reserved[push] = blocks
+
+    def hold(self, push: str, blocks: tuple[int, ...]) -> None:
+        """A prompt has ended, and these blocks are held for it."""
+        self.drop(push)
+        self._held[push] = blocks
+        self._holders.update(blocks)
+
+    def drop(self, push: str) -> None:
+        """A prompt has a destination, or will have none. Idempotent."""
+        self._reserved.pop(push, None)
+        for block in self._held.pop(push, ()):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+
+    def is_reserved(self, push: str) -> bool:
+        """Whether there is room for a prompt when it ends."""
+        return push in self._reserved
+
+    def with_blocks(self, blocks: Iterable[int]) -> int:
+        """How many blocks are held, if these are, too."""
+        return len(self._holders) + sum(block not in self._holders for block in set(blocks))
+
+    def with_prompt(self, push: str, blocks: int) -> int:
+        """How many blocks will be held, if a prompt is computed that takes so many."""
+        reserved = sum(self._reserved.values()) - self._reserved.get(push, 0)
+        return len(self._holders) + reserved + blocks
+
+    @property
+    def blocks(self) -> int:
+        """How many are held now."""
+        return len(self._holders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +250,7 @@ class PushSource:
         self._over: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._bound_bytes = config.max_inflight * len(card.ranks)
+        self._undelivered = Undelivered()
         self._max_held = card.ranks[0].num_blocks // HELD_SHARE
         self._page_bytes = [
             sum(row.page_bytes for rank in card.ranks for row in rank.rows if group in row.groups)
@@ -199,8 +260,36 @@ class PushSource:
     # -- requests ----------------------------------------------------------------------------
 
     def knows(self, push: str) -> bool:
-        """Whether a decode engine has said where ``push`` goes, or a request of it is here."""
-        return push in self._outbound or push in self._declined
+        """Whether a decode engine has said where ``push`` goes, or that it goes nowhere."""
+        out = self._outbound.get(push)
+        return push in self._declined if out is None else out.announce is not None
+
+    def arrived(self, record: RequestRecord, now: float) -> None:
+        """A request is here and waits for its blocks.
+
+        Args:
+            record: the request.
+            now: control's clock.
+        """
+        push = record.view.push
+        if push is None or push.prefill is not None or push.id in self._declined:
+            return
+        out = self._outbound.get(push.id)
+        if out is None:
+            out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
+        if not out.request:  # a second request under the same id is the router's mistake
+            out.request = record.view.request_id
+            self._say_queued(out)
+
+    def waits(self, record: RequestRecord) -> bool:
+        """Whether a request should not begin yet: where its prompt goes is not known, and too many
+        blocks are held for such prompts, or will be, for this one to be held as well."""
+        push = record.view.push
+        out = None if push is None or push.prefill is not None else self._outbound.get(push.id)
+        if out is None or out.announce is not None or out.stage is Stage.STOPPED:
+            return False
+        need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
+        return self._undelivered.with_prompt(out.push, need) > self._max_held
 
     def admitted(self, record: RequestRecord, floor: int, now: float) -> None:
         """A request has got its blocks, perhaps not for the first time.
@@ -216,9 +305,15 @@ class PushSource:
         out = self._outbound.get(push.id)
         if out is None:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
-        if out.record is not None and out.record is not record:
+        mine = out.request in ("", record.view.request_id) and out.record in (None, record)
+        if not mine:
             return  # a second request under the same id is the router's mistake
-        out.record = record
+        out.request, out.record = record.view.request_id, record
+        if out.announce is None:
+            out.expires = max(out.expires, now + self._config.deadline)
+            need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
+            if self._undelivered.with_prompt(out.push, need) <= self._max_held:
+                self._undelivered.reserve(out.push, need)
         out.computed = out.planned = 0
         for group in self._shape.recurrent if floor else ():
             # The state that it begins with may be the one that is wanted, and not stay for long.
@@ -250,10 +345,12 @@ class PushSource:
                 former[2].release()
             out.states[state.group] = (state.end, state.block, self._leases.take((state.block,)))
 
-    def abandoned(self, push: PushParameters) -> None:
-        """A request has ended that never got blocks."""
+    def abandoned(self, push: PushParameters, request_id: str) -> None:
+        """A request has ended; if it never got blocks, nothing will come of its push."""
         out = self._outbound.get(push.id)
-        if out is not None and out.record is None and push.prefill is None:
+        if out is None or out.record is not None or push.prefill is not None:
+            return
+        if out.request in ("", request_id):
             self._fail(out, "the prefill ended before it began")
 
     def finished(
@@ -271,9 +368,12 @@ class PushSource:
         out.tables = tuple(tuple(table) for table in blocks)
         null = self._shape.null_block
         held = tuple(block for table in out.tables for block in table if block != null)
-        if self._leases.leased_blocks + len(held) > self._max_held:
-            self._fail(out, "too many blocks are held for other pushes")
-            return
+        if out.announce is None:
+            sure = self._undelivered.is_reserved(out.push)
+            if not sure and self._undelivered.with_blocks(held) > self._max_held:
+                self._fail(out, "too many blocks are held for other pushes")
+                return
+            self._undelivered.hold(out.push, held)
         out.held = self._leases.take(held)
 
     def _of(self, record: RequestRecord) -> Outbound | None:
@@ -396,7 +496,7 @@ class PushSource:
             out.sent[part.group] = part.upto
         if complete:
             out.ordered = True
-            out.let_go()
+            self._give_back(out)
 
     def _blocks(self, out: Outbound, group: int) -> Sequence[int]:
         if out.tables is not None:
@@ -426,7 +526,10 @@ class PushSource:
                 case Opened(peer, _, EngineCard() as card):
                     self._open_peer(peer, card)
                 case Lost(peer):
-                    self._lose_peer(peer)
+                    self._lose_peer(peer, now)
+                case Letter(peer, Claim(pushes, patience)):
+                    for push in pushes:
+                        self._claimed(peer, push, patience, now)
                 case Letter(peer, Announce() as announce):
                     self._announced(peer, announce, now)
                 case Letter(peer, Cancel(attempt)):
@@ -480,14 +583,37 @@ class PushSource:
             self._refusals[peer] = str(error)
             log.warning("decode engine %s cannot be served: %s", peer, error)
 
-    def _lose_peer(self, peer: str) -> None:
+    def _lose_peer(self, peer: str, now: float) -> None:
         self._open.pop(peer, None)
         self._refusals.pop(peer, None)
         for out in [out for out in self._outbound.values() if out.peer == peer]:
-            self._stop(out)
+            if out.announce is not None:
+                self._stop(out)
+            else:  # if it is there, it claims it again
+                out.expires = min(out.expires, now + self._config.silence)
         if peer in self._told:
             self._told.discard(peer)
             self.gone.append(peer)
+
+    def _claimed(self, peer: str, push: str, patience: float, now: float) -> None:
+        if peer not in self._open or not 0 < patience <= LONGEST_PATIENCE:
+            return
+        out = self._outbound.get(push)
+        refusal = self._refusals.get(peer, "") or self._declined.get(push, "")
+        if out is not None and out.peer not in ("", peer):
+            refusal = OF_ANOTHER
+        if refusal:
+            self._say(peer, Failed(Attempt(push, NO_EPOCH), refusal))
+            return
+        if out is None:
+            out = self._outbound[push] = Outbound(push, now + patience)
+        if out.announce is None:
+            out.peer, out.expires = peer, now + patience
+            self._say_queued(out)
+
+    def _say_queued(self, out: Outbound) -> None:
+        if out.request and out.peer:
+            self._say(out.peer, Queued(out.attempt))
 
     def _announced(self, peer: str, announce: Announce, now: float) -> None:
         if peer not in self._open:
@@ -499,6 +625,8 @@ class PushSource:
             refusal = "over"
         elif not 0 < announce.patience <= LONGEST_PATIENCE:
             refusal = f"a patience of {announce.patience} s"
+        elif out is not None and out.peer not in ("", peer):
+            refusal = OF_ANOTHER
         elif out is not None and out.announce is not None:
             if (out.peer, out.announce.attempt.epoch) == (peer, attempt.epoch):
                 return
@@ -506,13 +634,17 @@ class PushSource:
         if refusal:
             self._say(peer, Failed(attempt, refusal))
             self._say(peer, self._fence(peer, attempt))
-            if out is not None and out.announce is None:
+            if out is not None and out.announce is None and refusal != OF_ANOTHER:
                 self._fail(out, refusal)  # nobody else will ask for it
             return
         if out is None:
             out = self._outbound[attempt.push] = Outbound(attempt.push, inf)
         out.peer, out.announce, out.expires = peer, announce, now + announce.patience
-        self._bind(out)
+        self._undelivered.drop(out.push)
+        if out.record is None:
+            self._say_queued(out)
+        else:
+            self._bind(out)
 
     def _bind(self, out: Outbound) -> None:
         announce = out.announce
@@ -561,9 +693,11 @@ class PushSource:
     def _cancelled(self, peer: str, attempt: Attempt) -> None:
         out = self._outbound.get(attempt.push)
         if attempt.epoch == NO_EPOCH:
+            if out is not None and out.peer not in ("", peer):
+                return
             _remember(self._declined, attempt.push, "the decode engine had declined it")
             if out is not None and out.announce is None:
-                out.let_go()
+                self._give_back(out)
                 del self._outbound[attempt.push]
             return
         mine = out is not None and out.announce is not None and out.announce.attempt == attempt
@@ -582,8 +716,8 @@ class PushSource:
         if out.stage is Stage.STOPPED:
             return
         log.info("push %s is given up: %s", out.push, reason)
-        if out.announce is not None:
-            self._say(out.peer, Failed(out.announce.attempt, reason))
+        if out.peer:
+            self._say(out.peer, Failed(out.attempt, reason))
         _remember(self._declined, out.push, reason)
         self._stop(out)
 
@@ -595,10 +729,15 @@ class PushSource:
             _remember(self._declined, out.push, "this push is over")
         out.stage = Stage.STOPPED
         self._meter.count("pushes", 1, outcome="stopped")
-        out.let_go()
+        self._give_back(out)
         if out.moving and out.announce is not None:
             self.stops.append(PushStop(out.peer, out.announce.attempt.epoch))
         self._end_if_drained(out)
+
+    def _give_back(self, out: Outbound) -> None:
+        """Give up every hold on a prompt's blocks that belongs to no transfer."""
+        self._undelivered.drop(out.push)
+        out.let_go()
 
     def _end_if_drained(self, out: Outbound) -> None:
         if out.moving or not (out.ordered or out.stage is Stage.STOPPED):

@@ -75,6 +75,26 @@ class ChunkShape:
         blocks = math.lcm(*(group.block_tokens for group in self.groups))
         return self.chunk_tokens if self.sparse else blocks
 
+    def pushed_blocks(self, floor: int, start: int, end: int) -> int:
+        """Blocks that a push of the tokens ``start..end`` needs, of a request that has the first
+        ``floor`` tokens itself."""
+        return sum(
+            1
+            if group.kind is GroupKind.STATE
+            else -(-end // group.block_tokens) - self.first_pushed(i, floor, start, end)
+            for i, group in enumerate(self.groups)
+        )
+
+    def first_pushed(self, group: int, floor: int, start: int, end: int) -> int:
+        """Index in the prompt of the first block that such a push needs of a group with pages.
+
+        Of a window nothing is loaded where the rest is pushed; what the engine has of it must not
+        be written to.
+        """
+        shape = self.groups[group]
+        first = start if shape.kind is GroupKind.FULL else max(floor, shape.first_token(end))
+        return first // shape.block_tokens
+
     def _of(self, *kinds: GroupKind) -> tuple[int, ...]:
         return tuple(i for i, group in enumerate(self.groups) if group.kind in kinds)
 

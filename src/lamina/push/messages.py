@@ -21,7 +21,8 @@ MAX_MESSAGE = 64 << 20
 
 
 NO_EPOCH = 0
-"""Epoch of a push that was never announced, in a ``cancel``: nothing is needed of it."""
+"""Epoch of a push that was not announced. In a ``cancel``: nothing is needed of it; in a ``queued``
+or ``failed``: it was claimed."""
 
 NO_BLOCK = -1
 """In a table: the decode engine needs nothing of this block."""
@@ -116,8 +117,31 @@ class Announce(Message, frozen=True, tag="announce"):
     tables: tuple[BlockTable, ...]
 
 
+class Claim(Message, frozen=True, tag="claim"):
+    """The decode engine has no blocks yet for these prompts and will have them: what is computed
+    for them is to be held. Said again and again while they wait.
+
+    Attributes:
+        pushes: which.
+        patience: seconds that they are to be held, if it is not said again.
+    """
+
+    pushes: tuple[str, ...]
+    patience: float
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """The decode engine has given up, or needs nothing."""
+
+    attempt: Attempt
+
+
+class Queued(Message, frozen=True, tag="queued"):
+    """The prefill engine has the request, which may wait for its turn there.
+
+    Attributes:
+        attempt: which; of a push that was claimed and not announced, without an epoch.
+    """
 
     attempt: Attempt
 
@@ -174,7 +198,18 @@ class Delivered(Message, frozen=True, tag="delivered"):
 
 
 LinkMessage = (
-    Hello | Welcome | Refused | Announce | Cancel | Bound | Failed | Fenced | Ping | Delivered
+    Hello
+    | Welcome
+    | Refused
+    | Claim
+    | Announce
+    | Cancel
+    | Queued
+    | Bound
+    | Failed
+    | Fenced
+    | Ping
+    | Delivered
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -217,9 +217,14 @@ class SchedulerSide:
         """A request will wait for its turn."""
         if self._planner is None:
             self._opening.arrived(request)
-        elif self._loads and not request.skip_reading_prefix_cache:
-            self.planner.arrived(self._view(request))
+            return
+        loads = self._loads and not request.skip_reading_prefix_cache
+        view = self._view(request)
+        if loads or view.push is not None:
+            self.planner.arrived(view, loads=loads)
             self._adapters.look_anew()  # the next step may be far away
+        if view.push is not None:
+            self._exchange()
 
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``computed``, and whether between steps; None to be asked again in
