@@ -550,7 +550,9 @@ def test_a_barred_request_keeps_nothing_until_it_gets_other_blocks() -> None:
 def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
     engine, view, barred = Engine(), View("a", prompt(70)), []
     start(engine, view)
-    source = SimpleNamespace(bar=lambda record: barred.append(record.view.request_id))
+    source = SimpleNamespace(
+        bar=lambda record: barred.append(record.view.request_id), waits=lambda _: False
+    )
     engine.planner._source = cast(PushSource, source)
     if how == "weights":
         engine.planner.reset()

@@ -14,6 +14,7 @@ import pytest
 from driven_planner import Pool
 
 from lamina.config import PushConfig
+from lamina.control import push_endings, push_source
 from lamina.control.leases import LeaseBook
 from lamina.control.push_source import OF_ANOTHER, PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
@@ -570,6 +571,145 @@ def test_a_word_from_a_connection_that_is_gone_changes_nothing() -> None:
     source.hear(announce())
     assert source.said() == []
     assert source.step(0, 56) == []
+
+
+# -- names that a router uses twice ------------------------------------------------------------
+
+
+def again_elsewhere(source: Source) -> None:
+    """The engine takes the request's blocks away and gives it others, for a load that takes its
+    time: they hold what somebody else had in them."""
+    source.view.tables = [[]]
+    source.record.lose_blocks()
+    source.step()
+    source.view.tables = [[20, 21, 22, 23]]
+    source.admit(floor=48)
+    source.record.load = TransferId(99)
+
+
+@pytest.mark.parametrize("peer", [D, "other"])
+def test_a_decline_of_another_request_does_not_touch_a_push_under_way(peer: str) -> None:
+    """Nor what is known of the request's blocks."""
+    source = bound(Source())
+    source.connect("other")
+    (first,) = source.step(0, 32)
+    source.hear(Cancel(Attempt(PUSH, NO_EPOCH)), peer)
+    again_elsewhere(source)
+    source.drain(first)
+    assert source.step() == []
+    (second,) = source.step(48, 56)
+    assert (pages(second)[0][1], second.computed, second.last) == ((22, 23), False, True)
+
+
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_blocks_that_a_request_has_lost_are_not_sent(told: str) -> None:
+    """Whatever is heard, and whether or not anybody says that it has others."""
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    if told == "before":
+        source.hear(announce())
+    source.record.lose_blocks()
+    source.view.tables = [[20, 21, 22, 23]]
+    if told == "after":
+        source.hear(announce())
+    assert source.step() == []
+    (order,) = source.step(0, 56)
+    assert (pages(order)[0][1], order.computed) == ((20, 21, 22, 23), False)
+
+
+def test_a_decline_of_somebody_else_does_not_forbid_the_announcement_of_an_owner() -> None:
+    source = Source()
+    source.connect()
+    source.connect("other")
+    source.hear(announce())
+    source.hear(Cancel(Attempt(PUSH, NO_EPOCH)), "other")
+    source.admit()
+    assert source.said() == [Bound(ATTEMPT)]
+
+
+def test_an_announcement_that_is_refused_does_not_end_the_push_of_another() -> None:
+    source = bound(Source())
+    other = msgspec.structs.replace(card("other", (FULL,)), model=b"another")
+    source.source.receive([Opened("other", "other", other)], 0.0)
+    source.hear(announce(attempt=Attempt(PUSH, 3)), "other")
+    failed, fenced = source.said()
+    assert (type(failed), fenced) == (Failed, Fenced(Attempt(PUSH, 3), clean=True))
+    assert len(source.step(0, 56)) == 1
+
+
+def test_a_request_whose_push_is_over_begins_nothing_anew_however_long_ago_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(push_source, "REMEMBERED", 2)
+    source = bound(Source())
+    source.drain(*source.step(0, 56))
+    for number in range(3):
+        source.hear(Cancel(Attempt(f"declined {number}", NO_EPOCH)))
+    source.record.lose_blocks()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held == set()
+
+
+def test_what_a_load_that_failed_was_computed_on_is_not_sent_as_computed() -> None:
+    """Of a push that has no destination yet nothing is on its way that could say so."""
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    source.source.distrust(0)
+    source.hear(announce())
+    assert source.step() == []
+    (order,) = source.step(16, 56)
+    assert (pages(order)[0][1], order.computed) == ((10, 11, 12, 13), False)
+
+
+# -- what is remembered ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [TORN, ""])
+def test_an_attempt_that_is_not_remembered_may_be_torn(
+    monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    monkeypatch.setattr(push_endings, "REMEMBERED", 2)
+    source = bound(Source())
+    source.drain(*source.step(0, 56), reason=outcome)
+    for epoch in range(8, 11):
+        source.hear(Cancel(Attempt("never announced", epoch)))
+    source.said()
+    source.hear(Cancel(ATTEMPT))
+    assert source.said() == [Fenced(ATTEMPT, clean=False)]
+    source.hear(announce())
+    assert source.said() == [Failed(ATTEMPT, "over"), Fenced(ATTEMPT, clean=False)]
+    source.connect("other")
+    source.hear(Cancel(Attempt("never announced", 1)), "other")
+    assert source.said() == [Fenced(Attempt("never announced", 1), clean=True)]
+
+
+def test_an_announcement_that_comes_twice_is_one_however_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(push_endings, "REMEMBERED", 2)
+    source = bound(Source())
+    for epoch in range(8, 12):
+        source.hear(Cancel(Attempt("never announced", epoch)))
+    source.said()
+    source.hear(announce())
+    assert source.said() == []
+    assert len(source.step(0, 56)) == 1
+
+
+def test_a_request_that_ended_before_its_announcement_is_not_waited_for() -> None:
+    source = Source()
+    source.connect()
+    source.source.abandoned(PushParameters(PUSH, None), "request")
+    source.hear(announce())
+    failed, fenced = source.said()
+    assert failed == Failed(ATTEMPT, "the prefill ended before it began")
+    assert fenced == Fenced(ATTEMPT, clean=True)
 
 
 # -- refusals --------------------------------------------------------------------------------

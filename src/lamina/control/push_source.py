@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import inf
 from typing import TypeVar
 
 from lamina.config import PushConfig
 from lamina.control.leases import BlockLease, LeaseBook
+from lamina.control.push_endings import Endings
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -57,7 +58,7 @@ log = logging.getLogger("lamina.control")
 Key = TypeVar("Key")
 
 REMEMBERED = 4096
-"""Attempts and pushes that are over and still known, so that a late word about them is answered."""
+"""Pushes that are over and still known to requests and announcements that come late."""
 
 LONGEST_PATIENCE = 86_400.0
 """Seconds that a decode engine may be ready to wait."""
@@ -79,6 +80,22 @@ class Stage(Enum):
     """Nothing more is sent; something may still be on its way."""
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much of a prompt the blocks of its request hold.
+
+    Attributes:
+        losses: how often the engine had taken the request's blocks away. Once it has done so again,
+            nothing of this is true any more.
+        computed: tokens that are known to be computed before the step that is being planned.
+        planned: those that are computed when that step is over.
+    """
+
+    losses: int = 0
+    computed: int = 0
+    planned: int = 0
+
+
 @dataclass(slots=True)
 class Outbound:
     """A push that a router has named, or a decode engine.
@@ -92,8 +109,7 @@ class Outbound:
             alone has a say in it; empty until then.
         announce: what it has announced.
         stage: how far it is.
-        computed: its tokens that are known to be computed before the step that is being planned.
-        planned: those that are computed when that step is over.
+        noted: what was last said of the request's progress; see :attr:`progress`.
         sent: per group, index in the prompt of the first block that was not ordered.
         states: per recurrent group, the newest boundary state: tokens that it stands behind, block,
             lease.
@@ -113,8 +129,7 @@ class Outbound:
     peer: str = ""
     announce: Announce | None = None
     stage: Stage = Stage.WAITING
-    computed: int = 0
-    planned: int = 0
+    noted: Progress = Progress()
     sent: list[int] = field(default_factory=list)
     states: dict[int, tuple[int, int, BlockLease]] = field(default_factory=dict)
     tables: tuple[tuple[int, ...], ...] | None = None
@@ -128,6 +143,21 @@ class Outbound:
     def attempt(self) -> Attempt:
         """What its decode engine calls it."""
         return Attempt(self.push, NO_EPOCH) if self.announce is None else self.announce.attempt
+
+    def is_for(self, peer: str) -> bool:
+        """Whether it has no destination yet, and ``peer`` may give it one."""
+        return self.announce is None and self.peer in ("", peer)
+
+    @property
+    def progress(self) -> Progress:
+        """How much of the prompt its blocks hold."""
+        if self.record is None:
+            return Progress()
+        losses = self.record.losses
+        # The blocks of a request that has ended are held.
+        if self.tables is None and self.noted.losses != losses:
+            return Progress(losses)
+        return self.noted
 
     def let_go(self) -> None:
         """Give up every hold that belongs to no transfer."""
@@ -247,7 +277,7 @@ class PushSource:
         self._refusals: dict[str, str] = {}
         self._told: set[str] = set()
         self._in_flight: Counter[str] = Counter()
-        self._over: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._endings = Endings()
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._bound_bytes = config.max_inflight * len(card.ranks)
         self._undelivered = Undelivered()
@@ -300,13 +330,16 @@ class PushSource:
             now: control's clock.
         """
         push = record.view.push
-        if push is None or push.prefill is not None or push.id in self._declined:
+        if push is None or push.prefill is not None or record.push_over:
             return
         out = self._outbound.get(push.id)
         if out is None:
+            if push.id in self._declined:
+                record.push_over = self._declined[push.id]
+                return
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
-        mine = out.request in ("", record.view.request_id) and out.record in (None, record)
-        if not mine:
+        mine = out.record is None or out.record is record
+        if not mine or out.request not in ("", record.view.request_id):
             return  # a second request under the same id is the router's mistake
         out.request, out.record = record.view.request_id, record
         if out.announce is None:
@@ -314,7 +347,6 @@ class PushSource:
             need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
             if self._undelivered.with_prompt(out.push, need) <= self._max_held:
                 self._undelivered.reserve(out.push, need)
-        out.computed = out.planned = 0
         for group in self._shape.recurrent if floor else ():
             # The state that it begins with may be the one that is wanted, and not stay for long.
             for block in record.view.state_blocks(group, floor)[:1]:
@@ -332,7 +364,7 @@ class PushSource:
         out = self._of(record)
         if out is not None:
             # What it began with may be computed by another request, or loaded, in its first step.
-            out.computed, out.planned = start if out.planned else 0, end
+            out.noted = Progress(record.losses, start if out.progress.planned else 0, end)
 
     def state(self, record: RequestRecord, state: BoundaryState) -> None:
         """A recurrent state stands at a boundary when the step is over."""
@@ -347,11 +379,13 @@ class PushSource:
 
     def abandoned(self, push: PushParameters, request_id: str) -> None:
         """A request has ended; if it never got blocks, nothing will come of its push."""
-        out = self._outbound.get(push.id)
-        if out is None or out.record is not None or push.prefill is not None:
+        if push.prefill is not None:
             return
-        if out.request in ("", request_id):
-            self._fail(out, "the prefill ended before it began")
+        out, reason = self._outbound.get(push.id), "the prefill ended before it began"
+        if out is None and push.id not in self._declined:
+            _remember(self._declined, push.id, reason)  # it may be announced yet
+        elif out is not None and out.record is None and out.request in ("", request_id):
+            self._fail(out, reason)
 
     def finished(
         self, record: RequestRecord, computed: int, blocks: Sequence[Sequence[int]]
@@ -360,7 +394,7 @@ class PushSource:
         out = self._of(record)
         if out is None or out.ordered or out.stage is Stage.STOPPED:
             return
-        out.computed = out.planned = computed
+        out.noted = Progress(record.losses, computed, computed)
         loading = record.load is not None and record.story.mode is LoadMode.PARKED
         if loading or computed < self._end(out):  # the engine counts what is being loaded
             self._fail(out, "the prefill ended before the whole prompt was computed")
@@ -400,7 +434,7 @@ class PushSource:
             elif out.stage is Stage.STOPPED:
                 self._let_go(out, now)
             # Until the engine says more, what this step computes is all that there is.
-            out.computed = out.planned
+            out.noted = replace(out.progress, computed=out.progress.planned)
 
     def _let_go(self, out: Outbound, now: float) -> None:
         """Of a push that nobody will believe, do not hold the blocks for ever that a peer which is
@@ -420,9 +454,10 @@ class PushSource:
         if self._lacks_state(out):
             self._fail(out, "the state at the end was not kept")
             return
-        self._send(out, self._due(out, out.computed), step, now, computed=True)
+        progress = out.progress
+        self._send(out, self._due(out, progress.computed), step, now, computed=True)
         if out.stage is Stage.BOUND and not out.ordered:
-            self._send(out, self._due(out, out.planned), step, now, computed=False)
+            self._send(out, self._due(out, progress.planned), step, now, computed=False)
 
     def _due(self, out: Outbound, reached: int) -> list[Due]:
         """What was not ordered yet of the first ``reached`` tokens."""
@@ -512,7 +547,7 @@ class PushSource:
         """Whether a state that is wanted has been passed by."""
         announce = out.announce
         assert announce is not None
-        return out.computed >= announce.end and any(
+        return out.progress.computed >= announce.end and any(
             out.sent[group] <= announce.tables[group].first and not self._state_blocks(out, group)
             for group in self._shape.recurrent
         )
@@ -563,6 +598,10 @@ class PushSource:
         }
         for push in suspects:
             self._fail(self._outbound[push], "a load failed under the prefill")
+        # What runs is rewound, and says how far when it runs again.
+        for out in self._outbound.values():
+            if out.tables is None:
+                out.noted = Progress(out.progress.losses)
 
     def bar(self, record: RequestRecord) -> None:
         """Weights of a request, or of its adapter, are others now: what it holds was computed by
@@ -619,22 +658,24 @@ class PushSource:
         if peer not in self._open:
             return  # said before it was lost, and given up since
         attempt = announce.attempt
+        if self._under_way(peer, attempt) is not None:
+            return
         out = self._outbound.get(attempt.push)
-        refusal = self._refusals.get(peer, "") or self._declined.get(attempt.push, "")
-        if (peer, attempt.epoch) in self._over:
+        refusal = self._refusals.get(peer, "")
+        if self._endings.over(peer, attempt.epoch):
             refusal = "over"
         elif not 0 < announce.patience <= LONGEST_PATIENCE:
             refusal = f"a patience of {announce.patience} s"
         elif out is not None and out.peer not in ("", peer):
             refusal = OF_ANOTHER
         elif out is not None and out.announce is not None:
-            if (out.peer, out.announce.attempt.epoch) == (peer, attempt.epoch):
-                return
             refusal = "this push is bound to another request"
+        elif out is None and not refusal:
+            refusal = self._declined.get(attempt.push, "")
         if refusal:
             self._say(peer, Failed(attempt, refusal))
             self._say(peer, self._fence(peer, attempt))
-            if out is not None and out.announce is None and refusal != OF_ANOTHER:
+            if out is not None and out.is_for(peer):
                 self._fail(out, refusal)  # nobody else will ask for it
             return
         if out is None:
@@ -691,26 +732,47 @@ class PushSource:
         return ""
 
     def _cancelled(self, peer: str, attempt: Attempt) -> None:
-        out = self._outbound.get(attempt.push)
         if attempt.epoch == NO_EPOCH:
-            if out is not None and out.peer not in ("", peer):
-                return
-            _remember(self._declined, attempt.push, "the decode engine had declined it")
-            if out is not None and out.announce is None:
-                self._give_back(out)
-                del self._outbound[attempt.push]
-            return
-        mine = out is not None and out.announce is not None and out.announce.attempt == attempt
-        if out is None or not mine or out.peer != peer:
-            if (peer, attempt.epoch) not in self._over:
-                _remember(self._over, (peer, attempt.epoch), "cancelled")
+            self._decline(peer, attempt.push)
+        elif (out := self._under_way(peer, attempt)) is not None:
+            self._stop(out)
+        else:
+            if not self._endings.over(peer, attempt.epoch):
+                self._endings.note(peer, attempt.epoch, clean=True)
             self._say(peer, self._fence(peer, attempt))
-            return
-        self._stop(out)
+
+    def _under_way(self, peer: str, attempt: Attempt) -> Outbound | None:
+        """The push that an attempt is at, unless it is over or never was."""
+        out = self._outbound.get(attempt.push)
+        if out is None or out.announce is None:
+            return None
+        return out if (out.peer, out.announce.attempt) == (peer, attempt) else None
+
+    def _decline(self, peer: str, push: str) -> None:
+        """A decode request needs nothing. If one that was announced bears the same name, it is
+        another one, and keeps what it has."""
+        out, reason = self._outbound.get(push), "the decode engine had declined it"
+        if out is None:
+            if push not in self._declined:
+                _remember(self._declined, push, reason)
+        elif out.is_for(peer):
+            self._forget(out, reason)
 
     def _fence(self, peer: str, attempt: Attempt) -> Fenced:
         """What there is to say of an attempt that is over, or never was."""
-        return Fenced(attempt, clean=self._over.get((peer, attempt.epoch)) != TORN)
+        return Fenced(attempt, clean=self._endings.clean(peer, attempt.epoch))
+
+    def _retire(self, out: Outbound, reason: str) -> None:
+        """No request or announcement that comes later begins the push anew."""
+        if out.push not in self._declined:
+            _remember(self._declined, out.push, reason)
+        if out.record is not None:
+            out.record.push_over = out.record.push_over or reason
+
+    def _forget(self, out: Outbound, reason: str) -> None:
+        self._retire(out, reason)
+        self._give_back(out)
+        del self._outbound[out.push]
 
     def _fail(self, out: Outbound, reason: str) -> None:
         if out.stage is Stage.STOPPED:
@@ -718,15 +780,13 @@ class PushSource:
         log.info("push %s is given up: %s", out.push, reason)
         if out.peer:
             self._say(out.peer, Failed(out.attempt, reason))
-        _remember(self._declined, out.push, reason)
+        self._retire(out, reason)
         self._stop(out)
 
     def _stop(self, out: Outbound) -> None:
         if out.stage is Stage.STOPPED:
             return
-        # A request that is given its blocks after that begins nothing anew.
-        if out.push not in self._declined:
-            _remember(self._declined, out.push, "this push is over")
+        self._retire(out, "this push is over")
         out.stage = Stage.STOPPED
         self._meter.count("pushes", 1, outcome="stopped")
         self._give_back(out)
@@ -744,18 +804,12 @@ class PushSource:
             return
         if out.push not in self._outbound:
             return
-        del self._outbound[out.push]
+        self._forget(out, "this push is over")
         if out.announce is not None:
-            _remember(
-                self._over,
-                (out.peer, out.announce.attempt.epoch),
-                TORN if out.torn else "over",
-            )
+            self._endings.note(out.peer, out.announce.attempt.epoch, clean=not out.torn)
             if out.stage is Stage.STOPPED:
                 self._say(out.peer, Fenced(out.announce.attempt, clean=not out.torn))
             else:
-                # A request that is preempted after that begins nothing anew.
-                _remember(self._declined, out.push, "this push is over")
                 self._meter.count("pushes", 1, outcome="sent")
 
     def _say(self, peer: str, message: LinkMessage) -> None:

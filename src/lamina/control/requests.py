@@ -304,7 +304,7 @@ class RequestRecord:
         offered: tokens beyond the engine's that the last lookup promised.
         load: its load that is not terminal.
         receive: its receive that is not terminal.
-        push_over: why no push is waited for any more; empty while one may be.
+        push_over: why it is part of no push any more; empty while it may be.
         next_save: first chunk that was not yet considered for saving.
         promote: chunks loaded from disk that the host tier should hold, too.
         held_back: first chunk that found no room, so that it is counted once.
