@@ -42,6 +42,7 @@ class PairSpec:
         tiers: sections of the prefill engine alone, over those.
         prefill: options of the prefill engine alone.
         decode: options of the decode engine alone.
+        roles: vLLM's ``kv_role`` of the prefill engine and of the decode engine.
         environment: variables of both.
         faults: what is wrong with the prefill engine's machine.
         asynchronous: whether both plan a step ahead.
@@ -55,6 +56,7 @@ class PairSpec:
     tiers: Mapping[str, Any] = field(default_factory=dict)
     prefill: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, Any] = field(default_factory=dict)
+    roles: tuple[str, str] = ("kv_both", "kv_both")
     environment: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, float] = field(default_factory=dict)
     asynchronous: bool = True
@@ -75,6 +77,7 @@ class PairSpec:
                 self.model,
                 {**sections, **self.tiers, "push": {**push, "listen": self.address}},
                 {**self.options, **self.prefill},
+                {"kv_role": self.roles[0]},
                 environment=environment,
                 faults=self.faults,
                 runner=self.runner,
@@ -84,6 +87,7 @@ class PairSpec:
                 self.model,
                 {**sections, "push": push},
                 {**self.options, **self.decode},
+                {"kv_role": self.roles[1]},
                 environment=environment,
                 runner=self.runner,
                 asynchronous=self.asynchronous,

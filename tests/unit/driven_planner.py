@@ -22,6 +22,7 @@ from lamina.plan import (
     TransferId,
     TransferReceipt,
 )
+from lamina.push.cards import EngineCard
 
 BLOCK, CHUNK, CHUNK_BYTES = 16, 32, 1000
 
@@ -93,6 +94,9 @@ class Engine:
         stored: tuple[StoredChunk, ...] = (),
         reports_blocks: bool = True,
         leases_loads: bool = False,
+        loads: bool = True,
+        saves: bool = True,
+        card: EngineCard | None = None,
         shape: ChunkShape | None = None,
         costs: Costs | None = None,
         on_decision: Callable[[DecisionRecord], None] | None = None,
@@ -113,6 +117,9 @@ class Engine:
             self.meter,
             reports_blocks=reports_blocks,
             leases_loads=leases_loads,
+            loads=loads,
+            saves=saves,
+            card=card,
             costs=costs,
             on_decision=on_decision,
             clock=lambda: self.now,

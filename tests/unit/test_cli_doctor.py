@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +14,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lamina.bench.ports import free_port
 from lamina.cli import checks
 from lamina.cli.checks import Finding, Verdict
 from lamina.cli.doctor import examine, transfer_config
 from lamina.cli.main import app
-from lamina.config import CONFIG_VARIABLE, Config, DiskConfig
+from lamina.config import CONFIG_VARIABLE, Config, DiskConfig, load_config
 from lamina.data.tiers import file_system
+from lamina.engines.vllm.concerns import concerns
 
 RIGHT: dict[str, object] = {
     "kv_connector": "LaminaConnector",
@@ -25,6 +29,7 @@ RIGHT: dict[str, object] = {
     "kv_load_failure_policy": "recompute",
     "kv_connector_extra_config": {"host": {"capacity": "64MiB"}},
 }
+USUAL = ("kv_both", "recompute")
 
 
 @pytest.fixture(autouse=True)
@@ -246,3 +251,103 @@ def test_the_plugin(
     finding = checks.plugin(allowed)
     assert finding.verdict is verdict
     assert bool(finding.advice) is (verdict is not Verdict.GOOD)
+
+
+# -- pushes ------------------------------------------------------------------------------------
+
+
+def pushing(**push: object) -> dict[str, object]:
+    """What vLLM is given by an engine that takes part in pushes."""
+    return {**RIGHT, "kv_connector_extra_config": {"push": push}}
+
+
+@pytest.fixture
+def with_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library, which takes seconds to load."""
+    monkeypatch.setattr(checks, "nixl", lambda: Finding("NIXL", Verdict.GOOD, "1.5"))
+
+
+def told(verdict: Verdict, document: object) -> dict[str, Finding]:
+    return subjects([*examine(None, None, json.dumps(document))], verdict)
+
+
+def test_without_a_push_section_nothing_is_said_of_pushes(quick: None) -> None:
+    findings = [*examine(None, None, json.dumps(RIGHT))]
+    assert not {"NIXL", "push.listen", "push.token"} & {f.subject for f in findings}
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
+def test_pushes_that_work(quick: None, with_nixl: None, host: str | None) -> None:
+    document = pushing(listen=host and f"{host}:{free_port()}")
+    good = told(Verdict.GOOD, document)
+    assert {"NIXL", "push.listen"} <= good.keys()
+    assert not told(Verdict.WARNING, document)
+    assert not told(Verdict.FAILED, document)
+
+
+def test_a_file_may_have_the_push_section(quick: None, with_nixl: None, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    file.write_text(f"push: {{listen: '127.0.0.1:{free_port()}'}}\n")
+    assert "push.listen" in subjects([*examine(None, file, None)], Verdict.GOOD)
+
+
+def test_pushes_without_nixl(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    finding = told(Verdict.FAILED, pushing())["NIXL"]
+    assert "lamina-kv[push]" in finding.advice
+
+
+def test_nixl_as_it_is_installed(quick: None) -> None:
+    pytest.importorskip("nixl")
+    assert told(Verdict.GOOD, pushing())["NIXL"].found[0].isdigit()
+
+
+@pytest.mark.parametrize("listen", ["192.0.2.1:9300", "nobody.invalid:9300"])
+def test_an_address_of_another_machine(quick: None, with_nixl: None, listen: str) -> None:
+    assert listen in told(Verdict.FAILED, pushing(listen=listen))["push.listen"].found
+
+
+def test_an_address_where_somebody_listens(quick: None, with_nixl: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listen = f"127.0.0.1:{server.getsockname()[1]}"
+        assert listen in told(Verdict.WARNING, pushing(listen=listen))["push.listen"].found
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warned"),
+    [
+        ("0.0.0.0", None, True),
+        ("[::]", None, True),
+        ("host.invalid", None, True),
+        ("0.0.0.0", "secret", False),
+        ("127.0.0.1", None, False),
+        ("[::1]", None, False),
+        ("localhost", None, False),
+        (None, None, False),
+    ],
+)
+def test_a_listener_that_asks_nobody_for_a_secret(
+    quick: None, with_nixl: None, host: str | None, token: str | None, warned: bool
+) -> None:
+    listen = host and f"{host}:{free_port()}"
+    found = told(Verdict.WARNING, pushing(listen=listen, token=token))
+    assert ("push.token" in found) is warned
+    said = [*concerns(load_config({"push": {"listen": listen, "token": token}}, {}), *USUAL)]
+    assert [concern.subject for concern in said] == ["push.token"] * warned
+
+
+@pytest.mark.parametrize(("role", "lost"), [("kv_producer", "loaded"), ("kv_consumer", "saved")])
+def test_a_role_that_switches_tiers_off(quick: None, role: str, lost: str) -> None:
+    finding = told(Verdict.WARNING, {**RIGHT, "kv_role": role})["kv_role"]
+    assert f"never {lost}" in finding.found
+    assert "kv_both" in finding.advice
+    (concern,) = concerns(load_config({}, {}), role, "recompute")
+    assert (concern.found, concern.advice) == (finding.found, finding.advice)
+
+
+def test_a_policy_that_fails_requests_whose_push_fails() -> None:
+    (concern,) = concerns(load_config({"push": {}}, {}), "kv_both", "fail")
+    assert "ends with an error" in str(concern)
+    assert '"kv_load_failure_policy": "recompute"' in str(concern)
+    assert not [*concerns(load_config({}, {}), "kv_both", "fail")]
+    assert not [*concerns(load_config({"push": {}}, {}), *USUAL)]

@@ -631,9 +631,9 @@ def test_a_request_for_which_nothing_may_be_loaded_is_still_saved() -> None:
     engine = Engine()
     engine.save(View("a", prompt(40)))
     view = View("b", prompt(70), first_block=50)
-    assert engine.planner.lookup(view, 0, declined="kv_role").tokens == 0
+    assert engine.planner.lookup(view, 0, declined="not_this_one").tokens == 0
     engine.planner.admitted("b", 0)
-    assert engine.count("loads_skipped", "kv_role") == 1
+    assert engine.count("loads_skipped", "not_this_one") == 1
     assert [o.blocks for o in engine.step(("b", 70)).saves] == [(52, 53)]
 
 

@@ -16,11 +16,14 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
-from lamina.config import Config, DiskConfig
+from lamina.config import Config, DiskConfig, PushConfig
 from lamina.config.memory import memory_bytes
 from lamina.data.tiers.file_system import concern
+from lamina.engines.vllm.concerns import of_token
 from lamina.engines.vllm.version import is_supported, served
 from lamina.geometry import DIRECT_IO_ALIGNMENT
+from lamina.push.link import listen_at
+from lamina.push.transports.base import TransportError
 
 MIN_SHARED_MEMORY = 256 << 20
 """Bytes of ``/dev/shm`` below which vLLM's processes may not get their message queues."""
@@ -236,6 +239,57 @@ def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
     if settings is not None:
         yield _disk_space(there, directory, settings.capacity)
     yield _direct_io(there, required=settings is not None and settings.direct is True)
+
+
+def push(settings: PushConfig) -> Iterator[Finding]:
+    """Whether this machine can take part in pushes, and whether strangers could, too."""
+    yield nixl()
+    if settings.listen is None:
+        yield Finding("push.listen", Verdict.GOOD, "not set: this engine only decodes")
+    else:
+        yield push_address(settings.listen)
+    if (known := of_token(settings)) is not None:
+        yield Finding(known.subject, Verdict.WARNING, known.found, known.advice)
+
+
+def nixl() -> Finding:
+    """Whether the library is there that moves pages between engines."""
+    from lamina.push.transports.nixl import library
+
+    try:
+        library()
+    except TransportError as error:
+        return Finding(
+            "NIXL",
+            Verdict.FAILED,
+            f"{error.__cause__ or error}",
+            "pip install 'lamina-kv[push]', or leave the push section out",
+        )
+    return Finding("NIXL", Verdict.GOOD, metadata.version(_distribution_of("nixl") or "nixl"))
+
+
+def push_address(address: str) -> Finding:
+    """Whether a prefill engine can listen there."""
+    subject = "push.listen"
+    try:
+        servers = listen_at(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding(
+                subject,
+                Verdict.WARNING,
+                f"somebody listens at {address} already",
+                "give this engine another port, unless it is the one that runs there",
+            )
+        return Finding(
+            subject,
+            Verdict.FAILED,
+            f"cannot listen at {address}: {error.strerror or error}",
+            "use an address of this machine that decode engines can reach, and a free port",
+        )
+    for server in servers:
+        server.close()
+    return Finding(subject, Verdict.GOOD, f"can listen at {address}")
 
 
 def _nearest_directory(directory: Path) -> Path:

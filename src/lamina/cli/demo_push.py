@@ -75,7 +75,6 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
             prefill = stack.enter_context(
                 _engine(
                     model,
-                    "kv_producer",
                     {"push": {"listen": address}, "observe": {"timeline": str(trace)}},
                     scratch / "prefill.log",
                 )
@@ -84,7 +83,7 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
             # On one machine: vLLM's processes spin on each other while a request is parked, and
             # would take from the prefill's cores what they do not need.
             decode = stack.enter_context(
-                _engine(model, "kv_consumer", {"push": {}}, scratch / "decode.log", polite=True)
+                _engine(model, {"push": {}}, scratch / "decode.log", polite=True)
             )
             decode.await_start()
         with demo.step(console, "Starting the proxy that brings them together"):
@@ -97,7 +96,7 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
         with demo.step(console, "Asking about a long document, through the proxy"):
             pushed = proxy.ask(question, demo.MAX_TOKENS)
         received = decode.metric("lamina_pushes_total", outcome="received") - received
-        decode.reset_engine_cache()
+        decode.reset_engine_cache(external=True)
         with demo.step(console, "Asking one engine alone"):
             alone = decode.ask(question, demo.MAX_TOKENS)
         with demo.step(console, "Stopping the servers"):
@@ -105,12 +104,10 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
     return Outcome(pushed, alone, int(received), read_trace(trace))
 
 
-def _engine(
-    model: Path, role: str, config: dict[str, Any], log: Path, *, polite: bool = False
-) -> Server:
+def _engine(model: Path, config: dict[str, Any], log: Path, *, polite: bool = False) -> Server:
     connector = {
         "kv_connector": "LaminaConnector",
-        "kv_role": role,
+        "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"host": {"capacity": "64MiB"}, **config},
     }

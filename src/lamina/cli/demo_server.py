@@ -173,15 +173,19 @@ class Server:
             text = response.read().decode()
         return {tier: int(float(value)) for tier, value in _HITS.findall(text)}
 
-    def reset_engine_cache(self) -> None:
+    def reset_engine_cache(self, *, external: bool = False) -> None:
         """Make the engine forget its own prefix cache; what Lamina keeps stays.
+
+        Args:
+            external: whether nothing is found any more of that, either.
 
         Raises:
             ServerError: if blocks are still in use after a while.
         """
+        path = "/reset_prefix_cache" + ("?reset_external=true" if external else "")
         deadline = time.monotonic() + 30
         while True:
-            with self._request("POST", "/reset_prefix_cache") as response:
+            with self._request("POST", path) as response:
                 if json.load(response)["success"]:
                     return
             if time.monotonic() > deadline:

@@ -14,10 +14,11 @@ from rich.table import Table
 from lamina.cli import checks
 from lamina.cli.checks import Finding, Verdict
 from lamina.config import CONFIG_VARIABLE, Config, ConfigError, load_config
+from lamina.engines.vllm.concerns import BOTH, CONSUMER, PRODUCER, RECOMPUTE, of_role
 
 _CONNECTOR = "LaminaConnector"
 _MODULE = "lamina.engines.vllm"
-_ROLES = ("kv_both", "kv_producer", "kv_consumer")
+_ROLES = (BOTH, PRODUCER, CONSUMER)
 _STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "bold red"}
 
 
@@ -70,6 +71,8 @@ def examine(
     directory = path or (config.disk.path if config.disk else None)
     if directory is not None:
         yield from checks.disk(directory.absolute(), config.disk)
+    if config.push is not None:
+        yield from checks.push(config.push)
 
 
 def transfer_config(document: Mapping[str, object]) -> Iterator[Finding]:
@@ -82,10 +85,12 @@ def transfer_config(document: Mapping[str, object]) -> Iterator[Finding]:
     else:
         yield Finding("kv_connector", Verdict.GOOD, _CONNECTOR)
     role = document.get("kv_role")
-    if role in _ROLES:
-        yield Finding("kv_role", Verdict.GOOD, f"{role}")
-    else:
+    if role not in _ROLES:
         yield _wrong("kv_role", role, "one of " + ", ".join(f'"{known}"' for known in _ROLES))
+    elif (known := of_role(str(role))) is not None:
+        yield Finding("kv_role", Verdict.WARNING, known.found, known.advice)
+    else:
+        yield Finding("kv_role", Verdict.GOOD, f"{role}")
     yield _failure_policy(document.get("kv_load_failure_policy"))
     given = document.get("kv_connector_extra_config", {})
     if not isinstance(given, dict):
@@ -93,15 +98,15 @@ def transfer_config(document: Mapping[str, object]) -> Iterator[Finding]:
 
 
 def _failure_policy(policy: object) -> Finding:
-    subject, right = "kv_load_failure_policy", '"recompute"'
-    if policy == "recompute":
-        return Finding(subject, Verdict.GOOD, "recompute")
+    subject, right = "kv_load_failure_policy", f'"{RECOMPUTE}"'
+    if policy == RECOMPUTE:
+        return Finding(subject, Verdict.GOOD, RECOMPUTE)
     if policy in (None, "fail"):
         return Finding(
             subject,
             Verdict.WARNING,
             "fail" if policy else "not set: vLLM takes it for fail",
-            f"set it to {right}, or every load that fails takes its request down",
+            f"set it to {right}, or every load or push that fails takes its request down",
         )
     return _wrong(subject, policy, right)
 

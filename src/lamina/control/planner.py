@@ -91,7 +91,8 @@ class Planner:
         reports_blocks: whether the engine can take back single blocks of a failed load.
         leases_loads: whether blocks that are loaded into are leased until the load has ended, for
             an engine that does not keep them itself.
-        saves: whether anything is saved.
+        loads: whether anything is loaded from a tier.
+        saves: whether anything is saved to one.
         step_tokens: tokens that the engine computes in one step at most; 0 if there is no bound.
         costs: what was measured by an engine before.
         incarnation: a word that no other run of any engine has; the same on every rank that has
@@ -115,6 +116,7 @@ class Planner:
         card: EngineCard | None = None,
         reports_blocks: bool = True,
         leases_loads: bool = False,
+        loads: bool = True,
         saves: bool = True,
         step_tokens: int = 0,
         costs: Costs | None = None,
@@ -131,6 +133,7 @@ class Planner:
         self._incarnation = incarnation or uuid.uuid4().hex
         self._resets = 0
         self._meter = meter
+        self._loads = loads
         self._saves = saves
         self._prompts = PromptMeter(meter, shape.chunk_tokens)
         self._clock = EngineClock(clock, config.load.deadline / 2)
@@ -211,7 +214,7 @@ class Planner:
             loads: whether anything may be loaded for it.
         """
         record = self._record_of(view)
-        if loads:
+        if loads and self._loads:
             record.known_keys()
             self._fetching.expect(record)
         if self._source is not None and view.push is not None:
@@ -232,7 +235,8 @@ class Planner:
         Args:
             view: the request.
             floor: tokens at its beginning that the engine already has, on a block boundary.
-            declined: why nothing may be loaded for it, if so; a word for logs and metrics.
+            declined: why nothing may be brought to it, from a tier or by a push, if so; a word for
+                logs and metrics.
             sharing: which loads of others it may be told to wait for.
         """
         now = self._clock.now
@@ -245,16 +249,17 @@ class Planner:
         record = self._record_of(view)
         if self._source is not None and self._source.waits(record):
             return ASK_AGAIN
-        record.may_hit |= not declined
-        # A request that is pushed to has a destination to announce.
         pushed_to = view.push is not None and view.push.prefill is not None
-        may_wait = not (sharing is Sharing.NOTHING or declined or pushed_to)
+        record.may_hit |= not declined and (self._loads or pushed_to)
+        unloaded = declined or ("" if self._loads else "role")
+        # A request that is pushed to has a destination to announce.
+        may_wait = not (sharing is Sharing.NOTHING or unloaded or pushed_to)
         if may_wait and self._shared.waits(record, floor, now):
             return ASK_AGAIN
         hit = self._loading.lookup(
             record,
             floor,
-            declined=declined,
+            declined=unloaded,
             others_active=bool(self._active),
             now=now,
         )
@@ -385,9 +390,10 @@ class Planner:
         for state in states:
             record = self._requests.get(state.request_id)
             if record is not None:
-                self._saving.consider_state(
-                    record, state.group, state.block, state.end, step=self._step, now=now
-                )
+                if self._saves:
+                    self._saving.consider_state(
+                        record, state.group, state.block, state.end, step=self._step, now=now
+                    )
                 if self._source is not None:
                     self._source.state(record, state)
         for request_id, start, computed in progress:

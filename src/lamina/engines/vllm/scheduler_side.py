@@ -23,6 +23,7 @@ from lamina.control.sharing import Sharing
 from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.adapters import Adapters
+from lamina.engines.vllm.concerns import BOTH, concerns
 from lamina.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
@@ -63,12 +64,19 @@ class SchedulerSide:
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         self._config = config
+        for concern in concerns(config, transfer.kv_role, transfer.kv_load_failure_policy):
+            log.warning("%s", concern)
+        # What the role says is of tiers; any engine with a `push` section takes part in pushes.
         self._loads: bool = transfer.is_kv_consumer
         # vLLM caches the blocks of a load in the step as it allocates them, and those of a parked
         # one when it takes up its request, which it does before it looks at others.
         caches = vllm_config.cache_config.enable_prefix_caching
         self._sharing = Sharing.PARKED if caches else Sharing.NOTHING
         self._saves: bool = transfer.is_kv_producer
+        if config.push is not None and not self._loads:
+            # vLLM looks at the role again when this connector is made: only if something may be
+            # loaded does it keep freed blocks back until no step in flight writes to them.
+            transfer.kv_role = BOTH
         self._shape = ChunkShape(
             layout.chunk_tokens(cache, config.chunk_tokens),
             layout.groups(cache, config.chunk_tokens),
@@ -140,6 +148,7 @@ class SchedulerSide:
             # scheduling it fails (vLLM issues 45138, 49250), and without it the lost blocks stay
             # in its prefix cache, where the next request finds them if this one is aborted.
             reports_blocks=False,
+            loads=self._loads,
             saves=self._saves,
             step_tokens=self._step_tokens,
         )
@@ -174,7 +183,7 @@ class SchedulerSide:
 
     def _listen(self) -> list[socket.socket]:
         config = self._config.push
-        if config is None or config.listen is None or not self._saves:
+        if config is None or config.listen is None:
             return []
         host, port = split_address(config.listen)
         port += self._index
@@ -218,7 +227,9 @@ class SchedulerSide:
         if self._planner is None:
             self._opening.arrived(request)
             return
-        loads = self._loads and not request.skip_reading_prefix_cache
+        if (problem := self._why_not_pushed(request)) is not None:
+            log.warning("request %s: %s: %s", request.request_id, PUSH_PARAMETER, problem)
+        loads = not request.skip_reading_prefix_cache
         view = self._view(request)
         if loads or view.push is not None:
             self.planner.arrived(view, loads=loads)
@@ -232,9 +243,7 @@ class SchedulerSide:
         self.watch.weights.request()
         if self._planner is None:
             return None, False
-        declined = "" if self._loads else "kv_role"
-        if request.skip_reading_prefix_cache:
-            declined = "skip_reading_prefix_cache"
+        declined = "skip_reading_prefix_cache" if request.skip_reading_prefix_cache else ""
         if not self._blocks_are_cached:  # vLLM tells nobody of a reset of its own cache alone
             self._adapters.emptied()
         view = self._view(request, computed)
@@ -281,7 +290,7 @@ class SchedulerSide:
         plan = self._planner.plan_step(
             progress,
             forward=forward,
-            states=self._boundary_states(output, progress) if self._saves else (),
+            states=self._boundary_states(output, progress),
         )
         self._moved |= not plan.is_empty
         self._exchange()
@@ -323,7 +332,7 @@ class SchedulerSide:
             self._opening.finished(request)
             return
         computed = request.num_computed_tokens
-        push = self._push(request) if request.kv_transfer_params else None
+        push = self._push(request)
         self._planner.finished(request.request_id, computed, blocks, push=push)
         self._moved = True  # its prompt is counted by now
         self._exchange()
@@ -353,7 +362,8 @@ class SchedulerSide:
         for its own prefix cache and hands over, and those that it passes by. What is drafted may be
         taken back, so that with speculation only the former are sure."""
         state = output.kv_connector_block_state
-        if state is None or not self._shape.recurrent:
+        wanted = self._saves or self._link is not None
+        if state is None or not (wanted and self._shape.recurrent):
             return []
         found = {
             BoundaryState(request_id, group, block, end)
@@ -384,20 +394,19 @@ class SchedulerSide:
 
     def _push(self, request: Request) -> PushParameters | None:
         """The push that a request is part of, if this engine can take its part in it."""
+        if self._link is None or not request.kv_transfer_params:
+            return None
+        try:
+            return push_parameters(request)
+        except ValueError:
+            return None  # said when it arrived
+
+    def _why_not_pushed(self, request: Request) -> str | None:
+        """Why a router's wish for a push cannot be met; None if it can, or if there is none."""
         try:
             push = push_parameters(request)
         except ValueError as error:
-            log.warning("request %s: %s: %s", request.request_id, PUSH_PARAMETER, error)
+            return f"{error}: the prompt is computed here"
+        if push is None or self._link is not None:
             return None
-        if push is None:
-            return None
-        able = self._loads if push.prefill is not None else self._saves
-        if self._link is None or not able:
-            log.warning(
-                "request %s is meant for a push, but this engine takes no part in any: it needs a "
-                "`push` section, and the kv_role kv_producer to prefill, kv_consumer to decode, or "
-                "kv_both",
-                request.request_id,
-            )
-            return None
-        return push
+        return "this engine takes no part in pushes: give it a `push` section"

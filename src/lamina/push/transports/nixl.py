@@ -122,7 +122,7 @@ class NixlTransport(Transport):
         self._moving: set[_Request] = set()
         self._broken: set[Peer] = set()
         name = uuid.uuid4().hex
-        nixl = _library()
+        nixl = library()
         # The bindings raise exceptions of their own that have no common base but this.
         self._errors: tuple[type[Exception], ...] = tuple(
             kind
@@ -265,8 +265,12 @@ def _transfer_list(agent: Any, kind: str, rows: npt.NDArray[np.uint64]) -> Any:
     return agent.get_xfer_descs(rows, kind)
 
 
-def _library() -> Any:
-    """NIXL's Python module, which has no types."""
+def library() -> Any:
+    """NIXL's Python module, which has no types.
+
+    Raises:
+        TransportError: if it is not installed, or cannot be loaded.
+    """
     # Both are read when the library is loaded.
     if not _INFINIBAND.exists():
         # UCX's InfiniBand module has nothing to do here, and what it links crashes at the exit of

@@ -1,0 +1,66 @@
+"""Pushes work with every ``kv_role``, on both sides; the role is about tiers alone."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.models import Checkpoints
+from engine.pair import PairSpec, shared_pair
+from engine.workload import CHUNK, prompt
+
+pytestmark = pytest.mark.engine
+
+OPTIONS: dict[str, Any] = {"max_num_batched_tokens": 192}
+
+
+def keeps_freed_blocks_back(worker: object) -> bool:
+    """Whether vLLM's scheduler, which is in the process of its worker here, gives no block away
+    that a step in flight writes to."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    (scheduler,) = (found for found in gc.get_objects() if isinstance(found, Scheduler))
+    return scheduler.defer_block_free
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [("kv_producer", "kv_consumer"), ("kv_consumer", "kv_producer")]
+)
+def test_a_push_with_any_role(llama: Path, fleet: Fleet, prefill: str, decode: str) -> None:
+    pair = shared_pair(fleet, PairSpec(llama, OPTIONS, roles=(prefill, decode)))
+    asks = [Ask(prompt(800 + n, n)) for n in (3 * CHUNK, 700)]
+    expected = fleet.get(EngineSpec(llama, options=OPTIONS)).generate(asks)
+    before = pair.metrics()
+    answers = pair.push(asks)
+    assert not differences(answers, expected)
+    assert [answer.cached for answer in answers] == [len(ask.tokens) - 1 for ask in asks]
+    pair.settle()
+    assert pair.counts() == {"sent": len(asks), "received": len(asks)}
+    for engine, role in ((pair.prefill, prefill), (pair.decode, decode)):
+        assert engine.in_workers(keeps_freed_blocks_back) == [True]
+        engine.forget()
+        engine.generate(asks)
+        saved, hit = (
+            engine.metrics().since(before[engine], name) > 0
+            for name in ("lamina_save_bytes_total", "lamina_load_bytes_total")
+        )
+        # A consumer that saves nothing finds nothing, either.
+        assert (saved, hit) == (role == "kv_producer", False)
+        assert f"kv_role: {role}: prompts are" in engine.log()
+
+
+@pytest.mark.slow
+def test_a_consumer_pushes_states(checkpoints: Checkpoints, fleet: Fleet) -> None:
+    """What it saves of a recurrent model is what it sends: a state at a boundary."""
+    model = checkpoints.model("short-convolution")
+    options = {"block_size": 32, "max_num_batched_tokens": 192}
+    pair = shared_pair(fleet, PairSpec(model, options, roles=("kv_consumer", "kv_producer")))
+    asks = [Ask(prompt(810 + n, n)) for n in (200, 500)]
+    expected = fleet.get(EngineSpec(model, options=options)).generate(asks)
+    assert not differences(pair.push(asks), expected)
+    pair.settle()
+    assert pair.counts() == {"sent": len(asks), "received": len(asks)}

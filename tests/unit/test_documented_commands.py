@@ -1,0 +1,154 @@
+"""Guards the commands that the documentation tells people to type: vLLM and Lamina take them as
+they stand there, and what they configure does what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lamina.cli.checks import Verdict
+from lamina.cli.doctor import transfer_config
+from lamina.cli.main import app
+from lamina.cli.push_proxy import Listening
+from lamina.config import Config, load_config
+from lamina.control.requests import PushParameters
+from lamina.engines.vllm.concerns import concerns
+from lamina.push.proxy.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SOMETHING_LEFT_OUT = ("…", "[--", "...", "FILE", "PATH")
+"""A line that has one of these shows what could be typed."""
+
+
+def blocks(page: str, language: str = "") -> Iterator[str]:
+    """Code blocks of a page in one language."""
+    for named, text in BLOCK.findall((ROOT / page).read_text()):
+        if named == language:
+            yield text
+
+
+def commands(page: str, program: str) -> Iterator[list[str]]:
+    """The arguments of every call of ``program`` in a page."""
+    for text in blocks(page):
+        lines = iter(text.splitlines())
+        for line in lines:
+            if not line.startswith(program):
+                continue
+            command = line
+            while command.count("'") % 2:
+                command += "\n" + next(lines)
+            words = shlex.split(command, comments=True)
+            left_out = any(part in command for part in SOMETHING_LEFT_OUT)
+            if words[: len(program.split())] == program.split() and not left_out:
+                yield words[len(program.split()) :]
+
+
+SERVERS = [(page, words) for page in PAGES for words in commands(page, "vllm serve")]
+LAMINA = [(page, words) for page in PAGES for words in commands(page, "lamina")]
+PROXIES = [(page, words[1:]) for page, words in LAMINA if words[0] == "push-proxy" and words[1:]]
+
+
+@cache
+def vllm_parser() -> Any:
+    """That of ``vllm serve``."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def served(words: list[str]) -> tuple[Config, Any]:
+    """Lamina's configuration and vLLM's, by a command."""
+    transfer = vllm_parser().parse_args(words).kv_transfer_config
+    return load_config(transfer.kv_connector_extra_config, {}), transfer
+
+
+def test_there_are_commands_to_check() -> None:
+    pages = [page for page, _ in SERVERS]
+    assert pages.count("README.md") == 3
+    assert "docs/configuration.md" in pages
+    assert [page for page, _ in PROXIES] == ["README.md"]
+    assert len(LAMINA) > 3
+
+
+@pytest.mark.parametrize(("page", "words"), SERVERS)
+def test_a_server_that_is_documented(page: str, words: list[str]) -> None:
+    """Its flags exist, nothing about it is to be warned of, and its tiers work both ways."""
+    config, transfer = served(words)
+    assert transfer.kv_connector == "LaminaConnector"
+    assert transfer.kv_load_failure_policy == "recompute"
+    assert transfer.is_kv_producer
+    assert transfer.is_kv_consumer
+    assert not [*concerns(config, transfer.kv_role, transfer.kv_load_failure_policy)]
+    document = json.loads(words[words.index("--kv-transfer-config") + 1])
+    assert {finding.verdict for finding in transfer_config(document)} == {Verdict.GOOD}
+
+
+@pytest.mark.parametrize(("page", "words"), PROXIES)
+def test_a_proxy_that_is_documented(
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes to the servers that the same page starts, one of each kind."""
+    started: list[tuple[Settings, Listening]] = []
+    monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: started.append(given))
+    done = CliRunner().invoke(app, ["push-proxy", *words])
+    assert done.exit_code == 0, done.output
+    ((settings, _),) = started
+    pushing = {}
+    for server in (words for where, words in SERVERS if where == page):
+        config, _ = served(server)
+        if config.push is not None:
+            arguments = vllm_parser().parse_args(server)
+            pushing[f"http://{arguments.host}:{arguments.port}"] = config.push
+    assert len(pushing) == 2
+    (prefill,), (decode,) = settings.prefill, settings.decode
+    assert pushing[prefill.url].listen == prefill.push
+    assert pushing[decode].listen is None
+    assert pushing[prefill.url].token == pushing[decode].token
+
+
+@pytest.mark.parametrize(("page", "words"), LAMINA)
+def test_a_command_that_is_documented(page: str, words: list[str]) -> None:
+    """It exists, and so do its options."""
+    verbs = words[: 2 if words[0] == "bench" else 1]
+    usage = CliRunner().invoke(app, [*verbs, "--help"], terminal_width=200)
+    assert usage.exit_code == 0, usage.output
+    for word in words:
+        if word.startswith("--"):
+            assert word.partition("=")[0] in usage.output
+
+
+def test_the_parameters_of_a_request() -> None:
+    """What a router has to say, as docs/push.md has it."""
+    from lamina.engines.vllm.requests import push_parameters
+
+    class Asked:
+        def __init__(self, given: Mapping[str, object]) -> None:
+            self.kv_transfer_params = given
+
+    found = [
+        push_parameters(Asked(json.loads(line)))  # type: ignore[arg-type]
+        for text in blocks("docs/push.md", "json")
+        for line in re.findall(r"^\{.*\}", text, re.MULTILINE)
+    ]
+    assert found == [PushParameters("5b1c…", None), PushParameters("5b1c…", "10.0.0.1:9300")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_configuration_file_that_is_documented(page: str, tmp_path: Path) -> None:
+    for text in blocks(page, "yaml"):
+        assert yaml.safe_load(text)
+        file = tmp_path / "lamina.yaml"
+        file.write_text(text)
+        load_config({}, {"LAMINA_CONFIG": str(file)})
