@@ -246,25 +246,36 @@ def test_what_the_decode_engine_has_is_not_sent() -> None:
     assert (pages(order), order.last) == ([(0, (12,), (52,))], True)
 
 
-def test_beyond_max_inflight_pages_wait_in_their_blocks() -> None:
-    source = bound(Source(max_inflight=2 * PAGE))
-    (first,) = source.step(0, 32)
-    assert source.step(32, 56) == []
+@pytest.mark.parametrize("pages_at_once", [0, 1, 2, 3])
+def test_what_is_computed_leaves_in_parts_whose_blocks_come_back_one_by_one(
+    pages_at_once: int,
+) -> None:
+    source = Source(max_inflight=max(1, pages_at_once * PAGE))
+    source.connect()
+    source.admit()
+    source.step(0, 56)
     source.finish()
-    source.pool.free([])
-    assert {10, 11, 12, 13} <= source.pool.held
-    assert source.source.pending
-    source.drain(first)
-    (second,) = source.step()
-    assert (pages(second), second.computed, second.last) == ([(0, (12, 13), (52, 53))], True, True)
-    assert source.pool.held == {12, 13}
-    source.drain(second)
-    assert source.pool.held == set()
+    source.hear(announce())
+    orders = source.step()
+    sources = [pages(order)[0][1] for order in orders]
+    assert sum(sources, ()) == (10, 11, 12, 13)
+    assert all(len(part) == max(1, pages_at_once) for part in sources[:-1])
+    assert [order.last for order in orders] == [False] * (len(orders) - 1) + [True]
+    assert all(order.computed for order in orders)
     assert not source.source.pending
+    for order, part in zip(orders, sources, strict=True):
+        assert set(part) <= source.pool.held
+        source.drain(order)
+        assert not set(part) & source.pool.held
 
 
-def test_a_first_push_goes_however_large_it_is() -> None:
-    assert len(bound(Source(max_inflight=1)).step(0, 56)) == 1
+def test_what_a_step_computes_leaves_in_the_step_however_much_is_on_its_way() -> None:
+    """And however large it is: how much is on the wire is for the ranks to see to."""
+    source = bound(Source(max_inflight=1))
+    first, second = source.step(0, 32), source.step(32, 56)
+    assert [len(first), len(second)] == [1, 1]
+    assert not first[0].computed
+    assert not second[0].computed
 
 
 def test_preempted_and_back_it_goes_on_where_it_was() -> None:
@@ -280,18 +291,6 @@ def test_preempted_and_back_it_goes_on_where_it_was() -> None:
     assert pages(second) == [(0, (22, 23), (52, 53))]
     source.drain(first, second)
     assert source.said() == []
-
-
-def test_a_destination_that_takes_nothing_holds_up_nobody_else() -> None:
-    source = bound(Source(max_inflight=2 * PAGE))
-    source.step(0, 32)
-    source.connect("other")
-    record = record_of(View([[30, 31, 32, 33]], push=PushParameters("other push", None)))
-    source.admit(record=record)
-    source.hear(announce(attempt=Attempt("other push", 9)), "other")
-    source.source.progress(record, 0, 32)
-    (order,) = source.step(32, 56)
-    assert (order.peer, pages(order)) == ("other", [(0, (30, 31), (50, 51))])
 
 
 def test_back_from_a_preemption_its_blocks_hold_nothing_before_it_runs() -> None:

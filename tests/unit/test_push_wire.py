@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lamina.data import push_receives, push_streams
+from lamina.data import push_receives, push_streams, push_turns
 from lamina.data.movers.base import Fence
 from lamina.data.push_pipeline import PushRun
 from lamina.data.push_receives import Receives
@@ -57,6 +57,7 @@ HEAD_BYTES = (8, 24)
 GAP = 16
 """Bytes behind each block of the last row, that nobody may touch."""
 BATCH = 1 << 20
+MAX_INFLIGHT = 1 << 30
 D = "the decode engine"
 
 
@@ -165,13 +166,28 @@ class World:
         self._noise = np.random.default_rng(5)
 
     def engine(
-        self, incarnation: str, ranks: int = 1, *, replicated: bool = False, batch: int = BATCH
+        self,
+        incarnation: str,
+        ranks: int = 1,
+        *,
+        replicated: bool = False,
+        batch: int = BATCH,
+        max_inflight: int = MAX_INFLIGHT,
     ) -> list[Rank]:
         heads = HEADS if replicated else HEADS // ranks
-        return [self._rank(incarnation, n, ranks, heads, replicated, batch) for n in range(ranks)]
+        return [
+            self._rank(incarnation, n, ranks, heads, replicated, (batch, max_inflight))
+            for n in range(ranks)
+        ]
 
     def _rank(
-        self, incarnation: str, number: int, ranks: int, heads: int, replicated: bool, batch: int
+        self,
+        incarnation: str,
+        number: int,
+        ranks: int,
+        heads: int,
+        replicated: bool,
+        sizes: tuple[int, int],
     ) -> Rank:
         pages = [size * heads for size in HEAD_BYTES]
         strides = [pages[0], pages[1] + GAP]
@@ -202,7 +218,7 @@ class World:
             ),
         )
         receipts: list[TransferReceipt] = []
-        identity = PushIdentity(incarnation, card, ranks, replicated, batch)
+        identity = PushIdentity(incarnation, card, ranks, replicated, *sizes)
         wire = PushWire(identity, transport, report=receipts.extend, wake=lambda: None)
         rank = Rank(memory, memory.copy(), geometry, card, transport, wire, receipts)
         self.ranks.append(rank)
@@ -473,27 +489,98 @@ def test_large_rows_do_not_wait_for_each_other(world: World) -> None:
     world.until(lambda: len(prefill[0].transport.begun) == 2)
 
 
-def test_bytes_in_flight_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pushes", [1, 3])
+def test_bytes_in_flight_to_one_engine_are_bounded(world: World, pushes: int) -> None:
     window = 100
-    monkeypatch.setattr(push_streams, "WINDOW_BYTES", window)
-    prefill, decode = world.engine("P", batch=1), world.engine(D)
+    prefill, decode = world.engine("P", batch=1, max_inflight=window), world.engine(D)
     meet(prefill, decode)
-    expect(decode[0])
-    blocks = tuple(range(10))
-    orders = [order(n, pages((n,), (n,)), last=n == blocks[-1]) for n in blocks]
-    send(prefill[0], *orders)
-    largest = max(size * HEADS for size in HEAD_BYTES)
+    blocks = tuple(range(12))
+    for epoch in range(pushes):
+        expect(decode[0], epoch=epoch)
+        mine = blocks[epoch::pushes]
+        for n in mine:
+            send(prefill[0], order(n, pages((n,), (n,)), last=n == mine[-1], epoch=epoch))
     most = 0
 
     def is_over() -> bool:
         nonlocal most
         most = max(most, world.moving)
-        return bool(decode[0].take_ended())
+        return len(decode[0].take_ended()) == pushes
 
     world.until(is_over)
-    assert window / 2 < most <= window + largest
+    assert window / 2 < most <= window + window // push_turns.SHARE
     only_changed(decode[0], set(blocks))
     assert decode[0].page(1, 9) == prefill[0].page(1, 9)
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(world: World) -> None:
+    """It waits for what is on its way, and each of its writes for one of each of the others."""
+    window = 96
+    prefill, decode = world.engine("P", batch=1, max_inflight=window), world.engine(D)
+    meet(prefill, decode)
+    (sender,), longs, short = prefill, (1, 2, 3), 9
+    for epoch in longs:
+        send(sender, order(epoch, pages(tuple(range(8)), tuple(range(8))), epoch=epoch))
+    world.until(lambda: world.moving >= window, moves=False)
+    expect(decode[0], epoch=short)
+    send(sender, order(short, (PushPages(0, (8,), (8,)),), epoch=short))
+    nobody = PushOrder(TransferId(10), "nobody", 1, (), False, True, LONG)
+    send(sender, nobody)  # answered at once: what was ordered before it has been taken up
+    world.until(lambda: sender.receipts, moves=False)
+    begun = len(sender.transport.begun)
+    world.until(decode[0].take_ended)
+    page = sender.card.rows[0].address + 8 * sender.card.rows[0].stride
+    mine = [
+        page <= int(write.local[0, 0]) < page + sender.card.rows[0].stride
+        for write in sender.transport.begun[begun:]
+    ]
+    last = max(index for index, is_mine in enumerate(mine) if is_mine)
+    assert sum(mine) == -(-HEAD_BYTES[0] * HEADS // (window // push_turns.SHARE)) == 3
+    assert mine[: last + 1].count(False) <= 3 * len(longs)
+    world.until(lambda: len(sender.receipts) == 5)
+
+
+def test_a_chunk_that_is_larger_than_the_bound_moves_row_by_row_among_small_ones(
+    world: World,
+) -> None:
+    """However many of those there are."""
+    prefill, decode = world.engine("P", batch=1, max_inflight=64), world.engine(D)
+    meet(prefill, decode)
+    (sender,) = prefill
+    expect(decode[0], epoch=1)
+    outgoing = sender.wire.begin(order(1, pages(tuple(range(8)), tuple(range(8))), epoch=1), 0)
+    begun = 0
+    for row in range(2):
+        outgoing.row_ready(row, Gate())
+        while decode[0].page(row, 7) != sender.page(row, 7):
+            assert begun < 1000, "small ones go past it"
+            while begun < len(sender.receipts) + 2:
+                begun += 1
+                small = order(100 + begun, (PushPages(0, (11,), (11,)),), epoch=100 + begun)
+                send(sender, small)
+            world.step()
+    outgoing.over("")
+    world.until(decode[0].take_ended)
+    assert decode[0].ended[0][1].outcome is Outcome.DONE
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_parts_of_a_write_are_the_write(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for count in (1, 2, 30):
+        lengths = rng.integers(1, 100, count)
+        local, remote = (
+            np.stack((rng.integers(0, 1 << 40, count), lengths), axis=1).astype(np.uint64)
+            for _ in range(2)
+        )
+        parts = list(push_turns.cut(local, remote, size))
+        sizes = [int(here[:, 1].sum()) for here, _ in parts]
+        assert all(part == size for part in sizes[:-1])
+        assert 0 < sizes[-1] <= size
+        for side, whole in enumerate((local, remote)):
+            found = [int(a) + i for part in parts for a, n in part[side] for i in range(int(n))]
+            assert found == [int(a) + i for a, n in whole for i in range(int(n))]
+        assert all((here[:, 1] == there[:, 1]).all() for here, there in parts)
 
 
 # -- what goes wrong -----------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class Rank:
             disk=disk,
             config=LoadConfig(),
             sources=tier_sources(host, disk, mover, shape),
-            push=(PushIdentity("p", card, 1, False, 1), end),
+            push=(PushIdentity("p", card, 1, False, 1, 1), end),
         )
         self.arrived: set[str] = set()
         self.failed: set[str] = set()

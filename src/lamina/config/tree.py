@@ -187,9 +187,10 @@ class PushConfig(Section):
         "ready, and the rest at the end of its step. Prompts smaller than this take one write.",
     )
     max_inflight: Annotated[int, SIZE] = Field(
-        default=GIB,
-        description="Bytes on their way to each decode engine, on each rank. Beyond it they wait "
-        "in the engine's blocks.",
+        default=64 * MIB,
+        description="Bytes on their way to each decode engine, on each rank. Prompts take turns "
+        "below it, so a short one waits for no more than this of long ones; what has its turn to "
+        "come stays in the engine's blocks.",
     )
 
 

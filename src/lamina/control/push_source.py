@@ -163,6 +163,7 @@ class Outbound:
         """Give up every hold that belongs to no transfer."""
         if self.held is not None:
             self.held.release()
+            self.held = None
         for _, _, lease in self.states.values():
             lease.release()
         self.states.clear()
@@ -276,16 +277,19 @@ class PushSource:
         self._open: dict[str, EngineCard] = {}
         self._refusals: dict[str, str] = {}
         self._told: set[str] = set()
-        self._in_flight: Counter[str] = Counter()
         self._endings = Endings()
         self._declined: OrderedDict[str, str] = OrderedDict()
-        self._bound_bytes = config.max_inflight * len(card.ranks)
         self._undelivered = Undelivered()
         self._max_held = card.ranks[0].num_blocks // HELD_SHARE
         self._page_bytes = [
             sum(row.page_bytes for rank in card.ranks for row in rank.rows if group in row.groups)
             for group in range(len(shape.groups))
         ]
+        token_bytes = sum(self._page_bytes[g] / shape.groups[g].block_tokens for g in shape.paged)
+        self._part_tokens = max(
+            *(group.block_tokens for group in shape.groups),
+            int(config.max_inflight * len(card.ranks) // max(1.0, token_bytes)),
+        )
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -455,9 +459,18 @@ class PushSource:
             self._fail(out, "the state at the end was not kept")
             return
         progress = out.progress
-        self._send(out, self._due(out, progress.computed), step, now, computed=True)
+        for reached in self._parts(out, progress.computed):
+            if out.stage is Stage.BOUND and not out.ordered:
+                self._send(out, self._due(out, reached), step, now, computed=True)
         if out.stage is Stage.BOUND and not out.ordered:
             self._send(out, self._due(out, progress.planned), step, now, computed=False)
+
+    def _parts(self, out: Outbound, reached: int) -> Iterable[int]:
+        """Ends of parts of the first ``reached`` tokens: blocks come back part by part, and not
+        when all of a long prompt has drained."""
+        sent = zip(self._shape.groups, out.sent, strict=True)
+        first = min((group.block_tokens * index for group, index in sent), default=0)
+        return (*range(first + self._part_tokens, reached, self._part_tokens), reached)
 
     def _due(self, out: Outbound, reached: int) -> list[Due]:
         """What was not ordered yet of the first ``reached`` tokens."""
@@ -492,10 +505,6 @@ class PushSource:
             self._fail(out, "a block that is wanted has fallen out of its window")
             return
         size = sum(len(part.sources) * self._page_bytes[part.group] for part in due)
-        # Each destination has its own: one that takes nothing holds up nobody else.
-        in_flight = self._in_flight[out.peer]
-        if in_flight and in_flight + size > self._bound_bytes:
-            return  # when something has drained
         sent = {part.group: part.upto for part in due}
         complete = all(
             sent.get(group, out.sent[group]) >= table.first + len(table.blocks)
@@ -513,7 +522,6 @@ class PushSource:
             lease=self._leases.take(sources),
         )
         out.moving.add(transfer.id)
-        self._in_flight[out.peer] += size
         self._of_transfer[transfer.id] = out
         pages = tuple(PushPages(d.group, d.sources, d.targets) for d in due if d.sources)
         self.orders.append(
@@ -577,9 +585,6 @@ class PushSource:
         self._transfers.close(transfer)
         out = self._of_transfer.pop(transfer.id)
         out.moving.discard(transfer.id)
-        self._in_flight[out.peer] -= transfer.size
-        if not self._in_flight[out.peer]:
-            del self._in_flight[out.peer]
         out.torn |= transfer.reason == TORN
         if transfer.state is State.FAILED:
             self._meter.count("failures", 1, kind=f"push_{transfer.reason or 'unknown'}")

@@ -34,13 +34,13 @@ class PushRun:
         self._rows = geometry.rows
         self._unsent = set(range(len(geometry.rows)))
         self._fresh = []
+        fence = mover.fence_compute() if any(order.computed for order in orders) else None
         for order in orders:
             outgoing = wire.begin(order, step)
             groups = {part.group for part in order.pages}
-            if not order.computed:
+            if not order.computed or fence is None:
                 self._fresh.append((groups, outgoing))
                 continue
-            fence = mover.fence_compute()
             for row, shape in enumerate(geometry.rows):
                 if groups.intersection(shape.groups):
                     outgoing.row_ready(row, fence)

@@ -15,6 +15,7 @@ import numpy as np
 
 from lamina.data.movers.base import Fence
 from lamina.data.push_pages import PageSpans
+from lamina.data.push_turns import Destination, cut
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import TORN, Outcome, PushOrder, TransferReceipt
 from lamina.push.cards import RankCard, Route
@@ -30,8 +31,8 @@ from lamina.push.transports.base import (
 
 log = logging.getLogger("lamina.data")
 
-WINDOW_BYTES = 64 << 20
-"""Bytes of one push on the wire at a time: several share it, and a stop takes effect soon."""
+AHEAD = 4
+"""Writes that a push works out before their turn comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class PushStream:
         card: this rank's cache.
         routes: where to.
         transport: the wire.
+        destination: where its writes take their turns.
         failure: why nothing can be sent, if so.
         batch: bytes that are written at once.
         until: monotonic seconds after which nothing is sent any more.
@@ -129,6 +131,7 @@ class PushStream:
         card: RankCard,
         routes: tuple[PushRoute, ...],
         transport: Transport,
+        destination: Destination,
         *,
         failure: str,
         batch: int,
@@ -143,6 +146,7 @@ class PushStream:
         self._card = card
         self._routes = routes
         self._transport = transport
+        self._destination = destination
         self._batch = batch
         self._until = until
         self._report = report
@@ -150,7 +154,6 @@ class PushStream:
         self._sendings: list[Sending] = []
         self._queue: deque[Batch] = deque()
         self._moving: list[Batch] = []
-        self._in_flight = 0
         self._delivered = False
         self._torn = False
         if any(not route.peer for route in routes):
@@ -189,19 +192,18 @@ class PushStream:
         while self._queue:
             self._queue.popleft().sending.writes -= 1
 
-    def pump(self) -> None:
-        """Take every step that can be taken now."""
+    def advance(self) -> None:
+        """Take in which writes have ended, and queue what is ready to be written."""
         if not self.failure and time.monotonic() >= self._until:
             self.fail("too_late")
+        self._collect()
         for sending in self._sendings:
-            while sending.fenced and sending.fenced[0][1].passed():
+            while sending.fenced and len(self._queue) < AHEAD and sending.fenced[0][1].passed():
                 self._gather(sending, sending.fenced.popleft()[0])
             if sending.over and not sending.fenced:
                 self._flush(sending)
-        self._collect()
-        while self._queue and self._in_flight < WINDOW_BYTES and not self.failure:
-            self._post(self._queue.popleft())
-        self._settle()
+        if self._queue:
+            self._destination.queue(self)
 
     def _gather(self, sending: Sending, row: int) -> None:
         if self.failure:
@@ -225,13 +227,19 @@ class PushStream:
             local = np.concatenate([pair[0] for pair in gathered])
             remote = np.concatenate([pair[1] for pair in gathered])
             gathered.clear()
-            if not self.failure:
-                size = int(local[:, 1].sum())
+            if self.failure:
+                continue
+            for here, there in cut(local, remote, self._destination.write_bytes):
+                size = int(here[:, 1].sum())
                 sending.writes += 1
-                self._queue.append(Batch(sending, index, local, remote, size, sending.first_row))
+                self._queue.append(Batch(sending, index, here, there, size, sending.first_row))
         sending.gathered_bytes, sending.first_row = 0, -1
 
-    def _post(self, batch: Batch) -> None:
+    def post(self) -> int:
+        """See :meth:`Sender.post <lamina.data.push_turns.Sender.post>`."""
+        if not self._queue:
+            return 0
+        batch = self._queue.popleft()
         batch.began = time.perf_counter()
         batch.sending.writes -= 1  # unless it is begun
         try:
@@ -241,10 +249,14 @@ class PushStream:
         except TransportError as error:
             log.warning("push to %s: %s", self._incarnation, error)
             self.fail("unreachable")
-            return
+            return 0
+        except Exception as error:
+            log.exception("push %d to %s", self._epoch, self._incarnation)
+            self.fail(type(error).__name__)
+            return 0
         batch.sending.writes += 1
         self._moving.append(batch)
-        self._in_flight += batch.size
+        return batch.size
 
     def _collect(self) -> None:
         for batch in list(self._moving):
@@ -253,7 +265,7 @@ class PushStream:
             if state is WriteState.MOVING:
                 continue
             self._moving.remove(batch)
-            self._in_flight -= batch.size
+            self._destination.in_flight -= batch.size
             batch.sending.writes -= 1
             if state is WriteState.FAILED:
                 self._torn = True
@@ -264,7 +276,8 @@ class PushStream:
                 step = batch.sending.step
                 self._timeline.add(Lane.PUSH, step, batch.row, batch.began, batch.size)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Report orders that have drained, and say so to the other side if all of the push has."""
         for sending in list(self._sendings):
             if not sending.over or sending.fenced or sending.writes:
                 continue

@@ -11,10 +11,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from lamina.data.movers.base import Fence
 from lamina.data.push_receives import Receives
 from lamina.data.push_streams import PushRoute, PushStream, Sending
+from lamina.data.push_turns import Destination
 from lamina.data.threads import Threads
 from lamina.observe.timeline import Timeline
 from lamina.plan import (
@@ -55,7 +57,8 @@ class PushIdentity:
         card: itself.
         ranks: how many the engine has.
         replicated: whether every rank holds the same bytes.
-        batch: bytes that are written at once.
+        batch: bytes that are worth a write.
+        max_inflight: bytes that may be on their way to each decode engine.
     """
 
     incarnation: str
@@ -63,6 +66,7 @@ class PushIdentity:
     ranks: int
     replicated: bool
     batch: int
+    max_inflight: int
 
 
 class PushWire:
@@ -95,6 +99,8 @@ class PushWire:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._cards: dict[str, EngineCard] = {}
         self._streams: dict[tuple[str, int], PushStream] = {}
+        # As long as a push goes there.
+        self._destinations: WeakValueDictionary[str, Destination] = WeakValueDictionary()
         self._failed: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._receives = Receives(identity.incarnation)
         self._ended: deque[tuple[str, TransferReceipt]] = deque()
@@ -155,7 +161,8 @@ class PushWire:
                 log.exception("the wire of rank %d raised", self._identity.card.rank)
         for stream in self._streams.values():
             stream.fail("closed")
-            stream.pump()
+            stream.advance()
+            stream.settle()
         self._transport.close()
 
     def _died(self, error: BaseException) -> None:
@@ -188,12 +195,12 @@ class PushWire:
             return
 
     def _pump(self) -> None:
+        for name, stream in self._streams.items():
+            _take(name, stream, stream.advance)
+        for destination in list(self._destinations.values()):
+            destination.post()
         for name, stream in list(self._streams.items()):
-            try:
-                stream.pump()
-            except Exception as error:
-                log.exception("push %d to %s", name[1], name[0])
-                stream.fail(type(error).__name__)
+            _take(name, stream, stream.settle)
             if stream.finished:
                 del self._streams[name]
                 if stream.failure:  # so that orders on their way do not begin it anew
@@ -276,6 +283,9 @@ class PushWire:
             self._identity.card,
             () if card is None or failure else self._routes(card),
             self._transport,
+            self._destinations.setdefault(
+                order.peer, Destination(self._identity.max_inflight, self._identity.batch)
+            ),
             failure=failure,
             batch=self._identity.batch,
             until=until,
@@ -290,6 +300,15 @@ class PushWire:
 
     def _forget(self, incarnation: str) -> None:
         self._cards.pop(incarnation, None)
+
+
+def _take(name: tuple[str, int], stream: PushStream, step: Callable[[], None]) -> None:
+    """Let a push take a step; if it cannot, it has failed, and no other one has."""
+    try:
+        step()
+    except Exception as error:
+        log.exception("push %d to %s", name[1], name[0])
+        stream.fail(type(error).__name__)
 
 
 class OutgoingOrder:

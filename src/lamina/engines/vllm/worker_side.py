@@ -172,6 +172,7 @@ class WorkerSide:
             ranks=parallel.world_size,
             replicated=self._cache.kv_tp_replicas > 1,
             batch=config.batch,
+            max_inflight=config.max_inflight,
         )
         return self._identity, transport
 
