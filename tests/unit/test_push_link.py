@@ -15,13 +15,15 @@ import msgspec
 import pytest
 
 from lamina.bench.ports import free_port
+from lamina.push import inbox
 from lamina.push import link as link_module
 from lamina.push.cards import EngineCard, RankCard
-from lamina.push.letters import Fate, Letter, Lost, News, Opened
+from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
 from lamina.push.link import Link, listen_at, split_address
 from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_MESSAGE,
+    NO_EPOCH,
     VERSION,
     Announce,
     Attempt,
@@ -29,6 +31,7 @@ from lamina.push.messages import (
     Bound,
     Cancel,
     Failed,
+    Fenced,
     Hello,
     LinkMessage,
     Ping,
@@ -60,6 +63,7 @@ class Side:
         port: int = 0,
         token: str | None = None,
         silence: float = NEVER,
+        wake: Callable[[], object] = lambda: None,
     ) -> None:
         self.card = card(incarnation)
         address = f"127.0.0.1:{port}" if listen else None
@@ -68,6 +72,7 @@ class Side:
             servers=[] if address is None else listen_at(address),
             token=token,
             silence=silence,
+            wake=wake,
         )
         self.heard: list[News] = []
 
@@ -114,14 +119,17 @@ class Raw:
         self.connection.sendall(len(body).to_bytes(LENGTH_BYTES, "little") + body)
 
     def hear(self) -> LinkMessage | None:
+        """The next message that is no ping; None at the end."""
+        while isinstance(message := self.next(), Ping):
+            pass
+        return message
+
+    def next(self) -> LinkMessage | None:
         """The next message; None at the end."""
-        while True:
-            size = self._read(LENGTH_BYTES)
-            if size is None:
-                return None
-            message = decode(self._read(int.from_bytes(size, "little")) or b"")
-            if not isinstance(message, Ping):
-                return message
+        size = self._read(LENGTH_BYTES)
+        if size is None:
+            return None
+        return decode(self._read(int.from_bytes(size, "little")) or b"")
 
     def _read(self, size: int) -> bytes | None:
         data = b""
@@ -174,7 +182,7 @@ ANNOUNCE = Announce(
 
 def test_everything_arrives_in_order(make: Make) -> None:
     prefill, decode_side = make("P", listen=True), make("D")
-    sent = [ANNOUNCE, *(Cancel(Attempt("push", n)) for n in range(200))]
+    sent = [ANNOUNCE, *(Cancel(Attempt("other", n)) for n in range(200))]
     for message in sent:
         decode_side.link.send(Letter(prefill.address, message))
     heard = prefill.until(1 + len(sent))
@@ -216,6 +224,80 @@ def test_pings_keep_it_alive(make: Make) -> None:
     prefill.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
     assert decode_side.until(2)[1] == Letter(prefill.address, Bound(ANNOUNCE.attempt))
     assert prefill.link.news() == []
+
+
+def test_it_wakes_whoever_waits_for_news(make: Make) -> None:
+    """Once, until the news are taken: an engine that runs looks anyway."""
+    woken = threading.Semaphore(0)
+    prefill = make("P", listen=True, wake=woken.release)
+    decode_side = make("D")
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    assert woken.acquire(timeout=PATIENCE)
+    prefill.until(2)
+    decode_side.link.send(Letter(prefill.address, Cancel(ANNOUNCE.attempt)))
+    assert woken.acquire(timeout=PATIENCE)
+    assert prefill.until(3)[2] == Letter("D", Cancel(ANNOUNCE.attempt))
+
+
+def test_it_has_news_when_control_wants_to_be_asked(make: Make) -> None:
+    woken = threading.Semaphore(0)
+    side = make("P", wake=woken.release)
+    side.link.remind(float("inf"))
+    side.link.remind(NEVER)
+    side.link.remind(0.01)
+    side.link.remind(NEVER)
+    assert woken.acquire(timeout=PATIENCE)
+    assert side.link.news() == [Due()]
+
+
+def test_what_is_cancelled_before_control_has_seen_it_never_was(make: Make) -> None:
+    """An engine that hangs need not answer, because nothing was sent. Its prompt does not wait."""
+    prefill, decode_side = make("P", listen=True), make("D")
+    other = Attempt("other", 8)
+    for message in (
+        ANNOUNCE,
+        msgspec.structs.replace(ANNOUNCE, attempt=other),
+        Cancel(ANNOUNCE.attempt),
+    ):
+        decode_side.link.send(Letter(prefill.address, message))
+    assert decode_side.until(2) == [
+        Opened(prefill.address, "P"),
+        Letter(prefill.address, Fenced(ANNOUNCE.attempt, clean=True)),
+    ]
+    assert prefill.until(3)[1:] == [
+        Letter("D", msgspec.structs.replace(ANNOUNCE, attempt=other)),
+        Letter("D", Cancel(Attempt("push", NO_EPOCH))),
+    ]
+    # What it has seen is its own to answer.
+    for _ in range(3):
+        decode_side.link.send(Letter(prefill.address, Cancel(other)))
+    assert prefill.until(4)[3] == Letter("D", Cancel(other))
+    assert decode_side.link.news() == []
+
+
+def test_what_waits_for_control_is_bounded(
+    make: Make, dial: Callable[[Side], Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it a peer is not listened to, nor taken for silent: it may be this engine that hangs.
+    Others are heard."""
+    monkeypatch.setattr(inbox, "MAX_LETTERS", 4)
+    side = make("P", listen=True, silence=SILENCE)
+    raw = dial(side)
+    raw.say(hello("D"))
+    assert raw.hear() == Welcome(VERSION, "P")
+    words: list[LinkMessage] = [Cancel(Attempt(f"push {n}", 1)) for n in range(10)]
+    for word in words:
+        raw.say(word)
+    # This side speaks all the time, which is more than twice as long as a peer may be silent.
+    for _ in range(3 * link_module.PINGS):
+        assert raw.next() == Ping()
+    assert len(side.link._inbox._news) == 1 + 4
+    other = dial(side)
+    other.say(hello("other"))
+    assert other.hear() == Welcome(VERSION, "P")
+    other.say(ANNOUNCE)
+    heard = [item for item in side.until(13) if item.peer == "D"]
+    assert heard == [Opened("D", "D", card("D")), *(Letter("D", word) for word in words)]
 
 
 def test_has_news(make: Make) -> None:
@@ -345,6 +427,7 @@ def test_what_nobody_understands(
     if after_hello:
         bad.say(hello("bad"))
         assert bad.hear() == Welcome(VERSION, "P")
+    side.until(1 + after_hello)
     bad.connection.sendall(data)
     assert bad.hear() is None
     good.say(ANNOUNCE)
@@ -423,6 +506,7 @@ def test_a_decode_engine_that_falls_silent(make: Make, dial: Callable[[Side], Ra
     mute, raw = dial(side), dial(side)
     raw.say(hello("D"))
     assert raw.hear() == Welcome(VERSION, "P")
+    side.until(1)
     assert raw.hear() is None
     assert mute.hear() is None
     assert [type(item) for item in side.until(2)] == [Opened, Lost]
@@ -451,6 +535,7 @@ def test_the_same_incarnation_connects_anew(make: Make, dial: Callable[[Side], R
     former, present = dial(side), dial(side)
     former.say(hello("D"))
     assert former.hear() == Welcome(VERSION, "P")
+    side.until(1)
     present.say(hello("D"))
     assert present.hear() == Welcome(VERSION, "P")
     assert former.hear() is None

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.engine.core import EngineCore
 
 from lamina.engines.vllm.adapters import Adapters
+from lamina.engines.vllm.core_loop import CoreLoop
 from lamina.engines.vllm.weights import (
     Watch,
     WeightsWatch,
@@ -314,7 +315,7 @@ class Scheduler:
 
 def core_of(served: Served) -> Any:
     core: Any = object.__new__(EngineCore)
-    core.scheduler = Scheduler(Watch(served.watch, Adapters(None)))
+    core.scheduler = Scheduler(Watch(served.watch, Adapters(None), CoreLoop()))
     core.model_executor, core.mm_receiver_cache = Executor(), None
     watch_engine_core()
     return core

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 
 from lamina.config import Config
 from lamina.control.breakers import Breakers
@@ -62,18 +63,19 @@ class EngineClock:
 
     Attributes:
         now: the time of the last tick.
+        longest: seconds that one step counts as at most.
     """
 
     def __init__(self, clock: Callable[[], float], longest: float) -> None:
         self.now = 0.0
+        self.longest = longest
         self._clock = clock
-        self._longest = longest
         self._last = clock()
 
     def tick(self) -> float:
         """The engine is here, between two steps; returns :attr:`now`."""
         last, self._last = self._last, self._clock()
-        self.now += min(self._last - last, self._longest)
+        self.now += min(self._last - last, self.longest)
         return self.now
 
 
@@ -695,6 +697,16 @@ class Planner:
         return (self._source is not None and self._source.pending) or (
             self._target is not None and self._target.pending
         )
+
+    @property
+    def push_wait(self) -> float:
+        """Seconds after which a step changes something of a push although nobody has said
+        anything; infinite if none does."""
+        if self._target is None:
+            return inf
+        # What is longer than a step counts as less, see the clock.
+        wait = self._target.due - self._clock.now
+        return wait if wait == inf else max(0.0, min(wait, self._clock.longest))
 
     def gauges(self) -> None:
         """Write the present state of tiers, leases and queues to the meter."""

@@ -308,6 +308,13 @@ class PushTarget:
         return any(inbound.until <= soon for inbound in self._inbound.values())
 
     @property
+    def due(self) -> float:
+        """Control's clock at the next moment when :meth:`tick` ends a quarantine or asks a peer;
+        infinite if there is none."""
+        quarantines = (i.until for i in self._inbound.values() if i.stage is Stage.QUARANTINED)
+        return min((*quarantines, *self._asks.values()), default=inf)
+
+    @property
     def quarantined(self) -> int:
         """Pushes whose blocks are held although nobody waits for them."""
         return sum(inbound.stage is Stage.QUARANTINED for inbound in self._inbound.values())

@@ -70,5 +70,10 @@ class Letter:
     message: LinkMessage
 
 
-News = Opened | Lost | Letter
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A moment has come at which control wanted to be asked."""
+
+
+News = Opened | Lost | Letter | Due
 """What the link has to say."""

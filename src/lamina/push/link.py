@@ -13,20 +13,23 @@ import contextlib
 import errno
 import hmac
 import logging
-import queue
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import TypeVar
 
 from lamina.push.cards import EngineCard
+from lamina.push.inbox import Inbox, Mailbox
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_MESSAGE,
     VERSION,
     Announce,
+    Fenced,
     Hello,
     LinkMessage,
     MalformedMessageError,
@@ -67,12 +70,14 @@ class Connection:
     Attributes:
         peer: the other side's name, once it is known.
         writer: where messages go.
+        box: what has come on it and waits for control.
         queued: messages that wait for the connection to be made.
         full: whether it was closed because too much waited for the peer.
     """
 
     peer: str
     writer: asyncio.StreamWriter | None = None
+    box: Mailbox = field(default_factory=Mailbox)
     queued: list[LinkMessage] = field(default_factory=list)
     full: bool = False
 
@@ -134,6 +139,7 @@ class Link:
         servers: where it listens, see :func:`listen_at`; none to dial only.
         token: a secret that both sides must have; None for none.
         silence: seconds without a word after which a peer is gone.
+        wake: called by the link's thread when there are news.
     """
 
     def __init__(
@@ -143,11 +149,13 @@ class Link:
         servers: Sequence[socket.socket],
         token: str | None,
         silence: float,
+        wake: Callable[[], object] = lambda: None,
     ) -> None:
         self._card = card
         self._token = token or ""
         self._silence = silence
-        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._inbox = Inbox(wake)
+        self._reminder = -inf
         self._dialled: dict[str, Connection] = {}
         self._accepted: dict[str, Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,16 +178,19 @@ class Link:
 
     def news(self) -> list[News]:
         """What has happened since the last call."""
-        found: list[News] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                found.append(self._news.get_nowait())
-        return found
+        return self._inbox.take()
 
     @property
     def has_news(self) -> bool:
         """Whether :meth:`news` would say anything."""
-        return not self._news.empty()
+        return bool(self._inbox)
+
+    def remind(self, seconds: float) -> None:
+        """Have news after so many seconds, if not before."""
+        now = time.monotonic()
+        if seconds < inf and not now < self._reminder <= now + seconds:
+            self._reminder = now + seconds
+            self._loop.call_soon_threadsafe(self._loop.call_at, self._reminder, self._inbox.due)
 
     def close(self) -> None:
         """Close every connection and stop. Idempotent."""
@@ -230,9 +241,10 @@ class Link:
             reader, opened = await self._in_time(asyncio.open_connection(host, port))
             writer = opened
             Connection(connection.peer, opened).say(Hello(VERSION, self._token, self._card))
-            welcome = _welcome(await self._in_time(_read(reader)))
+            answer, _ = await self._in_time(_read(reader))
+            welcome = _welcome(answer)
             was_open = True
-            self._news.put(Opened(connection.peer, welcome.incarnation))
+            self._inbox.opened(connection.box, Opened(connection.peer, welcome.incarnation))
             connection.open(opened)
             await self._converse(reader, connection)
         except TimeoutError:
@@ -246,7 +258,8 @@ class Link:
             if self._dialled.get(connection.peer) is connection:
                 del self._dialled[connection.peer]
             unsent = tuple(m.attempt for m in connection.queued if isinstance(m, Announce))
-            self._news.put(Lost(connection.peer, reason, was_open, fate, unsent))
+            lost = Lost(connection.peer, reason, was_open, fate, unsent)
+            self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from a decode engine, from its beginning to its end."""
@@ -257,7 +270,7 @@ class Link:
         connection = Connection("", writer)
         reason = "closed"
         try:
-            hello = await self._in_time(_read(reader))
+            hello, _ = await self._in_time(_read(reader))
             if refusal := self._refusal(hello):
                 log.warning("a decode engine was refused: %s", refusal)
                 connection.say(Refused(refusal))
@@ -269,7 +282,7 @@ class Link:
                 self._lose(former, "it has connected anew")
             connection.peer = peer
             self._accepted[peer] = connection
-            self._news.put(Opened(peer, peer, hello.card))
+            self._inbox.opened(connection.box, Opened(peer, peer, hello.card))
             connection.say(Welcome(VERSION, self._card.incarnation))
             await self._converse(reader, connection)
         except TimeoutError:
@@ -287,7 +300,8 @@ class Link:
     def _lose(self, connection: Connection, reason: str) -> None:
         if connection.writer is not None:
             connection.writer.transport.abort()
-        self._news.put(Lost(connection.peer, reason, was_open=True, fate=Fate.CLOSED))
+        lost = Lost(connection.peer, reason, was_open=True, fate=Fate.CLOSED)
+        self._inbox.lost(connection.box, lost, forget=True)
 
     def _refusal(self, hello: LinkMessage) -> str:
         if not isinstance(hello, Hello):
@@ -303,18 +317,34 @@ class Link:
         pings = self._loop.create_task(self._ping(connection))
         try:
             while True:
+                await self._room(connection.box)
                 try:
-                    message = await self._in_time(_read(reader))
+                    message, size = await self._in_time(_read(reader))
                 except TimeoutError:
                     raise PeerSilentError(f"silent for {self._silence:g} s") from None
                 except (OSError, LinkClosedError):
                     if connection.full:
                         raise PeerSilentError("it does not read what it is told") from None
                     raise
-                if not isinstance(message, Ping):
-                    self._news.put(Letter(connection.peer, message))
+                if isinstance(message, Ping):
+                    continue
+                letter = Letter(connection.peer, message)
+                if (never := self._inbox.letter(connection.box, letter, size)) is not None:
+                    connection.say(Fenced(never, clean=True))
         finally:
             pings.cancel()
+
+    async def _room(self, box: Mailbox) -> None:
+        """Wait until control has taken up enough of what a peer has said. That says nothing about
+        the peer, however long it takes."""
+        room = asyncio.Event()
+
+        def resume() -> None:
+            self._loop.call_soon_threadsafe(room.set)
+
+        while self._inbox.is_full(box, resume):
+            await room.wait()
+            room.clear()
 
     async def _in_time(self, waited_for: Coroutine[object, object, T]) -> T:
         """What comes of it, if that takes no longer than the silence. Time for which this process
@@ -357,12 +387,13 @@ def _welcome(answer: LinkMessage) -> Welcome:
     raise LinkClosedError(f"it said {type(answer).__name__} first")
 
 
-async def _read(reader: asyncio.StreamReader) -> LinkMessage:
+async def _read(reader: asyncio.StreamReader) -> tuple[LinkMessage, int]:
+    """A message, and its bytes."""
     try:
         size = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
         if size > MAX_MESSAGE:
             raise MalformedMessageError(f"a message of {size} bytes")
-        return decode(await reader.readexactly(size))
+        return decode(await reader.readexactly(size)), size
     except asyncio.IncompleteReadError as error:
         raise LinkClosedError("the other side has closed the connection") from error
 

@@ -24,6 +24,7 @@ from lamina.engines.notebook import Notebook
 from lamina.engines.vllm import layout
 from lamina.engines.vllm.adapters import Adapters
 from lamina.engines.vllm.concerns import BOTH, concerns
+from lamina.engines.vllm.core_loop import CoreLoop
 from lamina.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina.engines.vllm.metrics import LaminaStats
 from lamina.engines.vllm.namespace import build_namespace
@@ -54,7 +55,7 @@ class SchedulerSide:
         cache: vLLM's cache.
 
     Attributes:
-        watch: what vLLM's engine core tells of weights.
+        watch: what vLLM's engine core tells.
 
     Raises:
         ValueError: if other engines could not reach this one where the configuration says.
@@ -106,7 +107,7 @@ class SchedulerSide:
         # Engines of one server: each has a port and a file of its own.
         self._index = vllm_config.parallel_config.data_parallel_index
         self._adapters = Adapters(vllm_config.lora_config)
-        self.watch = Watch(WeightsWatch(self._opening), self._adapters)
+        self.watch = Watch(WeightsWatch(self._opening), self._adapters, CoreLoop())
         multimodal = vllm_config.model_config.multimodal_config
         self._counted = (
             multimodal is not None
@@ -179,7 +180,13 @@ class SchedulerSide:
         config = self._config.push
         assert config is not None
         servers, self._servers = self._servers, []
-        return Link(card, servers=servers, token=config.token, silence=config.silence)
+        return Link(
+            card,
+            servers=servers,
+            token=config.token,
+            silence=config.silence,
+            wake=self.watch.loop.wake,
+        )
 
     def _listen(self) -> list[socket.socket]:
         config = self._config.push
@@ -294,6 +301,8 @@ class SchedulerSide:
         )
         self._moved |= not plan.is_empty
         self._exchange()
+        if self._link is not None:
+            self._link.remind(self._planner.push_wait)
         return LaminaPlan(plan)
 
     def receive(self, output: KVConnectorOutput) -> None:

@@ -10,6 +10,7 @@ process. So some of the core's methods tell it what they are about to do, or hav
   next request comes, so that nobody has to be believed.
 - ``sleep`` at level 2 drops the weights.
 - ``add_lora`` and ``remove_lora`` have workers load an adapter, and forget it.
+- ``_handle_shutdown`` is the first call of every turn of its loop, before it waits for requests.
 
 Whoever resets the caches without a pause says that the weights are others.
 """
@@ -26,9 +27,10 @@ from typing import Any, Protocol
 
 import torch
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from lamina.engines.vllm.adapters import Adapters
+from lamina.engines.vllm.core_loop import CoreLoop
 from lamina.keys import Epoch
 
 log = logging.getLogger("lamina.engines.vllm")
@@ -190,19 +192,23 @@ class Watch:
     Attributes:
         weights: which weights the model has.
         adapters: which weights its adapters have.
+        loop: the core's loop.
     """
 
     weights: WeightsWatch
     adapters: Adapters
+    loop: CoreLoop
 
 
 def watch_engine_core() -> None:
     """Have every engine core of this process tell the scheduler sides of its connectors what
-    becomes of its weights. Once is enough; vLLM's classes stay what they are but for that."""
+    becomes of its weights, and that its loop begins. Once is enough; vLLM's classes stay what they
+    are but for that."""
     if hasattr(EngineCore.set_weight_version, "__wrapped__"):
         return
     name, reset, sleep = EngineCore.set_weight_version, EngineCore._reset_caches, EngineCore.sleep
     add, remove = EngineCore.add_lora, EngineCore.remove_lora
+    turn = EngineCoreProc._handle_shutdown
 
     @functools.wraps(name)
     def set_weight_version(core: EngineCore, weight_version: str) -> None:
@@ -256,6 +262,16 @@ def watch_engine_core() -> None:
         removed: bool = remove(core, lora_id)
         return removed
 
+    @functools.wraps(turn)
+    def _handle_shutdown(core: EngineCoreProc) -> bool:
+        if _LOOPS not in core.__dict__:
+            core.__dict__[_LOOPS] = True
+            for watch in _watches(core):
+                watch.loop.begins(core.input_queue)
+        goes_on: bool = turn(core)
+        return goes_on
+
+    EngineCoreProc._handle_shutdown = _handle_shutdown
     for attribute, function in (
         ("add_lora", add_lora),
         ("remove_lora", remove_lora),
@@ -267,6 +283,7 @@ def watch_engine_core() -> None:
 
 
 _DROPS = "_lamina_drops_weights"
+_LOOPS = "_lamina_loops"
 
 
 def _watches(core: EngineCore) -> Iterator[Watch]:

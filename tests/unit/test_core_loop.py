@@ -1,0 +1,89 @@
+"""Guards: an engine core that waits for requests looks for work when something else has come."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from queue import Queue
+from typing import Any
+
+from driven_planner import Engine
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+
+from lamina.engines.vllm.adapters import Adapters
+from lamina.engines.vllm.core_loop import CoreLoop
+from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
+
+PATIENCE = 60.0
+
+
+class Connector:
+    def __init__(self) -> None:
+        self.watch = Watch(WeightsWatch(Engine().planner), Adapters(None), CoreLoop())
+
+
+class Several:
+    """A ``MultiConnector`` of vLLM."""
+
+    def __init__(self, *connectors: object) -> None:
+        self.sub_connectors = connectors
+
+
+class Scheduler:
+    def __init__(self, connector: object) -> None:
+        self.connector = connector
+        self.has_news = False
+
+    def get_kv_connector(self) -> object:
+        return self.connector
+
+    def has_requests(self) -> bool:
+        return self.has_news
+
+
+def core_of(connector: object) -> Any:
+    """A core whose loop has not begun."""
+    watch_engine_core()
+    core: Any = object.__new__(EngineCoreProc)
+    core.scheduler = Scheduler(connector)
+    core.input_queue, core.aborts_queue = Queue(), Queue()
+    core.engines_running, core.batch_queue = False, deque()
+    core.process_input_queue_block = True
+    core.shutdown_state = EngineShutdownState.RUNNING
+    core._idle_state_callbacks = []
+    return core
+
+
+def test_a_core_that_waits_looks_for_work_when_it_is_woken() -> None:
+    connector = Connector()
+    core = core_of(connector)
+    turned = threading.Event()
+
+    def turn() -> None:
+        assert core._handle_shutdown()
+        core._process_input_queue()
+        turned.set()
+
+    waits = threading.Event()
+    core._idle_state_callbacks.append(lambda _: waits.set())
+    threading.Thread(target=turn, daemon=True).start()
+    assert waits.wait(PATIENCE)
+    core.scheduler.has_news = True
+    connector.watch.loop.wake()
+    assert turned.wait(PATIENCE)
+
+
+def test_every_connector_of_a_core_can_wake_it() -> None:
+    first, second = Connector(), Connector()
+    core = core_of(Several(first, object(), second))
+    for _ in range(2):
+        core._handle_shutdown()
+    for connector in (first, second):
+        connector.watch.loop.wake()
+        assert core.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+    assert core.input_queue.empty()
+
+
+def test_where_no_loop_is_nobody_is_woken() -> None:
+    Connector().watch.loop.wake()
