@@ -28,6 +28,7 @@ from lamina.push.letters import Fate, Letter, Lost, Opened
 from lamina.push.messages import (
     NO_BLOCK,
     NO_EPOCH,
+    Absent,
     Announce,
     Attempt,
     BlockTable,
@@ -195,7 +196,7 @@ def test_whichever_comes_first_waits_for_the_other(first: str) -> None:
         source.hear(announce())
     else:
         source.hear(announce())
-        assert source.said() == []
+        assert source.said() == [Absent(ATTEMPT)]
         source.admit()
     assert source.said() == [Bound(ATTEMPT)]
     assert [peer.incarnation for peer in source.source.peers] == [D]
@@ -488,7 +489,11 @@ def test_an_announcement_whose_request_never_comes_is_forgotten() -> None:
     source.hear(announce())
     source.now = 30.0
     source.step()
-    assert source.said() == [Failed(ATTEMPT, "too late"), Fenced(ATTEMPT, clean=True)]
+    assert source.said() == [
+        Absent(ATTEMPT),
+        Failed(ATTEMPT, "too late"),
+        Fenced(ATTEMPT, clean=True),
+    ]
     source.admit()
     source.step(0, 56)
     source.finish()
@@ -500,6 +505,7 @@ def test_a_request_that_never_got_blocks_fails_its_push() -> None:
     source.connect()
     source.hear(announce())
     assert source.source.knows(PUSH)
+    source.said()
     source.source.abandoned(PushParameters(PUSH, None), "request")
     failed, fenced = source.said()
     assert isinstance(failed, Failed)
@@ -813,7 +819,7 @@ def test_a_decode_engine_hears_when_what_it_claims_is_here(first: str) -> None:
         source.hear(CLAIM)
     else:
         source.hear(CLAIM)
-        assert source.said() == []
+        assert source.said() == [Absent(UNANNOUNCED)]
         source.source.arrived(source.record, 0.0)
     assert source.said() == [Queued(UNANNOUNCED)]
     source.hear(CLAIM)
@@ -828,6 +834,7 @@ def test_what_was_announced_is_queued_when_it_comes() -> None:
     source = Source()
     source.connect()
     source.hear(announce())
+    assert source.said() == [Absent(ATTEMPT)]
     source.source.arrived(source.record, 0.0)
     assert source.said() == [Queued(ATTEMPT)]
 
@@ -888,6 +895,7 @@ def test_who_claims_first_has_the_only_say() -> None:
     source.connect()
     source.connect("other")
     source.hear(CLAIM)
+    source.said()
     source.hear(CLAIM, "other")
     assert source.said() == [Failed(UNANNOUNCED, OF_ANOTHER)]
     second = Attempt(PUSH, 3)
@@ -1108,6 +1116,7 @@ def test_a_request_that_ends_before_it_begins_is_told_of() -> None:
     source = Source()
     source.connect()
     source.hear(announce())
+    source.said()
     source.source.abandoned(PushParameters(ATTEMPT.push, None), "request")
     failed, fenced = source.said()
     assert isinstance(failed, Failed)

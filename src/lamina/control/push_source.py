@@ -42,6 +42,7 @@ from lamina.push.letters import Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
     NO_EPOCH,
+    Absent,
     Announce,
     Attempt,
     Bound,
@@ -313,7 +314,7 @@ class PushSource:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if not out.request:  # a second request under the same id is the router's mistake
             out.request = record.view.request_id
-            self._say_queued(out)
+            self._say_where(out)
 
     def waits(self, record: RequestRecord) -> bool:
         """Whether a request should not begin yet: where its prompt goes is not known, and too many
@@ -653,11 +654,12 @@ class PushSource:
             out = self._outbound[push] = Outbound(push, now + patience)
         if out.announce is None:
             out.peer, out.expires = peer, now + patience
-            self._say_queued(out)
+            self._say_where(out)
 
-    def _say_queued(self, out: Outbound) -> None:
-        if out.request and out.peer:
-            self._say(out.peer, Queued(out.attempt))
+    def _say_where(self, out: Outbound) -> None:
+        """Whether its request is here."""
+        if out.peer:
+            self._say(out.peer, Queued(out.attempt) if out.request else Absent(out.attempt))
 
     def _announced(self, peer: str, announce: Announce, now: float) -> None:
         if peer not in self._open:
@@ -688,7 +690,7 @@ class PushSource:
         out.peer, out.announce, out.expires = peer, announce, now + announce.patience
         self._undelivered.drop(out.push)
         if out.record is None:
-            self._say_queued(out)
+            self._say_where(out)
         else:
             self._bind(out)
 

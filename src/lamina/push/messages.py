@@ -21,8 +21,8 @@ MAX_MESSAGE = 64 << 20
 
 
 NO_EPOCH = 0
-"""Epoch of a push that was not announced. In a ``cancel``: nothing is needed of it; in a ``queued``
-or ``failed``: it was claimed."""
+"""Epoch of a push that was not announced. In a ``cancel``: nothing is needed of it; in a ``queued``,
+``absent`` or ``failed``: it was claimed."""
 
 NO_BLOCK = -1
 """In a table: the decode engine needs nothing of this block."""
@@ -146,6 +146,16 @@ class Queued(Message, frozen=True, tag="queued"):
     attempt: Attempt
 
 
+class Absent(Message, frozen=True, tag="absent"):
+    """The prefill engine has seen a claim or an announcement, and has no such request yet.
+
+    Attributes:
+        attempt: which, as in ``queued``.
+    """
+
+    attempt: Attempt
+
+
 class Bound(Message, frozen=True, tag="bound"):
     """The prefill engine has the prompt, and it fits."""
 
@@ -205,6 +215,7 @@ LinkMessage = (
     | Announce
     | Cancel
     | Queued
+    | Absent
     | Bound
     | Failed
     | Fenced
