@@ -18,6 +18,7 @@ from lamina.push.transports.base import Notice, Peer
 from protocol.engine import (
     BLOCK,
     BREAKER,
+    COST,
     METER,
     QUARANTINE,
     Label,
@@ -74,7 +75,15 @@ class Decode:
         self.leases = LeaseBook(self.pool)
         self.transfers = TransferTable(options.decode_ranks)
         self.target = PushTarget(
-            options.config, BREAKER, options.shape, self.transfers, self.leases, METER, no_time
+            options.config,
+            BREAKER,
+            options.shape,
+            self.transfers,
+            self.leases,
+            METER,
+            no_time,
+            blocks=options.blocks,
+            cost=COST,
         )
         self.receives = [Receives(self.incarnation) for _ in range(options.decode_ranks)]
         self.requests: dict[str, Request] = {}

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import BreakerState
+from lamina.control.cost import CostModel
 from lamina.control.push_source import PushSource
 from lamina.control.push_source import Stage as SourceStage
 from lamina.control.push_target import Stage as TargetStage
@@ -31,6 +32,7 @@ NULL = -1
 CONFIG = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE)
 NARROW = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE, max_inflight=1)
 BREAKER = BreakerConfig(failures=1000)
+COST = CostModel()
 
 Label = tuple[str, int, int, int]
 """What a block holds: prompt, group, index in the prompt, tokens that are filled."""
@@ -159,7 +161,7 @@ def _make_table(ranks: int, last: int, live: list[Transfer]) -> TransferTable:
     return table
 
 
-_CONSTANTS = (PushConfig, BreakerConfig, ChunkShape, EngineCard, Group, Options)
+_CONSTANTS = (PushConfig, BreakerConfig, CostModel, ChunkShape, EngineCard, Group, Options)
 _ENUMS = (Kind, State, SourceStage, TargetStage, LoadMode, Outcome, BreakerState, Fate)
 _FROZEN = (Letter, Opened, Lost, TransferReceipt, ReceiveOrder, PushParameters)
 _TABLE: dict[type, Callable[[Any], Any]] = {

@@ -13,26 +13,30 @@ import pytest
 from driven_planner import Pool
 
 from lamina.config import BreakerConfig, PushConfig
+from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
-from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
+from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, Offer, PushTarget
 from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
 from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
-from lamina.observe.metrics import Meter
+from lamina.observe.metrics import Meter, Series
 from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
     NO_EPOCH,
+    Absent,
     Announce,
     Attempt,
     BlockTable,
     Bound,
     Cancel,
+    Claim,
     Failed,
     Fenced,
     LinkMessage,
+    Queued,
 )
 
 BLOCK = 16
@@ -76,8 +80,14 @@ class View:
 class Target:
     """A target, with the ranks and the link that it needs."""
 
-    def __init__(self, *groups: Group, ranks: int = 1, failures: int = 3) -> None:
+    def __init__(
+        self, *groups: Group, ranks: int = 1, failures: int = 3, blocks: int = 1000
+    ) -> None:
         self.groups = groups or (FULL,)
+        self.cost = CostModel()
+        self.meter = Meter()
+        self.gauges: dict[Series, float] = {}
+        self.step = 0
         self.pool = Pool()
         self.ranks = ranks
         self.transfers = TransferTable(ranks)
@@ -88,8 +98,10 @@ class Target:
             ChunkShape(BLOCK, self.groups, NULL),
             self.transfers,
             LeaseBook(self.pool),
-            Meter(),
+            self.meter,
             lambda: self.now,
+            blocks=blocks,
+            cost=self.cost,
         )
 
     def order(
@@ -106,6 +118,33 @@ class Target:
         self.target.order(record, floor, start, end, step=0)
         return record
 
+    def arrive(self, number: int, *, address: str = P) -> RequestRecord:
+        """A request of four blocks of its own comes."""
+        push = PushParameters(f"push {number}", address)
+        blocks = [1000 + 4 * number + i for i in range(4)]
+        view = View([blocks for _ in self.groups], push=push, request_id=f"request {number}")
+        record = RequestRecord(view, ChunkChain(b"namespace", 16))
+        self.target.arrived(record, self.now)
+        return record
+
+    def weigh(self, record: RequestRecord, start: int = 0) -> Offer:
+        return self.target.weigh(record, start, start, step=self.step, now=self.now)
+
+    def admit(self, record: RequestRecord) -> bool:
+        """The engine would give a request its blocks. Returns whether it is pushed to."""
+        if not (offer := self.weigh(record)).end:
+            return False
+        self.target.order(record, 0, 0, offer.end, step=0)
+        return True
+
+    def counted(self, name: str, reason: str) -> float:
+        return self.meter.drain().counters.get((name, (reason,)), 0)
+
+    def blocks(self, state: str) -> float:
+        self.target.gauges()
+        self.gauges.update(self.meter.drain().gauges)
+        return self.gauges[("push_blocks", (state,))]
+
     def hear(self, *news: News | LinkMessage) -> None:
         items = [
             n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news
@@ -114,6 +153,7 @@ class Target:
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
+        self.step += 1
         self.target.tick(self.now)
 
     def report(
@@ -238,7 +278,7 @@ def test_the_request_runs_when_every_rank_has_all() -> None:
     assert record.receive == epoch
     assert record.push_over == ""
     target.report(record, Outcome.DONE, Outcome.DONE)
-    assert (record.push_over, record.story.failed) == ("pushed", False)
+    assert (record.push_over, record.story.push_failed) == ("pushed", "")
     assert target.pool.held == set()
     assert target.said() == []
 
@@ -246,7 +286,7 @@ def test_the_request_runs_when_every_rank_has_all() -> None:
 def test_the_request_does_not_run_if_one_rank_has_not() -> None:
     target, record, attempt = announced(ranks=2)
     target.report(record, Outcome.DONE, Outcome.FAILED, reason="deadline")
-    assert (record.push_over, record.story.reason) == ("push_failed", "deadline")
+    assert (record.push_over, record.story.push_failed) == ("push_failed", "deadline")
     assert target.said() == [Cancel(attempt)]
     assert target.pool.held
     assert target.target.quarantined == 1
@@ -476,3 +516,324 @@ def test_what_was_never_announced_is_not_held() -> None:
     target.hear(Lost(P, "refused", was_open=False, fate=Fate.CLOSED, unsent=(attempt,)))
     target.fail(record)
     assert target.target.quarantined == 0
+
+
+# -- room ------------------------------------------------------------------------------------
+
+WAIT = Offer(0, "no_room", ask_again=True)
+
+
+def test_parked_and_quarantined_blocks_take_half_and_leave_the_rest_to_everybody() -> None:
+    """A prefill engine stops while prompts wait for it: 25 of four blocks fit into half of 200."""
+    target = Target(blocks=200, failures=1000)
+    target.hear(OPENED)
+    parked = []
+    for number in range(50):
+        record = target.arrive(number)
+        if target.admit(record):
+            parked.append(record)
+    assert len(parked) == 25
+    assert len(target.pool.held) == 100
+    target.said()
+    target.hear(lost(fate=Fate.SILENT))
+    for record in parked:
+        target.fail(record)
+    target.wait(86_400)
+    assert len(target.pool.held) == 100
+    target.hear(OPENED)
+    assert target.weigh(target.arrive(99)) == Offer(0, "no_room")
+    target.hear(lost(fate=Fate.CLOSED))
+    target.wait(QUARANTINE)
+    assert target.pool.held == set()
+    assert target.weigh(target.arrive(100)).end == 55
+
+
+def test_what_finds_no_room_waits_for_it_without_blocks() -> None:
+    target = Target(blocks=16)
+    first, second, third = (target.arrive(number) for number in range(3))
+    assert target.admit(first)
+    assert target.admit(second)
+    assert target.weigh(third) == WAIT
+    target.wait(1)
+    assert target.weigh(third) == WAIT
+    target.report(first)
+    target.wait(1)
+    assert target.admit(third)
+
+
+def test_what_waits_for_room_is_computed_here_when_the_deadline_is_over() -> None:
+    target = Target(blocks=8)
+    assert target.admit(target.arrive(0))
+    waiting = target.arrive(1)
+    target.hear(Queued(Attempt("push 1", NO_EPOCH)))
+    assert target.weigh(waiting) == WAIT
+    assert target.target.waits(waiting, step=target.step)
+    target.wait(DEADLINE)
+    assert not target.target.waits(waiting, step=target.step)
+    assert target.weigh(waiting) == Offer(0, "no_room")
+
+
+def test_nobody_goes_past_one_that_waits_for_room() -> None:
+    """Or a large prompt would wait behind small ones for ever."""
+    target = Target(blocks=16)
+    first, large, small = (target.arrive(number) for number in range(3))
+    target.target.order(first, 0, 16, 55, step=0)
+    target.target.order(target.arrive(3), 0, 32, 55, step=0)
+    assert target.weigh(large) == WAIT
+    assert target.weigh(small, 32) == WAIT
+    target.wait(0)  # the engine asks about the first of its queue first
+    assert not target.target.waits(small, step=target.step)
+    assert target.weigh(small, 32).end == 55
+
+
+def test_what_never_fits_is_computed_here() -> None:
+    target = Target(blocks=7)
+    assert target.weigh(target.arrive(0)) == Offer(0, "too_large")
+
+
+def test_what_the_decode_engine_has_takes_no_room() -> None:
+    target = Target(FULL, WINDOW, blocks=10)
+    assert target.weigh(target.arrive(0)) == Offer(0, "too_large")
+    assert target.weigh(target.arrive(1), 16).end == 55
+
+
+@pytest.mark.parametrize("groups", [(FULL,), (FULL, WINDOW), (FULL, STATE)])
+@pytest.mark.parametrize("floor", [0, 16, 32])
+def test_the_room_that_is_weighed_is_what_is_taken(groups: tuple[Group, ...], floor: int) -> None:
+    target = Target(*groups)
+    tables = [
+        [] if g is STATE else [100 * i + b for b in range(50, 54)] for i, g in enumerate(groups)
+    ]
+    view = View(tables, [70, 71])
+    record = RequestRecord(view, ChunkChain(b"namespace", 16))
+    end, _ = target.target.reach(record)
+    target.target.order(record, floor, floor, end, step=0)
+    shape = ChunkShape(BLOCK, groups, NULL)
+    assert shape.pushed_blocks(floor, floor, end) == len(target.pool.held)
+    assert target.blocks("parked") == len(target.pool.held)
+
+
+def test_what_is_parked_and_quarantined_is_counted() -> None:
+    target, record, attempt = announced()
+    assert (target.blocks("parked"), target.blocks("quarantined")) == (4, 0)
+    target.hear(Bound(attempt))
+    target.fail(record)
+    assert (target.blocks("parked"), target.blocks("quarantined")) == (0, 4)
+    target.hear(Fenced(attempt, clean=True))
+    target.wait(SETTLE_SECONDS)
+    assert target.blocks("quarantined") == 0
+
+
+# -- claims ----------------------------------------------------------------------------------
+
+
+def claims(target: Target) -> list[tuple[str, ...]]:
+    return [message.pushes for message in target.said() if isinstance(message, Claim)]
+
+
+def test_what_waits_for_blocks_is_claimed_until_it_has_them() -> None:
+    target = Target()
+    first, second = target.arrive(0), target.arrive(1)
+    assert target.said() == [Claim(("push 0",), DEADLINE), Claim(("push 1",), DEADLINE)]
+    for _ in range(10):
+        target.wait(DEADLINE / 2)
+        assert claims(target) == [("push 0", "push 1")]
+    target.hear(Queued(Attempt("push 0", NO_EPOCH)))
+    assert target.admit(first)
+    target.wait(DEADLINE / 2)
+    assert claims(target) == [("push 1",)]
+    target.target.abandoned(second.view.request_id)
+    assert target.said() == [Cancel(Attempt("push 1", NO_EPOCH))]
+    target.wait(DEADLINE)
+    target.wait(DEADLINE)
+    assert claims(target) == []
+
+
+def test_what_is_declined_is_not_claimed_any_more() -> None:
+    target = Target()
+    record = target.arrive(0)
+    target.said()
+    target.target.decline(record, "below_min_tokens")
+    assert target.said() == [Cancel(Attempt("push 0", NO_EPOCH))]
+    target.target.abandoned(record.view.request_id)
+    target.wait(DEADLINE)
+    assert target.said() == []
+    assert target.counted("pushes_skipped", "below_min_tokens") == 1
+
+
+def test_claims_are_made_anew_when_their_connection_is_lost() -> None:
+    target = Target()
+    target.hear(OPENED)
+    record = target.arrive(0)
+    target.hear(Queued(Attempt("push 0", NO_EPOCH)))
+    target.said()
+    target.hear(lost())
+    assert claims(target) == [("push 0",)]
+    target.hear(OPENED)
+    target.wait(DEADLINE)
+    assert target.weigh(record) == Offer(0, "unanswered")  # it may be another run of the engine
+
+
+def test_what_is_claimed_from_an_engine_that_is_not_there_is_computed_here() -> None:
+    target = Target(failures=1)
+    record, other = target.arrive(0), target.arrive(1, address="10.0.0.2:9300")
+    target.hear(lost(was_open=False))
+    assert target.weigh(record) == Offer(0, "lost")
+    assert target.weigh(other).end == 55
+    assert target.weigh(target.arrive(2)) == Offer(0, "peer_out_of_use")
+    assert target.counted("pushes_skipped", "lost") == 1
+
+
+def test_what_a_prefill_engine_refuses_while_it_is_claimed_is_computed_here() -> None:
+    target = Target()
+    record = target.arrive(0)
+    target.said()
+    target.hear(Failed(Attempt("push 0", NO_EPOCH), "the prefill ended before it began"))
+    assert target.weigh(record) == Offer(0, "failed")
+    target.target.abandoned(record.view.request_id)
+    assert target.said() == []
+
+
+# -- what a prefill engine does not have -------------------------------------------------------
+
+
+def test_what_a_prefill_engine_does_not_have_is_not_waited_for() -> None:
+    target, record, attempt = announced()
+    target.hear(Absent(attempt))
+    target.wait(0.9)
+    target.hear(Absent(attempt))
+    assert target.target.give_ups == []
+    target.wait(0.1)
+    assert target.target.give_ups == [attempt.epoch]
+    assert target.said() == [Cancel(attempt)]
+    target.fail(record, reason="given_up")
+    assert target.counted("pushes_given_up", "absent") == 1
+    assert target.target.reach(RequestRecord(View([[50]]), ChunkChain(b"namespace", 16)))[0] == 55
+
+
+@pytest.mark.parametrize("word", [Queued, Bound])
+def test_what_a_prefill_engine_has_is_waited_for_however_busy_it_is(
+    word: type[Queued] | type[Bound],
+) -> None:
+    target, _, attempt = announced()
+    target.hear(Absent(attempt), word(attempt))
+    target.wait(0.9 * DEADLINE)
+    assert target.target.give_ups == []
+
+
+def test_a_claim_that_is_taken_up_is_waited_for_when_it_is_announced() -> None:
+    target = Target()
+    target.hear(OPENED)
+    record = target.arrive(0)
+    target.hear(Absent(Attempt("push 0", NO_EPOCH)), Queued(Attempt("push 0", NO_EPOCH)))
+    target.wait(5 * DEADLINE)  # the engine is full
+    assert target.admit(record)
+    target.wait(0.9 * DEADLINE)
+    assert target.target.give_ups == []
+
+
+def test_what_would_take_long_to_compute_here_is_waited_for_as_long() -> None:
+    target, _, attempt = announced()
+    target.cost.computed(0, 100, 20.0)  # 11 s for 55 tokens
+    slow = target.order(View([[60, 61, 62, 63]], request_id="slow"))
+    assert slow.receive is not None
+    target.hear(Absent(Attempt(PUSH, slow.receive)), Queued(attempt))
+    target.wait(10.9)
+    assert target.target.give_ups == []
+    target.wait(0.2)
+    assert target.target.give_ups == [slow.receive]
+
+
+def test_no_more_is_computed_instead_than_there_is_time_for() -> None:
+    """A prefill engine whose front is slow makes nobody else compute all that it is to compute."""
+    target = Target()
+    target.cost.computed(0, 100, 20.0)
+    records = [target.arrive(number) for number in range(100)]
+    target.hear(*(Absent(Attempt(f"push {number}", NO_EPOCH)) for number in range(100)))
+    for _ in range(120):
+        target.wait(0.5)
+        for record in records:
+            if not record.push_over:
+                target.weigh(record)
+    given_up = [record for record in records if record.push_over]
+    assert len(given_up) == 5  # 11 s each: the first at 11 s, the second at 22 s
+    for record in given_up:
+        record.counted = True  # they are computed
+    target.wait(0)
+    target.weigh(records[50])
+    assert records[50].push_over == "absent"
+
+
+def test_while_nobody_knows_what_computing_takes_one_at_a_time_is_tried() -> None:
+    target = Target()
+    records = [target.arrive(number) for number in range(3)]
+    target.hear(*(Absent(Attempt(f"push {number}", NO_EPOCH)) for number in range(3)))
+    target.wait(1)
+    assert [target.weigh(record).reason for record in records] == ["absent", "", ""]
+    records[0].counted = True
+    target.wait(0)
+    assert [target.weigh(record).reason for record in records[1:]] == ["absent", ""]
+
+
+def test_an_engine_that_says_nothing_is_given_up_later_and_is_out_of_use() -> None:
+    """It may be in a long step."""
+    target = Target(failures=1)
+    target.hear(OPENED)
+    record = target.order()
+    target.wait(0.2 * DEADLINE)
+    assert target.target.give_ups == []
+    target.wait(0.1 * DEADLINE)
+    assert target.target.give_ups == [record.receive]
+    target.fail(record, reason="given_up")
+    assert target.counted("pushes_given_up", "unanswered") == 1
+    other = RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))
+    assert target.target.reach(other) == (0, "peer_out_of_use")
+
+
+def test_an_engine_that_has_too_much_to_do_is_not_out_of_use() -> None:
+    target = Target(failures=1)
+    target.hear(OPENED)
+    record = target.order()
+    assert record.receive is not None
+    target.hear(Queued(Attempt(PUSH, record.receive)))
+    target.fail(record, reason="deadline")
+    assert target.counted("pushes_given_up", "deadline") == 1
+    other = RequestRecord(View([[50]]), ChunkChain(b"namespace", 16))
+    assert target.target.reach(other)[0] == 55
+
+
+# -- what one can see --------------------------------------------------------------------------
+
+
+def test_a_push_that_has_failed_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    target, record, attempt = announced()
+    target.hear(Failed(attempt, "the prefill ended before the whole prompt was computed"))
+    record.story.pushed = 55
+    record.story.prompt = 56
+    with caplog.at_level("WARNING", "lamina.control"):
+        target.fail(record, reason="given_up")
+    (line,) = caplog.messages
+    assert "request request" in line
+    assert P in line
+    assert "ended before the whole prompt" in line
+    story = record.story.line("request")
+    assert "push FAILED (the prefill ended before the whole prompt was computed)" in story
+    assert "recomputed 56" in story
+    assert "pushed" not in story
+
+
+def test_a_request_that_has_ended_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    target, record, _ = announced()
+    assert record.receive is not None
+    target.target.give_up(record.receive, CANCELLED)
+    target.fail(record, reason="given_up")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("start", "pushed"), [(40, False), (39, True)])
+def test_less_than_a_chunk_is_computed_here(start: int, pushed: bool) -> None:
+    """Of 55 tokens 15 are missing, and a chunk has 16."""
+    target = Target()
+    record = target.arrive(0)
+    offer = target.target.weigh(record, 32, start, step=0, now=0.0)
+    assert offer == (Offer(55) if pushed else Offer(0, "below_min_tokens"))

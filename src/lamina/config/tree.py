@@ -20,6 +20,7 @@ from lamina.config.values import (
     MIB,
     PATH,
     SECONDS,
+    SHARE,
     SIZE,
     TEXT,
     choice,
@@ -180,6 +181,17 @@ class PushConfig(Section):
         default=120.0,
         description="Seconds for which blocks are kept that a lost peer may still write to, if it "
         "cannot be asked.",
+    )
+    min_tokens: Annotated[int | Auto, integer(0).auto()] = Field(
+        default="auto",
+        description="The floor, in tokens, below which a decode engine computes what its own cache "
+        "and tiers lack, instead of waiting for it. `auto`: one chunk.",
+    )
+    max_parked: Annotated[float, SHARE] = Field(
+        default=0.5,
+        description="Share of a decode engine's blocks that prompts on their way may take, those "
+        "included that a prefill engine which went away may still write to. Beyond it prompts wait "
+        "without blocks, or are computed here.",
     )
     batch: Annotated[int, SIZE] = Field(
         default=MIB,

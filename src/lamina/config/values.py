@@ -136,6 +136,12 @@ def _parse_seconds(value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def _parse_share(value: object) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 1:  # type: ignore[operator]
+        raise WrongValueError
+    return float(value)  # type: ignore[arg-type]
+
+
 def _parse_path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise WrongValueError
@@ -167,6 +173,7 @@ FLAG = Kind("true or false", _parse_flag)
 ADDRESS = Kind('an address such as "10.0.0.1:9300" or "[::1]:9300"', _parse_address)
 SIZE = Kind('a size (bytes, or text with a binary unit such as "4GiB")', _parse_size)
 SECONDS = Kind(f"a number of seconds above 0 and at most {_MAX_SECONDS} (a day)", _parse_seconds)
+SHARE = Kind("a number above 0 and at most 1", _parse_share)
 PATH = Kind("a path", _parse_path)
 ABSOLUTE_PATH = Kind("an absolute path", _parse_absolute_path)
 TEXT = Kind("text that is not empty", _parse_text)

@@ -194,7 +194,15 @@ class Planner:
                 config.push, shape, card, self._transfers, self._leases, meter
             )
             self._target = PushTarget(
-                config.push, config.breaker, shape, self._transfers, self._leases, meter, clock
+                config.push,
+                config.breaker,
+                shape,
+                self._transfers,
+                self._leases,
+                meter,
+                clock,
+                blocks=card.ranks[0].num_blocks,
+                cost=self._cost,
             )
         self._requests: dict[str, RequestRecord] = {}
         self._active: set[str] = set()  # admitted and not ended
@@ -219,8 +227,11 @@ class Planner:
         if loads and self._loads:
             record.known_keys()
             self._fetching.expect(record)
-        if self._source is not None and view.push is not None:
-            self._source.arrived(record, self._clock.tick())
+        if self._source is not None and self._target is not None and view.push is not None:
+            now = self._clock.tick()
+            self._source.arrived(record, now)
+            if loads:
+                self._target.arrived(record, now)
 
     def lookup(
         self,
@@ -249,7 +260,7 @@ class Planner:
             record.lose_blocks()
             self._active.discard(view.request_id)
         record = self._record_of(view)
-        if self._source is not None and self._source.waits(record):
+        if self._awaits_room(record):
             return ASK_AGAIN
         pushed_to = view.push is not None and view.push.prefill is not None
         record.may_hit |= not declined and (self._loads or pushed_to)
@@ -268,9 +279,8 @@ class Planner:
         if may_wait and self._shared.joins(record, floor, sharing, now):
             record.offered = 0
             return ASK_AGAIN
-        record.story.pushed = 0
-        if self._target is not None and view.push is not None:
-            hit = self._with_push(record, floor, hit, declined)
+        if pushed_to and not declined:
+            hit = self._with_push(record, floor, hit)
         record.offered = hit.tokens
         return hit
 
@@ -298,18 +308,27 @@ class Planner:
             self._epoch,
         )
 
-    def _with_push(self, record: RequestRecord, floor: int, hit: Hit, declined: str) -> Hit:
+    def _awaits_room(self, record: RequestRecord) -> bool:
+        """Whether a request need not be looked at, because there is no room yet for what it would
+        hold of a push, here or on the way to another engine."""
+        if self._source is None or self._target is None or record.view.push is None:
+            return False
+        return self._source.waits(record) or self._target.waits(record, step=self._step)
+
+    def _with_push(self, record: RequestRecord, floor: int, hit: Hit) -> Hit:
         """A hit and what a prefill engine will push behind it."""
-        assert self._target is not None
-        end, declined = (0, declined) if declined else self._target.reach(record)
-        pushed = end - floor - hit.tokens
-        if pushed <= 0:
-            if declined:
-                record.story.reason = declined
+        if self._target is None:
             return hit
-        record.story.pushed = pushed
+        start = floor + hit.tokens
+        offer = self._target.weigh(record, floor, start, step=self._step, now=self._clock.now)
+        if offer.ask_again:
+            return ASK_AGAIN
+        if not offer.end:
+            record.story.unpushed = offer.reason
+            return hit
+        record.story.pushed = offer.end - start
         record.story.mode = LoadMode.PARKED
-        return Hit(end - floor, LoadMode.PARKED)
+        return Hit(offer.end - floor, LoadMode.PARKED)
 
     def admitted(self, request_id: str, loaded: int) -> None:
         """The engine has given a request its blocks and will have ``loaded`` tokens loaded.
@@ -332,7 +351,7 @@ class Planner:
         if self._source is not None:
             self._source.admitted(record, story.engine + loaded, now)
         if self._target is not None and record.view.push is not None and not story.pushed:
-            self._target.decline(record)
+            self._target.decline(record, story.unpushed or "not_needed")
         if not record.losses:  # one that comes back finds what it had computed itself
             self._hits.reuse(record, story.engine + (story.loaded if loaded else 0))
         if loaded == 0:
@@ -522,6 +541,8 @@ class Planner:
         record = self._requests.get(request_id)
         if push is not None and self._source is not None:
             self._source.abandoned(push, request_id)
+        if self._target is not None:
+            self._target.abandoned(request_id)
         if record is None:
             return
         self._prompts.ended(record, computed)
@@ -722,4 +743,7 @@ class Planner:
             self._meter.gauge("transfers", self._transfers.count(kind), direction=kind.value)
         self._meter.gauge("write_backlog", self._saving.backlog)
         self._meter.gauge("queue_depth", self._queued)
+        if self._source is not None and self._target is not None:
+            self._source.gauges()
+            self._target.gauges()
         self._meter.gauge("leased_blocks", self._leases.leased_blocks)

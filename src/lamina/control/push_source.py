@@ -615,6 +615,10 @@ class PushSource:
         if (out := self._of(record)) is not None:
             self._fail(out, "weights or an adapter changed under the prefill")
 
+    def gauges(self) -> None:
+        """Write to the meter how many blocks are held for destinations that are not known."""
+        self._meter.gauge("push_blocks", self._undelivered.blocks, state="undelivered")
+
     @property
     def pending(self) -> bool:
         """Whether a request has ended and waits for its destination."""

@@ -11,14 +11,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from math import inf
 
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import CircuitBreaker
+from lamina.control.cost import CostModel
 from lamina.control.leases import BlockLease, LeaseBook
+from lamina.control.push_claims import ANSWER_SHARE, Claimed, Claims, Whereabouts
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -28,6 +32,7 @@ from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
     NO_EPOCH,
+    Absent,
     Announce,
     Attempt,
     BlockTable,
@@ -35,10 +40,15 @@ from lamina.push.messages import (
     Cancel,
     Failed,
     Fenced,
+    Queued,
 )
 
 CANCELLED = "cancelled"
 """Reason of a receive that its request did not live to see: no fault of its peer."""
+
+ABSENT = "the request has not come to the prefill engine"
+UNANSWERED = "the prefill engine does not answer"
+DEADLINE = "deadline"
 
 
 SETTLE_SECONDS = 1.0
@@ -47,6 +57,8 @@ SETTLE_SECONDS = 1.0
 
 PEER_FAULTS = frozenset({TORN, "unreachable", "too late", "too_late"})
 """Reasons of a peer that say something about it; others say something about a request."""
+
+log = logging.getLogger("lamina.control")
 
 REMEMBERED_PEERS = 1024
 """Prefill engines whose failures are remembered."""
@@ -61,6 +73,40 @@ class Stage(Enum):
     """Given up, and its blocks are leased because something may still be on its way to them."""
 
 
+class GiveUp(StrEnum):
+    """Why a push that was announced is not waited for any longer, as metrics have it."""
+
+    CANCELLED = "cancelled"
+    """Its request has ended."""
+    ABSENT = "absent"
+    """The prefill engine has no such request."""
+    UNANSWERED = "unanswered"
+    """The prefill engine says nothing."""
+    LOST = "lost"
+    """There is no connection to the prefill engine."""
+    FAILED = "failed"
+    """The prefill engine says that it will not be complete."""
+    DEADLINE = "deadline"
+    """It has taken too long."""
+    WIRE = "wire"
+    """A rank says that nothing more can come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a push can do for a request that has no blocks yet.
+
+    Attributes:
+        end: tokens that the request would have with it; 0 for nothing.
+        reason: why nothing; empty if no push was meant for it.
+        ask_again: whether there may be room for it soon.
+    """
+
+    end: int
+    reason: str = ""
+    ask_again: bool = False
+
+
 @dataclass(slots=True)
 class Inbound:
     """A push that was announced.
@@ -68,9 +114,13 @@ class Inbound:
     Attributes:
         attempt: its name.
         address: the prefill engine's.
+        record: its request.
         lease: hold on its blocks.
+        whereabouts: what the prefill engine has said of the request.
+        compute: seconds that it would take to compute here what is pushed; None if nobody knows.
         stage: how far it is.
         reason: why it was given up; empty while it was not.
+        cause: the same, as metrics have it.
         fenced: whether its sender has said that nothing is on its way any more.
         untold: whether nobody was ever told of its blocks.
         trying: whether it is the one try of its peer's breaker.
@@ -80,11 +130,15 @@ class Inbound:
 
     attempt: Attempt
     address: str
+    record: RequestRecord
     lease: BlockLease
+    whereabouts: Whereabouts
+    compute: float | None
     trying: bool
     blameless: bool = False
     stage: Stage = Stage.ANNOUNCED
     reason: str = ""
+    cause: GiveUp | None = None
     fenced: bool = False
     untold: bool = False
     until: float = inf
@@ -101,6 +155,8 @@ class PushTarget:
         leases: holds on engine blocks.
         meter: where figures go.
         clock: monotonic seconds, for the breakers.
+        blocks: how many blocks the engine has.
+        cost: what computing takes.
 
     Attributes:
         orders: receives for the next plan.
@@ -117,6 +173,9 @@ class PushTarget:
         leases: LeaseBook,
         meter: Meter,
         clock: Callable[[], float],
+        *,
+        blocks: int,
+        cost: CostModel,
     ) -> None:
         self.orders: list[ReceiveOrder] = []
         self.give_ups: list[TransferId] = []
@@ -128,12 +187,109 @@ class PushTarget:
         self._leases = leases
         self._meter = meter
         self._clock = clock
+        self._cost = cost
+        self._min_tokens = shape.chunk_tokens if config.min_tokens == "auto" else config.min_tokens
+        self._max_parked = int(config.max_parked * blocks)
+        self._claims = Claims(config.deadline, self.letters)
         self._inbound: dict[TransferId, Inbound] = {}
+        self._blocks: Counter[Stage] = Counter()
+        self._crowded_in = -1
+        self._computed_instead: list[tuple[RequestRecord, float]] = []
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
         self._now = 0.0
 
     # -- lookup and admission ----------------------------------------------------------------
+
+    def arrived(self, record: RequestRecord, now: float) -> None:
+        """A request waits for its blocks. What is computed for it is to be held until it has
+        them."""
+        if self.reach(record)[0]:
+            self._claims.add(record, now)
+
+    def waits(self, record: RequestRecord, *, step: int) -> bool:
+        """Whether a request need not be looked at: it was told to wait for room, and in this pass
+        over the engine's queue one before it was, too."""
+        claimed = self._claims.get(record.view.request_id)
+        return (
+            claimed is not None
+            and claimed.crowded is not None
+            and self._crowded_in == step
+            and self._now - claimed.crowded < self._config.deadline
+        )
+
+    def weigh(
+        self, record: RequestRecord, floor: int, start: int, *, step: int, now: float
+    ) -> Offer:
+        """Whether a request that has no blocks yet is to be pushed to.
+
+        Args:
+            record: the request.
+            floor: tokens that the engine has.
+            start: tokens that it will have without the push.
+            step: the step that is being scheduled. Requests are asked about in the order in which
+                the engine would begin them: where there is no room for one, nobody goes past it.
+            now: control's clock.
+        """
+        end, why = self.reach(record)
+        if end <= start:
+            return Offer(0, why)
+        if end - start < self._min_tokens:
+            return Offer(0, "below_min_tokens")
+        need = self._shape.pushed_blocks(floor, start, end)
+        if need > self._max_parked:
+            return Offer(0, "too_large")
+        claimed = self._claims.add(record, now)
+        compute = self._cost.costs.prefill_seconds(start, end)
+        if claimed.whereabouts.is_given_up(now, self._config.deadline, self._behind(compute)):
+            self._forgo(claimed, compute)
+            return Offer(0, record.push_over)
+        if self._crowded_in != step and self._blocks.total() + need <= self._max_parked:
+            return Offer(end)
+        if claimed.crowded is None:
+            claimed.crowded = now
+        too_long = now - claimed.crowded >= self._config.deadline
+        if too_long or self._blocks[Stage.QUARANTINED] + need > self._max_parked:
+            return Offer(0, "no_room")
+        self._crowded_in = step
+        return Offer(0, "no_room", ask_again=True)
+
+    def abandoned(self, request_id: str) -> None:
+        """A request has ended; if it never got blocks, nothing is needed of its push."""
+        if (claimed := self._claims.get(request_id)) is not None:
+            self._claims.withdraw(claimed)
+
+    def _behind(self, seconds: float | None) -> float:
+        """How long it takes to compute a prompt here behind those that already are because their
+        prefill engine did not have them. So an engine whose peers are slow to take up their
+        requests computes no more of them than it can.
+
+        Args:
+            seconds: how long the prompt alone would take; None if nobody knows. Then it is tried,
+                one at a time.
+        """
+        if self._computed_instead:
+            self._computed_instead = [
+                (record, ahead) for record, ahead in self._computed_instead if not record.counted
+            ]
+        return (seconds or 0.0) + sum(ahead for _, ahead in self._computed_instead)
+
+    def _compute_instead(self, record: RequestRecord, seconds: float | None) -> None:
+        unknown = self._config.deadline / ANSWER_SHARE
+        self._computed_instead.append((record, unknown if seconds is None else seconds))
+
+    def _forgo(self, claimed: Claimed, compute: float | None) -> None:
+        """The prefill engine does not have a request that is claimed from it."""
+        absent = claimed.whereabouts.absent is not None
+        self._claims.withdraw(claimed)
+        self._skip(claimed, GiveUp.ABSENT if absent else GiveUp.UNANSWERED)
+        self._compute_instead(claimed.record, compute)
+        if not absent:
+            self._breaker_of(claimed.address).judge(False, UNANSWERED)
+
+    def _skip(self, claimed: Claimed, why: str) -> None:
+        claimed.record.push_over = why
+        self._meter.count("pushes_skipped", 1, reason=why)
 
     def reach(self, record: RequestRecord) -> tuple[int, str]:
         """Tokens that a push would bring the request to, and if there are none, why.
@@ -177,23 +333,37 @@ class PushTarget:
             Kind.RECEIVE, view.request_id, step=step, expires=inf, size=0, chunks=()
         )
         attempt = Attempt(push.id, transfer.id)
-        self._inbound[transfer.id] = Inbound(
+        claimed = self._claims.remove(view.request_id)
+        compute = self._cost.costs.prefill_seconds(start, end)
+        inbound = Inbound(
             attempt,
             push.prefill,
+            record,
             self._leases.take(held),
+            Whereabouts(self._now) if claimed is None else claimed.whereabouts,
+            compute,
             self._breaker_of(push.prefill).ordered(),
         )
+        self._inbound[transfer.id] = inbound
+        self._blocks[inbound.stage] += len(held)
         record.receive = transfer.id
         patience = self._config.deadline
         self.orders.append(ReceiveOrder(transfer.id, view.request_id, patience))
         announce = Announce(attempt, record.prompt_digest(), start, end, patience, tables)
         self.letters.append(Letter(push.prefill, announce))
 
-    def decline(self, record: RequestRecord) -> None:
-        """Nothing is needed of a push that the router meant for the request."""
+    def decline(self, record: RequestRecord, why: str = "not_needed") -> None:
+        """Nothing is needed of a push that the router meant for the request.
+
+        Args:
+            record: the request; it has its blocks.
+            why: a word for metrics.
+        """
         push = record.view.push
         if push is not None and push.prefill is not None and not record.push_over:
-            record.push_over = "not_needed"
+            self._claims.remove(record.view.request_id)
+            record.push_over = why
+            self._meter.count("pushes_skipped", 1, reason=why)
             self.letters.append(Letter(push.prefill, Cancel(Attempt(push.id, NO_EPOCH))))
 
     def _table(
@@ -204,10 +374,7 @@ class PushTarget:
             return BlockTable(
                 end // shape.block_tokens - 1, tuple(record.view.state_blocks(group, end)[:1])
             )
-        # A window is not loaded where the rest is pushed; what the engine has of it must not be
-        # written to.
-        first = start if shape.kind is GroupKind.FULL else max(floor, shape.first_token(end))
-        first //= shape.block_tokens
+        first = self._shape.first_pushed(group, floor, start, end)
         blocks = record.view.blocks(group)[first : -(-end // shape.block_tokens)]
         null = self._shape.null_block
         return BlockTable(first, tuple(NO_BLOCK if block == null else block for block in blocks))
@@ -224,21 +391,34 @@ class PushTarget:
 
     def receive(self, news: Iterable[News], now: float) -> None:
         """Take in what the link has to say."""
+        self._now = now
         for item in news:
             match item:
                 case Opened(peer):
                     self._opened(peer)
                 case Lost():
                     self._lost(item, now)
+                case Letter(peer, Queued(attempt)):
+                    if (whereabouts := self._whereabouts(peer, attempt)) is not None:
+                        whereabouts.here = True
+                case Letter(peer, Absent(attempt)):
+                    whereabouts = self._whereabouts(peer, attempt)
+                    if whereabouts is not None and whereabouts.absent is None:
+                        whereabouts.absent = now
                 case Letter(peer, Bound(attempt)):
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and inbound.stage is Stage.ANNOUNCED:
-                        inbound.stage = Stage.BOUND
+                        inbound.whereabouts.here = True
+                        self._enter(inbound, Stage.BOUND)
+                case Letter(peer, Failed(attempt, _)) if attempt.epoch == NO_EPOCH:
+                    if (claimed := self._claims.named(peer, attempt.push)) is not None:
+                        self._claims.remove(claimed.record.view.request_id)
+                        self._skip(claimed, GiveUp.FAILED)
                 case Letter(peer, Failed(attempt, reason)):
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and not inbound.reason:
                         inbound.blameless = reason not in PEER_FAULTS
-                        self.give_up(TransferId(attempt.epoch), reason)
+                        self.give_up(TransferId(attempt.epoch), reason, GiveUp.FAILED)
                 case Letter(peer, Fenced(attempt, clean)):
                     if self._meant(peer, attempt) is not None:
                         patience = SETTLE_SECONDS if clean else self._config.quarantine
@@ -253,12 +433,33 @@ class PushTarget:
             return None
         return inbound
 
-    def give_up(self, transfer: TransferId, reason: str) -> None:
-        """A push will not be waited for any longer."""
+    def _whereabouts(self, peer: str, attempt: Attempt) -> Whereabouts | None:
+        """Of the request that a peer speaks of, if it is one that it is to compute."""
+        spoken_of: Claimed | Inbound | None
+        if attempt.epoch == NO_EPOCH:
+            spoken_of = self._claims.named(peer, attempt.push)
+        else:
+            spoken_of = self._meant(peer, attempt)
+        return None if spoken_of is None else spoken_of.whereabouts
+
+    def _enter(self, inbound: Inbound, stage: Stage) -> None:
+        blocks = len(inbound.lease.blocks)
+        self._blocks[inbound.stage] -= blocks
+        self._blocks[stage] += blocks
+        inbound.stage = stage
+
+    def give_up(self, transfer: TransferId, reason: str, cause: GiveUp = GiveUp.CANCELLED) -> None:
+        """A push will not be waited for any longer.
+
+        Args:
+            transfer: the receive.
+            reason: why, for people.
+            cause: the same, as metrics have it.
+        """
         inbound = self._inbound.get(transfer)
         if inbound is None or inbound.reason:
             return
-        inbound.reason = reason
+        inbound.reason, inbound.cause = reason, cause
         self.give_ups.append(transfer)
         self.letters.append(Letter(inbound.address, Cancel(inbound.attempt)))
 
@@ -272,26 +473,48 @@ class PushTarget:
             record.receive = None
             record.push_over = "pushed" if good else "push_failed"
             record.story.seconds = transfer.seconds
-            if not good:
-                record.story.failed, record.story.reason = True, reason
+            record.story.push_failed = "" if good else reason
         self._meter.count("pushes", 1, outcome="received" if good else "given_up")
         if good:
             self._meter.observe("push_wait_seconds", transfer.seconds)
+        else:
+            self._failed(transfer, inbound, reason)
         breaker = self._breaker_of(inbound.address)
-        if good or not (reason == CANCELLED or inbound.blameless):
+        if good or not (inbound.cause is GiveUp.CANCELLED or inbound.blameless):
             breaker.judge(good, reason, trying=inbound.trying)
         elif inbound.trying:
             breaker.try_again()
         if good or inbound.untold:
             self._release(transfer.id)
             return
-        self.give_up(transfer.id, reason)
-        inbound.stage = Stage.QUARANTINED
+        self._enter(inbound, Stage.QUARANTINED)
         self._asks.setdefault(inbound.address, self._now + self._config.silence)
 
+    def _failed(self, transfer: Transfer, inbound: Inbound, reason: str) -> None:
+        """A push has not come to anything: say so, and to its peer as well."""
+        if inbound.cause is None and reason == DEADLINE:
+            # One that queues where there is much to do says nothing about its peer. If nothing is
+            # done there at all, those that come after it are not taken up.
+            queued = inbound.stage is Stage.ANNOUNCED and inbound.whereabouts.here
+            inbound.blameless |= queued
+        cause = GiveUp.DEADLINE if reason == DEADLINE else GiveUp.WIRE
+        self.give_up(transfer.id, reason, cause)
+        assert inbound.cause is not None
+        self._meter.count("pushes_given_up", 1, reason=inbound.cause.value)
+        if inbound.cause is not GiveUp.CANCELLED:
+            log.warning(
+                "request %s: the push from %s has failed (%s); the prompt is computed here",
+                transfer.request_id,
+                inbound.address,
+                reason,
+            )
+
     def tick(self, now: float) -> None:
-        """Time has passed: end quarantines, and call peers again that are gone."""
+        """Time has passed: renew claims, give up what is not taken up, end quarantines, and call
+        peers again that are gone."""
         self._now = now
+        self._claims.renew(now)
+        self._look_for_absent(now)
         self._ask(now)
         ended = [
             transfer
@@ -300,6 +523,20 @@ class PushTarget:
         ]
         for transfer in ended:
             self._release(transfer)
+
+    def _look_for_absent(self, now: float) -> None:
+        """Do not wait for what a prefill engine does not have."""
+        for transfer, inbound in self._inbound.items():
+            if inbound.stage is not Stage.ANNOUNCED or inbound.reason or inbound.whereabouts.here:
+                continue
+            seconds = self._behind(inbound.compute)
+            if inbound.whereabouts.is_given_up(now, self._config.deadline, seconds):
+                inbound.blameless = inbound.whereabouts.absent is not None
+                if inbound.blameless:
+                    self.give_up(transfer, ABSENT, GiveUp.ABSENT)
+                else:
+                    self.give_up(transfer, UNANSWERED, GiveUp.UNANSWERED)
+                self._compute_instead(inbound.record, inbound.compute)
 
     @property
     def pending(self) -> bool:
@@ -332,6 +569,13 @@ class PushTarget:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
 
     def _lost(self, lost: Lost, now: float) -> None:
+        if lost.was_open:
+            self._claims.forgotten(lost.peer, now)
+        elif unreached := self._claims.at(lost.peer):
+            for claimed in unreached:
+                self._claims.remove(claimed.record.view.request_id)
+                self._skip(claimed, GiveUp.LOST)
+            self._breaker_of(lost.peer).judge(False, lost.reason)
         held = False
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
@@ -345,7 +589,7 @@ class PushTarget:
             else:
                 inbound.until = min(inbound.until, now + self._config.quarantine)
             held = held or not (inbound.fenced or inbound.untold)
-            self.give_up(transfer, lost.reason)
+            self.give_up(transfer, lost.reason, GiveUp.LOST)
         if held:
             self._asks[lost.peer] = now + self._config.silence
 
@@ -372,8 +616,16 @@ class PushTarget:
         if inbound is not None:
             inbound.fenced = True
             inbound.until = min(inbound.until, until)
-            self.give_up(transfer, "ended by the prefill engine")
+            self.give_up(transfer, "ended by the prefill engine", GiveUp.FAILED)
 
     def _release(self, transfer: TransferId) -> None:
         inbound = self._inbound.pop(transfer)
+        self._blocks[inbound.stage] -= len(inbound.lease.blocks)
         inbound.lease.release()
+
+    def gauges(self) -> None:
+        """Write to the meter what blocks are leased for."""
+        quarantined = self._blocks[Stage.QUARANTINED]
+        parked = self._blocks.total() - quarantined
+        self._meter.gauge("push_blocks", parked, state="parked")
+        self._meter.gauge("push_blocks", quarantined, state="quarantined")

@@ -197,23 +197,29 @@ class Story:
     seconds: float = 0.0
     waited: float = 0.0
     failed: bool = False
+    unpushed: str = ""
+    push_failed: str = ""
     taken: dict[TierName, int] = field(default_factory=dict)
 
     def line(self, request_id: str) -> str:
         """One line that says what was hit, where, what was loaded, and why the rest was not."""
-        brought = 0 if self.failed else self.loaded + self.pushed
+        brought = 0 if self.failed or self.push_failed else self.loaded + self.pushed
         recomputed = self.prompt - self.engine - brought
         text = (
             f"request {request_id}: prompt {self.prompt} tokens, hit engine {self.engine} "
             f"host {self.host} disk {self.disk}, "
         )
         if self.failed:
-            text += f"{'push' if self.pushed else 'load'} FAILED ({self.reason}), "
+            text += f"load FAILED ({self.reason}), "
         elif self.loaded or not self.pushed:
             how = self.mode.value if self.loaded else self.reason
             text += f"loaded {self.loaded} ({how}), "
-        if self.pushed:
+        if self.push_failed:
+            text += f"push FAILED ({self.push_failed}), "
+        elif self.pushed:
             text += f"pushed {self.pushed}, "
+        elif self.unpushed:
+            text += f"not pushed ({self.unpushed}), "
         text += f"recomputed {recomputed}"
         if self.predicted_load >= 0 and self.predicted_compute >= 0:
             text += (

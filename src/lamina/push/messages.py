@@ -21,8 +21,8 @@ MAX_MESSAGE = 64 << 20
 
 
 NO_EPOCH = 0
-"""Epoch of a push that was not announced. In a ``cancel``: nothing is needed of it; in a ``queued``,
-``absent`` or ``failed``: it was claimed."""
+"""Epoch of a push that was not announced. In a ``cancel``: nothing is needed of it; elsewhere: it
+was claimed."""
 
 NO_BLOCK = -1
 """In a table: the decode engine needs nothing of this block."""

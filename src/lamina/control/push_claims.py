@@ -1,0 +1,155 @@
+"""The decode engine's requests that wait for blocks, and are claimed from the prefill engines that
+compute them.
+
+Engines look at the head of their queue alone, so a claim is made when a request arrives, and
+renewed by time for as long as it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lamina.control.requests import RequestRecord
+from lamina.push.letters import Letter
+from lamina.push.messages import NO_EPOCH, Attempt, Cancel, Claim
+
+RENEWALS = 3
+"""Times that a claim is renewed in the time for which it holds."""
+
+ABSENT_SECONDS = 1.0
+"""Least time that a request has to come to a prefill engine which is looking out for it: a router
+sends it to both engines at once."""
+
+ANSWER_SHARE = 4
+"""A prefill engine that says nothing at all may be in a long step. It has ``push.deadline`` divided
+by this to answer."""
+
+
+@dataclass(slots=True)
+class Whereabouts:
+    """What a prefill engine has said of a request that it is to compute.
+
+    Attributes:
+        asked: control's clock when it was told of the push.
+        absent: control's clock when it first said that the request is not there; None if it has
+            not.
+        here: whether it has said that the request is there.
+    """
+
+    asked: float
+    absent: float | None = None
+    here: bool = False
+
+    def is_given_up(self, now: float, deadline: float, seconds: float) -> bool:
+        """Whether the request will not come there any more, for all that is known.
+
+        Args:
+            now: control's clock.
+            deadline: ``push.deadline``.
+            seconds: how long it would take to compute the prompt here, behind others of its kind.
+        """
+        if self.here:
+            return False
+        if self.absent is None:
+            return now - self.asked >= max(seconds, deadline / ANSWER_SHARE)
+        return now - self.absent >= max(seconds, ABSENT_SECONDS)
+
+
+@dataclass(slots=True)
+class Claimed:
+    """A request that waits for blocks, and for which a prefill engine is to compute.
+
+    Attributes:
+        record: the request.
+        push: the router's id of the push.
+        address: the prefill engine's.
+        whereabouts: what the prefill engine has said of it.
+        crowded: control's clock when it was first told to wait because too many blocks are parked;
+            None while it was not.
+    """
+
+    record: RequestRecord
+    push: str
+    address: str
+    whereabouts: Whereabouts
+    crowded: float | None = None
+
+
+class Claims:
+    """See the module. A part of :class:`~lamina.control.push_target.PushTarget`.
+
+    Args:
+        patience: seconds for which a claim holds.
+        letters: where messages for the link go.
+    """
+
+    def __init__(self, patience: float, letters: list[Letter]) -> None:
+        self._patience = patience
+        self._letters = letters
+        self._claimed: dict[str, Claimed] = {}
+        self._requests: dict[tuple[str, str], str] = {}
+        self._renewals: dict[str, float] = {}
+
+    def get(self, request_id: str) -> Claimed | None:
+        """What is claimed for a request."""
+        return self._claimed.get(request_id)
+
+    def named(self, address: str, push: str) -> Claimed | None:
+        """What a prefill engine speaks of."""
+        request_id = self._requests.get((address, push))
+        return None if request_id is None else self._claimed[request_id]
+
+    def at(self, address: str) -> list[Claimed]:
+        """What is claimed from one prefill engine."""
+        return [claimed for claimed in self._claimed.values() if claimed.address == address]
+
+    def add(self, record: RequestRecord, now: float) -> Claimed:
+        """Claim what is computed for a request that has no blocks yet."""
+        request_id, push = record.view.request_id, record.view.push
+        if request_id in self._claimed:
+            return self._claimed[request_id]
+        assert push is not None
+        assert push.prefill is not None
+        claimed = Claimed(record, push.id, push.prefill, Whereabouts(now))
+        self._claimed[request_id] = claimed
+        self._requests.setdefault((claimed.address, push.id), request_id)
+        self._renewals.setdefault(claimed.address, now + self._patience / RENEWALS)
+        self._say(claimed.address, [claimed])
+        return claimed
+
+    def remove(self, request_id: str) -> Claimed | None:
+        """A request has its blocks, or waits for them no longer."""
+        claimed = self._claimed.pop(request_id, None)
+        if claimed is not None:
+            name = claimed.address, claimed.push
+            if self._requests.get(name) == request_id:
+                del self._requests[name]
+        return claimed
+
+    def withdraw(self, claimed: Claimed) -> None:
+        """Nothing that was computed for a request is needed."""
+        self.remove(claimed.record.view.request_id)
+        self._letters.append(Letter(claimed.address, Cancel(Attempt(claimed.push, NO_EPOCH))))
+
+    def forgotten(self, address: str, now: float) -> None:
+        """A connection is lost on which something was claimed: it is claimed anew."""
+        claimed = self.at(address)
+        for item in claimed:
+            item.whereabouts = Whereabouts(now)
+        if claimed:
+            self._say(address, claimed)
+            self._renewals[address] = now + self._patience / RENEWALS
+
+    def renew(self, now: float) -> None:
+        """Time has passed: what still waits is claimed for longer."""
+        for address in [address for address, due in self._renewals.items() if due <= now]:
+            if claimed := self.at(address):
+                self._say(address, claimed)
+                self._renewals[address] = now + self._patience / RENEWALS
+            else:
+                del self._renewals[address]
+
+    def _say(self, address: str, claimed: Iterable[Claimed]) -> None:
+        pushes = tuple(item.push for item in claimed)
+        self._letters.append(Letter(address, Claim(pushes, self._patience)))
