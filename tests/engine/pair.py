@@ -18,9 +18,15 @@ from lamina.bench.ports import free_port
 PATIENCE = 180.0
 """Seconds after which something hangs."""
 
-QUICK: dict[str, Any] = {"deadline": 60.0, "silence": 4.0, "quarantine": 1.0, "batch": "64KiB"}
-"""The ``push`` section: batches of a few blocks, and time enough for two engines that have less
-than a core between them."""
+QUICK: dict[str, Any] = {
+    "deadline": 60.0,
+    "silence": 4.0,
+    "quarantine": 1.0,
+    "batch": "64KiB",
+    "min_tokens": 0,
+}
+"""The ``push`` section: batches of a few blocks, prompts of less than a chunk, and time enough for
+two engines that have less than a core between them."""
 
 PORTS: dict[str, int] = {}
 

@@ -47,7 +47,7 @@ PAUSE = 0.75
 """Seconds that a client waits on average: engines take a while to come back."""
 BACKOFF = 2.0
 """Seconds that it waits when there is no proxy, so that not all find none."""
-PUSH = {"deadline": 4.0, "silence": 1.0, "quarantine": 1.0, "batch": "64KiB"}
+PUSH = {"deadline": 4.0, "silence": 1.0, "quarantine": 1.0, "batch": "64KiB", "min_tokens": 0}
 DEADLINE = 45.0
 """Seconds after which a client that has no answer hangs: more than everything that is to take
 effect before, one after the other."""

@@ -39,7 +39,7 @@ def test_who_loads_from_no_tier_is_pushed_to() -> None:
     hit = decode.planner.lookup(view, 0)
     assert (hit.tokens, hit.mode) == (len(TOKENS) - 1, LoadMode.PARKED)
     decode.planner.admitted("a", hit.tokens)
-    (letter,) = decode.planner.drain_letters()
+    *_, letter = decode.planner.drain_letters()
     assert isinstance(letter.message, Announce)
     assert (letter.message.start, letter.message.end) == (0, len(TOKENS) - 1)
     plan = decode.step()

@@ -629,6 +629,7 @@ def test_a_decline_of_somebody_else_does_not_forbid_the_announcement_of_an_owner
     source.connect()
     source.connect("other")
     source.hear(announce())
+    source.said()
     source.hear(Cancel(Attempt(PUSH, NO_EPOCH)), "other")
     source.admit()
     assert source.said() == [Bound(ATTEMPT)]

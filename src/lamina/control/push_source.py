@@ -321,7 +321,9 @@ class PushSource:
         blocks are held for such prompts, or will be, for this one to be held as well."""
         push = record.view.push
         out = None if push is None or push.prefill is not None else self._outbound.get(push.id)
-        if out is None or out.announce is not None or out.stage is Stage.STOPPED:
+        if out is None or out.request != record.view.request_id or out.stage is not Stage.WAITING:
+            return False
+        if out.announce is not None:
             return False
         need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
         return self._undelivered.with_prompt(out.push, need) > self._max_held
