@@ -551,7 +551,7 @@ def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
     engine, view, barred = Engine(), View("a", prompt(70)), []
     start(engine, view)
     source = SimpleNamespace(
-        bar=lambda record: barred.append(record.view.request_id), waits=lambda _: False
+        bar=lambda record: barred.append(record.view.request_id), waits=lambda *_: False
     )
     engine.planner._source = cast(PushSource, source)
     if how == "weights":

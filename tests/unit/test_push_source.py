@@ -16,7 +16,7 @@ from driven_planner import Pool
 from lamina.config import PushConfig
 from lamina.control import push_endings, push_source
 from lamina.control.leases import LeaseBook
-from lamina.control.push_source import OF_ANOTHER, PushSource
+from lamina.control.push_source import DESTINATION_WAIT, OF_ANOTHER, PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
@@ -118,6 +118,10 @@ class Source:
     def lose(self, peer: str = D) -> None:
         self.source.receive([Lost(peer, "gone", was_open=True, fate=Fate.CLOSED)], self.now)
 
+    def waits(self, record: RequestRecord) -> bool:
+        """Once time enough has passed for a destination."""
+        return self.source.waits(record, self.now + DESTINATION_WAIT)
+
     def hear(self, message: LinkMessage, peer: str = D) -> None:
         self.source.receive([Letter(peer, message)], self.now)
 
@@ -214,6 +218,29 @@ def test_each_step_sends_the_blocks_that_it_fills_and_the_last_one_the_rest() ->
         (8, [(0, (10, 11), (50, 51))], False, False),
         (40, [(0, (12, 13), (52, 53))], False, True),
     ]
+
+
+@pytest.mark.parametrize("word", ["nothing", "announced", "declined", "claimed", "another"])
+def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
+    """From when it came, on this engine's own clock. Its first step may be all of it."""
+    source = Source()
+    source.connect()
+    source.now = 5.0
+    source.source.arrived(source.record, source.now)
+    source.now += DESTINATION_WAIT / 2
+    if word == "announced":
+        source.hear(announce())
+    if word == "declined":
+        source.hear(Cancel(Attempt(PUSH, NO_EPOCH)))
+    if word == "claimed":  # it has no blocks yet, and will in its time
+        source.hear(Claim((PUSH,), DEADLINE))
+    record = source.record
+    if word == "another":  # of the same name, that is no part of the push
+        record = record_of(View([[20, 21, 22, 23]], request_id="another"))
+        source.source.arrived(record, source.now)
+    assert source.source.waits(record, source.now) == (word in ("nothing", "claimed"))
+    source.now = 5.0 + DESTINATION_WAIT
+    assert not source.source.waits(record, source.now)
 
 
 def test_what_was_computed_before_goes_at_once_and_before_the_step() -> None:
@@ -504,7 +531,6 @@ def test_a_request_that_never_got_blocks_fails_its_push() -> None:
     source = Source()
     source.connect()
     source.hear(announce())
-    assert source.source.knows(PUSH)
     source.said()
     source.source.abandoned(PushParameters(PUSH, None), "request")
     failed, fenced = source.said()
@@ -937,19 +963,19 @@ def test_prompts_without_a_destination_take_half_of_the_blocks_and_others_wait()
     for record in records:
         source.source.arrived(record, 0.0)
     source.hear(Claim(tuple(f"push {n}" for n in range(4)), DEADLINE))
-    assert not source.source.waits(records[0])
+    assert not source.waits(records[0])
     source.admit(record=records[0])
-    assert not source.source.waits(records[1])
+    assert not source.waits(records[1])
     source.admit(record=records[1])
-    assert source.source.waits(records[2])  # they will hold them when they have ended
+    assert source.waits(records[2])  # they will hold them when they have ended
     for record in records[:2]:
         compute(source, record)
-    assert source.source.waits(records[2])
+    assert source.waits(records[2])
     source.hear(announce(attempt=Attempt("push 3", 9)))
-    assert not source.source.waits(records[3])  # it has a destination
+    assert not source.waits(records[3])  # it has a destination
     source.hear(announce(attempt=Attempt("push 0", 8)))
     source.drain(*source.step())
-    assert not source.source.waits(records[2])
+    assert not source.waits(records[2])
 
 
 def test_what_waits_for_its_destination_waits_no_longer_when_none_is_left() -> None:
@@ -959,9 +985,9 @@ def test_what_waits_for_its_destination_waits_no_longer_when_none_is_left() -> N
         compute(source, other(number))
     source.source.arrived(source.record, 0.0)
     source.hear(CLAIM)
-    assert source.source.waits(source.record)
+    assert source.waits(source.record)
     source.hear(Cancel(UNANNOUNCED))
-    assert not source.source.waits(source.record)
+    assert not source.waits(source.record)
 
 
 def test_only_blocks_without_a_destination_count_and_each_once() -> None:

@@ -211,10 +211,6 @@ class Planner:
 
     # -- lookup and admission ------------------------------------------------------------
 
-    def knows_push(self, push: str) -> bool:
-        """Whether it is known where a push from here goes, or that it goes nowhere."""
-        return self._source is not None and self._source.knows(push)
-
     def arrived(self, view: RequestView, *, loads: bool = True) -> None:
         """A request waits for its blocks: what it will load may come nearer meanwhile, and what
         another engine computes for it is to be kept there.
@@ -252,7 +248,7 @@ class Planner:
                 logs and metrics.
             sharing: which loads of others it may be told to wait for.
         """
-        now = self._clock.now
+        now = self._clock.now if view.push is None else self._clock.tick()
         record = self._requests.get(view.request_id)
         if record is not None and record.admitted and not record.ended:
             self._prompts.interrupted(record)
@@ -260,7 +256,7 @@ class Planner:
             record.lose_blocks()
             self._active.discard(view.request_id)
         record = self._record_of(view)
-        if self._awaits_room(record):
+        if not declined and self._awaits_push(record, now):
             return ASK_AGAIN
         pushed_to = view.push is not None and view.push.prefill is not None
         record.may_hit |= not declined and (self._loads or pushed_to)
@@ -308,12 +304,13 @@ class Planner:
             self._epoch,
         )
 
-    def _awaits_room(self, record: RequestRecord) -> bool:
-        """Whether a request need not be looked at, because there is no room yet for what it would
-        hold of a push, here or on the way to another engine."""
+    def _awaits_push(self, record: RequestRecord, now: float) -> bool:
+        """Whether a request need not be looked at, because its destination may be said in a moment,
+        or there is no room yet for what it would hold of a push, here or on the way to another
+        engine."""
         if self._source is None or self._target is None or record.view.push is None:
             return False
-        return self._source.waits(record) or self._target.waits(record, step=self._step)
+        return self._source.waits(record, now) or self._target.waits(record, step=self._step)
 
     def _with_push(self, record: RequestRecord, floor: int, hit: Hit) -> Hit:
         """A hit and what a prefill engine will push behind it."""

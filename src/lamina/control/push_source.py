@@ -67,6 +67,10 @@ LONGEST_PATIENCE = 86_400.0
 OF_ANOTHER = "this push is another decode engine's"
 """Why a decode engine has no say in a push."""
 
+DESTINATION_WAIT = 0.01
+"""Seconds from a request's arrival for which it waits for its destination. A router asks both
+engines at once, and what is announced after a step was planned leaves when that is over."""
+
 HELD_SHARE = 2
 """Of the engine's blocks one in so many may be held for requests that have ended and whose
 destination is not known."""
@@ -105,6 +109,7 @@ class Outbound:
         push: the router's id.
         expires: control's clock after which nobody waits for it any more.
         request: the request's id, once it is here.
+        arrived: control's clock when it came.
         record: the request, once the engine has given it blocks.
         peer: incarnation of the decode engine that was the first to claim or announce it, and that
             alone has a say in it; empty until then.
@@ -126,6 +131,7 @@ class Outbound:
     push: str
     expires: float
     request: str = ""
+    arrived: float = -inf
     record: RequestRecord | None = None
     peer: str = ""
     announce: Announce | None = None
@@ -294,11 +300,6 @@ class PushSource:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def knows(self, push: str) -> bool:
-        """Whether a decode engine has said where ``push`` goes, or that it goes nowhere."""
-        out = self._outbound.get(push)
-        return push in self._declined if out is None else out.announce is not None
-
     def arrived(self, record: RequestRecord, now: float) -> None:
         """A request is here and waits for its blocks.
 
@@ -313,11 +314,12 @@ class PushSource:
         if out is None:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if not out.request:  # a second request under the same id is the router's mistake
-            out.request = record.view.request_id
+            out.request, out.arrived = record.view.request_id, now
             self._say_where(out)
 
-    def waits(self, record: RequestRecord) -> bool:
-        """Whether a request should not begin yet: where its prompt goes is not known, and too many
+    def waits(self, record: RequestRecord, now: float) -> bool:
+        """Whether a request should not begin yet. Where its prompt goes is not known, and it has
+        only just come, so that it may be said in time for its rows to leave one by one; or too many
         blocks are held for such prompts, or will be, for this one to be held as well."""
         push = record.view.push
         out = None if push is None or push.prefill is not None else self._outbound.get(push.id)
@@ -325,6 +327,8 @@ class PushSource:
             return False
         if out.announce is not None:
             return False
+        if now < out.arrived + DESTINATION_WAIT:
+            return True
         need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
         return self._undelivered.with_prompt(out.push, need) > self._max_held
 

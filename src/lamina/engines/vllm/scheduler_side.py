@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -39,9 +38,6 @@ from lamina.push.cards import EngineCard
 from lamina.push.link import Link, listen_at, split_address
 
 log = logging.getLogger("lamina.engines.vllm")
-
-DESTINATION_WAIT = 0.01
-"""Seconds from a request's arrival for which a prefill waits for its destination."""
 
 _SOURCES = {TierName.HOST: CacheHitSource.HOST, TierName.DISK: CacheHitSource.DISK}
 
@@ -254,22 +250,12 @@ class SchedulerSide:
         if not self._blocks_are_cached:  # vLLM tells nobody of a reset of its own cache alone
             self._adapters.emptied()
         view = self._view(request, computed)
-        if not declined and self._awaits_destination(request, view.push):
-            return None, False
+        if view.push is not None:
+            self._exchange()  # it may be announced by now
         hit = self.planner.lookup(view, computed, declined=declined, sharing=self._sharing)
         if hit.ask_again:
             return None, False
         return hit.tokens, hit.tokens > 0 and hit.mode is LoadMode.PARKED
-
-    def _awaits_destination(self, request: Request, push: PushParameters | None) -> bool:
-        """Whether a prompt should not begin yet: a router asks both engines at once, and what is
-        announced after a step was planned leaves when it is over, instead of row by row."""
-        if push is None or push.prefill is not None:
-            return False
-        if time.time() - request.arrival_time >= DESTINATION_WAIT:
-            return False
-        self._exchange()
-        return not self.planner.knows_push(push.id)
 
     def admitted(self, request: Request, loaded: int) -> None:
         """VLLM has given the request its blocks."""
