@@ -256,8 +256,8 @@ class Pair:
         }
 
     def settle(self) -> None:
-        """Wait until both engines have all blocks and transfers back. An engine without requests
-        does not step and so notices nothing: it is asked for a token now and then.
+        """Wait until both engines have all blocks and transfers back, while nobody asks them for
+        anything.
 
         Raises:
             TimeoutError: if blocks do not come back.
@@ -266,9 +266,6 @@ class Pair:
         while held := self._held():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not given back: {held}")
-            for engine in (self.prefill, self.decode):
-                if engine not in self.frozen:
-                    engine.ask(Ask((1, 2, 3), max_tokens=1))
             time.sleep(0.05)
 
     def _held(self) -> dict[str, float]:

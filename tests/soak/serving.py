@@ -225,8 +225,3 @@ class Served:
     def census(self) -> dict[str, float]:
         """What it holds, and has counted since it was started."""
         return httpx.get(f"{self.url}/census", trust_env=False, timeout=20).json()
-
-    def complete(self, tokens: tuple[int, ...]) -> None:
-        """Ask it for one token."""
-        body = {"prompt": tokens, "max_tokens": 1}
-        httpx.post(f"{self.url}/v1/completions", json=body, trust_env=False, timeout=20)

@@ -239,12 +239,11 @@ def complete(url: str, wish: Wish) -> tuple[str, Tokens, float]:
 
 
 def settle(engines: list[Served]) -> dict[str, dict[str, float]]:
-    """What engines still hold after a while; an engine without requests does not step."""
+    """What engines still hold after a while in which nobody asks them for anything."""
     end = time.monotonic() + 40
     while True:
         held = {}
         for engine in engines:
-            engine.complete((1, 2, 3))
             census = engine.census()
             if any(value for name, value in census.items() if name.startswith("held")):
                 held[engine.url] = census
