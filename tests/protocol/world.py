@@ -17,6 +17,7 @@ from math import inf
 from typing import Generic, TypeVar
 
 from lamina.plan import TORN
+from lamina.push.cards import SenderCard
 from lamina.push.letters import Fate, Letter, Lost, Opened
 from lamina.push.messages import Announce, Delivered, LinkMessage, Welcome
 from protocol.decode import Decode
@@ -598,7 +599,10 @@ class World:
         )
         prefill.news.append(Opened(link.name, link.name, card))
         prefill.exchange()
-        link.to_decode.append(Welcome(1, prefill.incarnation))
+        ends = tuple(f"{prefill.incarnation} {rank}" for rank in range(self.options.prefill_ranks))
+        link.to_decode.append(
+            Welcome(SenderCard(prefill.incarnation, self.options.replicated, ends))
+        )
 
     def _read_prefill(self, number: int) -> None:
         link = self.connections[number]
@@ -612,7 +616,7 @@ class World:
         message = link.to_decode.popleft()
         if isinstance(message, Welcome):
             link.opened = True
-            decode.news.append(Opened(link.address, message.incarnation))
+            decode.news.append(Opened(link.address, message.card.incarnation, message.card))
             queued, link.queued = link.queued, []
             if link.prefill_up:
                 link.to_prefill.extend(queued)

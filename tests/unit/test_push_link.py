@@ -17,11 +17,14 @@ import pytest
 from lamina.bench.ports import free_port
 from lamina.push import inbox
 from lamina.push import link as link_module
-from lamina.push.cards import EngineCard, RankCard
+from lamina.push.cards import EngineCard, RankCard, SenderCard
+from lamina.push.handshake import NONCE_BYTES, nonce, prove, proves
+from lamina.push.handshake import Side as Proves
 from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
-from lamina.push.link import Link, listen_at, split_address
+from lamina.push.link import CONNECTED, Link, listen_at, split_address
 from lamina.push.messages import (
     LENGTH_BYTES,
+    MAX_GREETING,
     MAX_MESSAGE,
     NO_EPOCH,
     VERSION,
@@ -30,11 +33,14 @@ from lamina.push.messages import (
     BlockTable,
     Bound,
     Cancel,
+    Challenge,
     Failed,
     Fenced,
     Hello,
+    Introduction,
     LinkMessage,
     Ping,
+    Proof,
     Refused,
     Welcome,
     decode,
@@ -48,8 +54,15 @@ NEVER = 600.0
 
 
 def card(incarnation: str) -> EngineCard:
-    rank = RankCard(0, b"wire", 10, ())
+    rank = RankCard(0, b"wire", 10, (), "end")
     return EngineCard(incarnation, b"model", False, (("full", 32, 0),), (rank,))
+
+
+def sender(incarnation: str) -> SenderCard:
+    return SenderCard(incarnation, False, ("end",))
+
+
+WELCOME = Welcome(sender("P"))
 
 
 class Side:
@@ -168,8 +181,35 @@ def address_of(server: socket.socket) -> str:
     return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def hello(incarnation: str, **fields: object) -> Hello:
-    return msgspec.structs.replace(Hello(VERSION, "", card(incarnation)), **fields)
+HELLO = Hello(VERSION, bytes(NONCE_BYTES))
+
+
+def introduce(raw: Raw, incarnation: str, *, secret: bytes = b"") -> LinkMessage | None:
+    """Do what a decode engine does, and return the answer."""
+    raw.say(HELLO)
+    challenge = raw.hear()
+    assert isinstance(challenge, Challenge)
+    assert proves(challenge.proof, secret, Proves.PREFILL, HELLO.nonce, challenge.nonce)
+    raw.say(Proof(prove(secret, Proves.DECODE, HELLO.nonce, challenge.nonce)))
+    raw.say(Introduction(card(incarnation)))
+    return raw.hear()
+
+
+def challenge(raw: Raw, *, secret: bytes = b"", version: int = VERSION) -> None:
+    """Say what a prefill engine does to a decode engine's first word."""
+    hello = raw.hear()
+    assert isinstance(hello, Hello)
+    mine = nonce()
+    proof = prove(secret, Proves.PREFILL, hello.nonce, mine)
+    raw.say(Challenge(version, mine, proof))
+
+
+def welcome(raw: Raw, side: Side, incarnation: str = "P") -> None:
+    """Do what a prefill engine does."""
+    challenge(raw)
+    assert isinstance(raw.hear(), Proof)
+    assert raw.hear() == Introduction(side.card)
+    raw.say(Welcome(sender(incarnation)))
 
 
 ANNOUNCE = Announce(
@@ -192,7 +232,7 @@ def test_everything_arrives_in_order(make: Make) -> None:
     for answer in answers:
         prefill.link.send(Letter("D", answer))
     assert decode_side.until(3) == [
-        Opened(prefill.address, "P"),
+        Opened(prefill.address, "P", sender("P")),
         *(Letter(prefill.address, answer) for answer in answers),
     ]
 
@@ -261,7 +301,7 @@ def test_what_is_cancelled_before_control_has_seen_it_never_was(make: Make) -> N
     ):
         decode_side.link.send(Letter(prefill.address, message))
     assert decode_side.until(2) == [
-        Opened(prefill.address, "P"),
+        Opened(prefill.address, "P", sender("P")),
         Letter(prefill.address, Fenced(ANNOUNCE.attempt, clean=True)),
     ]
     assert prefill.until(3)[1:] == [
@@ -283,8 +323,7 @@ def test_what_waits_for_control_is_bounded(
     monkeypatch.setattr(inbox, "MAX_LETTERS", 4)
     side = make("P", listen=True, silence=SILENCE)
     raw = dial(side)
-    raw.say(hello("D"))
-    assert raw.hear() == Welcome(VERSION, "P")
+    assert introduce(raw, "D") == WELCOME
     words: list[LinkMessage] = [Cancel(Attempt(f"push {n}", 1)) for n in range(10)]
     for word in words:
         raw.say(word)
@@ -293,8 +332,7 @@ def test_what_waits_for_control_is_bounded(
         assert raw.next() == Ping()
     assert len(side.link._inbox._news) == 1 + 4
     other = dial(side)
-    other.say(hello("other"))
-    assert other.hear() == Welcome(VERSION, "P")
+    assert introduce(other, "other") == WELCOME
     other.say(ANNOUNCE)
     heard = [item for item in side.until(13) if item.peer == "D"]
     assert heard == [Opened("D", "D", card("D")), *(Letter("D", word) for word in words)]
@@ -333,6 +371,16 @@ def test_a_host_that_is_not_known(make: Make) -> None:
     assert (lost.was_open, lost.fate) == (False, Fate.UNREACHABLE)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".com", "a\0b"])
+def test_a_host_that_is_none(make: Make, host: str) -> None:
+    side = make("D")
+    side.link.send(Letter(f"{host}:1", ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert "is not a host" in lost.reason
+    assert (lost.was_open, lost.unsent) == (False, (ANNOUNCE.attempt,))
+
+
 def test_a_letter_to_a_decode_engine_that_is_gone(make: Make) -> None:
     side = make("P", listen=True)
     side.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
@@ -342,13 +390,15 @@ def test_a_letter_to_a_decode_engine_that_is_gone(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [("a", "b"), ("a", None), (None, "b"), ("ä", "a")])
-def test_another_token(make: Make, mine: str | None, theirs: str | None) -> None:
+def test_another_token(
+    make: Make, mine: str | None, theirs: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     prefill, decode_side = make("P", listen=True, token=mine), make("D", token=theirs)
     decode_side.link.send(Letter(prefill.address, ANNOUNCE))
     (lost,) = decode_side.until(1)
     assert lost == Lost(
         prefill.address,
-        "it refuses: push.token differs",
+        "push.token differs",
         was_open=False,
         fate=Fate.CLOSED,
         unsent=(ANNOUNCE.attempt,),
@@ -359,11 +409,12 @@ def test_another_token(make: Make, mine: str | None, theirs: str | None) -> None
 @pytest.mark.parametrize(
     ("first", "words"),
     [
-        (hello("D", version=VERSION + 1), f"speaks version {VERSION}"),
+        (Hello(VERSION + 1, HELLO.nonce), f"speaks version {VERSION}"),
+        (Hello(VERSION, b"short"), "expected hello"),
         (Ping(), "expected hello"),
-        (ANNOUNCE, "expected hello"),
+        (Introduction(card("D")), "expected hello"),
     ],
-    ids=["version", "ping", "announce"],
+    ids=["version", "nonce", "ping", "introduction"],
 )
 def test_the_wrong_first_word(
     make: Make, dial: Callable[[Side], Raw], first: LinkMessage, words: str
@@ -378,14 +429,83 @@ def test_the_wrong_first_word(
     assert side.link.news() == []
 
 
+@pytest.mark.parametrize("how", ["no secret", "reflected", "of another connection"])
+def test_who_has_no_secret_is_refused(make: Make, dial: Callable[[Side], Raw], how: str) -> None:
+    """And has learnt nothing that would help next time."""
+    side = make("P", listen=True, token="secret")
+    raw, other = dial(side), dial(side)
+    proofs = []
+    for each in (other, raw):
+        each.say(HELLO)
+        answer = each.hear()
+        assert isinstance(answer, Challenge)
+        proofs.append(
+            {
+                "no secret": prove(b"", Proves.DECODE, HELLO.nonce, answer.nonce),
+                "reflected": answer.proof,
+                "of another connection": prove(b"secret", Proves.DECODE, HELLO.nonce, answer.nonce),
+            }[how]
+        )
+    raw.say(Proof(proofs[0]))
+    raw.say(Introduction(card("D")))
+    assert raw.hear() == Refused("push.token differs")
+    assert raw.hear() is None
+    assert side.link.news() == []
+
+
+def test_what_a_stranger_may_say_is_short(make: Make, dial: Callable[[Side], Raw]) -> None:
+    """Nobody reads, or takes apart, what is longer."""
+    side = make("P", listen=True)
+    before, after = dial(side), dial(side)
+    before.connection.sendall((MAX_GREETING + 1).to_bytes(LENGTH_BYTES, "little"))
+    assert before.hear() is None
+    after.say(HELLO)
+    assert isinstance(after.hear(), Challenge)
+    after.connection.sendall((MAX_GREETING + 1).to_bytes(LENGTH_BYTES, "little"))
+    assert after.hear() is None
+
+
+def test_strangers_leave_room_for_others(
+    make: Make, dial: Callable[[Side], Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_STRANGERS", 2)
+    side = make("P", listen=True)
+    known = dial(side)
+    assert introduce(known, "D") == WELCOME
+    strangers = [dial(side) for _ in range(2)]
+    for stranger in strangers:
+        stranger.say(HELLO)
+        assert isinstance(stranger.hear(), Challenge)
+    assert introduce(dial(side), "other") == WELCOME
+    assert strangers[0].hear() is None
+    known.say(ANNOUNCE)
+    assert Letter("D", ANNOUNCE) in side.until(3)
+
+
+def test_a_listener_without_the_secret_learns_nothing(make: Make, listener: socket.socket) -> None:
+    side = make("D", token="secret")
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        challenge(raw, secret=b"guess")
+        assert raw.hear() == Refused("push.token differs")
+        assert raw.hear() is None
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.unsent) == (False, (ANNOUNCE.attempt,))
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (Welcome(VERSION + 1, "P"), f"version {VERSION + 1}"),
-        (Bound(Attempt("push", 1)), "said Bound first"),
+        (Challenge(VERSION + 1, b"", b""), f"version {VERSION + 1}"),
+        (Bound(Attempt("push", 1)), "expected challenge, not bound"),
+        (Refused("no\n" + "o" * 1000), "it refuses: noooo"),
         (b"\x91\xa3wha", "not a message"),
+        (WELCOME, "expected challenge"),
     ],
-    ids=["version", "order", "garbage"],
+    ids=["version", "order", "refused", "garbage", "welcome"],
 )
 def test_the_wrong_answer(
     make: Make, listener: socket.socket, answer: LinkMessage | bytes, words: str
@@ -395,11 +515,12 @@ def test_the_wrong_answer(
     connection, _ = listener.accept()
     with connection:
         raw = Raw(connection)
-        assert raw.hear() == Hello(VERSION, "", side.card)
+        assert isinstance(raw.hear(), Hello)
         raw.say(answer)
         (lost,) = side.until(1)
         assert isinstance(lost, Lost)
         assert words in lost.reason
+        assert len(lost.reason) < 300
         assert not lost.was_open
         assert raw.hear() is None
 
@@ -422,11 +543,9 @@ def test_what_nobody_understands(
     """It costs its sender the connection, and nobody else anything."""
     side = make("P", listen=True)
     good, bad = dial(side), dial(side)
-    good.say(hello("good"))
-    assert good.hear() == Welcome(VERSION, "P")
+    assert introduce(good, "good") == WELCOME
     if after_hello:
-        bad.say(hello("bad"))
-        assert bad.hear() == Welcome(VERSION, "P")
+        assert introduce(bad, "bad") == WELCOME
     side.until(1 + after_hello)
     bad.connection.sendall(data)
     assert bad.hear() is None
@@ -447,8 +566,7 @@ def announced(side: Side, listener: socket.socket) -> Iterator[Raw]:
     connection, _ = listener.accept()
     with connection:
         raw = Raw(connection)
-        assert isinstance(raw.hear(), Hello)
-        raw.say(Welcome(VERSION, "P"))
+        welcome(raw, side)
         assert raw.hear() == ANNOUNCE
         yield raw
 
@@ -466,7 +584,7 @@ def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
     side = make("D", silence=SILENCE)
     with announced(side, listener) as raw:
         opened, lost = side.until(2)
-        assert opened == Opened(address_of(listener), "P")
+        assert opened == Opened(address_of(listener), "P", sender("P"))
         assert isinstance(lost, Lost)
         assert (lost.was_open, lost.fate) == (True, Fate.SILENT)
         assert raw.hear() is None
@@ -489,7 +607,10 @@ def test_who_was_stopped_itself_does_not_blame_its_peer(
             raw.say(Ping())
         raw.say(Bound(ANNOUNCE.attempt))
         address = address_of(listener)
-        assert side.until(2) == [Opened(address, "P"), Letter(address, Bound(ANNOUNCE.attempt))]
+        assert side.until(2) == [
+            Opened(address, "P", sender("P")),
+            Letter(address, Bound(ANNOUNCE.attempt)),
+        ]
 
 
 def test_a_peer_whose_process_ends(make: Make, listener: socket.socket) -> None:
@@ -504,8 +625,7 @@ def test_a_peer_whose_process_ends(make: Make, listener: socket.socket) -> None:
 def test_a_decode_engine_that_falls_silent(make: Make, dial: Callable[[Side], Raw]) -> None:
     side = make("P", listen=True, silence=SILENCE)
     mute, raw = dial(side), dial(side)
-    raw.say(hello("D"))
-    assert raw.hear() == Welcome(VERSION, "P")
+    assert introduce(raw, "D") == WELCOME
     side.until(1)
     assert raw.hear() is None
     assert mute.hear() is None
@@ -524,24 +644,32 @@ def test_a_peer_is_dialled_again(make: Make) -> None:
     second = Link(card("P2"), servers=listen_at(address), token=None, silence=NEVER)
     try:
         decode_side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
-        assert decode_side.until(3)[2] == Opened(address, "P2")
+        assert decode_side.until(3)[2] == Opened(address, "P2", sender("P2"))
     finally:
         second.close()
 
 
-def test_the_same_incarnation_connects_anew(make: Make, dial: Callable[[Side], Raw]) -> None:
-    """Its former connection is over, and is not the one that is written to."""
+def test_the_first_connection_of_an_incarnation_is_the_only_one(
+    make: Make, dial: Callable[[Side], Raw]
+) -> None:
+    """Nobody takes another's place; it is free when the other has gone."""
     side = make("P", listen=True)
-    former, present = dial(side), dial(side)
-    former.say(hello("D"))
-    assert former.hear() == Welcome(VERSION, "P")
-    side.until(1)
-    present.say(hello("D"))
-    assert present.hear() == Welcome(VERSION, "P")
-    assert former.hear() is None
-    assert [type(item) for item in side.until(3)] == [Opened, Lost, Opened]
+    first, second, third = dial(side), dial(side), dial(side)
+    assert introduce(first, "D") == WELCOME
+    assert introduce(second, "D") == Refused(CONNECTED)
+    assert second.hear() is None
     side.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
-    assert present.hear() == Bound(ANNOUNCE.attempt)
+    assert first.hear() == Bound(ANNOUNCE.attempt)
+    first.connection.close()
+    assert [type(item) for item in side.until(2)] == [Opened, Lost]
+    assert introduce(third, "D") == WELCOME
+    side.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
+    assert third.hear() == Bound(ANNOUNCE.attempt)
+
+
+def test_an_engine_without_a_name_is_refused(make: Make, dial: Callable[[Side], Raw]) -> None:
+    side = make("P", listen=True)
+    assert isinstance(introduce(dial(side), ""), Refused)
     assert side.link.news() == []
 
 
@@ -556,8 +684,7 @@ def test_a_peer_that_does_not_read(
     connection, _ = listener.accept()
     with connection:
         raw = Raw(connection)
-        raw.hear()
-        raw.say(Welcome(VERSION, "P"))
+        welcome(raw, side)
         assert raw.hear() == Cancel(ANNOUNCE.attempt)
         big = msgspec.structs.replace(ANNOUNCE, digest=bytes(1 << 20))
         for _ in range(64):
@@ -603,21 +730,19 @@ def test_it_listens_at_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(OSError, match=r"[Cc]annot assign"):
             listen_at("name:0")
     link = Link(card("P"), servers=servers, token=None, silence=NEVER)
-    dialling = Link(card("D"), servers=[], token=None, silence=NEVER)
+    dialling = [Link(card(f"D{n}"), servers=[], token=None, silence=NEVER) for n in range(2)]
     try:
-        for name in ("127.0.0.1", "127.0.0.2"):
-            dialling.send(Letter(f"{name}:{link.port}", Cancel(Attempt("p", 1))))
+        for each, name in zip(dialling, ("127.0.0.1", "127.0.0.2"), strict=True):
+            each.send(Letter(f"{name}:{link.port}", Cancel(Attempt("p", 1))))
         opened: set[str] = set()
         deadline = time.monotonic() + PATIENCE
         while len(opened) < 2:
-            news = dialling.news()
-            assert not [item for item in news if isinstance(item, Lost) and not item.was_open], news
-            opened |= {item.peer for item in news if isinstance(item, Opened)}
+            opened |= {item.peer for item in link.news() if isinstance(item, Opened)}
             assert time.monotonic() < deadline, opened
             time.sleep(0.002)
     finally:
-        dialling.close()
-        link.close()
+        for each in (*dialling, link):
+            each.close()
 
 
 @pytest.mark.parametrize(

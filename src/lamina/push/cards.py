@@ -36,12 +36,14 @@ class RankCard(msgspec.Struct, frozen=True, array_like=True):
         wire: what its transport says of itself.
         num_blocks: blocks in its pool.
         rows: its cache, in order of use.
+        end: what its transport signs notices with.
     """
 
     rank: int
     wire: bytes
     num_blocks: int
     rows: tuple[RowCard, ...]
+    end: str = ""
 
 
 class EngineCard(msgspec.Struct, frozen=True, array_like=True):
@@ -60,6 +62,26 @@ class EngineCard(msgspec.Struct, frozen=True, array_like=True):
     replicated: bool
     groups: tuple[tuple[str, int, int], ...]
     ranks: tuple[RankCard, ...]
+
+
+class SenderCard(msgspec.Struct, frozen=True, array_like=True):
+    """A prefill engine, as a decode engine must know it to tell its words from a stranger's.
+
+    Attributes:
+        incarnation: names this run of it.
+        replicated: whether every rank is known to hold the same bytes.
+        ends: how notices of each rank are signed.
+    """
+
+    incarnation: str
+    replicated: bool
+    ends: tuple[str, ...]
+
+    @classmethod
+    def of(cls, engine: EngineCard) -> SenderCard:
+        """The same engine."""
+        ends = tuple(rank.end for rank in engine.ranks)
+        return cls(engine.incarnation, engine.replicated, ends)
 
 
 def encode_card(card: EngineCard) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lamina.push.cards import EngineCard
+from lamina.push.cards import EngineCard, SenderCard
 from lamina.push.messages import Attempt, LinkMessage
 
 PeerName = str
@@ -19,12 +19,12 @@ class Opened:
     Attributes:
         peer: its name.
         incarnation: which run of it.
-        card: what a decode engine says of itself; None of a prefill engine.
+        card: what it says of itself; of a prefill engine a :class:`SenderCard`.
     """
 
     peer: PeerName
     incarnation: str
-    card: EngineCard | None = None
+    card: EngineCard | SenderCard | None = None
 
 
 class Fate(Enum):

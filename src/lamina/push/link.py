@@ -11,29 +11,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
-from lamina.push.cards import EngineCard
+from lamina.push.cards import EngineCard, SenderCard
+from lamina.push.handshake import NONCE_BYTES, Side, nonce, prove, proves
 from lamina.push.inbox import Inbox, Mailbox
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     LENGTH_BYTES,
+    MAX_GREETING,
     MAX_MESSAGE,
     VERSION,
     Announce,
+    Challenge,
     Fenced,
     Hello,
+    Introduction,
     LinkMessage,
     MalformedMessageError,
     Ping,
+    Proof,
     Refused,
     Welcome,
     decode,
@@ -51,6 +55,18 @@ PINGS = 4
 """Pings in the time after which silence means that a peer is gone."""
 
 
+MAX_STRANGERS = 64
+"""Connections of which nobody knows yet whose they are."""
+
+MAX_REASON = 200
+"""Characters of a peer's reason that are kept."""
+
+MAX_WARNINGS = 16
+"""Different reasons for which peers were refused that are worth a warning."""
+
+ANOTHER_TOKEN = "push.token differs"
+CONNECTED = "it is connected already: name a prefill engine by one address everywhere"
+
 _NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 """A name may stand for an address of a family that this machine does not have."""
 
@@ -59,11 +75,15 @@ class LinkClosedError(Exception):
     """A connection is over; says why."""
 
 
+class RefusedError(LinkClosedError):
+    """This side does not talk to a peer; says why."""
+
+
 class PeerSilentError(LinkClosedError):
     """Nothing has come from a peer for too long."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Connection:
     """One connection.
 
@@ -152,12 +172,14 @@ class Link:
         wake: Callable[[], object] = lambda: None,
     ) -> None:
         self._card = card
-        self._token = token or ""
+        self._secret = (token or "").encode()
         self._silence = silence
         self._inbox = Inbox(wake)
         self._reminder = -inf
         self._dialled: dict[str, Connection] = {}
         self._accepted: dict[str, Connection] = {}
+        self._strangers: dict[Connection, None] = {}
+        self._warned: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self.port = int(servers[0].getsockname()[1]) if servers else 0
@@ -237,14 +259,11 @@ class Link:
         was_open, reason, fate = False, "closed", Fate.CLOSED
         writer: asyncio.StreamWriter | None = None
         try:
-            host, port = split_address(connection.peer)
-            reader, opened = await self._in_time(asyncio.open_connection(host, port))
+            reader, opened = await self._in_time(_open(connection.peer))
             writer = opened
-            Connection(connection.peer, opened).say(Hello(VERSION, self._token, self._card))
-            answer, _ = await self._in_time(_read(reader))
-            welcome = _welcome(answer)
+            card = await self._meet_prefill(reader, Connection(connection.peer, opened))
             was_open = True
-            self._inbox.opened(connection.box, Opened(connection.peer, welcome.incarnation))
+            self._inbox.opened(connection.box, Opened(connection.peer, card.incarnation, card))
             connection.open(opened)
             await self._converse(reader, connection)
         except TimeoutError:
@@ -261,6 +280,33 @@ class Link:
             lost = Lost(connection.peer, reason, was_open, fate, unsent)
             self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
 
+    async def _meet_prefill(
+        self, reader: asyncio.StreamReader, connection: Connection
+    ) -> SenderCard:
+        """Who listens at an address; it has proved that it is one of us.
+
+        Raises:
+            LinkClosedError: if it has not.
+        """
+        mine = nonce()
+        connection.say(Hello(VERSION, mine))
+        match await self._hear(reader, MAX_GREETING):
+            case Challenge(version) if version != VERSION:
+                raise LinkClosedError(f"it speaks version {version}, not {VERSION}")
+            case Challenge(_, theirs, proof):
+                if not proves(proof, self._secret, Side.PREFILL, mine, theirs):
+                    connection.say(Refused(ANOTHER_TOKEN))
+                    raise LinkClosedError(ANOTHER_TOKEN)
+            case other:
+                raise LinkClosedError(_unexpected(other, "challenge"))
+        connection.say(Proof(prove(self._secret, Side.DECODE, mine, theirs)))
+        connection.say(Introduction(self._card))
+        match await self._hear(reader, MAX_MESSAGE):
+            case Welcome(card):
+                return card
+            case other:
+                raise LinkClosedError(_unexpected(other, "welcome"))
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection from a decode engine, from its beginning to its end."""
         task = asyncio.current_task()
@@ -270,47 +316,98 @@ class Link:
         connection = Connection("", writer)
         reason = "closed"
         try:
-            hello, _ = await self._in_time(_read(reader))
-            if refusal := self._refusal(hello):
-                log.warning("a decode engine was refused: %s", refusal)
-                connection.say(Refused(refusal))
-                await writer.drain()
-                return
-            assert isinstance(hello, Hello)
-            peer = hello.card.incarnation
-            if (former := self._accepted.pop(peer, None)) is not None:
-                self._lose(former, "it has connected anew")
-            connection.peer = peer
+            card = await self._meet_decode(reader, connection)
+            peer = connection.peer = card.incarnation
             self._accepted[peer] = connection
-            self._inbox.opened(connection.box, Opened(peer, peer, hello.card))
-            connection.say(Welcome(VERSION, self._card.incarnation))
+            self._inbox.opened(connection.box, Opened(peer, peer, card))
+            connection.say(Welcome(SenderCard.of(self._card)))
             await self._converse(reader, connection)
+        except RefusedError as refusal:
+            self._warn(f"a decode engine was refused: {refusal}")
+            connection.say(Refused(str(refusal)))
+            with contextlib.suppress(OSError, TimeoutError):
+                await self._in_time(writer.drain())
         except TimeoutError:
-            reason = "no hello in time"
+            reason = "no answer in time"
         except (OSError, LinkClosedError, MalformedMessageError) as error:
             reason = str(error)
         except asyncio.CancelledError:
             pass  # this side ends; asyncio's server would complain of a task that was cancelled
         finally:
             writer.close()
-            if connection.peer and self._accepted.get(connection.peer) is connection:
+            if connection.peer:
                 del self._accepted[connection.peer]
-                self._lose(connection, reason)
+                writer.transport.abort()
+                lost = Lost(connection.peer, reason, was_open=True, fate=Fate.CLOSED)
+                self._inbox.lost(connection.box, lost, forget=True)
 
-    def _lose(self, connection: Connection, reason: str) -> None:
-        if connection.writer is not None:
-            connection.writer.transport.abort()
-        lost = Lost(connection.peer, reason, was_open=True, fate=Fate.CLOSED)
-        self._inbox.lost(connection.box, lost, forget=True)
+    async def _meet_decode(
+        self, reader: asyncio.StreamReader, connection: Connection
+    ) -> EngineCard:
+        """Who has dialled; it has proved that it is one of us.
 
-    def _refusal(self, hello: LinkMessage) -> str:
-        if not isinstance(hello, Hello):
-            return f"expected hello, not {type(hello).__name__}"
-        if hello.version != VERSION:
-            return f"this side speaks version {VERSION}, not {hello.version}"
-        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            return "push.token differs"
-        return ""
+        Raises:
+            RefusedError: if it has not, or is connected already.
+            LinkClosedError: if it does not want to talk to this side.
+        """
+        with self._among_strangers(connection):
+            match await self._hear(reader, MAX_GREETING):
+                case Hello(version) if version != VERSION:
+                    raise RefusedError(f"this side speaks version {VERSION}, not {version}")
+                case Hello(_, theirs) if len(theirs) == NONCE_BYTES:
+                    mine = nonce()
+                case other:
+                    raise RefusedError(_unexpected(other, "hello"))
+            proof = prove(self._secret, Side.PREFILL, theirs, mine)
+            connection.say(Challenge(VERSION, mine, proof))
+            match await self._hear(reader, MAX_GREETING):
+                case Proof(proof) if proves(proof, self._secret, Side.DECODE, theirs, mine):
+                    pass
+                case Proof() | Refused():
+                    raise RefusedError(ANOTHER_TOKEN)
+                case other:
+                    raise RefusedError(_unexpected(other, "proof"))
+        match await self._hear(reader, MAX_MESSAGE):
+            case Introduction(card) if not card.incarnation:
+                raise RefusedError("it does not say which run of an engine it is")
+            case Introduction(card) if card.incarnation in self._accepted:
+                raise RefusedError(CONNECTED)
+            case Introduction(card):
+                return card
+            case other:
+                raise RefusedError(_unexpected(other, "introduction"))
+
+    @contextlib.contextmanager
+    def _among_strangers(self, connection: Connection) -> Iterator[None]:
+        """While nobody knows whether it is one of ours. If there are too many of those, the one
+        that has been there longest must go: it takes no time to prove."""
+        self._strangers[connection] = None
+        if len(self._strangers) > MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            assert oldest.writer is not None
+            oldest.writer.transport.abort()
+        try:
+            yield
+        finally:
+            self._strangers.pop(connection, None)
+
+    def _warn(self, text: str) -> None:
+        """Say something that a stranger can cause as often as he likes."""
+        new = text not in self._warned and len(self._warned) < MAX_WARNINGS
+        if new:
+            self._warned.add(text)
+        log.log(logging.WARNING if new else logging.DEBUG, "%s", text)
+
+    async def _hear(self, reader: asyncio.StreamReader, limit: int) -> LinkMessage:
+        """What a peer says that this side waits for.
+
+        Raises:
+            TimeoutError: if it says nothing.
+            RefusedError: if it will not.
+        """
+        message, _ = await self._in_time(_read(reader, limit))
+        return message
 
     async def _converse(self, reader: asyncio.StreamReader, connection: Connection) -> None:
         """Take in messages until the connection is over."""
@@ -319,7 +416,7 @@ class Link:
             while True:
                 await self._room(connection.box)
                 try:
-                    message, size = await self._in_time(_read(reader))
+                    message, size = await self._in_time(_read(reader, MAX_MESSAGE))
                 except TimeoutError:
                     raise PeerSilentError(f"silent for {self._silence:g} s") from None
                 except (OSError, LinkClosedError):
@@ -376,22 +473,31 @@ def _fate(error: Exception) -> Fate:
     return Fate.CLOSED if refused else Fate.UNREACHABLE
 
 
-def _welcome(answer: LinkMessage) -> Welcome:
-    match answer:
-        case Welcome(version) if version == VERSION:
-            return answer
-        case Welcome(version):
-            raise LinkClosedError(f"it speaks version {version}, not {VERSION}")
-        case Refused(reason):
-            raise LinkClosedError(f"it refuses: {reason}")
-    raise LinkClosedError(f"it said {type(answer).__name__} first")
+def _unexpected(message: LinkMessage, expected: str) -> str:
+    """What to say of the wrong word."""
+    if isinstance(message, Refused):
+        return f"it refuses: {_printable(message.reason)}"
+    return f"expected {expected}, not {type(message).__name__.lower()}"
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[LinkMessage, int]:
-    """A message, and its bytes."""
+def _printable(reason: str) -> str:
+    """What a stranger may have written, for a line of the log."""
+    return "".join(filter(str.isprintable, reason[:MAX_REASON]))
+
+
+async def _open(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = split_address(address)
+    try:
+        return await asyncio.open_connection(host, port)
+    except ValueError as error:  # what is no name of a host, such as a..b
+        raise OSError(f"{host!r} is not a host: {error}") from None
+
+
+async def _read(reader: asyncio.StreamReader, limit: int) -> tuple[LinkMessage, int]:
+    """A message of no more than ``limit`` bytes, and its bytes."""
     try:
         size = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
-        if size > MAX_MESSAGE:
+        if size > limit:
             raise MalformedMessageError(f"a message of {size} bytes")
         return decode(await reader.readexactly(size)), size
     except asyncio.IncompleteReadError as error:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import msgspec
 
-from lamina.push.cards import EngineCard
+from lamina.push.cards import EngineCard, SenderCard
 
-VERSION = 1
+VERSION = 2
 """Version of the protocol; both sides must have the same."""
 
 LENGTH_BYTES = 4
 """Width of the length before each message on the link, little endian."""
 
-MAX_MESSAGE = 64 << 20
+MAX_MESSAGE = 16 << 20
 """Bytes; a longer message is not one of ours."""
+
+MAX_GREETING = 4 << 10
+"""The same for a peer that has not proved to be one of ours."""
 
 
 NO_EPOCH = 0
@@ -49,36 +52,66 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """The decode engine's first word.
+    """The decode engine's first word, to somebody who may be a stranger.
 
     Attributes:
         version: :data:`VERSION`.
-        token: ``push.token`` of its configuration.
-        card: who it is.
+        nonce: for the proofs, see :mod:`lamina.push.handshake`.
     """
 
     version: int
-    token: str
-    card: EngineCard
+    nonce: bytes
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
+class Challenge(Message, frozen=True, tag="challenge"):
     """The prefill engine's first word.
 
     Attributes:
         version: :data:`VERSION`.
-        incarnation: who it is.
+        nonce: for the proofs.
+        proof: that it has the secret.
     """
 
     version: int
-    incarnation: str
+    nonce: bytes
+    proof: bytes
+
+
+class Proof(Message, frozen=True, tag="proof"):
+    """The decode engine has the secret.
+
+    Attributes:
+        proof: of that.
+    """
+
+    proof: bytes
+
+
+class Introduction(Message, frozen=True, tag="introduction"):
+    """Who the decode engine is.
+
+    Attributes:
+        card: all that its peer must know of it.
+    """
+
+    card: EngineCard
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Who the prefill engine is.
+
+    Attributes:
+        card: all that its peer must know of it.
+    """
+
+    card: SenderCard
 
 
 class Refused(Message, frozen=True, tag="refused"):
-    """The prefill engine's only word.
+    """One side's last word.
 
     Attributes:
-        reason: why it does not talk to the decode engine.
+        reason: why it does not talk to the other.
     """
 
     reason: str
@@ -209,6 +242,9 @@ class Delivered(Message, frozen=True, tag="delivered"):
 
 LinkMessage = (
     Hello
+    | Challenge
+    | Proof
+    | Introduction
     | Welcome
     | Refused
     | Claim
