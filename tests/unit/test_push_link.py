@@ -17,11 +17,12 @@ import pytest
 from lamina.bench.ports import free_port
 from lamina.push import inbox
 from lamina.push import link as link_module
+from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, RankCard, SenderCard
 from lamina.push.handshake import NONCE_BYTES, nonce, prove, proves
 from lamina.push.handshake import Side as Proves
 from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
-from lamina.push.link import CONNECTED, Link, listen_at, split_address
+from lamina.push.link import CONNECTED, Link, listen_at
 from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_GREETING,

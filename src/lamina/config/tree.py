@@ -19,6 +19,7 @@ from lamina.config.values import (
     GIB,
     MIB,
     PATH,
+    PEERS,
     SECONDS,
     SHARE,
     SIZE,
@@ -165,8 +166,13 @@ class PushConfig(Section):
     )
     token: Annotated[str | None, TEXT.nullable()] = Field(
         default=None,
-        description="A secret that both sides must have. It is sent as it is, so use a private "
-        "network all the same.",
+        description="A secret that both sides must have, and prove to each other without sending "
+        "it. Make it long and random (`openssl rand -hex 32`). What follows is not encrypted.",
+    )
+    peers: Annotated[tuple[str, ...], PEERS] = Field(
+        default=(),
+        description="Prefill engines that this engine lets requests name, each as requests write "
+        "it, or by its host alone; of others it computes the prompts itself. Empty: any.",
     )
     deadline: Annotated[float, SECONDS] = Field(
         default=60.0,

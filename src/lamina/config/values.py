@@ -21,6 +21,7 @@ _UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _SIZE = compile(r"\s*([0-9]{1,19})\s*(B|KiB|MiB|GiB|TiB)?\s*")
 _NEARLY_SIZE = compile(r"\s*([0-9]{1,19})\s*([KMGT])(?:i|i?B)?\s*", IGNORECASE)
 _ADDRESS = compile(r"(?:[^\s:\[\]/]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+_HOST = compile(r"[^\s:\[\]/]+|\[[0-9A-Fa-f:.]+\]")
 _MAX_SIZE = (1 << 63) - 1
 _MAX_SECONDS = 86_400
 _MAX_INTEGER = (1 << 31) - 1
@@ -169,8 +170,20 @@ def _parse_address(value: object) -> str:
     return value
 
 
+def _parse_peers(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise WrongValueError
+    for peer in value:
+        if not isinstance(peer, str) or not (_HOST.fullmatch(peer) or _ADDRESS.fullmatch(peer)):
+            raise WrongValueError
+    return tuple(value)
+
+
 FLAG = Kind("true or false", _parse_flag)
 ADDRESS = Kind('an address such as "10.0.0.1:9300" or "[::1]:9300"', _parse_address)
+PEERS = Kind(
+    'a list of addresses or hosts such as ["10.0.0.1:9300", "prefill.local", "[::1]"]', _parse_peers
+)
 SIZE = Kind('a size (bytes, or text with a binary unit such as "4GiB")', _parse_size)
 SECONDS = Kind(f"a number of seconds above 0 and at most {_MAX_SECONDS} (a day)", _parse_seconds)
 SHARE = Kind("a number above 0 and at most 1", _parse_share)

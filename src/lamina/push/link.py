@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
+from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, SenderCard
 from lamina.push.handshake import NONCE_BYTES, Side, nonce, prove, proves
 from lamina.push.inbox import Inbox, Mailbox
@@ -502,15 +503,3 @@ async def _read(reader: asyncio.StreamReader, limit: int) -> tuple[LinkMessage, 
         return decode(await reader.readexactly(size)), size
     except asyncio.IncompleteReadError as error:
         raise LinkClosedError("the other side has closed the connection") from error
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``; an IPv6 address stands in brackets.
-
-    Raises:
-        ValueError: if it is not of that form.
-    """
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 <= int(port) < 1 << 16):
-        raise ValueError(f"{address!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lamina.config import Config, PushConfig
-from lamina.push.link import split_address
+from lamina.push.addresses import split_address
 
 BOTH, PRODUCER, CONSUMER = "kv_both", "kv_producer", "kv_consumer"
 """vLLM's roles (``kv_role``)."""

@@ -14,7 +14,7 @@ from lamina.control.requests import PushParameters
 from lamina.engines.vllm.layout import NULL_BLOCK
 from lamina.geometry import Group
 from lamina.keys import Packable, pack
-from lamina.push.link import split_address
+from lamina.push.addresses import split_address
 
 PUSH_PARAMETER = "lamina_push"
 """The key of ``kv_transfer_params`` that is Lamina's."""

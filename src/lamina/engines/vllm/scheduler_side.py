@@ -34,10 +34,14 @@ from lamina.engines.vllm.sleep import be_quiet_before_sleep
 from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
+from lamina.push.addresses import is_among, split_address
 from lamina.push.cards import EngineCard
-from lamina.push.link import Link, listen_at, split_address
+from lamina.push.link import Link, listen_at
 
 log = logging.getLogger("lamina.engines.vllm")
+
+COMPLAINTS = 64
+"""Different problems with routers that are worth a warning."""
 
 _SOURCES = {TierName.HOST: CacheHitSource.HOST, TierName.DISK: CacheHitSource.DISK}
 
@@ -111,6 +115,7 @@ class SchedulerSide:
             and not vllm_config.cache_config.enable_prefix_caching
         )
         self._moved = True
+        self._complaints: set[str] = set()
         # Peers may dial before the tiers are known, and a mistake is to be seen at the start.
         self._servers = self._listen()
 
@@ -231,7 +236,7 @@ class SchedulerSide:
             self._opening.arrived(request)
             return
         if (problem := self._why_not_pushed(request)) is not None:
-            log.warning("request %s: %s: %s", request.request_id, PUSH_PARAMETER, problem)
+            self._complain(request, problem)
         loads = not request.skip_reading_prefix_cache
         view = self._view(request)
         if loads or view.push is not None:
@@ -392,9 +397,24 @@ class SchedulerSide:
         if self._link is None or not request.kv_transfer_params:
             return None
         try:
-            return push_parameters(request)
+            push = push_parameters(request)
         except ValueError:
             return None  # said when it arrived
+        return push if push is None or self._may_dial(push) else None
+
+    def _may_dial(self, push: PushParameters) -> bool:
+        """Whether the operator lets a request name its prefill engine."""
+        config = self._config.push
+        assert config is not None
+        return push.prefill is None or not config.peers or is_among(push.prefill, config.peers)
+
+    def _complain(self, request: Request, problem: str) -> None:
+        """Say why a router's wish is not met, once for all requests with the same problem."""
+        new = problem not in self._complaints and len(self._complaints) < COMPLAINTS
+        if new:
+            self._complaints.add(problem)
+        level = logging.WARNING if new else logging.DEBUG
+        log.log(level, "request %s: %s: %s", request.request_id, PUSH_PARAMETER, problem)
 
     def _why_not_pushed(self, request: Request) -> str | None:
         """Why a router's wish for a push cannot be met; None if it can, or if there is none."""
@@ -402,6 +422,13 @@ class SchedulerSide:
             push = push_parameters(request)
         except ValueError as error:
             return f"{error}: the prompt is computed here"
-        if push is None or self._link is not None:
+        if push is None:
             return None
-        return "this engine takes no part in pushes: give it a `push` section"
+        if self._link is None:
+            return "this engine takes no part in pushes: give it a `push` section"
+        if self._may_dial(push):
+            return None
+        return (
+            f"push.peers does not list {push.prefill!r}: the prompt is computed here; list every "
+            "prefill engine that requests may name"
+        )
