@@ -16,6 +16,7 @@ from lamina.push.letters import Letter, News
 from lamina.push.messages import Delivered, Fenced
 from protocol.engine import (
     BLOCK,
+    COST,
     METER,
     NULL,
     Label,
@@ -169,7 +170,7 @@ class Prefill:
             replicated=options.replicated,
         )
         self.source = PushSource(
-            options.config, options.shape, card, self.transfers, self.leases, METER
+            options.config, options.shape, card, self.transfers, self.leases, METER, cost=COST
         )
         self.ranks = [Rank(rank) for rank in range(options.prefill_ranks)]
         self.requests: dict[str, Request] = {}

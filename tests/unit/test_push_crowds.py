@@ -355,18 +355,18 @@ def test_it_would_without_claims() -> None:
     assert world.computed_by_decode > 0.05
 
 
-def test_a_prefill_engine_that_is_too_slow_does_not_make_the_other_one_compute_everything() -> None:
-    """For 90 s it gets twice what it can do: what the decode engine computes is what has waited for
-    push.deadline, and when the crowd is gone it computes nothing any more."""
+def test_a_prefill_engine_that_is_too_slow_loses_nothing_of_what_it_can_do() -> None:
+    """It gets twice as much for far longer than anybody waits: what the decode engine computes is
+    the other half, and nothing any more when the crowd is gone."""
     rate = 1.0
     world = World(
         100 * ALL_BLOCKS, 64 * PROMPT_BLOCKS, prefill_tokens=int(PROMPT * rate / 2 * STEP)
     )
-    world.run(50, rate=rate)
-    assert world.computed_by_decode == 0
-    world.run(40, rate=rate)
+    world.run(240, rate=rate)
+    pushed = [job for job in world.decode.jobs if job.computed and job.own <= BLOCK]
+    assert len(pushed) > 0.9 * 240 * rate / 2
     assert world.computed_by_decode < 0.5
-    world.run(200)
+    world.run(100)
     assert all(job.done is not None for job in world.decode.jobs)
     before = len(world.decode.jobs)
     world.run(60, rate=rate / 4)
@@ -378,13 +378,12 @@ def test_a_prefill_engine_that_hangs_leaves_the_rest_to_everybody() -> None:
     world = World(CONCURRENT * ALL_BLOCKS, 32 * PROMPT_BLOCKS)
     world.run(5, rate=CAPACITY)
     world.hung = True
-    world.run(20, rate=8 * CAPACITY)
+    world.run(10, rate=4 * CAPACITY)
+    assert world.decode.queue
     job = world.ask(pushed=False)
-    world.decode.queue.remove(job)
-    world.decode.queue.appendleft(job)
-    world.run(30)
+    world.run(10)
     assert job.generated > 0
-    world.run(600)
+    world.run(300)
     assert all(job.done is not None for job in world.decode.jobs)
     assert len(world.decode.pool.spare) >= CONCURRENT * ALL_BLOCKS // 2
 

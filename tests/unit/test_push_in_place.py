@@ -8,6 +8,7 @@ import pytest
 from driven_planner import BLOCK, CHUNK, Pool, View, prompt
 
 from lamina.config import PushConfig
+from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
 from lamina.control.push_source import PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
@@ -41,6 +42,7 @@ def test_a_state_that_is_overwritten_is_not_sent(in_place: bool, announced: str)
         TransferTable(1),
         LeaseBook(pool),
         Meter(),
+        cost=CostModel(),
     )
     view = View("r", TOKENS, tables={0: [1, 2, 3], 1: [9]})
     view.push = PushParameters("push", None)

@@ -15,8 +15,9 @@ from driven_planner import Pool
 
 from lamina.config import PushConfig
 from lamina.control import push_endings, push_source
+from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
-from lamina.control.push_source import DESTINATION_WAIT, OF_ANOTHER, PushSource
+from lamina.control.push_source import DESTINATION_WAIT, OF_ANOTHER, TOO_BUSY, PushSource
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
@@ -97,6 +98,7 @@ class Source:
     def __init__(self, *groups: Group, max_inflight: int = 1 << 30, blocks: int = 1000) -> None:
         self.groups = groups or (FULL,)
         self.pool = Pool()
+        self.cost = CostModel()
         self.leases = LeaseBook(self.pool)
         self.transfers = TransferTable(1)
         config = PushConfig(deadline=DEADLINE, silence=SILENCE, max_inflight=max_inflight)
@@ -107,6 +109,7 @@ class Source:
             self.transfers,
             self.leases,
             Meter(),
+            cost=self.cost,
         )
         self.now = 0.0
         self.view = View([[10, 11, 12, 13] for _ in self.groups])
@@ -1001,6 +1004,43 @@ def test_only_blocks_without_a_destination_count_and_each_once() -> None:
         compute(source, record)
     assert source.said() == []
     assert source.pool.held >= {10, 11, 12, *range(20, 25)}
+
+
+def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
+    source = Source()
+    source.connect()
+    source.cost.computed(0, 100, 20.0)  # 11 s for 56 tokens
+    source.source.arrived(source.record, 0.0)
+    source.hear(announce())  # 30 s
+    source.said()
+    source.now = 18.0
+    assert not source.source.waits(source.record, source.now)
+    source.now = 20.0
+    source.source.waits(source.record, source.now)
+    assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
+
+
+def test_what_nobody_needs_any_more_lets_others_go_first() -> None:
+    source = Source(blocks=16)
+    source.connect()
+    unneeded, needed, full = (other(number) for number in range(3))
+    for record in (unneeded, needed):
+        source.source.arrived(record, 0.0)
+    source.hear(Cancel(Attempt("push 0", NO_EPOCH)))
+    source.now = 1.0
+    assert source.source.waits(unneeded, source.now)
+    source.admit(record=needed)
+    assert not source.source.waits(unneeded, source.now)
+    source.admit(record=full)
+    source.source.arrived(source.record, source.now)
+    assert source.source.waits(unneeded, source.now)
+    source.now = 2.0
+    assert source.source.waits(source.record, source.now)  # there is no room for it
+    assert not source.source.waits(unneeded, source.now)
+    source.hear(announce())
+    assert source.source.waits(unneeded, source.now)
+    source.now += DEADLINE
+    assert not source.source.waits(unneeded, source.now)  # it has waited long enough
 
 
 def test_a_prompt_for_which_there_was_room_is_held_when_it_ends() -> None:

@@ -191,7 +191,7 @@ class Planner:
         self._target: PushTarget | None = None
         if config.push is not None and card is not None:
             self._source = PushSource(
-                config.push, shape, card, self._transfers, self._leases, meter
+                config.push, shape, card, self._transfers, self._leases, meter, cost=self._cost
             )
             self._target = PushTarget(
                 config.push,
@@ -256,7 +256,7 @@ class Planner:
             record.lose_blocks()
             self._active.discard(view.request_id)
         record = self._record_of(view)
-        if not declined and self._awaits_push(record, now):
+        if not declined and self._awaits_push(record, floor, now):
             return ASK_AGAIN
         pushed_to = view.push is not None and view.push.prefill is not None
         record.may_hit |= not declined and (self._loads or pushed_to)
@@ -304,13 +304,14 @@ class Planner:
             self._epoch,
         )
 
-    def _awaits_push(self, record: RequestRecord, now: float) -> bool:
+    def _awaits_push(self, record: RequestRecord, floor: int, now: float) -> bool:
         """Whether a request need not be looked at, because its destination may be said in a moment,
         or there is no room yet for what it would hold of a push, here or on the way to another
         engine."""
-        if self._source is None or self._target is None or record.view.push is None:
+        source, target = self._source, self._target
+        if source is None or target is None or record.view.push is None:
             return False
-        return self._source.waits(record, now) or self._target.waits(record, step=self._step)
+        return source.waits(record, now, floor) or target.waits(record, step=self._step)
 
     def _with_push(self, record: RequestRecord, floor: int, hit: Hit) -> Hit:
         """A hit and what a prefill engine will push behind it."""

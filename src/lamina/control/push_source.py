@@ -21,6 +21,7 @@ from math import inf
 from typing import TypeVar
 
 from lamina.config import PushConfig
+from lamina.control.cost import CostModel
 from lamina.control.leases import BlockLease, LeaseBook
 from lamina.control.push_endings import Endings
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
@@ -63,6 +64,9 @@ REMEMBERED = 4096
 
 LONGEST_PATIENCE = 86_400.0
 """Seconds that a decode engine may be ready to wait."""
+
+TOO_BUSY = "the prefill engine has too much to do to compute it in time"
+"""No fault: as many others come in time as can."""
 
 OF_ANOTHER = "this push is another decode engine's"
 """Why a decode engine has no say in a push."""
@@ -250,6 +254,7 @@ class PushSource:
         transfers: all transfers of the engine.
         leases: holds on engine blocks.
         meter: where figures go.
+        cost: what computing takes.
 
     Attributes:
         orders: pages for the next plan.
@@ -267,7 +272,10 @@ class PushSource:
         transfers: TransferTable,
         leases: LeaseBook,
         meter: Meter,
+        *,
+        cost: CostModel,
     ) -> None:
+        self._cost = cost
         self.orders: list[PushOrder] = []
         self.stops: list[PushStop] = []
         self.peers: list[PeerOrder] = []
@@ -287,6 +295,8 @@ class PushSource:
         self._endings = Endings()
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._undelivered = Undelivered()
+        self._next: set[str] = set()  # pushes whose requests wait, and could begin
+        self._yielding: dict[str, float] = {}
         self._max_held = card.ranks[0].num_blocks // HELD_SHARE
         self._page_bytes = [
             sum(row.page_bytes for rank in card.ranks for row in rank.rows if group in row.groups)
@@ -315,22 +325,47 @@ class PushSource:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if not out.request:  # a second request under the same id is the router's mistake
             out.request, out.arrived = record.view.request_id, now
+            self._next.add(push.id)
             self._say_where(out)
 
-    def waits(self, record: RequestRecord, now: float) -> bool:
+    def waits(self, record: RequestRecord, now: float, floor: int = 0) -> bool:
         """Whether a request should not begin yet. Where its prompt goes is not known, and it has
         only just come, so that it may be said in time for its rows to leave one by one; or too many
-        blocks are held for such prompts, or will be, for this one to be held as well."""
+        blocks are held for such prompts, or will be, for this one to be held as well. Or nobody
+        needs it any more, and others wait whose prompts somebody needs.
+
+        Args:
+            record: the request.
+            now: control's clock.
+            floor: tokens that the engine has of it.
+        """
         push = record.view.push
-        out = None if push is None or push.prefill is not None else self._outbound.get(push.id)
+        if push is None or push.prefill is not None or record.push_over:
+            return False
+        if push.id in self._declined:
+            return self._yields(record, now)
+        out = self._outbound.get(push.id)
         if out is None or out.request != record.view.request_id or out.stage is not Stage.WAITING:
             return False
         if out.announce is not None:
-            return False
+            seconds = self._cost.costs.prefill_seconds(floor, record.view.num_prompt_tokens)
+            if now + (seconds or 0.0) <= out.expires:
+                return False
+            self._fail(out, TOO_BUSY)
+            return self._yields(record, now)
         if now < out.arrived + DESTINATION_WAIT:
             return True
         need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
-        return self._undelivered.with_prompt(out.push, need) > self._max_held
+        if self._undelivered.with_prompt(out.push, need) <= self._max_held:
+            return False
+        self._next.discard(out.push)
+        return True
+
+    def _yields(self, record: RequestRecord, now: float) -> bool:
+        """Whether a request that nobody needs any more waits for others that somebody needs. Else
+        an engine that has too much to do would compute nothing that comes in time."""
+        since = self._yielding.setdefault(record.view.request_id, now)
+        return bool(self._next) and now - since < self._config.deadline
 
     def admitted(self, record: RequestRecord, floor: int, now: float) -> None:
         """A request has got its blocks, perhaps not for the first time.
@@ -341,7 +376,11 @@ class PushSource:
             now: control's clock.
         """
         push = record.view.push
-        if push is None or push.prefill is not None or record.push_over:
+        if push is None or push.prefill is not None:
+            return
+        self._yielding.pop(record.view.request_id, None)
+        self._next.discard(push.id)
+        if record.push_over:
             return
         out = self._outbound.get(push.id)
         if out is None:
@@ -392,6 +431,7 @@ class PushSource:
         """A request has ended; if it never got blocks, nothing will come of its push."""
         if push.prefill is not None:
             return
+        self._yielding.pop(request_id, None)
         out, reason = self._outbound.get(push.id), "the prefill ended before it began"
         if out is None and push.id not in self._declined:
             _remember(self._declined, push.id, reason)  # it may be announced yet
@@ -700,6 +740,8 @@ class PushSource:
         out.peer, out.announce, out.expires = peer, announce, now + announce.patience
         self._undelivered.drop(out.push)
         if out.record is None:
+            if out.request:
+                self._next.add(out.push)
             self._say_where(out)
         else:
             self._bind(out)
@@ -781,6 +823,7 @@ class PushSource:
 
     def _retire(self, out: Outbound, reason: str) -> None:
         """No request or announcement that comes later begins the push anew."""
+        self._next.discard(out.push)
         if out.push not in self._declined:
             _remember(self._declined, out.push, reason)
         if out.record is not None:
