@@ -18,6 +18,8 @@ from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start, 
 from engine.models import Checkpoints
 from engine.pair import PairSpec, shared_pair
 from engine.runners import RUNNERS, Runner
+from engine.test_crowds import CROWD as READERS
+from engine.test_crowds import DOCUMENT, ask_at_once, load_of_one, loaded
 from engine.test_hybrids import BLOCKS, compare, forget, hold, options_of, talks
 from engine.workload import loadable, prompt
 
@@ -139,6 +141,23 @@ def test_too_little_memory_and_aborts(
     assert not differences(engine.generate(CROWD), expected)
     expect_quiet(engine)
     assert engine.free_blocks() == free
+
+
+@pytest.mark.compat
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+def test_one_document_many_at_once(
+    llama: Path, start: Start, plain: Plain, runner: Runner, mode: str
+) -> None:
+    expected = plain(READERS)
+    engine = start(EngineSpec(llama, {**SMALL, "load": {"mode": mode}}, runner=runner))
+    engine.ask(Ask(DOCUMENT, max_tokens=1))
+    engine.forget()
+    before = loaded(engine)
+    answers, _ = ask_at_once(engine, READERS)
+    assert not differences(answers, expected)
+    assert loaded(engine) - before == load_of_one(engine)
+    expect_quiet(engine)
 
 
 @pytest.mark.compat
