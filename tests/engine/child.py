@@ -210,6 +210,9 @@ class Service:
     def core(self, method: str, arguments: tuple[object, ...]) -> Any:
         return getattr(self._core, method)(*arguments)
 
+    def in_core(self, function: Callable[..., Any]) -> Any:
+        return function(self._core)
+
     def scribble(self) -> None:
         self._llm.collective_rpc(overwrite_cache)
 

@@ -386,6 +386,10 @@ class Engine:
         """Call a method of vLLM's ``EngineCore``, as its utilities do."""
         return self._call("core", method, arguments)
 
+    def in_core(self, function: Callable[..., Any]) -> Any:
+        """What ``function`` says of vLLM's ``EngineCore``."""
+        return self._call("in_core", function)
+
     def pages(self, name: str) -> list[str]:
         """A digest of the cache content of each block that a running request has, over all
         layers and ranks, read through vLLM's own view of its cache."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from engine.driver import Ask, EngineSpec, Fleet, differences
 from engine.models import Checkpoints
 from engine.pair import PairSpec, shared_pair
+from engine.test_push import options_of
 from engine.workload import CHUNK, prompt
 
 pytestmark = pytest.mark.engine
@@ -18,13 +18,9 @@ pytestmark = pytest.mark.engine
 OPTIONS: dict[str, Any] = {"max_num_batched_tokens": 192}
 
 
-def keeps_freed_blocks_back(worker: object) -> bool:
-    """Whether vLLM's scheduler, which is in the process of its worker here, gives no block away
-    that a step in flight writes to."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    (scheduler,) = (found for found in gc.get_objects() if isinstance(found, Scheduler))
-    return scheduler.defer_block_free
+def keeps_freed_blocks_back(core: Any) -> bool:
+    """Whether vLLM gives no block away that a step in flight writes to."""
+    return core.scheduler.defer_block_free
 
 
 @pytest.mark.parametrize(
@@ -41,7 +37,7 @@ def test_a_push_with_any_role(llama: Path, fleet: Fleet, prefill: str, decode: s
     pair.settle()
     assert pair.counts() == {"sent": len(asks), "received": len(asks)}
     for engine, role in ((pair.prefill, prefill), (pair.decode, decode)):
-        assert engine.in_workers(keeps_freed_blocks_back) == [True]
+        assert engine.in_core(keeps_freed_blocks_back)
         engine.forget()
         engine.generate(asks)
         saved, hit = (
@@ -57,7 +53,7 @@ def test_a_push_with_any_role(llama: Path, fleet: Fleet, prefill: str, decode: s
 def test_a_consumer_pushes_states(checkpoints: Checkpoints, fleet: Fleet) -> None:
     """What it saves of a recurrent model is what it sends: a state at a boundary."""
     model = checkpoints.model("short-convolution")
-    options = {"block_size": 32, "max_num_batched_tokens": 192}
+    options = options_of("short-convolution")
     pair = shared_pair(fleet, PairSpec(model, options, roles=("kv_consumer", "kv_producer")))
     asks = [Ask(prompt(810 + n, n)) for n in (200, 500)]
     expected = fleet.get(EngineSpec(model, options=options)).generate(asks)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from lamina.push.proxy import dispatcher
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -23,7 +24,7 @@ from push_proxy.engines import (
     stream_and_hang,
 )
 from push_proxy.proxies import COMPLETION, ask, proxied
-from push_proxy.running import until
+from push_proxy.running import PATIENCE, until
 
 STREAM = COMPLETION | {"stream": True}
 BROKEN = says(500, {"error": {"message": "out of order", "code": 500}})
@@ -316,15 +317,59 @@ def test_a_prefill_engine_that_is_not_there_is_not_waited_for(decode: FakeEngine
         assert decode.calls[0].push is None
 
 
-def test_a_prefill_engine_that_refuses_stays_in_use(
+REFUSAL = says(400, {"error": {"message": "max_tokens is too large", "code": 400}})
+
+
+def test_a_mistake_of_the_client_is_passed_on_once_and_is_nobodys_failure(
+    prefill: FakeEngine,
+    decode: FakeEngine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatcher, "REFUSAL_GRACE", PATIENCE)
+    refused = {"role": "prefill", "outcome": "refused"}
+
+    async def later(call: Call) -> None:
+        while not await asyncio.to_thread(proxy.metric, "exchanges_total", **refused):
+            await asyncio.sleep(0.01)
+        await REFUSAL(call)
+
+    prefill.script, decode.script = REFUSAL, later
+    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=300) as proxy:
+        answer = proxy.post("/v1/completions", COMPLETION)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, 400)
+        assert (len(prefill.calls), len(decode.calls)) == (1, 1)
+        assert proxy.metric("unpushed_total") == 0
+        assert proxy.metric("engine_usable") == 2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_prefill_engine_that_refuses_what_others_answer_is_left_alone(
+    prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill.script, decode.script = REFUSAL, waits_for_a_push
+    with proxied([prefill], [decode], breaker_failures=2, breaker_pause=300) as proxy:
+        for count in range(1, 5):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+            assert len(prefill.calls) == min(count, 2)
+        assert proxy.metric("unpushed_total", reason="prefill_refused") == 2
+        assert proxy.metric("exchanges_total", role="prefill", outcome="refused") == 2
+        assert proxy.metric("engine_usable", engine=prefill.url) == 0
+    assert caplog.text.count("refuses what another engine answers: status 400: max_tokens is") == 2
+
+
+def test_a_prefill_engine_that_refuses_now_and_then_stays_in_use(
     prefill: FakeEngine, decode: FakeEngine
 ) -> None:
-    prefill.script = says(400, {"error": {"message": "too long for me"}})
-    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=300) as proxy:
-        for _ in range(3):
+    async def refuse_every_second_time(call: Call) -> None:
+        await (REFUSAL if len(prefill.calls) % 2 else obey)(call)
+
+    prefill.script = refuse_every_second_time
+    with proxied([prefill], [decode], breaker_failures=2, breaker_pause=300) as proxy:
+        for count in range(1, 7):
             assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
-        until(lambda: proxy.metric("exchanges_total", role="prefill", outcome="refused") == 3)
-        assert len(prefill.calls) == 3
+            until(lambda: proxy.metric("engine_load") == 0)
+            assert len(prefill.calls) == count
 
 
 def test_a_prefill_that_is_not_needed_any_more_is_cancelled(

@@ -126,15 +126,19 @@ class FakeEngine:
     """See the module. Serves while the ``with`` block runs.
 
     Attributes:
-        calls: what it was asked, health checks left out.
+        calls: what it was asked, by others than the proxy itself.
         script: what it does about it.
         healthy: what it says about itself.
+        models: names of the models that it says that it serves; None if it does not say.
+        ranks: numbers of its data-parallel ranks; None if it does not say.
     """
 
     def __init__(self, script: Script = obey) -> None:
         self.calls: list[Call] = []
         self.script = script
         self.healthy = True
+        self.models: list[str] | None = ["model"]
+        self.ranks: list[int] | None = [0]
         self._running = Running(self, lifespan=False)
         self.url = self._running.url
 
@@ -156,6 +160,7 @@ class FakeEngine:
         until(lambda: all(call.ended.is_set() for call in self.calls))
         self.calls.clear()
         self.script, self.healthy = obey, True
+        self.models, self.ranks = ["model"], [0]
         return self
 
     def asked(self, count: int) -> list[Call]:
@@ -172,17 +177,32 @@ class FakeEngine:
         if scope["path"] == "/health":
             await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
             return
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        if headers.get("user-agent") == "lamina-push-proxy":
+            await self._introduce(Call("GET", scope["path"], headers, b"", send))
+            return
         raw = b""
         while (message := await receive()).get("more_body") or message.get("body"):
             raw += message["body"]
             if not message["more_body"]:
                 break
-        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         target = (scope["raw_path"] + query).decode()
         call = Call(scope["method"], target, headers, raw, send)
         self.calls.append(call)
         await self._run(call, receive)
+
+    async def _introduce(self, call: Call) -> None:
+        """What the proxy asks for itself."""
+        if call.target == "/v1/models" and self.models is not None:
+            await call.answer(200, {"object": "list", "data": [{"id": m} for m in self.models]})
+        elif call.target == "/metrics" and self.ranks is not None:
+            await call.begin(200, "text/plain")
+            labels = '{engine="%d",model_name="a, {b}"} 0.0\n'
+            lines = [f"vllm:num_requests_running{labels}" % rank for rank in self.ranks]
+            await call.end(("# HELP vllm:num_requests_running x\n" + "".join(lines)).encode())
+        else:
+            await call.answer(401, {"error": "Unauthorized"})
 
     async def _run(self, call: Call, receive: Any) -> None:
         script = asyncio.ensure_future(self.script(call))
@@ -204,6 +224,7 @@ class Program(FakeEngine):
 
     def __init__(self, script: Script) -> None:
         self.calls, self.script, self.healthy = [], script, True
+        self.models, self.ranks = ["model"], [0]
 
 
 if __name__ == "__main__":

@@ -196,8 +196,8 @@ def push_proxy(
         list[str],
         typer.Option(
             metavar="URL,HOST:PORT",
-            help="A prefill engine: its server, and where decode engines reach it for pushes. "
-            "Repeat it for several.",
+            help="A prefill engine: its server, and its `push.listen`, where decode engines reach "
+            "it. Repeat it for several.",
         ),
     ],
     decode: Annotated[

@@ -24,6 +24,7 @@ from lamina.push.proxy.engines import Engine, Role
 from lamina.push.proxy.errors import Refusal
 from lamina.push.proxy.metrics import Metrics
 from lamina.push.proxy.relay import Relay
+from lamina.push.proxy.roster import Roster
 from lamina.push.proxy.settings import Settings
 
 _LAST_WORDS = 5.0
@@ -41,13 +42,14 @@ def create_app(settings: Settings, balancer: Balancer | None = None) -> FastAPI:
         *(Engine(Role.PREFILL, place.url, place.push, settings) for place in settings.prefill),
         *(Engine(Role.DECODE, url, "", settings) for url in settings.decode),
     ]
+    roster = Roster(engines)
     metrics = Metrics(engines)
     dispatcher = Dispatcher(settings, engines, balancer or LeastLoaded(), metrics)
     relay = Relay(settings, dispatcher, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watches = [asyncio.create_task(engine.watch()) for engine in engines]
+        watches = [asyncio.create_task(engine.watch(roster.changed)) for engine in engines]
         yield
         if relay.tasks:
             await asyncio.wait(relay.tasks, timeout=_LAST_WORDS)

@@ -30,8 +30,15 @@ class Balancer(Protocol):
 
 
 class LeastLoaded:
-    """The engine with the smallest load; among equals the one with the fewest visits so far."""
+    """The engine with the smallest load on each of its ranks; among equals the one with the fewest
+    visits so far."""
 
     def choose(self, engines: Sequence[Engine], request: ApiRequest) -> Engine:
         """See :class:`Balancer`."""
-        return min(engines, key=lambda engine: (engine.load, engine.visits))
+        return min(
+            engines,
+            key=lambda engine: (
+                engine.load / len(engine.ranks),
+                engine.visits / len(engine.ranks),
+            ),
+        )

@@ -12,13 +12,15 @@ import logging
 import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 import httpx
+import msgspec
 
 from lamina.push.proxy.balancing import Balancer, weight
-from lamina.push.proxy.engines import Engine, EngineError, Role
+from lamina.push.proxy.engines import Engine, EngineError, Rank, Role
 from lamina.push.proxy.errors import EngineAnswer, Refusal
 from lamina.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina.push.proxy.requests import ApiRequest
@@ -29,6 +31,16 @@ log = logging.getLogger("lamina.push.proxy")
 PREFILL_GRACE = 1.0
 """Seconds that a prefill engine has to say that it is done once the decode engine's answer has
 ended; after that the answer was computed without it."""
+
+REFUSAL_GRACE = 0.5
+"""Seconds that a decode engine has to refuse a request that a prefill engine has refused: a mistake
+of the client's, which both find before they compute anything."""
+
+_RANK_HEADER = "x-data-parallel-rank"
+"""By which vLLM's server is told which of its ranks computes a request."""
+
+_REASON_LENGTH = 300
+"""Characters of an engine's reason that are logged."""
 
 _PASSED_ON = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 
@@ -51,24 +63,46 @@ class Answer:
     pieces: AsyncIterator[bytes]
 
 
+class _Prefill(Enum):
+    """How the prefill engine's part has ended."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """It says that the request is wrong."""
+    FAILED = "failed"
+
+
 class _PrefillLost(Exception):
-    """The decode engine waits for a push that will not come."""
+    """The decode engine waits for a push that will not come.
+
+    Attributes:
+        why: for the metrics.
+    """
+
+    def __init__(self, why: Unpushed) -> None:
+        super().__init__(why.value)
+        self.why = why
 
 
-async def _unless_lost(prefilling: asyncio.Task[bool], decoding: Awaitable[Answer]) -> Answer:
+async def _unless_lost(prefilling: asyncio.Task[_Prefill], decoding: Awaitable[Answer]) -> Answer:
     """The decode engine's answer.
 
     Raises:
-        _PrefillLost: if the prefill failed before there was one; the decode engine is not asked any
-            more then.
+        _PrefillLost: if the prefill failed before there was one, or was refused and the decode
+            engine does not refuse it, too; the decode engine is not asked any more then.
     """
-    waiting = True
+    waiting, why = True, Unpushed.PREFILL_FAILED
     try:
         async with asyncio.timeout(None) as patience:
 
-            def ended(task: asyncio.Task[bool]) -> None:
-                if waiting and not (task.cancelled() or task.result()):
-                    patience.reschedule(0)
+            def ended(task: asyncio.Task[_Prefill]) -> None:
+                nonlocal why
+                if not waiting or task.cancelled() or task.result() is _Prefill.DONE:
+                    return
+                grace = 0.0
+                if task.result() is _Prefill.REFUSED:
+                    why, grace = Unpushed.PREFILL_REFUSED, REFUSAL_GRACE
+                patience.reschedule(asyncio.get_running_loop().time() + grace)
 
             prefilling.add_done_callback(ended)
             try:
@@ -76,30 +110,60 @@ async def _unless_lost(prefilling: asyncio.Task[bool], decoding: Awaitable[Answe
             finally:
                 waiting = False
     except TimeoutError as error:
-        raise _PrefillLost from error
+        raise _PrefillLost(why) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """An engine that has not answered a request well.
+
+    Attributes:
+        engine: the engine.
+        reason: what it says.
+        refuses: whether it says that the request is wrong.
+    """
+
+    engine: Engine
+    reason: str
+    refuses: bool
 
 
 class _Blame:
-    """Whose fault it is when an engine answers a request with a status of 500 or more: the
+    """Whose fault it is when an engine answers a request with a status of 400 or more: the
     engine's if another engine can answer it, and otherwise the request's. So a request that no
-    engine can bear does not take all of them out of use."""
+    engine can bear does not take all of them out of use, nor does a client's mistake.
 
-    def __init__(self) -> None:
-        self._suspects: list[tuple[Engine, str]] = []
+    Args:
+        request: the request.
+    """
+
+    def __init__(self, request: ApiRequest) -> None:
+        self._request = request
+        self._suspects: list[_Suspect] = []
         self._answered = False
 
-    def suspect(self, engine: Engine, reason: str) -> None:
-        """An engine has answered so."""
+    def suspect(self, engine: Engine, status: int, text: bytes) -> None:
+        """An engine has answered so. A refusal is told when it turns out to be no client's mistake:
+        those are not worth a word each."""
+        suspect = _Suspect(engine, f"status {status}: {_reason(text)}", refuses=status < 500)
+        if not suspect.refuses:
+            log.warning("request %s: %s fails: %s", self._request.id, engine, suspect.reason)
+        self._suspects.append(suspect)
         if self._answered:
-            engine.failed(reason)
-        else:
-            self._suspects.append((engine, reason))
+            self.answered()
 
     def answered(self) -> None:
         """An engine has answered well."""
         self._answered = True
-        for engine, reason in self._suspects:
-            engine.failed(reason)
+        for suspect in self._suspects:
+            if suspect.refuses:
+                log.warning(
+                    "request %s: %s refuses what another engine answers: %s",
+                    self._request.id,
+                    suspect.engine,
+                    suspect.reason,
+                )
+            suspect.engine.failed(suspect.reason)
         self._suspects.clear()
 
 
@@ -134,7 +198,7 @@ class Dispatcher:
     async def _first_answer(self, request: ApiRequest, stack: AsyncExitStack) -> Answer:
         failure = Refusal(503, "no decode engine can be used at the moment: ask again")
         tried: set[Engine] = set()
-        blame = _Blame()
+        blame = _Blame(request)
         for attempt in range(self._settings.tries):
             if attempt:
                 pause = self._settings.backoff * 2 ** (attempt - 1)
@@ -166,11 +230,12 @@ class Dispatcher:
         """One decode engine, with a push if there can be one."""
         prefill = self._choose_prefill(request)
         if prefill is not None:
-            with suppress(_PrefillLost):
+            try:
                 return await stack.enter_async_context(
                     self._pushed(request, prefill, decode, blame)
                 )
-            self._metrics.unpushed(Unpushed.PREFILL_FAILED)
+            except _PrefillLost as lost:
+                self._metrics.unpushed(lost.why)
         plain = self._decode(decode, request, request.for_decode(), blame)
         return await stack.enter_async_context(plain)
 
@@ -181,17 +246,18 @@ class Dispatcher:
         """Both engines, and a push between them.
 
         Raises:
-            _PrefillLost: if the prefill engine failed before the decode engine's first byte.
+            _PrefillLost: if the prefill engine failed before the decode engine's first byte, or has
+                refused what the decode engine does not.
         """
         push_id = uuid.uuid4().hex
         # Before anybody else chooses, and until the end, even if the task never begins.
         visit = ExitStack()
-        visit.enter_context(prefill.visit(weight(request)))
-        prefilling = asyncio.create_task(self._prefill(prefill, request, push_id, blame))
+        rank = visit.enter_context(prefill.visit(weight(request)))
+        prefilling = asyncio.create_task(self._prefill(prefill, rank, request, push_id, blame))
         prefilling.add_done_callback(lambda _: visit.close())
         try:
             async with AsyncExitStack() as exchange:
-                body = request.for_decode(push_id, prefill.push)
+                body = request.for_decode(push_id, rank.push)
                 decoding = self._decode(decode, request, body, blame)
                 answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
                 yield answer
@@ -213,29 +279,23 @@ class Dispatcher:
         return prefill
 
     async def _prefill(
-        self, engine: Engine, request: ApiRequest, push_id: str, blame: _Blame
-    ) -> bool:
-        """Returns whether the prompt was computed."""
+        self, engine: Engine, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
+    ) -> _Prefill:
         outcome = Outcome.CANCELLED
         body = request.for_prefill(push_id)
+        # Or else its server chooses one, and the decode engine waits at another's address.
+        headers = {**request.headers, _RANK_HEADER: str(rank.index)}
         try:
             async with (
-                engine.send(request.method, request.target, request.headers, body) as response,
+                engine.send(request.method, request.target, headers, body) as response,
                 engine.patience(self._settings.stall_timeout),
             ):
-                await response.aread()
+                text = await response.aread()
             outcome = _outcome(response)
-            if outcome is Outcome.FAILED:
-                blame.suspect(engine, f"status {response.status_code}")
-            else:
+            if outcome is Outcome.ANSWERED:
                 engine.succeeded()
-            if outcome is not Outcome.ANSWERED:
-                log.warning(
-                    "request %s: %s answered with status %d; the decode engine computes the prompt",
-                    request.id,
-                    engine,
-                    response.status_code,
-                )
+            else:
+                blame.suspect(engine, response.status_code, text)
         except EngineError as error:
             outcome = Outcome.FAILED
             engine.failed(str(error))
@@ -247,7 +307,9 @@ class Dispatcher:
             )
         finally:
             self._metrics.exchange(engine, outcome)
-        return outcome is Outcome.ANSWERED
+        if outcome is Outcome.ANSWERED:
+            return _Prefill.DONE
+        return _Prefill.REFUSED if outcome is Outcome.REFUSED else _Prefill.FAILED
 
     @asynccontextmanager
     async def _decode(
@@ -298,8 +360,7 @@ class Dispatcher:
         status = response.status_code
         async with engine.patience(self._settings.stall_timeout):
             text = await response.aread()
-        blame.suspect(engine, f"status {status}")
-        log.warning("request %s: %s answered with status %d", request.id, engine, status)
+        blame.suspect(engine, status, text)
         media_type = response.headers.get("content-type", "application/octet-stream")
         return Refusal(status, "", EngineAnswer(media_type, text))
 
@@ -335,3 +396,20 @@ def _outcome(response: httpx.Response) -> Outcome:
     if response.status_code >= 500:
         return Outcome.FAILED
     return Outcome.REFUSED if response.status_code >= 400 else Outcome.ANSWERED
+
+
+class _Reason(msgspec.Struct):
+    message: str
+
+
+class _Complaint(msgspec.Struct):
+    error: _Reason
+
+
+def _reason(text: bytes) -> str:
+    """Why an engine refuses a request, or cannot answer it."""
+    try:
+        reason = msgspec.json.decode(text, type=_Complaint).error.message
+    except msgspec.MsgspecError:
+        reason = text.decode(errors="replace")
+    return reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]} …"

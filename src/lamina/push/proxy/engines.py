@@ -1,16 +1,20 @@
-"""One engine as the proxy sees it: a pool of connections, its health, its breaker and its load."""
+"""One engine as the proxy sees it: a pool of connections, its health, its breaker and its load, and
+what it says of itself."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 
 import httpx
+import msgspec
 
 from lamina.push.proxy.breaker import BreakerState, CircuitBreaker
 from lamina.push.proxy.settings import Settings
@@ -26,6 +30,10 @@ _CHECK_SECONDS = 1.0
 _KEEP_ALIVE = 3.0
 """Seconds that an idle connection is kept: fewer than vLLM's five, so that none is used that the
 engine is just closing."""
+_ITSELF = {"user-agent": "lamina-push-proxy"}
+"""Tells the proxy's own questions from those of its clients."""
+_RANK = re.compile(r'^vllm:num_requests_running\{.*?\bengine="(\d+)"', re.MULTILINE)
+"""vLLM publishes this of each of its data-parallel ranks, from its start."""
 
 
 class Role(StrEnum):
@@ -39,13 +47,50 @@ class EngineError(Exception):
     """An engine could not be reached, or has not answered in time, or in full. Says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A data-parallel rank of an engine: one scheduler, with a cache of its own.
+
+    Attributes:
+        number: its number among all of the deployment.
+        index: how a request asks for it: its place among those behind the engine's server.
+        push: address at which decode engines reach it; empty for a decode engine.
+    """
+
+    number: int
+    index: int
+    push: str
+
+
+@dataclass(slots=True)
+class _Load:
+    """What is outstanding at a rank.
+
+    Attributes:
+        weight: sum over the requests.
+        visits: requests sent there so far.
+    """
+
+    weight: int = 0
+    visits: int = 0
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
 class Engine:
     """See the module. Belongs to one event loop.
 
     Args:
         role: what it is asked for.
         url: of its OpenAI server.
-        push: address at which decode engines reach it; empty for a decode engine.
+        push: address at which decode engines reach its rank 0, the others at the ports behind it;
+            empty for a decode engine.
         settings: timeouts, and how much failure is borne.
         clock: monotonic seconds.
 
@@ -53,6 +98,9 @@ class Engine:
         load: of the requests outstanding there, the sum of their weights.
         visits: requests sent there so far.
         healthy: whether its last health checks went well; False until the first one has.
+        trouble: while it is not healthy, why.
+        models: names of models that it serves; empty if it does not say.
+        ranks: its data-parallel ranks, one if it does not say.
     """
 
     def __init__(
@@ -69,6 +117,11 @@ class Engine:
         self.load = 0
         self.visits = 0
         self.healthy = False
+        self.trouble = ""
+        self.models: frozenset[str] = frozenset()
+        self.ranks: tuple[Rank, ...] = ()
+        self._loads: dict[Rank, _Load] = {}
+        self._have_ranks([0])
         self._settings = settings
         self._breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_pause, clock)
         self._on_probation = False
@@ -97,19 +150,23 @@ class Engine:
         return self._breaker.state is BreakerState.CLOSED or not self._on_probation
 
     @contextmanager
-    def visit(self, weight: int) -> Iterator[None]:
-        """A request is outstanding there.
+    def visit(self, weight: int) -> Iterator[Rank]:
+        """A request is outstanding there, at the least loaded rank, if it can be sent to one.
 
         Args:
             weight: what it adds to the load.
         """
+        rank, load = min(self._loads.items(), key=lambda item: (item[1].weight, item[1].visits))
+        load.weight += weight
+        load.visits += 1
         probation = self._breaker.state is BreakerState.PROBATION
         self._on_probation |= probation
         self.load += weight
         self.visits += 1
         try:
-            yield
+            yield rank
         finally:
+            load.weight -= weight
             self.load -= weight
             if probation:
                 self._on_probation = False
@@ -175,23 +232,26 @@ class Engine:
         except httpx.HTTPError as error:
             raise EngineError(f"{type(error).__name__} {error}".rstrip()) from error
 
-    async def watch(self) -> None:
-        """Check its health again and again, until cancelled."""
+    async def watch(self, changed: Callable[[Engine], None]) -> None:
+        """Check its health again and again, until cancelled.
+
+        Args:
+            changed: called when it is healthy from now on, or is not, or for another reason.
+        """
         misses = 0
         while True:
-            good = await self._answers()
-            misses = 0 if good else misses + 1
-            if good and not self.healthy:
-                log.info("%s is there", self)
-                self.healthy = True
+            trouble = await self._check()
+            misses = misses + 1 if trouble else 0
+            if not trouble and not self.healthy:
+                await self._introduce()
+                self.healthy, self.trouble = True, ""
                 self._breaker.reset()
-            elif self.healthy and misses >= MISSES:
-                log.warning("%s does not answer its health checks any more", self)
-                self.healthy = False
-                now = asyncio.get_running_loop().time()
-                for timeout in self._waiting:
-                    if not timeout.expired():
-                        timeout.reschedule(now)
+                changed(self)
+            elif trouble and trouble != self.trouble and (misses >= MISSES or not self.healthy):
+                if self.healthy:
+                    self._give_up()
+                self.trouble = trouble
+                changed(self)
             jitter = random.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(self._settings.health_interval * jitter)
 
@@ -199,10 +259,63 @@ class Engine:
         """Close every connection."""
         await self._client.aclose()
 
-    async def _answers(self) -> bool:
-        url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + b"/health")
+    def _give_up(self) -> None:
+        self.healthy = False
+        now = asyncio.get_running_loop().time()
+        for timeout in self._waiting:
+            if not timeout.expired():
+                timeout.reschedule(now)
+
+    async def _check(self) -> str:
+        """Returns what is wrong with it; empty if nothing is."""
         try:
-            async with asyncio.timeout(max(self._settings.health_interval, _CHECK_SECONDS)):
-                return (await self._client.get(url)).is_success
-        except (httpx.HTTPError, TimeoutError):
-            return False
+            await self._ask(b"/health")
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    async def _introduce(self) -> None:
+        """Ask it what it serves, and on which ranks. What it does not say is not known."""
+        self.models = frozenset()
+        try:
+            answer = msgspec.json.decode(await self._ask(b"/v1/models"), type=_Models)
+            self.models = frozenset(model.id for model in answer.data)
+        except (EngineError, msgspec.MsgspecError) as error:
+            log.info("%s does not say which model it serves: %s", self, error)
+        try:
+            text = (await self._ask(b"/metrics")).decode(errors="replace")
+        except EngineError as error:
+            log.info("%s does not say which ranks it has: %s", self, error)
+            text = ""
+        self._have_ranks(sorted({int(rank) for rank in _RANK.findall(text)}) or [0])
+
+    def _have_ranks(self, numbers: list[int]) -> None:
+        host, _, port = self.push.rpartition(":")
+        self.ranks = tuple(
+            Rank(number, index, f"{host}:{int(port) + number}" if self.push else "")
+            for index, number in enumerate(numbers)
+        )
+        self._loads = {rank: _Load() for rank in self.ranks}
+
+    async def _ask(self, path: bytes) -> bytes:
+        """What it answers to a question of the proxy's own.
+
+        Raises:
+            EngineError: if that is no success.
+        """
+        url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path)
+        headers = dict(_ITSELF)
+        if self._settings.engine_key is not None:
+            headers["authorization"] = f"Bearer {self._settings.engine_key}"
+        seconds = max(self._settings.health_interval, _CHECK_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                response = await self._client.get(url, headers=headers)
+        except TimeoutError as error:
+            raise EngineError(f"GET {url}: nothing in {seconds:g} s") from error
+        except httpx.HTTPError as error:
+            reason = f"{type(error).__name__} {error}".rstrip()
+            raise EngineError(f"GET {url}: {reason}") from error
+        if not response.is_success:
+            raise EngineError(f"GET {url}: status {response.status_code}")
+        return response.content

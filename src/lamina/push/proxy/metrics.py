@@ -36,6 +36,8 @@ class Unpushed(StrEnum):
     """None is usable."""
     PREFILL_FAILED = "prefill_failed"
     """The one that was chosen did not compute the prompt."""
+    PREFILL_REFUSED = "prefill_refused"
+    """The one that was chosen says that the request is wrong, and no decode engine says so."""
 
 
 class Metrics:

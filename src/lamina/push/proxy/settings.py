@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -26,12 +27,16 @@ class PrefillAddress:
     """Where a prefill engine is.
 
     Attributes:
-        url: of its OpenAI server.
-        push: ``HOST:PORT`` at which decode engines reach it for pushes.
+        url: of its OpenAI server; as :func:`server_url` makes it.
+        push: ``HOST:PORT`` at which decode engines reach its data-parallel rank 0 for pushes; rank
+            N is at PORT + N.
     """
 
     url: str
     push: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", server_url(self.url))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +45,7 @@ class Settings:
 
     Attributes:
         prefill: the prefill engines.
-        decode: URLs of the decode engines' OpenAI servers.
+        decode: URLs of the decode engines' OpenAI servers; as :func:`server_url` makes them.
         token: what clients must show as ``Authorization: Bearer``; None lets everyone in.
         engine_key: what the engines are shown; None shows them what the client shows, unless that
             is the proxy's own token.
@@ -77,6 +82,7 @@ class Settings:
     breaker_pause: float = 2.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "decode", tuple(server_url(url) for url in self.decode))
         if problems := (*self._problems(),):
             raise SettingsError(problems)
 
@@ -107,6 +113,11 @@ class Settings:
             if isinstance(value, (int, float)) and not value > 0:
                 flag = number.name.replace("_", "-")
                 yield f"--{flag}: {number.name} is {value}, and must be more than 0"
+
+
+def server_url(given: str) -> str:
+    """The URL of a server, of which people are used to give that of its API."""
+    return re.sub(r"(?<=[^/])/v1$", "", given.rstrip("/")).rstrip("/")
 
 
 def _url_problems(url: str) -> Iterator[str]:
