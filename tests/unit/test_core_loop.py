@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 from driven_planner import Engine
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.request import RequestStatus
 
 from lamina.engines.vllm.adapters import Adapters
 from lamina.engines.vllm.core_loop import CoreLoop
@@ -34,6 +36,7 @@ class Scheduler:
     def __init__(self, connector: object) -> None:
         self.connector = connector
         self.has_news = False
+        self.ended: list[tuple[list[str], RequestStatus]] = []
 
     def get_kv_connector(self) -> object:
         return self.connector
@@ -41,13 +44,17 @@ class Scheduler:
     def has_requests(self) -> bool:
         return self.has_news
 
+    def finish_requests(self, requests: list[str], status: RequestStatus) -> list[object]:
+        self.ended.append((requests, status))
+        return [SimpleNamespace(request_id=name, client_index=2) for name in requests[:1]]
+
 
 def core_of(connector: object) -> Any:
     """A core whose loop has not begun."""
     watch_engine_core()
     core: Any = object.__new__(EngineCoreProc)
     core.scheduler = Scheduler(connector)
-    core.input_queue, core.aborts_queue = Queue(), Queue()
+    core.input_queue, core.aborts_queue, core.output_queue = Queue(), Queue(), Queue()
     core.engines_running, core.batch_queue = False, deque()
     core.process_input_queue_block = True
     core.shutdown_state = EngineShutdownState.RUNNING
@@ -87,3 +94,20 @@ def test_every_connector_of_a_core_can_wake_it() -> None:
 
 def test_where_no_loop_is_nobody_is_woken() -> None:
     Connector().watch.loop.wake()
+
+
+def test_requests_that_nobody_wants_end_between_two_steps_and_are_answered() -> None:
+    """Those that are not there any more are not answered."""
+    connector = Connector()
+    core = core_of(connector)
+    connector.watch.loop.abort(["before the loop begins"])
+    core._handle_shutdown()
+    connector.watch.loop.abort(["a", "gone"])
+    connector.watch.loop.abort(iter(["b"]))
+    assert core.scheduler.ended == []
+    for _ in range(2):
+        core._handle_shutdown()
+    assert core.scheduler.ended == [(["a", "gone", "b"], RequestStatus.FINISHED_ABORTED)]
+    client, answer = core.output_queue.get_nowait()
+    assert (client, [output.request_id for output in answer.outputs]) == (2, ["a"])
+    assert core.output_queue.empty()

@@ -223,7 +223,7 @@ def test_each_step_sends_the_blocks_that_it_fills_and_the_last_one_the_rest() ->
     ]
 
 
-@pytest.mark.parametrize("word", ["nothing", "announced", "declined", "claimed", "another"])
+@pytest.mark.parametrize("word", ["nothing", "announced", "claimed", "another"])
 def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
     """From when it came, on this engine's own clock. Its first step may be all of it."""
     source = Source()
@@ -233,8 +233,6 @@ def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
     source.now += DESTINATION_WAIT / 2
     if word == "announced":
         source.hear(announce())
-    if word == "declined":
-        source.hear(Cancel(Attempt(PUSH, NO_EPOCH)))
     if word == "claimed":  # it has no blocks yet, and will in its time
         source.hear(Claim((PUSH,), DEADLINE))
     record = source.record
@@ -747,6 +745,59 @@ def test_a_request_that_ended_before_its_announcement_is_not_waited_for() -> Non
     assert fenced == Fenced(ATTEMPT, clean=True)
 
 
+# -- what nobody wants any more ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["queued", "runs", "bound"])
+def test_a_request_that_its_decode_engine_does_without_is_to_end(stage: str) -> None:
+    """It is not begun in the moment that the engine takes to end it."""
+    source = Source()
+    source.connect()
+    source.source.arrived(source.record, source.now)
+    if stage != "queued":
+        source.admit()
+        source.step(0, 32)
+    if stage == "bound":
+        source.hear(announce())
+    source.hear(Cancel(ATTEMPT if stage == "bound" else UNANNOUNCED))
+    assert source.source.unwanted == ["request"]
+    assert source.source.waits(source.record, source.now) == (stage == "queued")
+    assert not source.waits(source.record)  # nobody ends it, then
+    source.source.abandoned(PushParameters(PUSH, None), "request")
+    assert not source.source.waits(source.record, source.now)
+
+
+def test_a_request_that_was_declined_before_it_came_is_to_end() -> None:
+    source = Source()
+    source.connect()
+    source.hear(Cancel(UNANNOUNCED))
+    source.source.arrived(source.record, source.now)
+    assert source.source.unwanted == ["request"]
+
+
+@pytest.mark.parametrize("why", ["ended", "of another", "lost", "over"])
+def test_no_other_request_is_to_end(why: str) -> None:
+    source = Source()
+    source.connect()
+    source.connect("other")
+    source.source.arrived(source.record, source.now)
+    source.hear(announce())
+    source.admit()
+    if why == "ended":
+        source.step(0, 56)
+        source.finish()
+        source.hear(Cancel(ATTEMPT))
+    elif why == "of another":
+        source.hear(Cancel(ATTEMPT), "other")
+        source.hear(Cancel(UNANNOUNCED), "other")
+    elif why == "lost":
+        source.lose()
+    else:  # another request of the same name
+        source.drain(*source.step(0, 56))
+        source.source.arrived(record_of(View([[1]], request_id="another")), source.now)
+    assert source.source.unwanted == []
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 
@@ -1018,6 +1069,7 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source.now = 20.0
     source.source.waits(source.record, source.now)
     assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
+    assert source.source.unwanted == ["request"]
 
 
 def test_what_nobody_needs_any_more_lets_others_go_first() -> None:

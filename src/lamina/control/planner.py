@@ -520,6 +520,14 @@ class Planner:
         self._target.letters.clear()
         return letters
 
+    def drain_unwanted(self) -> list[str]:
+        """Requests since the last call whose prompts another engine computes itself: nobody will
+        look at what comes of them here."""
+        if self._source is None:
+            return []
+        unwanted, self._source.unwanted = self._source.unwanted, []
+        return unwanted
+
     def finished(
         self,
         request_id: str,

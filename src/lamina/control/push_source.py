@@ -68,6 +68,9 @@ LONGEST_PATIENCE = 86_400.0
 TOO_BUSY = "the prefill engine has too much to do to compute it in time"
 """No fault: as many others come in time as can."""
 
+DECLINED = "the decode engine had declined it"
+"""Why a push is over of which its decode engine has said that it needs nothing."""
+
 OF_ANOTHER = "this push is another decode engine's"
 """Why a decode engine has no say in a push."""
 
@@ -262,6 +265,7 @@ class PushSource:
         peers: decode engines that the next plan makes known.
         gone: decode engines that are not connected any more.
         letters: messages for the link.
+        unwanted: requests whose decode engines need nothing of them any more.
     """
 
     def __init__(
@@ -281,6 +285,7 @@ class PushSource:
         self.peers: list[PeerOrder] = []
         self.gone: list[str] = []
         self.letters: list[Letter] = []
+        self.unwanted: list[str] = []
         self._config = config
         self._shape = shape
         self._card = card
@@ -293,6 +298,7 @@ class PushSource:
         self._refusals: dict[str, str] = {}
         self._told: set[str] = set()
         self._endings = Endings()
+        self._forgone: dict[str, float] = {}
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._undelivered = Undelivered()
         self._next: set[str] = set()  # pushes whose requests wait, and could begin
@@ -318,10 +324,14 @@ class PushSource:
             now: control's clock.
         """
         push = record.view.push
-        if push is None or push.prefill is not None or push.id in self._declined:
+        if push is None or push.prefill is not None:
             return
         out = self._outbound.get(push.id)
         if out is None:
+            if push.id in self._declined:
+                if self._declined[push.id] == DECLINED:
+                    self._forgo(record.view.request_id, now)
+                return
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if not out.request:  # a second request under the same id is the router's mistake
             out.request, out.arrived = record.view.request_id, now
@@ -332,7 +342,8 @@ class PushSource:
         """Whether a request should not begin yet. Where its prompt goes is not known, and it has
         only just come, so that it may be said in time for its rows to leave one by one; or too many
         blocks are held for such prompts, or will be, for this one to be held as well. Or nobody
-        needs it any more, and others wait whose prompts somebody needs.
+        needs it any more, and the engine may be about to end it, or others wait whose prompts
+        somebody needs.
 
         Args:
             record: the request.
@@ -342,6 +353,9 @@ class PushSource:
         push = record.view.push
         if push is None or push.prefill is not None or record.push_over:
             return False
+        told = self._forgone.get(record.view.request_id, -inf)
+        if now < told + DESTINATION_WAIT:
+            return True
         if push.id in self._declined:
             return self._yields(record, now)
         out = self._outbound.get(push.id)
@@ -351,8 +365,9 @@ class PushSource:
             seconds = self._cost.costs.prefill_seconds(floor, record.view.num_prompt_tokens)
             if now + (seconds or 0.0) <= out.expires:
                 return False
+            self._forgo_of(out, now)
             self._fail(out, TOO_BUSY)
-            return self._yields(record, now)
+            return True
         if now < out.arrived + DESTINATION_WAIT:
             return True
         need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
@@ -432,6 +447,7 @@ class PushSource:
         if push.prefill is not None:
             return
         self._yielding.pop(request_id, None)
+        self._forgone.pop(request_id, None)
         out, reason = self._outbound.get(push.id), "the prefill ended before it began"
         if out is None and push.id not in self._declined:
             _remember(self._declined, push.id, reason)  # it may be announced yet
@@ -623,7 +639,7 @@ class PushSource:
                 case Letter(peer, Announce() as announce):
                     self._announced(peer, announce, now)
                 case Letter(peer, Cancel(attempt)):
-                    self._cancelled(peer, attempt)
+                    self._cancelled(peer, attempt, now)
                 case _:
                     pass  # not ours to answer
 
@@ -790,10 +806,11 @@ class PushSource:
                 return f"block ids beyond the decode engine's {blocks}"
         return ""
 
-    def _cancelled(self, peer: str, attempt: Attempt) -> None:
+    def _cancelled(self, peer: str, attempt: Attempt, now: float) -> None:
         if attempt.epoch == NO_EPOCH:
-            self._decline(peer, attempt.push)
+            self._decline(peer, attempt.push, now)
         elif (out := self._under_way(peer, attempt)) is not None:
+            self._forgo_of(out, now)
             self._stop(out)
         else:
             if not self._endings.over(peer, attempt.epoch):
@@ -807,15 +824,26 @@ class PushSource:
             return None
         return out if (out.peer, out.announce.attempt) == (peer, attempt) else None
 
-    def _decline(self, peer: str, push: str) -> None:
+    def _decline(self, peer: str, push: str, now: float) -> None:
         """A decode request needs nothing. If one that was announced bears the same name, it is
         another one, and keeps what it has."""
-        out, reason = self._outbound.get(push), "the decode engine had declined it"
+        out = self._outbound.get(push)
         if out is None:
             if push not in self._declined:
-                _remember(self._declined, push, reason)
+                _remember(self._declined, push, DECLINED)
         elif out.is_for(peer):
-            self._forget(out, reason)
+            self._forgo_of(out, now)
+            self._forget(out, DECLINED)
+
+    def _forgo_of(self, out: Outbound, now: float) -> None:
+        if out.tables is None and not out.ordered:
+            self._forgo(out.request, now)
+
+    def _forgo(self, request: str, now: float) -> None:
+        """What comes of a request is of no use to its decode engine."""
+        if request:
+            self.unwanted.append(request)
+            self._forgone[request] = now
 
     def _fence(self, peer: str, attempt: Attempt) -> Fenced:
         """What there is to say of an attempt that is over, or never was."""

@@ -1,4 +1,4 @@
-"""The loop of vLLM's engine core, as threads beside it need it: it can be woken.
+"""The loop of vLLM's engine core: it can be woken, and told between two steps to end requests.
 
 Without a request to run, the core waits on its input queue and looks at nothing else. So what comes
 from another engine would wait for a client's next request. vLLM has a message that says nothing and
@@ -9,23 +9,38 @@ An engine in its caller's process has no such loop. There the caller decides whe
 
 from __future__ import annotations
 
-from queue import Queue
-from typing import Any
+from collections.abc import Iterable
 
 from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.request import RequestStatus
 
 
 class CoreLoop:
     """The loop that steps a connector's scheduler side, once it runs."""
 
     def __init__(self) -> None:
-        self._input: Queue[tuple[EngineCoreRequestType, Any]] | None = None
+        self._core: EngineCoreProc | None = None
+        self._unwanted: list[str] = []
 
-    def begins(self, input_queue: Queue[tuple[EngineCoreRequestType, Any]]) -> None:
+    def begins(self, core: EngineCoreProc) -> None:
         """The loop begins, and will look for work once before it waits."""
-        self._input = input_queue
+        self._core = core
+
+    def turns(self) -> None:
+        """The core is between two steps."""
+        if self._unwanted and self._core is not None:
+            unwanted, self._unwanted = self._unwanted, []
+            ended = self._core.scheduler.finish_requests(unwanted, RequestStatus.FINISHED_ABORTED)
+            self._core._send_abort_outputs(ended)  # somebody waits for them all the same
+
+    def abort(self, requests: Iterable[str]) -> None:
+        """Have requests end before the next step, answered as aborted. Those that have ended are
+        passed over. Only the core's thread may call this, but at any time."""
+        if self._core is not None:
+            self._unwanted += requests
 
     def wake(self) -> None:
         """Have the core look for work. Any thread may call this."""
-        if self._input is not None:
-            self._input.put_nowait((EngineCoreRequestType.WAKEUP, None))
+        if self._core is not None:
+            self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))

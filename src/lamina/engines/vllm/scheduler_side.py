@@ -207,6 +207,7 @@ class SchedulerSide:
             self.planner.take_news(self._link.news())
             for letter in self.planner.drain_letters():
                 self._link.send(letter)
+            self.watch.loop.abort(self.planner.drain_unwanted())
 
     def close(self) -> None:
         """The engine ends."""

@@ -265,9 +265,11 @@ def watch_engine_core() -> None:
     @functools.wraps(turn)
     def _handle_shutdown(core: EngineCoreProc) -> bool:
         if _LOOPS not in core.__dict__:
-            core.__dict__[_LOOPS] = True
-            for watch in _watches(core):
-                watch.loop.begins(core.input_queue)
+            core.__dict__[_LOOPS] = [watch.loop for watch in _watches(core)]
+            for loop in core.__dict__[_LOOPS]:
+                loop.begins(core)
+        for loop in core.__dict__[_LOOPS]:
+            loop.turns()
         goes_on: bool = turn(core)
         return goes_on
 
