@@ -336,7 +336,7 @@ def _pairs(
 
     layerwise, first = pusher(Way.LAYERWISE, {})
     at_end, second = pusher(Way.AT_END, {"batch": _ENDLESS})
-    taker = start("decode", 1, Connector.LAMINA, host=host, push={})
+    taker = start("decode", 1, Connector.LAMINA, host=host, push={"min_tokens": 0})
     giver, puller = start("pulled", 0, Connector.NIXL), start("pulls", 1, Connector.NIXL)
     return [
         Pair(Way.LAYERWISE, layerwise, taker, first),

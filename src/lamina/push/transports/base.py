@@ -4,9 +4,12 @@ Writes are one-sided: the sender names addresses of its own memory and of the re
 receiver's engine does not take part. A transport knows bytes and peers and nothing of requests.
 
 A write that was begun cannot be called back: whoever wants its source back waits until it has
-ended, or closes the end, and with it every write. So an end is made for one peer engine (and has
-that engine's ranks as its peers): whoever gives that engine up closes the end, and nobody else
-notices. What :meth:`Transport.close` promises to both sides is what quarantines rest on.
+ended, or closes the end, and with it every write to and from every peer. A rank has one end for all
+of its peers, because each end registers the whole cache with the network, and it keeps that end for
+as long as it serves. So an engine cannot fence one peer by itself: blocks that a peer may still
+write to stay leased until the peer says that nothing is on its way, or until its process has ended,
+which closes its end, and ``push.quarantine`` has passed. ``push.max_parked`` bounds how many those
+are.
 """
 
 from __future__ import annotations
