@@ -42,6 +42,9 @@ class Server:
         spec: how to start its engine.
         log: file that receives what it says.
 
+    Attributes:
+        url: where it answers.
+
     Raises:
         ServerEnded: if it does not start.
         TimeoutError: if it hangs.
@@ -50,7 +53,7 @@ class Server:
     def __init__(self, spec: EngineSpec, log: Path) -> None:
         self._log = log
         port = free_port()
-        self._address = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         arguments = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
         for name, value in spec.arguments().items():
             flag = f"--{name.replace('_', '-')}"
@@ -159,6 +162,6 @@ class Server:
 
     def _open(self, path: str, body: bytes | None = None) -> bytes:
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._address + path, body, headers)
+        request = urllib.request.Request(self.url + path, body, headers)
         with urllib.request.urlopen(request, timeout=CALL_SECONDS) as response:
             return response.read()

@@ -60,6 +60,7 @@ def proxied(
     prefill: Sequence[FakeEngine | str],
     decode: Sequence[FakeEngine | str],
     *,
+    push: Sequence[str] | None = None,
     balancer: Balancer | None = None,
     usable: int | None = None,
     **settings: Any,
@@ -69,14 +70,16 @@ def proxied(
     Args:
         prefill: engines, or URLs of such as there are none.
         decode: the same.
+        push: addresses of the prefill engines; by default nobody's.
         balancer: the proxy's.
         usable: how many engines to wait for; by default those that are more than a URL.
         settings: that differ from the defaults.
     """
     urls = [_url(engine) for engine in prefill]
+    addresses = push or [push_address(index) for index in range(len(urls))]
     app = create_app(
         Settings(
-            prefill=tuple(PrefillAddress(url, push_address(i)) for i, url in enumerate(urls)),
+            prefill=tuple(map(PrefillAddress, urls, addresses)),
             decode=tuple(_url(engine) for engine in decode),
             **{**QUICK, **settings},
         ),

@@ -22,7 +22,7 @@ from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, R
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
 from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
-from lamina.observe.metrics import Meter
+from lamina.observe.metrics import Meter, Series
 from lamina.plan import TORN, LoadMode, Outcome, PushOrder, PushStop, TransferId, TransferReceipt
 from lamina.push.cards import EngineCard, RankCard, RowCard, decode_card
 from lamina.push.letters import Fate, Letter, Lost, Opened
@@ -1240,3 +1240,28 @@ def test_a_request_that_ends_before_it_begins_is_told_of() -> None:
     failed, fenced = source.said()
     assert isinstance(failed, Failed)
     assert fenced == Fenced(ATTEMPT, clean=True)
+
+
+def test_what_is_on_its_way_to_each_decode_engine_is_published() -> None:
+    source = Source()
+    meter = source.source._meter
+    seen: dict[Series, float] = {}
+
+    def published() -> dict[Series, float]:
+        source.source.gauges()
+        seen.update(meter.drain().gauges)
+        return seen
+
+    name = "0123456789abcdef"
+    links, backlog = ("push_links", ("decode",)), ("push_backlog_bytes", ("01234567",))
+    source.connect(name)
+    source.hear(announce(), name)
+    source.admit()
+    (order,) = source.step(0, 56)
+    assert published()[links] == 1
+    assert published()[backlog] > 0
+    source.lose(name)
+    assert published()[links] == 0
+    source.drain(order)
+    assert published()[backlog] == 0
+    assert not source.source._backlog, "nothing is kept of a peer that is gone"

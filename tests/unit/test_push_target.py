@@ -22,6 +22,7 @@ from lamina.geometry import Group, GroupKind
 from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
 from lamina.observe.metrics import Meter, Series
 from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
+from lamina.push.cards import EngineCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
@@ -837,3 +838,27 @@ def test_less_than_a_chunk_is_computed_here(start: int, pushed: bool) -> None:
     record = target.arrive(0)
     offer = target.target.weigh(record, 32, start, step=0, now=0.0)
     assert offer == (Offer(55) if pushed else Offer(0, "below_min_tokens"))
+
+
+# -- what is published ---------------------------------------------------------------------------
+
+
+def test_links_and_peers_that_are_not_used_are_published() -> None:
+    target = Target(failures=1)
+    other = EngineCard("decode", b"model", False, (), ())
+
+    def published() -> dict[Series, float]:
+        target.target.gauges()
+        target.gauges.update(target.meter.drain().gauges)
+        return target.gauges
+
+    links, used = ("push_links", ("prefill",)), ("push_peer_in_use", (P,))
+    record = target.order()
+    target.hear(Opened("decode", "decode", other))
+    assert published()[links] == 0, "a decode engine is told of by the other side"
+    assert used not in published(), "requests name peers that were never reached"
+    target.hear(OPENED)
+    assert (published()[links], published()[used]) == (1, 1)
+    target.hear(lost())
+    target.report(record, Outcome.FAILED)
+    assert (published()[links], published()[used]) == (0, 0)

@@ -21,6 +21,7 @@ from lamina.data.push_pipeline import PushRun
 from lamina.data.push_receives import Receives
 from lamina.data.push_wire import PushIdentity, PushWire
 from lamina.geometry import CacheGeometry, Row
+from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import (
     TORN,
     Outcome,
@@ -140,6 +141,7 @@ class Rank:
     transport: Guarded
     wire: PushWire
     receipts: list[TransferReceipt]
+    timeline: Timeline
     ended: list[tuple[str, TransferReceipt]] = field(default_factory=list)
 
     def page(self, row: int, block: int) -> bytes:
@@ -219,8 +221,11 @@ class World:
         )
         receipts: list[TransferReceipt] = []
         identity = PushIdentity(incarnation, card, ranks, replicated, *sizes)
-        wire = PushWire(identity, transport, report=receipts.extend, wake=lambda: None)
-        rank = Rank(memory, memory.copy(), geometry, card, transport, wire, receipts)
+        timeline = Timeline()
+        wire = PushWire(
+            identity, transport, report=receipts.extend, wake=lambda: None, timeline=timeline
+        )
+        rank = Rank(memory, memory.copy(), geometry, card, transport, wire, receipts, timeline)
         self.ranks.append(rank)
         return rank
 
@@ -343,6 +348,21 @@ def test_every_page_arrives_and_nothing_else(world: World, two: Two) -> None:
     assert prefill.outcomes() == [(1, Outcome.DONE, ""), (2, Outcome.DONE, "")]
     block = sum(size * HEADS for size in HEAD_BYTES)
     assert [receipt.moved_bytes for receipt in prefill.receipts] == [4 * block, block]
+
+
+def test_a_receive_has_a_lane_on_the_timeline(world: World, two: Two) -> None:
+    prefill, decode = two
+    before = Timeline.now()
+    decode.wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(8), "r", LONG),)), 5)
+    send(prefill, order(1, pages((0,), (0,)), epoch=8))
+    world.until(decode.take_ended)
+    decode.wire.carry_out(PushPlan(give_ups=(TransferId(7),)), 9)
+    world.until(lambda: len(decode.timeline.spans()) == 2)
+    well, given_up = decode.timeline.spans()
+    assert (well.lane, well.step, well.row) == (Lane.RECEIVE, 5, -1)
+    assert before <= well.start <= well.end
+    assert (given_up.lane, given_up.step) == (Lane.RECEIVE, 0)
+    assert {span.lane for span in prefill.timeline.spans()} == {Lane.PUSH}
 
 
 def test_delivered_means_that_all_is_there(world: World, two: Two) -> None:

@@ -62,6 +62,9 @@ Key = TypeVar("Key")
 REMEMBERED = 4096
 """Pushes that are over and still known to requests and announcements that come late."""
 
+PEER_NAME = 8
+"""Characters of an incarnation that name a decode engine in metrics."""
+
 LONGEST_PATIENCE = 86_400.0
 """Seconds that a decode engine may be ready to wait."""
 
@@ -294,6 +297,7 @@ class PushSource:
         self._meter = meter
         self._outbound: dict[str, Outbound] = {}
         self._of_transfer: dict[TransferId, Outbound] = {}
+        self._backlog: Counter[str] = Counter()
         self._open: dict[str, EngineCard] = {}
         self._refusals: dict[str, str] = {}
         self._told: set[str] = set()
@@ -586,6 +590,7 @@ class PushSource:
         )
         out.moving.add(transfer.id)
         self._of_transfer[transfer.id] = out
+        self._backlog[out.peer] += size
         pages = tuple(PushPages(d.group, d.sources, d.targets) for d in due if d.sources)
         self.orders.append(
             PushOrder(
@@ -648,6 +653,7 @@ class PushSource:
         self._transfers.close(transfer)
         out = self._of_transfer.pop(transfer.id)
         out.moving.discard(transfer.id)
+        self._backlog[out.peer] -= transfer.size
         out.torn |= transfer.reason == TORN
         if transfer.state is State.FAILED:
             self._meter.count("failures", 1, kind=f"push_{transfer.reason or 'unknown'}")
@@ -678,8 +684,14 @@ class PushSource:
             self._fail(out, "weights or an adapter changed under the prefill")
 
     def gauges(self) -> None:
-        """Write to the meter how many blocks are held for destinations that are not known."""
+        """Write to the meter how many blocks are held for destinations that are not known, which
+        decode engines are connected, and what is on its way to each."""
         self._meter.gauge("push_blocks", self._undelivered.blocks, state="undelivered")
+        self._meter.gauge("push_links", len(self._open), side="decode")
+        for peer, size in list(self._backlog.items()):
+            self._meter.gauge("push_backlog_bytes", size, peer=peer[:PEER_NAME])
+            if not size and peer not in self._open:
+                del self._backlog[peer]
 
     @property
     def pending(self) -> bool:

@@ -28,6 +28,7 @@ from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
 from lamina.plan import TORN, ReceiveOrder, TransferId
+from lamina.push.cards import EngineCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
@@ -197,6 +198,7 @@ class PushTarget:
         self._computed_instead: list[tuple[RequestRecord, float]] = []
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
+        self._connected: set[str] = set()
         self._now = 0.0
 
     # -- lookup and admission ----------------------------------------------------------------
@@ -394,6 +396,8 @@ class PushTarget:
         self._now = now
         for item in news:
             match item:
+                case Opened(_, _, EngineCard()):
+                    pass  # a decode engine
                 case Opened(peer):
                     self._opened(peer)
                 case Lost():
@@ -560,6 +564,7 @@ class PushTarget:
         # Not even another incarnation is a fence by itself: what was announced while the former one
         # was dying may have waited for this connection. It will answer.
         self._asks.pop(address, None)
+        self._connected.add(address)
         for inbound in self._inbound.values():
             if inbound.address != address:
                 continue
@@ -569,6 +574,7 @@ class PushTarget:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
 
     def _lost(self, lost: Lost, now: float) -> None:
+        self._connected.discard(lost.peer)
         if lost.was_open:
             self._claims.forgotten(lost.peer, now)
         elif unreached := self._claims.at(lost.peer):
@@ -624,8 +630,14 @@ class PushTarget:
         inbound.lease.release()
 
     def gauges(self) -> None:
-        """Write to the meter what blocks are leased for."""
+        """Write to the meter what blocks are leased for, and which prefill engines are connected
+        and used. One that was never reached is only told of while it is not used: requests name
+        them, rightly or not."""
         quarantined = self._blocks[Stage.QUARANTINED]
         parked = self._blocks.total() - quarantined
         self._meter.gauge("push_blocks", parked, state="parked")
         self._meter.gauge("push_blocks", quarantined, state="quarantined")
+        self._meter.gauge("push_links", len(self._connected), side="prefill")
+        for address, breaker in self._breakers.items():
+            if address in self._connected or not breaker.closed:
+                self._meter.gauge("push_peer_in_use", float(breaker.closed), peer=address)

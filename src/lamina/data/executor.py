@@ -276,7 +276,7 @@ class Executor:
             self._layerwise = self._make_run(loads, parked=False)
             self._in_step.append(self._layerwise)
         if self._wire is not None and not plan.push.is_empty:
-            self._wire.carry_out(plan.push)
+            self._wire.carry_out(plan.push, plan.step)
             self._awaited.update(order.request_id for order in plan.push.receives)
             if plan.push.orders:
                 self._pushes = PushRun(

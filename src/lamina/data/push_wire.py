@@ -18,12 +18,14 @@ from lamina.data.push_receives import Receives
 from lamina.data.push_streams import PushRoute, PushStream, Sending
 from lamina.data.push_turns import Destination
 from lamina.data.threads import Threads
-from lamina.observe.timeline import Timeline
+from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import (
     PeerOrder,
     PushOrder,
     PushPlan,
     PushStop,
+    ReceiveOrder,
+    TransferId,
     TransferReceipt,
 )
 from lamina.push.cards import EngineCard, RankCard, decode_card, routes
@@ -103,6 +105,7 @@ class PushWire:
         self._destinations: WeakValueDictionary[str, Destination] = WeakValueDictionary()
         self._failed: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._receives = Receives(identity.incarnation)
+        self._ordered_in: dict[TransferId, int] = {}
         self._ended: deque[tuple[str, TransferReceipt]] = deque()
         self._deaf = ""
         self._closed = False
@@ -111,8 +114,13 @@ class PushWire:
 
     # -- the engine's thread -----------------------------------------------------------------
 
-    def carry_out(self, plan: PushPlan) -> None:
-        """Begin what does not depend on the step; its orders come through :meth:`begin`."""
+    def carry_out(self, plan: PushPlan, step: int = 0) -> None:
+        """Begin what does not depend on the step; its orders come through :meth:`begin`.
+
+        Args:
+            plan: what to do.
+            step: the step whose plan it is part of, for the timeline.
+        """
         # First: a peer that has come back between two steps is in both.
         for incarnation in plan.gone:
             self._do(lambda name=incarnation: self._forget(name))  # type: ignore[misc]
@@ -121,7 +129,7 @@ class PushWire:
         for stop in plan.stops:
             self._do(lambda stop=stop: self._stop(stop))  # type: ignore[misc]
         for receive in plan.receives:
-            self._do(lambda order=receive: self._receives.expect(order))  # type: ignore[misc]
+            self._do(lambda order=receive: self._expect(order, step))  # type: ignore[misc]
         for transfer in plan.give_ups:
             self._do(lambda t=transfer: self._receives.give_up(t, "given_up"))  # type: ignore[misc]
 
@@ -214,8 +222,21 @@ class PushWire:
                 self._receives.give_up_all(reason)
         finally:
             if ended := self._receives.ended():
+                self._note(ended)
                 self._ended.extend(ended)
                 self._wake()
+
+    def _expect(self, order: ReceiveOrder, step: int) -> None:
+        self._ordered_in[order.transfer] = step
+        self._receives.expect(order)
+
+    def _note(self, ended: Iterable[tuple[str, TransferReceipt]]) -> None:
+        """Put receives that are over on the timeline."""
+        for _, receipt in ended:
+            step = self._ordered_in.pop(receipt.transfer)
+            if self._timeline is not None:
+                began = Timeline.now() - receipt.seconds
+                self._timeline.add(Lane.RECEIVE, step, -1, began)
 
     def _take_notices(self) -> None:
         # Also if nothing is heard any more: what peers still write may only arrive meanwhile.

@@ -28,6 +28,8 @@ class Lane(StrEnum):
     WRITE = "write"
     FETCH = "fetch"
     PUSH = "push"
+    RECEIVE = "receive"
+    """A push into this rank, from its order to its delivery or its end."""
 
 
 @dataclass(frozen=True, slots=True)
