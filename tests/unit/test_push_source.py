@@ -17,7 +17,14 @@ from lamina.config import PushConfig
 from lamina.control import push_endings, push_source
 from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
-from lamina.control.push_source import DESTINATION_WAIT, OF_ANOTHER, TOO_BUSY, PushSource
+from lamina.control.push_source import (
+    DESTINATION_WAIT,
+    LONGEST_WAIT,
+    OF_ANOTHER,
+    TOO_BUSY,
+    WAIT_SHARE,
+    PushSource,
+)
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
@@ -123,7 +130,7 @@ class Source:
 
     def waits(self, record: RequestRecord) -> bool:
         """Once time enough has passed for a destination."""
-        return self.source.waits(record, self.now + DESTINATION_WAIT)
+        return self.source.waits(record, self.now + LONGEST_WAIT)
 
     def hear(self, message: LinkMessage, peer: str = D) -> None:
         self.source.receive([Letter(peer, message)], self.now)
@@ -223,7 +230,7 @@ def test_each_step_sends_the_blocks_that_it_fills_and_the_last_one_the_rest() ->
     ]
 
 
-@pytest.mark.parametrize("word", ["nothing", "announced", "claimed", "another"])
+@pytest.mark.parametrize("word", ["nothing", "announced", "another"])
 def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
     """From when it came, on this engine's own clock. Its first step may be all of it."""
     source = Source()
@@ -233,15 +240,45 @@ def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
     source.now += DESTINATION_WAIT / 2
     if word == "announced":
         source.hear(announce())
-    if word == "claimed":  # it has no blocks yet, and will in its time
-        source.hear(Claim((PUSH,), DEADLINE))
     record = source.record
     if word == "another":  # of the same name, that is no part of the push
         record = record_of(View([[20, 21, 22, 23]], request_id="another"))
         source.source.arrived(record, source.now)
-    assert source.source.waits(record, source.now) == (word in ("nothing", "claimed"))
+    assert source.source.waits(record, source.now) == (word == "nothing")
     source.now = 5.0 + DESTINATION_WAIT
     assert not source.source.waits(record, source.now)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 100.0])
+def test_a_prompt_that_takes_long_waits_for_a_decode_engine_that_is_in_a_step(
+    seconds: float,
+) -> None:
+    source = Source()
+    source.connect()
+    source.cost.computed(0, 100, seconds * 100 / 56)
+    source.source.arrived(source.record, 0.0)
+    wait = min(max(seconds * WAIT_SHARE, DESTINATION_WAIT), LONGEST_WAIT)
+    assert source.source.waits(source.record, wait * 0.99)
+    assert not source.source.waits(source.record, wait * 1.01)
+
+
+@pytest.mark.parametrize("first", ["the request", "the claim"])
+def test_a_decode_engine_that_has_seen_a_request_says_soon_where_it_goes_or_has_no_room(
+    first: str,
+) -> None:
+    source = Source()
+    source.connect()
+    source.cost.computed(0, 100, 100.0)
+    if first == "the request":
+        source.source.arrived(source.record, 0.0)
+    source.now = 0.005
+    source.hear(CLAIM)
+    if first == "the claim":
+        source.source.arrived(source.record, source.now + DESTINATION_WAIT / 2)
+    assert source.source.waits(source.record, source.now + DESTINATION_WAIT * 0.9)
+    source.now += DESTINATION_WAIT * 0.9
+    source.hear(CLAIM)  # once more, and it has no room yet
+    assert not source.source.waits(source.record, 0.005 + DESTINATION_WAIT)
 
 
 def test_what_was_computed_before_goes_at_once_and_before_the_step() -> None:

@@ -78,8 +78,16 @@ OF_ANOTHER = "this push is another decode engine's"
 """Why a decode engine has no say in a push."""
 
 DESTINATION_WAIT = 0.01
-"""Seconds from a request's arrival for which it waits for its destination. A router asks both
-engines at once, and what is announced after a step was planned leaves when that is over."""
+"""Seconds for which a request waits for its destination, at least. A router asks both engines at
+once, and what is announced after a step was planned leaves when that is over."""
+
+WAIT_SHARE = 0.1
+"""As long as its decode engine has not spoken of it, a request waits for this share of what its
+prompt takes: the engine may be in a step, and what leaves row by row is there as much earlier as
+it takes to send."""
+
+LONGEST_WAIT = 0.1
+"""Seconds; steps of a decode engine that take longer are rare."""
 
 HELD_SHARE = 2
 """Of the engine's blocks one in so many may be held for requests that have ended and whose
@@ -120,6 +128,7 @@ class Outbound:
         expires: control's clock after which nobody waits for it any more.
         request: the request's id, once it is here.
         arrived: control's clock when it came.
+        claimed: control's clock when its decode engine first spoke of it.
         record: the request, once the engine has given it blocks.
         peer: incarnation of the decode engine that was the first to claim or announce it, and that
             alone has a say in it; empty until then.
@@ -142,6 +151,7 @@ class Outbound:
     expires: float
     request: str = ""
     arrived: float = -inf
+    claimed: float = -inf
     record: RequestRecord | None = None
     peer: str = ""
     announce: Announce | None = None
@@ -372,13 +382,22 @@ class PushSource:
             self._forgo_of(out, now)
             self._fail(out, TOO_BUSY)
             return True
-        if now < out.arrived + DESTINATION_WAIT:
+        if now < self._expected_until(out, record, floor):
             return True
         need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
         if self._undelivered.with_prompt(out.push, need) <= self._max_held:
             return False
         self._next.discard(out.push)
         return True
+
+    def _expected_until(self, out: Outbound, record: RequestRecord, floor: int) -> float:
+        """Control's clock after which a destination is not to be expected soon. A decode engine
+        claims a push when it sees the request, and says where it goes in the same moment, or has no
+        room for it yet."""
+        if out.peer:
+            return out.claimed + DESTINATION_WAIT
+        seconds = self._cost.costs.prefill_seconds(floor, record.view.num_prompt_tokens) or 0.0
+        return out.arrived + min(max(DESTINATION_WAIT, seconds * WAIT_SHARE), LONGEST_WAIT)
 
     def _yields(self, record: RequestRecord, now: float) -> bool:
         """Whether a request that nobody needs any more waits for others that somebody needs. Else
@@ -731,6 +750,8 @@ class PushSource:
         if out is None:
             out = self._outbound[push] = Outbound(push, now + patience)
         if out.announce is None:
+            if not out.peer:
+                out.claimed = now
             out.peer, out.expires = peer, now + patience
             self._say_where(out)
 
