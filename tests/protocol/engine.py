@@ -12,9 +12,9 @@ from typing import Any, cast
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import BreakerState
 from lamina.control.cost import CostModel
+from lamina.control.push_inbound import Stage as TargetStage
 from lamina.control.push_source import PushSource
 from lamina.control.push_source import Stage as SourceStage
-from lamina.control.push_target import Stage as TargetStage
 from lamina.control.requests import ChunkShape, FoundPrefix, PushParameters, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import Group, GroupKind

@@ -15,7 +15,8 @@ from driven_planner import Pool
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
-from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, Offer, PushTarget
+from lamina.control.push_inbound import Offer
+from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
 from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind

@@ -76,6 +76,36 @@ class Claimed:
     crowded: float | None = None
 
 
+class Backlog:
+    """Prompts that are computed here because their prefill engine did not have them. So an engine
+    whose peers are slow to take up their requests computes no more of them than it can.
+
+    Args:
+        unknown: seconds that one counts as of which nobody knows how long it takes.
+    """
+
+    def __init__(self, unknown: float) -> None:
+        self._unknown = unknown
+        self._prompts: list[tuple[RequestRecord, float]] = []
+
+    def add(self, record: RequestRecord, seconds: float | None) -> None:
+        """A prompt will be computed here, which takes so long; None if nobody knows."""
+        self._prompts.append((record, self._unknown if seconds is None else seconds))
+
+    def behind(self, seconds: float | None) -> float:
+        """How long it takes to compute one more prompt behind them.
+
+        Args:
+            seconds: how long it would take alone; None if nobody knows. Then it is tried, one at a
+                time.
+        """
+        if self._prompts:
+            self._prompts = [
+                (record, ahead) for record, ahead in self._prompts if not record.counted
+            ]
+        return (seconds or 0.0) + sum(ahead for _, ahead in self._prompts)
+
+
 class Claims:
     """See the module. A part of :class:`~lamina.control.push_target.PushTarget`.
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import Enum, StrEnum
 from math import inf
 
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import CircuitBreaker
 from lamina.control.cost import CostModel
-from lamina.control.leases import BlockLease, LeaseBook
-from lamina.control.push_claims import ANSWER_SHARE, Claimed, Claims, Whereabouts
+from lamina.control.leases import LeaseBook
+from lamina.control.push_claims import ANSWER_SHARE, Backlog, Claimed, Claims, Whereabouts
+from lamina.control.push_inbound import GiveUp, Inbound, Offer, Stage
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -63,86 +62,6 @@ log = logging.getLogger("lamina.control")
 
 REMEMBERED_PEERS = 1024
 """Prefill engines whose failures are remembered."""
-
-
-class Stage(Enum):
-    """How far an inbound push is."""
-
-    ANNOUNCED = "announced"
-    BOUND = "bound"
-    QUARANTINED = "quarantined"
-    """Given up, and its blocks are leased because something may still be on its way to them."""
-
-
-class GiveUp(StrEnum):
-    """Why a push that was announced is not waited for any longer, as metrics have it."""
-
-    CANCELLED = "cancelled"
-    """Its request has ended."""
-    ABSENT = "absent"
-    """The prefill engine has no such request."""
-    UNANSWERED = "unanswered"
-    """The prefill engine says nothing."""
-    LOST = "lost"
-    """There is no connection to the prefill engine."""
-    FAILED = "failed"
-    """The prefill engine says that it will not be complete."""
-    DEADLINE = "deadline"
-    """It has taken too long."""
-    WIRE = "wire"
-    """A rank says that nothing more can come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a push can do for a request that has no blocks yet.
-
-    Attributes:
-        end: tokens that the request would have with it; 0 for nothing.
-        reason: why nothing; empty if no push was meant for it.
-        ask_again: whether there may be room for it soon.
-    """
-
-    end: int
-    reason: str = ""
-    ask_again: bool = False
-
-
-@dataclass(slots=True)
-class Inbound:
-    """A push that was announced.
-
-    Attributes:
-        attempt: its name.
-        address: the prefill engine's.
-        record: its request.
-        lease: hold on its blocks.
-        whereabouts: what the prefill engine has said of the request.
-        compute: seconds that it would take to compute here what is pushed; None if nobody knows.
-        stage: how far it is.
-        reason: why it was given up; empty while it was not.
-        cause: the same, as metrics have it.
-        fenced: whether its sender has said that nothing is on its way any more.
-        untold: whether nobody was ever told of its blocks.
-        trying: whether it is the one try of its peer's breaker.
-        blameless: whether its peer has said why not, and that is no fault of the peer's.
-        until: control's clock after which a quarantine ends by itself.
-    """
-
-    attempt: Attempt
-    address: str
-    record: RequestRecord
-    lease: BlockLease
-    whereabouts: Whereabouts
-    compute: float | None
-    trying: bool
-    blameless: bool = False
-    stage: Stage = Stage.ANNOUNCED
-    reason: str = ""
-    cause: GiveUp | None = None
-    fenced: bool = False
-    untold: bool = False
-    until: float = inf
 
 
 class PushTarget:
@@ -195,7 +114,7 @@ class PushTarget:
         self._inbound: dict[TransferId, Inbound] = {}
         self._blocks: Counter[Stage] = Counter()
         self._crowded_in = -1
-        self._computed_instead: list[tuple[RequestRecord, float]] = []
+        self._backlog = Backlog(config.deadline / ANSWER_SHARE)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
         self._connected: set[str] = set()
@@ -243,7 +162,9 @@ class PushTarget:
             return Offer(0, "too_large")
         claimed = self._claims.add(record, now)
         compute = self._cost.costs.prefill_seconds(start, end)
-        if claimed.whereabouts.is_given_up(now, self._config.deadline, self._behind(compute)):
+        if claimed.whereabouts.is_given_up(
+            now, self._config.deadline, self._backlog.behind(compute)
+        ):
             self._forgo(claimed, compute)
             return Offer(0, record.push_over)
         if self._crowded_in != step and self._blocks.total() + need <= self._max_parked:
@@ -261,31 +182,12 @@ class PushTarget:
         if (claimed := self._claims.get(request_id)) is not None:
             self._claims.withdraw(claimed)
 
-    def _behind(self, seconds: float | None) -> float:
-        """How long it takes to compute a prompt here behind those that already are because their
-        prefill engine did not have them. So an engine whose peers are slow to take up their
-        requests computes no more of them than it can.
-
-        Args:
-            seconds: how long the prompt alone would take; None if nobody knows. Then it is tried,
-                one at a time.
-        """
-        if self._computed_instead:
-            self._computed_instead = [
-                (record, ahead) for record, ahead in self._computed_instead if not record.counted
-            ]
-        return (seconds or 0.0) + sum(ahead for _, ahead in self._computed_instead)
-
-    def _compute_instead(self, record: RequestRecord, seconds: float | None) -> None:
-        unknown = self._config.deadline / ANSWER_SHARE
-        self._computed_instead.append((record, unknown if seconds is None else seconds))
-
     def _forgo(self, claimed: Claimed, compute: float | None) -> None:
         """The prefill engine does not have a request that is claimed from it."""
         absent = claimed.whereabouts.absent is not None
         self._claims.withdraw(claimed)
-        self._skip(claimed, GiveUp.ABSENT if absent else GiveUp.UNANSWERED)
-        self._compute_instead(claimed.record, compute)
+        self._skip(claimed, (GiveUp.ABSENT if absent else GiveUp.UNANSWERED).value)
+        self._backlog.add(claimed.record, compute)
         if not absent:
             self._breaker_of(claimed.address).judge(False, UNANSWERED)
 
@@ -417,7 +319,7 @@ class PushTarget:
                 case Letter(peer, Failed(attempt, _)) if attempt.epoch == NO_EPOCH:
                     if (claimed := self._claims.named(peer, attempt.push)) is not None:
                         self._claims.remove(claimed.record.view.request_id)
-                        self._skip(claimed, GiveUp.FAILED)
+                        self._skip(claimed, GiveUp.FAILED.value)
                 case Letter(peer, Failed(attempt, reason)):
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and not inbound.reason:
@@ -533,14 +435,14 @@ class PushTarget:
         for transfer, inbound in self._inbound.items():
             if inbound.stage is not Stage.ANNOUNCED or inbound.reason or inbound.whereabouts.here:
                 continue
-            seconds = self._behind(inbound.compute)
+            seconds = self._backlog.behind(inbound.compute)
             if inbound.whereabouts.is_given_up(now, self._config.deadline, seconds):
                 inbound.blameless = inbound.whereabouts.absent is not None
                 if inbound.blameless:
                     self.give_up(transfer, ABSENT, GiveUp.ABSENT)
                 else:
                     self.give_up(transfer, UNANSWERED, GiveUp.UNANSWERED)
-                self._compute_instead(inbound.record, inbound.compute)
+                self._backlog.add(inbound.record, inbound.compute)
 
     @property
     def pending(self) -> bool:
@@ -580,7 +482,7 @@ class PushTarget:
         elif unreached := self._claims.at(lost.peer):
             for claimed in unreached:
                 self._claims.remove(claimed.record.view.request_id)
-                self._skip(claimed, GiveUp.LOST)
+                self._skip(claimed, GiveUp.LOST.value)
             self._breaker_of(lost.peer).judge(False, lost.reason)
         held = False
         for transfer, inbound in list(self._inbound.items()):
