@@ -240,6 +240,19 @@ class ReceiveOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class SendersOrder:
+    """Who owes this engine something of a push that is expected, or was.
+
+    Attributes:
+        transfer: identity of the push.
+        ends: for each rank of this engine, how those who owe it something sign their notices.
+    """
+
+    transfer: TransferId
+    ends: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PushPlan:
     """What of a step has to do with other engines, in the order in which it is carried out.
 
@@ -249,6 +262,7 @@ class PushPlan:
         stops: pushes to end.
         orders: pages to send.
         receives: pushes to expect.
+        senders: who sends those, or earlier ones.
         give_ups: receives to end, if they have not.
     """
 
@@ -257,13 +271,20 @@ class PushPlan:
     stops: tuple[PushStop, ...] = ()
     orders: tuple[PushOrder, ...] = ()
     receives: tuple[ReceiveOrder, ...] = ()
+    senders: tuple[SendersOrder, ...] = ()
     give_ups: tuple[TransferId, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether it orders nothing."""
         return not (
-            self.peers or self.gone or self.stops or self.orders or self.receives or self.give_ups
+            self.peers
+            or self.gone
+            or self.stops
+            or self.orders
+            or self.receives
+            or self.senders
+            or self.give_ups
         )
 
 

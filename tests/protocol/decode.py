@@ -27,6 +27,7 @@ from protocol.engine import (
     ProtocolViolationError,
     PushCase,
     View,
+    card_of,
     no_time,
     record_of,
 )
@@ -82,7 +83,14 @@ class Decode:
             self.leases,
             METER,
             no_time,
-            blocks=options.blocks,
+            card=card_of(
+                self.incarnation,
+                options.decode_ranks,
+                len(options.groups),
+                max(options.prefill_ranks, options.decode_ranks),
+                replicated=options.replicated,
+                blocks=options.blocks,
+            ),
             cost=COST,
         )
         self.receives = [Receives(self.incarnation) for _ in range(options.decode_ranks)]
@@ -147,12 +155,15 @@ class Decode:
         """Plan a step, and hear what the ranks have to report."""
         self.exchange()
         self.target.tick(self.now)
-        for receives in self.receives:
+        for rank, receives in enumerate(self.receives):
             for order in self.target.orders:
                 receives.expect(order)
+            for owed in self.target.senders:
+                receives.owed_by(owed.transfer, owed.ends[rank])
             for transfer in self.target.give_ups:
                 receives.give_up(transfer, "given up")
         self.target.orders.clear()
+        self.target.senders.clear()
         self.target.give_ups.clear()
         self.exchange()
         self._learn()
@@ -169,9 +180,9 @@ class Decode:
 
     # -- what comes back ---------------------------------------------------------------------
 
-    def notice(self, rank: int, message: Delivered) -> None:
+    def notice(self, end: str, rank: int, message: Delivered) -> None:
         """A prefill rank says that all is there."""
-        self.receives[rank].notice(Notice(Peer(""), encode(message)))
+        self.receives[rank].notice(Notice(Peer(end), encode(message)))
 
     def _learn(self) -> None:
         """Take in what the ranks have to report."""

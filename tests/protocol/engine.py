@@ -194,7 +194,13 @@ def dump(value: object, *, compare: bool = False) -> bytes:
 
 @cache
 def card_of(
-    incarnation: str, ranks: int, groups: int, heads: int, *, replicated: bool
+    incarnation: str,
+    ranks: int,
+    groups: int,
+    heads: int,
+    *,
+    replicated: bool,
+    blocks: int = 1000,
 ) -> EngineCard:
     """An engine whose pages have ``heads`` heads over all its ranks."""
     share = heads if replicated else heads // ranks
@@ -205,7 +211,7 @@ def card_of(
         b"model",
         replicated,
         shapes,
-        tuple(RankCard(rank, b"", 1000, (row,)) for rank in range(ranks)),
+        tuple(RankCard(rank, b"", blocks, (row,)) for rank in range(ranks)),
     )
 
 

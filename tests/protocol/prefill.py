@@ -75,10 +75,11 @@ class Rank:
         streams: attempts that are not over.
         failed: attempts that are over and have failed.
         receipts: what control has not been told yet.
-        notices: for the world to carry.
+        notices: for the world to carry: who says it, to which rank, what.
     """
 
     rank: int
+    end: str
     known: dict[str, tuple[Route, ...]] = field(default_factory=dict)
     streams: dict[Attempt, Stream] = field(default_factory=dict)
     failed: dict[Attempt, str] = field(default_factory=dict)
@@ -106,8 +107,7 @@ class Rank:
             if sending.last and not stream.failure:
                 stream.delivered = True
                 for route in self.known.get(name[0], ()):
-                    notice = Delivered(*name, self.rank, route.senders)
-                    self.notices.append((name[0], route.rank, notice))
+                    self.notices.append((self.end, route.rank, Delivered(*name)))
             outcome = Outcome.FAILED if stream.failure else Outcome.DONE
             self.receipts.append(TransferReceipt(sending.transfer, outcome, reason=stream.failure))
         if not stream.sendings and (stream.failure or stream.delivered):
@@ -172,7 +172,9 @@ class Prefill:
         self.source = PushSource(
             options.config, options.shape, card, self.transfers, self.leases, METER, cost=COST
         )
-        self.ranks = [Rank(rank) for rank in range(options.prefill_ranks)]
+        self.ranks = [
+            Rank(rank, f"{self.incarnation} {rank}") for rank in range(options.prefill_ranks)
+        ]
         self.requests: dict[str, Request] = {}
         self.content: list[Label | None] = [None] * options.blocks
         self.news: list[News] = []

@@ -180,7 +180,7 @@ class World:
         budget: faults that may still happen.
         orphans: writes that their engine can do nothing about, because they have failed, or it has
             crashed and is not started again.
-        notices: on their way: incarnation and rank that are meant, what is said.
+        notices: on their way: who says it, the rank that is meant, what is said.
     """
 
     def __init__(self, options: Options) -> None:
@@ -511,9 +511,9 @@ class World:
         return decode if decode.incarnation == incarnation else None
 
     def _notice(self, number: int) -> None:
-        incarnation, rank, message = self.notices.pop(number)
+        end, rank, message = self.notices.pop(number)
         # The wire does not know who lives there now; the ranks must.
-        self.decodes[int(incarnation[1:].partition(".")[0])].notice(rank, message)
+        self.decodes[int(message.incarnation[1:].partition(".")[0])].notice(end, rank, message)
 
     # -- crashes -----------------------------------------------------------------------------
 
@@ -599,7 +599,7 @@ class World:
         )
         prefill.news.append(Opened(link.name, link.name, card))
         prefill.exchange()
-        ends = tuple(f"{prefill.incarnation} {rank}" for rank in range(self.options.prefill_ranks))
+        ends = tuple(rank.end for rank in prefill.ranks)
         link.to_decode.append(
             Welcome(SenderCard(prefill.incarnation, self.options.replicated, ends))
         )

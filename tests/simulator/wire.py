@@ -133,12 +133,16 @@ class SimTransport(Transport):
     """One end; see the module."""
 
     def __init__(self, network: Network, name: Peer, regions: list[Region]) -> None:
-        self.name = name
+        self._name = name
         self.inbox: list[Notice] = []
         self._network = network
         self._regions = regions
         self._connected: dict[Peer, SimTransport] = {}
         self._open = True
+
+    @property
+    def name(self) -> Peer:
+        return self._name
 
     def describe(self) -> bytes:
         return b"sim:" + self.name.encode()

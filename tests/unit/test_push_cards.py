@@ -13,9 +13,11 @@ from lamina.push.cards import (
     EngineCard,
     RankCard,
     RowCard,
+    SenderCard,
     ShapeMismatchError,
     decode_card,
     encode_card,
+    ends_of_senders,
     match,
     routes,
 )
@@ -48,6 +50,10 @@ def with_row(card: EngineCard, **changes: object) -> EngineCard:
     return msgspec.structs.replace(card, ranks=ranks)
 
 
+def sender(ranks: int, *, replicated: bool = False) -> SenderCard:
+    return SenderCard("p", replicated, tuple(f"end {rank}" for rank in range(ranks)))
+
+
 def test_a_card_survives_its_encoding() -> None:
     card = engine(4)
     assert decode_card(encode_card(card)) == card
@@ -59,7 +65,6 @@ def test_every_stretch_is_written_once_and_by_who_is_waited_for(mine: int, their
     written: dict[int, dict[int, int]] = {rank: {} for rank in range(theirs)}
     for rank in range(mine):
         for route in routes(rank, mine, theirs, replicated=False):
-            assert rank in route.senders
             here, there = HEADS // mine // route.local[1], HEADS // theirs // route.remote[1]
             assert here == there
             for head in range(here):
@@ -68,15 +73,11 @@ def test_every_stretch_is_written_once_and_by_who_is_waited_for(mine: int, their
                 assert source == target
                 assert target not in written[route.rank]
                 written[route.rank][target] = rank
+    waited = ends_of_senders(sender(mine), theirs, replicated=False)
+    assert len(waited) == theirs
     for rank, heads in written.items():
         assert sorted(heads) == list(range(rank * HEADS // theirs, (rank + 1) * HEADS // theirs))
-        waited = {
-            route.senders
-            for sender in range(mine)
-            for route in routes(sender, mine, theirs, replicated=False)
-            if route.rank == rank
-        }
-        assert waited == {tuple(sorted(set(heads.values())))}
+        assert waited[rank] == tuple(f"end {sender}" for sender in sorted(set(heads.values())))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [*product((1, 2, 3, 4), repeat=2)])
@@ -87,8 +88,19 @@ def test_what_every_rank_holds_whole_is_sent_by_one(mine: int, theirs: int) -> N
         for route in routes(rank, mine, theirs, replicated=True)
     ]
     assert sorted(route.rank for _, route in found) == list(range(theirs))
-    for rank, route in found:
-        assert (route.local, route.remote, route.senders) == ((0, 1), (0, 1), (rank,))
+    for one, other in [(True, False), (False, True)]:
+        waited = ends_of_senders(sender(mine, replicated=one), theirs, replicated=other)
+        for rank, route in found:
+            assert (route.local, route.remote) == ((0, 1), (0, 1))
+            assert waited[route.rank] == (f"end {rank}",)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(0, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("replicated", [False, True])
+def test_whoever_does_not_fit_is_waited_for_by_nobody_in_particular(
+    mine: int, theirs: int, replicated: bool
+) -> None:
+    assert len(ends_of_senders(sender(mine), theirs, replicated=replicated)) == theirs
 
 
 def test_pages_that_are_not_cut_fit_an_engine_of_the_same_size() -> None:

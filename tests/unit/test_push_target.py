@@ -22,8 +22,8 @@ from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
 from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
 from lamina.observe.metrics import Meter, Series
-from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
-from lamina.push.cards import EngineCard
+from lamina.plan import Outcome, ReceiveOrder, SendersOrder, TransferId, TransferReceipt
+from lamina.push.cards import EngineCard, RankCard, SenderCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
@@ -102,7 +102,9 @@ class Target:
             LeaseBook(self.pool),
             self.meter,
             lambda: self.now,
-            blocks=blocks,
+            card=EngineCard(
+                "D", b"", False, (), tuple(RankCard(rank, b"", blocks, ()) for rank in range(ranks))
+            ),
             cost=self.cost,
         )
 
@@ -182,7 +184,7 @@ def lost(*, was_open: bool = True, fate: Fate = Fate.CLOSED) -> Lost:
     return Lost(P, "gone", was_open=was_open, fate=fate)
 
 
-OPENED = Opened(P, "one")
+OPENED = Opened(P, "one", SenderCard("one", False, ("end 0", "end 1")))
 
 
 def announced(*groups: Group, ranks: int = 1) -> tuple[Target, RequestRecord, Attempt]:
@@ -357,7 +359,7 @@ def test_a_fence_that_is_not_clean_ends_it_when_no_network_holds_anything_back()
     target.hear(Fenced(attempt, clean=False))
     target.wait(QUARANTINE - 1)
     target.hear(lost())
-    target.hear(Opened(P, "one"))
+    target.hear(OPENED)
     assert target.pool.held
     target.wait(1)
     assert target.pool.held == set()
@@ -414,7 +416,7 @@ def test_a_peer_that_is_back_is_asked_again_and_ends_it_with_its_word() -> None:
 def test_another_incarnation_is_asked_too() -> None:
     """What was announced while the former one was dying may have waited for this connection."""
     target, record, attempt = announced()
-    target.hear(lost(), Opened(P, "two"))
+    target.hear(lost(), Opened(P, "two", SenderCard("two", False, ("end",))))
     target.fail(record)
     assert target.said().count(Cancel(attempt)) == 2
     target.wait(10 * QUARANTINE)
@@ -863,3 +865,36 @@ def test_links_and_peers_that_are_not_used_are_published() -> None:
     target.hear(lost())
     target.report(record, Outcome.FAILED)
     assert (published()[links], published()[used]) == (0, 0)
+
+
+# -- who may say that it is there ----------------------------------------------------------------
+
+
+def test_ranks_are_told_who_sends_once_its_peer_is_known() -> None:
+    target = Target(ranks=2)
+    record = target.order()
+    assert target.target.senders == []
+    target.hear(OPENED)
+    order = SendersOrder(TransferId(record.receive or 0), (("end 0",), ("end 1",)))
+    assert target.target.senders == [order]
+    other = target.order(View([[60, 61, 62, 63]], request_id="other"))
+    (_, order) = target.target.senders
+    assert order == SendersOrder(TransferId(other.receive or 0), (("end 0",), ("end 1",)))
+
+
+def test_another_run_of_a_prefill_engine_has_other_senders() -> None:
+    target = Target()
+    target.hear(OPENED, lost())
+    record = target.order()
+    assert target.target.senders == []
+    target.hear(Opened(P, "two", SenderCard("two", False, ("other end",))))
+    order = SendersOrder(TransferId(record.receive or 0), (("other end",),))
+    assert target.target.senders == [order]
+
+
+def test_nobody_is_believed_about_a_push_that_was_given_up() -> None:
+    target = Target()
+    record = target.order()
+    target.target.give_up(TransferId(record.receive or 0), CANCELLED)
+    target.hear(OPENED)
+    assert target.target.senders == []

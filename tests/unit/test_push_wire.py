@@ -31,10 +31,18 @@ from lamina.plan import (
     PushPlan,
     PushStop,
     ReceiveOrder,
+    SendersOrder,
     TransferId,
     TransferReceipt,
 )
-from lamina.push.cards import EngineCard, RankCard, RowCard, encode_card
+from lamina.push.cards import (
+    EngineCard,
+    RankCard,
+    RowCard,
+    SenderCard,
+    encode_card,
+    ends_of_senders,
+)
 from lamina.push.messages import Attempt, Bound, Delivered, encode
 from lamina.push.transports.base import (
     Notice,
@@ -96,6 +104,10 @@ class Guarded(Transport):
         self._lock = world.lock
         self.end = world.network.end(regions)
 
+    @property
+    def name(self) -> Peer:
+        return self.end.name
+
     def describe(self) -> bytes:
         return self.end.describe()
 
@@ -142,6 +154,7 @@ class Rank:
     wire: PushWire
     receipts: list[TransferReceipt]
     timeline: Timeline
+    senders: tuple[tuple[str, ...], ...] = ()
     ended: list[tuple[str, TransferReceipt]] = field(default_factory=list)
 
     def page(self, row: int, block: int) -> bytes:
@@ -218,6 +231,7 @@ class World:
                 RowCard(base + row.offset, row.block_stride, row.page_bytes, heads, row.groups)
                 for row in geometry.rows
             ),
+            transport.name,
         )
         receipts: list[TransferReceipt] = []
         identity = PushIdentity(incarnation, card, ranks, replicated, *sizes)
@@ -271,10 +285,13 @@ def card_of(ranks: list[Rank], incarnation: str = D, *, replicated: bool = False
 
 
 def meet(prefill: list[Rank], decode: list[Rank], *, replicated: bool = False) -> None:
-    """The prefill engine is told of the decode engine."""
+    """Each of the two engines is told of the other."""
     card = card_of(decode, replicated=replicated)
     for rank in prefill:
         rank.wire.carry_out(PushPlan(peers=(PeerOrder(D, card),)))
+    sender = SenderCard("P", replicated, tuple(rank.card.end for rank in prefill))
+    for rank in decode:
+        rank.senders = ends_of_senders(sender, len(decode), replicated=False)
 
 
 def pages(sources: tuple[int, ...], targets: tuple[int, ...]) -> tuple[PushPages, ...]:
@@ -303,8 +320,11 @@ def send(rank: Rank, *orders: PushOrder, failure: str = "") -> None:
         outgoing.over(failure)
 
 
-def expect(rank: Rank, epoch: int = 7, deadline: float = LONG) -> None:
-    rank.wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(epoch), "r", deadline),)))
+def expect(rank: Rank, epoch: int = 7, deadline: float = LONG, step: int = 0) -> None:
+    transfer = TransferId(epoch)
+    senders = (SendersOrder(transfer, rank.senders),) if rank.senders else ()
+    order = ReceiveOrder(transfer, "r", deadline)
+    rank.wire.carry_out(PushPlan(receives=(order,), senders=senders), step)
 
 
 def only_changed(rank: Rank, blocks: set[int]) -> None:
@@ -353,7 +373,7 @@ def test_every_page_arrives_and_nothing_else(world: World, two: Two) -> None:
 def test_a_receive_has_a_lane_on_the_timeline(world: World, two: Two) -> None:
     prefill, decode = two
     before = Timeline.now()
-    decode.wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(8), "r", LONG),)), 5)
+    expect(decode, epoch=8, step=5)
     send(prefill, order(1, pages((0,), (0,)), epoch=8))
     world.until(decode.take_ended)
     decode.wire.carry_out(PushPlan(give_ups=(TransferId(7),)), 9)
@@ -753,7 +773,8 @@ def test_no_destination_waits_for_another(world: World, two: Two) -> None:
     prefill, decode = two
     other = world.engine("other")
     prefill.wire.carry_out(PushPlan(peers=(PeerOrder("other", card_of(other, "other")),)))
-    other[0].wire.carry_out(PushPlan(receives=(ReceiveOrder(TransferId(1), "o", LONG),)))
+    other[0].senders = ((prefill.card.end,),)
+    expect(other[0], epoch=1)
     with world.lock:
         world.network.stopped.add(decode.transport.end.name)
     send(prefill, order(1, pages((1,), (1,))))
@@ -829,15 +850,15 @@ def test_a_transport_that_hears_nothing_any_more(
     assert "nothing more is received" in said.message
 
 
-def notice(sender: int = 0, *, epoch: int = 7, incarnation: str = D, senders: int = 1) -> Notice:
-    message = Delivered(incarnation, epoch, sender, tuple(range(senders)))
-    return Notice(Peer("p"), encode(message))
+def notice(end: str = "p0", *, epoch: int = 7, incarnation: str = D) -> Notice:
+    return Notice(Peer(end), encode(Delivered(incarnation, epoch)))
 
 
-def expecting(*epochs: int, deadline: float = LONG) -> Receives:
+def expecting(*epochs: int, deadline: float = LONG, ends: tuple[str, ...] = ("p0",)) -> Receives:
     receives = Receives(D)
     for epoch in epochs:
         receives.expect(ReceiveOrder(TransferId(epoch), f"r{epoch}", deadline))
+        receives.owed_by(TransferId(epoch), ends)
     return receives
 
 
@@ -846,23 +867,44 @@ def ended(receives: Receives) -> list[tuple[str, Outcome, str]]:
 
 
 def test_a_notice_that_is_early() -> None:
-    """The order is on its way from the scheduler."""
+    """The order, or who sends, is on its way from the scheduler."""
     receives = expecting()
-    receives.notice(notice(1, senders=2))
-    receives.notice(notice(0, senders=2))
-    assert ended(receives) == []
+    receives.notice(notice("p1"))
     receives.expect(ReceiveOrder(TransferId(7), "r7", LONG))
+    receives.notice(notice("p0"))
+    assert ended(receives) == []
+    receives.owed_by(TransferId(7), ("p0", "p1"))
     assert ended(receives) == [("r7", Outcome.DONE, "")]
+    receives.owed_by(TransferId(7), ("p0", "p1"))
     assert ended(receives) == []
 
 
 def test_a_notice_that_comes_twice() -> None:
-    receives = expecting(7)
-    receives.notice(notice(0, senders=2))
-    receives.notice(notice(0, senders=2))
+    receives = expecting(7, ends=("p0", "p1"))
+    receives.notice(notice("p0"))
+    receives.notice(notice("p0"))
     assert ended(receives) == []
-    receives.notice(notice(1, senders=2))
-    receives.notice(notice(1, senders=2))
+    receives.notice(notice("p1"))
+    receives.notice(notice("p1"))
+    assert ended(receives) == [("r7", Outcome.DONE, "")]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_stranger_delivers_nothing(early: bool) -> None:
+    """Nor does anybody as long as it is not known who sends."""
+    receives = Receives(D)
+    if early:
+        receives.notice(notice("stranger"))
+    receives.expect(ReceiveOrder(TransferId(7), "r7", LONG))
+    receives.notice(notice("stranger"))
+    assert ended(receives) == []
+    receives.owed_by(TransferId(7), ())
+    assert ended(receives) == []
+    receives.owed_by(TransferId(7), ("p0", "p1"))
+    receives.notice(notice("p0"))
+    receives.notice(notice("stranger"))
+    assert ended(receives) == []
+    receives.notice(notice("p1"))
     assert ended(receives) == [("r7", Outcome.DONE, "")]
 
 
@@ -873,6 +915,7 @@ def test_a_notice_that_is_late() -> None:
     receives.notice(notice())
     assert ended(receives) == [("r7", Outcome.FAILED, "given_up")]
     receives.expect(ReceiveOrder(TransferId(8), "r8", LONG))
+    receives.owed_by(TransferId(8), ("p0",))
     assert ended(receives) == []
     assert len(receives) == 1
 
@@ -916,9 +959,21 @@ def test_early_notices_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     receives = expecting()
     for epoch in range(1, 8 + 2):
         receives.notice(notice(epoch=epoch))
-    receives.expect(ReceiveOrder(TransferId(1), "r1", LONG))
-    receives.expect(ReceiveOrder(TransferId(2), "r2", LONG))
+    for epoch in (1, 2):
+        receives.expect(ReceiveOrder(TransferId(epoch), f"r{epoch}", LONG))
+        receives.owed_by(TransferId(epoch), ("p0",))
     assert ended(receives) == [("r2", Outcome.DONE, "")]
+
+
+def test_ends_of_one_push_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_receives, "MAX_ENDS", 8)
+    receives = expecting()
+    for number in range(100):
+        receives.notice(notice(f"stranger {number}"))
+    assert len(receives._early[7]) == 8
+    receives.expect(ReceiveOrder(TransferId(7), "r7", LONG))
+    receives.notice(notice("another"))
+    assert len(receives._expected[7].delivered) == 8
 
 
 # -- the step ------------------------------------------------------------------------------------

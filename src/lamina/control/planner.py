@@ -201,7 +201,7 @@ class Planner:
                 self._leases,
                 meter,
                 clock,
-                blocks=card.ranks[0].num_blocks,
+                card=card,
                 cost=self._cost,
             )
         self._requests: dict[str, RequestRecord] = {}
@@ -489,6 +489,7 @@ class Planner:
             stops=tuple(source.stops),
             orders=tuple(source.orders),
             receives=tuple(target.orders),
+            senders=tuple(target.senders),
             give_ups=tuple(target.give_ups),
         )
         if plan.is_empty:
@@ -499,6 +500,7 @@ class Planner:
             source.stops,
             source.orders,
             target.orders,
+            target.senders,
             target.give_ups,
         ):
             orders.clear()

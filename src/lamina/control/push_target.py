@@ -26,8 +26,8 @@ from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
 from lamina.observe.metrics import Meter
-from lamina.plan import TORN, ReceiveOrder, TransferId
-from lamina.push.cards import EngineCard
+from lamina.plan import TORN, ReceiveOrder, SendersOrder, TransferId
+from lamina.push.cards import EngineCard, SenderCard, ends_of_senders
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
     NO_BLOCK,
@@ -75,11 +75,12 @@ class PushTarget:
         leases: holds on engine blocks.
         meter: where figures go.
         clock: monotonic seconds, for the breakers.
-        blocks: how many blocks the engine has.
+        card: this engine.
         cost: what computing takes.
 
     Attributes:
         orders: receives for the next plan.
+        senders: who sends those, and earlier ones.
         give_ups: receives that the next plan ends.
         letters: messages for the link.
     """
@@ -94,10 +95,11 @@ class PushTarget:
         meter: Meter,
         clock: Callable[[], float],
         *,
-        blocks: int,
+        card: EngineCard,
         cost: CostModel,
     ) -> None:
         self.orders: list[ReceiveOrder] = []
+        self.senders: list[SendersOrder] = []
         self.give_ups: list[TransferId] = []
         self.letters: list[Letter] = []
         self._config = config
@@ -107,9 +109,11 @@ class PushTarget:
         self._leases = leases
         self._meter = meter
         self._clock = clock
+        self._card = card
+        self._open: dict[str, SenderCard] = {}
         self._cost = cost
         self._min_tokens = shape.chunk_tokens if config.min_tokens == "auto" else config.min_tokens
-        self._max_parked = int(config.max_parked * blocks)
+        self._max_parked = int(config.max_parked * card.ranks[0].num_blocks)
         self._claims = Claims(config.deadline, self.letters)
         self._inbound: dict[TransferId, Inbound] = {}
         self._blocks: Counter[Stage] = Counter()
@@ -117,7 +121,6 @@ class PushTarget:
         self._backlog = Backlog(config.deadline / ANSWER_SHARE)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
-        self._connected: set[str] = set()
         self._now = 0.0
 
     # -- lookup and admission ----------------------------------------------------------------
@@ -253,6 +256,7 @@ class PushTarget:
         record.receive = transfer.id
         patience = self._config.deadline
         self.orders.append(ReceiveOrder(transfer.id, view.request_id, patience))
+        self._name_senders(inbound)
         announce = Announce(attempt, record.prompt_digest(), start, end, patience, tables)
         self.letters.append(Letter(push.prefill, announce))
 
@@ -298,10 +302,8 @@ class PushTarget:
         self._now = now
         for item in news:
             match item:
-                case Opened(_, _, EngineCard()):
-                    pass  # a decode engine
-                case Opened(peer):
-                    self._opened(peer)
+                case Opened(peer, _, SenderCard() as card):
+                    self._opened(peer, card)
                 case Lost():
                     self._lost(item, now)
                 case Letter(peer, Queued(attempt)):
@@ -462,11 +464,18 @@ class PushTarget:
         """Pushes whose blocks are held although nobody waits for them."""
         return sum(inbound.stage is Stage.QUARANTINED for inbound in self._inbound.values())
 
-    def _opened(self, address: str) -> None:
+    def _name_senders(self, inbound: Inbound) -> None:
+        """Tell the ranks whom they may believe, once their peer has said who it is."""
+        if (peer := self._open.get(inbound.address)) is not None:
+            ranks, replicated = len(self._card.ranks), self._card.replicated
+            ends = ends_of_senders(peer, ranks, replicated=replicated)
+            self.senders.append(SendersOrder(TransferId(inbound.attempt.epoch), ends))
+
+    def _opened(self, address: str, card: SenderCard) -> None:
+        self._open[address] = card
         # Not even another incarnation is a fence by itself: what was announced while the former one
         # was dying may have waited for this connection. It will answer.
         self._asks.pop(address, None)
-        self._connected.add(address)
         for inbound in self._inbound.values():
             if inbound.address != address:
                 continue
@@ -474,9 +483,11 @@ class PushTarget:
                 inbound.until = inf
             if inbound.reason:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
+            else:
+                self._name_senders(inbound)
 
     def _lost(self, lost: Lost, now: float) -> None:
-        self._connected.discard(lost.peer)
+        self._open.pop(lost.peer, None)
         if lost.was_open:
             self._claims.forgotten(lost.peer, now)
         elif unreached := self._claims.at(lost.peer):
@@ -539,7 +550,7 @@ class PushTarget:
         parked = self._blocks.total() - quarantined
         self._meter.gauge("push_blocks", parked, state="parked")
         self._meter.gauge("push_blocks", quarantined, state="quarantined")
-        self._meter.gauge("push_links", len(self._connected), side="prefill")
+        self._meter.gauge("push_links", len(self._open), side="prefill")
         for address, breaker in self._breakers.items():
-            if address in self._connected or not breaker.closed:
+            if address in self._open or not breaker.closed:
                 self._meter.gauge("push_peer_in_use", float(breaker.closed), peer=address)

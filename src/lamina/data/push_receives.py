@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
@@ -14,7 +15,10 @@ from lamina.push.transports.base import Notice
 log = logging.getLogger("lamina.data")
 
 EARLY = 4096
-"""Notices that are kept although nobody expects them yet."""
+"""Pushes of which notices are kept although nobody expects them yet."""
+
+MAX_ENDS = 1024
+"""Ends whose notices of one push are kept; more than ranks that could owe it something."""
 
 
 @dataclass(slots=True)
@@ -24,16 +28,21 @@ class Receive:
     Attributes:
         order: the order.
         began: when it came, on the clock of ``time.monotonic``.
-        senders: ranks that have delivered.
+        senders: ends that owe this rank something; empty while they are not known.
+        delivered: ends that have said that they have delivered.
     """
 
     order: ReceiveOrder
     began: float
-    senders: set[int] = field(default_factory=set)
+    senders: frozenset[str] = frozenset()
+    delivered: set[str] = field(default_factory=set)
 
 
 class Receives:
     """Every push that this rank expects. Not thread safe.
+
+    A push is there when all who owe something have said so. Who they are is what control says, and
+    never what a notice says; who has sent a notice is what the transport says.
 
     Args:
         incarnation: this engine.
@@ -42,7 +51,7 @@ class Receives:
     def __init__(self, incarnation: str) -> None:
         self._incarnation = incarnation
         self._expected: dict[int, Receive] = {}
-        self._early: OrderedDict[int, list[Delivered]] = OrderedDict()
+        self._early: OrderedDict[int, set[str]] = OrderedDict()
         self._newest = 0
         self._ended: list[tuple[str, TransferReceipt]] = []
 
@@ -52,9 +61,15 @@ class Receives:
     def expect(self, order: ReceiveOrder) -> None:
         """A push will come; perhaps it has."""
         self._newest = max(self._newest, order.transfer)
-        self._expected[order.transfer] = Receive(order, time.monotonic())
-        for delivered in self._early.pop(order.transfer, ()):
-            self._deliver(delivered)
+        delivered = self._early.pop(order.transfer, set())
+        self._expected[order.transfer] = Receive(order, time.monotonic(), delivered=delivered)
+
+    def owed_by(self, transfer: TransferId, ends: Iterable[str]) -> None:
+        """Who owes this rank something of a push."""
+        receive = self._expected.get(transfer)
+        if receive is not None:
+            receive.senders = frozenset(ends)
+            self._end_if_delivered(receive)
 
     def give_up(self, transfer: TransferId, reason: str) -> None:
         """Nobody waits for it any more; nothing happens if it is over."""
@@ -75,7 +90,7 @@ class Receives:
             log.warning("a notice from %s is dropped: %s", notice.peer, error)
             return
         if isinstance(message, Delivered) and message.incarnation == self._incarnation:
-            self._deliver(message)
+            self._deliver(notice.peer, message.epoch)
 
     def ended(self) -> list[tuple[str, TransferReceipt]]:
         """Requests whose push is over, well or not, since the last call."""
@@ -86,20 +101,27 @@ class Receives:
         ended, self._ended = self._ended, []
         return ended
 
-    def _deliver(self, message: Delivered) -> None:
-        receive = self._expected.get(message.epoch)
-        if receive is None:
-            if message.epoch > self._newest:  # the order is on its way
-                self._early.setdefault(message.epoch, []).append(message)
-                if len(self._early) > EARLY:
-                    self._early.popitem(last=False)
-            return
-        receive.senders.add(message.sender)
-        if receive.senders.issuperset(message.senders):
-            del self._expected[message.epoch]
+    def _deliver(self, end: str, epoch: int) -> None:
+        receive = self._expected.get(epoch)
+        if receive is not None:
+            _keep(receive.delivered, end)
+            self._end_if_delivered(receive)
+        elif epoch > self._newest:  # the order is on its way
+            _keep(self._early.setdefault(epoch, set()), end)
+            if len(self._early) > EARLY:
+                self._early.popitem(last=False)
+
+    def _end_if_delivered(self, receive: Receive) -> None:
+        if receive.senders and receive.delivered >= receive.senders:
+            del self._expected[receive.order.transfer]
             self._end(receive, Outcome.DONE, "")
 
     def _end(self, receive: Receive, outcome: Outcome, reason: str) -> None:
         seconds = time.monotonic() - receive.began
         receipt = TransferReceipt(receive.order.transfer, outcome, seconds=seconds, reason=reason)
         self._ended.append((receive.order.request_id, receipt))
+
+
+def _keep(ends: set[str], end: str) -> None:
+    if len(ends) < MAX_ENDS:
+        ends.add(end)

@@ -298,10 +298,10 @@ class PushStream:
             )
 
     def _deliver(self) -> None:
+        notice = encode(Delivered(self._incarnation, self._epoch))
         try:
             for route in self._routes:
-                notice = Delivered(self._incarnation, self._epoch, self._rank, route.route.senders)
-                self._transport.notify(route.peer, encode(notice))
+                self._transport.notify(route.peer, notice)
         except TransportError as error:
             log.warning("push to %s: %s", self._incarnation, error)
             self.fail("unreachable")

@@ -130,6 +130,9 @@ class PushWire:
             self._do(lambda stop=stop: self._stop(stop))  # type: ignore[misc]
         for receive in plan.receives:
             self._do(lambda order=receive: self._expect(order, step))  # type: ignore[misc]
+        for owed in plan.senders:
+            ends = owed.ends[self._identity.card.rank]
+            self._do(lambda t=owed.transfer, e=ends: self._receives.owed_by(t, e))  # type: ignore[misc]
         for transfer in plan.give_ups:
             self._do(lambda t=transfer: self._receives.give_up(t, "given_up"))  # type: ignore[misc]
 

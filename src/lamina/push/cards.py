@@ -103,13 +103,11 @@ class Route(msgspec.Struct, frozen=True):
         rank: the decode rank.
         local: the part of its own page that the prefill rank reads.
         remote: the part of the decode rank's page that it writes.
-        senders: prefill ranks that send to that decode rank.
     """
 
     rank: int
     local: tuple[int, int]
     remote: tuple[int, int]
-    senders: tuple[int, ...]
 
 
 def routes(rank: int, mine: int, theirs: int, *, replicated: bool) -> tuple[Route, ...]:
@@ -123,18 +121,31 @@ def routes(rank: int, mine: int, theirs: int, *, replicated: bool) -> tuple[Rout
     """
     if replicated:
         # Everybody has everything: the decode ranks are divided among the prefill ranks.
-        return tuple(
-            Route(other, (0, 1), (0, 1), (other % mine,)) for other in range(rank, theirs, mine)
-        )
+        return tuple(Route(other, (0, 1), (0, 1)) for other in range(rank, theirs, mine))
     if mine >= theirs:
         share = mine // theirs
-        first = rank // share * share
-        senders = tuple(range(first, first + share))
-        return (Route(rank // share, (0, 1), (rank - first, share), senders),)
+        return (Route(rank // share, (0, 1), (rank % share, share)),)
     share = theirs // mine
-    return tuple(
-        Route(rank * share + part, (part, share), (0, 1), (rank,)) for part in range(share)
-    )
+    return tuple(Route(rank * share + part, (part, share), (0, 1)) for part in range(share))
+
+
+def ends_of_senders(
+    prefill: SenderCard, ranks: int, *, replicated: bool
+) -> tuple[tuple[str, ...], ...]:
+    """For each rank of a decode engine, how those sign their notices that send it something.
+
+    Args:
+        prefill: the prefill engine.
+        ranks: how many the decode engine has.
+        replicated: whether every rank of it is known to hold the same bytes.
+    """
+    ends: list[list[str]] = [[] for _ in range(ranks)]
+    mine = len(prefill.ends)
+    for rank, end in enumerate(prefill.ends):
+        for route in routes(rank, mine, ranks, replicated=replicated or prefill.replicated):
+            if route.rank < ranks:  # else nothing fits, and the prefill engine will say so
+                ends[route.rank].append(end)
+    return tuple(tuple(of_rank) for of_rank in ends)
 
 
 def is_replicated(one: EngineCard, other: EngineCard) -> bool:

@@ -230,14 +230,10 @@ class Delivered(Message, frozen=True, tag="delivered"):
     Attributes:
         incarnation: the decode engine that is meant.
         epoch: its transfer.
-        sender: the prefill rank.
-        senders: all ranks that owe this decode rank something.
     """
 
     incarnation: str
     epoch: int
-    sender: int
-    senders: tuple[int, ...]
 
 
 LinkMessage = (

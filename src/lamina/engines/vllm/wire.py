@@ -24,13 +24,13 @@ def open_wire(bound: BoundCache) -> Transport:
     return NixlTransport([_region(tensor) for tensor in bound.allocations])
 
 
-def rank_card(rank: int, bound: BoundCache, wire: bytes) -> RankCard:
+def rank_card(rank: int, bound: BoundCache, wire: Transport) -> RankCard:
     """What other engines must know of a rank.
 
     Args:
         rank: the rank.
         bound: its cache.
-        wire: what its transport says of itself.
+        wire: its end of the wire.
     """
     rows = tuple(
         RowCard(
@@ -42,7 +42,7 @@ def rank_card(rank: int, bound: BoundCache, wire: bytes) -> RankCard:
         )
         for row in bound.geometry.rows
     )
-    return RankCard(rank, wire, bound.geometry.num_blocks, rows)
+    return RankCard(rank, wire.describe(), bound.geometry.num_blocks, rows, wire.name)
 
 
 def _region(tensor: torch.Tensor) -> Region:

@@ -168,7 +168,7 @@ class WorkerSide:
         incarnation = _gather(uuid.uuid4().hex)[0]
         self._identity = PushIdentity(
             incarnation=incarnation,
-            card=rank_card(parallel.rank, bound, transport.describe()),
+            card=rank_card(parallel.rank, bound, transport),
             ranks=parallel.world_size,
             replicated=self._cache.kv_tp_replicas > 1,
             batch=config.batch,

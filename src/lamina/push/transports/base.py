@@ -86,6 +86,11 @@ class Transport(ABC):
     peer, and none keeps the interpreter lock while bytes move.
     """
 
+    @property
+    @abstractmethod
+    def name(self) -> Peer:
+        """What peers know this end by: the sender of the notices that come from it."""
+
     @abstractmethod
     def describe(self) -> bytes:
         """What a peer must know to connect to this end; opaque, and new for every end."""

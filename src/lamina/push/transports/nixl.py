@@ -146,8 +146,14 @@ class NixlTransport(Transport):
         except self._errors as error:
             raise TransportError(f"NIXL cannot be started: {error}") from error
         self._agent: Any = agent
+        self._name = Peer(name)
         fields = tuple((region.address, region.size, region.device) for region in regions)
         self._description = msgspec.msgpack.encode(_Description(name, fields, metadata))
+
+    @property
+    def name(self) -> Peer:
+        """See :attr:`Transport.name`."""
+        return self._name
 
     def describe(self) -> bytes:
         """See :meth:`Transport.describe`."""
