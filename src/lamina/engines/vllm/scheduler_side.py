@@ -204,7 +204,9 @@ class SchedulerSide:
     def _exchange(self) -> None:
         """Say what the planner has to say to other engines, and hear what they say."""
         if self._link is not None:
-            self.planner.take_news(self._link.news())
+            news = self._link.news()
+            self._moved |= bool(news)
+            self.planner.take_news(news)
             for letter in self.planner.drain_letters():
                 self._link.send(letter)
             self.watch.loop.abort(self.planner.drain_unwanted())
