@@ -207,8 +207,8 @@ class PushConfig(Section):
     max_inflight: Annotated[int, SIZE] = Field(
         default=64 * MIB,
         description="Bytes on their way to each decode engine, on each rank. Prompts take turns "
-        "below it, so a short one waits for no more than this of long ones; what has its turn to "
-        "come stays in the engine's blocks.",
+        "below it, so a short one waits for little more than this of long ones; what has its turn "
+        "to come stays in the engine's blocks.",
     )
 
 
