@@ -44,9 +44,12 @@ class Scheduler:
     def has_requests(self) -> bool:
         return self.has_news
 
-    def finish_requests(self, requests: list[str], status: RequestStatus) -> list[object]:
+    def finish_requests(self, requests: list[str] | None, status: RequestStatus) -> list[object]:
         self.ended.append((requests, status))
-        return [SimpleNamespace(request_id=name, client_index=2) for name in requests[:1]]
+        return [SimpleNamespace(request_id=name, client_index=2) for name in (requests or ())[:1]]
+
+    def get_num_unfinished_requests(self) -> int:
+        return 1
 
 
 def core_of(connector: object) -> Any:
@@ -111,3 +114,19 @@ def test_requests_that_nobody_wants_end_between_two_steps_and_are_answered() -> 
     client, answer = core.output_queue.get_nowait()
     assert (client, [output.request_id for output in answer.outputs]) == (2, ["a"])
     assert core.output_queue.empty()
+
+
+def test_what_a_core_that_is_told_to_end_says_comes_before_it_ends_requests() -> None:
+    """And once: then it steps for as long as something is on its way."""
+    connector = Connector()
+    core = core_of(connector)
+    core.vllm_config = SimpleNamespace(shutdown_timeout=0)
+    happened = core.scheduler.ended
+    connector.watch.loop.on_end = lambda: happened.append("said")
+    core._handle_shutdown()
+    assert happened == []
+    core.shutdown_state = EngineShutdownState.REQUESTED
+    core.scheduler.has_news = True
+    for _ in range(2):
+        assert core._handle_shutdown()
+    assert happened == ["said", (None, RequestStatus.FINISHED_ABORTED)]

@@ -710,6 +710,20 @@ def test_close_ends_every_connection(make: Make) -> None:
         socket.create_connection(("127.0.0.1", prefill.link.port))
 
 
+def test_what_was_said_before_the_end_is_heard(make: Make) -> None:
+    """However much of it waits for a slow network."""
+    prefill, decode_side = make("P", listen=True), make("D")
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    prefill.until(2)
+    words = [Failed(Attempt("push", n), "x" * 50_000) for n in range(200)]
+    for word in words:
+        prefill.link.send(Letter("D", word))
+    prefill.link.close()
+    *heard, lost = decode_side.until(2 + len(words))[1:]
+    assert heard == [Letter(prefill.address, word) for word in words]
+    assert isinstance(lost, Lost)
+
+
 def test_an_address_in_use(make: Make) -> None:
     side = make("P", listen=True)
     with pytest.raises(OSError, match=r"[Aa]ddress already in use"):

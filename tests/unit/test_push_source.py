@@ -19,6 +19,7 @@ from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
 from lamina.control.push_source import (
     DESTINATION_WAIT,
+    ENDING,
     LONGEST_WAIT,
     OF_ANOTHER,
     TOO_BUSY,
@@ -1302,3 +1303,54 @@ def test_what_is_on_its_way_to_each_decode_engine_is_published() -> None:
     source.drain(order)
     assert published()[backlog] == 0
     assert not source.source._backlog, "nothing is kept of a peer that is gone"
+
+
+# -- the engine ends -----------------------------------------------------------------------------
+
+
+def test_an_engine_that_ends_says_what_it_will_not_send() -> None:
+    source = Source()
+    source.connect()
+    source.hear(announce())
+    source.said()
+    source.source.end(at_once=False)
+    attempt = ATTEMPT
+    assert source.said() == [Failed(attempt, ENDING), Fenced(attempt, clean=True)]
+    other = announce(attempt=Attempt("other", 9))
+    source.hear(other)
+    assert source.said() == [Failed(other.attempt, ENDING), Fenced(other.attempt, clean=True)]
+    source.hear(Claim(("third",), DEADLINE))
+    assert source.said() == [Failed(Attempt("third", NO_EPOCH), ENDING)]
+
+
+def test_an_engine_that_ends_holds_nothing_for_a_destination() -> None:
+    source = Source()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held
+    source.source.end(at_once=False)
+    assert source.pool.held == set()
+    assert not source.source.pending
+
+
+def test_what_is_bound_when_an_engine_is_told_to_end_is_sent() -> None:
+    source = bound(Source())
+    source.said()
+    source.source.end(at_once=False)
+    (order,) = source.step(0, 56)
+    source.drain(order)
+    assert order.last
+    assert source.said() == []
+
+
+def test_nothing_is_sent_when_it_has_ended_and_what_moves_is_not_fenced() -> None:
+    source = bound(Source())
+    (order,) = source.step(0, 32)
+    source.said()
+    source.source.end(at_once=True)
+    attempt = ATTEMPT
+    assert source.said() == [Failed(attempt, ENDING)]
+    assert source.step(32, 56) == []
+    source.drain(order)
+    assert source.said() == [Fenced(attempt, clean=True)]

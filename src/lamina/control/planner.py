@@ -513,6 +513,15 @@ class Planner:
             self._source.receive(news, now)
             self._target.receive(news, now)
 
+    def end_pushes(self, *, at_once: bool) -> None:
+        """The engine ends.
+
+        Args:
+            at_once: whether nothing more will be sent; else what is under way still is.
+        """
+        if self._source is not None:
+            self._source.end(at_once=at_once)
+
     def drain_letters(self) -> list[Letter]:
         """Messages for other engines since the last call."""
         if self._source is None or self._target is None:
@@ -726,6 +735,11 @@ class Planner:
         return (self._source is not None and self._source.pending) or (
             self._target is not None and self._target.pending
         )
+
+    @property
+    def leased_blocks(self) -> int:
+        """Engine blocks that are held, each as often as it is."""
+        return self._leases.leased_blocks
 
     @property
     def push_wait(self) -> float:

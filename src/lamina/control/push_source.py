@@ -74,6 +74,8 @@ TOO_BUSY = "the prefill engine has too much to do to compute it in time"
 DECLINED = "the decode engine had declined it"
 """Why a push is over of which its decode engine has said that it needs nothing."""
 
+ENDING = "the prefill engine is shutting down"
+
 OF_ANOTHER = "this push is another decode engine's"
 """Why a decode engine has no say in a push."""
 
@@ -310,6 +312,7 @@ class PushSource:
         self._backlog: Counter[str] = Counter()
         self._open: dict[str, EngineCard] = {}
         self._refusals: dict[str, str] = {}
+        self._ending = ""
         self._told: set[str] = set()
         self._endings = Endings()
         self._forgone: dict[str, float] = {}
@@ -717,6 +720,18 @@ class PushSource:
         """Whether a request has ended and waits for its destination."""
         return any(out.held is not None for out in self._outbound.values())
 
+    def end(self, *, at_once: bool) -> None:
+        """The engine ends, and takes on nothing new.
+
+        Args:
+            at_once: whether nothing more will be sent; else what is bound still is, as long as its
+                request goes on.
+        """
+        self._ending = ENDING
+        for out in list(self._outbound.values()):
+            if at_once or out.stage is Stage.WAITING:
+                self._fail(out, ENDING)
+
     def _open_peer(self, peer: str, card: EngineCard) -> None:
         self._open[peer] = card
         try:
@@ -741,7 +756,7 @@ class PushSource:
         if peer not in self._open or not 0 < patience <= LONGEST_PATIENCE:
             return
         out = self._outbound.get(push)
-        refusal = self._refusals.get(peer, "") or self._declined.get(push, "")
+        refusal = self._ending or self._refusals.get(peer, "") or self._declined.get(push, "")
         if out is not None and out.peer not in ("", peer):
             refusal = OF_ANOTHER
         if refusal:
@@ -767,7 +782,7 @@ class PushSource:
         if self._under_way(peer, attempt) is not None:
             return
         out = self._outbound.get(attempt.push)
-        refusal = self._refusals.get(peer, "")
+        refusal = self._ending or self._refusals.get(peer, "")
         if self._endings.over(peer, attempt.epoch):
             refusal = "over"
         elif not 0 < announce.patience <= LONGEST_PATIENCE:

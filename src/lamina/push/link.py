@@ -56,6 +56,9 @@ PINGS = 4
 """Pings in the time after which silence means that a peer is gone."""
 
 
+LAST_WORDS = 1.0
+"""Seconds for what was said before the link is closed; it fits what a network and a peer buffer."""
+
 MAX_STRANGERS = 64
 """Connections of which nobody knows yet whose they are."""
 
@@ -216,10 +219,10 @@ class Link:
             self._loop.call_soon_threadsafe(self._loop.call_at, self._reminder, self._inbox.due)
 
     def close(self) -> None:
-        """Close every connection and stop. Idempotent."""
+        """Say what was to be said, close every connection and stop. Idempotent."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(self._silence)
+            self._thread.join(self._silence + LAST_WORDS)
 
     # -- the link's thread -------------------------------------------------------------------
 
@@ -228,6 +231,7 @@ class Link:
         try:
             self._loop.run_forever()
         finally:
+            self._loop.run_until_complete(self._say_last_words())
             for task in self._tasks:
                 task.cancel()
             gathered = asyncio.gather(*self._tasks, return_exceptions=True)
@@ -235,6 +239,18 @@ class Link:
             for server in self._servers:
                 server.close()
             self._loop.close()
+
+    async def _say_last_words(self) -> None:
+        """Wait until connections have taken what was said, but not for those that take nothing."""
+        open_ones = (*self._accepted.values(), *self._dialled.values())
+        writers = [each.writer for each in open_ones if each.writer is not None]
+        for writer in writers:
+            writer.close()
+        closed = [self._loop.create_task(writer.wait_closed()) for writer in writers]
+        if closed:
+            _, late = await asyncio.wait(closed, timeout=LAST_WORDS)
+            for task in late:
+                task.cancel()
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         task = self._loop.create_task(coroutine)

@@ -4,22 +4,30 @@ Without a request to run, the core waits on its input queue and looks at nothing
 from another engine would wait for a client's next request. vLLM has a message that says nothing and
 ends the wait: whoever has news for the scheduler puts one there.
 
+Told to end, it aborts its requests or lets them run out, and steps while a connector has work.
+
 An engine in its caller's process has no such loop. There the caller decides when it steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.request import RequestStatus
 
 
 class CoreLoop:
-    """The loop that steps a connector's scheduler side, once it runs."""
+    """The loop that steps a connector's scheduler side, once it runs.
+
+    Attributes:
+        on_end: called by the core's thread when the loop is told to end, before it does anything
+            for that.
+    """
 
     def __init__(self) -> None:
+        self.on_end: Callable[[], None] = lambda: None
         self._core: EngineCoreProc | None = None
         self._unwanted: list[str] = []
 
@@ -29,10 +37,13 @@ class CoreLoop:
 
     def turns(self) -> None:
         """The core is between two steps."""
-        if self._unwanted and self._core is not None:
+        core = self._core
+        if core is not None and core.shutdown_state is EngineShutdownState.REQUESTED:
+            self.on_end()
+        if self._unwanted and core is not None:
             unwanted, self._unwanted = self._unwanted, []
-            ended = self._core.scheduler.finish_requests(unwanted, RequestStatus.FINISHED_ABORTED)
-            self._core._send_abort_outputs(ended)  # somebody waits for them all the same
+            ended = core.scheduler.finish_requests(unwanted, RequestStatus.FINISHED_ABORTED)
+            core._send_abort_outputs(ended)  # somebody waits for them all the same
 
     def abort(self, requests: Iterable[str]) -> None:
         """Have requests end before the next step, answered as aborted. Those that have ended are

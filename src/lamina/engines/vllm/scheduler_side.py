@@ -156,6 +156,7 @@ class SchedulerSide:
         )
         if card is not None:
             self._link = self._open_link(card)
+            self.watch.loop.on_end = self._end_pushes
         self._planner.begin(self._opening.epoch)
         self.watch.weights.follow(self._planner)
         self._adapters.follow(self._planner.bar)
@@ -211,11 +212,19 @@ class SchedulerSide:
                 self._link.send(letter)
             self.watch.loop.abort(self.planner.drain_unwanted())
 
+    def _end_pushes(self, *, at_once: bool = False) -> None:
+        """Tell decode engines what they need not wait for, because this engine ends."""
+        if self._planner is not None:
+            self._exchange()
+            self._planner.end_pushes(at_once=at_once)
+            self._exchange()
+
     def close(self) -> None:
         """The engine ends."""
         if self._notebook is not None and self._planner is not None:
             self._notebook.close(self._planner.costs)
         if self._link is not None:
+            self._end_pushes(at_once=True)
             self._link.close()
         for server in self._servers:
             server.close()
@@ -288,12 +297,14 @@ class SchedulerSide:
             return LaminaPlan(StepPlan(-1, forward=forward), self._opening.asks())
         self._exchange()
         progress = list(self._progress(output))
+        leased = self._planner.leased_blocks
         plan = self._planner.plan_step(
             progress,
             forward=forward,
             states=self._boundary_states(output, progress),
         )
-        self._moved |= not plan.is_empty
+        # Time alone ends quarantines, and prompts that wait for their destination.
+        self._moved |= not plan.is_empty or self._planner.leased_blocks != leased
         self._exchange()
         if self._link is not None:
             self._link.remind(self._planner.push_wait)

@@ -202,7 +202,7 @@ class Watch:
 
 def watch_engine_core() -> None:
     """Have every engine core of this process tell the scheduler sides of its connectors what
-    becomes of its weights, and that its loop begins. Once is enough; vLLM's classes stay what they
+    becomes of its weights and of its loop. Once is enough; vLLM's classes stay what they
     are but for that."""
     if hasattr(EngineCore.set_weight_version, "__wrapped__"):
         return
