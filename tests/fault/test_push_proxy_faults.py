@@ -317,6 +317,22 @@ def test_a_prefill_engine_that_is_not_there_is_not_waited_for(decode: FakeEngine
         assert decode.calls[0].push is None
 
 
+async def refuse_without_words(call: Call) -> None:
+    await call.begin(400, "text/plain")
+    await call.end(b"\xff" * 1000)
+
+
+def test_a_refusal_that_nobody_understands_is_one(
+    prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill.script, decode.script = refuse_without_words, waits_for_a_push
+    with proxied([prefill], [decode]) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert proxy.metric("unpushed_total", reason="prefill_refused") == 1
+    assert "refuses what another engine answers: status 400: \ufffd" in caplog.text
+    assert len(caplog.text) < 2000
+
+
 REFUSAL = says(400, {"error": {"message": "max_tokens is too large", "code": 400}})
 
 

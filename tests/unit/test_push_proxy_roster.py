@@ -12,7 +12,7 @@ import pytest
 
 from lamina.bench.ports import free_port
 from lamina.push.proxy.settings import PrefillAddress, Settings, server_url
-from push_proxy.engines import ANSWER, FakeEngine, hang
+from push_proxy.engines import ANSWER, Call, FakeEngine, hang
 from push_proxy.proxies import COMPLETION, QUICK, ask, proxied
 from push_proxy.running import until
 
@@ -197,17 +197,31 @@ def test_engines_that_serve_other_models_are_told_of(
     assert "--served-model-name" in line
 
 
-def test_the_proxy_shows_its_engine_key(prefill: FakeEngine, decode: FakeEngine) -> None:
-    async def shown(call: object) -> None:
-        keys.append(call.headers.get("authorization"))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("body", [b'{"data": [{"id": "\xff"}]}', b"", b"[]", b'{"data": [1]}'])
+def test_what_nobody_understands_is_not_known(
+    decode: FakeEngine, said: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    async def babble(call: Call) -> None:
+        await call.begin(200, "application/json")
+        await call.end(body)
+
+    with FakeEngine() as prefill:
+        prefill._introduce = babble  # type: ignore[method-assign]
+        with proxied([prefill], [decode]) as proxy:
+            assert proxy.post("/v1/completions", COMPLETION).is_success
+    assert f"prefill engine {prefill.url} serves a model without a name" in said.text
+
+
+def test_the_proxy_shows_its_engine_key(decode: FakeEngine) -> None:
+    async def note(call: Call) -> None:
+        keys.append(call.headers.get("authorization"))
+        await call.answer(200, {})
 
     keys: list[str | None] = []
-    prefill._introduce = shown  # type: ignore[method-assign]
-    try:
+    with FakeEngine() as prefill:
+        prefill._introduce = note  # type: ignore[method-assign]
         with proxied([prefill], [decode], engine_key="inner"):
-            until(lambda: len(keys) == 2)
-    finally:
-        del prefill._introduce
+            pass
     assert keys == ["Bearer inner"] * 2
 
 

@@ -410,6 +410,6 @@ def _reason(text: bytes) -> str:
     """Why an engine refuses a request, or cannot answer it."""
     try:
         reason = msgspec.json.decode(text, type=_Complaint).error.message
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         reason = text.decode(errors="replace")
     return reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]} …"

@@ -280,7 +280,7 @@ class Engine:
         try:
             answer = msgspec.json.decode(await self._ask(b"/v1/models"), type=_Models)
             self.models = frozenset(model.id for model in answer.data)
-        except (EngineError, msgspec.MsgspecError) as error:
+        except (EngineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             log.info("%s does not say which model it serves: %s", self, error)
         try:
             text = (await self._ask(b"/metrics")).decode(errors="replace")
