@@ -244,6 +244,11 @@ class Pair:
         now = self.metrics()[engine]
         return int(now.since(self._before[engine], "lamina_pushes_total", outcome=outcome))
 
+    def skipped(self, reason: str) -> int:
+        """How many pushes the decode engine did not ask for, since the pair was made."""
+        now, before = self.metrics()[self.decode], self._before[self.decode]
+        return int(now.since(before, "lamina_pushes_skipped_total", reason=reason))
+
     def counts(self) -> dict[str, int]:
         """:meth:`pushes` of both engines, where there were any."""
         outcomes = {self.prefill: ("sent", "stopped"), self.decode: ("received", "given_up")}

@@ -70,7 +70,8 @@ def test_nobody_listens(pair: Pair, alone: Engine) -> None:
     answers = pair.finish(pair.submit_decode([LONG], [pair.name_push()]))
     assert not differences(answers, [alone.ask(LONG)])
     assert answers[0].cached == 0
-    assert pair.counts() == {"given_up": 1}
+    # The connection is refused while the prompt is claimed, or when it is announced.
+    assert pair.skipped("lost") + pair.pushes(pair.decode, "given_up") == 1
     pair.address = address
     expect_usable(pair, alone)
 
