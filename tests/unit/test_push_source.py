@@ -1066,7 +1066,6 @@ def test_prompts_without_a_destination_take_half_of_the_blocks_and_others_wait()
     source.hear(announce(attempt=Attempt("push 3", 9)))
     assert not source.waits(records[3])  # it has a destination
     source.hear(announce(attempt=Attempt("push 0", 8)))
-    source.drain(*source.step())
     assert not source.waits(records[2])
 
 

@@ -1,0 +1,161 @@
+"""Guards the room of a decode engine, whatever its peers and requests do: what is parked and
+quarantined never takes more than its share, nothing is counted that is not held, and all comes
+back."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_push_target import DEADLINE, OPENED, QUARANTINE, P, Target, lost
+
+from lamina.control.push_target import CANCELLED, SETTLE_SECONDS
+from lamina.control.requests import RequestRecord
+from lamina.plan import TransferId
+from lamina.push.letters import Fate
+from lamina.push.messages import (
+    NO_EPOCH,
+    Absent,
+    Announce,
+    Attempt,
+    Bound,
+    Cancel,
+    Claim,
+    Failed,
+    Fenced,
+    Queued,
+)
+
+EVENTS = (
+    *("arrive", "admit", "absent", "queued", "bound", "fenced", "torn"),
+    *("arrives", "fails", "deadline", "cancelled"),
+    *("lost", "silent", "unreachable", "opened", "second", "minute"),
+)
+
+
+class Crowd:
+    """Requests of one decode engine, and what a peer may do to them."""
+
+    def __init__(self) -> None:
+        self.target = Target(blocks=64, failures=1000)
+        self.waiting: list[RequestRecord] = []
+        self.parked: list[RequestRecord] = []
+        self.attempts: dict[int, Attempt] = {}
+        self.claimed: set[str] = set()
+        self.count = 0
+
+    def happen(self, event: str, index: int) -> None:
+        match event:
+            case "arrive":
+                self.count += 1
+                self.waiting.append(self.target.arrive(self.count))
+            case "admit":
+                self._admit()
+            case "arrives" | "fails" | "deadline" | "cancelled":
+                if self.parked:
+                    self._end(event, self.parked.pop(index % len(self.parked)))
+            case "second" | "minute":
+                self.target.wait(1.0 if event == "second" else 60.0)
+            case "opened":
+                self.target.hear(OPENED)
+            case "lost" | "silent" | "unreachable":
+                fate = {"lost": Fate.CLOSED, "silent": Fate.SILENT}.get(event, Fate.UNREACHABLE)
+                self.target.hear(lost(was_open=index % 2 == 0, fate=fate))
+            case _:
+                self._say(event, index)
+        for message in self.target.said():
+            if isinstance(message, Announce):
+                self.attempts[message.attempt.epoch] = message.attempt
+                self.claimed.discard(message.attempt.push)
+            elif isinstance(message, Claim):
+                self.claimed.update(message.pushes)
+            elif isinstance(message, Cancel) and message.attempt.epoch == NO_EPOCH:
+                self.claimed.discard(message.attempt.push)
+
+    def _admit(self) -> None:
+        """The engine looks at its queue, from the head on."""
+        for record in list(self.waiting):
+            offer = self.target.weigh(record)
+            if offer.ask_again:
+                continue
+            self.waiting.remove(record)
+            if offer.end:
+                self.target.target.order(record, 0, 0, offer.end, step=0)
+                self.parked.append(record)
+            else:
+                self.target.target.decline(record, offer.reason)
+
+    def _end(self, event: str, record: RequestRecord) -> None:
+        if event == "cancelled":
+            assert record.receive is not None
+            self.target.target.give_up(record.receive, CANCELLED)
+        if event == "arrives":
+            self.target.report(record)
+        else:
+            self.target.fail(record, reason=event)
+
+    def _say(self, event: str, index: int) -> None:
+        epochs = [*self.attempts, NO_EPOCH]
+        epoch = epochs[index % len(epochs)]
+        attempt = self.attempts.get(epoch) or Attempt(f"push {index % 9}", NO_EPOCH)
+        words = {
+            "absent": Absent(attempt),
+            "queued": Queued(attempt),
+            "bound": Bound(attempt),
+            "fenced": Fenced(attempt, clean=True),
+            "torn": Fenced(attempt, clean=False),
+        }
+        self.target.hear(words[event] if index % 7 else Failed(attempt, "no"))
+
+    def check(self) -> None:
+        held = len(self.target.pool.held)
+        assert held <= 32
+        assert held == self.target.blocks("parked") + self.target.blocks("quarantined")
+
+    def end(self) -> None:
+        """Everybody goes, and the peer says that nothing is on its way."""
+        for record in self.waiting:
+            self.target.target.abandoned(record.view.request_id)
+        for record in self.parked:
+            self._end("cancelled", record)
+        self.happen("second", 0)
+        assert not {push for push in self.claimed if self._is_waiting(push)}
+        for attempt in self.attempts.values():
+            self.target.hear(Fenced(attempt, clean=True))
+        self.target.wait(max(SETTLE_SECONDS, QUARANTINE))
+        self.target.wait(2 * DEADLINE)
+        assert self.target.pool.held == set()
+        assert self.target.target.quarantined == 0
+        assert not any(isinstance(message, Claim) for message in self.target.said())
+
+    def _is_waiting(self, push: str) -> bool:
+        return self.target.target._claims.named(P, push) is not None
+
+
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 62)), max_size=120))
+def test_whatever_happens_the_rest_is_left_and_all_comes_back(
+    events: list[tuple[str, int]],
+) -> None:
+    crowd = Crowd()
+    for event, index in events:
+        crowd.happen(event, index)
+        crowd.check()
+    crowd.end()
+
+
+def test_that_it_sees_what_it_guards() -> None:
+    """A history in which room is short."""
+    crowd = Crowd()
+    for _ in range(12):
+        crowd.happen("arrive", 0)
+    crowd.happen("admit", 0)
+    assert (len(crowd.parked), len(crowd.waiting)) == (8, 4)
+    assert len(crowd.target.pool.held) == 32
+    crowd.happen("silent", 0)
+    for _ in range(8):
+        crowd.happen("fails", 0)
+    crowd.happen("admit", 0)
+    assert crowd.waiting == []
+    assert crowd.parked == []
+    crowd.check()
+    assert TransferId(1) in crowd.target.target._inbound
+    crowd.end()
