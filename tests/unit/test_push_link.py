@@ -5,7 +5,9 @@ whether its process is gone or only does not answer.
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,17 @@ from lamina.push import inbox
 from lamina.push import link as link_module
 from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, RankCard, SenderCard
-from lamina.push.handshake import NONCE_BYTES, nonce, prove, proves
+from lamina.push.handshake import (
+    NONCE_BYTES,
+    BrokenSealError,
+    NoCipherError,
+    Nonces,
+    Seal,
+    check_cipher,
+    nonce,
+    prove,
+    proves,
+)
 from lamina.push.handshake import Side as Proves
 from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
 from lamina.push.link import CONNECTED, Link, listen_at
@@ -190,8 +202,9 @@ def introduce(raw: Raw, incarnation: str, *, secret: bytes = b"") -> LinkMessage
     raw.say(HELLO)
     challenge = raw.hear()
     assert isinstance(challenge, Challenge)
-    assert proves(challenge.proof, secret, Proves.PREFILL, HELLO.nonce, challenge.nonce)
-    raw.say(Proof(prove(secret, Proves.DECODE, HELLO.nonce, challenge.nonce)))
+    nonces = Nonces(HELLO.nonce, challenge.nonce)
+    assert proves(challenge.proof, secret, Proves.PREFILL, nonces)
+    raw.say(Proof(prove(secret, Proves.DECODE, nonces)))
     raw.say(Introduction(card(incarnation)))
     return raw.hear()
 
@@ -201,7 +214,7 @@ def challenge(raw: Raw, *, secret: bytes = b"", version: int = VERSION) -> None:
     hello = raw.hear()
     assert isinstance(hello, Hello)
     mine = nonce()
-    proof = prove(secret, Proves.PREFILL, hello.nonce, mine)
+    proof = prove(secret, Proves.PREFILL, Nonces(hello.nonce, mine))
     raw.say(Challenge(version, mine, proof))
 
 
@@ -442,9 +455,11 @@ def test_who_has_no_secret_is_refused(make: Make, dial: Callable[[Side], Raw], h
         assert isinstance(answer, Challenge)
         proofs.append(
             {
-                "no secret": prove(b"", Proves.DECODE, HELLO.nonce, answer.nonce),
+                "no secret": prove(b"", Proves.DECODE, Nonces(HELLO.nonce, answer.nonce)),
                 "reflected": answer.proof,
-                "of another connection": prove(b"secret", Proves.DECODE, HELLO.nonce, answer.nonce),
+                "of another connection": prove(
+                    b"secret", Proves.DECODE, Nonces(HELLO.nonce, answer.nonce)
+                ),
             }[how]
         )
     raw.say(Proof(proofs[0]))
@@ -555,6 +570,85 @@ def test_what_nobody_understands(
     heard = side.until(expected)
     assert Letter("good", ANNOUNCE) in heard
     assert [item.peer for item in heard if isinstance(item, Lost)] == ["bad"] * after_hello
+
+
+# -- who sits between two that have the secret -----------------------------------------------------
+
+
+class Relay:
+    """Hands on what two sides say, keeps it, and may change it."""
+
+    def __init__(self, listener: socket.socket, port: int) -> None:
+        self.heard: list[bytes] = []
+        self.change: Callable[[bytes], bytes] = lambda data: data
+        decode_side, _ = listener.accept()
+        self.sockets = [decode_side, socket.create_connection(("127.0.0.1", port))]
+        for source, target in (self.sockets, self.sockets[::-1]):
+            threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.heard.append(data)
+                target.sendall(self.change(data))
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.sockets:
+            each.close()
+
+
+def test_who_hands_on_what_others_say_learns_nothing(make: Make, listener: socket.socket) -> None:
+    prefill = make("a prefill engine", listen=True, token="s3cret")
+    decode_side = make("a decode engine", token="s3cret")
+    decode_side.link.send(Letter(address_of(listener), ANNOUNCE))
+    with Relay(listener, prefill.link.port) as relay:
+        assert prefill.until(2)[1] == Letter("a decode engine", ANNOUNCE)
+        decode_side.until(1)
+        said = b"".join(relay.heard)
+        assert said
+        for word in (b"s3cret", b"engine", b"wire", b"end", b"digest", b"announce"):
+            assert word not in said
+
+
+def test_what_is_changed_on_its_way_ends_the_connection(
+    make: Make, listener: socket.socket
+) -> None:
+    prefill = make("P", listen=True, token="s3cret")
+    decode_side = make("D", token="s3cret")
+    decode_side.link.send(Letter(address_of(listener), ANNOUNCE))
+    with Relay(listener, prefill.link.port) as relay:
+        prefill.until(2)
+        relay.change = lambda data: data[:-1] + bytes([data[-1] ^ 1])
+        decode_side.link.send(Letter(address_of(listener), Cancel(ANNOUNCE.attempt)))
+        lost = prefill.until(3)[2]
+        assert isinstance(lost, Lost)
+        assert lost.reason == "what it says is not what it has sealed"
+
+
+def test_without_the_library_that_seals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    with pytest.raises(NoCipherError, match=r"lamina-kv\[push\]"):
+        check_cipher()
+
+
+def test_a_sealed_message_counts_once_and_in_its_turn() -> None:
+    nonces = Nonces(nonce(), nonce())
+    ours, theirs = (Seal(b"secret", Proves.DECODE, nonces) for _ in range(2))
+    first, second, third = (ours.close(b"word") for _ in range(3))
+    assert len({first, second, third}) == 3
+    assert theirs.open(first) == b"word"
+    for wrong in (first, third, b"", Seal(b"secret", Proves.PREFILL, nonces).close(b"word")):
+        other = Seal(b"secret", Proves.DECODE, nonces)
+        other.open(first)
+        with pytest.raises(BrokenSealError):
+            other.open(wrong)
+    assert theirs.open(second) == b"word"
 
 
 # -- who falls silent, or goes -------------------------------------------------------------------
@@ -668,9 +762,13 @@ def test_the_first_connection_of_an_incarnation_is_the_only_one(
     assert third.hear() == Bound(ANNOUNCE.attempt)
 
 
-def test_an_engine_without_a_name_is_refused(make: Make, dial: Callable[[Side], Raw]) -> None:
+@pytest.mark.parametrize("name", ["", "127.0.0.1:9300"])
+def test_an_engine_without_a_name_is_refused(
+    make: Make, dial: Callable[[Side], Raw], name: str
+) -> None:
+    """Letters to an address would go there."""
     side = make("P", listen=True)
-    assert isinstance(introduce(dial(side), ""), Refused)
+    assert isinstance(introduce(dial(side), name), Refused)
     assert side.link.news() == []
 
 

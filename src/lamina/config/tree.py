@@ -167,7 +167,8 @@ class PushConfig(Section):
     token: Annotated[str | None, TEXT.nullable()] = Field(
         default=None,
         description="A secret that both sides must have, and prove to each other without sending "
-        "it. Make it long and random (`openssl rand -hex 32`). What follows is not encrypted.",
+        "it; it seals what they say then. Make it long and random (`openssl rand -hex 32`). The "
+        "cache itself is not encrypted on its way.",
     )
     peers: Annotated[tuple[str, ...], PEERS] = Field(
         default=(),

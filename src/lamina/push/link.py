@@ -22,7 +22,16 @@ from typing import TypeVar
 
 from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, SenderCard
-from lamina.push.handshake import NONCE_BYTES, Side, nonce, prove, proves
+from lamina.push.handshake import (
+    NONCE_BYTES,
+    BrokenSealError,
+    Nonces,
+    Seal,
+    Side,
+    nonce,
+    prove,
+    proves,
+)
 from lamina.push.inbox import Inbox, Mailbox
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
@@ -97,6 +106,8 @@ class Connection:
         box: what has come on it and waits for control.
         queued: messages that wait for the connection to be made.
         full: whether it was closed because too much waited for the peer.
+        ours: seals what is said, if there is a secret to do so, once both have proved it.
+        theirs: opens what is heard.
     """
 
     peer: str
@@ -104,10 +115,17 @@ class Connection:
     box: Mailbox = field(default_factory=Mailbox)
     queued: list[LinkMessage] = field(default_factory=list)
     full: bool = False
+    ours: Seal | None = None
+    theirs: Seal | None = None
 
-    def open(self, writer: asyncio.StreamWriter) -> None:
+    def seal(self, secret: bytes, ours: Side, theirs: Side, nonces: Nonces) -> None:
+        """Both sides have proved the secret: what follows is sealed."""
+        if secret:
+            self.ours, self.theirs = Seal(secret, ours, nonces), Seal(secret, theirs, nonces)
+
+    def open(self, greeted: Connection) -> None:
         """The connection is made: what waited for it goes out."""
-        self.writer = writer
+        self.writer, self.ours, self.theirs = greeted.writer, greeted.ours, greeted.theirs
         queued, self.queued = self.queued, []
         for message in queued:
             self.say(message)
@@ -120,6 +138,8 @@ class Connection:
         if self.full:
             return
         data = encode(message)
+        if self.ours is not None:
+            data = self.ours.close(data)
         self.writer.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         transport = self.writer.transport
         if transport.get_write_buffer_size() > MAX_QUEUED:
@@ -278,10 +298,11 @@ class Link:
         try:
             reader, opened = await self._in_time(_open(connection.peer))
             writer = opened
-            card = await self._meet_prefill(reader, Connection(connection.peer, opened))
+            greeted = Connection(connection.peer, opened)
+            card = await self._meet_prefill(reader, greeted)
             was_open = True
             self._inbox.opened(connection.box, Opened(connection.peer, card.incarnation, card))
-            connection.open(opened)
+            connection.open(greeted)
             await self._converse(reader, connection)
         except TimeoutError:
             reason = f"no answer within {self._silence:g} s"
@@ -307,18 +328,20 @@ class Link:
         """
         mine = nonce()
         connection.say(Hello(VERSION, mine))
-        match await self._hear(reader, MAX_GREETING):
+        match await self._hear(reader, connection, MAX_GREETING):
             case Challenge(version) if version != VERSION:
                 raise LinkClosedError(f"it speaks version {version}, not {VERSION}")
             case Challenge(_, theirs, proof):
-                if not proves(proof, self._secret, Side.PREFILL, mine, theirs):
-                    connection.say(Refused(ANOTHER_TOKEN))
-                    raise LinkClosedError(ANOTHER_TOKEN)
+                nonces = Nonces(decode=mine, prefill=theirs)
             case other:
                 raise LinkClosedError(_unexpected(other, "challenge"))
-        connection.say(Proof(prove(self._secret, Side.DECODE, mine, theirs)))
+        if len(theirs) != NONCE_BYTES or not proves(proof, self._secret, Side.PREFILL, nonces):
+            connection.say(Refused(ANOTHER_TOKEN))
+            raise LinkClosedError(ANOTHER_TOKEN)
+        connection.say(Proof(prove(self._secret, Side.DECODE, nonces)))
+        connection.seal(self._secret, Side.DECODE, Side.PREFILL, nonces)
         connection.say(Introduction(self._card))
-        match await self._hear(reader, MAX_MESSAGE):
+        match await self._hear(reader, connection, MAX_MESSAGE):
             case Welcome(card):
                 return card
             case other:
@@ -368,24 +391,25 @@ class Link:
             LinkClosedError: if it does not want to talk to this side.
         """
         with self._among_strangers(connection):
-            match await self._hear(reader, MAX_GREETING):
+            match await self._hear(reader, connection, MAX_GREETING):
                 case Hello(version) if version != VERSION:
                     raise RefusedError(f"this side speaks version {VERSION}, not {version}")
                 case Hello(_, theirs) if len(theirs) == NONCE_BYTES:
-                    mine = nonce()
+                    nonces = Nonces(decode=theirs, prefill=nonce())
                 case other:
                     raise RefusedError(_unexpected(other, "hello"))
-            proof = prove(self._secret, Side.PREFILL, theirs, mine)
-            connection.say(Challenge(VERSION, mine, proof))
-            match await self._hear(reader, MAX_GREETING):
-                case Proof(proof) if proves(proof, self._secret, Side.DECODE, theirs, mine):
-                    pass
+            mine = prove(self._secret, Side.PREFILL, nonces)
+            connection.say(Challenge(VERSION, nonces.prefill, mine))
+            match await self._hear(reader, connection, MAX_GREETING):
+                case Proof(proof) if proves(proof, self._secret, Side.DECODE, nonces):
+                    connection.seal(self._secret, Side.PREFILL, Side.DECODE, nonces)
                 case Proof() | Refused():
                     raise RefusedError(ANOTHER_TOKEN)
                 case other:
                     raise RefusedError(_unexpected(other, "proof"))
-        match await self._hear(reader, MAX_MESSAGE):
-            case Introduction(card) if not card.incarnation:
+        match await self._hear(reader, connection, MAX_MESSAGE):
+            # A colon is for addresses, which this side would dial.
+            case Introduction(card) if not card.incarnation or ":" in card.incarnation:
                 raise RefusedError("it does not say which run of an engine it is")
             case Introduction(card) if card.incarnation in self._accepted:
                 raise RefusedError(CONNECTED)
@@ -416,14 +440,16 @@ class Link:
             self._warned.add(text)
         log.log(logging.WARNING if new else logging.DEBUG, "%s", text)
 
-    async def _hear(self, reader: asyncio.StreamReader, limit: int) -> LinkMessage:
+    async def _hear(
+        self, reader: asyncio.StreamReader, connection: Connection, limit: int
+    ) -> LinkMessage:
         """What a peer says that this side waits for.
 
         Raises:
             TimeoutError: if it says nothing.
             RefusedError: if it will not.
         """
-        message, _ = await self._in_time(_read(reader, limit))
+        message, _ = await self._in_time(_read(reader, limit, connection.theirs))
         return message
 
     async def _converse(self, reader: asyncio.StreamReader, connection: Connection) -> None:
@@ -433,7 +459,9 @@ class Link:
             while True:
                 await self._room(connection.box)
                 try:
-                    message, size = await self._in_time(_read(reader, MAX_MESSAGE))
+                    message, size = await self._in_time(
+                        _read(reader, MAX_MESSAGE, connection.theirs)
+                    )
                 except TimeoutError:
                     raise PeerSilentError(f"silent for {self._silence:g} s") from None
                 except (OSError, LinkClosedError):
@@ -510,12 +538,17 @@ async def _open(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
         raise OSError(f"{host!r} is not a host: {error}") from None
 
 
-async def _read(reader: asyncio.StreamReader, limit: int) -> tuple[LinkMessage, int]:
+async def _read(
+    reader: asyncio.StreamReader, limit: int, seal: Seal | None
+) -> tuple[LinkMessage, int]:
     """A message of no more than ``limit`` bytes, and its bytes."""
     try:
         size = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
         if size > limit:
             raise MalformedMessageError(f"a message of {size} bytes")
-        return decode(await reader.readexactly(size)), size
+        data = await reader.readexactly(size)
+        return decode(data if seal is None else seal.open(data)), size
     except asyncio.IncompleteReadError as error:
         raise LinkClosedError("the other side has closed the connection") from error
+    except BrokenSealError as error:
+        raise LinkClosedError(str(error)) from error

@@ -36,6 +36,7 @@ from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.addresses import is_among, split_address
 from lamina.push.cards import EngineCard
+from lamina.push.handshake import check_cipher
 from lamina.push.link import Link, listen_at
 
 log = logging.getLogger("lamina.engines.vllm")
@@ -192,6 +193,8 @@ class SchedulerSide:
 
     def _listen(self) -> list[socket.socket]:
         config = self._config.push
+        if config is not None and config.token is not None:
+            check_cipher()
         if config is None or config.listen is None:
             return []
         host, port = split_address(config.listen)
