@@ -1333,6 +1333,29 @@ def test_an_engine_that_ends_holds_nothing_for_a_destination() -> None:
     assert not source.source.pending
 
 
+def test_a_request_that_runs_out_when_an_engine_is_told_to_end_is_pushed() -> None:
+    """If its destination comes while it runs. It is not held for one."""
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 32)
+    source.source.end(at_once=False)
+    source.hear(announce())
+    assert source.said() == [Bound(ATTEMPT)]
+    *_, order = source.step(32, 56)
+    assert order.last
+
+
+def test_a_request_without_a_destination_is_not_held_when_an_engine_ends() -> None:
+    source = Source()
+    source.admit()
+    source.step(0, 56)
+    source.source.end(at_once=False)
+    source.finish()
+    assert source.pool.held == set()
+    assert not source.source.pending
+
+
 def test_what_is_bound_when_an_engine_is_told_to_end_is_sent() -> None:
     source = bound(Source())
     source.said()

@@ -492,6 +492,9 @@ class PushSource:
         if loading or computed < self._end(out):  # the engine counts what is being loaded
             self._fail(out, "the prefill ended before the whole prompt was computed")
             return
+        if self._ending and out.announce is None:
+            self._fail(out, self._ending)
+            return
         out.tables = tuple(tuple(table) for table in blocks)
         null = self._shape.null_block
         held = tuple(block for table in out.tables for block in table if block != null)
@@ -721,15 +724,16 @@ class PushSource:
         return any(out.held is not None for out in self._outbound.values())
 
     def end(self, *, at_once: bool) -> None:
-        """The engine ends, and takes on nothing new.
+        """The engine ends. Requests that are here may still run out, and are pushed; no other will
+        come, and what has run out is held for nobody.
 
         Args:
-            at_once: whether nothing more will be sent; else what is bound still is, as long as its
-                request goes on.
+            at_once: whether nothing more will be sent.
         """
         self._ending = ENDING
         for out in list(self._outbound.values()):
-            if at_once or out.stage is Stage.WAITING:
+            waits = out.stage is Stage.WAITING and (not out.request or out.tables is not None)
+            if at_once or waits:
                 self._fail(out, ENDING)
 
     def _open_peer(self, peer: str, card: EngineCard) -> None:
@@ -756,7 +760,7 @@ class PushSource:
         if peer not in self._open or not 0 < patience <= LONGEST_PATIENCE:
             return
         out = self._outbound.get(push)
-        refusal = self._ending or self._refusals.get(peer, "") or self._declined.get(push, "")
+        refusal = self._refusal(peer, out) or self._declined.get(push, "")
         if out is not None and out.peer not in ("", peer):
             refusal = OF_ANOTHER
         if refusal:
@@ -770,6 +774,12 @@ class PushSource:
             out.peer, out.expires = peer, now + patience
             self._say_where(out)
 
+    def _refusal(self, peer: str, out: Outbound | None) -> str:
+        """Why nothing can be pushed to a decode engine, or nothing of that push; else empty."""
+        if self._ending and (out is None or not out.request):
+            return self._ending
+        return self._refusals.get(peer, "")
+
     def _say_where(self, out: Outbound) -> None:
         """Whether its request is here."""
         if out.peer:
@@ -782,7 +792,7 @@ class PushSource:
         if self._under_way(peer, attempt) is not None:
             return
         out = self._outbound.get(attempt.push)
-        refusal = self._ending or self._refusals.get(peer, "")
+        refusal = self._refusal(peer, out)
         if self._endings.over(peer, attempt.epoch):
             refusal = "over"
         elif not 0 < announce.patience <= LONGEST_PATIENCE:
