@@ -590,6 +590,46 @@ def test_nobody_goes_past_one_that_waits_for_room() -> None:
     assert target.weigh(small, 32).end == 55
 
 
+OTHER = "10.0.0.2:9300"
+
+
+def test_a_prefill_engine_that_hangs_leaves_the_others_room() -> None:
+    """Of 64 blocks half may be parked, and half of that for each of two."""
+    target = Target(blocks=64)
+    for number in range(4):
+        assert target.admit(target.arrive(number))
+    elsewhere = target.arrive(4, address=OTHER)
+    here = target.arrive(5)
+    assert target.weigh(here) == WAIT
+    assert target.admit(elsewhere), "nothing that others wait for is its"
+    for number in range(6, 9):
+        assert target.admit(target.arrive(number, address=OTHER))
+    assert target.weigh(target.arrive(9, address=OTHER)) == WAIT
+    target.report(elsewhere)
+    target.wait(0)
+    assert target.weigh(here) == WAIT
+    assert target.admit(target.arrive(10, address=OTHER))
+
+
+def test_one_alone_has_all_the_room() -> None:
+    target = Target(blocks=64)
+    for number in range(8):
+        assert target.admit(target.arrive(number))
+    assert target.weigh(target.arrive(8)) == WAIT
+    assert target.weigh(target.arrive(9, address=OTHER)) == WAIT, "and what waits goes first"
+
+
+def test_one_that_is_larger_than_the_share_of_its_prefill_engine_goes_alone() -> None:
+    target = Target(blocks=14)
+    target.arrive(0, address=OTHER)
+    first, second = target.arrive(1), target.arrive(2)
+    assert target.admit(first)
+    assert target.weigh(second) == WAIT
+    target.report(first)
+    target.wait(0)
+    assert target.admit(second)
+
+
 def test_what_never_fits_is_computed_here() -> None:
     target = Target(blocks=7)
     assert target.weigh(target.arrive(0)) == Offer(0, "too_large")

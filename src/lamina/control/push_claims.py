@@ -134,6 +134,10 @@ class Claims:
         """What is claimed from one prefill engine."""
         return [claimed for claimed in self._claimed.values() if claimed.address == address]
 
+    def only_from(self, address: str) -> bool:
+        """Whether nothing is claimed from another prefill engine, or was a while ago."""
+        return not self._renewals.keys() - {address}
+
     def add(self, record: RequestRecord, now: float) -> Claimed:
         """Claim what is computed for a request that has no blocks yet."""
         request_id, push = record.view.request_id, record.view.push

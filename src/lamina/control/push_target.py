@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
 from math import inf
 
@@ -22,6 +21,7 @@ from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
 from lamina.control.push_claims import ANSWER_SHARE, Backlog, Claimed, Claims, Whereabouts
 from lamina.control.push_inbound import GiveUp, Inbound, Offer, Stage
+from lamina.control.push_room import Fit, Room
 from lamina.control.requests import ChunkShape, RequestRecord
 from lamina.control.transfers import Kind, State, Transfer, TransferTable
 from lamina.geometry import GroupKind
@@ -113,11 +113,9 @@ class PushTarget:
         self._open: dict[str, SenderCard] = {}
         self._cost = cost
         self._min_tokens = shape.chunk_tokens if config.min_tokens == "auto" else config.min_tokens
-        self._max_parked = int(config.max_parked * card.ranks[0].num_blocks)
+        self._room = Room(int(config.max_parked * card.ranks[0].num_blocks))
         self._claims = Claims(config.deadline, self.letters)
         self._inbound: dict[TransferId, Inbound] = {}
-        self._blocks: Counter[Stage] = Counter()
-        self._crowded_in = -1
         self._backlog = Backlog(config.deadline / ANSWER_SHARE)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
@@ -138,7 +136,7 @@ class PushTarget:
         return (
             claimed is not None
             and claimed.crowded is not None
-            and self._crowded_in == step
+            and self._room.is_crowded(claimed.address, step)
             and self._now - claimed.crowded < self._config.deadline
         )
 
@@ -151,8 +149,7 @@ class PushTarget:
             record: the request.
             floor: tokens that the engine has.
             start: tokens that it will have without the push.
-            step: the step that is being scheduled. Requests are asked about in the order in which
-                the engine would begin them: where there is no room for one, nobody goes past it.
+            step: the step that is being scheduled.
             now: control's clock.
         """
         end, why = self.reach(record)
@@ -161,7 +158,7 @@ class PushTarget:
         if end - start < self._min_tokens:
             return Offer(0, "below_min_tokens")
         need = self._shape.pushed_blocks(floor, start, end)
-        if need > self._max_parked:
+        if need > self._room.most:
             return Offer(0, "too_large")
         claimed = self._claims.add(record, now)
         compute = self._cost.costs.prefill_seconds(start, end)
@@ -170,15 +167,14 @@ class PushTarget:
         ):
             self._forgo(claimed, compute)
             return Offer(0, record.push_over)
-        if self._crowded_in != step and self._blocks.total() + need <= self._max_parked:
+        alone = self._claims.only_from(claimed.address)
+        fit = self._room.fit(claimed.address, need, alone=alone, step=step)
+        if fit is Fit.NOW:
             return Offer(end)
         if claimed.crowded is None:
             claimed.crowded = now
         too_long = now - claimed.crowded >= self._config.deadline
-        if too_long or self._blocks[Stage.QUARANTINED] + need > self._max_parked:
-            return Offer(0, "no_room")
-        self._crowded_in = step
-        return Offer(0, "no_room", ask_again=True)
+        return Offer(0, "no_room", ask_again=fit is Fit.LATER and not too_long)
 
     def abandoned(self, request_id: str) -> None:
         """A request has ended; if it never got blocks, nothing is needed of its push."""
@@ -252,7 +248,7 @@ class PushTarget:
             self._breaker_of(push.prefill).ordered(),
         )
         self._inbound[transfer.id] = inbound
-        self._blocks[inbound.stage] += len(held)
+        self._room.park(inbound.address, len(held))
         record.receive = transfer.id
         patience = self._config.deadline
         self.orders.append(ReceiveOrder(transfer.id, view.request_id, patience))
@@ -317,7 +313,7 @@ class PushTarget:
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and inbound.stage is Stage.ANNOUNCED:
                         inbound.whereabouts.here = True
-                        self._enter(inbound, Stage.BOUND)
+                        inbound.stage = Stage.BOUND
                 case Letter(peer, Failed(attempt, _)) if attempt.epoch == NO_EPOCH:
                     if (claimed := self._claims.named(peer, attempt.push)) is not None:
                         self._claims.remove(claimed.record.view.request_id)
@@ -349,12 +345,6 @@ class PushTarget:
         else:
             spoken_of = self._meant(peer, attempt)
         return None if spoken_of is None else spoken_of.whereabouts
-
-    def _enter(self, inbound: Inbound, stage: Stage) -> None:
-        blocks = len(inbound.lease.blocks)
-        self._blocks[inbound.stage] -= blocks
-        self._blocks[stage] += blocks
-        inbound.stage = stage
 
     def give_up(self, transfer: TransferId, reason: str, cause: GiveUp = GiveUp.CANCELLED) -> None:
         """A push will not be waited for any longer.
@@ -395,7 +385,8 @@ class PushTarget:
         if good or inbound.untold:
             self._release(transfer.id)
             return
-        self._enter(inbound, Stage.QUARANTINED)
+        inbound.stage = Stage.QUARANTINED
+        self._room.quarantine(inbound.address, len(inbound.lease.blocks))
         self._asks.setdefault(inbound.address, self._now + self._config.silence)
 
     def _failed(self, transfer: Transfer, inbound: Inbound, reason: str) -> None:
@@ -539,17 +530,16 @@ class PushTarget:
 
     def _release(self, transfer: TransferId) -> None:
         inbound = self._inbound.pop(transfer)
-        self._blocks[inbound.stage] -= len(inbound.lease.blocks)
+        quarantined = inbound.stage is Stage.QUARANTINED
+        self._room.leave(inbound.address, len(inbound.lease.blocks), quarantined=quarantined)
         inbound.lease.release()
 
     def gauges(self) -> None:
         """Write to the meter what blocks are leased for, and which prefill engines are connected
         and used. One that was never reached is only told of while it is not used: requests name
         them, rightly or not."""
-        quarantined = self._blocks[Stage.QUARANTINED]
-        parked = self._blocks.total() - quarantined
-        self._meter.gauge("push_blocks", parked, state="parked")
-        self._meter.gauge("push_blocks", quarantined, state="quarantined")
+        self._meter.gauge("push_blocks", self._room.parked, state="parked")
+        self._meter.gauge("push_blocks", self._room.quarantined, state="quarantined")
         self._meter.gauge("push_links", len(self._open), side="prefill")
         for address, breaker in self._breakers.items():
             if address in self._open or not breaker.closed:
