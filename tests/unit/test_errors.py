@@ -22,7 +22,7 @@ from lamina.observe.timeline import Timeline
 ROWS = [line.strip("| ").split(" | ") for line in table().splitlines()[2:]]
 LEAVES = [row[0].strip("`") for row in ROWS if row[1] != "null or the keys below"]
 SECTIONS = sorted({key.rpartition(".")[0] for key in LEAVES})
-WRONG: list[object] = [[], {"a": 1}, -1, math.nan, "", "  ", 10**400, object(), b"x", ["auto"]]
+WRONG: list[object] = [[[]], {"a": 1}, -1, math.nan, "", "  ", 10**400, object(), b"x", ["a b"]]
 
 
 def problems(key: str, value: object) -> tuple[str, ...]:
