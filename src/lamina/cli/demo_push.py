@@ -22,7 +22,7 @@ from lamina.cli.demo_server import Answer, Server, ServerError, vllm_server
 from lamina.observe.timeline import Lane, Span, read_trace
 
 _SHOWN_ROWS = 10
-_BAR_WIDTH = 32
+_BAR_WIDTH = 30
 
 
 @dataclass(frozen=True, slots=True)
