@@ -469,8 +469,10 @@ def test_who_has_no_secret_is_refused(make: Make, dial: Callable[[Side], Raw], h
     assert side.link.news() == []
 
 
-def test_what_a_stranger_may_say_is_short(make: Make, dial: Callable[[Side], Raw]) -> None:
-    """Nobody reads, or takes apart, what is longer."""
+def test_what_a_stranger_may_say_is_short(
+    make: Make, dial: Callable[[Side], Raw], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody reads, or takes apart, what is longer. It is said once."""
     side = make("P", listen=True)
     before, after = dial(side), dial(side)
     before.connection.sendall((MAX_GREETING + 1).to_bytes(LENGTH_BYTES, "little"))
@@ -479,6 +481,8 @@ def test_what_a_stranger_may_say_is_short(make: Make, dial: Callable[[Side], Raw
     assert isinstance(after.hear(), Challenge)
     after.connection.sendall((MAX_GREETING + 1).to_bytes(LENGTH_BYTES, "little"))
     assert after.hear() is None
+    (said,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "somebody who is no decode engine" in said.getMessage()
 
 
 def test_strangers_leave_room_for_others(

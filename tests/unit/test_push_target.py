@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import cast
 
 import pytest
@@ -938,3 +939,20 @@ def test_nobody_is_believed_about_a_push_that_was_given_up() -> None:
     target.target.give_up(TransferId(record.receive or 0), CANCELLED)
     target.hear(OPENED)
     assert target.target.senders == []
+
+
+# -- when time alone changes something ------------------------------------------------------------
+
+
+def test_an_idle_engine_is_to_step_when_a_peer_is_to_be_asked_or_a_quarantine_ends() -> None:
+    target, record, attempt = announced()
+    assert target.target.due == inf
+    target.hear(lost())
+    target.fail(record)
+    assert target.target.due == SILENCE
+    target.wait(SILENCE)
+    assert target.target.due == 2 * SILENCE, "it was asked, and has not answered"
+    target.hear(OPENED, Fenced(attempt, clean=True))
+    assert target.target.due == SILENCE + SETTLE_SECONDS
+    target.wait(SETTLE_SECONDS)
+    assert target.target.due == inf

@@ -369,7 +369,11 @@ class Link:
                 await self._in_time(writer.drain())
         except TimeoutError:
             reason = "no answer in time"
-        except (OSError, LinkClosedError, MalformedMessageError) as error:
+        except MalformedMessageError as error:
+            reason = str(error)
+            if not connection.peer:
+                self._warn(f"somebody who is no decode engine has connected: {_printable(reason)}")
+        except (OSError, LinkClosedError) as error:
             reason = str(error)
         except asyncio.CancelledError:
             pass  # this side ends; asyncio's server would complain of a task that was cancelled
