@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver
@@ -273,15 +274,15 @@ class Engine:
         self.spec = spec
         self._log = log
         self._pipe, theirs = multiprocessing.Pipe()
-        with (
-            child_environment(spec.environment if fresh else {}, spec.runner),
-            _server(spec.runner),
-        ):
-            context = multiprocessing.get_context("spawn" if fresh else "forkserver")
-            self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
-                target=_run_child, args=(theirs, spec, log), name="engine"
-            )
-            self.process.start()
+        self.process: BaseProcess
+        if fresh:
+            context = multiprocessing.get_context("spawn")
+            arguments = theirs, spec, log
+            self.process = context.Process(target=_run_child, args=arguments, name="engine")
+            with child_environment(spec.environment, spec.runner):
+                self.process.start()
+        else:
+            self.process = fork(_run_child, theirs, spec, log, runner=spec.runner)
         theirs.close()
         try:
             self._receive("start", START_SECONDS)
@@ -525,13 +526,26 @@ def enter_child(log: Path) -> None:
     os.setpgid(0, 0)
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
+_FORKING = threading.Lock()
 _SERVERS: dict[Runner | None, forkserver.ForkServer] = {}
+
+
+def fork(
+    function: Callable[..., None], *arguments: object, runner: Runner | None = None
+) -> BaseProcess:
+    """A process that runs ``function``, started; forked from one that has imported this runner's
+    vLLM (see :mod:`engine.preloaded`)."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=function, args=arguments, name="engine")
+    with _FORKING, child_environment({}, runner), _server(runner):
+        process.start()
+    return process
 
 
 @contextlib.contextmanager

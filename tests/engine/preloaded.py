@@ -13,12 +13,14 @@ import multiprocessing
 
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.executor import multiproc_executor
 
 import engine.child  # noqa: F401
 
 LATER = (
     "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.entrypoints.launchers.api_server.entry",
     "vllm.entrypoints.launchers.cli_args",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.plugins.lora_resolvers.filesystem_resolver",
@@ -38,8 +40,10 @@ type(current_platform).register_triton_kernel_overrides = classmethod(lambda pla
 # a GPU: ten seconds for each, on a machine that is as new as CI's.
 registry._run_in_subprocess = lambda look: look()
 
-# Ranks are forked from their engine instead of importing all of it again.
-multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+# Engines are forked from their server, and ranks from their engine, instead of importing all of it
+# again.
+for starts in (engine_utils, multiproc_executor):
+    starts.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 # A collection looks at every object that there is, and an engine starts with five of them. Nothing
 # that was imported will ever be garbage.

@@ -92,7 +92,7 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_mistake_stops_the_server_with_a_reason(llama: Path, fleet: Fleet) -> None:
     spec = EngineSpec(llama, {"hots": {"capacity": "1GiB"}})
-    with pytest.raises(ServerEnded) as end:
-        Server(spec, fleet.next_log())
+    with pytest.raises(ServerEnded) as end, Server(spec, fleet.next_log()):
+        pass
     assert end.value.code != 0
     assert "hots: unknown key; did you mean host" in str(end.value)
