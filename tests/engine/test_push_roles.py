@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
-from engine.driver import Ask, EngineSpec, Fleet, differences
+from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
 from engine.models import Checkpoints
 from engine.pair import PairSpec, shared_pair
 from engine.test_push import options_of
 from engine.workload import CHUNK, prompt
+from lamina.bench.ports import free_port
 
 pytestmark = pytest.mark.engine
 
 OPTIONS: dict[str, Any] = {"max_num_batched_tokens": 192}
+WITH_DEFAULT_POLICY = {"kv_load_failure_policy": "fail"}
 
 
 def keeps_freed_blocks_back(core: Any) -> bool:
@@ -47,6 +49,17 @@ def test_a_push_with_any_role(llama: Path, fleet: Fleet, prefill: str, decode: s
         # A consumer that saves nothing finds nothing, either.
         assert (saved, hit) == (role == "kv_producer", False)
         assert f"kv_role: {role}: prompts are" in engine.log()
+
+
+def test_what_may_not_do_as_it_seems_is_said_at_the_start(llama: Path, start: Start) -> None:
+    push = {"listen": f"0.0.0.0:{free_port()}"}
+    engine = start(EngineSpec(llama, {**SMALL, "push": push}, transfer=WITH_DEFAULT_POLICY))
+    for words in (
+        "kv_load_failure_policy: fail: a request whose push fails",
+        "push.token: not set, and push.listen is 0.0.0.0",
+    ):
+        (line,) = (line for line in engine.log().splitlines() if words in line)
+        assert "WARNING" in line
 
 
 @pytest.mark.slow
