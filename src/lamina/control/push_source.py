@@ -530,7 +530,8 @@ class PushSource:
             elif out.stage is Stage.STOPPED:
                 self._let_go(out, now)
             # Until the engine says more, what this step computes is all that there is.
-            out.noted = replace(out.progress, computed=out.progress.planned)
+            if (noted := out.noted).computed != noted.planned:
+                out.noted = replace(noted, computed=noted.planned)
 
     def _let_go(self, out: Outbound, now: float) -> None:
         """Of a push that nobody will believe, do not hold the blocks for ever that a peer which is
