@@ -425,7 +425,7 @@ def test_blocks_of_a_request_that_has_ended_are_held_for_its_destination() -> No
     source.step(0, 56)
     source.finish()
     assert source.pool.held == {10, 11, 12, 13}
-    assert source.source.pending
+    assert source.source.due == DEADLINE
     source.hear(announce())
     (order,) = source.step()
     assert (pages(order), order.computed, order.last) == (
@@ -963,6 +963,8 @@ def test_what_is_claimed_is_held_for_as_long_as_it_is_claimed() -> None:
     source.connect()
     compute(source, source.record)
     for _ in range(10):
+        assert not source.source.pending, "nothing is done for it until then"
+        assert source.source.due == source.now + DEADLINE
         source.now += 0.9 * DEADLINE
         source.hear(CLAIM)
         source.step()

@@ -745,10 +745,10 @@ class Planner:
     def push_wait(self) -> float:
         """Seconds after which a step changes something of a push although nobody has said
         anything; infinite if none does."""
-        if self._target is None:
+        if self._source is None or self._target is None:
             return inf
         # What is longer than a step counts as less, see the clock.
-        wait = self._target.due - self._clock.now
+        wait = min(self._source.due, self._target.due) - self._clock.now
         return wait if wait == inf else max(0.0, min(wait, self._clock.longest))
 
     def gauges(self) -> None:

@@ -721,8 +721,17 @@ class PushSource:
 
     @property
     def pending(self) -> bool:
-        """Whether a request has ended and waits for its destination."""
-        return any(out.held is not None for out in self._outbound.values())
+        """Whether something of a prompt that has ended is to be sent in a later step."""
+        return any(
+            out.held is not None and out.announce is not None for out in self._outbound.values()
+        )
+
+    @property
+    def due(self) -> float:
+        """Control's clock at the next moment when :meth:`plan` gives up a prompt that is held for
+        a destination; infinite if there is none."""
+        outbound = self._outbound.values()
+        return min((out.expires for out in outbound if out.held is not None), default=inf)
 
     def end(self, *, at_once: bool) -> None:
         """The engine ends. Requests that are here may still run out, and are pushed; no other will

@@ -309,9 +309,13 @@ class SchedulerSide:
         # Time alone ends quarantines, and prompts that wait for their destination.
         self._moved |= not plan.is_empty or self._planner.leased_blocks != leased
         self._exchange()
-        if self._link is not None:
-            self._link.remind(self._planner.push_wait)
+        self._remind()
         return LaminaPlan(plan)
+
+    def _remind(self) -> None:
+        """Have a step when one is needed, although nobody asks for anything until then."""
+        if self._link is not None:
+            self._link.remind(self.planner.push_wait)
 
     def receive(self, output: KVConnectorOutput) -> None:
         """Take in what the ranks report."""
@@ -353,6 +357,7 @@ class SchedulerSide:
         self._planner.finished(request.request_id, computed, blocks, push=push)
         self._moved = True  # its prompt is counted by now
         self._exchange()
+        self._remind()
 
     def stats(self) -> LaminaStats | None:
         """Figures since the last call; None if nothing has moved."""
