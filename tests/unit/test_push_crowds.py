@@ -28,7 +28,7 @@ PROMPT, OUTPUT = 512, 200
 PROMPT_BLOCKS = PROMPT // BLOCK
 ALL_BLOCKS = -(-(PROMPT + OUTPUT) // BLOCK)
 STEP = 0.05
-DECODE, PREFILL = "decode", "10.0.0.1:9300"
+DECODE = "decode"
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +173,8 @@ class Server:
         progress = [(job.request_id, job.computed, job.computed + n) for job, n in ran]
         plan = self.planner.plan_step(progress, forward=bool(ran))
         self.exchange()
-        for order in plan.push.receives:
-            self.deadlines[order.transfer] = self.world.now + order.deadline
+        for receive in plan.push.receives:
+            self.deadlines[receive.transfer] = self.world.now + receive.deadline
         for transfer in plan.push.give_ups:
             self.end(transfer, Outcome.FAILED, "given_up")
         for transfer, due in list(self.deadlines.items()):
@@ -256,51 +256,63 @@ class Server:
 
 
 class World:
-    """Two engines and a router, which cancels a prefill when the decode engine has answered.
+    """Engines, and a router which cancels a prefill when the decode engine has answered.
 
     Args:
         decode_blocks: of the decode engine.
-        prefill_blocks: of the prefill engine.
-        prefill_tokens: that the prefill engine computes in a step.
+        prefill_blocks: of each prefill engine.
+        prefill_tokens: that a prefill engine computes in a step.
+        prefills: how many of these there are.
     """
 
-    def __init__(self, decode_blocks: int, prefill_blocks: int, prefill_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        decode_blocks: int,
+        prefill_blocks: int,
+        prefill_tokens: int = 512,
+        prefills: int = 1,
+    ) -> None:
         self.now = 0.0
-        self.hung = False
+        self.hung: set[Server] = set()
         self.claims = True
         self.decode = Server(self, DECODE, decode_blocks, 512)
-        self.prefill = Server(self, PREFILL, prefill_blocks, prefill_tokens)
-        self.decode.inbox.append(Opened(PREFILL, PREFILL))
-        opened = Opened(DECODE, DECODE, card(DECODE, decode_blocks))
-        self.prefill.inbox.append(opened)
-        self.on_the_way: list[Job] = []
+        self.prefills = [
+            Server(self, f"10.0.0.{number}:9300", prefill_blocks, prefill_tokens)
+            for number in range(prefills)
+        ]
+        for prefill in self.prefills:
+            self.decode.inbox.append(Opened(prefill.name, prefill.name))
+            prefill.inbox.append(Opened(DECODE, DECODE, card(DECODE, decode_blocks)))
+        self.on_the_way: dict[Server, list[Job]] = {prefill: [] for prefill in self.prefills}
         self.asked = 0.0
         self.count = 0
 
     def carry(self, sender: str, letter: Letter) -> None:
-        to = self.prefill if sender == DECODE else self.decode
         if self.claims or not isinstance(letter.message, Claim):
+            (to,) = (s for s in (self.decode, *self.prefills) if s.name == letter.peer)
             to.inbox.append(Letter(sender, letter.message))
 
     def ask(self, *, pushed: bool = True, refused: bool = False) -> Job:
         self.count += 1
         name = f"request {self.count}"
         push = f"push {self.count}"
-        here = PushParameters(push, PREFILL) if pushed else None
+        prefill = self.prefills[self.count % len(self.prefills)]
+        here = PushParameters(push, prefill.name) if pushed else None
         job = Job(name, self.count, here, OUTPUT, self.now)
         self.decode.submit(job)
         if pushed and not refused:
-            self.on_the_way.append(Job(name, self.count, PushParameters(push, None), 1, self.now))
+            there = Job(name, self.count, PushParameters(push, None), 1, self.now)
+            self.on_the_way[prefill].append(there)
         return job
 
-    def _serve_prefill(self) -> None:
-        on_the_way, self.on_the_way = self.on_the_way, []
-        for job in on_the_way:
-            self.prefill.submit(job)
+    def _serve(self, prefill: Server) -> None:
+        for job in self.on_the_way[prefill]:
+            prefill.submit(job)
+        self.on_the_way[prefill].clear()
         answered = {job.number for job in self.decode.jobs if job.generated}
-        for job in [job for job in self.prefill.queue if job.number in answered]:
-            self.prefill.abort(job)
-        self.prefill.step()
+        for job in [job for job in prefill.queue if job.number in answered]:
+            prefill.abort(job)
+        prefill.step()
 
     def run(self, seconds: float, *, rate: float = 0.0, refused: bool = False) -> None:
         """Time passes, and ``rate`` requests a second come."""
@@ -311,8 +323,9 @@ class World:
                 self.asked -= 1
                 self.ask(refused=refused)
             self.decode.step()
-            if not self.hung:
-                self._serve_prefill()
+            for prefill in self.prefills:
+                if prefill not in self.hung:
+                    self._serve(prefill)
             self.now += STEP
 
     @property
@@ -344,7 +357,7 @@ def test_a_decode_engine_that_is_full_computes_no_prompt_that_was_prefilled(cach
     assert all(job.done is not None for job in world.decode.jobs)
     assert world.computed_by_decode < 0.05
     assert len(world.decode.pool.spare) == CONCURRENT * ALL_BLOCKS
-    assert len(world.prefill.pool.spare) == cache * PROMPT_BLOCKS
+    assert len(world.prefills[0].pool.spare) == cache * PROMPT_BLOCKS
 
 
 def test_it_would_without_claims() -> None:
@@ -377,7 +390,7 @@ def test_a_prefill_engine_that_hangs_leaves_the_rest_to_everybody() -> None:
     """Its connection lives, and nothing of it is ever fenced."""
     world = World(CONCURRENT * ALL_BLOCKS, 32 * PROMPT_BLOCKS)
     world.run(5, rate=CAPACITY)
-    world.hung = True
+    world.hung.update(world.prefills)
     world.run(10, rate=4 * CAPACITY)
     assert world.decode.queue
     job = world.ask(pushed=False)
@@ -386,6 +399,23 @@ def test_a_prefill_engine_that_hangs_leaves_the_rest_to_everybody() -> None:
     world.run(300)
     assert all(job.done is not None for job in world.decode.jobs)
     assert len(world.decode.pool.spare) >= CONCURRENT * ALL_BLOCKS // 2
+
+
+def test_a_prefill_engine_that_hangs_takes_nothing_from_another() -> None:
+    """What is parked for the one stays, what is parked for the other goes."""
+    world = World(CONCURRENT * ALL_BLOCKS, 32 * PROMPT_BLOCKS, prefills=2)
+    world.run(5, rate=CAPACITY)
+    world.hung.add(world.prefills[0])
+    world.run(35, rate=2 * CAPACITY)
+    before = len(world.decode.jobs)
+    world.run(120, rate=CAPACITY / 4)
+    world.run(120)
+    assert all(job.done is not None for job in world.decode.jobs)
+    later = [job for job in world.decode.jobs[before:] if job.push is not None]
+    healthy = [job for job in later if job.push and job.push.prefill == world.prefills[1].name]
+    assert len(healthy) > 20
+    assert not [job for job in healthy if job.own > BLOCK]
+    assert all(job.own > BLOCK for job in later if job not in healthy)
 
 
 def test_a_prefill_engine_whose_front_refuses_costs_a_second_each() -> None:

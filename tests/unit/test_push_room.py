@@ -22,6 +22,7 @@ from lamina.push.messages import (
     Claim,
     Failed,
     Fenced,
+    LinkMessage,
     Queued,
 )
 
@@ -97,7 +98,7 @@ class Crowd:
         epochs = [*self.attempts, NO_EPOCH]
         epoch = epochs[index % len(epochs)]
         attempt = self.attempts.get(epoch) or Attempt(f"push {index % 9}", NO_EPOCH)
-        words = {
+        words: dict[str, LinkMessage] = {
             "absent": Absent(attempt),
             "queued": Queued(attempt),
             "bound": Bound(attempt),
