@@ -310,6 +310,20 @@ def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
     expect_usable(doomed, alone)
 
 
+def test_prefill_is_told_to_end(llama: Path, start: Start, alone: Engine) -> None:
+    """It says what it will not send, so that nothing is quarantined for as long as this test is."""
+    spec = PairSpec(llama, SMALL_STEPS, push={**SHORT, "quarantine": 3600.0}, decode={"seed": 3})
+    prefill, decode = spec.engines()
+    pair = Pair(start(prefill), start(decode), spec.address)
+    pair.submit_prefill([OTHERS[0]], [pair.name_push()])  # nobody will ask for it
+    names = pair.submit_decode([LONG], [pair.name_push()])
+    pair.step_until(lambda: pair.decode.metrics().total("lamina_push_blocks", state="parked") > 0)
+    pair.prefill.close()
+    pair.freeze(pair.prefill)
+    assert not differences(pair.finish(names), [alone.ask(LONG)])
+    pair.settle()
+
+
 @pytest.mark.slow
 def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone: Engine) -> None:
     """Not every request pays for the first failures."""
