@@ -427,6 +427,23 @@ def test_another_incarnation_is_asked_too() -> None:
     assert target.pool.held == set()
 
 
+@pytest.mark.parametrize("fate", Fate)
+def test_another_incarnation_does_not_answer_for_what_the_former_one_has_sent(fate: Fate) -> None:
+    """Its workers may live on for a while, and so may bytes in the network."""
+    target, record, attempt = announced()
+    anew = Opened(P, "two", SenderCard("two", False, ("end",)))
+    target.hear(OPENED)
+    target.hear(lost(fate=fate))
+    target.fail(record)
+    target.hear(anew, Fenced(attempt, clean=True))
+    target.wait(SETTLE_SECONDS)
+    target.hear(anew, Fenced(attempt, clean=True))
+    target.wait(QUARANTINE - SETTLE_SECONDS - 1)
+    assert target.pool.held
+    target.wait(1)
+    assert target.pool.held == set()
+
+
 def test_what_was_never_said_holds_nothing() -> None:
     target = Target()
     record = target.order()

@@ -246,6 +246,7 @@ class PushTarget:
             Whereabouts(self._now) if claimed is None else claimed.whereabouts,
             compute,
             self._breaker_of(push.prefill).ordered(),
+            incarnation=peer.incarnation if (peer := self._open.get(push.prefill)) else "",
         )
         self._inbound[transfer.id] = inbound
         self._room.park(inbound.address, len(held))
@@ -299,7 +300,7 @@ class PushTarget:
         for item in news:
             match item:
                 case Opened(peer, _, SenderCard() as card):
-                    self._opened(peer, card)
+                    self._opened(peer, card, now)
                 case Lost():
                     self._lost(item, now)
                 case Letter(peer, Queued(attempt)):
@@ -462,16 +463,21 @@ class PushTarget:
             ends = ends_of_senders(peer, ranks, replicated=replicated)
             self.senders.append(SendersOrder(TransferId(inbound.attempt.epoch), ends))
 
-    def _opened(self, address: str, card: SenderCard) -> None:
+    def _opened(self, address: str, card: SenderCard, now: float) -> None:
         self._open[address] = card
-        # Not even another incarnation is a fence by itself: what was announced while the former one
-        # was dying may have waited for this connection. It will answer.
+        # What was announced while a former incarnation was dying may have waited for this
+        # connection: only its answer is a fence. It does not answer for what the former one has
+        # sent: workers may outlive their engine, and bytes their sender.
         self._asks.pop(address, None)
         for inbound in self._inbound.values():
             if inbound.address != address:
                 continue
             if not inbound.fenced:
+                if inbound.incarnation not in ("", card.incarnation):
+                    sent = min(inbound.until, now + self._config.quarantine)
+                    inbound.lingering = max(inbound.lingering, sent)
                 inbound.until = inf
+            inbound.incarnation = card.incarnation
             if inbound.reason:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
             else:
@@ -525,7 +531,7 @@ class PushTarget:
         inbound = self._inbound.get(transfer)
         if inbound is not None:
             inbound.fenced = True
-            inbound.until = min(inbound.until, until)
+            inbound.until = min(inbound.until, max(until, inbound.lingering))
             self.give_up(transfer, "ended by the prefill engine", GiveUp.FAILED)
 
     def _release(self, transfer: TransferId) -> None:
