@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lamina.control import push_source
 from lamina.data import push_receives
 
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(push_receives, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr(push_source, "DESTINATION_WAIT", 0.0)
     caplog.set_level(logging.CRITICAL, "lamina")

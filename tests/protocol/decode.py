@@ -3,16 +3,18 @@ memory that knows what was written to it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina.control.leases import LeaseBook
-from lamina.control.push_target import CANCELLED, PushTarget
+from lamina.control.push_target import CANCELLED, Offer, PushTarget
 from lamina.control.requests import PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.data.push_receives import Receives
 from lamina.geometry import GroupKind
 from lamina.plan import TransferId
-from lamina.push.letters import Fate, Letter, Lost, News, Opened
+from lamina.push.inbox import Inbox, Mailbox
+from lamina.push.letters import Letter
 from lamina.push.messages import Delivered, encode
 from lamina.push.transports.base import Notice, Peer
 from protocol.engine import (
@@ -20,7 +22,8 @@ from protocol.engine import (
     BREAKER,
     COST,
     METER,
-    QUARANTINE,
+    PATIENCE,
+    Bell,
     Label,
     Options,
     Pool,
@@ -42,29 +45,44 @@ class Request:
     """A request of the engine.
 
     Attributes:
-        stage: ``parked``, ``resumed``, ``recomputed``.
+        address: the prefill engine that it names.
+        since: the engine's clock when it came.
+        stage: ``queued``, ``parked``, ``resumed``, ``losing`` (its blocks are to be taken away and
+            given anew), ``recomputed``.
         end: tokens that it goes on from if it is resumed.
         epoch: its transfer; 0 for none.
     """
 
     case: PushCase
+    address: str
     view: View
     record: RequestRecord
-    stage: str
-    end: int
+    since: float
+    stage: str = "queued"
+    end: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A write that its sender takes for done, and the rank has not taken up."""
+
+    rank: int
     epoch: int
+    write: Write
+    content: tuple[Label | None, ...]
 
 
 class Decode:
     """See the module.
 
     Attributes:
-        news: what the link will say.
+        inbox: what the link has, and the engine has not looked at.
+        boxes: what of that is of each connection.
         outbox: what the link was given and has not looked at.
+        arrived: writes that wait for their rank to look; it does so more than once a second.
         pages: per rank and block, what is there.
         promised: per block, attempts that were told of it while it was never free.
-        forgiven: attempts whose blocks were given up after a lost peer's quarantine.
-        down: for each prefill engine, since when it has not been connected, as control knows.
     """
 
     def __init__(self, index: int, life: int, options: Options) -> None:
@@ -96,54 +114,109 @@ class Decode:
         self.receives = [Receives(self.incarnation) for _ in range(options.decode_ranks)]
         self.requests: dict[str, Request] = {}
         self.pages: list[list[Parts]] = [[()] * options.blocks for _ in range(options.decode_ranks)]
-        self.news: list[News] = []
+        self.bell = Bell()
+        self.inbox = Inbox(self.bell)
+        self.boxes: dict[int, Mailbox] = {}
         self.outbox: list[Letter] = []
+        self.arrived: list[Arrived] = []
         self.promised: list[set[int]] = [set() for _ in range(options.blocks)]
-        self.forgiven: set[int] = set()
-        self.address: dict[int, str] = {}
-        self.down: dict[str, float] = {}
         self.now = 0.0
 
     # -- the engine --------------------------------------------------------------------------
 
-    def arrive(self, push: str, case: PushCase, address: str) -> None:
-        """A request comes and gets all its blocks."""
-        tables = [
-            []
-            if shape.kind is GroupKind.STATE
-            else [self.pool.allocate() for _ in range(-(-case.tokens // BLOCK))]
-            for shape in self.options.groups
-        ]
-        states = {group: [self.pool.allocate()] for group in self.options.shape.recurrent}
-        prompt = f"not {push}" if case.misled else push
-        parameters = PushParameters(push, address)
-        view = View(push, prompt, case.tokens, parameters, tables, states)
-        record = record_of(view)
-        end, _ = self.target.reach(record)
-        request = self.requests[push] = Request(case, view, record, "parked", end, 0)
+    @property
+    def awake(self) -> bool:
+        """Whether the engine steps: an idle one does nothing before it is woken."""
+        return bool(
+            self.requests or self.bell.rung or self.transfers.pending or self.target.pending
+        )
+
+    def arrive(self, name: str, push: str, prompt: str, case: PushCase, address: str) -> None:
+        """A request comes; it waits until there are blocks for it."""
+        prompt = f"not {prompt}" if case.misled else prompt
+        view = View(
+            name,
+            prompt,
+            case.tokens,
+            PushParameters(push, address),
+            [[] for _ in self.options.groups],
+        )
+        request = self.requests[name] = Request(case, address, view, record_of(view), self.now)
+        self.target.arrived(request.record, self.now)
+
+    def _schedule(self) -> None:
+        """Give blocks to requests that wait for some, first to those that had some."""
+        waiting = [r for r in self.requests.values() if r.stage == "losing"]
+        waiting += [r for r in self.requests.values() if r.stage == "queued"]
+        self.target._room._step = -1  # of a former step, which has no number here
+        for request in waiting:
+            offer = self._weigh(request)
+            if offer.ask_again:
+                continue
+            if self.pool.room() < self._needed(request):
+                return
+            if request.stage == "queued":
+                self._admit(request, offer)
+            else:
+                self._allocate(request)
+                request.stage = "recomputed"
+            request.record.counted = request.stage == "recomputed"
+
+    def _weigh(self, request: Request) -> Offer:
+        """What a push can do for a request that has no blocks."""
+        floor = request.case.floor
+        if request.stage == "losing":
+            return Offer(0)
+        if self.target.waits(request.record, step=0):
+            return Offer(0, ask_again=True)
+        return self.target.weigh(request.record, floor, floor, step=0, now=self.now)
+
+    def _admit(self, request: Request, offer: Offer) -> None:
+        """A request gets all its blocks."""
+        case, view, record = request.case, request.view, request.record
+        request.end = offer.end
+        self._allocate(request)
         for index in range(case.floor // BLOCK):
-            for group, table in enumerate(tables):
+            for group, table in enumerate(view.tables):
                 if table:
-                    self._have(table[index], (prompt, group, index, BLOCK))
-        if end <= case.floor:
+                    self._have(table[index], (view.prompt, group, index, BLOCK))
+        if not offer.end:
             request.stage = "recomputed"
-            self.target.decline(record)
-        else:
-            self.target.order(record, case.floor, case.floor, end, step=0)
-            assert record.receive is not None
-            request.epoch = record.receive
-            self.address[request.epoch] = address
-            for block in view.held():
+            self.target.decline(record, offer.reason or "not_needed")
+            return
+        request.stage = "parked"
+        self.target.order(record, case.floor, case.floor, request.end, step=0)
+        assert record.receive is not None
+        request.epoch = record.receive
+        for table in view.tables:
+            for block in table[case.floor // BLOCK :]:  # what the engine has others may read
                 self.promised[block].add(request.epoch)
-        self.step()
+        for blocks in view.states.values():
+            self.promised[blocks[0]].add(request.epoch)
+
+    def _needed(self, request: Request) -> int:
+        return sum(
+            1 if shape.kind is GroupKind.STATE else -(-request.case.tokens // BLOCK)
+            for shape in self.options.groups
+        )
+
+    def _allocate(self, request: Request) -> None:
+        self._look_at_freed()
+        for group, shape in enumerate(self.options.groups):
+            if shape.kind is GroupKind.STATE:
+                request.view.states[group] = [self.pool.allocate()]
+            else:
+                blocks = -(-request.case.tokens // BLOCK)
+                request.view.tables[group] = [self.pool.allocate() for _ in range(blocks)]
 
     def _have(self, block: int, label: Label) -> None:
         for pages in self.pages:
             pages[block] = (label,)
 
-    def end(self, push: str) -> None:
+    def end(self, name: str) -> None:
         """A request is over, or its client has gone; the engine is done with its blocks."""
-        request = self.requests.pop(push)
+        request = self.requests.pop(name)
+        self.target.abandoned(name)
         if request.record.receive is not None:
             self.target.give_up(request.record.receive, CANCELLED)
             request.record.ended = True
@@ -151,10 +224,18 @@ class Decode:
         self.pool.free(request.view.held())
         self._look_at_freed()
 
-    def step(self) -> None:
-        """Plan a step, and hear what the ranks have to report."""
+    def step(self, *, carry_out: bool = True) -> None:
+        """Schedule, plan a step, and hear what the ranks have to report.
+
+        Args:
+            carry_out: whether the ranks take up the plan before anything else happens.
+        """
+        self._schedule()
         self.exchange()
         self.target.tick(self.now)
+        if not carry_out:
+            self.exchange()
+            return
         for rank, receives in enumerate(self.receives):
             for order in self.target.orders:
                 receives.expect(order)
@@ -182,6 +263,7 @@ class Decode:
 
     def notice(self, end: str, rank: int, message: Delivered) -> None:
         """A prefill rank says that all is there."""
+        self.take_up(rank)
         self.receives[rank].notice(Notice(Peer(end), encode(message)))
 
     def _learn(self) -> None:
@@ -207,37 +289,34 @@ class Decode:
             self.check_content(request)
             return
         # The engine takes all its blocks away and gives it others.
-        request.stage = "recomputed"
+        request.stage = "losing"
         self.pool.free(request.view.held())
         request.view.tables = [[] for _ in self.options.groups]
         request.view.states.clear()
 
     def exchange(self) -> None:
         """Hear what the link has to say, and give it what is to be said."""
-        news, self.news = self.news, []
-        for item in news:
-            match item:
-                case Lost(peer, fate=Fate.SILENT):
-                    self.down.pop(peer, None)
-                case Lost(peer):
-                    self.down.setdefault(peer, self.now)
-                case Opened(peer):
-                    self.down.pop(peer, None)
-                case _:
-                    pass
-        self.target.receive(news, self.now)
+        self.bell.rung = False
+        self.target.receive(self.inbox.take(), self.now)
         self.outbox += self.target.letters
         self.target.letters.clear()
 
     # -- memory ------------------------------------------------------------------------------
 
-    def land(self, rank: int, epoch: int, write: Write, content: list[Label | None]) -> None:
-        """A write arrives."""
+    def take_up(self, rank: int) -> None:
+        """A rank looks at what has arrived; only then it is in its memory."""
+        arrived, self.arrived = self.arrived, []
+        for item in arrived:
+            if item.rank == rank:
+                self.land(rank, item.epoch, item.write, item.content)
+            else:
+                self.arrived.append(item)
+
+    def land(self, rank: int, epoch: int, write: Write, content: Sequence[Label | None]) -> None:
+        """A write is in the memory."""
         part, parts = write.route.remote
         for _, source, target in write.pages:
             if epoch not in self.promised[target]:
-                if epoch in self.forgiven:
-                    continue
                 raise ProtocolViolationError(
                     f"a write of {epoch} lands in block {target}, which is not its any more"
                 )
@@ -276,15 +355,16 @@ class Decode:
 
     def _look_at_freed(self) -> None:
         for block in self.pool.take_freed():
-            if self.pool.references[block]:
-                continue
-            for epoch in self.promised[block]:
-                down = self.down.get(self.address[epoch])
-                if down is not None and self.now - down >= QUARANTINE:
-                    self.forgiven.add(epoch)
             self.promised[block].clear()
             for pages in self.pages:
                 pages[block] = ()
+
+    def check_waits(self) -> None:
+        """No request waits longer than deadlines say: one for room, one for its push, and for
+        those before it."""
+        for name, request in self.requests.items():
+            if self.now - request.since > 3 * PATIENCE:
+                raise ProtocolViolationError(f"{name} of {self.incarnation} waits for ever")
 
     def check_clean(self) -> None:
         """Nothing is left of any push."""
@@ -295,6 +375,7 @@ class Decode:
             "receives": bool(self.expected),
             "pushes": bool(self.target._inbound),
             "requests": bool(self.requests),
+            "arrived": bool(self.arrived),
         }
         if any(left.values()):
             raise ProtocolViolationError(f"left behind on {self.incarnation}: {left}")

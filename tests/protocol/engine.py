@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, cast
+from zlib import crc32
 
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.breakers import BreakerState
 from lamina.control.cost import CostModel
 from lamina.control.push_inbound import Stage as TargetStage
+from lamina.control.push_room import Room
 from lamina.control.push_source import PushSource
 from lamina.control.push_source import Stage as SourceStage
 from lamina.control.requests import ChunkShape, FoundPrefix, PushParameters, RequestRecord
@@ -22,15 +25,18 @@ from lamina.keys import ChunkChain
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, Outcome, ReceiveOrder, TransferReceipt
 from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.letters import Fate, Letter, Lost, Opened
+from lamina.push.inbox import Inbox, Mailbox
+from lamina.push.letters import Fate, Letter, Lost, News, Opened
 
 BLOCK = 2
 """Tokens of a block."""
 
-PATIENCE, QUARANTINE, SILENCE, SETTLE = 3600.0, 100.0, 5.0, 1.0
+PATIENCE, QUARANTINE, SILENCE, SETTLE = 40.0, 10.0, 5.0, 1.0
+"""Seconds; of silences a quarantine has two, so that a peer is asked while it lasts."""
+
 NULL = -1
-CONFIG = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE)
-NARROW = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE, max_inflight=1)
+CONFIG = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE, min_tokens=1)
+NARROW = CONFIG.model_copy(update={"max_inflight": 1})
 BREAKER = BreakerConfig(failures=1000)
 COST = CostModel()
 
@@ -69,6 +75,9 @@ class PushCase:
         prefill: index of the prefill engine.
         decode: index of the decode engine.
         tokens: length of the prompt.
+        push: the router's id of it; a router may use one twice.
+        prompt: names the content of the prompt.
+        part: ``both`` if the router asks both engines, else the only one that it asks.
         hit: where the prefill engine has a part of the prompt: ``none``, ``engine`` (its own
             cache), ``parked`` or ``layerwise`` (a tier).
         hit_tokens: how much that is.
@@ -79,6 +88,9 @@ class PushCase:
     prefill: int = 0
     decode: int = 0
     tokens: int = 4
+    push: str = ""
+    prompt: str = ""
+    part: str = "both"
     hit: str = "none"
     hit_tokens: int = 0
     floor: int = 0
@@ -99,6 +111,8 @@ class Options:
         replicated: whether every rank holds the same.
         narrow: whether next to nothing may be on its way at a time.
         chunk: tokens that a step computes of a prompt.
+        hurries: how often time may pass although something else could happen.
+        scarce: whether each engine has only as many blocks as its largest prompt twice.
     """
 
     cases: tuple[PushCase, ...] = (PushCase(),)
@@ -110,12 +124,29 @@ class Options:
     replicated: bool = False
     narrow: bool = False
     chunk: int = BLOCK
+    hurries: int = 0
+    scarce: bool = False
 
     @cached_property
     def blocks(self) -> int:
-        """Of each engine's pool: enough for everything at once, and as much for each fault."""
-        needed = sum(case.tokens // BLOCK + 2 for case in self.cases)
-        return len(self.groups) * needed * (2 + self.budget)
+        """Of each engine's pool: enough for everything at once, and as much for each fault; or
+        barely enough."""
+        needed = [-(-case.tokens // BLOCK) + 1 for case in self.cases]
+        if self.scarce:
+            return 2 * len(self.groups) * max(needed)
+        return len(self.groups) * sum(needed) * (2 + self.budget)
+
+    def prompt_of(self, case: int) -> str:
+        """Names the content of a case's prompt."""
+        return self.cases[case].prompt or f"prompt{case}"
+
+    def tokens_of(self, prompt: str) -> int:
+        """Length of a prompt."""
+        return next(c.tokens for i, c in enumerate(self.cases) if self.prompt_of(i) == prompt)
+
+    def push_of(self, case: int) -> str:
+        """The id under which the router sends a case."""
+        return self.cases[case].push or f"push{case}"
 
     @cached_property
     def shape(self) -> ChunkShape:
@@ -161,6 +192,35 @@ def _make_table(ranks: int, last: int, live: list[Transfer]) -> TransferTable:
     return table
 
 
+class Bell:
+    """What wakes an engine."""
+
+    def __init__(self) -> None:
+        self.rung = False
+
+    def __call__(self) -> None:
+        self.rung = True
+
+
+def _reduce_inbox(inbox: Inbox) -> tuple[Callable[..., Inbox], tuple[object, ...]]:
+    return _make_inbox, (inbox._wake, inbox._news, list(inbox._filled), inbox._next)
+
+
+def _make_inbox(wake: Bell, news: dict[int, News], filled: list[Mailbox], last: int) -> Inbox:
+    inbox = Inbox(wake)
+    inbox._news, inbox._filled, inbox._next = news, set(filled), last
+    return inbox
+
+
+def _reduce_news(inbox: Inbox) -> tuple[type, tuple[object, ...]]:
+    return list, (list(inbox._news.values()),)
+
+
+def _reduce_mailbox(box: Mailbox) -> tuple[type, tuple[object, ...]]:
+    cancelled = sorted(box.cancelled, key=lambda attempt: (attempt.push, attempt.epoch))
+    return tuple, ([*box.announced, None, *cancelled, box.opened is None],)
+
+
 _CONSTANTS = (PushConfig, BreakerConfig, CostModel, ChunkShape, EngineCard, Group, Options)
 _ENUMS = (Kind, State, SourceStage, TargetStage, LoadMode, Outcome, BreakerState, Fate)
 _FROZEN = (Letter, Opened, Lost, TransferReceipt, ReceiveOrder, PushParameters)
@@ -168,8 +228,13 @@ _TABLE: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((*_CONSTANTS, *_ENUMS), _reduce_shared),
     **dict.fromkeys(_FROZEN, _reduce_frozen),
     TransferTable: _reduce_table,
+    Inbox: _reduce_inbox,
     FoundPrefix: lambda _: (FoundPrefix, ()),
 }
+
+
+def _reduce_counter(value: Counter[Any]) -> tuple[type, tuple[object, ...]]:
+    return tuple, (sorted(f"{key} {count}" for key, count in value.items() if count),)
 
 
 def _reduce_in_order(value: object) -> tuple[type, tuple[()], dict[str, object]]:
@@ -178,7 +243,14 @@ def _reduce_in_order(value: object) -> tuple[type, tuple[()], dict[str, object]]
     return type(value), (), state
 
 
-_COMPARED = {**_TABLE, PushSource: _reduce_in_order}
+_COMPARED = {
+    **_TABLE,
+    PushSource: _reduce_in_order,
+    Room: _reduce_in_order,
+    Inbox: _reduce_news,
+    Counter: _reduce_counter,
+    Mailbox: _reduce_mailbox,
+}
 
 
 def dump(value: object, *, compare: bool = False) -> bytes:
@@ -194,13 +266,7 @@ def dump(value: object, *, compare: bool = False) -> bytes:
 
 @cache
 def card_of(
-    incarnation: str,
-    ranks: int,
-    groups: int,
-    heads: int,
-    *,
-    replicated: bool,
-    blocks: int = 1000,
+    incarnation: str, ranks: int, groups: int, heads: int, blocks: int, *, replicated: bool
 ) -> EngineCard:
     """An engine whose pages have ``heads`` heads over all its ranks."""
     share = heads if replicated else heads // ranks
@@ -234,6 +300,7 @@ class Pool:
             self.references[block] += 1
 
     def free(self, blocks: Sequence[int]) -> None:
+        """What a freed block held is nobody's: whoever reads it afterwards is wrong."""
         for block in blocks:
             self.references[block] -= 1
             if self.references[block] < 0:
@@ -278,7 +345,8 @@ class View:
         return self.num_prompt_tokens
 
     def tokens(self) -> Sequence[int]:
-        return tuple(self.prompt.encode().ljust(self.num_prompt_tokens))
+        first = crc32(self.prompt.encode())
+        return range(first, first + self.num_prompt_tokens)
 
     def chunk_extra(self, start: int, end: int) -> bytes:
         return b""

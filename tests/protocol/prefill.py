@@ -12,13 +12,15 @@ from lamina.control.transfers import TransferTable
 from lamina.geometry import GroupKind
 from lamina.plan import LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
 from lamina.push.cards import Route, decode_card, routes
-from lamina.push.letters import Letter, News
+from lamina.push.inbox import Inbox, Mailbox
+from lamina.push.letters import Letter
 from lamina.push.messages import Delivered, Fenced
 from protocol.engine import (
     BLOCK,
     COST,
     METER,
     NULL,
+    Bell,
     Label,
     Options,
     Pool,
@@ -130,7 +132,7 @@ class Request:
     """A request of the engine.
 
     Attributes:
-        stage: ``loading``, ``running``, ``preempted``.
+        stage: ``waiting``, ``loading``, ``running``, ``preempted``.
         computed: its tokens, as the engine counts them: with those that are being loaded.
         layerwise: what arrives in its first step.
     """
@@ -147,10 +149,13 @@ class Prefill:
     """See the module.
 
     Attributes:
-        news: what the link will say.
-        letters: what it was given, for the world to carry.
-        content: of each block.
+        inbox: what the link has, and the engine has not looked at.
+        boxes: what of that is of each connection.
+        letters: what the link was given, for the world to carry.
+        content: of each block; of a free one nothing.
         fenced: attempts of which it has said that nothing will be sent.
+        stopped: whether its process is.
+        hung: whether its engine is, and its link is not.
     """
 
     def __init__(self, index: int, life: int, options: Options) -> None:
@@ -167,6 +172,7 @@ class Prefill:
             options.prefill_ranks,
             len(options.groups),
             heads,
+            options.blocks,
             replicated=options.replicated,
         )
         self.source = PushSource(
@@ -177,40 +183,62 @@ class Prefill:
         ]
         self.requests: dict[str, Request] = {}
         self.content: list[Label | None] = [None] * options.blocks
-        self.news: list[News] = []
+        self.bell = Bell()
+        self.inbox = Inbox(self.bell)
+        self.boxes: dict[int, Mailbox] = {}
         self.letters: list[Letter] = []
         self.fenced: dict[Attempt, None] = {}
+        self.stopped = False
+        self.hung = False
         self.now = 0.0
 
     # -- the engine --------------------------------------------------------------------------
 
-    def arrive(self, push: str, case: PushCase) -> None:
-        """A request comes and gets blocks."""
-        tables: list[list[int]] = [[] for _ in self.options.groups]
-        view = View(push, push, case.tokens, PushParameters(push, None), tables)
-        request = self.requests[push] = Request(case, view, record_of(view))
-        self._admit(request, case.hit, case.hit_tokens)
+    @property
+    def awake(self) -> bool:
+        """Whether the engine steps: an idle one does nothing before it is woken."""
+        return bool(
+            self.requests or self.bell.rung or self.transfers.pending or self.source.pending
+        )
 
-    def leave(self, push: str) -> None:
-        """A request ends that never got blocks."""
-        self.source.abandoned(PushParameters(push, None), push)
-        self.exchange()
+    @property
+    def goes_on(self) -> bool:
+        return not (self.stopped or self.hung)
 
-    def preempt(self, push: str) -> None:
+    def arrive(self, name: str, push: str, prompt: str, case: PushCase) -> None:
+        """A request comes; it waits until there are blocks for it."""
+        parameters = PushParameters(push, None)
+        view = View(name, prompt, case.tokens, parameters, [[] for _ in self.options.groups])
+        request = Request(case, view, record_of(view), stage="waiting")
+        self.requests[name] = request
+        self.source.arrived(request.record, self.now)
+
+    def preempt(self, name: str) -> None:
         """The engine takes a request's blocks away."""
-        request = self.requests[push]
+        request = self.requests[name]
         request.stage = "preempted"
         request.computed = 0
         self.pool.free(request.view.held())
         request.view.tables = [[] for _ in self.options.groups]
         request.view.states.clear()
 
-    def readmit(self, push: str) -> None:
-        """A preempted request is scheduled anew; what a tier had, it has."""
-        request = self.requests[push]
-        request.record.lose_blocks()
-        parked = request.case.hit == "parked"
-        self._admit(request, *(("parked", request.case.hit_tokens) if parked else ("none", 0)))
+    def _schedule(self) -> None:
+        """Give blocks to requests that wait for some, one after another."""
+        for request in self.requests.values():
+            if request.stage not in ("waiting", "preempted"):
+                continue
+            anew = request.stage == "preempted"
+            case = request.case
+            hit, tokens = case.hit, case.hit_tokens
+            if anew and hit != "parked":  # what a tier had, it has
+                hit, tokens = "none", 0
+            if self.source.waits(request.record, self.now):
+                continue
+            if not self._has_room(request, max(tokens, self.options.chunk)):
+                return
+            if anew:
+                request.record.lose_blocks()
+            self._admit(request, hit, tokens)
 
     def _admit(self, request: Request, hit: str, tokens: int) -> None:
         request.stage = "loading" if hit == "parked" else "running"
@@ -227,29 +255,30 @@ class Prefill:
             request.record.story.mode = mode
         self.source.admitted(request.record, tokens, self.now)
         self.exchange()
-        if hit != "parked":
-            self.step()
 
-    def loaded(self, push: str) -> None:
+    def loaded(self, name: str) -> None:
         """A parked load is over."""
-        request = self.requests[push]
+        request = self.requests[name]
         request.stage = "running"
         request.record.load = None
         self._fill(self._pages(request, 0, request.computed))
 
-    def end(self, push: str) -> None:
+    def end(self, name: str) -> None:
         """A request is over, or its client has gone."""
-        request = self.requests.pop(push)
+        request = self.requests.pop(name)
+        assert request.view.push is not None
+        self.source.abandoned(request.view.push, name)
         self.source.finished(request.record, request.computed, request.view.tables)
         self.exchange()
         self.pool.free(request.view.held())
 
     def step(self) -> None:
         """Schedule, plan, run the model, and hear what the ranks have to report."""
+        self._schedule()
         self.exchange()
         shape = self.options.shape
         ran: list[tuple[Request, int, int]] = []
-        for request in self.requests.values():
+        for request in list(self.requests.values()):
             start, end = (
                 request.computed,
                 min(request.computed + self.options.chunk, request.case.tokens),
@@ -257,6 +286,8 @@ class Prefill:
             if request.stage != "running" or start == end:
                 continue
             self._leave_window(request, start)
+            if not self._make_room(request, end):
+                continue
             self._allocate(request, end)
             for group in shape.recurrent if end % BLOCK == 0 else ():
                 block = request.view.states[group][-1]
@@ -323,9 +354,40 @@ class Prefill:
 
     def _enough(self, label: Label) -> bool:
         prompt, _, index, filled = label
-        return index * BLOCK + filled >= self.requests[prompt].case.tokens - 1
+        return index * BLOCK + filled >= self.options.tokens_of(prompt) - 1
 
     # -- blocks ------------------------------------------------------------------------------
+
+    def _has_room(self, request: Request, end: int) -> bool:
+        """Whether there are blocks for a request's first ``end`` tokens, with those it has."""
+        end = min(end, request.case.tokens)
+        needed = 0
+        for group, shape in enumerate(self.options.groups):
+            if shape.kind is GroupKind.STATE:
+                needed += end % BLOCK == 0
+            else:
+                needed += -(-end // BLOCK) - len(request.view.tables[group])
+        return self.pool.room() >= needed
+
+    def _make_room(self, request: Request, end: int) -> bool:
+        """Preempt the newest requests until there are blocks for one; false if that was the
+        newest."""
+        while not self._has_room(request, end):
+            running = [name for name, r in self.requests.items() if r.stage == "running"]
+            newest = running[-1]
+            self.preempt(newest)
+            if newest == request.view.request_id:
+                return False
+        return True
+
+    def _new_block(self) -> int:
+        self._scribble()
+        return self.pool.allocate()
+
+    def _scribble(self) -> None:
+        """Whoever reads a freed block finds nothing of what it held."""
+        for block in self.pool.take_freed():
+            self.content[block] = None
 
     def _allocate(self, request: Request, end: int) -> None:
         tables = request.view.tables
@@ -333,10 +395,10 @@ class Prefill:
             if shape.kind is GroupKind.STATE:
                 if end % BLOCK == 0:
                     self.pool.free(request.view.states.get(group, []))
-                    request.view.states[group] = [self.pool.allocate()]
+                    request.view.states[group] = [self._new_block()]
                 continue
             while len(tables[group]) * BLOCK < end:
-                tables[group].append(self.pool.allocate())
+                tables[group].append(self._new_block())
 
     def _leave_window(self, request: Request, computed: int) -> None:
         for group in self.options.shape.sparse:
@@ -383,15 +445,17 @@ class Prefill:
 
     def exchange(self) -> None:
         """Hear what the link has to say, and give it what is to be said."""
-        news, self.news = self.news, []
-        self.source.receive(news, self.now)
+        self.bell.rung = False
+        self.source.receive(self.inbox.take(), self.now)
         for letter in self.source.letters:
             if isinstance(letter.message, Fenced):
-                self._check_fence((letter.peer, letter.message.attempt.epoch))
+                self.check_fence((letter.peer, letter.message.attempt.epoch))
         self.letters += self.source.letters
         self.source.letters.clear()
+        self._scribble()
 
-    def _check_fence(self, attempt: Attempt) -> None:
+    def check_fence(self, attempt: Attempt) -> None:
+        """A decode engine is told that nothing will be sent any more."""
         self.fenced[attempt] = None
         for rank in self.ranks:
             if any(name == attempt for name, *_ in rank.writes()):
@@ -401,6 +465,7 @@ class Prefill:
 
     def check_sources(self) -> None:
         """Nothing that is being read, and will be believed, is free."""
+        self._scribble()
         for rank in self.ranks:
             for name, stream, _, write in rank.writes():
                 if stream.failure:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lamina.geometry import Group, GroupKind
 from protocol.engine import BLOCK, Options, PushCase
-from protocol.world import FAULTS, World, settle
+from protocol.world import FAULTS, HURRIES, World, settle
 
 pytestmark = pytest.mark.scaled
 
@@ -46,8 +46,10 @@ options = st.builds(
     prefill_ranks=st.sampled_from((1, 1, 2)),
     decode_ranks=st.sampled_from((1, 1, 2)),
     groups=st.sampled_from(((FULL,), (FULL, WINDOW), (FULL, STATE), (FULL, WINDOW, STATE))),
-    faults=st.just(FAULTS),
+    faults=st.just(FAULTS | HURRIES),
     budget=st.integers(0, 6),
+    hurries=st.integers(0, 3),
+    scarce=st.booleans(),
     replicated=st.booleans(),
     narrow=st.booleans(),
     chunk=st.sampled_from((2, 1, 3)),
@@ -127,8 +129,10 @@ def _draw(random: Random) -> Options:
         prefill_ranks=random.choice((1, 1, 2)),
         decode_ranks=random.choice((1, 1, 2)),
         groups=random.choice(((FULL,), (FULL, WINDOW), (FULL, STATE), (FULL, WINDOW, STATE))),
-        faults=FAULTS,
+        faults=FAULTS | HURRIES,
         budget=random.randrange(7),
+        hurries=random.randrange(4),
+        scarce=random.random() < 0.3,
         replicated=random.random() < 0.3,
         narrow=random.random() < 0.3,
         chunk=random.choice((2, 2, 1, 3)),

@@ -12,15 +12,17 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from math import inf
 from typing import Generic, TypeVar
 
+from lamina.control.push_target import Inbound, Stage
 from lamina.plan import TORN
 from lamina.push.cards import SenderCard
+from lamina.push.inbox import Mailbox
 from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import Announce, Delivered, LinkMessage, Welcome
-from protocol.decode import Decode
+from lamina.push.messages import Announce, Delivered, Fenced, LinkMessage, Welcome
+from protocol.decode import Arrived, Decode
 from protocol.engine import (
     PATIENCE,
     QUARANTINE,
@@ -48,15 +50,23 @@ FAULTS = frozenset(
         "abort_decode",
         "never_prefill",
         "never_decode",
-        "leave_prefill",
         "write_fails",
         "deadline",
-        "patience",
-        "second",
+        "lag",
+        "tarry",
+        "stop_prefill",
+        "hang_prefill",
     }
 )
 """Everything that may go wrong."""
 
+HURRIES = frozenset({"patience", "moment", "second", "silence"})
+"""How time may pass although something else could happen: a day and some seconds for a prefill
+engine, a second and some for a decode engine."""
+
+EXCUSES = frozenset({"hang_prefill", "crash_prefill"})
+"""After one of these a decode engine may wait to its deadline; otherwise somebody must say why not.
+"""
 
 Engine = TypeVar("Engine", Prefill, Decode)
 
@@ -119,9 +129,11 @@ class Connection:
     Attributes:
         decode: index of the dialling engine, and its incarnation.
         prefill: index of the engine that listens.
+        accepted: whether the listening side has taken it up.
         opened: whether the dialling side has been welcomed.
         decode_up: whether the dialling side has it.
         prefill_up: whether the listening side takes it for the present one.
+        number: tells it from others that there are.
         reader: incarnation of the listening side that still reads from it; empty for none.
         queued: messages that wait for the welcome.
     """
@@ -129,6 +141,8 @@ class Connection:
     decode: int
     name: str
     prefill: int
+    number: int
+    accepted: bool = False
     opened: bool = False
     decode_up: bool = True
     prefill_up: bool = False
@@ -178,6 +192,8 @@ class World:
 
     Attributes:
         budget: faults that may still happen.
+        hurries: how often time may still pass early.
+        happened: kinds of what has gone wrong.
         orphans: writes that their engine can do nothing about, because they have failed, or it has
             crashed and is not started again.
         notices: on their way: who says it, the rank that is meant, what is said.
@@ -186,6 +202,8 @@ class World:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.budget = options.budget
+        self.hurries = options.hurries
+        self.happened: tuple[str, ...] = ()
         cases = options.cases
         self.prefills = Engines(
             [Prefill(i, 0, options) for i in range(1 + max(c.prefill for c in cases))]
@@ -193,8 +211,9 @@ class World:
         self.decodes = Engines(
             [Decode(i, 0, options) for i in range(1 + max(c.decode for c in cases))]
         )
-        self.to_arrive_prefill = list(range(len(cases)))
-        self.to_arrive_decode = list(range(len(cases)))
+        parts = [case.part for case in cases]
+        self.to_arrive_prefill = [i for i, part in enumerate(parts) if part != "decode"]
+        self.to_arrive_decode = [i for i, part in enumerate(parts) if part != "prefill"]
         self.down: list[int] = []
         self.connections: list[Connection] = []
         self.orphans: list[Orphan] = []
@@ -215,6 +234,8 @@ class World:
         world.decodes = Engines.of(decodes)
         (
             world.budget,
+            world.hurries,
+            world.happened,
             world.to_arrive_prefill,
             world.to_arrive_decode,
             world.down,
@@ -232,6 +253,8 @@ class World:
     def _rest(self) -> tuple[object, ...]:
         return (
             self.budget,
+            self.hurries,
+            self.happened,
             self.to_arrive_prefill,
             self.to_arrive_decode,
             self.down,
@@ -254,74 +277,87 @@ class World:
         for index in self.down:
             yield "restart", index
         for prefill in self._living():
-            for rank in prefill.ranks:
-                for number in range(len(rank.writes())):
-                    yield "land", prefill.index, rank.rank, number
+            if not prefill.stopped:
+                yield from self._landings(prefill)
+        for decode in self.decodes:
+            for rank_index in sorted({item.rank for item in decode.arrived}):
+                yield "take_up", decode.index, rank_index
         for number in range(len(self.notices)):
             yield "notice", number
-        for prefill in self._living():
-            yield "step_prefill", prefill.index
-            for push, request in prefill.requests.items():
+        for prefill in self._going():
+            for name, request in prefill.requests.items():
                 if request.stage == "loading":
-                    yield "loaded", prefill.index, push
-                if request.stage == "preempted":
-                    yield "readmit", prefill.index, push
+                    yield "loaded", prefill.index, name
                 if request.stage == "running" and request.computed == request.case.tokens:
-                    yield "end_prefill", prefill.index, push
+                    yield "end_prefill", prefill.index, name
+            if prefill.awake:
+                yield "step_prefill", prefill.index
         for decode in self.decodes:
-            yield "step_decode", decode.index
-            for push, request_there in decode.requests.items():
-                if request_there.stage != "parked":
-                    yield "end_decode", decode.index, push
+            for name, request_there in decode.requests.items():
+                if request_there.stage in ("resumed", "recomputed"):
+                    yield "end_decode", decode.index, name
+            if decode.awake:
+                yield "step_decode", decode.index
         yield from self._arrivals()
 
     def late(self) -> Iterator[Event]:
         """What may happen at any time, or never."""
         for number in range(len(self.orphans)):
             yield "land_orphan", number
+        for prefill in self._living():
+            if not prefill.goes_on:
+                yield "go_on", prefill.index
+            if prefill.stopped:
+                yield from self._landings(prefill)
+
+    def _landings(self, prefill: Prefill) -> Iterator[Event]:
+        for rank in prefill.ranks:
+            for number in range(len(rank.writes())):
+                yield "land", prefill.index, rank.rank, number
 
     def _arrivals(self) -> Iterator[Event]:
         for case in self.to_arrive_prefill:
-            if self.options.cases[case].prefill not in self.down:
+            if self._goes_on(self.options.cases[case].prefill):
                 yield "arrive_prefill", case
         for case in self.to_arrive_decode:
             yield "arrive_decode", case
 
     def _link_events(self) -> Iterator[Event]:
         for number, link in enumerate(self.connections):
-            alive = link.prefill not in self.down
-            if link.decode_up and not link.opened and not link.reader and alive:
+            listens = link.prefill not in self.down and not self.prefills[link.prefill].stopped
+            if link.decode_up and not link.accepted and listens:
                 yield "accept", number
-            if link.to_prefill and link.reader and self._reads(link):
+            if link.to_prefill and link.reader and listens and self._reads(link):
                 yield "read_prefill", number
             if link.to_decode and link.decode_up:
                 yield "read_decode", number
-            if link.prefill_up and not link.decode_up:
+            if link.prefill_up and not link.decode_up and listens:
                 yield "break_prefill", number
-            if link.decode_up and not link.to_decode and self._unreachable(link):
-                yield "break_decode", number
+            if link.decode_up and not link.to_decode:
+                if self._unreachable(link):
+                    yield "break_decode", number
+                elif link.prefill not in self.down and self.prefills[link.prefill].stopped:
+                    yield "silent", number
 
     def _reads(self, link: Connection) -> bool:
-        return (
-            link.prefill not in self.down and self.prefills[link.prefill].incarnation == link.reader
-        )
+        return self.prefills[link.prefill].incarnation == link.reader
 
     def _unreachable(self, link: Connection) -> bool:
         """Whether the dialling side will find that nobody is there."""
-        if not link.reader:
+        if not link.accepted:
             return link.prefill in self.down
         return not link.prefill_up
 
     def faults(self) -> Iterator[Event]:
-        """What may go wrong."""
-        if self.budget:
-            yield from (event for event in self._possible_faults() if event[0] in self._kinds)
-
-    @property
-    def _kinds(self) -> frozenset[str]:
-        return self.options.faults
+        """What may go wrong, and time that passes early."""
+        for event in self._possible_faults():
+            left = self.hurries if event[0] in HURRIES else self.budget
+            if left and event[0] in self.options.faults:
+                yield event
 
     def _possible_faults(self) -> Iterator[Event]:
+        if not (self.budget or self.hurries):
+            return
         for number, link in enumerate(self.connections):
             if link.prefill_up and link.decode_up:
                 yield "break_prefill", number
@@ -332,31 +368,43 @@ class World:
             return
         for prefill in self._living():
             yield "crash_prefill", prefill.index
-            if prefill.source._outbound:
-                yield "patience", prefill.index
-            for push, request in prefill.requests.items():
-                if request.stage == "running":
-                    yield "preempt", prefill.index, push
-                if request.stage != "running" or request.computed < request.case.tokens:
-                    yield "abort_prefill", prefill.index, push
             for rank in prefill.ranks:
                 for number in range(len(rank.writes())):
                     yield "write_fails", prefill.index, rank.rank, number
+                    yield "lag", prefill.index, rank.rank, number
+        for prefill in self._going():
+            yield "stop_prefill", prefill.index
+            yield "hang_prefill", prefill.index
+            if prefill.source._outbound:
+                yield "patience", prefill.index
+                yield "moment", prefill.index
+            for name, request in prefill.requests.items():
+                if request.stage == "running":
+                    yield "preempt", prefill.index, name
+                if request.stage != "running" or request.computed < request.case.tokens:
+                    yield "abort_prefill", prefill.index, name
         for decode in self.decodes:
-            if any(inbound.until < inf for inbound in decode.target._inbound.values()):
+            if decode.target._inbound and not self._dialling(decode):
                 yield "second", decode.index
+                yield "silence", decode.index
+            if decode.awake:
+                yield "tarry", decode.index
             yield "crash_decode", decode.index
-            for push, request_there in decode.requests.items():
+            for name, request_there in decode.requests.items():
                 if request_there.stage == "parked":
-                    yield "abort_decode", decode.index, push
+                    yield "abort_decode", decode.index, name
             for epoch in decode.expected:
                 yield "deadline", decode.index, epoch
         for case in self.to_arrive_prefill:
             yield "never_prefill", case
-            if self.options.cases[case].prefill not in self.down:
-                yield "leave_prefill", case
         for case in self.to_arrive_decode:
             yield "never_decode", case
+
+    def _dialling(self, decode: Decode) -> bool:
+        """Whether a connection waits for its welcome: it does so for less than a silence."""
+        return any(
+            c.decode_up and not c.opened and c.decode == decode.index for c in self.connections
+        )
 
     def time(self) -> list[Event]:
         """What happens when nothing else does: the next thing that somebody waits for."""
@@ -365,21 +413,46 @@ class World:
     def _waits(self) -> Iterator[Event]:
         for decode in self.decodes:
             target = decode.target
-            if any(inbound.until <= decode.now + SETTLE for inbound in target._inbound.values()):
-                yield "pass_decode", decode.index, int(SETTLE)
-            if target._asks:
-                yield "pass_decode", decode.index, int(SILENCE)
-        for prefill in self._living():
-            if prefill.source._outbound:
-                yield "pass_prefill", prefill.index
-        for decode in self.decodes:
+            if any(self._is_short(inbound, decode.now) for inbound in target._inbound.values()):
+                yield "second", decode.index
             for epoch in decode.expected:
                 yield "run_out", decode.index, epoch
+            if decode.requests or any(i.until < inf for i in target._inbound.values()):
+                yield "silence", decode.index
+        for prefill in self._living():
+            if not prefill.goes_on:
+                yield "go_on", prefill.index
+        for decode in self.decodes:
             if decode.target._inbound or any(o.name[0] == decode.incarnation for o in self.orphans):
-                yield "pass_decode", decode.index, int(QUARANTINE)
+                yield "silence", decode.index
+        for prefill in self._living():
+            if prefill.source._outbound:
+                yield "forget", prefill.index
+
+    @staticmethod
+    def _is_short(inbound: Inbound, now: float) -> bool:
+        """Whether a second more or less is the question."""
+        announced = inbound.stage is Stage.ANNOUNCED and not inbound.whereabouts.here
+        absent = announced and not inbound.reason and inbound.whereabouts.absent is not None
+        return absent or inbound.until <= now + SETTLE
+
+    @property
+    def _one_sided(self) -> bool:
+        return any(case.part != "both" for case in self.options.cases)
+
+    @property
+    def sends(self) -> bool:
+        """Whether a page is on its way."""
+        return any(rank.streams for prefill in self._living() for rank in prefill.ranks)
 
     def _living(self) -> list[Prefill]:
         return [prefill for prefill in self.prefills if prefill.index not in self.down]
+
+    def _going(self) -> list[Prefill]:
+        return [prefill for prefill in self._living() if prefill.goes_on]
+
+    def _goes_on(self, index: int) -> bool:
+        return index not in self.down and self.prefills[index].goes_on
 
     # -- what happens ------------------------------------------------------------------------
 
@@ -390,7 +463,9 @@ class World:
             ProtocolViolationError: if it must not have.
         """
         if fault:
-            self.budget -= 1
+            self.happened = tuple(sorted({*self.happened, str(event[0])}))
+            self.hurries -= event[0] in HURRIES
+            self.budget -= event[0] not in HURRIES
         action: Callable[..., None] = getattr(self, f"_{event[0]}")
         action(*event[1:])
         for prefill in self.prefills.awake():
@@ -408,19 +483,18 @@ class World:
     def _arrive_prefill(self, case: int) -> None:
         self.to_arrive_prefill.remove(case)
         push = self.options.cases[case]
-        self.prefills[push.prefill].arrive(f"push{case}", push)
+        name, prompt = self.options.push_of(case), self.options.prompt_of(case)
+        self.prefills[push.prefill].arrive(f"request{case}", name, prompt, push)
 
     def _arrive_decode(self, case: int) -> None:
         self.to_arrive_decode.remove(case)
         push = self.options.cases[case]
-        self.decodes[push.decode].arrive(f"push{case}", push, address_of(push.prefill))
+        name, prompt = self.options.push_of(case), self.options.prompt_of(case)
+        address = address_of(push.prefill)
+        self.decodes[push.decode].arrive(f"request{case}", name, prompt, push, address)
 
     def _never_prefill(self, case: int) -> None:
         self.to_arrive_prefill.remove(case)
-
-    def _leave_prefill(self, case: int) -> None:
-        self.to_arrive_prefill.remove(case)
-        self.prefills[self.options.cases[case].prefill].leave(f"push{case}")
 
     def _never_decode(self, case: int) -> None:
         self.to_arrive_decode.remove(case)
@@ -434,22 +508,44 @@ class World:
     def _preempt(self, index: int, push: str) -> None:
         self.prefills[index].preempt(push)
 
-    def _readmit(self, index: int, push: str) -> None:
-        self.prefills[index].readmit(push)
-
     def _end_prefill(self, index: int, push: str) -> None:
         self.prefills[index].end(push)
 
     _abort_prefill = _end_prefill
 
-    def _patience(self, index: int) -> None:
-        self.prefills[index].now += PATIENCE
-        self.prefills[index].step()
+    def _stop_prefill(self, index: int) -> None:
+        self.prefills[index].stopped = True
 
-    _pass_prefill = _patience
+    def _hang_prefill(self, index: int) -> None:
+        self.prefills[index].hung = True
+
+    def _go_on(self, index: int) -> None:
+        prefill = self.prefills[index]
+        prefill.stopped = prefill.hung = False
+
+    def _patience(self, index: int) -> None:
+        self._pass_prefill(index, PATIENCE)
+
+    def _forget(self, index: int) -> None:
+        """Patience ends because nothing else happens any more."""
+        if not (self.happened or self._one_sided):
+            raise ProtocolViolationError(f"P{index} waits for something that nobody will say")
+        self._patience(index)
+
+    def _moment(self, index: int) -> None:
+        self._pass_prefill(index, SILENCE)
+
+    def _pass_prefill(self, index: int, seconds: float) -> None:
+        prefill = self.prefills[index]
+        prefill.now += seconds
+        prefill.step()
 
     def _step_decode(self, index: int) -> None:
         self.decodes[index].step()
+
+    def _tarry(self, index: int) -> None:
+        """A step is planned, and the ranks are busy."""
+        self.decodes[index].step(carry_out=False)
 
     def _end_decode(self, index: int, push: str) -> None:
         self.decodes[index].end(push)
@@ -459,20 +555,32 @@ class World:
     def _deadline(self, index: int, epoch: int) -> None:
         self.decodes[index].run_out(epoch)
 
-    _run_out = _deadline
+    def _run_out(self, index: int, epoch: int) -> None:
+        """A deadline passes because nothing else happens any more."""
+        if not (EXCUSES.intersection(self.happened) or self._one_sided):
+            raise ProtocolViolationError(f"nobody says what becomes of attempt {epoch}")
+        self._deadline(index, epoch)
 
     def _second(self, index: int) -> None:
-        self._pass_decode(index, int(SETTLE))
+        self._pass_decode(index, SETTLE)
 
-    def _pass_decode(self, index: int, seconds: int) -> None:
+    def _silence(self, index: int) -> None:
+        self._pass_decode(index, SILENCE)
+
+    def _pass_decode(self, index: int, seconds: float) -> None:
         decode = self.decodes[index]
+        for rank in range(self.options.decode_ranks):
+            decode.take_up(rank)
         decode.now += seconds
-        self.orphans = [
-            orphan
-            for orphan in self.orphans
-            if orphan.name[0] != decode.incarnation or decode.now < orphan.until
-        ]
-        decode.step()
+        for number, orphan in reversed(list(enumerate(self.orphans))):
+            if orphan.name[0] == decode.incarnation and decode.now >= orphan.until:
+                self._land_orphan(number)  # in the last moment
+        if decode.awake or decode.target.due <= decode.now:
+            decode.step()
+        decode.check_waits()
+
+    def _take_up(self, index: int, rank: int) -> None:
+        self.decodes[index].take_up(rank)
 
     # -- writes and notices ------------------------------------------------------------------
 
@@ -481,6 +589,18 @@ class World:
         rank = prefill.ranks[rank_index]
         name, _, sending, write = rank.writes()[number]
         self._arrives(prefill, name, write)
+        sending.writes.remove(write)
+        rank.settle(name)
+
+    def _lag(self, index: int, rank_index: int, number: int) -> None:
+        """A write is done as its sender sees it, and not yet as the rank that it is for does."""
+        prefill = self.prefills[index]
+        rank = prefill.ranks[rank_index]
+        name, _, sending, write = rank.writes()[number]
+        decode = self._decode_of(name[0])
+        if decode is not None:
+            content = tuple(prefill.content)
+            decode.arrived.append(Arrived(write.route.rank, name[1], write, content))
         sending.writes.remove(write)
         rank.settle(name)
 
@@ -529,8 +649,7 @@ class World:
                 link.to_prefill.clear()
 
     def _restart(self, index: int) -> None:
-        # Whoever could have written is gone: the address is in use by another process.
-        self.orphans = [orphan for orphan in self.orphans if orphan.prefill != index]
+        # What the former process, or a worker that outlives it, has sent may still arrive.
         self.down.remove(index)
         self.prefills[index] = Prefill(index, self.prefills[index].life + 1, self.options)
 
@@ -567,7 +686,10 @@ class World:
             )
             if link is None:
                 prefill = int(letter.peer.partition(":")[2])
-                link = Connection(index, decode.incarnation, prefill)
+                taken = {connection.number for connection in self.connections}
+                number = next(number for number in count() if number not in taken)
+                link = Connection(index, decode.incarnation, prefill, number)
+                decode.boxes[number] = Mailbox()
                 self.connections.append(link)
             if not link.opened:
                 link.queued.append(letter.message)
@@ -586,43 +708,55 @@ class World:
         prefill = self.prefills[link.prefill]
         for former in self.connections:
             if former.name == link.name and former.prefill == link.prefill and former.prefill_up:
-                former.prefill_up = False  # what it had sent may still be read
-                prefill.news.append(Lost(link.name, "anew", was_open=True, fate=Fate.CLOSED))
-        link.prefill_up = True
+                self._lose(former, "it has connected anew")
+        link.prefill_up = link.accepted = True
         link.reader = prefill.incarnation
         ranks, heads = (
             self.options.decode_ranks,
             max(self.options.prefill_ranks, self.options.decode_ranks),
         )
         card = card_of(
-            link.name, ranks, len(self.options.groups), heads, replicated=self.options.replicated
+            link.name,
+            ranks,
+            len(self.options.groups),
+            heads,
+            self.options.blocks,
+            replicated=self.options.replicated,
         )
-        prefill.news.append(Opened(link.name, link.name, card))
-        prefill.exchange()
+        box = prefill.boxes[link.number] = Mailbox()
+        prefill.inbox.opened(box, Opened(link.name, link.name, card))
         ends = tuple(rank.end for rank in prefill.ranks)
         link.to_decode.append(
             Welcome(SenderCard(prefill.incarnation, self.options.replicated, ends))
         )
 
     def _read_prefill(self, number: int) -> None:
+        """The link takes up all that is there; the engine, when it steps."""
         link = self.connections[number]
-        message = link.to_prefill.popleft()
-        self.prefills[link.prefill].news.append(Letter(link.name, message))
-        self.prefills[link.prefill].exchange()
+        prefill = self.prefills[link.prefill]
+        box = prefill.boxes[link.number]
+        while link.to_prefill:
+            letter = Letter(link.name, link.to_prefill.popleft())
+            if (never := prefill.inbox.letter(box, letter, 1)) is not None:
+                prefill.check_fence((link.name, never.epoch))
+                if link.decode_up:
+                    link.to_decode.append(Fenced(never, clean=True))
 
     def _read_decode(self, number: int) -> None:
         link = self.connections[number]
         decode = self.decodes[link.decode]
-        message = link.to_decode.popleft()
-        if isinstance(message, Welcome):
+        box = decode.boxes[link.number]
+        while link.to_decode:
+            message = link.to_decode.popleft()
+            if not isinstance(message, Welcome):
+                decode.inbox.letter(box, Letter(link.address, message), 1)
+                continue
             link.opened = True
-            decode.news.append(Opened(link.address, message.card.incarnation, message.card))
+            opened = Opened(link.address, message.card.incarnation, message.card)
+            decode.inbox.opened(box, opened)
             queued, link.queued = link.queued, []
             if link.prefill_up:
                 link.to_prefill.extend(queued)
-        else:
-            decode.news.append(Letter(link.address, message))
-        decode.exchange()
 
     def _break_decode(self, number: int, fate: Fate = Fate.CLOSED) -> None:
         link = self.connections[number]
@@ -630,18 +764,22 @@ class World:
         link.to_decode.clear()
         unsent = tuple(m.attempt for m in link.queued if isinstance(m, Announce))
         lost = Lost(link.address, "lost", link.opened, fate, unsent)
-        self.decodes[link.decode].news.append(lost)
+        decode = self.decodes[link.decode]
+        decode.inbox.lost(decode.boxes.pop(link.number), lost, forget=False)
 
     def _silent(self, number: int) -> None:
         self._break_decode(number, Fate.SILENT)
 
     def _break_prefill(self, number: int) -> None:
-        link = self.connections[number]
-        link.prefill_up = False
+        self._lose(self.connections[number], "lost")
+
+    def _lose(self, link: Connection, reason: str) -> None:
+        """The listening side has a connection no more."""
+        link.prefill_up, link.reader = False, ""
         link.to_prefill.clear()
         prefill = self.prefills[link.prefill]
-        prefill.news.append(Lost(link.name, "lost", was_open=True, fate=Fate.CLOSED))
-        prefill.exchange()
+        lost = Lost(link.name, reason, was_open=True, fate=Fate.CLOSED)
+        prefill.inbox.lost(prefill.boxes.pop(link.number), lost, forget=True)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -669,12 +807,16 @@ def settle(world: World, limit: int = 2000) -> World:
     """
     before, key = world.copy(), world.key()
     for _ in range(limit):
-        for event in (*world.normal(), *world.time()):
-            world.run(event)
-            if (after := world.key()) != key:
-                before, key = world.copy(), after
-                break
-            world = World.of(before)
+        for kind in (World.normal, World.time):
+            for event in list(kind(world)):
+                world.run(event)
+                if (after := world.key()) != key:
+                    break
+                world = World.of(before)
+            else:
+                continue
+            before, key = world.copy(), after
+            break
         else:
             world.check_clean()
             return world

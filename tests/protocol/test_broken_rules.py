@@ -1,0 +1,522 @@
+"""The model sees what it is there to see: each rule of ``docs/push.md`` about when a block may be
+used again, and about what each state leads to, is broken once, and a history shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+import pytest
+
+from lamina.control import push_source, push_target
+from lamina.control.push_endings import Endings
+from lamina.control.push_room import Room
+from lamina.control.push_source import Outbound, Progress, PushSource
+from lamina.control.push_target import GiveUp, PushTarget
+from lamina.control.requests import RequestRecord
+from lamina.control.transfers import Transfer, TransferTable
+from lamina.data.push_receives import Receive, Receives
+from lamina.geometry import Group, GroupKind
+from lamina.plan import Outcome, TransferId, TransferReceipt
+from lamina.push.cards import SenderCard
+from lamina.push.inbox import Inbox, Mailbox
+from lamina.push.letters import Fate, Letter, Lost, News
+from lamina.push.messages import Announce, Attempt, Delivered, Failed, Fenced, decode, encode
+from lamina.push.transports.base import Notice
+from protocol.engine import BLOCK, Options, PushCase
+from protocol.prefill import Prefill
+from protocol.walk import finds
+from protocol.world import FAULTS, HURRIES
+
+HISTORIES = 2000
+"""Until a break is seen."""
+
+UNBROKEN = 60
+
+Patch = pytest.MonkeyPatch
+Break = Callable[[Patch], None]
+
+FULL = Group(GroupKind.FULL, BLOCK)
+STATE = Group(GroupKind.STATE, BLOCK)
+CASE, SHORT = PushCase(tokens=4), PushCase(tokens=2)
+
+
+def world(kinds: str, budget: int, hurries: int = 0, *cases: PushCase, **others: Any) -> Options:
+    faults = frozenset(kinds.split())
+    assert faults <= FAULTS | HURRIES
+    return Options(cases or (CASE,), faults=faults, budget=budget, hurries=hurries, **others)
+
+
+GIVEN_UP = world("abort_decode deadline lag", 2, 1)
+LATE = world("deadline abort_decode silent second silence", 2, 3)
+TORN = world("write_fails", 1)
+AGAIN = world("write_fails break_decode break_prefill", 2)
+CRASHED = world("crash_prefill deadline", 2, 0)
+FIRST = world("break_decode", 1, 0, SHORT, SHORT)
+TWICE = world(
+    "",
+    0,
+    0,
+    PushCase(tokens=4, push="a"),
+    PushCase(decode=1, tokens=4, push="a", part="decode"),
+    PushCase(decode=1, tokens=3, push="a", part="decode", floor=2),
+)
+"""A router that uses an id again."""
+STOPPED = world("stop_prefill abort_decode", 2)
+RANKS = world("", 0, 0, SHORT, prefill_ranks=2)
+
+
+# -- the decode side, broken ---------------------------------------------------------------------
+
+
+def nothing_is_quarantined(patch: Patch) -> None:
+    settle = PushTarget.settle
+
+    def and_release(target: PushTarget, transfer: Transfer, record: RequestRecord | None) -> None:
+        settle(target, transfer, record)
+        if transfer.id in target._inbound:
+            target._release(transfer.id)
+
+    patch.setattr(PushTarget, "settle", and_release)
+
+
+def a_silent_peer_is_taken_for_dead(patch: Patch) -> None:
+    lost = PushTarget._lost
+
+    def closed(target: PushTarget, item: Lost, now: float) -> None:
+        lost(target, replace(item, fate=Fate.CLOSED), now)
+
+    patch.setattr(PushTarget, "_lost", closed)
+
+
+def a_peer_that_answers_is_not_waited_for(patch: Patch) -> None:
+    settle = PushTarget.settle
+
+    def and_a_time(target: PushTarget, transfer: Transfer, record: RequestRecord | None) -> None:
+        settle(target, transfer, record)
+        if (inbound := target._inbound.get(transfer.id)) is not None:
+            inbound.until = min(inbound.until, target._now + target._config.quarantine)
+
+    patch.setattr(PushTarget, "settle", and_a_time)
+
+
+def what_has_come_is_not_waited_for(patch: Patch) -> None:
+    patch.setattr(push_target, "SETTLE_SECONDS", 0.0)
+
+
+def torn_writes_are_not_waited_for(patch: Patch) -> None:
+    receive = PushTarget.receive
+
+    def clean(target: PushTarget, news: Iterable[News], now: float) -> None:
+        heard: list[News] = []
+        for item in news:
+            if isinstance(item, Letter) and isinstance(item.message, Fenced):
+                heard.append(Letter(item.peer, Fenced(item.message.attempt, clean=True)))
+            else:
+                heard.append(item)
+        receive(target, heard, now)
+
+    patch.setattr(PushTarget, "receive", clean)
+
+
+def another_incarnation_is_a_fence(patch: Patch) -> None:
+    opened = PushTarget._opened
+
+    def fenced(target: PushTarget, address: str, card: SenderCard, now: float) -> None:
+        former = {i.attempt: i.incarnation for i in target._inbound.values()}
+        opened(target, address, card, now)
+        for inbound in target._inbound.values():
+            known = former[inbound.attempt] not in ("", card.incarnation)
+            if inbound.address == address and known:
+                inbound.fenced, inbound.until = True, now
+
+    patch.setattr(PushTarget, "_opened", fenced)
+
+
+def another_incarnation_answers_for_the_former(patch: Patch) -> None:
+    opened = PushTarget._opened
+
+    def forget(target: PushTarget, address: str, card: SenderCard, now: float) -> None:
+        opened(target, address, card, now)
+        for inbound in target._inbound.values():
+            inbound.lingering = 0.0
+
+    patch.setattr(PushTarget, "_opened", forget)
+
+
+def whoever_was_never_connected_knows_nothing(patch: Patch) -> None:
+    lost = PushTarget._lost
+
+    def untold(target: PushTarget, item: Lost, now: float) -> None:
+        lost(target, item, now)
+        for inbound in target._inbound.values():
+            inbound.untold |= inbound.address == item.peer and not item.was_open
+
+    patch.setattr(PushTarget, "_lost", untold)
+
+
+def what_is_given_up_is_not_cancelled(patch: Patch) -> None:
+    def silently(
+        target: PushTarget, transfer: TransferId, reason: str, cause: GiveUp = GiveUp.CANCELLED
+    ) -> None:
+        inbound = target._inbound.get(transfer)
+        if inbound is not None and not inbound.reason:
+            inbound.reason, inbound.cause = reason, cause
+            target.give_ups.append(transfer)
+
+    patch.setattr(PushTarget, "give_up", silently)
+    patch.setattr(PushTarget, "_ask", lambda target, now: None)
+
+
+def nobody_is_asked_again(patch: Patch) -> None:
+    patch.setattr(PushTarget, "_ask", lambda target, now: None)
+
+
+def failed_is_taken_for_fenced(patch: Patch) -> None:
+    receive = PushTarget.receive
+
+    def both(target: PushTarget, news: Iterable[News], now: float) -> None:
+        heard: list[News] = []
+        for item in news:
+            heard.append(item)
+            if isinstance(item, Letter) and isinstance(item.message, Failed):
+                heard.append(Letter(item.peer, Fenced(item.message.attempt, clean=True)))
+        receive(target, heard, now)
+
+    patch.setattr(PushTarget, "receive", both)
+
+
+def what_the_engine_has_is_written_again(patch: Patch) -> None:
+    table = PushTarget._table
+    patch.setattr(
+        PushTarget,
+        "_table",
+        lambda target, record, group, floor, start, end: table(target, record, group, 0, 0, end),
+    )
+
+
+def parked_blocks_are_not_leased(patch: Patch) -> None:
+    order = PushTarget.order
+
+    def unleased(target: PushTarget, record: RequestRecord, *args: int, step: int) -> None:
+        order(target, record, *args, step=step)
+        assert record.receive is not None
+        target._inbound[record.receive].lease.release()
+
+    patch.setattr(PushTarget, "order", unleased)
+
+
+def any_number_of_blocks_is_parked(patch: Patch) -> None:
+    made = Room.__init__
+    patch.setattr(Room, "__init__", lambda room, most: made(room, 1_000_000))
+
+
+# -- its ranks -----------------------------------------------------------------------------------
+
+
+def one_sender_is_enough(patch: Patch) -> None:
+    owed_by = Receives.owed_by
+
+    def first(receives: Receives, transfer: TransferId, ends: Iterable[str]) -> None:
+        receive = receives._expected.get(transfer)
+        delivered = set() if receive is None else receive.delivered
+        owed_by(receives, transfer, [*delivered, *ends][:1])
+
+    patch.setattr(Receives, "owed_by", first)
+
+
+def nobody_in_particular_must_deliver(patch: Patch) -> None:
+    def there(receives: Receives, receive: Receive) -> None:
+        del receives._expected[receive.order.transfer]
+        receives._end(receive, Outcome.DONE, "")
+
+    def any_end(receives: Receives, receive: Receive) -> None:
+        if receive.delivered:
+            there(receives, receive)
+
+    patch.setattr(Receives, "_end_if_delivered", any_end)
+
+
+def one_rank_is_enough(patch: Patch) -> None:
+    apply = Transfer.apply
+
+    def first(transfer: Transfer, rank: int, item: TransferReceipt) -> bool:
+        if item.outcome is Outcome.DONE and rank in transfer.moving:
+            transfer.moving = {rank}
+        return apply(transfer, rank, item)
+
+    patch.setattr(Transfer, "apply", first)
+
+
+def early_notices_are_dropped(patch: Patch) -> None:
+    deliver = Receives._deliver
+
+    def expected(receives: Receives, end: str, epoch: int) -> None:
+        if epoch in receives._expected:
+            deliver(receives, end, epoch)
+
+    patch.setattr(Receives, "_deliver", expected)
+
+
+def notices_for_a_former_engine_are_believed(patch: Patch) -> None:
+    notice = Receives.notice
+
+    def mine(receives: Receives, item: Notice) -> None:
+        message = decode(item.body)
+        assert isinstance(message, Delivered)
+        renamed = Delivered(receives._incarnation, message.epoch)
+        notice(receives, Notice(item.peer, encode(renamed)))
+
+    patch.setattr(Receives, "notice", mine)
+
+
+def epochs_are_used_again(patch: Patch) -> None:
+    opened = TransferTable.open
+
+    def lowest(table: TransferTable, *args: Any, **others: Any) -> Transfer:
+        table._next = 0
+        while TransferId(table._next + 1) in table._live:
+            table._next += 1
+        return opened(table, *args, **others)
+
+    patch.setattr(TransferTable, "open", lowest)
+
+
+# -- the prefill side, broken --------------------------------------------------------------------
+
+
+def what_is_stopped_is_fenced_at_once(patch: Patch) -> None:
+    stop = PushSource._stop
+
+    def and_fence(source: PushSource, out: Outbound) -> None:
+        stop(source, out)
+        if out.announce is not None:
+            source._say(out.peer, Fenced(out.announce.attempt, clean=True))
+
+    patch.setattr(PushSource, "_stop", and_fence)
+
+
+def torn_is_said_to_be_clean(patch: Patch) -> None:
+    patch.setattr(push_source, "TORN", "nothing that a write says")
+
+
+def failed_writes_are_ignored(patch: Patch) -> None:
+    settle = PushSource.settle
+
+    def done(source: PushSource, transfer: Transfer) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(source, "_fail", lambda out, reason: None)
+            settle(source, transfer)
+
+    patch.setattr(PushSource, "settle", done)
+
+
+def sources_are_not_leased(patch: Patch) -> None:
+    send = PushSource._send
+
+    def unleased(source: PushSource, *args: Any, **others: Any) -> None:
+        before = {transfer.id for transfer in source._transfers.live()}
+        send(source, *args, **others)
+        for transfer in source._transfers.live():
+            if transfer.id not in before and transfer.lease is not None:
+                transfer.lease.release()
+
+    patch.setattr(PushSource, "_send", unleased)
+
+
+def prompts_that_have_ended_are_not_held(patch: Patch) -> None:
+    finished = PushSource.finished
+
+    def freed(source: PushSource, record: RequestRecord, *args: Any) -> None:
+        finished(source, record, *args)
+        out = source._of(record)
+        if out is not None and out.held is not None:
+            out.held.release()
+
+    patch.setattr(PushSource, "finished", freed)
+
+
+def what_a_step_begins_with_is_taken_for_computed(patch: Patch) -> None:
+    def progress(source: PushSource, record: RequestRecord, start: int, end: int) -> None:
+        out = source._of(record)
+        if out is not None:
+            out.noted = Progress(record.losses, start, end)
+
+    patch.setattr(PushSource, "progress", progress)
+
+
+def what_a_step_computes_is_taken_for_computed(patch: Patch) -> None:
+    progress = PushSource.progress
+
+    def ahead(source: PushSource, record: RequestRecord, start: int, end: int) -> None:
+        progress(source, record, start, end)
+        out = source._of(record)
+        if out is not None:
+            out.noted = Progress(record.losses, end, end)
+
+    patch.setattr(PushSource, "progress", ahead)
+
+
+def a_request_keeps_what_it_had_computed(patch: Patch) -> None:
+    patch.setattr(Outbound, "progress", property(lambda out: out.noted))
+
+
+def an_unfinished_prompt_is_sent_as_whole(patch: Patch) -> None:
+    finished = PushSource.finished
+
+    def whole(source: PushSource, record: RequestRecord, computed: int, blocks: Any) -> None:
+        record.load = None
+        finished(source, record, record.view.num_prompt_tokens, blocks)
+
+    patch.setattr(PushSource, "finished", whole)
+
+
+def what_is_over_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Endings, "note", lambda endings, peer, epoch, *, clean: None)
+
+
+def what_was_declined_is_forgotten(patch: Patch) -> None:
+    patch.setattr(push_source, "_remember", lambda known, key, why: None)
+
+
+def a_cancel_stops_nothing(patch: Patch) -> None:
+    patch.setattr(PushSource, "_under_way", lambda source, peer, attempt: None)
+
+
+def nobody_runs_out_of_patience(patch: Patch) -> None:
+    plan = PushSource.plan
+
+    def patient(source: PushSource, *, step: int, now: float) -> None:
+        for out in source._outbound.values():
+            out.expires = inf
+        plan(source, step=step, now=now)
+
+    patch.setattr(PushSource, "plan", patient)
+
+
+def prompts_are_not_compared(patch: Patch) -> None:
+    patch.setattr(PushSource, "_misfit", lambda source, record, announce, peer: "")
+
+
+def any_state_is_sent(patch: Patch) -> None:
+    def newest(source: PushSource, out: Outbound, group: int) -> Any:
+        return [block for _, block, _ in [out.states[group]]] if group in out.states else ()
+
+    patch.setattr(PushSource, "_state_blocks", newest)
+
+
+def states_are_not_leased(patch: Patch) -> None:
+    state = PushSource.state
+
+    def unleased(source: PushSource, record: RequestRecord, item: Any) -> None:
+        state(source, record, item)
+        out = source._of(record)
+        if out is not None and item.group in out.states:
+            out.states[item.group][2].release()
+
+    patch.setattr(PushSource, "state", unleased)
+
+
+def anybody_may_decline_a_push(patch: Patch) -> None:
+    patch.setattr(Outbound, "is_for", lambda out, peer: True)
+
+
+def anybody_may_take_a_push_over(patch: Patch) -> None:
+    announced = PushSource._announced
+
+    def taken(source: PushSource, peer: str, announce: Announce, now: float) -> None:
+        out = source._outbound.get(announce.attempt.push)
+        if out is not None:
+            out.peer, out.announce = peer, None
+        announced(source, peer, announce, now)
+
+    patch.setattr(PushSource, "_announced", taken)
+
+
+def the_link_fences_what_it_hands_on(patch: Patch) -> None:
+    letter = Inbox.letter
+
+    def and_keep(inbox: Inbox, box: Mailbox, item: Letter, size: int) -> Attempt | None:
+        news = dict(inbox._news)
+        never = letter(inbox, box, item, size)
+        if never is not None:
+            inbox._news = news
+        return never
+
+    patch.setattr(Inbox, "letter", and_keep)
+
+
+def an_idle_engine_is_not_woken(patch: Patch) -> None:
+    def awake(prefill: Prefill) -> bool:
+        return bool(prefill.requests or prefill.transfers.pending or prefill.source.pending)
+
+    patch.setattr(Prefill, "awake", property(awake))
+
+
+# -- what the model sees -------------------------------------------------------------------------
+
+BREAKS: dict[Break, Options] = {
+    nothing_is_quarantined: GIVEN_UP,
+    a_silent_peer_is_taken_for_dead: STOPPED,
+    a_peer_that_answers_is_not_waited_for: LATE,
+    what_has_come_is_not_waited_for: GIVEN_UP,
+    torn_writes_are_not_waited_for: TORN,
+    another_incarnation_is_a_fence: CRASHED,
+    another_incarnation_answers_for_the_former: CRASHED,
+    whoever_was_never_connected_knows_nothing: FIRST,
+    what_is_given_up_is_not_cancelled: GIVEN_UP,
+    nobody_is_asked_again: STOPPED,
+    failed_is_taken_for_fenced: world("abort_prefill second", 1, 1),
+    what_the_engine_has_is_written_again: world("deadline", 0, 0, PushCase(tokens=4, floor=2)),
+    parked_blocks_are_not_leased: GIVEN_UP,
+    one_sender_is_enough: RANKS,
+    nobody_in_particular_must_deliver: RANKS,
+    one_rank_is_enough: world("deadline", 1, 0, prefill_ranks=2, decode_ranks=2),
+    early_notices_are_dropped: world("tarry", 1),
+    notices_for_a_former_engine_are_believed: world("crash_decode", 1, 0, SHORT, SHORT),
+    epochs_are_used_again: world("abort_decode deadline", 1, 0, CASE, CASE),
+    what_is_stopped_is_fenced_at_once: GIVEN_UP,
+    torn_is_said_to_be_clean: TORN,
+    failed_writes_are_ignored: TORN,
+    sources_are_not_leased: GIVEN_UP,
+    prompts_that_have_ended_are_not_held: world("", 0),
+    what_a_step_begins_with_is_taken_for_computed: world(
+        "", 0, 0, PushCase(tokens=5, hit="layerwise", hit_tokens=4)
+    ),
+    what_a_step_computes_is_taken_for_computed: world("", 0, 0, PushCase(tokens=5)),
+    a_request_keeps_what_it_had_computed: world(
+        "preempt", 1, 0, CASE, PushCase(tokens=5, hit="parked", hit_tokens=4), narrow=True
+    ),
+    an_unfinished_prompt_is_sent_as_whole: world(
+        "abort_prefill", 1, 0, PushCase(tokens=5, hit="parked", hit_tokens=4)
+    ),
+    what_is_over_is_forgotten: AGAIN,
+    what_was_declined_is_forgotten: world("", 0, 0, PushCase(tokens=3, floor=2)),
+    a_cancel_stops_nothing: GIVEN_UP,
+    nobody_runs_out_of_patience: world("never_prefill never_decode", 1),
+    prompts_are_not_compared: world("", 0, 0, PushCase(misled=True)),
+    any_state_is_sent: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE), chunk=4),
+    states_are_not_leased: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE)),
+    any_number_of_blocks_is_parked: world(
+        "stop_prefill", 1, 0, PushCase(tokens=8), PushCase(tokens=8), scarce=True
+    ),
+    anybody_may_decline_a_push: TWICE,
+    anybody_may_take_a_push_over: TWICE,
+    the_link_fences_what_it_hands_on: GIVEN_UP,
+    an_idle_engine_is_not_woken: world("never_prefill", 1),
+}
+"""Each break, and a world in which it shows."""
+
+
+@pytest.mark.parametrize("rule", BREAKS, ids=lambda rule: rule.__name__)
+def test_a_broken_rule_is_seen(rule: Break, monkeypatch: Patch) -> None:
+    rule(monkeypatch)
+    assert finds(BREAKS[rule], HISTORIES), "nothing is seen of it"
+
+
+@pytest.mark.parametrize("options", dict.fromkeys(BREAKS.values()), ids=str)
+def test_nothing_is_seen_where_nothing_is_broken(options: Options) -> None:
+    assert not finds(options, UNBROKEN)
