@@ -26,6 +26,7 @@ from lamina.control.push_source import (
     WAIT_SHARE,
     PushSource,
 )
+from lamina.control.push_target import PEER_FAULTS
 from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina.control.transfers import TransferTable
 from lamina.geometry import Group, GroupKind
@@ -1108,6 +1109,20 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source.now = 20.0
     source.source.waits(source.record, source.now)
     assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
+    assert source.source.unwanted == ["request"]
+
+
+def test_what_the_engine_never_came_to_is_nobodys_fault() -> None:
+    """Of a long queue only the head is looked at."""
+    source = Source()
+    source.connect()
+    source.source.arrived(source.record, 0.0)
+    source.hear(announce())
+    source.said()
+    source.now = 30.0
+    source.step()
+    assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
+    assert TOO_BUSY not in PEER_FAULTS
     assert source.source.unwanted == ["request"]
 
 

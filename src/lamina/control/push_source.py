@@ -169,6 +169,11 @@ class Outbound:
     let_go_at: float = inf
 
     @property
+    def waits_here(self) -> bool:
+        """Whether its request is here and has no blocks."""
+        return bool(self.request) and self.record is None
+
+    @property
     def attempt(self) -> Attempt:
         """What its decode engine calls it."""
         return Attempt(self.push, NO_EPOCH) if self.announce is None else self.announce.attempt
@@ -524,7 +529,9 @@ class PushSource:
         """Order what can be sent of every push that has a destination."""
         for out in list(self._outbound.values()):
             if out.expires <= now and out.stage is not Stage.STOPPED:
-                self._fail(out, "too late")
+                if out.waits_here and out.announce is not None:
+                    self._forgo_of(out, now)
+                self._fail(out, TOO_BUSY if out.waits_here else "too late")
             elif out.stage is Stage.BOUND and not out.ordered:
                 self._order(out, step, now)
             elif out.stage is Stage.STOPPED:
