@@ -227,5 +227,5 @@ def test_chaos(llama: Path, fleet: Fleet, note: Note) -> None:
     assert LEFT not in {outcome.kind for outcome, _ in lived}, "one hangs"
     assert not wrong(calm, expected[:20])
     assert share >= 0.95
-    assert chaos.counted["received"] > len(outcomes) / 4
+    assert chaos.counted["received"] > len(outcomes) / 2
     assert sum(chaos.done.values()) > len(outcomes) / 30
