@@ -444,6 +444,35 @@ def test_another_incarnation_does_not_answer_for_what_the_former_one_has_sent(fa
     assert target.pool.held == set()
 
 
+def test_a_peer_that_is_connected_is_asked_until_it_has_fenced() -> None:
+    """It may be idle when the last write has drained: only a word from here makes it look."""
+    target, record, attempt = announced()
+    target.hear(OPENED)
+    target.hear(lost())
+    target.fail(record)
+    target.hear(OPENED)
+    target.said()
+    for _ in range(3):
+        target.wait(SILENCE)
+        assert target.said() == [Cancel(attempt)]
+    target.hear(Fenced(attempt, clean=True))
+    target.wait(SILENCE)
+    assert target.said() == []
+
+
+def test_what_was_never_said_holds_nothing_if_that_is_known_late() -> None:
+    """Its request had ended before."""
+    target = Target()
+    record = target.order()
+    (announce,) = [word for word in target.said() if isinstance(word, Announce)]
+    target.target.give_up(TransferId(announce.attempt.epoch), CANCELLED)
+    target.fail(record)
+    assert target.pool.held
+    unsent = (announce.attempt,)
+    target.hear(Lost(P, "gone", was_open=False, fate=Fate.SILENT, unsent=unsent))
+    assert target.pool.held == set()
+
+
 def test_what_was_never_said_holds_nothing() -> None:
     target = Target()
     record = target.order()

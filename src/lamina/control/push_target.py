@@ -480,6 +480,9 @@ class PushTarget:
             inbound.incarnation = card.incarnation
             if inbound.reason:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
+                if not inbound.fenced:
+                    # It may be idle when the last of it has drained, and look only if it is asked.
+                    self._asks[address] = now + self._config.silence
             else:
                 self._name_senders(inbound)
 
@@ -506,6 +509,8 @@ class PushTarget:
                 inbound.until = min(inbound.until, now + self._config.quarantine)
             held = held or not (inbound.fenced or inbound.untold)
             self.give_up(transfer, lost.reason, GiveUp.LOST)
+            if inbound.untold and inbound.stage is Stage.QUARANTINED:
+                self._release(transfer)  # its request had ended before this was known
         if held:
             self._asks[lost.peer] = now + self._config.silence
 
@@ -522,10 +527,14 @@ class PushTarget:
         """Ask peers again that could still write."""
         for address in [address for address, due in self._asks.items() if due <= now]:
             del self._asks[address]
-            for inbound in self._inbound.values():
-                if inbound.address == address and inbound.reason and not inbound.fenced:
-                    self.letters.append(Letter(address, Cancel(inbound.attempt)))
-                    self._asks[address] = now + self._config.silence
+            for inbound in self._unfenced(address):
+                self.letters.append(Letter(address, Cancel(inbound.attempt)))
+                self._asks[address] = now + self._config.silence
+
+    def _unfenced(self, address: str) -> list[Inbound]:
+        """Pushes that are given up and that a peer could still write to."""
+        given_up = (i for i in self._inbound.values() if i.address == address and i.reason)
+        return [inbound for inbound in given_up if not inbound.fenced]
 
     def _fence(self, transfer: TransferId, until: float) -> None:
         inbound = self._inbound.get(transfer)
@@ -533,6 +542,8 @@ class PushTarget:
             inbound.fenced = True
             inbound.until = min(inbound.until, max(until, inbound.lingering))
             self.give_up(transfer, "ended by the prefill engine", GiveUp.FAILED)
+            if not self._unfenced(inbound.address):
+                self._asks.pop(inbound.address, None)
 
     def _release(self, transfer: TransferId) -> None:
         inbound = self._inbound.pop(transfer)
