@@ -42,6 +42,8 @@ Break = Callable[[Patch], None]
 FULL = Group(GroupKind.FULL, BLOCK)
 STATE = Group(GroupKind.STATE, BLOCK)
 CASE, SHORT = PushCase(tokens=4), PushCase(tokens=2)
+LARGE = PushCase(tokens=8), PushCase(tokens=8)
+"""Of scarce blocks there are enough for both, and for nothing else."""
 
 
 def world(kinds: str, budget: int, hurries: int = 0, *cases: PushCase, **others: Any) -> Options:
@@ -500,9 +502,7 @@ BREAKS: dict[Break, Options] = {
     prompts_are_not_compared: world("", 0, 0, PushCase(misled=True)),
     any_state_is_sent: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE), chunk=4),
     states_are_not_leased: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE)),
-    any_number_of_blocks_is_parked: world(
-        "stop_prefill", 1, 0, PushCase(tokens=8), PushCase(tokens=8), scarce=True
-    ),
+    any_number_of_blocks_is_parked: world("stop_prefill", 1, 0, *LARGE, scarce=True),
     anybody_may_decline_a_push: TWICE,
     anybody_may_take_a_push_over: TWICE,
     the_link_fences_what_it_hands_on: GIVEN_UP,
@@ -515,6 +515,22 @@ BREAKS: dict[Break, Options] = {
 def test_a_broken_rule_is_seen(rule: Break, monkeypatch: Patch) -> None:
     rule(monkeypatch)
     assert finds(BREAKS[rule], HISTORIES), "nothing is seen of it"
+
+
+UNLIKELY = (
+    world("break_decode silent break_prefill stop_prefill second silence abort_decode", 3, 3),
+    world("break_decode silent crash_prefill second silence deadline write_fails", 3, 3),
+    world(
+        "hang_prefill break_decode silent silence moment patience abort_prefill", 3, 4, CASE, SHORT
+    ),
+    world("stop_prefill crash_prefill silence second abort_decode", 3, 4, *LARGE, scarce=True),
+)
+"""Worlds in which much goes wrong: each has shown a fault."""
+
+
+@pytest.mark.parametrize("options", UNLIKELY, ids=lambda options: " ".join(sorted(options.faults)))
+def test_much_goes_wrong(options: Options) -> None:
+    assert not finds(options, 400)
 
 
 @pytest.mark.parametrize("options", dict.fromkeys(BREAKS.values()), ids=str)

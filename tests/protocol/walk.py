@@ -13,6 +13,9 @@ EARLY, LATE = (0.03, 0.15), 0.3
 """How often something goes wrong while no page is on its way, and while one is."""
 
 
+LIMIT = 400
+
+
 def walk(options: Options, seed: int, *, events: int = 80) -> None:
     """One history. In each some kinds of events are late and some early, so that orders of events
     come up soon that are not likely.
@@ -42,7 +45,7 @@ def walk(options: Options, seed: int, *, events: int = 80) -> None:
             story += random.choices(possible, [haste[event[0]] for event in possible])
             world.run(story[-1], fault=bool(faults))
         story.append(("and then nothing bad",))
-        settle(world, 400)
+        settle(world, LIMIT)
     except Exception as error:
         lines = "\n".join(" ".join(map(str, event)) for event in story)
         problem = f"{type(error).__name__}: {error}"

@@ -16,7 +16,8 @@ from itertools import count, islice
 from math import inf
 from typing import Generic, TypeVar
 
-from lamina.control.push_target import Inbound, Stage
+from lamina.control.push_inbound import Inbound, Stage
+from lamina.control.push_source import Stage as SourceStage
 from lamina.plan import TORN
 from lamina.push.cards import SenderCard
 from lamina.push.inbox import Mailbox
@@ -324,7 +325,7 @@ class World:
 
     def _link_events(self) -> Iterator[Event]:
         for number, link in enumerate(self.connections):
-            listens = link.prefill not in self.down and not self.prefills[link.prefill].stopped
+            listens = self._listens(link)
             if link.decode_up and not link.accepted and listens:
                 yield "accept", number
             if link.to_prefill and link.reader and listens and self._reads(link):
@@ -362,7 +363,9 @@ class World:
             if link.prefill_up and link.decode_up:
                 yield "break_prefill", number
             if link.decode_up and (link.to_decode or not self._unreachable(link)):
-                yield "break_decode", number
+                # Whoever writes listens: a call to it may be lost, but nobody says it is not there.
+                if link.accepted or not self.sends:
+                    yield "break_decode", number
                 yield "silent", number
         if any(decode.outbox for decode in self.decodes):
             return
@@ -401,10 +404,16 @@ class World:
             yield "never_decode", case
 
     def _dialling(self, decode: Decode) -> bool:
-        """Whether a connection waits for its welcome: it does so for less than a silence."""
+        """Whether a connection waits for its welcome, or one is over on one side alone: each for
+        less than a silence."""
+        mine = [link for link in self.connections if link.decode == decode.index]
         return any(
-            c.decode_up and not c.opened and c.decode == decode.index for c in self.connections
+            not link.opened if link.decode_up else link.prefill_up and self._listens(link)
+            for link in mine
         )
+
+    def _listens(self, link: Connection) -> bool:
+        return link.prefill not in self.down and not self.prefills[link.prefill].stopped
 
     def time(self) -> list[Event]:
         """What happens when nothing else does: the next thing that somebody waits for."""
@@ -423,10 +432,12 @@ class World:
             if not prefill.goes_on:
                 yield "go_on", prefill.index
         for decode in self.decodes:
-            if decode.target._inbound or any(o.name[0] == decode.incarnation for o in self.orphans):
+            mine = any(orphan.name[0] == decode.incarnation for orphan in self.orphans)
+            if mine or decode.target.due < inf:
                 yield "silence", decode.index
         for prefill in self._living():
-            if prefill.source._outbound:
+            stages = {out.stage for out in prefill.source._outbound.values()}
+            if stages - {SourceStage.STOPPED}:  # nobody pokes an engine whose pushes have stopped
                 yield "forget", prefill.index
 
     @staticmethod
@@ -706,10 +717,14 @@ class World:
     def _accept(self, number: int) -> None:
         link = self.connections[number]
         prefill = self.prefills[link.prefill]
-        for former in self.connections:
-            if former.name == link.name and former.prefill == link.prefill and former.prefill_up:
-                self._lose(former, "it has connected anew")
-        link.prefill_up = link.accepted = True
+        link.accepted = True
+        if any(
+            former.prefill_up and (former.name, former.prefill) == (link.name, link.prefill)
+            for former in self.connections
+        ):
+            self._break_decode(number)  # refused: it is connected, as far as is known here
+            return
+        link.prefill_up = True
         link.reader = prefill.incarnation
         ranks, heads = (
             self.options.decode_ranks,
