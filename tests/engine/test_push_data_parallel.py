@@ -65,7 +65,11 @@ def test_two_ranks_on_each_side(llama: Path, fleet: Fleet, tmp_path: Path) -> No
     with ExitStack() as stack:
         prefill, decode = (
             stack.enter_context(
-                Server(EngineSpec(llama, {**SMALL, "push": push}, options), tmp_path / f"{n}.log")
+                Server(
+                    EngineSpec(llama, {**SMALL, "push": push}, options),
+                    tmp_path / f"{n}.log",
+                    forked=True,
+                )
             )
             for n, push in enumerate(sides)
         )
