@@ -153,3 +153,29 @@ def readme_specs(model: Path) -> Iterator[EngineSpec]:
         usual = {"kv_load_failure_policy": "fail", "kv_connector_module_path": None}
         transfer = {**usual, **config, "kv_connector_extra_config": lamina}
         yield EngineSpec(model, lamina, options, transfer)
+
+
+@pytest.mark.timeout(600)
+def test_a_prefill_server_that_is_told_to_end(llama: Path, fleet: Fleet) -> None:
+    """It sends what it has been asked for before it ends, and nothing is quarantined."""
+    length = 1500
+    asks = [Ask(prompt(seed, length), max_tokens=2) for seed in range(12)]
+    expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
+    slow = {"max_num_batched_tokens": 64, "max_num_seqs": 1, "shutdown_timeout": 60}
+    prefill = Server(prefill_spec(llama, slow), fleet.next_log(), forked=True)
+    decode = Server(
+        decode_spec(llama, {"num_gpu_blocks_override": 2000}, {"quarantine": 3600.0}),
+        fleet.next_log(),
+        forked=True,
+    )
+    with (
+        Deployment([prefill], [decode], fleet.next_log()) as deployment,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        ask = partial(complete, deployment.proxy.url, PATIENCE)
+        pushing = pool.submit(ask_all, asks, ask, clients=len(asks))
+        decode.wait_until(lambda: decode.held().leased >= 3 * (length // BLOCK), PATIENCE)
+        assert prefill.stop() == 0
+        assert not wrong(pushing.result(), expected)
+        decode.wait_until_empty(30)
+        assert decode.metrics().total("lamina_pushes_total", outcome="received") > 3
