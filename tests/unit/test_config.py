@@ -381,10 +381,10 @@ class TestTable:
         assert defaults["`disk`"] == "`null`"
         assert defaults["`disk.path`"] == "required"
 
-    @pytest.mark.parametrize("document", ["docs/configuration.md", "README.md"])
-    def test_the_documents_contain_it(self, document: str) -> None:
-        assert table() in (ROOT / document).read_text(), (
-            f"{document} is out of step; `lamina config` prints the table it should contain"
+    def test_the_page_contains_it(self) -> None:
+        assert table() in (ROOT / "docs/configuration.md").read_text(), (
+            "docs/configuration.md is out of step; `lamina config` prints the table it should "
+            "contain"
         )
 
     @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lamina.cli.push_proxy import Listening
 from lamina.config import Config, load_config
 from lamina.control.requests import PushParameters
 from lamina.engines.vllm.concerns import concerns
+from lamina.push.addresses import split_address
 from lamina.push.proxy.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_there_are_commands_to_check() -> None:
     pages = [page for page, _ in SERVERS]
     assert pages.count("README.md") == 3
     assert "docs/configuration.md" in pages
-    assert [page for page, _ in PROXIES] == ["README.md"]
+    assert [page for page, _ in PROXIES] == ["README.md", "docs/prefill-decode.md"]
     assert len(LAMINA) > 3
 
 
@@ -99,23 +100,25 @@ def test_a_server_that_is_documented(page: str, words: list[str]) -> None:
 def test_a_proxy_that_is_documented(
     page: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes to the servers that the same page starts, one of each kind."""
+    """It goes to the servers that the same page configures on its commands, if it does."""
     started: list[tuple[Settings, Listening]] = []
     monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: started.append(given))
     done = CliRunner().invoke(app, ["push-proxy", *words])
     assert done.exit_code == 0, done.output
     ((settings, _),) = started
+    assert all(split_address(prefill.push) for prefill in settings.prefill)
     pushing = {}
     for server in (words for where, words in SERVERS if where == page):
         config, _ = served(server)
         if config.push is not None:
             arguments = vllm_parser().parse_args(server)
             pushing[f"http://{arguments.host}:{arguments.port}"] = config.push
-    assert len(pushing) == 2
-    (prefill,), (decode,) = settings.prefill, settings.decode
-    assert pushing[prefill.url].listen == prefill.push
-    assert pushing[decode].listen is None
-    assert pushing[prefill.url].token == pushing[decode].token
+    assert len(pushing) == {"README.md": 2, "docs/prefill-decode.md": 0}[page]
+    if pushing:
+        (prefill,), (decode,) = settings.prefill, settings.decode
+        assert pushing[prefill.url].listen == prefill.push
+        assert pushing[decode].listen is None
+        assert pushing[prefill.url].token == pushing[decode].token
 
 
 @pytest.mark.parametrize(("page", "words"), LAMINA)
@@ -143,6 +146,18 @@ def test_the_parameters_of_a_request() -> None:
         for line in re.findall(r"^\{.*\}", text, re.MULTILINE)
     ]
     assert found == [PushParameters("5b1c…", None), PushParameters("5b1c…", "10.0.0.1:9300")]
+
+
+def test_what_a_router_sends() -> None:
+    """Both engines the same prompt and one push; the prefill engine is asked for one token."""
+    prefill, decode = (
+        json.loads(words[words.index("-d") + 1])
+        for words in commands("docs/prefill-decode.md", "curl")
+    )
+    assert prefill["prompt"] == decode["prompt"]
+    assert (prefill["max_tokens"], prefill["stream"]) == (1, False)
+    pushes = [body["kv_transfer_params"]["lamina_push"] for body in (prefill, decode)]
+    assert pushes == [{"id": "5b1c0f"}, {"id": "5b1c0f", "prefill": "10.0.0.1:9300"}]
 
 
 @pytest.mark.parametrize("page", PAGES)

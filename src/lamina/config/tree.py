@@ -182,12 +182,14 @@ class PushConfig(Section):
     )
     silence: Annotated[float, SECONDS] = Field(
         default=5.0,
-        description="Seconds without a word after which a peer counts as gone.",
+        description="Seconds without a word after which a peer counts as gone. One whose "
+        "device hangs still talks; what it owes ends by `push.deadline`.",
     )
     quarantine: Annotated[float, SECONDS] = Field(
         default=120.0,
-        description="Seconds for which blocks are kept that a lost peer may still write to, if it "
-        "cannot be asked.",
+        description="Seconds for which blocks are kept that a peer may still write to which has "
+        "ended or cannot be reached. For one that is stopped, or hangs, they are kept until it "
+        "goes on or ends.",
     )
     min_tokens: Annotated[int | Auto, integer(0).auto()] = Field(
         default="auto",
