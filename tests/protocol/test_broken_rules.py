@@ -58,13 +58,14 @@ TORN = world("write_fails", 1)
 AGAIN = world("write_fails break_decode break_prefill", 2)
 CRASHED = world("crash_prefill deadline", 2, 0)
 FIRST = world("break_decode", 1, 0, SHORT, SHORT)
+NOT_NEEDED = PushCase(decode=1, tokens=3, push="a", part="decode", floor=2)
 TWICE = world(
     "",
     0,
     0,
     PushCase(tokens=4, push="a"),
     PushCase(decode=1, tokens=4, push="a", part="decode"),
-    PushCase(decode=1, tokens=3, push="a", part="decode", floor=2),
+    NOT_NEEDED,
 )
 """A router that uses an id again."""
 STOPPED = world("stop_prefill abort_decode", 2)
@@ -471,7 +472,7 @@ BREAKS: dict[Break, Options] = {
     whoever_was_never_connected_knows_nothing: FIRST,
     what_is_given_up_is_not_cancelled: GIVEN_UP,
     nobody_is_asked_again: STOPPED,
-    failed_is_taken_for_fenced: world("abort_prefill second", 1, 1),
+    failed_is_taken_for_fenced: world("abort_prefill second", 1, 4),
     what_the_engine_has_is_written_again: world("deadline", 0, 0, PushCase(tokens=4, floor=2)),
     parked_blocks_are_not_leased: GIVEN_UP,
     one_sender_is_enough: RANKS,
@@ -503,7 +504,7 @@ BREAKS: dict[Break, Options] = {
     any_state_is_sent: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE), chunk=4),
     states_are_not_leased: world("", 0, 0, PushCase(tokens=7), groups=(FULL, STATE)),
     any_number_of_blocks_is_parked: world("stop_prefill", 1, 0, *LARGE, scarce=True),
-    anybody_may_decline_a_push: TWICE,
+    anybody_may_decline_a_push: world("", 0, 0, PushCase(tokens=6, push="a"), NOT_NEEDED),
     anybody_may_take_a_push_over: TWICE,
     the_link_fences_what_it_hands_on: GIVEN_UP,
     an_idle_engine_is_not_woken: world("never_prefill", 1),

@@ -568,7 +568,7 @@ class World:
 
     def _run_out(self, index: int, epoch: int) -> None:
         """A deadline passes because nothing else happens any more."""
-        if not (EXCUSES.intersection(self.happened) or self._one_sided):
+        if not EXCUSES.intersection(self.happened):
             raise ProtocolViolationError(f"nobody says what becomes of attempt {epoch}")
         self._deadline(index, epoch)
 
