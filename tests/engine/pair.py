@@ -249,6 +249,11 @@ class Pair:
         now, before = self.metrics()[self.decode], self._before[self.decode]
         return int(now.since(before, "lamina_pushes_skipped_total", reason=reason))
 
+    def served(self) -> int:
+        """How many requests of the decode engine have had all that a push could bring them: by it,
+        or because the engine had it already."""
+        return self.pushes(self.decode, "received") + self.skipped("not_needed")
+
     def counts(self) -> dict[str, int]:
         """:meth:`pushes` of both engines, where there were any."""
         outcomes = {self.prefill: ("sent", "stopped"), self.decode: ("received", "given_up")}

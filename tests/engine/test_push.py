@@ -65,6 +65,14 @@ def expect_pushed(pair: Pair, count: int) -> None:
         assert metrics.total("lamina_failures_total") == 0
 
 
+def expect_served(pair: Pair, count: int) -> None:
+    """So many requests had all that a push could bring them, and everything is given back."""
+    pair.settle()
+    assert pair.served() == count
+    assert pair.pushes(pair.decode, "received") > 0
+    assert pair.pushes(pair.decode, "given_up") == 0
+
+
 # -- equal answers -------------------------------------------------------------------------------
 
 
@@ -93,10 +101,10 @@ def test_a_prompt_of_one_token(pair: Pair, alone: Engine) -> None:
 def test_many_at_once(pair: Pair, alone: Engine, first: str) -> None:
     asks = [Ask(tokens) for tokens in mixed_prompts(71, count=30)]
     expected = alone.generate(asks)
-    assert not differences(pair.push(asks, first=first, apart=3), expected)
-    pair.settle()
-    assert pair.pushes(pair.decode, "received") > 15
-    assert pair.pushes(pair.decode, "given_up") == 0
+    answers = pair.push(asks, first=first, apart=3)
+    assert not differences(answers, expected)
+    assert [answer.cached for answer in answers] == [len(ask.tokens) - 1 for ask in asks]
+    expect_served(pair, len(asks))
 
 
 def test_a_prefix_that_only_prefill_has(pair: Pair, alone: Engine) -> None:
@@ -164,14 +172,16 @@ def test_what_decode_has_is_not_sent(pair: Pair, alone: Engine) -> None:
 
 def hold_conversations(
     pair: Pair, alone: Engine, rng: random.Random, block: int, turns: int
-) -> list[str]:
-    """Random conversations over both; returns what went wrong."""
+) -> tuple[list[str], int]:
+    """Random conversations over both; returns what went wrong, and how many requests both were
+    asked."""
     shared = random_tokens(rng, 5 * block)
     talks: list[Tokens] = [
         shared[: rng.randrange(len(shared))] + random_tokens(rng, rng.randrange(1, 6 * block))
         for _ in range(5)
     ]
     wrong: list[str] = []
+    both = 0
     for _ in range(turns):
         chosen = rng.sample(range(len(talks)), rng.choice((1, 1, 2, 4)))
         asks = [Ask(talks[index], max_tokens=rng.choice((1, 4, 12))) for index in chosen]
@@ -184,6 +194,7 @@ def hold_conversations(
                 pair.prefill.generate([replace(ask, max_tokens=1) for ask in asks])
             first = rng.choice(("prefill", "decode"))
             answers = pair.push(asks, first=first, apart=rng.choice((0, 1, 3, 20)))
+            both += len(asks)
         wrong += differences(answers, expected)
         for index, answer in zip(chosen, answers, strict=True):
             talks[index] += answer.tokens + random_tokens(rng, rng.randrange(1, 3 * block))
@@ -192,7 +203,7 @@ def hold_conversations(
         if rng.random() < 0.5:
             pair.settle()
             rng.choice((pair.prefill, pair.decode)).forget()
-    return wrong
+    return wrong, both
 
 
 def _fresh(alone: Engine, asks: Sequence[Ask]) -> list[Answer]:
@@ -218,10 +229,9 @@ def test_conversations(
     pair = make_pair(PairSpec(path, options, lamina={"host": {"capacity": "256MiB"}}))
     alone = fleet.get(EngineSpec(path, options=options))
     rng = random.Random(9)
-    assert not hold_conversations(pair, alone, rng, BLOCKS.get(model, 32), turns)
-    pair.settle()
-    assert pair.pushes(pair.decode, "received") > turns // 3
-    assert pair.pushes(pair.decode, "given_up") == 0
+    wrong, both = hold_conversations(pair, alone, rng, BLOCKS.get(model, 32), turns)
+    assert not wrong
+    expect_served(pair, both)
 
 
 # -- shapes --------------------------------------------------------------------------------------
@@ -247,8 +257,7 @@ def test_ranks(
         assert not differences(pair.push(asks, first=first, apart=1), expected)
         pair.settle()
         pair.forget_all()
-    assert pair.pushes(pair.decode, "received") > len(asks)
-    assert pair.pushes(pair.decode, "given_up") == 0
+    expect_served(pair, 2 * len(asks))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +308,4 @@ def test_a_draft_model(
     asks = [Ask(tokens, max_tokens=24) for tokens in mixed_prompts(73, count=12)]
     expected = alone.generate(asks)
     assert not differences(pair.push(asks), expected)
-    pair.settle()
-    assert pair.pushes(pair.decode, "received") > len(asks) // 2
-    assert pair.pushes(pair.decode, "given_up") == 0
+    expect_served(pair, len(asks))
