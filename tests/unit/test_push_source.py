@@ -150,6 +150,8 @@ class Source:
         return orders
 
     def finish(self, computed: int = 56) -> None:
+        assert self.view.push is not None
+        self.source.abandoned(self.view.push, self.view.request_id)
         self.source.finished(self.record, computed, self.view.tables)
 
     def drain(self, *orders: PushOrder, reason: str = "") -> None:
@@ -806,12 +808,29 @@ def test_a_request_that_its_decode_engine_does_without_is_to_end(stage: str) -> 
     assert not source.source.waits(source.record, source.now)
 
 
-def test_a_request_that_was_declined_before_it_came_is_to_end() -> None:
+@pytest.mark.parametrize("word", ["nothing", "claim", "announcement"])
+def test_a_request_that_was_declined_before_it_came_is_to_end(word: str) -> None:
     source = Source()
     source.connect()
-    source.hear(Cancel(UNANNOUNCED))
+    if word == "claim":
+        source.hear(CLAIM)
+    elif word == "announcement":
+        source.hear(announce())
+    source.hear(Cancel(ATTEMPT if word == "announcement" else UNANNOUNCED))
     source.source.arrived(source.record, source.now)
     assert source.source.unwanted == ["request"]
+
+
+def test_a_request_that_has_ended_early_is_not_to_end_again() -> None:
+    """What it has sent is still on its way when it is cancelled."""
+    source = bound(Source())
+    source.step(0, 32)
+    orders = source.step(32, 48)
+    source.finish(40)
+    source.hear(Cancel(ATTEMPT))
+    assert source.source.unwanted == []
+    source.drain(*orders)
+    assert source.source._forgone == {}
 
 
 @pytest.mark.parametrize("why", ["ended", "of another", "lost", "over"])
@@ -1102,6 +1121,7 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source.connect()
     source.cost.computed(0, 100, 20.0)  # 11 s for 56 tokens
     source.source.arrived(source.record, 0.0)
+    source.source.arrived(other(1), 0.0)
     source.hear(announce())  # 30 s
     source.said()
     source.now = 18.0
@@ -1110,6 +1130,26 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source.source.waits(source.record, source.now)
     assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
     assert source.source.unwanted == ["request"]
+
+
+def test_an_estimate_alone_refuses_nothing() -> None:
+    """The first prompt of all may take long, and if the next were refused, no other would."""
+    source = Source()
+    source.connect()
+    source.cost.computed(0, 100, 500.0)
+    source.hear(announce())
+    source.source.arrived(source.record, 0.0)
+    first = other(1)
+    source.source.arrived(first, 0.0)
+    source.hear(announce(attempt=Attempt("push 1", 9)))
+    source.said()
+    assert source.waits(first), "another waits, which may be in time"
+    assert source.said() == [
+        Failed(Attempt("push 1", 9), TOO_BUSY),
+        Fenced(Attempt("push 1", 9), clean=True),
+    ]
+    assert not source.waits(source.record)
+    assert source.source.unwanted == ["request 1"]
 
 
 def test_what_the_engine_never_came_to_is_nobodys_fault() -> None:

@@ -69,7 +69,7 @@ LONGEST_PATIENCE = 86_400.0
 """Seconds that a decode engine may be ready to wait."""
 
 TOO_BUSY = "the prefill engine has too much to do to compute it in time"
-"""No fault: as many others come in time as can."""
+"""No fault: as many others come in time as can. Said only where others wait."""
 
 DECLINED = "the decode engine had declined it"
 """Why a push is over of which its decode engine has said that it needs nothing."""
@@ -130,6 +130,7 @@ class Outbound:
         expires: control's clock after which nobody waits for it any more.
         request: the request's id, once it is here.
         arrived: control's clock when it came.
+        ended: whether it has ended.
         claimed: control's clock when its decode engine first spoke of it.
         record: the request, once the engine has given it blocks.
         peer: incarnation of the decode engine that was the first to claim or announce it, and that
@@ -153,6 +154,7 @@ class Outbound:
     expires: float
     request: str = ""
     arrived: float = -inf
+    ended: bool = False
     claimed: float = -inf
     record: RequestRecord | None = None
     peer: str = ""
@@ -385,7 +387,9 @@ class PushSource:
             return False
         if out.announce is not None:
             seconds = self._cost.costs.prefill_seconds(floor, record.view.num_prompt_tokens)
-            if now + (seconds or 0.0) <= out.expires:
+            # An estimate that is far too long would never change if nothing were computed.
+            alone = self._next <= {out.push}
+            if alone or now + (seconds or 0.0) <= out.expires:
                 return False
             self._forgo_of(out, now)
             self._fail(out, TOO_BUSY)
@@ -480,6 +484,8 @@ class PushSource:
         self._yielding.pop(request_id, None)
         self._forgone.pop(request_id, None)
         out, reason = self._outbound.get(push.id), "the prefill ended before it began"
+        if out is not None and out.request == request_id:
+            out.ended = True
         if out is None and push.id not in self._declined:
             _remember(self._declined, push.id, reason)  # it may be announced yet
         elif out is not None and out.record is None and out.request in ("", request_id):
@@ -886,6 +892,7 @@ class PushSource:
             self._decline(peer, attempt.push, now)
         elif (out := self._under_way(peer, attempt)) is not None:
             self._forgo_of(out, now)
+            self._retire(out, DECLINED)
             self._stop(out)
         else:
             if not self._endings.over(peer, attempt.epoch):
@@ -911,14 +918,13 @@ class PushSource:
             self._forget(out, DECLINED)
 
     def _forgo_of(self, out: Outbound, now: float) -> None:
-        if out.tables is None and not out.ordered:
+        if out.request and not (out.ended or out.ordered):
             self._forgo(out.request, now)
 
     def _forgo(self, request: str, now: float) -> None:
         """What comes of a request is of no use to its decode engine."""
-        if request:
-            self.unwanted.append(request)
-            self._forgone[request] = now
+        self.unwanted.append(request)
+        self._forgone[request] = now
 
     def _fence(self, peer: str, attempt: Attempt) -> Fenced:
         """What there is to say of an attempt that is over, or never was."""
