@@ -12,9 +12,14 @@ from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, View, prompt
 
 from lamina.control.catalog import TierCatalog
 from lamina.control.eviction import SharedOutlivesSingle
-from lamina.control.requests import ChunkShape, RequestRecord
+from lamina.control.push_inbound import Inbound
+from lamina.control.push_target import PushTarget
+from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
 from lamina.geometry import Group, GroupKind
 from lamina.plan import ChunkKey
+from lamina.push.cards import EngineCard, RankCard, RowCard, SenderCard
+from lamina.push.letters import Fate, Letter, Lost, Opened
+from lamina.push.messages import Announce, Fenced
 
 BOUND = 1000
 """Chunks that may be looked at for one plan."""
@@ -267,3 +272,103 @@ def test_a_lookup_looks_at_no_other_request() -> None:
         driven.planner.lookup(view, 0)
     driven.planner.admitted(views[0].request_id, 0)
     driven.planner.lookup(views[1], 0)
+
+
+# -- pushes ----------------------------------------------------------------------------------
+
+PUSHES = 50
+
+
+def pushing(name: str) -> Engine:
+    row = RowCard(0, 64, 64, 1, (0,))
+    ranks = (RankCard(0, b"", 100_000, (row,)),)
+    return Engine({"push": {}}, card=EngineCard(name, b"", False, (("full", BLOCK, 0),), ranks))
+
+
+def push_to(engine: Engine, number: int, prefill: str | None) -> View:
+    view = View(f"request {number}", prompt(4 * CHUNK, seed=number), first_block=100 * number)
+    view.push = PushParameters(f"push {number}", prefill)
+    engine.planner.arrived(view)
+    engine.now += 1
+    return view
+
+
+class NoWalkOfReservations(dict[str, int]):
+    """A dictionary in which one may look, and which nobody may walk."""
+
+    def _walked(self) -> Any:
+        raise AssertionError("every prompt was looked at")
+
+    __iter__ = keys = values = items = _walked
+
+
+def test_a_prompt_without_a_destination_looks_at_no_other() -> None:
+    driven = pushing("P")
+    source = driven.planner._source
+    assert source is not None
+    undelivered = source._undelivered
+    undelivered._reserved = NoWalkOfReservations(undelivered._reserved)
+    for number in range(PUSHES):
+        view = push_to(driven, number, None)
+        assert not driven.planner.lookup(view, 0).ask_again
+        driven.planner.admitted(view.request_id, 0)
+    assert len(undelivered._reserved) == PUSHES
+
+
+class Walks(list[Letter]):
+    """Counts how often it is walked, in part or whole."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Letter]:
+        self.walks += 1
+        return super().__iter__()
+
+    def remove(self, value: Letter) -> None:
+        self.walks += 1
+        super().remove(value)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_peer_that_is_lost_costs_one_look_at_what_was_to_be_said(told: bool) -> None:
+    driven = pushing("D")
+    target = driven.planner._target
+    assert target is not None
+    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    for number in range(PUSHES):
+        view = push_to(driven, number, "P")
+        driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
+    letters = Walks(target.letters)
+    target.letters = letters
+    if told:
+        driven.planner.drain_letters()
+    letters.walks = 0
+    driven.planner.take_news([Lost("P", "gone", was_open=True, fate=Fate.CLOSED)])
+    assert len(target.give_ups) == PUSHES
+    assert letters.walks == 1
+
+
+def test_fences_of_many_pushes_cost_one_look_at_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driven = pushing("D")
+    target = driven.planner._target
+    assert target is not None
+    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    for number in range(PUSHES):
+        view = push_to(driven, number, "P")
+        driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
+    letters = driven.planner.drain_letters()
+    attempts = [
+        letter.message.attempt for letter in letters if isinstance(letter.message, Announce)
+    ]
+    looks, plain = Counts(), PushTarget._unfenced
+
+    def counted(self: PushTarget, address: str) -> list[Inbound]:
+        looks["all"] += 1
+        return plain(self, address)
+
+    monkeypatch.setattr(PushTarget, "_unfenced", counted)
+    driven.planner.take_news([Letter("P", Fenced(attempt, clean=True)) for attempt in attempts])
+    assert len(target.give_ups) == len(attempts) == PUSHES
+    assert looks["all"] <= 1

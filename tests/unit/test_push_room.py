@@ -125,7 +125,7 @@ class Crowd:
         self.target.wait(max(SETTLE_SECONDS, QUARANTINE))
         self.target.wait(2 * DEADLINE)
         assert self.target.pool.held == set()
-        assert self.target.target.quarantined == 0
+        assert not self.target.blocks("quarantined")
         assert not any(isinstance(message, Claim) for message in self.target.said())
 
     def _is_waiting(self, push: str) -> bool:

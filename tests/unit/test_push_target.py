@@ -123,11 +123,13 @@ class Target:
         self.target.order(record, floor, start, end, step=0)
         return record
 
-    def arrive(self, number: int, *, address: str = P) -> RequestRecord:
+    def arrive(self, number: int, *, address: str = P, request_id: str = "") -> RequestRecord:
         """A request of four blocks of its own comes."""
         push = PushParameters(f"push {number}", address)
         blocks = [1000 + 4 * number + i for i in range(4)]
-        view = View([blocks for _ in self.groups], push=push, request_id=f"request {number}")
+        view = View(
+            [blocks for _ in self.groups], push=push, request_id=request_id or f"request {number}"
+        )
         record = RequestRecord(view, ChunkChain(b"namespace", 16))
         self.target.arrived(record, self.now)
         return record
@@ -294,7 +296,7 @@ def test_the_request_does_not_run_if_one_rank_has_not() -> None:
     assert (record.push_over, record.story.push_failed) == ("push_failed", "deadline")
     assert target.said() == [Cancel(attempt)]
     assert target.pool.held
-    assert target.target.quarantined == 1
+    assert target.blocks("quarantined")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_a_fence_ends_a_quarantine_when_what_has_come_is_taken_up() -> None:
     assert target.pool.held
     target.wait(SETTLE_SECONDS / 2)
     assert target.pool.held == set()
-    assert target.target.quarantined == 0
+    assert not target.blocks("quarantined")
 
 
 def test_a_failure_is_no_fence() -> None:
@@ -566,7 +568,7 @@ def test_what_was_never_announced_is_not_held() -> None:
     target, record, attempt = announced()
     target.hear(Lost(P, "refused", was_open=False, fate=Fate.CLOSED, unsent=(attempt,)))
     target.fail(record)
-    assert target.target.quarantined == 0
+    assert not target.blocks("quarantined")
 
 
 # -- room ------------------------------------------------------------------------------------
@@ -782,6 +784,42 @@ def test_what_a_prefill_engine_refuses_while_it_is_claimed_is_computed_here() ->
     target.hear(Failed(Attempt("push 0", NO_EPOCH), "the prefill ended before it began"))
     assert target.weigh(record) == Offer(0, "failed")
     target.target.abandoned(record.view.request_id)
+    assert target.said() == []
+
+
+@pytest.mark.parametrize("first", ["claimed", "announced"])
+def test_of_two_requests_of_one_name_the_second_is_computed_here_and_nobody_is_blamed(
+    first: str,
+) -> None:
+    """A prefill engine answers for the first alone."""
+    target = Target(failures=1)
+    target.hear(OPENED)
+    one = target.arrive(0)
+    target.hear(Queued(Attempt("push 0", NO_EPOCH)))
+    if first == "announced":
+        assert target.admit(one)
+    target.said()
+    two = target.arrive(0, request_id="another")
+    assert target.weigh(two) == Offer(0, "id_in_use")
+    target.target.decline(two, "id_in_use")
+    target.target.abandoned("another")
+    assert target.said() == []
+    target.wait(0.9 * DEADLINE)
+    assert target.counted("pushes_skipped", "id_in_use") == 1
+    if first == "claimed":
+        assert target.said() == [Claim(("push 0",), DEADLINE)]
+        assert target.admit(one)
+    target.report(one)
+    assert target.weigh(target.arrive(0)).end == 55
+
+
+def test_what_is_not_needed_is_not_declined_for_another_request_of_its_name() -> None:
+    target = Target()
+    target.arrive(0)
+    target.said()
+    push = PushParameters("push 0", P)
+    record = RequestRecord(View([[1]], push=push, request_id="another"), ChunkChain(b"name", 16))
+    target.target.decline(record, "below_min_tokens")
     assert target.said() == []
 
 

@@ -139,7 +139,8 @@ class Claims:
         return not self._renewals.keys() - {address}
 
     def add(self, record: RequestRecord, now: float) -> Claimed:
-        """Claim what is computed for a request that has no blocks yet."""
+        """Claim what is computed for a request that has no blocks yet. No other one that is
+        claimed has its name."""
         request_id, push = record.view.request_id, record.view.push
         if request_id in self._claimed:
             return self._claimed[request_id]
@@ -147,7 +148,7 @@ class Claims:
         assert push.prefill is not None
         claimed = Claimed(record, push.id, push.prefill, Whereabouts(now))
         self._claimed[request_id] = claimed
-        self._requests.setdefault((claimed.address, push.id), request_id)
+        self._requests[claimed.address, push.id] = request_id
         self._renewals.setdefault(claimed.address, now + self._patience / RENEWALS)
         self._say(claimed.address, [claimed])
         return claimed
@@ -156,9 +157,7 @@ class Claims:
         """A request has its blocks, or waits for them no longer."""
         claimed = self._claimed.pop(request_id, None)
         if claimed is not None:
-            name = claimed.address, claimed.push
-            if self._requests.get(name) == request_id:
-                del self._requests[name]
+            del self._requests[claimed.address, claimed.push]
         return claimed
 
     def withdraw(self, claimed: Claimed) -> None:

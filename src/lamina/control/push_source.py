@@ -211,6 +211,7 @@ class Undelivered:
 
     def __init__(self) -> None:
         self._reserved: dict[str, int] = {}
+        self._reserved_blocks = 0
         self._held: dict[str, tuple[int, ...]] = {}
         self._holders: Counter[int] = Counter()
 
@@ -218,6 +219,7 @@ class Undelivered:
         """A prompt will be computed, and take so many blocks."""
         self.drop(push)
         self._reserved[push] = blocks
+        self._reserved_blocks += blocks
 
     def hold(self, push: str, blocks: tuple[int, ...]) -> None:
         """A prompt has ended, and these blocks are held for it."""
@@ -227,7 +229,7 @@ class Undelivered:
 
     def drop(self, push: str) -> None:
         """A prompt has a destination, or will have none. Idempotent."""
-        self._reserved.pop(push, None)
+        self._reserved_blocks -= self._reserved.pop(push, 0)
         for block in self._held.pop(push, ()):
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -243,7 +245,7 @@ class Undelivered:
 
     def with_prompt(self, push: str, blocks: int) -> int:
         """How many blocks will be held, if a prompt is computed that takes so many."""
-        reserved = sum(self._reserved.values()) - self._reserved.get(push, 0)
+        reserved = self._reserved_blocks - self._reserved.get(push, 0)
         return len(self._holders) + reserved + blocks
 
     @property

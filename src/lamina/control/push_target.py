@@ -116,6 +116,7 @@ class PushTarget:
         self._room = Room(int(config.max_parked * card.ranks[0].num_blocks))
         self._claims = Claims(config.deadline, self.letters)
         self._inbound: dict[TransferId, Inbound] = {}
+        self._announced: dict[tuple[str, str], Inbound] = {}
         self._backlog = Backlog(config.deadline / ANSWER_SHARE)
         self._breakers: dict[str, CircuitBreaker] = {}
         self._asks: dict[str, float] = {}
@@ -127,7 +128,7 @@ class PushTarget:
         """A request waits for its blocks. What is computed for it is to be held until it has
         them."""
         if self.reach(record)[0]:
-            self._claims.add(record, now)
+            self._claim(record, now)
 
     def waits(self, record: RequestRecord, *, step: int) -> bool:
         """Whether a request need not be looked at: it was told to wait for room, and in this pass
@@ -160,7 +161,9 @@ class PushTarget:
         need = self._shape.pushed_blocks(floor, start, end)
         if need > self._room.most:
             return Offer(0, "too_large")
-        claimed = self._claims.add(record, now)
+        claimed = self._claim(record, now)
+        if claimed is None:
+            return Offer(0, record.push_over)
         compute = self._cost.costs.prefill_seconds(start, end)
         if claimed.whereabouts.is_given_up(
             now, self._config.deadline, self._backlog.behind(compute)
@@ -181,17 +184,34 @@ class PushTarget:
         if (claimed := self._claims.get(request_id)) is not None:
             self._claims.withdraw(claimed)
 
+    def _claim(self, record: RequestRecord, now: float) -> Claimed | None:
+        """Claim what is computed for a request, unless its name is another one's."""
+        if self._is_named_twice(record):
+            self._skip(record, "id_in_use")
+            return None
+        return self._claims.add(record, now)
+
+    def _is_named_twice(self, record: RequestRecord) -> bool:
+        """Whether a router has given the name of a request's push to another one, which came first
+        and is not over. A prefill engine would answer for that one alone."""
+        push = record.view.push
+        assert push is not None
+        assert push.prefill is not None
+        name = push.prefill, push.id
+        first = self._claims.named(*name) or self._announced.get(name)
+        return first is not None and first.record is not record
+
     def _forgo(self, claimed: Claimed, compute: float | None) -> None:
         """The prefill engine does not have a request that is claimed from it."""
         absent = claimed.whereabouts.absent is not None
         self._claims.withdraw(claimed)
-        self._skip(claimed, (GiveUp.ABSENT if absent else GiveUp.UNANSWERED).value)
+        self._skip(claimed.record, (GiveUp.ABSENT if absent else GiveUp.UNANSWERED).value)
         self._backlog.add(claimed.record, compute)
         if not absent:
             self._breaker_of(claimed.address).judge(False, UNANSWERED)
 
-    def _skip(self, claimed: Claimed, why: str) -> None:
-        claimed.record.push_over = why
+    def _skip(self, record: RequestRecord, why: str) -> None:
+        record.push_over = why
         self._meter.count("pushes_skipped", 1, reason=why)
 
     def reach(self, record: RequestRecord) -> tuple[int, str]:
@@ -249,6 +269,7 @@ class PushTarget:
             incarnation=peer.incarnation if (peer := self._open.get(push.prefill)) else "",
         )
         self._inbound[transfer.id] = inbound
+        self._announced.setdefault((inbound.address, push.id), inbound)
         self._room.park(inbound.address, len(held))
         record.receive = transfer.id
         patience = self._config.deadline
@@ -267,8 +288,9 @@ class PushTarget:
         push = record.view.push
         if push is not None and push.prefill is not None and not record.push_over:
             self._claims.remove(record.view.request_id)
-            record.push_over = why
-            self._meter.count("pushes_skipped", 1, reason=why)
+            self._skip(record, why)
+            if self._is_named_twice(record):
+                return  # the other one's is needed
             self.letters.append(Letter(push.prefill, Cancel(Attempt(push.id, NO_EPOCH))))
 
     def _table(
@@ -297,6 +319,7 @@ class PushTarget:
     def receive(self, news: Iterable[News], now: float) -> None:
         """Take in what the link has to say."""
         self._now = now
+        fenced = set()
         for item in news:
             match item:
                 case Opened(peer, _, SenderCard() as card):
@@ -318,7 +341,7 @@ class PushTarget:
                 case Letter(peer, Failed(attempt, _)) if attempt.epoch == NO_EPOCH:
                     if (claimed := self._claims.named(peer, attempt.push)) is not None:
                         self._claims.remove(claimed.record.view.request_id)
-                        self._skip(claimed, GiveUp.FAILED.value)
+                        self._skip(claimed.record, GiveUp.FAILED.value)
                 case Letter(peer, Failed(attempt, reason)):
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and not inbound.reason:
@@ -328,8 +351,12 @@ class PushTarget:
                     if self._meant(peer, attempt) is not None:
                         patience = SETTLE_SECONDS if clean else self._config.quarantine
                         self._fence(TransferId(attempt.epoch), now + patience)
+                        fenced.add(peer)
                 case _:
                     pass  # not ours to answer
+        for peer in fenced:
+            if not self._unfenced(peer):
+                self._asks.pop(peer, None)
 
     def _meant(self, peer: str, attempt: Attempt) -> Inbound | None:
         """The push that a peer speaks of, if it is one of its own."""
@@ -451,11 +478,6 @@ class PushTarget:
         quarantines = (i.until for i in self._inbound.values() if i.stage is Stage.QUARANTINED)
         return min((*quarantines, *self._asks.values()), default=inf)
 
-    @property
-    def quarantined(self) -> int:
-        """Pushes whose blocks are held although nobody waits for them."""
-        return sum(inbound.stage is Stage.QUARANTINED for inbound in self._inbound.values())
-
     def _name_senders(self, inbound: Inbound) -> None:
         """Tell the ranks whom they may believe, once their peer has said who it is."""
         if (peer := self._open.get(inbound.address)) is not None:
@@ -493,13 +515,13 @@ class PushTarget:
         elif unreached := self._claims.at(lost.peer):
             for claimed in unreached:
                 self._claims.remove(claimed.record.view.request_id)
-                self._skip(claimed, GiveUp.LOST.value)
+                self._skip(claimed.record, GiveUp.LOST.value)
             self._breaker_of(lost.peer).judge(False, lost.reason)
-        held = False
+        held, unsent = False, {*lost.unsent, *self._take_back(lost.peer)}
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
                 continue
-            if inbound.attempt in lost.unsent or self._take_back(inbound):
+            if inbound.attempt in unsent:
                 inbound.untold = True
             elif inbound.fenced:
                 pass
@@ -514,14 +536,17 @@ class PushTarget:
         if held:
             self._asks[lost.peer] = now + self._config.silence
 
-    def _take_back(self, inbound: Inbound) -> bool:
+    def _take_back(self, address: str) -> list[Attempt]:
         """Do not announce what was not announced yet. Whatever the link has may still arrive: it
         may wait for a later connection than the one that is reported as lost."""
+        back, rest = [], []
         for letter in self.letters:
-            if isinstance(letter.message, Announce) and letter.message.attempt == inbound.attempt:
-                self.letters.remove(letter)
-                return True
-        return False
+            if letter.peer == address and isinstance(letter.message, Announce):
+                back.append(letter.message.attempt)
+            else:
+                rest.append(letter)
+        self.letters[:] = rest
+        return back
 
     def _ask(self, now: float) -> None:
         """Ask peers again that could still write."""
@@ -542,11 +567,12 @@ class PushTarget:
             inbound.fenced = True
             inbound.until = min(inbound.until, max(until, inbound.lingering))
             self.give_up(transfer, "ended by the prefill engine", GiveUp.FAILED)
-            if not self._unfenced(inbound.address):
-                self._asks.pop(inbound.address, None)
 
     def _release(self, transfer: TransferId) -> None:
         inbound = self._inbound.pop(transfer)
+        name = inbound.address, inbound.attempt.push
+        if self._announced.get(name) is inbound:
+            del self._announced[name]
         quarantined = inbound.stage is Stage.QUARANTINED
         self._room.leave(inbound.address, len(inbound.lease.blocks), quarantined=quarantined)
         inbound.lease.release()
