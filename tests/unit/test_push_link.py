@@ -21,6 +21,7 @@ from lamina.push import inbox
 from lamina.push import link as link_module
 from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, RankCard, SenderCard
+from lamina.push.complaints import MAX_REASON
 from lamina.push.handshake import (
     NONCE_BYTES,
     BrokenSealError,
@@ -52,6 +53,7 @@ from lamina.push.messages import (
     Hello,
     Introduction,
     LinkMessage,
+    MalformedMessageError,
     Ping,
     Proof,
     Refused,
@@ -375,6 +377,31 @@ def test_nobody_listens(make: Make) -> None:
     (lost,) = side.until(1)
     assert isinstance(lost, Lost)
     assert (lost.peer, lost.was_open, lost.fate) == (address, False, Fate.CLOSED)
+
+
+def test_the_reason_of_a_failure_is_fit_for_a_line_of_the_log(
+    make: Make, listener: socket.socket
+) -> None:
+    side = make("D")
+    with announced(side, listener) as raw:
+        raw.say(Failed(ANNOUNCE.attempt, "no\x1b[2J\nroom" + "x" * 100_000))
+        _, letter = side.until(2)
+        assert isinstance(letter, Letter)
+        assert isinstance(letter.message, Failed)
+        reason = letter.message.reason
+        assert reason.startswith("no[2Jroomx")
+        assert len(reason) <= MAX_REASON
+
+
+def test_nested_words_are_no_message(make: Make, dial: Callable[[Side], Raw]) -> None:
+    side = make("P", listen=True)
+    nested = b"\x94" + msgspec.msgpack.encode("delivered") + b"\x91" * 3000 + b"\x00"
+    with pytest.raises(MalformedMessageError):
+        decode(nested)
+    raw = dial(side)
+    raw.say(nested)
+    assert raw.hear() is None
+    assert introduce(dial(side), "D") == WELCOME
 
 
 def test_a_host_that_is_not_known(make: Make) -> None:
@@ -817,7 +844,7 @@ def test_what_was_said_before_the_end_is_heard(make: Make) -> None:
     prefill, decode_side = make("P", listen=True), make("D")
     decode_side.link.send(Letter(prefill.address, ANNOUNCE))
     prefill.until(2)
-    words = [Failed(Attempt("push", n), "x" * 50_000) for n in range(200)]
+    words = [Bound(Attempt(f"{n}" + "x" * 50_000, n)) for n in range(200)]
     for word in words:
         prefill.link.send(Letter("D", word))
     prefill.link.close()

@@ -5,12 +5,14 @@ more, whatever fails in between. One push that fails or hangs costs no other one
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -676,6 +678,18 @@ def test_stop(world: World, two: Two) -> None:
     only_changed(decode, {1})
 
 
+def test_a_stop_in_the_plan_of_its_first_order(world: World, two: Two) -> None:
+    """What is carried out first is the stop. Nothing of the push is sent, nor kept."""
+    prefill, decode = two
+    prefill.wire.carry_out(PushPlan(stops=(PushStop(D, 7),)))
+    send(prefill, order(1, pages((1,), (1,)), last=False))
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(1, Outcome.FAILED, "stopped")]
+    world.until(lambda: not prefill.wire._streams)
+    assert not prefill.transport.begun
+    assert not decode.take_ended()
+
+
 def test_a_stop_of_something_else(world: World, two: Two) -> None:
     prefill, decode = two
     send(prefill, order(1, pages((1,), (1,)), last=False))
@@ -850,6 +864,46 @@ def test_a_transport_that_hears_nothing_any_more(
     assert "nothing more is received" in said.message
 
 
+NESTED = b"\x94" + msgspec.msgpack.encode("delivered") + b"\x91" * 3000 + b"\x00"
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00garbage", NESTED])
+def test_a_notice_that_nobody_understands_costs_nobody_else_anything(
+    world: World, two: Two, caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    prefill, decode = two
+    peer = prefill.transport.connect(decode.card.wire)
+    for _ in range(3):
+        prefill.transport.notify(peer, body)
+    world.until(lambda: not world.step() and not decode.transport.end.inbox, moves=False)
+    send(prefill, order(1, pages((1,), (1,))))
+    world.until(decode.take_ended)
+    assert decode.ended[0][1].outcome is Outcome.DONE
+    (said,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "a notice from" in said.message
+
+
+def test_a_fault_of_a_notice_is_that_of_no_other(
+    world: World, two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only an end that hears nothing any more ends what waits for it."""
+    prefill, decode = two
+    take, faults = Receives.notice, [KeyError("a fault of ours")]
+
+    def notice(receives: Receives, notice: Notice) -> None:
+        if faults:
+            raise faults.pop()
+        take(receives, notice)
+
+    monkeypatch.setattr(Receives, "notice", notice)
+    peer = prefill.transport.connect(decode.card.wire)
+    prefill.transport.notify(peer, b"")
+    world.until(lambda: not faults)
+    send(prefill, order(1, pages((1,), (1,))))
+    world.until(decode.take_ended)
+    assert decode.ended[0][1].outcome is Outcome.DONE
+
+
 def notice(end: str = "p0", *, epoch: int = 7, incarnation: str = D) -> Notice:
     return Notice(Peer(end), encode(Delivered(incarnation, epoch)))
 
@@ -925,11 +979,9 @@ def test_a_notice_that_is_late() -> None:
     [
         notice(incarnation="the engine that was here before"),
         notice(epoch=6),
-        Notice(Peer("p"), b""),
-        Notice(Peer("p"), b"\x00garbage"),
         Notice(Peer("p"), encode(Bound(Attempt("push", 7)))),
     ],
-    ids=["incarnation", "epoch", "nothing", "garbage", "kind"],
+    ids=["incarnation", "epoch", "kind"],
 )
 def test_a_notice_that_means_nothing(strange: Notice) -> None:
     receives = expecting(7)

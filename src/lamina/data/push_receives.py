@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lamina.plan import Outcome, ReceiveOrder, TransferId, TransferReceipt
-from lamina.push.messages import Delivered, MalformedMessageError, decode
+from lamina.push.messages import Delivered, decode
 from lamina.push.transports.base import Notice
-
-log = logging.getLogger("lamina.data")
 
 EARLY = 4096
 """Pushes of which notices are kept although nobody expects them yet."""
@@ -83,12 +80,12 @@ class Receives:
             self.give_up(TransferId(transfer), reason)
 
     def notice(self, notice: Notice) -> None:
-        """Something has come from a peer; what is not for this run of the engine is dropped."""
-        try:
-            message = decode(notice.body)
-        except MalformedMessageError as error:
-            log.warning("a notice from %s is dropped: %s", notice.peer, error)
-            return
+        """Something has come from a peer; what is not for this run of the engine is dropped.
+
+        Raises:
+            MalformedMessageError: if nobody understands it.
+        """
+        message = decode(notice.body)
         if isinstance(message, Delivered) and message.incarnation == self._incarnation:
             self._deliver(notice.peer, message.epoch)
 

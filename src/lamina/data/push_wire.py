@@ -29,6 +29,7 @@ from lamina.plan import (
     TransferReceipt,
 )
 from lamina.push.cards import EngineCard, RankCard, decode_card, routes
+from lamina.push.complaints import Complaints, printable
 from lamina.push.transports.base import Peer, Transport, TransportError
 
 log = logging.getLogger("lamina.data")
@@ -107,6 +108,7 @@ class PushWire:
         self._receives = Receives(identity.incarnation)
         self._ordered_in: dict[TransferId, int] = {}
         self._ended: deque[tuple[str, TransferReceipt]] = deque()
+        self._complaints = Complaints(log)
         self._deaf = ""
         self._closed = False
         self._dead = ""
@@ -214,10 +216,8 @@ class PushWire:
             _take(name, stream, stream.settle)
             if stream.finished:
                 del self._streams[name]
-                if stream.failure:  # so that orders on their way do not begin it anew
-                    self._failed[name] = stream.failure
-                    while len(self._failed) > REMEMBERED:
-                        self._failed.popitem(last=False)
+                if stream.failure:
+                    self._remember(name, stream.failure)
         try:
             if not self._dead:
                 self._take_notices()
@@ -228,6 +228,12 @@ class PushWire:
                 self._note(ended)
                 self._ended.extend(ended)
                 self._wake()
+
+    def _remember(self, name: tuple[str, int], failure: str) -> None:
+        """A push has failed: orders on their way do not begin it anew."""
+        self._failed[name] = failure
+        while len(self._failed) > REMEMBERED:
+            self._failed.popitem(last=False)
 
     def _expect(self, order: ReceiveOrder, step: int) -> None:
         self._ordered_in[order.transfer] = step
@@ -244,14 +250,20 @@ class PushWire:
     def _take_notices(self) -> None:
         # Also if nothing is heard any more: what peers still write may only arrive meanwhile.
         try:
-            for notice in self._transport.notices():
-                self._receives.notice(notice)
+            notices = self._transport.notices()
         except Exception as error:
             if not self._deaf:
                 self._deaf = type(error).__name__
                 log.exception(
                     "nothing more is received from other engines until this one is restarted"
                 )
+            return
+        for notice in notices:
+            try:
+                self._receives.notice(notice)
+            except Exception as error:  # says nothing about others
+                name = printable(notice.peer)
+                self._complaints.warn(f"a notice from {name} is dropped: {error!r}")
 
     def _connect(self, peer: PeerOrder) -> None:
         self._cards[peer.incarnation] = decode_card(peer.card)
@@ -318,9 +330,11 @@ class PushWire:
         )
 
     def _stop(self, stop: PushStop) -> None:
-        stream = self._streams.get((stop.peer, stop.epoch))
-        if stream is not None:
+        name = (stop.peer, stop.epoch)
+        if (stream := self._streams.get(name)) is not None:
             stream.fail("stopped")
+        elif name not in self._failed:  # its first order may be in the same plan
+            self._remember(name, "stopped")
 
     def _forget(self, incarnation: str) -> None:
         self._cards.pop(incarnation, None)

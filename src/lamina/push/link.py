@@ -20,8 +20,11 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from lamina.push.addresses import split_address
 from lamina.push.cards import EngineCard, SenderCard
+from lamina.push.complaints import Complaints, printable
 from lamina.push.handshake import (
     NONCE_BYTES,
     BrokenSealError,
@@ -41,6 +44,7 @@ from lamina.push.messages import (
     VERSION,
     Announce,
     Challenge,
+    Failed,
     Fenced,
     Hello,
     Introduction,
@@ -70,12 +74,6 @@ LAST_WORDS = 1.0
 
 MAX_STRANGERS = 64
 """Connections of which nobody knows yet whose they are."""
-
-MAX_REASON = 200
-"""Characters of a peer's reason that are kept."""
-
-MAX_WARNINGS = 16
-"""Different reasons for which peers were refused that are worth a warning."""
 
 ANOTHER_TOKEN = "push.token differs"
 CONNECTED = "it is connected already: name a prefill engine by one address everywhere"
@@ -203,7 +201,7 @@ class Link:
         self._dialled: dict[str, Connection] = {}
         self._accepted: dict[str, Connection] = {}
         self._strangers: dict[Connection, None] = {}
-        self._warned: set[str] = set()
+        self._complaints = Complaints(log)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self.port = int(servers[0].getsockname()[1]) if servers else 0
@@ -363,7 +361,7 @@ class Link:
             connection.say(Welcome(SenderCard.of(self._card)))
             await self._converse(reader, connection)
         except RefusedError as refusal:
-            self._warn(f"a decode engine was refused: {refusal}")
+            self._complaints.warn(f"a decode engine was refused: {refusal}")
             connection.say(Refused(str(refusal)))
             with contextlib.suppress(OSError, TimeoutError):
                 await self._in_time(writer.drain())
@@ -372,7 +370,9 @@ class Link:
         except MalformedMessageError as error:
             reason = str(error)
             if not connection.peer:
-                self._warn(f"somebody who is no decode engine has connected: {_printable(reason)}")
+                self._complaints.warn(
+                    f"somebody who is no decode engine has connected: {printable(reason)}"
+                )
         except (OSError, LinkClosedError) as error:
             reason = str(error)
         except asyncio.CancelledError:
@@ -437,13 +437,6 @@ class Link:
         finally:
             self._strangers.pop(connection, None)
 
-    def _warn(self, text: str) -> None:
-        """Say something that a stranger can cause as often as he likes."""
-        new = text not in self._warned and len(self._warned) < MAX_WARNINGS
-        if new:
-            self._warned.add(text)
-        log.log(logging.WARNING if new else logging.DEBUG, "%s", text)
-
     async def _hear(
         self, reader: asyncio.StreamReader, connection: Connection, limit: int
     ) -> LinkMessage:
@@ -474,6 +467,8 @@ class Link:
                     raise
                 if isinstance(message, Ping):
                     continue
+                if isinstance(message, Failed):
+                    message = replace(message, reason=printable(message.reason))
                 letter = Letter(connection.peer, message)
                 if (never := self._inbox.letter(connection.box, letter, size)) is not None:
                     connection.say(Fenced(never, clean=True))
@@ -525,13 +520,8 @@ def _fate(error: Exception) -> Fate:
 def _unexpected(message: LinkMessage, expected: str) -> str:
     """What to say of the wrong word."""
     if isinstance(message, Refused):
-        return f"it refuses: {_printable(message.reason)}"
+        return f"it refuses: {printable(message.reason)}"
     return f"expected {expected}, not {type(message).__name__.lower()}"
-
-
-def _printable(reason: str) -> str:
-    """What a stranger may have written, for a line of the log."""
-    return "".join(filter(str.isprintable, reason[:MAX_REASON]))
 
 
 async def _open(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -272,6 +272,6 @@ def decode(data: bytes) -> LinkMessage:
     """
     try:
         message: LinkMessage = _decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MalformedMessageError(f"not a message of push version {VERSION}: {error}") from error
     return message
