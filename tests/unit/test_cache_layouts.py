@@ -19,6 +19,8 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheGroupSpec,
     KVCacheTensor,
     MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    UniformTypeKVCacheSpecs,
     compute_layout_strides,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
@@ -85,3 +87,26 @@ def test_a_cut_page_is_refused_before_anything_else() -> None:
 
 def test_a_version_that_names_no_layout_is_served() -> None:
     check(None, 4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_window_that_vllm_computes_anew_is_refused(several: bool) -> None:
+    """vLLM would cut what is loaded or pushed to whole blocks, and take less than was offered."""
+    replayed: Any = SlidingWindowMLASpec(
+        block_size=TOKENS,
+        num_kv_heads=1,
+        head_size=CONTENT,
+        dtype=torch.bfloat16,
+        sliding_window=2 * TOKENS,
+        bounded_replay=True,
+    )
+    assert replayed.prefix_replay_tokens
+    if several:
+        replayed = UniformTypeKVCacheSpecs(
+            block_size=TOKENS, kv_cache_specs={f"layer.{i}": replayed for i in range(LAYERS)}
+        )
+    config: Any = SimpleNamespace(speculative_config=None, parallel_config=ParallelConfig())
+    described = cache(None, 1)
+    described.kv_cache_groups.append(KVCacheGroupSpec(["replayed"], replayed))
+    with pytest.raises(layout.UnsupportedModel, match="does not keep whole"):
+        layout.check_supported(config, described)

@@ -36,8 +36,10 @@ from lamina.plan import TORN, LoadMode, Outcome, PushOrder, PushStop, TransferId
 from lamina.push.cards import EngineCard, RankCard, RowCard, decode_card
 from lamina.push.letters import Fate, Letter, Lost, Opened
 from lamina.push.messages import (
+    LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
+    TOO_LATE,
     Absent,
     Announce,
     Attempt,
@@ -453,7 +455,7 @@ def test_blocks_are_not_held_for_longer_than_the_deadline() -> None:
     assert source.pool.held == set()
     source.connect()
     source.hear(announce())
-    assert source.said() == [Failed(ATTEMPT, "too late"), Fenced(ATTEMPT, clean=True)]
+    assert source.said() == [Failed(ATTEMPT, TOO_LATE), Fenced(ATTEMPT, clean=True)]
 
 
 def test_only_a_share_of_the_blocks_is_held_for_destinations_that_are_not_known() -> None:
@@ -549,7 +551,7 @@ def test_patience_counts_from_the_announcement() -> None:
     assert order.patience == 10.0
     source.now = 30.0
     assert source.step(16, 56) == []
-    assert Failed(ATTEMPT, "too late") in source.said()
+    assert Failed(ATTEMPT, TOO_LATE) in source.said()
 
 
 def test_an_announcement_whose_request_never_comes_is_forgotten() -> None:
@@ -560,7 +562,7 @@ def test_an_announcement_whose_request_never_comes_is_forgotten() -> None:
     source.step()
     assert source.said() == [
         Absent(ATTEMPT),
-        Failed(ATTEMPT, "too late"),
+        Failed(ATTEMPT, TOO_LATE),
         Fenced(ATTEMPT, clean=True),
     ]
     source.admit()
@@ -890,6 +892,97 @@ def test_an_announcement_that_does_not_fit_the_prompt_is_refused(
     assert source.pool.held == set()
 
 
+@pytest.mark.parametrize(
+    ("table", "end"),
+    [
+        (BlockTable(0, (60, 61, 62)), 48),
+        (BlockTable(3, ()), 48),
+        (BlockTable(1, (60,)), 48),
+        (BlockTable(3, (60,)), 55),
+    ],
+)
+def test_a_state_goes_into_the_one_block_where_the_prompt_ends(table: BlockTable, end: int) -> None:
+    """It would never be sent, and what it waits for be held."""
+    source = Source(FULL, STATE)
+    source.connect()
+    source.admit()
+    full = BlockTable(0, tuple(range(50, 50 - -end // BLOCK)))
+    source.hear(announce(full, table, end=end))
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "a table of blocks" in failed.reason
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    assert not source.source.pending
+
+
+@pytest.mark.parametrize("word", ["claim", "announcement"])
+def test_nobody_is_believed_to_wait_for_longer_than_minutes(word: str) -> None:
+    source = Source()
+    source.connect()
+    long = 1e9
+    if word == "claim":
+        source.hear(Claim((PUSH,), long))
+    else:
+        source.hear(msgspec.structs.replace(announce(), patience=long))
+    source.now = 0.9 * LONGEST_PATIENCE
+    source.step()
+    source.said()
+    source.now = LONGEST_PATIENCE
+    source.step()
+    (failed, *_) = source.said()
+    assert isinstance(failed, Failed)
+    assert failed.reason == TOO_LATE
+
+
+@pytest.mark.parametrize("patience", [0.0, -1.0, float("nan")])
+def test_who_does_not_wait_is_refused(patience: float) -> None:
+    source = Source()
+    source.connect()
+    source.hear(Claim((PUSH,), patience))
+    assert source.said() == []
+    source.hear(msgspec.structs.replace(announce(), patience=patience))
+    failed, _ = source.said()
+    assert isinstance(failed, Failed)
+    assert "patience" in failed.reason
+
+
+def test_a_decode_engine_may_speak_of_so_many_requests_that_are_not_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next is not looked out for; of those that come others take the place."""
+    monkeypatch.setattr(push_source, "EXPECTED", 2)
+    source = Source()
+    source.connect()
+    source.connect("another")
+    source.hear(Claim(("push 0", "push 1", "push 2"), DEADLINE))
+    assert source.said() == [Absent(Attempt(f"push {n}", NO_EPOCH)) for n in range(3)]
+    assert len(source.source._outbound) == 2
+    source.hear(announce())
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert failed.reason not in PEER_FAULTS
+    assert fenced == Fenced(ATTEMPT, clean=True)
+    source.hear(Claim(("push 3",), DEADLINE), "another")
+    assert len(source.source._outbound) == 3
+    source.source.arrived(other(0), 0.0)
+    source.source.arrived(other(2), 0.0)  # as if nobody had spoken of it
+    source.said()
+    source.hear(Claim(("push 2", "push 4"), DEADLINE))
+    assert source.said() == [
+        Queued(Attempt("push 2", NO_EPOCH)),
+        Absent(Attempt("push 4", NO_EPOCH)),
+    ]
+    assert "push 4" in source.source._outbound
+    source.hear(Cancel(Attempt("push 4", NO_EPOCH)))
+    source.hear(Claim(("push 5",), DEADLINE))
+    assert "push 5" in source.source._outbound
+    source.lose()
+    source.lose("another")
+    source.now = DEADLINE
+    source.step()
+    assert source.source._expected == {}
+
+
 def test_an_engine_of_another_shape_is_refused_whatever_it_announces() -> None:
     source = Source()
     other = msgspec.structs.replace(card(D, (FULL,)), model=b"another")
@@ -1013,7 +1106,7 @@ def test_a_claim_that_ends_holds_nothing(end: str) -> None:
         source.step()
     assert source.pool.held == set()
     assert not source.source.pending
-    assert (Failed(UNANNOUNCED, "too late") in source.said()) == (end == "patience")
+    assert (Failed(UNANNOUNCED, TOO_LATE) in source.said()) == (end == "patience")
 
 
 def test_a_claim_outlives_its_connection() -> None:

@@ -27,6 +27,7 @@ from lamina.plan import Outcome, ReceiveOrder, SendersOrder, TransferId, Transfe
 from lamina.push.cards import EngineCard, RankCard, SenderCard
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
+    LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
     Absent,
@@ -84,7 +85,12 @@ class Target:
     """A target, with the ranks and the link that it needs."""
 
     def __init__(
-        self, *groups: Group, ranks: int = 1, failures: int = 3, blocks: int = 1000
+        self,
+        *groups: Group,
+        ranks: int = 1,
+        failures: int = 3,
+        blocks: int = 1000,
+        deadline: float = DEADLINE,
     ) -> None:
         self.groups = groups or (FULL,)
         self.cost = CostModel()
@@ -96,7 +102,7 @@ class Target:
         self.transfers = TransferTable(ranks)
         self.now = 0.0
         self.target = PushTarget(
-            PushConfig(deadline=DEADLINE, silence=SILENCE, quarantine=QUARANTINE),
+            PushConfig(deadline=deadline, silence=SILENCE, quarantine=QUARANTINE),
             BreakerConfig(failures=failures, pause=PAUSE),
             ChunkShape(BLOCK, self.groups, NULL),
             self.transfers,
@@ -740,6 +746,16 @@ def test_what_waits_for_blocks_is_claimed_until_it_has_them() -> None:
     target.wait(DEADLINE)
     target.wait(DEADLINE)
     assert claims(target) == []
+
+
+def test_a_claim_is_renewed_before_a_prefill_engine_lets_it_go() -> None:
+    target = Target(deadline=86_400.0)
+    target.arrive(0)
+    (claim,) = target.said()
+    assert isinstance(claim, Claim)
+    assert claim.patience == LONGEST_PATIENCE
+    target.wait(LONGEST_PATIENCE / 2)
+    assert claims(target) == [("push 0",)]
 
 
 def test_what_is_declined_is_not_claimed_any_more() -> None:

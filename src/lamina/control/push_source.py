@@ -41,8 +41,10 @@ from lamina.push.cards import EngineCard, ShapeMismatchError, encode_card
 from lamina.push.cards import match as match_cards
 from lamina.push.letters import Letter, Lost, News, Opened
 from lamina.push.messages import (
+    LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
+    TOO_LATE,
     Absent,
     Announce,
     Attempt,
@@ -65,8 +67,9 @@ REMEMBERED = 4096
 PEER_NAME = 8
 """Characters of an incarnation that name a decode engine in metrics."""
 
-LONGEST_PATIENCE = 86_400.0
-"""Seconds that a decode engine may be ready to wait."""
+EXPECTED = 4096
+"""Requests that a decode engine may have spoken of before they are here. Further ones are not
+looked out for."""
 
 TOO_BUSY = "the prefill engine has too much to do to compute it in time"
 """No fault: as many others come in time as can. Said only where others wait."""
@@ -255,7 +258,7 @@ class Undelivered:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class Sendable:
     """Pages of one group that can be sent.
 
     Attributes:
@@ -317,6 +320,7 @@ class PushSource:
         self._leases = leases
         self._meter = meter
         self._outbound: dict[str, Outbound] = {}
+        self._expected: dict[str, set[str]] = {}
         self._of_transfer: dict[TransferId, Outbound] = {}
         self._backlog: Counter[str] = Counter()
         self._open: dict[str, EngineCard] = {}
@@ -361,6 +365,7 @@ class PushSource:
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
         if not out.request:  # a second request under the same id is the router's mistake
             out.request, out.arrived = record.view.request_id, now
+            self._come(out)
             self._next.add(push.id)
             self._say_where(out)
 
@@ -444,6 +449,7 @@ class PushSource:
         if not mine or out.request not in ("", record.view.request_id):
             return  # a second request under the same id is the router's mistake
         out.request, out.record = record.view.request_id, record
+        self._come(out)
         if out.announce is None:
             out.expires = max(out.expires, now + self._config.deadline)
             need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
@@ -539,7 +545,7 @@ class PushSource:
             if out.expires <= now and out.stage is not Stage.STOPPED:
                 if out.waits_here and out.announce is not None:
                     self._forgo_of(out, now)
-                self._fail(out, TOO_BUSY if out.waits_here else "too late")
+                self._fail(out, TOO_BUSY if out.waits_here else TOO_LATE)
             elif out.stage is Stage.BOUND and not out.ordered:
                 self._order(out, step, now)
             elif out.stage is Stage.STOPPED:
@@ -580,7 +586,7 @@ class PushSource:
         first = min((group.block_tokens * index for group, index in sent), default=0)
         return (*range(first + self._part_tokens, reached, self._part_tokens), reached)
 
-    def _due(self, out: Outbound, reached: int) -> list[Due]:
+    def _due(self, out: Outbound, reached: int) -> list[Sendable]:
         """What was not ordered yet of the first ``reached`` tokens."""
         assert out.announce is not None
         due = []
@@ -600,11 +606,13 @@ class PushSource:
                 continue
             targets = table.blocks[first - table.first : upto - table.first]
             pairs = [p for p in zip(sources, targets, strict=True) if p[1] != NO_BLOCK]
-            due.append(Due(group, upto, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)))
+            due.append(
+                Sendable(group, upto, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+            )
         return due
 
     def _send(
-        self, out: Outbound, due: list[Due], step: int, now: float, *, computed: bool
+        self, out: Outbound, due: list[Sendable], step: int, now: float, *, computed: bool
     ) -> None:
         announce = out.announce
         assert announce is not None
@@ -782,7 +790,7 @@ class PushSource:
             self.gone.append(peer)
 
     def _claimed(self, peer: str, push: str, patience: float, now: float) -> None:
-        if peer not in self._open or not 0 < patience <= LONGEST_PATIENCE:
+        if peer not in self._open or not patience > 0:
             return
         out = self._outbound.get(push)
         refusal = self._refusal(peer, out) or self._declined.get(push, "")
@@ -791,13 +799,35 @@ class PushSource:
         if refusal:
             self._say(peer, Failed(Attempt(push, NO_EPOCH), refusal))
             return
-        if out is None:
-            out = self._outbound[push] = Outbound(push, now + patience)
+        if out is None and (out := self._expect(peer, push)) is None:
+            self._say(peer, Absent(Attempt(push, NO_EPOCH)))
+            return
         if out.announce is None:
             if not out.peer:
                 out.claimed = now
-            out.peer, out.expires = peer, now + patience
+            out.peer, out.expires = peer, now + self._bounded(patience)
             self._say_where(out)
+
+    def _expect(self, peer: str, push: str) -> Outbound | None:
+        """Look out for a request of which a decode engine has spoken; None if it has spoken of too
+        many."""
+        expected = self._expected.setdefault(peer, set())
+        if len(expected) >= EXPECTED:
+            return None
+        expected.add(push)
+        out = self._outbound[push] = Outbound(push, inf)
+        return out
+
+    def _come(self, out: Outbound) -> None:
+        """A request is not looked out for any more."""
+        expected = self._expected.get(out.peer, set())
+        expected.discard(out.push)
+        if not expected:
+            self._expected.pop(out.peer, None)
+
+    def _bounded(self, patience: float) -> float:
+        """For how long a decode engine is believed to wait without another word."""
+        return min(patience, max(LONGEST_PATIENCE, self._config.deadline))
 
     def _refusal(self, peer: str, out: Outbound | None) -> str:
         """Why nothing can be pushed to a decode engine, or nothing of that push; else empty."""
@@ -820,7 +850,7 @@ class PushSource:
         refusal = self._refusal(peer, out)
         if self._endings.over(peer, attempt.epoch):
             refusal = "over"
-        elif not 0 < announce.patience <= LONGEST_PATIENCE:
+        elif not announce.patience > 0:
             refusal = f"a patience of {announce.patience} s"
         elif out is not None and out.peer not in ("", peer):
             refusal = OF_ANOTHER
@@ -828,15 +858,17 @@ class PushSource:
             refusal = "this push is bound to another request"
         elif out is None and not refusal:
             refusal = self._declined.get(attempt.push, "")
+        if out is None and not refusal and (out := self._expect(peer, attempt.push)) is None:
+            refusal = "too many announced requests have not come to the prefill engine"
         if refusal:
             self._say(peer, Failed(attempt, refusal))
             self._say(peer, self._fence(peer, attempt))
             if out is not None and out.is_for(peer):
                 self._fail(out, refusal)  # nobody else will ask for it
             return
-        if out is None:
-            out = self._outbound[attempt.push] = Outbound(attempt.push, inf)
-        out.peer, out.announce, out.expires = peer, announce, now + announce.patience
+        assert out is not None
+        out.peer, out.announce = peer, announce
+        out.expires = now + self._bounded(announce.patience)
         self._undelivered.drop(out.push)
         if out.record is None:
             if out.request:
@@ -881,10 +913,12 @@ class PushSource:
             return f"{len(announce.tables)} tables for {len(self._shape.groups)} groups"
         blocks = min(rank.num_blocks for rank in peer.ranks)
         for group, table in zip(self._shape.groups, announce.tables, strict=True):
-            if table.first < 0 or table.first + len(table.blocks) != -(
-                -announce.end // group.block_tokens
-            ):
-                return f"a table of blocks {table.first}..{table.first + len(table.blocks)}"
+            upto = table.first + len(table.blocks)
+            fits = table.first >= 0 and upto == -(-announce.end // group.block_tokens)
+            if group.kind is GroupKind.STATE:
+                fits = fits and len(table.blocks) == 1 and announce.end % group.block_tokens == 0
+            if not fits:
+                return f"a table of blocks {table.first}..{upto} for tokens up to {announce.end}"
             if not all(block == NO_BLOCK or 0 <= block < blocks for block in table.blocks):
                 return f"block ids beyond the decode engine's {blocks}"
         return ""
@@ -943,6 +977,7 @@ class PushSource:
     def _forget(self, out: Outbound, reason: str) -> None:
         self._retire(out, reason)
         self._give_back(out)
+        self._come(out)
         del self._outbound[out.push]
 
     def _fail(self, out: Outbound, reason: str) -> None:

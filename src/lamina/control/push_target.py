@@ -30,8 +30,10 @@ from lamina.plan import TORN, ReceiveOrder, SendersOrder, TransferId
 from lamina.push.cards import EngineCard, SenderCard, ends_of_senders
 from lamina.push.letters import Fate, Letter, Lost, News, Opened
 from lamina.push.messages import (
+    LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
+    TOO_LATE,
     Absent,
     Announce,
     Attempt,
@@ -55,7 +57,7 @@ SETTLE_SECONDS = 1.0
 """When its sender says that nothing is on its way, what has come may still wait to be taken up."""
 
 
-PEER_FAULTS = frozenset({TORN, "unreachable", "too late", "too_late"})
+PEER_FAULTS = frozenset({TORN, "unreachable", TOO_LATE})
 """Reasons of a peer that say something about it; others say something about a request."""
 
 log = logging.getLogger("lamina.control")
@@ -114,7 +116,7 @@ class PushTarget:
         self._cost = cost
         self._min_tokens = shape.chunk_tokens if config.min_tokens == "auto" else config.min_tokens
         self._room = Room(int(config.max_parked * card.ranks[0].num_blocks))
-        self._claims = Claims(config.deadline, self.letters)
+        self._claims = Claims(min(config.deadline, LONGEST_PATIENCE), self.letters)
         self._inbound: dict[TransferId, Inbound] = {}
         self._announced: dict[tuple[str, str], Inbound] = {}
         self._backlog = Backlog(config.deadline / ANSWER_SHARE)

@@ -19,7 +19,7 @@ from lamina.data.push_turns import Destination, cut
 from lamina.observe.timeline import Lane, Timeline
 from lamina.plan import TORN, Outcome, PushOrder, TransferReceipt
 from lamina.push.cards import RankCard, Route
-from lamina.push.messages import Delivered, encode
+from lamina.push.messages import TOO_LATE, Delivered, encode
 from lamina.push.transports.base import (
     Peer,
     Spans,
@@ -195,7 +195,7 @@ class PushStream:
     def advance(self) -> None:
         """Take in which writes have ended, and queue what is ready to be written."""
         if not self.failure and time.monotonic() >= self._until:
-            self.fail("too_late")
+            self.fail(TOO_LATE)
         self._collect()
         for sending in self._sendings:
             while sending.fenced and len(self._queue) < AHEAD and sending.fenced[0][1].passed():

@@ -31,6 +31,14 @@ NO_BLOCK = -1
 """In a table: the decode engine needs nothing of this block."""
 
 
+LONGEST_PATIENCE = 600.0
+"""Seconds for which a claim holds at most, if it is not made again. An announcement does as well,
+or for the prefill engine's own ``push.deadline``, if that is longer."""
+
+TOO_LATE = "too_late"
+"""Why something was not sent, or not all of it: nobody waits for it any more."""
+
+
 class MalformedMessageError(ValueError):
     """What arrived is not a message of this version."""
 
