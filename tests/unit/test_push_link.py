@@ -6,12 +6,16 @@ whether its process is gone or only does not answer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import ANY
 
 import msgspec
 import pytest
@@ -35,7 +39,7 @@ from lamina.push.handshake import (
 )
 from lamina.push.handshake import Side as Proves
 from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
-from lamina.push.link import CONNECTED, Link, listen_at
+from lamina.push.link import BACKLOG, CONNECTED, Link, listen_at
 from lamina.push.messages import (
     LENGTH_BYTES,
     MAX_GREETING,
@@ -409,10 +413,65 @@ def test_a_host_that_is_not_known(make: Make) -> None:
     side.link.send(Letter("nowhere.invalid:1", ANNOUNCE))
     (lost,) = side.until(1)
     assert isinstance(lost, Lost)
-    assert (lost.was_open, lost.fate) == (False, Fate.UNREACHABLE)
+    assert (lost.was_open, lost.fate) == (False, Fate.UNKNOWN)
 
 
-@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".com", "a\0b"])
+@pytest.mark.parametrize(
+    ("error", "fate"),
+    [
+        (errno.ECONNREFUSED, Fate.CLOSED),
+        (errno.ECONNRESET, Fate.CLOSED),
+        (errno.ETIMEDOUT, Fate.UNREACHABLE),
+        (errno.EHOSTUNREACH, Fate.UNREACHABLE),
+        (errno.EMFILE, Fate.UNKNOWN),
+        (errno.EADDRNOTAVAIL, Fate.UNKNOWN),
+        (errno.ENETUNREACH, Fate.UNKNOWN),
+        (errno.ENOBUFS, Fate.UNKNOWN),
+    ],
+)
+def test_what_an_error_says_of_a_peer(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: int, fate: Fate
+) -> None:
+    async def connect(*_: object) -> None:
+        raise OSError(error, "no")
+
+    monkeypatch.setattr(link_module, "_connect", connect)
+    side = make("D")
+    side.link.send(Letter("127.0.0.1:1", ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert lost.fate is fate
+
+
+def test_a_name_of_several_addresses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    side, port = make("D"), free_port()
+
+    async def found(*_: object, **__: object) -> list[object]:
+        hosts = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))
+        return [(family, socket.SOCK_STREAM, 0, "", (host, port)) for family, host in hosts]
+
+    monkeypatch.setattr(side.link._loop, "getaddrinfo", found)
+    side.link.send(Letter(f"prefill:{port}", ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert lost.fate is Fate.CLOSED
+
+
+def test_many_may_wait_for_a_process_that_is_stopped() -> None:
+    """As many as the system allows. Linux tells it as `tcpi_sacked` of a listening socket."""
+    with open("/proc/sys/net/core/somaxconn") as file:
+        most = min(BACKLOG, int(file.read()))
+    (server,) = listen_at("127.0.0.1:0")
+    link = Link(card("P"), servers=[server], token=None, silence=NEVER)
+    try:
+        (bound,) = (sock for made in link._servers for sock in made.sockets)
+        info = bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        assert int.from_bytes(info[28:32], sys.byteorder) == most
+    finally:
+        link.close()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".com"])
 def test_a_host_that_is_none(make: Make, host: str) -> None:
     side = make("D")
     side.link.send(Letter(f"{host}:1", ANNOUNCE))
@@ -714,6 +773,76 @@ def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
         assert isinstance(lost, Lost)
         assert (lost.was_open, lost.fate) == (True, Fate.SILENT)
         assert raw.hear() is None
+
+
+def test_one_connection_waits_for_a_peer_that_is_stopped(
+    make: Make, listener: socket.socket
+) -> None:
+    """However often it is asked: a queue that is full tells nobody who is there. What is said to
+    it meanwhile is lost, and it goes on with the connection that waits."""
+    side = make("D", silence=SILENCE / 4)
+    with announced(side, listener):
+        side.until(2)
+        address = address_of(listener)
+        for number in range(3):
+            attempt = Attempt("push", 100 + number)
+            side.link.send(Letter(address, msgspec.structs.replace(ANNOUNCE, attempt=attempt)))
+            lost = side.until(3 + number)[-1]
+            assert isinstance(lost, Lost)
+            assert (lost.was_open, lost.fate, lost.unsent) == (False, Fate.SILENT, (attempt,))
+        side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
+        connection, _ = listener.accept()
+        with connection:
+            raw = Raw(connection)
+            welcome(raw, side)
+            while not isinstance(side.heard[-1], Opened):
+                side.until(len(side.heard) + 1)
+            listener.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+
+
+def test_a_stopped_peer_that_is_killed(make: Make, listener: socket.socket) -> None:
+    side = make("D", silence=SILENCE / 4)
+    with announced(side, listener):
+        side.until(2)
+        side.link.send(Letter(address_of(listener), Cancel(ANNOUNCE.attempt)))
+        assert getattr(side.until(3)[-1], "fate", None) is Fate.SILENT
+        listener.close()
+        assert getattr(side.until(4)[-1], "fate", None) is Fate.CLOSED
+
+
+def test_a_stranger_who_is_silent_is_not_waited_for(make: Make, listener: socket.socket) -> None:
+    """Requests may name any address."""
+    side = make("D", silence=SILENCE / 4)
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        side.until(1)
+        assert Raw(connection).hear() == Hello(VERSION, ANY)
+        assert Raw(connection).hear() is None
+
+
+@pytest.mark.parametrize(
+    ("unacknowledged", "milliseconds", "takes"), [(0, 9000, True), (3, 100, True), (3, 900, False)]
+)
+def test_a_machine_that_takes_nothing(unacknowledged: int, milliseconds: int, takes: bool) -> None:
+    info = bytearray(60)
+    info[24:28] = unacknowledged.to_bytes(4, sys.byteorder)
+    info[56:60] = milliseconds.to_bytes(4, sys.byteorder)
+    connected: Any = SimpleNamespace(getsockopt=lambda *_: bytes(info))
+    assert link_module._acknowledges(connected, 0.5) is takes
+
+
+def test_a_peer_whose_machine_is_gone(
+    make: Make, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "_acknowledges", lambda *_: False)
+    side = make("D", silence=SILENCE / 4)
+    with announced(side, listener):
+        _, lost = side.until(2)
+        assert isinstance(lost, Lost)
+        assert (lost.was_open, lost.fate) == (True, Fate.UNREACHABLE)
 
 
 def test_who_was_stopped_itself_does_not_blame_its_peer(

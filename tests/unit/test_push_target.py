@@ -395,6 +395,34 @@ def test_a_peer_that_is_gone_ends_a_quarantine_after_a_while(fate: Fate) -> None
     assert target.pool.held == set()
 
 
+@pytest.mark.parametrize("fate", [Fate.UNREACHABLE, Fate.UNKNOWN])
+def test_a_peer_that_was_silent_is_not_gone_because_it_cannot_be_reached(fate: Fate) -> None:
+    """It is stopped, and goes on when it is told to."""
+    target, record, _ = announced()
+    target.hear(lost(fate=Fate.SILENT))
+    target.fail(record)
+    target.hear(lost(was_open=False, fate=fate))
+    target.wait(10 * QUARANTINE)
+    assert target.pool.held
+    target.hear(lost(was_open=False, fate=Fate.CLOSED))
+    target.wait(QUARANTINE)
+    assert target.pool.held == set()
+
+
+def test_what_is_in_the_way_here_says_nothing_of_a_peer() -> None:
+    target, record, _ = announced()
+    target.hear(lost(fate=Fate.UNKNOWN))
+    target.fail(record)
+    target.wait(10 * QUARANTINE)
+    assert target.pool.held
+    target.hear(lost(was_open=False, fate=Fate.UNREACHABLE))
+    target.wait(QUARANTINE - 1)
+    target.hear(lost(was_open=False, fate=Fate.UNKNOWN))
+    assert target.pool.held
+    target.wait(1)
+    assert target.pool.held == set()
+
+
 def test_a_peer_that_is_silent_ends_it_only_with_its_word() -> None:
     target, record, attempt = announced()
     target.hear(lost(fate=Fate.CLOSED))

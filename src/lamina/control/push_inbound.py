@@ -75,6 +75,7 @@ class Inbound:
         trying: whether it is the one try of its peer's breaker.
         blameless: whether its peer has said why not, and that is no fault of the peer's.
         until: control's clock after which a quarantine ends by itself.
+        stopped: whether its sender's process was there and did not answer, for all that is known.
         incarnation: the run of the prefill engine that was connected last; empty for none yet.
         lingering: control's clock before which what a former run has sent may still arrive.
     """
@@ -93,5 +94,6 @@ class Inbound:
     fenced: bool = False
     untold: bool = False
     until: float = inf
+    stopped: bool = False
     incarnation: str = ""
     lingering: float = 0.0

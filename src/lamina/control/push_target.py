@@ -502,6 +502,7 @@ class PushTarget:
                     inbound.lingering = max(inbound.lingering, sent)
                 inbound.until = inf
             inbound.incarnation = card.incarnation
+            inbound.stopped = False
             if inbound.reason:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
                 if not inbound.fenced:
@@ -529,8 +530,12 @@ class PushTarget:
                 pass
             elif lost.fate is Fate.SILENT:
                 inbound.until = inf  # it could go on in the middle of a write
-            else:
+                inbound.stopped = True
+            elif lost.fate is Fate.CLOSED or (
+                lost.fate is Fate.UNREACHABLE and not inbound.stopped
+            ):
                 inbound.until = min(inbound.until, now + self._config.quarantine)
+                inbound.stopped = False
             held = held or not (inbound.fenced or inbound.untold)
             self.give_up(transfer, lost.reason, GiveUp.LOST)
             if inbound.untold and inbound.stage is Stage.QUARANTINED:

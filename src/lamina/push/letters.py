@@ -36,6 +36,8 @@ class Fate(Enum):
     """It does not answer, but its process is there: it may be stopped, and go on one day."""
     UNREACHABLE = "unreachable"
     """Its machine does not answer."""
+    UNKNOWN = "unknown"
+    """Something on this side is in the way, such as the resolution of names or a lack of ports."""
 
 
 @dataclass(frozen=True, slots=True)

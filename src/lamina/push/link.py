@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -69,8 +71,16 @@ PINGS = 4
 """Pings in the time after which silence means that a peer is gone."""
 
 
+MAX_KEEPALIVE = 32767
+"""Seconds; Linux allows no more between two looks at a connection."""
+
 LAST_WORDS = 1.0
 """Seconds for what was said before the link is closed; it fits what a network and a peer buffer."""
+
+BACKLOG = 4096
+"""Connections that wait to be taken up while this process is stopped or has no time; the kernel
+allows `net.core.somaxconn`. Whoever finds no place there cannot tell a stopped process from a
+machine that is gone."""
 
 MAX_STRANGERS = 64
 """Connections of which nobody knows yet whose they are."""
@@ -159,7 +169,7 @@ def listen_at(address: str) -> list[socket.socket]:
     with contextlib.ExitStack() as opened:
         for family, (name, *_) in dict.fromkeys((family, place) for family, *_, place in found):
             try:
-                server = socket.create_server((name, port), family=family)
+                server = socket.create_server((name, port), family=family, backlog=BACKLOG)
             except OSError as error:
                 if error.errno not in _NO_SUCH_ADDRESS:
                     raise
@@ -200,13 +210,16 @@ class Link:
         self._reminder = -inf
         self._dialled: dict[str, Connection] = {}
         self._accepted: dict[str, Connection] = {}
+        self._met: set[str] = set()
         self._strangers: dict[Connection, None] = {}
         self._complaints = Complaints(log)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self.port = int(servers[0].getsockname()[1]) if servers else 0
         self._servers = [
-            self._loop.run_until_complete(asyncio.start_server(self._accept, sock=server))
+            self._loop.run_until_complete(
+                asyncio.start_server(self._accept, sock=server, backlog=BACKLOG)
+            )
             for server in servers
         ]
         self._thread = threading.Thread(target=self._run, name="lamina-link", daemon=True)
@@ -294,39 +307,63 @@ class Link:
         was_open, reason, fate = False, "closed", Fate.CLOSED
         writer: asyncio.StreamWriter | None = None
         try:
-            reader, opened = await self._in_time(_open(connection.peer))
+            reader, opened = await self._in_time(_open(connection.peer, self._silence))
             writer = opened
             greeted = Connection(connection.peer, opened)
-            card = await self._meet_prefill(reader, greeted)
+            card = await self._meet_prefill(reader, greeted, connection)
             was_open = True
+            self._met.add(connection.peer)
             self._inbox.opened(connection.box, Opened(connection.peer, card.incarnation, card))
             connection.open(greeted)
             await self._converse(reader, connection)
-        except TimeoutError:
-            reason = f"no answer within {self._silence:g} s"
-            fate = Fate.UNREACHABLE if writer is None else Fate.SILENT
         except (OSError, LinkClosedError, MalformedMessageError) as error:
-            reason, fate = str(error), _fate(error)
+            reason, fate = str(error) or self._no_answer, _fate(error)
         finally:
             if writer is not None:
                 writer.transport.abort()
             if self._dialled.get(connection.peer) is connection:
                 del self._dialled[connection.peer]
-            unsent = tuple(m.attempt for m in connection.queued if isinstance(m, Announce))
-            lost = Lost(connection.peer, reason, was_open, fate, unsent)
-            self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
+            self._report(connection, reason, fate, was_open=was_open)
+
+    def _report(
+        self, connection: Connection, reason: str, fate: Fate, *, was_open: bool = False
+    ) -> None:
+        """A prefill engine is lost, and what waited to be said to it."""
+        queued, connection.queued = connection.queued, []
+        unsent = tuple(m.attempt for m in queued if isinstance(m, Announce))
+        lost = Lost(connection.peer, reason, was_open, fate, unsent)
+        self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
+
+    @property
+    def _no_answer(self) -> str:
+        return f"no answer within {self._silence:g} s"
 
     async def _meet_prefill(
-        self, reader: asyncio.StreamReader, connection: Connection
+        self, reader: asyncio.StreamReader, connection: Connection, dialled: Connection
     ) -> SenderCard:
         """Who listens at an address; it has proved that it is one of us.
+
+        One that is known and may be stopped is waited for, however long: as long as its kernel
+        keeps the connection, its process is there, and every further one would take a place from
+        those that wait for it.
+
+        Args:
+            reader: what it says.
+            connection: what is said to it.
+            dialled: what others have to say to it meanwhile.
 
         Raises:
             LinkClosedError: if it has not.
         """
+
+        def late() -> None:
+            if dialled.queued:
+                self._report(dialled, self._no_answer, Fate.SILENT)
+
+        late_one = late if connection.peer in self._met else None
         mine = nonce()
         connection.say(Hello(VERSION, mine))
-        match await self._hear(reader, connection, MAX_GREETING):
+        match await self._hear(reader, connection, MAX_GREETING, late_one):
             case Challenge(version) if version != VERSION:
                 raise LinkClosedError(f"it speaks version {version}, not {VERSION}")
             case Challenge(_, theirs, proof):
@@ -339,7 +376,7 @@ class Link:
         connection.say(Proof(prove(self._secret, Side.DECODE, nonces)))
         connection.seal(self._secret, Side.DECODE, Side.PREFILL, nonces)
         connection.say(Introduction(self._card))
-        match await self._hear(reader, connection, MAX_MESSAGE):
+        match await self._hear(reader, connection, MAX_MESSAGE, late_one):
             case Welcome(card):
                 return card
             case other:
@@ -365,8 +402,6 @@ class Link:
             connection.say(Refused(str(refusal)))
             with contextlib.suppress(OSError, TimeoutError):
                 await self._in_time(writer.drain())
-        except TimeoutError:
-            reason = "no answer in time"
         except MalformedMessageError as error:
             reason = str(error)
             if not connection.peer:
@@ -438,15 +473,22 @@ class Link:
             self._strangers.pop(connection, None)
 
     async def _hear(
-        self, reader: asyncio.StreamReader, connection: Connection, limit: int
+        self,
+        reader: asyncio.StreamReader,
+        connection: Connection,
+        limit: int,
+        late: Callable[[], None] | None = None,
     ) -> LinkMessage:
         """What a peer says that this side waits for.
 
         Raises:
-            TimeoutError: if it says nothing.
-            RefusedError: if it will not.
+            PeerSilentError: if it says nothing.
+            LinkClosedError: if it will not.
         """
-        message, _ = await self._in_time(_read(reader, limit, connection.theirs))
+        try:
+            message, _ = await self._in_time(_read(reader, limit, connection.theirs), late)
+        except TimeoutError as error:
+            raise self._silent(connection, error, self._no_answer) from None
         return message
 
     async def _converse(self, reader: asyncio.StreamReader, connection: Connection) -> None:
@@ -459,8 +501,9 @@ class Link:
                     message, size = await self._in_time(
                         _read(reader, MAX_MESSAGE, connection.theirs)
                     )
-                except TimeoutError:
-                    raise PeerSilentError(f"silent for {self._silence:g} s") from None
+                except TimeoutError as error:
+                    why = f"silent for {self._silence:g} s"
+                    raise self._silent(connection, error, why) from None
                 except (OSError, LinkClosedError):
                     if connection.full:
                         raise PeerSilentError("it does not read what it is told") from None
@@ -487,22 +530,40 @@ class Link:
             await room.wait()
             room.clear()
 
-    async def _in_time(self, waited_for: Coroutine[object, object, T]) -> T:
+    def _silent(self, connection: Connection, error: TimeoutError, why: str) -> Exception:
+        """Nothing has come from a peer for too long: its process is stopped, or hangs, as long as
+        its kernel takes what it is told."""
+        assert connection.writer is not None
+        its = connection.writer.get_extra_info("socket")
+        if error.errno == errno.ETIMEDOUT or not _acknowledges(its, self._silence / 2):
+            return TimeoutError(errno.ETIMEDOUT, "its machine does not answer")
+        return PeerSilentError(why)
+
+    async def _in_time(
+        self, waited_for: Coroutine[object, object, T], late: Callable[[], None] | None = None
+    ) -> T:
         """What comes of it, if that takes no longer than the silence. Time for which this process
         itself was stopped counts as little: it says nothing about a peer, whose words may be here.
+
+        Args:
+            waited_for: what it is.
+            late: called each time that the silence has passed, instead of giving up.
 
         Raises:
             TimeoutError: if it takes longer.
         """
         task = self._loop.create_task(waited_for)
         try:
-            for _ in range(PINGS):
-                await asyncio.wait({task}, timeout=self._silence / PINGS)
-                if task.done():
-                    return task.result()
+            while True:
+                for _ in range(PINGS):
+                    await asyncio.wait({task}, timeout=self._silence / PINGS)
+                    if task.done():
+                        return task.result()
+                if late is None:
+                    raise TimeoutError
+                late()
         finally:
             task.cancel()
-        raise TimeoutError
 
     async def _ping(self, connection: Connection) -> None:
         while True:
@@ -511,10 +572,30 @@ class Link:
 
 
 def _fate(error: Exception) -> Fate:
-    if isinstance(error, PeerSilentError):
-        return Fate.SILENT
-    refused = isinstance(error, ConnectionError | LinkClosedError | MalformedMessageError)
-    return Fate.CLOSED if refused else Fate.UNREACHABLE
+    """What an error says of a peer."""
+    match error:
+        case PeerSilentError():
+            return Fate.SILENT
+        case ConnectionError() | LinkClosedError() | MalformedMessageError():
+            return Fate.CLOSED
+        case TimeoutError() | OSError(errno=errno.EHOSTUNREACH | errno.EHOSTDOWN):
+            return Fate.UNREACHABLE
+    return Fate.UNKNOWN
+
+
+_LEAST_KNOWN = (Fate.UNKNOWN, Fate.CLOSED, Fate.UNREACHABLE)
+
+
+def _acknowledges(connected: socket.socket, seconds: float) -> bool:
+    """Whether the kernel at the other end takes what is sent there, or says that it has no room;
+    not if it has said nothing of it for so many seconds."""
+    info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    unacknowledged, milliseconds = _TCP_INFO.unpack(info)
+    return not unacknowledged or milliseconds < seconds * 1000
+
+
+_TCP_INFO = struct.Struct("=24x I 28x I")
+"""Of Linux's `tcp_info`: `tcpi_unacked` and `tcpi_last_ack_recv`."""
 
 
 def _unexpected(message: LinkMessage, expected: str) -> str:
@@ -524,12 +605,48 @@ def _unexpected(message: LinkMessage, expected: str) -> str:
     return f"expected {expected}, not {type(message).__name__.lower()}"
 
 
-async def _open(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(address: str, silence: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to one of the addresses that a name stands for.
+
+    Raises:
+        OSError: if there is none; of several errors the one that says most of who is there.
+    """
     host, port = split_address(address)
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
-        return await asyncio.open_connection(host, port)
+        try:
+            found = look_up(flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:  # a name: others do not wait until it is resolved
+            loop = asyncio.get_running_loop()
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except ValueError as error:  # what is no name of a host, such as a..b
         raise OSError(f"{host!r} is not a host: {error}") from None
+    errors: list[OSError] = []
+    for family, *_, place in found:
+        try:
+            return await _connect(family, place, silence)
+        except OSError as error:
+            errors.append(error)
+    raise max(errors, key=lambda error: _LEAST_KNOWN.index(_fate(error)))
+
+
+async def _connect(
+    family: int, place: tuple[object, ...], silence: float
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that ends when the machine at its other end does, although nothing is said."""
+    connecting = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connecting.setblocking(False)
+        connecting.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        seconds = min(max(1, round(silence)), MAX_KEEPALIVE)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            connecting.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PINGS)
+        await asyncio.get_running_loop().sock_connect(connecting, place)
+        return await asyncio.open_connection(sock=connecting)
+    except BaseException:
+        connecting.close()
+        raise
 
 
 async def _read(
