@@ -11,7 +11,7 @@ import pytest
 from lamina.config import Config, PushConfig, load_config
 from lamina.control.requests import PushParameters
 from lamina.engines.vllm.scheduler_side import SchedulerSide
-from lamina.push.addresses import is_among
+from lamina.push.addresses import Peers, normalise
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,76 @@ from lamina.push.addresses import is_among
         ("[::1]:9300", ["[::1]"], True),
         ("[::1]:9300", ["[::1]:9300"], True),
         ("[::2]:9300", ["[::1]"], False),
-        ("10.0.0.1:9300", [], False),
+        ("10.0.0.1:9300", [], True),
+        ("10.0.0.1:9300", ["10.0.0.1:09300"], True),
+        ("010.0.0.1:9300", ["8.0.0.1:9300"], True),
+        ("[0:0::1]:9300", ["[::1]"], True),
     ],
 )
 def test_peers(address: str, peers: list[str], among: bool) -> None:
-    assert is_among(address, peers) is among
+    assert Peers(peers).allow(normalise(address)) is among
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("10.0.0.1:09300", "10.0.0.1:9300"),
+        ("[10.0.0.1]:9300", "10.0.0.1:9300"),
+        ("10.1:9300", "10.0.0.1:9300"),
+        ("Prefill.LOCAL:9300", "prefill.local:9300"),
+        ("[::0:1]:9300", "[::1]:9300"),
+        ("::1:9300", "[::1]:9300"),
+        ("[FE80::A%eth0]:9300", "[fe80::a%eth0]:9300"),
+    ],
+)
+def test_a_prefill_engine_has_one_name(alias: str, name: str) -> None:
+    """Two connections to one engine are refused."""
+    assert normalise(alias) == normalise(name) == name
+    assert engine()._push(request(1, alias)) == PushParameters("push", name)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "host:٩٣٠٠",
+        "host:²",
+        "hóst:9300",
+        "a b:9300",
+        "a\0b:9300",
+        "a:b:9300",
+        "host:",
+        ":9300",
+        "[]:9300",
+        "host:65536",
+        "host:" + "9" * 5000,
+        "host",
+    ],
+)
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match=r"(?i)host|at least 3 parts"):
+        normalise(address)
+    asked = request(1, address)
+    assert engine()._push(asked) is None
+    assert len(engine()._why_not_pushed(asked)) < 1000
+
+
+@pytest.mark.parametrize("name", ["5b1c…", "a\nb", "", "x" * 129, "x" * (17 << 20), 5])
+def test_what_is_no_id_of_a_push(name: object) -> None:
+    asked = SimpleNamespace(request_id="r", kv_transfer_params={"lamina_push": {"id": name}})
+    assert engine()._push(asked) is None
+    assert "1 to 128 printable ASCII characters" in engine()._why_not_pushed(asked)
+    assert len(engine()._why_not_pushed(asked)) < 1000
+
+
+def test_the_longest_id_of_a_push() -> None:
+    asked = SimpleNamespace(request_id="r", kv_transfer_params={"lamina_push": {"id": "x" * 128}})
+    assert engine()._push(asked) == PushParameters("x" * 128, None)
 
 
 def engine(*peers: str) -> Any:
     side: Any = object.__new__(SchedulerSide)
     side._config = Config(push=PushConfig(peers=peers))
+    side._peers = Peers(peers)
     side._link, side._complaints = object(), set()
     return side
 

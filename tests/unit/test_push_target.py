@@ -16,6 +16,7 @@ from driven_planner import Pool
 from lamina.config import BreakerConfig, PushConfig
 from lamina.control.cost import CostModel
 from lamina.control.leases import LeaseBook
+from lamina.control.push_claims import ANEW_SECONDS, MAX_CLAIMED
 from lamina.control.push_inbound import Offer
 from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
 from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
@@ -809,6 +810,32 @@ def test_claims_are_made_anew_when_their_connection_is_lost() -> None:
     target.hear(OPENED)
     target.wait(DEADLINE)
     assert target.weigh(record) == Offer(0, "unanswered")  # it may be another run of the engine
+
+
+def test_claims_are_said_in_parts() -> None:
+    """A message has an end, however many wait."""
+    target = Target()
+    target.hear(OPENED)
+    for number in range(MAX_CLAIMED + 1):
+        target.arrive(number)
+    target.said()
+    target.hear(lost())
+    assert [len(part) for part in claims(target)] == [MAX_CLAIMED, 1]
+
+
+def test_a_claim_for_which_the_link_is_lost_is_not_said_in_a_loop() -> None:
+    target = Target()
+    target.hear(OPENED)
+    target.arrive(0)
+    target.said()
+    target.hear(lost())
+    assert claims(target) == [("push 0",)]
+    for _ in range(3):
+        target.hear(OPENED, lost())
+        target.wait(ANEW_SECONDS / 4)
+        assert claims(target) == []
+    target.wait(ANEW_SECONDS / 4)
+    assert claims(target) == [("push 0",)]
 
 
 def test_what_is_claimed_from_an_engine_that_is_not_there_is_computed_here() -> None:

@@ -7,12 +7,19 @@ renewed by time for as long as it waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina.control.requests import RequestRecord
 from lamina.push.letters import Letter
 from lamina.push.messages import NO_EPOCH, Attempt, Cancel, Claim
+
+MAX_CLAIMED = 1024
+"""Pushes of one message."""
+
+ANEW_SECONDS = 1.0
+"""Least time between two claims of the same pushes, if the link is lost in between: what it is
+lost for may be the claim."""
 
 RENEWALS = 3
 """Times that a claim is renewed in the time for which it holds."""
@@ -120,6 +127,7 @@ class Claims:
         self._claimed: dict[str, Claimed] = {}
         self._requests: dict[tuple[str, str], str] = {}
         self._renewals: dict[str, float] = {}
+        self._said: dict[str, float] = {}
 
     def get(self, request_id: str) -> Claimed | None:
         """What is claimed for a request."""
@@ -171,18 +179,22 @@ class Claims:
         for item in claimed:
             item.whereabouts = Whereabouts(now)
         if claimed:
-            self._say(address, claimed)
-            self._renewals[address] = now + self._patience / RENEWALS
+            said = self._said.get(address)
+            self._renewals[address] = now if said is None else max(now, said + ANEW_SECONDS)
+            self.renew(now)
 
     def renew(self, now: float) -> None:
         """Time has passed: what still waits is claimed for longer."""
         for address in [address for address, due in self._renewals.items() if due <= now]:
             if claimed := self.at(address):
                 self._say(address, claimed)
+                self._said[address] = now
                 self._renewals[address] = now + self._patience / RENEWALS
             else:
                 del self._renewals[address]
+                self._said.pop(address, None)
 
-    def _say(self, address: str, claimed: Iterable[Claimed]) -> None:
-        pushes = tuple(item.push for item in claimed)
-        self._letters.append(Letter(address, Claim(pushes, self._patience)))
+    def _say(self, address: str, claimed: Sequence[Claimed]) -> None:
+        for first in range(0, len(claimed), MAX_CLAIMED):
+            pushes = tuple(item.push for item in claimed[first : first + MAX_CLAIMED])
+            self._letters.append(Letter(address, Claim(pushes, self._patience)))

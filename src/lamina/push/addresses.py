@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
+from functools import lru_cache
+from ipaddress import IPv6Address
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -12,25 +15,63 @@ def split_address(address: str) -> tuple[str, int]:
         ValueError: if it is not of that form.
     """
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 <= int(port) < 1 << 16):
-        raise ValueError(f"{address!r} is not HOST:PORT")
+    digits = port.isascii() and port.isdecimal() and len(port.lstrip("0")) <= 5
+    if not (colon and host and digits and int(port) < 1 << 16):
+        raise ValueError(f"{address[:300]!r} is not HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def is_among(address: str, peers: Iterable[str]) -> bool:
-    """Whether a list names an address, or its host alone. Names are compared as they are written,
-    and not looked up: who answers for a name may change.
+@lru_cache(maxsize=4096)
+def normalise(address: str) -> str:
+    """One way to write ``HOST:PORT``, so that one prefill engine has one name. Names are not looked
+    up: who answers for one may change.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    host, port = split_address(address)
+    host = _normalise_host(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Peers:
+    """The prefill engines that requests may name.
 
     Args:
-        address: ``HOST:PORT``.
-        peers: ``HOST:PORT`` or ``HOST``.
+        listed: each by ``HOST:PORT``, or by its ``HOST`` for all ports; none for all.
+
+    Raises:
+        ValueError: if one is neither.
     """
-    host, port = split_address(address.lower())
-    for peer in peers:
-        try:
-            allowed, only = split_address(peer.lower())
-        except ValueError:
-            allowed, only = peer.lower().removeprefix("[").removesuffix("]"), port
-        if (allowed, only) == (host, port):
+
+    def __init__(self, listed: Iterable[str]) -> None:
+        self._addresses: set[str] = set()
+        self._hosts: set[str] = set()
+        for peer in listed:
+            try:
+                split_address(peer)
+            except ValueError:
+                self._hosts.add(_normalise_host(peer.removeprefix("[").removesuffix("]")))
+            else:
+                self._addresses.add(normalise(peer))
+
+    def allow(self, address: str) -> bool:
+        """Whether requests may name it.
+
+        Args:
+            address: as :func:`normalise` writes it.
+        """
+        if not (self._addresses or self._hosts):
             return True
-    return False
+        return address in self._addresses or split_address(address)[0] in self._hosts
+
+
+def _normalise_host(host: str) -> str:
+    if not host or not (host.isascii() and host.isprintable()) or set(host) & set(" []/"):
+        raise ValueError(f"{host[:300]!r} is not a host")
+    if ":" in host:
+        return str(IPv6Address(host))
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))  # 010.1 is one, too
+    except OSError:
+        return host.lower()

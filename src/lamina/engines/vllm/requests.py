@@ -14,11 +14,14 @@ from lamina.control.requests import PushParameters
 from lamina.engines.vllm.layout import NULL_BLOCK
 from lamina.geometry import Group
 from lamina.keys import Packable, pack
-from lamina.push.addresses import split_address
+from lamina.push.addresses import normalise
 
 PUSH_PARAMETER = "lamina_push"
 """The key of ``kv_transfer_params`` that is Lamina's."""
 
+
+MAX_ID = 128
+"""Characters of a push's id; engines keep and send it many times."""
 
 _NAMELESS = re.compile(r"renderer\d+-mm-\d+-.*|[0-9a-f]{32,}", re.DOTALL)
 """Where vLLM names inputs by a counter: such names, as they are or hashed together with the
@@ -123,14 +126,18 @@ def push_parameters(request: Request) -> PushParameters | None:
     if given is None:
         return None
     match given:
-        case {"id": str(name), "prefill": str(address)} if name and len(given) == 2:
-            split_address(address)
-            return PushParameters(name, address)
-        case {"id": str(name)} if name and len(given) == 1:
+        case {"id": str(name), "prefill": str(address)} if _is_id(name) and len(given) == 2:
+            return PushParameters(name, normalise(address))
+        case {"id": str(name)} if _is_id(name) and len(given) == 1:
             return PushParameters(name, None)
     raise ValueError(
-        f'must be {{"id": text}} or {{"id": text, "prefill": "HOST:PORT"}}, got {given!r}'
+        f'must be {{"id": text}} or {{"id": text, "prefill": "HOST:PORT"}}, with an id of 1 to '
+        f"{MAX_ID} printable ASCII characters, got {repr(given)[:300]}"
     )
+
+
+def _is_id(name: str) -> bool:
+    return 0 < len(name) <= MAX_ID and name.isascii() and name.isprintable()
 
 
 class VllmBlockPool:

@@ -34,7 +34,7 @@ from lamina.engines.vllm.sleep import be_quiet_before_sleep
 from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
-from lamina.push.addresses import is_among, split_address
+from lamina.push.addresses import Peers, split_address
 from lamina.push.cards import EngineCard
 from lamina.push.handshake import check_cipher
 from lamina.push.link import Link, listen_at
@@ -117,6 +117,7 @@ class SchedulerSide:
         )
         self._moved = True
         self._complaints: set[str] = set()
+        self._peers = Peers(() if config.push is None else config.push.peers)
         # Peers may dial before the tiers are known, and a mistake is to be seen at the start.
         self._servers = self._listen()
 
@@ -426,9 +427,7 @@ class SchedulerSide:
 
     def _may_dial(self, push: PushParameters) -> bool:
         """Whether the operator lets a request name its prefill engine."""
-        config = self._config.push
-        assert config is not None
-        return push.prefill is None or not config.peers or is_among(push.prefill, config.peers)
+        return push.prefill is None or self._peers.allow(push.prefill)
 
     def _complain(self, request: Request, problem: str) -> None:
         """Say why a router's wish is not met, once for all requests with the same problem."""
