@@ -19,7 +19,7 @@ from lamina.geometry import Group, GroupKind
 from lamina.plan import ChunkKey
 from lamina.push.cards import EngineCard, RankCard, RowCard, SenderCard
 from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import Announce, Fenced
+from lamina.push.messages import NO_EPOCH, Absent, Announce, Attempt, Fenced
 
 BOUND = 1000
 """Chunks that may be looked at for one plan."""
@@ -313,6 +313,28 @@ def test_a_prompt_without_a_destination_looks_at_no_other() -> None:
         assert not driven.planner.lookup(view, 0).ask_again
         driven.planner.admitted(view.request_id, 0)
     assert len(undelivered._reserved) == PUSHES
+
+
+class NoWalkOfPrompts(list[tuple[RequestRecord, float]]):
+    """A list to which one may add, and which nobody may walk."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("every prompt was looked at")
+
+
+def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
+    driven = pushing("D")
+    target = driven.planner._target
+    assert target is not None
+    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    views = [push_to(driven, number, "P") for number in range(PUSHES)]
+    absent = [Letter("P", Absent(Attempt(f"push {n}", NO_EPOCH))) for n in range(PUSHES)]
+    driven.planner.take_news(absent)
+    driven.wait(2)
+    target._backlog._prompts = NoWalkOfPrompts()
+    for view in views:
+        driven.planner.lookup(view, 0)
+    assert len(target._backlog._prompts) == 1, "one at a time, while nobody knows how long it takes"
 
 
 class Walks(list[Letter]):

@@ -1218,6 +1218,7 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source.hear(announce())  # 30 s
     source.said()
     source.now = 18.0
+    source.admit(record=other(2))
     assert not source.source.waits(source.record, source.now)
     source.now = 20.0
     source.source.waits(source.record, source.now)
@@ -1225,24 +1226,36 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     assert source.source.unwanted == ["request"]
 
 
-def test_an_estimate_alone_refuses_nothing() -> None:
-    """The first prompt of all may take long, and if the next were refused, no other would."""
+def test_an_estimate_refuses_nothing_where_nobody_else_waits() -> None:
     source = Source()
     source.connect()
     source.cost.computed(0, 100, 500.0)
-    source.hear(announce())
+    source.admit(record=other(1))
     source.source.arrived(source.record, 0.0)
-    first = other(1)
-    source.source.arrived(first, 0.0)
-    source.hear(announce(attempt=Attempt("push 1", 9)))
-    source.said()
-    assert source.waits(first), "another waits, which may be in time"
-    assert source.said() == [
-        Failed(Attempt("push 1", 9), TOO_BUSY),
-        Fenced(Attempt("push 1", 9), clean=True),
-    ]
+    source.hear(announce())
     assert not source.waits(source.record)
-    assert source.source.unwanted == ["request 1"]
+
+
+def test_an_engine_that_computes_nothing_refuses_nothing_by_an_estimate() -> None:
+    """The first prompt of all may take long. If all that follow were refused, none would be
+    computed from which it could learn otherwise. Another always waits."""
+    source = Source()
+    source.connect()
+    source.cost.computed(0, 100, 500.0)
+    records = [other(number) for number in range(6)]
+    for number, record in enumerate(records):
+        source.source.arrived(record, 0.0)
+        source.hear(announce(attempt=Attempt(f"push {number}", number + 1)))
+    assert not source.waits(records[0])
+    source.admit(record=records[0])
+    assert source.waits(records[1])
+    source.source.progress(records[0], 0, 56)
+    source.step()
+    assert source.waits(records[2]), "it runs"
+    source.source.finished(records[0], 56, cast(View, records[0].view).tables)
+    source.step()
+    assert not source.waits(records[3])
+    assert source.source.unwanted == ["request 1", "request 2"]
 
 
 def test_what_the_engine_never_came_to_is_nobodys_fault() -> None:

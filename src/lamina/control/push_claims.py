@@ -94,10 +94,20 @@ class Backlog:
     def __init__(self, unknown: float) -> None:
         self._unknown = unknown
         self._prompts: list[tuple[RequestRecord, float]] = []
+        self._seconds = 0.0
 
     def add(self, record: RequestRecord, seconds: float | None) -> None:
         """A prompt will be computed here, which takes so long; None if nobody knows."""
         self._prompts.append((record, self._unknown if seconds is None else seconds))
+        self._seconds += self._prompts[-1][1]
+
+    def tick(self) -> None:
+        """Look which of them have been computed."""
+        if self._prompts:
+            self._prompts = [
+                (record, ahead) for record, ahead in self._prompts if not record.counted
+            ]
+            self._seconds = sum(ahead for _, ahead in self._prompts)
 
     def behind(self, seconds: float | None) -> float:
         """How long it takes to compute one more prompt behind them.
@@ -106,11 +116,7 @@ class Backlog:
             seconds: how long it would take alone; None if nobody knows. Then it is tried, one at a
                 time.
         """
-        if self._prompts:
-            self._prompts = [
-                (record, ahead) for record, ahead in self._prompts if not record.counted
-            ]
-        return (seconds or 0.0) + sum(ahead for _, ahead in self._prompts)
+        return (seconds or 0.0) + self._seconds
 
 
 class Claims:

@@ -72,7 +72,7 @@ EXPECTED = 4096
 looked out for."""
 
 TOO_BUSY = "the prefill engine has too much to do to compute it in time"
-"""No fault: as many others come in time as can. Said only where others wait."""
+"""No fault: as many others come in time as can. Said only where others run, and wait."""
 
 DECLINED = "the decode engine had declined it"
 """Why a push is over of which its decode engine has said that it needs nothing."""
@@ -332,6 +332,8 @@ class PushSource:
         self._declined: OrderedDict[str, str] = OrderedDict()
         self._undelivered = Undelivered()
         self._next: set[str] = set()  # pushes whose requests wait, and could begin
+        self._busy = False  # whether one has begun since the last step, or ran in it
+        self._ran = False
         self._yielding: dict[str, float] = {}
         self._max_held = card.ranks[0].num_blocks // HELD_SHARE
         self._page_bytes = [
@@ -395,8 +397,8 @@ class PushSource:
         if out.announce is not None:
             seconds = self._cost.costs.prefill_seconds(floor, record.view.num_prompt_tokens)
             # An estimate that is far too long would never change if nothing were computed.
-            alone = self._next <= {out.push}
-            if alone or now + (seconds or 0.0) <= out.expires:
+            spared = not self._busy or self._next <= {out.push}
+            if spared or now + (seconds or 0.0) <= out.expires:
                 return False
             self._forgo_of(out, now)
             self._fail(out, TOO_BUSY)
@@ -450,6 +452,7 @@ class PushSource:
             return  # a second request under the same id is the router's mistake
         out.request, out.record = record.view.request_id, record
         self._come(out)
+        self._busy = True
         if out.announce is None:
             out.expires = max(out.expires, now + self._config.deadline)
             need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
@@ -471,6 +474,7 @@ class PushSource:
         """
         out = self._of(record)
         if out is not None:
+            self._ran = True
             # What it began with may be computed by another request, or loaded, in its first step.
             out.noted = Progress(record.losses, start if out.progress.planned else 0, end)
 
@@ -541,6 +545,7 @@ class PushSource:
 
     def plan(self, *, step: int, now: float) -> None:
         """Order what can be sent of every push that has a destination."""
+        self._busy, self._ran = self._ran, False
         for out in list(self._outbound.values()):
             if out.expires <= now and out.stage is not Stage.STOPPED:
                 if out.waits_here and out.announce is not None:

@@ -443,6 +443,7 @@ class PushTarget:
         peers again that are gone."""
         self._now = now
         self._claims.renew(now)
+        self._backlog.tick()
         self._look_for_absent(now)
         self._ask(now)
         ended = [
