@@ -4,7 +4,7 @@ back."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_push_target import DEADLINE, OPENED, QUARANTINE, P, Target, lost
 
@@ -132,6 +132,7 @@ class Crowd:
         return self.target.target._claims.named(P, push) is not None
 
 
+@settings(deadline=None)  # other tests run beside it
 @given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 62)), max_size=120))
 def test_whatever_happens_the_rest_is_left_and_all_comes_back(
     events: list[tuple[str, int]],
