@@ -178,7 +178,7 @@ def test_engines_that_are_killed(
     assert engine.metrics().total("lamina_leased_blocks") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(SEED, SEED + SERVER_CYCLES))
 def test_servers_that_are_killed(
     llama: Path, fleet: Fleet, tmp_path: Path, seed: int, note: Note
