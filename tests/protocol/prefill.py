@@ -477,10 +477,14 @@ class Prefill:
                         )
 
     def check_clean(self) -> None:
-        """Nothing is left of any push."""
+        """Nothing is held for any push, and after another step nothing is known of one: what is
+        overdue holds nothing and wakes nobody, so its receipts wait for that step."""
+        blocks, leases = any(self.pool.references), self.leases.leased_blocks
+        if not (blocks or leases) and all(t.overdue for t in self.transfers.live()):
+            self.step()
         left = {
-            "blocks": any(self.pool.references),
-            "leases": self.leases.leased_blocks,
+            "blocks": blocks,
+            "leases": leases,
             "transfers": len(self.transfers),
             "writes": any(rank.writes() for rank in self.ranks),
             "pushes": self.source.pending or bool(self.source._outbound),

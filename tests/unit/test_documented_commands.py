@@ -145,7 +145,7 @@ def test_the_parameters_of_a_request() -> None:
         for text in blocks("docs/push.md", "json")
         for line in re.findall(r"^\{.*\}", text, re.MULTILINE)
     ]
-    assert found == [PushParameters("5b1c…", None), PushParameters("5b1c…", "10.0.0.1:9300")]
+    assert found == [PushParameters("5b1c0f", None), PushParameters("5b1c0f", "10.0.0.1:9300")]
 
 
 def test_what_a_router_sends() -> None:
