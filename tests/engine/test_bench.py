@@ -66,6 +66,7 @@ def test_overlap_measures_every_window_and_draws_the_step(tmp_path: Path) -> Non
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 def test_overlap_of_a_hybrid_loads_every_row_once(tmp_path: Path) -> None:
     """The bench stops if other bytes come through the link than the rows of the hit, once."""
     picture = tmp_path / "timeline.png"
@@ -87,6 +88,7 @@ def test_overheads_are_measured_for_host_and_disk(
     assert names == ["host tier", "host and disk tier", *others]
 
 
+@pytest.mark.soak
 def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     """The bench stops if a prompt that was saved is not found again; that no weights are as small
     as vLLM's dummies makes equal answers mean something."""

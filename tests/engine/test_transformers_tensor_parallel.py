@@ -129,7 +129,12 @@ def test_conversations_on_two_ranks(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "most"), [("llama", 0.2), ("sliding-window", 0.5), ("interleaved-windows", 0.5)]
+    ("name", "most"),
+    [
+        pytest.param("llama", 0.2, marks=pytest.mark.soak),
+        pytest.param("sliding-window", 0.5, marks=pytest.mark.soak),
+        ("interleaved-windows", 0.5),
+    ],
 )
 def test_more_conversations_on_two_ranks(
     checkpoints: Checkpoints, tmp_path: Path, name: str, most: float
