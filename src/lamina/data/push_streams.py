@@ -111,7 +111,6 @@ class PushStream:
     Args:
         incarnation: the decode engine.
         epoch: its name for the push.
-        rank: this rank.
         card: this rank's cache.
         routes: where to.
         transport: the wire.
@@ -127,7 +126,6 @@ class PushStream:
         self,
         incarnation: str,
         epoch: int,
-        rank: int,
         card: RankCard,
         routes: tuple[PushRoute, ...],
         transport: Transport,
@@ -142,7 +140,6 @@ class PushStream:
         self.failure = failure
         self._incarnation = incarnation
         self._epoch = epoch
-        self._rank = rank
         self._card = card
         self._routes = routes
         self._transport = transport

@@ -315,7 +315,6 @@ class PushWire:
         return PushStream(
             order.peer,
             order.epoch,
-            self._identity.card.rank,
             self._identity.card,
             () if card is None or failure else self._routes(card),
             self._transport,

@@ -36,6 +36,7 @@ from lamina.observe.metrics import Meter
 from lamina.plan import LoadMode, StepPlan, TierName
 from lamina.push.addresses import Peers, split_address
 from lamina.push.cards import EngineCard
+from lamina.push.complaints import Complaints
 from lamina.push.handshake import check_cipher
 from lamina.push.link import Link, listen_at
 
@@ -116,7 +117,7 @@ class SchedulerSide:
             and not vllm_config.cache_config.enable_prefix_caching
         )
         self._moved = True
-        self._complaints: set[str] = set()
+        self._complaints = Complaints(log, COMPLAINTS)
         self._peers = Peers(() if config.push is None else config.push.peers)
         # Peers may dial before the tiers are known, and a mistake is to be seen at the start.
         self._servers = self._listen()
@@ -251,7 +252,7 @@ class SchedulerSide:
         if self._planner is None:
             self._opening.arrived(request)
             return
-        if (problem := self._why_not_pushed(request)) is not None:
+        if (problem := self._wish(request)[1]) is not None:
             self._complain(request, problem)
         loads = not request.skip_reading_prefix_cache
         view = self._view(request)
@@ -417,39 +418,26 @@ class SchedulerSide:
 
     def _push(self, request: Request) -> PushParameters | None:
         """The push that a request is part of, if this engine can take its part in it."""
-        if self._link is None or not request.kv_transfer_params:
-            return None
-        try:
-            push = push_parameters(request)
-        except ValueError:
-            return None  # said when it arrived
-        return push if push is None or self._may_dial(push) else None
-
-    def _may_dial(self, push: PushParameters) -> bool:
-        """Whether the operator lets a request name its prefill engine."""
-        return push.prefill is None or self._peers.allow(push.prefill)
+        return self._wish(request)[0]
 
     def _complain(self, request: Request, problem: str) -> None:
         """Say why a router's wish is not met, once for all requests with the same problem."""
-        new = problem not in self._complaints and len(self._complaints) < COMPLAINTS
-        if new:
-            self._complaints.add(problem)
-        level = logging.WARNING if new else logging.DEBUG
-        log.log(level, "request %s: %s: %s", request.request_id, PUSH_PARAMETER, problem)
+        self._complaints.warn(problem, f"request {request.request_id}: {PUSH_PARAMETER}: ")
 
-    def _why_not_pushed(self, request: Request) -> str | None:
-        """Why a router's wish for a push cannot be met; None if it can, or if there is none."""
+    def _wish(self, request: Request) -> tuple[PushParameters | None, str | None]:
+        """The push that a router wants for a request, if this engine can take its part in it; or
+        why it cannot. Neither, if it wants none."""
         try:
             push = push_parameters(request)
         except ValueError as error:
-            return f"{error}: the prompt is computed here"
+            return None, f"{error}: the prompt is computed here"
         if push is None:
-            return None
+            return None, None
         if self._link is None:
-            return "this engine takes no part in pushes: give it a `push` section"
-        if self._may_dial(push):
-            return None
-        return (
+            return None, "this engine takes no part in pushes: give it a `push` section"
+        if push.prefill is None or self._peers.allow(push.prefill):
+            return push, None
+        return None, (
             f"push.peers does not list {push.prefill!r}: the prompt is computed here; list every "
             "prefill engine that requests may name"
         )
