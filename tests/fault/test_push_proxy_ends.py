@@ -34,27 +34,6 @@ from push_proxy.running import PATIENCE, until
 STREAM = COMPLETION | {"stream": True}
 
 
-@pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[FakeEngine, ...]]:
-    with FakeEngine() as prefill, FakeEngine() as decode, FakeEngine() as other:
-        yield prefill, decode, other
-
-
-@pytest.fixture
-def prefill(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[0].as_new()
-
-
-@pytest.fixture
-def decode(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[1].as_new()
-
-
-@pytest.fixture
-def other(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[2].as_new()
-
-
 # -- clients that leave or are slow ------------------------------------------------------------
 
 

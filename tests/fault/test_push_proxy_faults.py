@@ -4,7 +4,6 @@ reason, and who fails is left alone, and tried again."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -29,27 +28,6 @@ from push_proxy.running import PATIENCE, until
 STREAM = COMPLETION | {"stream": True}
 BROKEN = says(500, {"error": {"message": "out of order", "code": 500}})
 NOWHERE = "http://127.0.0.1:9"
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[FakeEngine, ...]]:
-    with FakeEngine() as prefill, FakeEngine() as decode, FakeEngine() as other:
-        yield prefill, decode, other
-
-
-@pytest.fixture
-def prefill(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[0].as_new()
-
-
-@pytest.fixture
-def decode(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[1].as_new()
-
-
-@pytest.fixture
-def other(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[2].as_new()
 
 
 # -- decode engines that fail ------------------------------------------------------------------

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
+from broken_transfers import identities_are_used_again, one_rank_is_enough
 from lamina.control import push_source, push_target
 from lamina.control.push_endings import Endings
 from lamina.control.push_room import Room
 from lamina.control.push_source import Outbound, Progress, PushSource
 from lamina.control.push_target import GiveUp, PushTarget
 from lamina.control.requests import RequestRecord
-from lamina.control.transfers import Transfer, TransferTable
+from lamina.control.transfers import Transfer
 from lamina.data.push_receives import Receive, Receives
 from lamina.geometry import Group, GroupKind
-from lamina.plan import Outcome, TransferId, TransferReceipt
+from lamina.plan import Outcome, TransferId
 from lamina.push.cards import SenderCard
 from lamina.push.inbox import Inbox, Mailbox
 from lamina.push.letters import Fate, Letter, Lost, News
@@ -243,17 +244,6 @@ def nobody_in_particular_must_deliver(patch: Patch) -> None:
     patch.setattr(Receives, "_end_if_delivered", any_end)
 
 
-def one_rank_is_enough(patch: Patch) -> None:
-    apply = Transfer.apply
-
-    def first(transfer: Transfer, rank: int, item: TransferReceipt) -> bool:
-        if item.outcome is Outcome.DONE and rank in transfer.moving:
-            transfer.moving = {rank}
-        return apply(transfer, rank, item)
-
-    patch.setattr(Transfer, "apply", first)
-
-
 def early_notices_are_dropped(patch: Patch) -> None:
     deliver = Receives._deliver
 
@@ -274,18 +264,6 @@ def notices_for_a_former_engine_are_believed(patch: Patch) -> None:
         notice(receives, Notice(item.peer, encode(renamed)))
 
     patch.setattr(Receives, "notice", mine)
-
-
-def epochs_are_used_again(patch: Patch) -> None:
-    opened = TransferTable.open
-
-    def lowest(table: TransferTable, *args: Any, **others: Any) -> Transfer:
-        table._next = 0
-        while TransferId(table._next + 1) in table._live:
-            table._next += 1
-        return opened(table, *args, **others)
-
-    patch.setattr(TransferTable, "open", lowest)
 
 
 # -- the prefill side, broken --------------------------------------------------------------------
@@ -480,7 +458,7 @@ BREAKS: dict[Break, Options] = {
     one_rank_is_enough: world("deadline", 1, 0, prefill_ranks=2, decode_ranks=2),
     early_notices_are_dropped: world("tarry", 1),
     notices_for_a_former_engine_are_believed: world("crash_decode", 1, 0, SHORT, SHORT),
-    epochs_are_used_again: world("abort_decode deadline", 1, 0, CASE, CASE),
+    identities_are_used_again: world("abort_decode deadline", 1, 0, CASE, CASE),
     what_is_stopped_is_fenced_at_once: GIVEN_UP,
     torn_is_said_to_be_clean: TORN,
     failed_writes_are_ignored: TORN,

@@ -337,6 +337,18 @@ def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
     assert len(target._backlog._prompts) == 1, "one at a time, while nobody knows how long it takes"
 
 
+def parking() -> tuple[Engine, PushTarget]:
+    """A decode engine to which many prompts are on their way."""
+    driven = pushing("D")
+    target = driven.planner._target
+    assert target is not None
+    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    for number in range(PUSHES):
+        view = push_to(driven, number, "P")
+        driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
+    return driven, target
+
+
 class Walks(list[Letter]):
     """Counts how often it is walked, in part or whole."""
 
@@ -353,13 +365,7 @@ class Walks(list[Letter]):
 
 @pytest.mark.parametrize("told", [False, True])
 def test_a_peer_that_is_lost_costs_one_look_at_what_was_to_be_said(told: bool) -> None:
-    driven = pushing("D")
-    target = driven.planner._target
-    assert target is not None
-    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
-    for number in range(PUSHES):
-        view = push_to(driven, number, "P")
-        driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
+    driven, target = parking()
     letters = Walks(target.letters)
     target.letters = letters
     if told:
@@ -373,13 +379,7 @@ def test_a_peer_that_is_lost_costs_one_look_at_what_was_to_be_said(told: bool) -
 def test_fences_of_many_pushes_cost_one_look_at_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    driven = pushing("D")
-    target = driven.planner._target
-    assert target is not None
-    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
-    for number in range(PUSHES):
-        view = push_to(driven, number, "P")
-        driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
+    driven, target = parking()
     letters = driven.planner.drain_letters()
     attempts = [
         letter.message.attempt for letter in letters if isinstance(letter.message, Announce)

@@ -12,6 +12,7 @@ from lamina.config import Config, PushConfig, load_config
 from lamina.control.requests import PushParameters
 from lamina.engines.vllm.scheduler_side import SchedulerSide
 from lamina.push.addresses import Peers, normalise
+from lamina.push.complaints import Complaints
 
 
 @pytest.mark.parametrize(
@@ -75,15 +76,15 @@ def test_what_is_no_address(address: str) -> None:
         normalise(address)
     asked = request(1, address)
     assert engine()._push(asked) is None
-    assert len(engine()._why_not_pushed(asked)) < 1000
+    assert len(engine()._wish(asked)[1]) < 1000
 
 
 @pytest.mark.parametrize("name", ["5b1c…", "a\nb", "", "x" * 129, "x" * (17 << 20), 5])
 def test_what_is_no_id_of_a_push(name: object) -> None:
     asked = SimpleNamespace(request_id="r", kv_transfer_params={"lamina_push": {"id": name}})
     assert engine()._push(asked) is None
-    assert "1 to 128 printable ASCII characters" in engine()._why_not_pushed(asked)
-    assert len(engine()._why_not_pushed(asked)) < 1000
+    assert "1 to 128 printable ASCII characters" in engine()._wish(asked)[1]
+    assert len(engine()._wish(asked)[1]) < 1000
 
 
 def test_the_longest_id_of_a_push() -> None:
@@ -95,7 +96,7 @@ def engine(*peers: str) -> Any:
     side: Any = object.__new__(SchedulerSide)
     side._config = Config(push=PushConfig(peers=peers))
     side._peers = Peers(peers)
-    side._link, side._complaints = object(), set()
+    side._link, side._complaints = object(), Complaints(logging.getLogger())
     return side
 
 
@@ -109,7 +110,7 @@ def request(number: int, prefill: str | None) -> Any:
 def test_who_may_be_named(prefill: str | None, peers: tuple[str, ...]) -> None:
     side, asked = engine(*peers), request(1, prefill)
     assert side._push(asked) == PushParameters("push", prefill)
-    assert side._why_not_pushed(asked) is None
+    assert side._wish(asked)[1] is None
 
 
 def test_who_may_not_be_named_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -117,7 +118,7 @@ def test_who_may_not_be_named_is_told_of_once(caplog: pytest.LogCaptureFixture) 
     for number in range(3):
         asked = request(number, "10.0.0.2:9300")
         assert side._push(asked) is None
-        side._complain(asked, side._why_not_pushed(asked))
+        side._complain(asked, side._wish(asked)[1])
     (said,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert "push.peers does not list '10.0.0.2:9300'" in said.getMessage()
 

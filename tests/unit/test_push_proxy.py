@@ -23,24 +23,8 @@ from push_proxy.running import until
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[FakeEngine, FakeEngine]]:
-    with FakeEngine() as prefill, FakeEngine() as decode:
-        yield prefill, decode
-
-
-@pytest.fixture
-def prefill(engines: tuple[FakeEngine, FakeEngine]) -> FakeEngine:
-    return engines[0].as_new()
-
-
-@pytest.fixture
-def decode(engines: tuple[FakeEngine, FakeEngine]) -> FakeEngine:
-    return engines[1].as_new()
-
-
-@pytest.fixture(scope="module")
-def shared(engines: tuple[FakeEngine, FakeEngine]) -> Iterator[Proxy]:
-    with proxied(engines[:1], engines[1:]) as proxy:
+def shared(fake_engines: tuple[FakeEngine, ...]) -> Iterator[Proxy]:
+    with proxied(fake_engines[:1], fake_engines[1:2]) as proxy:
         yield proxy
 
 

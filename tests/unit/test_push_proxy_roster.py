@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -17,22 +16,6 @@ from push_proxy.proxies import COMPLETION, QUICK, ask, proxied
 from push_proxy.running import until
 
 RANK = "x-data-parallel-rank"
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[FakeEngine, ...]]:
-    with FakeEngine() as prefill, FakeEngine() as decode:
-        yield prefill, decode
-
-
-@pytest.fixture
-def prefill(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[0].as_new()
-
-
-@pytest.fixture
-def decode(engines: tuple[FakeEngine, ...]) -> FakeEngine:
-    return engines[1].as_new()
 
 
 @pytest.fixture

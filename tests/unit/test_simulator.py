@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from broken_transfers import identities_are_used_again, one_rank_is_enough
 from lamina.control.catalog import Catalog, TierCatalog
 from lamina.control.hand_off import HandOff, Phase, Resumption
 from lamina.control.hits import HitFinder
@@ -29,7 +30,7 @@ from lamina.data.executor import Executor, Outcomes
 from lamina.data.load_pipeline import Load, LoadRun
 from lamina.geometry import Group
 from lamina.keys import ChunkChain
-from lamina.plan import Outcome, SaveOrder, StepPlan, TransferId, TransferReceipt
+from lamina.plan import Outcome, SaveOrder, StepPlan, TransferReceipt
 from simulator.content import Violation
 from simulator.engine import Simulator
 from simulator.faults import Weather
@@ -64,17 +65,6 @@ def leases_are_released_twice(patch: Patch) -> None:
     patch.setattr(BlockLease, "release", lambda lease: lease._book.give_back(lease.blocks))
 
 
-def one_rank_is_enough(patch: Patch) -> None:
-    apply = Transfer.apply
-
-    def first(transfer: Transfer, rank: int, item: TransferReceipt) -> bool:
-        if item.outcome is Outcome.DONE and rank in transfer.moving:
-            transfer.moving = {rank}
-        return apply(transfer, rank, item)
-
-    patch.setattr(Transfer, "apply", first)
-
-
 def one_failed_rank_ends_it_for_all(patch: Patch) -> None:
     apply = Transfer.apply
 
@@ -84,18 +74,6 @@ def one_failed_rank_ends_it_for_all(patch: Patch) -> None:
         return apply(transfer, rank, item)
 
     patch.setattr(Transfer, "apply", first)
-
-
-def identities_are_used_again(patch: Patch) -> None:
-    opened = TransferTable.open
-
-    def lowest(table: TransferTable, *args: object, **others: object) -> Transfer:
-        table._next = 0
-        while TransferId(table._next + 1) in table._live:
-            table._next += 1
-        return opened(table, *args, **others)  # type: ignore[arg-type]
-
-    patch.setattr(TransferTable, "open", lowest)
 
 
 def saves_on_a_failed_load_are_believed(patch: Patch) -> None:
