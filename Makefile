@@ -14,19 +14,22 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push demo-standalone test test-all durations mutants soak compat lint lock clean
+.PHONY: help demo demo-push demo-shared demo-standalone test test-all durations mutants soak compat lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed ## a real model answers a long question three times, once after a restart
-	@$(BIN)/lamina demo --model-dir models
+	@$(BIN)/lamina-kv demo --model-dir models
 
 demo-standalone: .venv/installed ## conversations in transformers' continuous batching, with and without Lamina
-	@$(BIN)/lamina demo-standalone --model-dir models --picture out/standalone.png
+	@$(BIN)/lamina-kv demo-standalone --model-dir models --picture out/standalone.png
 
 demo-push: .venv/installed ## one engine prefills, another decodes, each row leaves when it is computed
-	@$(BIN)/lamina demo-push --model-dir models
+	@$(BIN)/lamina-kv demo-push --model-dir models
+
+demo-shared: .venv/installed ## a conversation goes from one server to another, its KV cache by way of Valkey
+	@$(BIN)/lamina-kv demo-shared --model-dir models --picture out/shared.png
 
 test: .venv/installed-tests ## the test suite, without what is marked slow
 	@$(PYTEST) -m "not slow and not soak" --budget 10
@@ -50,7 +53,9 @@ SOAK_SERVER_CYCLES ?= 2
 SOAK_REQUESTS ?= 10000
 SOAK_PUSH_REQUESTS ?= 500
 SOAK_CONVERSATIONS ?= 40
+SOAK_SHARED_REQUESTS ?= 500
 SOAK_PROTOCOL_HISTORIES ?= 60
+SOAK_PROTOCOL_STATES ?= 10000
 
 soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 10,000 requests with aborts
 	@LAMINA_SOAK_STEPS=$(SOAK_STEPS) LAMINA_SOAK_CYCLES=$(SOAK_CYCLES) \
@@ -58,7 +63,9 @@ soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 
 		LAMINA_SOAK_SERVER_CYCLES=$(SOAK_SERVER_CYCLES) \
 		LAMINA_SOAK_PUSH_REQUESTS=$(SOAK_PUSH_REQUESTS) \
 		LAMINA_SOAK_CONVERSATIONS=$(SOAK_CONVERSATIONS) \
+		LAMINA_SOAK_SHARED_REQUESTS=$(SOAK_SHARED_REQUESTS) \
 		LAMINA_PROTOCOL_HISTORIES=$(SOAK_PROTOCOL_HISTORIES) \
+		LAMINA_PROTOCOL_STATES=$(SOAK_PROTOCOL_STATES) \
 		$(BIN)/pytest -q --timeout 3600 -m "(soak and not compat) or scaled"
 
 compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runners; fetches 336 MB
@@ -98,6 +105,6 @@ clean: ## remove the environment, the demo's model and every cache
 	@touch $@
 
 .venv/installed-tests: .venv/installed requirements/test-extra.txt
-	@echo "installing what only tests need, about 200 MB to download ..."
+	@echo "installing what only tests need, about 340 MB to download ..."
 	@$(INSTALL) --requirements requirements/test-extra.txt
 	@touch $@

@@ -45,7 +45,7 @@ import numpy.typing as npt
 import xxhash
 from isal import isal_zlib
 
-from lamina.data.tiers.disk_aio import AioQueue, Operation
+from lamina_kv.tiers.disk.aio import AioQueue, Operation
 
 Offsets = npt.NDArray[np.int64]
 Buffer = npt.NDArray[np.uint8]

@@ -1,8 +1,9 @@
 """Ways to copy KV pages between two places in memory, side by side with the CPU mover.
 
-One round moves ``--mib`` of pages from host memory into an engine's cache of 16 rows, row by row,
-in calls of 8 MiB as the load pipeline makes them. The pages are neighbours on both sides, scattered
-in the engine, or scattered on both sides; the last also beside a busy engine:
+One round moves ``--mib`` of pages from the near tier into an engine's cache of 16 rows, row by row,
+in calls of 8 MiB as the load pipeline makes them. Chunks have four pages in a row. Slots and blocks
+are neighbours, the engine's blocks are scattered, the near slots are, or both are; the last also
+beside a busy engine:
 
 - ``matmul``: a thread that multiplies matrices with torch on every core; the GIL is mostly free
 - ``python``: a thread that does nothing but Python; the GIL is never free
@@ -33,12 +34,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina.data.movers.cpu import CpuMover
-from lamina.geometry import CacheGeometry, Row
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
 
 Ids = npt.NDArray[np.int64]
 
-ROWS = 16
+ROWS, PER_SLOT = 16, 4
 CALL_BYTES = 8 << 20
 PATIENCE = 4.0
 """Seconds after which a way gets no further rounds."""
@@ -50,8 +52,8 @@ _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class Cache:
-    """An engine's cache and as much host memory, both twice as large as what is moved: a shuffle of
-    all pages would be no scatter, the mover would put it in order.
+    """An engine's cache and a near slab, both twice as large as what is moved: a shuffle of all
+    pages would be no scatter, the mover would put it in order.
 
     Args:
         total: bytes to move.
@@ -60,47 +62,49 @@ class Cache:
 
     def __init__(self, total: int, page: int) -> None:
         self.page = page
-        self.blocks = total // ROWS // page
+        self.slots = total // ROWS // page // PER_SLOT
+        self.blocks = self.slots * PER_SLOT
         row_bytes = 2 * self.blocks * page
         self.total = ROWS * self.blocks * page
         geometry = CacheGeometry(
             rows=tuple(Row((str(i),), 0, i * row_bytes, page, page) for i in range(ROWS)),
             num_blocks=2 * self.blocks,
             block_tokens=16,
-            chunk_tokens=16,
+            chunk_tokens=16 * PER_SLOT,
             allocation_bytes=(2 * self.total,),
         )
         engine = torch.ones(2 * self.total, dtype=torch.uint8)
         self.mover = CpuMover(geometry, [engine])
-        host = self.mover.allocate_host(2 * self.total)
-        host.fill_(2)
+        self.near = NearSlab(
+            geometry, 2 * self.slots * geometry.object_bytes, self.mover.allocate_host
+        )
+        self.near.memory.fill_(2)
         self.engine = engine.view(ROWS, -1, page)
-        self.host = host.view(ROWS, -1, page)
         self._after = self.mover.fence_compute()
 
     def memcpy(self) -> None:
         """Copy as many bytes at once."""
-        half = ROWS // 2
-        np.copyto(self.engine[:half].numpy(), self.host[:half].numpy())
+        half = self.total
+        np.copyto(self.engine.view(-1)[:half].numpy(), self.near.memory[:half].numpy())
 
     def lamina(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy with the CPU mover."""
-        self.mover.load(row, self.host[row], pages, blocks, self._after)
+        self.mover.load(row, self.near, pages, blocks, self._after)
+
+    def save(self, row: int, pages: Ids, blocks: Ids) -> None:
+        """Copy with the CPU mover, in the other direction."""
+        self.mover.save(row, blocks, self.near, pages, self._after)
 
     def numpy(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy by indexing both sides with numpy."""
-        self.engine[row].numpy()[blocks] = self.host[row].numpy()[pages]
-
-    def torch(self, row: int, pages: Ids, blocks: Ids) -> None:
-        """Copy with torch's index copies."""
-        word = torch.int64 if self.page % 8 == 0 else torch.uint8
-        taken = self.host[row].view(word).index_select(0, torch.from_numpy(pages))
-        self.engine[row].view(word).index_copy_(0, torch.from_numpy(blocks), taken)
+        place = self.near.rows[row]
+        engine = self.engine[row].numpy().view(f"V{self.page}")
+        engine[blocks] = place.pages[place.begins(pages)]
 
     def vm_readv(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Have the kernel read from this very process."""
         source, target = np.empty((2, len(pages), 2), np.uint64)
-        source[:, 0] = self.host[row].data_ptr() + pages * self.page
+        source[:, 0] = self._addresses(row, pages)
         target[:, 0] = self.engine[row].data_ptr() + blocks * self.page
         source[:, 1] = target[:, 1] = self.page
         for start in range(0, len(pages), 1024):
@@ -111,9 +115,13 @@ class Cache:
 
     def page_by_page(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy in a loop, each page with a call that releases the GIL."""
-        engine, host = self.engine[row].data_ptr(), self.host[row].data_ptr()
-        for page, block in zip(pages.tolist(), blocks.tolist(), strict=True):
-            ctypes.memmove(engine + block * self.page, host + page * self.page, self.page)
+        engine, near = self.engine[row].data_ptr(), self._addresses(row, pages)
+        for page, block in zip(near.tolist(), blocks.tolist(), strict=True):
+            ctypes.memmove(engine + block * self.page, page, self.page)
+
+    def _addresses(self, row: int, pages: Ids) -> Ids:
+        place = self.near.rows[row]
+        return place.memory.data_ptr() + place.begins(pages) * place.unit
 
 
 class Company:
@@ -169,9 +177,11 @@ def compare(total: int, page: int, rounds: int, rng: np.random.Generator) -> Non
     cache = Cache(total, page)
     step = max(1, CALL_BYTES // page)
     run = np.arange(cache.blocks)
-    first, second = (rng.permutation(2 * cache.blocks)[: cache.blocks] for _ in range(2))
-    orders = {"neighbours": (run, run), "engine scattered": (run, first)}
-    orders["both scattered"] = (second, first)
+    blocks = rng.permutation(2 * cache.blocks)[: cache.blocks]
+    slots = rng.permutation(2 * cache.slots)[: cache.slots]
+    pages = (slots[:, None] * PER_SLOT + np.arange(PER_SLOT)).reshape(-1)
+    orders = {"neighbours": (run, run), "engine scattered": (run, blocks)}
+    orders |= {"near scattered": (pages, run), "both scattered": (pages, blocks)}
     left = torch.randn(256, 256)
     companies = {
         "": Company(None),
@@ -179,7 +189,7 @@ def compare(total: int, page: int, rounds: int, rng: np.random.Generator) -> Non
         "python": Company(spin),
     }
     ways = {"lamina": (cache.lamina, 1), "lamina, 2 threads": (cache.lamina, 2)}
-    ways |= {"numpy": (cache.numpy, 1), "torch": (cache.torch, 1)}
+    ways |= {"lamina, save": (cache.save, 1), "numpy": (cache.numpy, 1)}
     ways |= {"vm_readv": (cache.vm_readv, 1), "page by page": (cache.page_by_page, 1)}
     pools = {threads: ThreadPoolExecutor(threads) for threads in (1, 2)}
 

@@ -15,13 +15,14 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from lamina.bench.peers.protocol import Arrival, Start
-from lamina.bench.peers.serving import PeerServing
-from lamina.bench.peers.systems import Store, System
-from lamina.bench.settings import PromptSource
-from lamina.bench.shapes import Dtype, LlamaShape
-from lamina.data.movers.base import Fence, Indices
-from lamina.data.movers.cpu import CpuMover, PassedFence
+from lamina_kv.bench.settings import PromptSource
+from lamina_kv.bench.shapes import Dtype, LlamaShape
+from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.cpu import CpuMover, PassedFence
+from lamina_kv.data.near import Indices, NearSlab
+from peers.protocol import Arrival, Start
+from peers.serving import PeerServing
+from peers.systems import Store, System
 
 PROMPTS, TOKENS, STEP_TOKENS = 4, 1024, 2048
 
@@ -36,13 +37,13 @@ class Switch:
         def save(
             mover: CpuMover,
             row: int,
-            blocks: Indices,
-            target: object,
-            target_pages: Indices,
+            pages: Indices,
+            near: NearSlab,
+            near_pages: Indices,
             after: Fence,
         ) -> Fence:
             if self.copies:
-                return copy(mover, row, blocks, target, target_pages, after)
+                return copy(mover, row, pages, near, near_pages, after)
             return PassedFence()
 
         CpuMover.save = save

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lamina.control.transfers import Transfer, TransferTable
-from lamina.plan import Outcome, TransferId, TransferReceipt
+from lamina_kv.control.transfers import Transfer, TransferTable
+from lamina_kv.plan import Outcome, TransferId, TransferReceipt
 
 Patch = pytest.MonkeyPatch
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lamina.config import load_config
-from lamina.control.hand_off import Phase
-from lamina.engines.ranks import Ranks
-from lamina.engines.standalone import Standalone, TextRequest
-from lamina.geometry import CacheGeometry, Group, GroupKind, Row
-from lamina.keys import Namespace
+from lamina_kv.config import load_config
+from lamina_kv.control.hand_off import Phase
+from lamina_kv.engines.ranks import Ranks
+from lamina_kv.engines.standalone import Standalone, TextRequest
+from lamina_kv.geometry import CacheGeometry, Group, GroupKind, Row
+from lamina_kv.keys import Namespace
 
 LAYERS, BLOCKS, BLOCK, LIMIT, VOCABULARY = 4, 40, 16, 8, 1000
 
@@ -102,6 +102,8 @@ class TinyEngine:
         while self.waiting and hand_off.has_room:
             needed = -(-self.waiting[0].end // BLOCK)
             if needed > len(self.pool.unused):
+                break
+            if hand_off.look(self.waiting[0], floor=0) is None:  # far tiers bring what it needs
                 break
             request = self.waiting.popleft()
             request.table = self.pool.take(needed)

@@ -22,9 +22,9 @@ from transformers.generation.configuration_utils import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from engine.models import VOCABULARY
-from lamina.control.hand_off import Phase
-from lamina.data.sources import HostSource
-from lamina.engines.transformers import attach, attached_to
+from lamina_kv.control.hand_off import Phase
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.engines.transformers import attach, attached_to
 
 Tokens = list[int]
 
@@ -140,11 +140,13 @@ class Engine:
         assert lamina is not None
         scheduler = self.manager.batch_processor.scheduler
         planner, cache = lamina._planner, scheduler.cache
+        books = planner._books
+        tiers = [books.catalog.near, *(far.index for far in books.catalog.far.values())]
         found = {
             "requests": lamina.hand_off.count(*Phase) or list(planner._requests),
-            "transfers": list(planner._transfers.live()),
-            "leases on blocks": scheduler._pool.held or planner._leases.leased_blocks,
-            "leases on slots": [t.leased for t in planner._catalog.tiers.values() if t.leased],
+            "transfers": list(books.transfers.live()),
+            "leases on blocks": scheduler._pool.held or planner.leased_blocks,
+            "leases on slots": [tier.leased for tier in tiers if tier.leased],
             "requests with blocks": [a.block_table for a in scheduler._allocators],
             "references": [a.ledger.shared_ref_counts for a in scheduler._allocators],
             "lost blocks": _lost_blocks(cache),
@@ -180,18 +182,23 @@ class Gate:
         self.error: Exception | None = None
         self.seconds = 0.0
         self.opened.set()
-        load = HostSource.load_row
+        await_near, load = CpuMover.await_near, CpuMover.load
 
-        def gated(source: HostSource, *args: Any) -> Any:
+        def gated(mover: CpuMover, *args: Any) -> None:
+            """Before engine memory is touched: a load that waits here can be given up."""
             if not self.opened.is_set():
                 self.reached.set()
                 self.opened.wait(PATIENCE)
+            time.sleep(self.seconds)
+            await_near(mover, *args)
+
+        def failing(mover: CpuMover, *args: Any) -> Any:
             if self.error is not None:
                 raise self.error
-            time.sleep(self.seconds)
-            return load(source, *args)
+            return load(mover, *args)
 
-        monkeypatch.setattr(HostSource, "load_row", gated)
+        monkeypatch.setattr(CpuMover, "await_near", gated)
+        monkeypatch.setattr(CpuMover, "load", failing)
 
     def __enter__(self) -> Self:
         return self
@@ -232,7 +239,7 @@ class Workload:
 
     Attributes:
         batching: the engine.
-        lamina: Lamina's settings, without the place of a disk.
+        lamina: Lamina's settings, without far tiers.
         openings: how each conversation begins.
         turns: what is asked, turn by turn: for conversations by number, what their users say.
         restart: the turn before which the engine is restarted.

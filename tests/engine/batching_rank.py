@@ -24,7 +24,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from engine.batching import Engine, Workload, live_through
 from engine.workload import prompt
-from lamina.engines.ranks import Ranks
+from lamina_kv.engines.ranks import Ranks
 
 ROOMY = ContinuousBatchingConfig(page_size=16, num_blocks=160, max_batch_tokens=64)
 
@@ -39,11 +39,11 @@ def follow(
 
 
 def conversations(
-    model: Any, follows: bool, *, seed: int, disk: Mapping[str, object] | None
+    model: Any, follows: bool, *, seed: int, tier: Mapping[str, object] | None
 ) -> object:
-    """A workload, with Lamina if there is a disk."""
+    """A workload, with Lamina if there is a far tier."""
     workload = Workload.draw(seed)
-    lamina = None if disk is None else workload.lamina | {"disk": disk}
+    lamina = None if tier is None else workload.lamina | {"tiers": [tier]}
     if not follows:
         return asdict(live_through(model, workload, lamina))
     return [follow(model, workload.batching, lamina) for _ in ("before", "after the restart")]

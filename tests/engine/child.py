@@ -26,7 +26,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import Request, RequestStatus
 
-import lamina.engines.vllm.connector  # noqa: F401
+import lamina_kv.engines.vllm.connector  # noqa: F401
 from engine import faults
 from engine.driver import Answer, Ask, CacheEvent, EngineSpec, Sample
 

@@ -1,5 +1,6 @@
-"""Prefill servers, decode servers and ``lamina push-proxy``, each a program as users start it, and
-clients that ask them over HTTP. Nothing else reaches into them, and nobody wakes an idle engine.
+"""Prefill servers, decode servers and ``lamina-kv push-proxy``, each a program as users start it,
+and clients that ask them over HTTP. Nothing else reaches into them, and nobody wakes an idle
+engine.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import httpx
 from engine.driver import SMALL, Ask, EngineSpec, child_environment
 from engine.server import Server, completion
 from engine.workload import Tokens
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
-PROGRAM = "from lamina.cli.main import main; main()"
+PROGRAM = "from lamina_kv.cli.main import main; main()"
 
 START_SECONDS = 240.0
 """Until the proxy answers, and knows all engines."""
@@ -55,7 +56,7 @@ def decode_spec(
 
 
 class Proxy:
-    """``lamina push-proxy`` in a process of its own.
+    """``lamina-kv push-proxy`` in a process of its own.
 
     Args:
         prefill: servers that push.

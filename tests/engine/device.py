@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lamina.data.movers.base import Fence, Indices
-from lamina.data.movers.cpu import CpuMover
-from lamina.geometry import CacheGeometry
+from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.geometry import CacheGeometry
 
 PATIENCE = 60.0
 """Seconds after which something that must happen on the device has not."""
@@ -135,27 +136,27 @@ class DeviceMover(CpuMover):
     def load(
         self,
         row: int,
-        source: torch.Tensor,
-        source_pages: Indices,
+        near: NearSlab,
+        near_pages: Indices,
         pages: Indices,
         after: Fence,
     ) -> Fence:
         copy = super().load
         self.loads.hold(after)
-        self.loads.launch(lambda: copy(row, source, source_pages, pages, after))
+        self.loads.launch(lambda: copy(row, near, near_pages, pages, after))
         return self.loads.record()
 
     def save(
         self,
         row: int,
         pages: Indices,
-        target: torch.Tensor,
-        target_pages: Indices,
+        near: NearSlab,
+        near_pages: Indices,
         after: Fence,
     ) -> Fence:
         copy = super().save
         self.saves.hold(after)
-        self.saves.launch(lambda: copy(row, pages, target, target_pages, after))
+        self.saves.launch(lambda: copy(row, pages, near, near_pages, after))
         return self.saves.record()
 
     def fence_compute(self) -> Fence:

@@ -30,6 +30,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from engine import processors
 from engine.runners import Runner
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -83,6 +84,8 @@ class EngineSpec:
         environment: variables of the child.
         faults: what is wrong with the child's machine, see :mod:`engine.faults`.
         runner: on what it runs; None takes what this process would import.
+        processor: an older processor to run on, see :mod:`engine.processors`; this machine's if
+            empty. Such an engine always has a fresh interpreter.
         asynchronous: whether the next step is planned before the last one has ended, which is what
             vLLM does on a GPU wherever it can and never on a CPU.
     """
@@ -94,6 +97,7 @@ class EngineSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     faults: Mapping[str, float] = field(default_factory=dict)
     runner: Runner | None = None
+    processor: str = ""
     asynchronous: bool = True
 
     @property
@@ -107,7 +111,7 @@ class EngineSpec:
             return None
         return {
             "kv_connector": "LaminaConnector",
-            "kv_connector_module_path": "lamina.engines.vllm",
+            "kv_connector_module_path": "lamina_kv.engines.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": loading_always(self.lamina),
@@ -275,7 +279,7 @@ class Engine:
         self._log = log
         self._pipe, theirs = multiprocessing.Pipe()
         self.process: BaseProcess
-        if fresh:
+        if fresh or spec.processor:
             context = multiprocessing.get_context("spawn")
             arguments = theirs, spec, log
             self.process = context.Process(target=_run_child, args=arguments, name="engine")
@@ -516,6 +520,8 @@ def _run_child(pipe: connection.Connection, spec: EngineSpec, log: Path) -> None
     enter_child(log)
     if spec.runner is not None:  # it has been given its parent's path
         sys.path[:0] = spec.runner.paths
+    if spec.processor:
+        processors.pretend(spec.processor)
     from engine import child
 
     child.run(pipe, spec)

@@ -7,61 +7,49 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lamina.data.early_release import Arrival
-from lamina.data.load_pipeline import Piece
-from lamina.data.movers.base import Fence, Mover
-from lamina.data.sources import DiskSource, HostSource
-
 
 def slow_loads(seconds: float) -> None:
-    """Every row of every load takes that much longer, in any tier."""
-    for source in (HostSource, DiskSource):
-        load_row = source.load_row
+    """Every row of every load takes that much longer, before it touches the engine's memory."""
+    from lamina_kv.data.movers.cpu import CpuMover
 
-        def slowly(
-            self: object,
-            row: int,
-            piece: Piece,
-            after: Fence,
-            admit: Callable[[], bool],
-            load_row: Callable[..., Fence | None] = load_row,
-        ) -> Fence | None:
-            time.sleep(seconds)
-            return load_row(self, row, piece, after, admit)
-
-        source.load_row = slowly
+    delay(CpuMover, "await_near", seconds)
 
 
 def slow_saves(seconds: float) -> None:
     """Every row of every save takes that much longer."""
-    from lamina.data.movers.cpu import CpuMover
+    from lamina_kv.data.movers.cpu import CpuMover
 
-    save: Callable[..., Fence] = CpuMover.save
+    delay(CpuMover, "save", seconds)
 
-    def slowly(self: Mover, *arguments: object) -> Fence:
+
+def slow_reads(seconds: float) -> None:
+    """Every batch that is read from disk takes that much longer."""
+    from lamina_kv.tiers.disk.store import DiskStore
+
+    delay(DiskStore, "read", seconds)
+
+
+def delay(kind: type, method: str, seconds: float) -> None:
+    """Every call of a method begins that much later."""
+    call: Callable[..., object] = getattr(kind, method)
+
+    def slowly(self: object, *arguments: object) -> object:
         time.sleep(seconds)
-        return save(self, *arguments)
+        return call(self, *arguments)
 
-    CpuMover.save = slowly
+    setattr(kind, method, slowly)
 
 
-def hasty(_: float) -> None:
-    """Parked requests go on as soon as one row is there, although the model will have to wait."""
-    from lamina.data.early_release import EarlyRelease
+def least_quarantine(seconds: float) -> None:
+    """Of ``push.quarantine`` so little is allowed, because nobody waits for longer in a test."""
+    from lamina_kv.config import tree
 
-    EarlyRelease.released = 0
-
-    def at_once(self: EarlyRelease, load: Arrival) -> bool:
-        allowed = 0 < load.arrived < load.rows
-        EarlyRelease.released += allowed
-        return allowed
-
-    EarlyRelease.allows = at_once
+    tree.least_quarantine = lambda deadline, silence: seconds
 
 
 def network(number: float) -> None:
     """It is in another network namespace, that of :func:`namespace`."""
-    from lamina.bench.network import join_network
+    from lamina_kv.bench.network import join_network
 
     join_network(namespace(int(number)))
 

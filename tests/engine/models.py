@@ -19,6 +19,13 @@ VOCABULARY = 512
 """Token ids of every model are below this."""
 
 
+def mla_block() -> int:
+    """Tokens of an MLA model's block: vLLM's kernels for AMX, which it takes where the processor
+    has it, know multiples of 32 only."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return 32 if "amx_tile" in flags else 16
+
+
 @dataclass(frozen=True)
 class Shape:
     """One model to be made.

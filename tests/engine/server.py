@@ -19,7 +19,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.driver import Ask, EngineSpec, Metrics, Sample, child_environment, enter_child, fork
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 START_SECONDS = 400.0
 CALL_SECONDS = 180.0

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lamina.bench.peers import protocol
-from lamina.bench.peers.environments import Environments
-from lamina.bench.peers.process import PeerProcess
-from lamina.bench.peers.protocol import Arrival
-from lamina.bench.peers.systems import Environment, Store, System
-from lamina.bench.progress import Progress
-from lamina.bench.settings import PromptSource
-from lamina.bench.shapes import Dtype, LlamaShape
+from lamina_kv.bench.progress import Progress
+from lamina_kv.bench.settings import PromptSource
+from lamina_kv.bench.shapes import Dtype, LlamaShape
+from peers import protocol
+from peers.environments import Environments
+from peers.process import PeerProcess
+from peers.protocol import Arrival
+from peers.systems import Environment, Store, System
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,7 +31,7 @@ TINY = ["--layers", "2", "--hidden", "128", "--kv-heads", "2", "--head-dim", "64
 def run(tmp_path: Path, command: str, *options: str) -> dict[str, object]:
     """The report of one bench of a tiny model."""
     target = tmp_path / "report.json"
-    code = "from lamina.bench import app; app()"
+    code = "from lamina_kv.bench import app; app()"
     arguments = [command, *TINY, *options, "--repeat", "2", "--json", str(target)]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -56,6 +56,7 @@ def test_ttft_finds_the_prompt_in_every_place(tmp_path: Path) -> None:
     assert list(store.iterdir()) == [], "what it wrote is removed"
 
 
+@pytest.mark.soak
 def test_overlap_measures_every_window_and_draws_the_step(tmp_path: Path) -> None:
     picture = tmp_path / "timeline.png"
     report = run(
@@ -78,6 +79,7 @@ def test_overlap_of_a_hybrid_loads_every_row_once(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("command", "tokens"), [("decode", "20"), ("save", "256")])
 def test_overheads_are_measured_for_host_and_disk(
     tmp_path: Path, command: str, tokens: str
@@ -97,7 +99,7 @@ def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     scenarios = [f"--scenario={name}" for name in ("host", "suffix", "disk", "miss", "mixed")]
     sizes = ["--tokens", "512", "--new-tokens", "128", "--step-tokens", "256", "--repeat", "2"]
     mixed = ["--mixed-tokens", "256", "--requests", "6", "--rates", "8", "--shares", "0,0.5"]
-    code = "from lamina.bench import app; app()"
+    code = "from lamina_kv.bench import app; app()"
     done = subprocess.run(
         [
             *(sys.executable, "-c", code, "peers", *TINY, *systems, *scenarios, *sizes, *mixed),
@@ -126,6 +128,7 @@ def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     assert plot.exists()
 
 
+@pytest.mark.slow
 def test_answers_that_peers_compares_depend_on_every_part_of_the_prompt(tmp_path: Path) -> None:
     shape = LlamaShape(4, 256, 2, 64, 128, Dtype.BFLOAT16)
     shape.write_config(tmp_path)

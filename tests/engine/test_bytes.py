@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start
-from engine.models import Checkpoints
+from engine.models import Checkpoints, mla_block
 from engine.workload import BLOCK, CHUNK, loadable, prompt
 
 pytestmark = pytest.mark.engine
 
 TOKENS = prompt(11, 9 * CHUNK + 5)
-MLA = {"dtype": "bfloat16", "block_size": 16, "enable_prefix_caching": False}
+MLA = {"dtype": "bfloat16", "block_size": mla_block(), "enable_prefix_caching": False}
 
 
 def run_and_look(engine: Engine, tokens: tuple[int, ...]) -> tuple[list[str], Answer]:
@@ -41,7 +41,7 @@ def run_and_look(engine: Engine, tokens: tuple[int, ...]) -> tuple[list[str], An
         pytest.param("llama", {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, BLOCK, id="fp8"),
         pytest.param("llama", {"block_size": 128}, 128, id="large-blocks"),
         pytest.param("qwen3-moe", {}, BLOCK, id="experts"),
-        pytest.param("mla", MLA, 16, id="mla"),
+        pytest.param("mla", MLA, mla_block(), id="mla"),
     ],
 )
 def test_a_round_through_host_memory(
@@ -68,7 +68,7 @@ def test_a_round_through_host_memory(
 def test_a_round_through_the_disk(llama: Path, start: Start, tmp_path: Path) -> None:
     lamina = {
         **SMALL,
-        "disk": {"path": str(tmp_path / "store"), "capacity": "64MiB"},
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "64MiB"}],
     }
     spec = EngineSpec(llama, lamina)
     engine = start(spec)

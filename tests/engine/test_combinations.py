@@ -85,7 +85,7 @@ def test_beside_another_connector(
     connectors: list[dict[str, object]] = [
         {
             "kv_connector": "LaminaConnector",
-            "kv_connector_module_path": "lamina.engines.vllm",
+            "kv_connector_module_path": "lamina_kv.engines.vllm",
             "kv_role": "kv_both",
             "kv_connector_extra_config": loading_always(SMALL),
         },
@@ -122,7 +122,10 @@ def test_beside_another_connector(
 def test_a_role_is_obeyed(
     llama: Path, start: Start, tmp_path: Path, role: str, loads: int, saves: int
 ) -> None:
-    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {
+        **SMALL,
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "32MiB"}],
+    }
     ask, other = Ask(prompt(63, 3 * CHUNK + 1)), Ask(prompt(64, 3 * CHUNK + 1))
     engine = start(EngineSpec(llama, lamina))
     engine.ask(ask)
@@ -137,7 +140,10 @@ def test_a_role_is_obeyed(
 
 def test_an_end_with_transfers_in_flight(llama: Path, start: Start, tmp_path: Path) -> None:
     """What was under way is finished and found again; nothing is left behind."""
-    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {
+        **SMALL,
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "32MiB"}],
+    }
     engine = start(EngineSpec(llama, lamina, faults={"slow_saves": 0.5}))
     ask = Ask(prompt(65, 6 * CHUNK + 1), max_tokens=1)
     engine.submit([ask])

@@ -18,6 +18,7 @@ from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start, 
 from engine.models import Checkpoints
 from engine.pair import PairSpec, shared_pair
 from engine.runners import RUNNERS, Runner
+from engine.stores import flip
 from engine.test_crowds import CROWD as READERS
 from engine.test_crowds import DOCUMENT, ask_at_once, load_of_one, loaded
 from engine.test_hybrids import BLOCKS, compare, forget, hold, options_of, talks
@@ -66,12 +67,6 @@ def what_runs(worker: Any) -> tuple[str, int]:
     return vllm.__version__, 2 if isinstance(worker.model_runner, GPUModelRunner) else 1
 
 
-def damage(store: Path) -> None:
-    """Change every byte that chunks are kept in."""
-    for slab in store.glob("*/rank-0.slab"):
-        slab.write_bytes(bytes(byte ^ 0x10 for byte in slab.read_bytes()))
-
-
 def expect_whole(answers: Sequence[Answer]) -> None:
     assert [a.cached for a in answers] == [loadable(len(ask.tokens)) for ask in ASKS]
 
@@ -89,7 +84,7 @@ def test_from_each_tier_over_restarts_and_recomputed_where_damaged(
     store = tmp_path / "store"
     lamina = {
         "host": {"capacity": "8MiB"},
-        "disk": {"path": str(store), "capacity": "4MiB"},
+        "tiers": [{"kind": "disk", "path": str(store), "capacity": "4MiB"}],
         "load": {"mode": mode, "min_tokens": 1},
     }
     spec = EngineSpec(llama, lamina, runner=runner)
@@ -111,12 +106,12 @@ def test_from_each_tier_over_restarts_and_recomputed_where_damaged(
     assert engine.metrics().total("lamina_hit_tokens_total", tier="disk") > 0
     engine.close()
 
-    damage(store)
+    flip(store)
     engine = start(spec)
     recomputed = engine.generate(ASKS)
     assert not differences(recomputed, expected)
     metrics = engine.metrics()
-    assert metrics.total("lamina_failures_total", kind="load_disk_checksum") > 0
+    assert metrics.total("lamina_failures_total", kind="fetch_corrupt") > 0
     expect_quiet(engine)
 
 

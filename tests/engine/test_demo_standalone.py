@@ -1,5 +1,5 @@
-"""Guards `lamina demo-standalone`: the answers that it compares are those of two engines of which
-one has Lamina, and what it concludes is what it has seen."""
+"""Guards `lamina-kv demo-standalone`: the answers that it compares are those of two engines of
+which one has Lamina, and what it concludes is what it has seen."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 
 from engine.batching import load_model
 from engine.workload import prompt
-from lamina.cli import demo_standalone
-from lamina.cli.demo_standalone import SETTINGS, Answer, converse
+from lamina_kv.cli import demo_standalone
+from lamina_kv.cli.demo_standalone import SETTINGS, Answer, converse
 
 pytestmark = pytest.mark.engine
 

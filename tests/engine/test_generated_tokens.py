@@ -1,5 +1,5 @@
-"""What is kept of an answer: all of it or nothing, as configured, and never a token that a
-draft guessed and the model did not confirm.
+"""What is kept of a prompt and its answer: as much as is configured, nothing where the client says
+so, and never a token that a draft guessed and the model did not confirm.
 """
 
 from __future__ import annotations
@@ -51,7 +51,25 @@ def test_a_second_turn(llama: Path, fleet: Fleet, kept: str, hit: int) -> None:
     assert second.cached == hit
 
 
-@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+def test_a_client_that_wants_nothing_kept(llama: Path, fleet: Fleet) -> None:
+    """A client that says it wrongly is served as if it had said nothing."""
+    tokens = prompt(34, 2 * CHUNK + 10)
+    (expected,) = fleet.answers(EngineSpec(llama), [Ask(tokens)])
+    engine = fleet.get(EngineSpec(llama, {**SMALL, "save": {"tokens": "all"}}))
+    saved = []
+    for keep in (False, "no", None):
+        engine.forget()
+        before = engine.metrics()
+        answer = engine.ask(
+            Ask(tokens, transfer={"lamina": {"keep": keep}} if keep is not None else None)
+        )
+        assert not differences([answer], [expected])
+        after = engine.metrics()
+        saved.append((answer.cached, after.since(before, "lamina_save_bytes_total") > 0))
+    assert saved == [(0, False), (0, True), (2 * CHUNK, False)]
+
+
+@pytest.mark.parametrize("mode", ["layerwise", pytest.param("parked", marks=pytest.mark.slow)])
 def test_speculation(llama: Path, fleet: Fleet, mode: str) -> None:
     plain = fleet.get(EngineSpec(llama))
     expected = two_turns(plain, REPETITIVE, 200)

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, differences
 from engine.models import SHAPES, Checkpoints
 from engine.workload import prompt
-from lamina.engines.vllm.hooks import hook_recurrent_layers
+from lamina_kv.engines.vllm.hooks import hook_recurrent_layers
 
 pytestmark = pytest.mark.engine
 
@@ -115,9 +115,15 @@ def unhook(worker: Any) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((model, eager), marks=() if eager else pytest.mark.slow)
-        for model in RECURRENT
-        for eager in (True, False)
+        *((model, True) for model in RECURRENT),
+        # A compiled model of one kind shows that calls survive compilation.
+        *(
+            pytest.param(
+                (model, False),
+                marks=pytest.mark.slow if model == "short-convolution" else pytest.mark.soak,
+            )
+            for model in RECURRENT
+        ),
     ],
     ids=lambda case: f"{case[0]}-{'eager' if case[1] else 'compiled'}",
 )

@@ -24,7 +24,7 @@ from engine.driver import (
     loading_always,
 )
 from engine.workload import CHUNK, loadable, prompt
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 pytest.importorskip("nixl")
 pytestmark = pytest.mark.engine
@@ -34,7 +34,7 @@ PATIENCE = 120.0
 
 LAMINA: dict[str, Any] = {
     "kv_connector": "LaminaConnector",
-    "kv_connector_module_path": "lamina.engines.vllm",
+    "kv_connector_module_path": "lamina_kv.engines.vllm",
     "kv_role": "kv_both",
     "kv_connector_extra_config": loading_always(SMALL),
 }

@@ -92,26 +92,8 @@ def test_planned_when_the_last_step_has_ended(
     expect_same_answers(fleet, llama, options, {"mode": mode}, asynchronous=False)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "a-step-ahead"])
-def test_resumed_before_all_is_there(llama: Path, fleet: Fleet, asynchronous: bool) -> None:
-    faults = {"slow_loads": 0.01, "hasty": 1.0}
-    load = {"load_ahead": 1}
-    expect_same_answers(fleet, llama, CHUNKED, load, faults, asynchronous=asynchronous)
-    lamina = {"host": HOST, "load": {"min_tokens": 1, **load}}
-    spec = EngineSpec(llama, lamina, CHUNKED, faults=faults, asynchronous=asynchronous)
-    engine = fleet.get(spec)
-    assert engine.in_workers(released)[0] > 0
-
-
-def released(_: object) -> int:
-    """In a worker: how many requests were resumed early."""
-    from lamina.data.early_release import EarlyRelease
-
-    return EarlyRelease.released
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+@pytest.mark.parametrize("mode", ["layerwise", pytest.param("parked", marks=pytest.mark.soak)])
 def test_compiled(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, COMPILED, {"mode": mode})
 

@@ -13,22 +13,35 @@ import pytest
 import vllm
 from vllm.config import KVTransferConfig
 
-import lamina.engines.vllm
-from engine.driver import Ask, EngineSpec, Start
+import lamina_kv.engines.vllm
+from engine.driver import Ask, Engine, EngineSpec, EngineStartError, Fleet, Start
 from engine.workload import CHUNK, prompt
-from lamina.engines.vllm import register
-from lamina.engines.vllm.connector import LaminaConnector
-from lamina.engines.vllm.version import UnsupportedVersion
+from lamina_kv.engines.vllm import register
+from lamina_kv.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.version import UnsupportedVersion
 
 pytestmark = pytest.mark.engine
 
 
 def test_vllm_is_told_of_the_plugin() -> None:
     (plugin,) = entry_points(group="vllm.general_plugins", name="lamina")
-    assert plugin.value == "lamina.engines.vllm:register"
+    assert plugin.value == "lamina_kv.engines.vllm:register"
 
 
-@pytest.mark.parametrize("path", [None, "lamina.engines.vllm", "lamina.engines.vllm.connector"])
+@pytest.mark.parametrize("path", ["lamina.engines.vllm", "lamina.engines.vllm.connector"])
+def test_former_module_path_is_an_error_that_says_the_new_one(
+    llama: Path, fleet: Fleet, path: str
+) -> None:
+    spec = EngineSpec(llama, {}, transfer={"kv_connector_module_path": path})
+    with pytest.raises(EngineStartError) as error:
+        Engine(spec, fleet.next_log())
+    said = str(error.value)
+    assert 'set "kv_connector_module_path": "lamina_kv.engines.vllm", or leave it out' in said
+
+
+@pytest.mark.parametrize(
+    "path", [None, "lamina_kv.engines.vllm", "lamina_kv.engines.vllm.connector"]
+)
 def test_found(llama: Path, start: Start, path: str | None) -> None:
     """And without any other configuration it serves."""
     spec = EngineSpec(llama, {}, transfer={"kv_connector_module_path": path})
@@ -54,14 +67,14 @@ def another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that nobody has seen, in which names have moved."""
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
     monkeypatch.setitem(sys.modules, MOVED, None)
-    monkeypatch.delitem(sys.modules, "lamina.engines.vllm.connector", raising=False)
-    monkeypatch.delattr(lamina.engines.vllm, "connector", raising=False)
+    monkeypatch.delitem(sys.modules, "lamina_kv.engines.vllm.connector", raising=False)
+    monkeypatch.delattr(lamina_kv.engines.vllm, "connector", raising=False)
 
 
 @pytest.mark.usefixtures("another_vllm")
 def test_another_version_is_refused_by_a_sentence_and_not_by_a_name_that_it_lacks() -> None:
     with pytest.raises(UnsupportedVersion, match=r"pip install 'vllm>=0\.32,<0\.34'"):
-        _ = lamina.engines.vllm.LaminaConnector
+        _ = lamina_kv.engines.vllm.LaminaConnector
 
 
 @pytest.mark.usefixtures("another_vllm")

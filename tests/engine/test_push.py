@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start, differences
-from engine.models import SHAPES, Checkpoints
+from engine.models import SHAPES, Checkpoints, mla_block
 from engine.pair import Pair, PairSpec, shared_pair
 from engine.workload import CHUNK, Tokens, mixed_prompts, prompt, random_tokens
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 SMALL_STEPS = {"max_num_batched_tokens": 192}
 """Prompts are prefilled in several chunks."""
-MLA = {"dtype": "bfloat16", "block_size": 16, "enable_prefix_caching": False}
+MLA = {"dtype": "bfloat16", "block_size": mla_block(), "enable_prefix_caching": False}
 BLOCKS = {"linear-attention": 256}
 """Tokens of a block where it is not 32."""
 
@@ -126,8 +126,8 @@ def test_a_prefix_in_the_tiers_of_prefill(
 ) -> None:
     tiers: dict[str, Any] = {"load": {"mode": mode, "min_tokens": 1}}
     if tier == "disk":
-        tiers["host"] = {"capacity": "2MiB"}  # of chunks not much more than the prompt has
-        tiers["disk"] = {"path": str(tmp_path / "store"), "capacity": "64MiB"}
+        tiers["host"] = {"capacity": "2400KiB"}  # of objects not much more than the prompt has
+        tiers["tiers"] = [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "64MiB"}]
     pair = make_pair(PairSpec(llama, SMALL_STEPS, tiers=tiers))
     ask = Ask(prompt(721, 15 * CHUNK))
     expected = alone.ask(ask)

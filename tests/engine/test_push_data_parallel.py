@@ -14,7 +14,7 @@ from engine.driver import SMALL, Ask, EngineSpec, Fleet
 from engine.pair import QUICK
 from engine.server import CALL_SECONDS, Server
 from engine.workload import CHUNK, prompt
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 from push_proxy.proxies import Proxy, proxied
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -61,7 +61,8 @@ def test_two_ranks_on_each_side(llama: Path, fleet: Fleet, tmp_path: Path) -> No
     ]
     listen = f"127.0.0.1:{two_ports()}"
     options = {"data_parallel_size": len(RANKS)}
-    sides: list[dict[str, Any]] = [{**QUICK, "listen": listen}, QUICK]
+    usual = {**QUICK, "quarantine": 120.0}
+    sides: list[dict[str, Any]] = [{**usual, "listen": listen}, usual]
     with ExitStack() as stack:
         prefill, decode = (
             stack.enter_context(

@@ -17,7 +17,7 @@ from engine.models import Checkpoints
 from engine.pair import Pair, PairSpec
 from engine.test_push import SMALL_STEPS, MakePair, make_pair
 from engine.workload import BLOCK, CHUNK, mixed_prompts, prompt
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 __all__ = ["make_pair"]
 
@@ -251,8 +251,8 @@ def test_prefill_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
     doomed.freeze(doomed.prefill)
     doomed.prefill.kill()
     assert not differences(doomed.finish(names), [alone.ask(LONG)])
+    doomed.settle()  # a new run would be asked, and is not stepped here
     again = start(doomed.prefill.spec)
-    doomed.settle()
     assert doomed.pushes(doomed.decode, "given_up") == 1
     expect_usable(Pair(again, doomed.decode, doomed.address), alone)
 
@@ -337,7 +337,10 @@ def test_a_peer_that_fails_is_left_alone(llama: Path, make_pair: MakePair, alone
     expected = alone.generate(asks)
     answers = [pair.finish(pair.submit_decode([ask], [pair.name_push()]))[0] for ask in asks]
     assert not differences(answers, expected)
-    assert 0 < pair.pushes(pair.decode, "given_up") < len(asks)
+    # The connection may fail before a request has its blocks, or after that.
+    paid = pair.pushes(pair.decode, "given_up") + pair.skipped("lost")
+    assert 0 < paid < len(asks)
+    assert paid + pair.skipped("peer_out_of_use") == len(asks)
     pair.address = right
     pair.forget_all()
     assert not differences(pair.push(asks), expected)

@@ -17,14 +17,14 @@ import pytest
 
 from engine.driver import Ask, EngineSpec, Fleet, Start, differences
 from engine.faults import namespace
-from engine.pair import QUICK, Pair
+from engine.pair import HURRIED, QUICK, Pair
 from engine.test_push import SMALL_STEPS
 from engine.workload import mixed_prompts, prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CUT_SECONDS = 15.0
-"""More than TCP bears here (see :data:`lamina.push.transports.nixl.SETTINGS`)."""
+"""More than TCP bears here (see :data:`lamina_kv.push.transports.nixl.SETTINGS`)."""
 PORT = 7000
 TCP = {
     "UCX_TLS": "tcp",
@@ -86,7 +86,7 @@ def cables() -> Iterator[Cables]:
     cables.remove()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, pytest.param(4, marks=pytest.mark.soak)])
 def test_a_network_that_stalls(
     llama: Path, fleet: Fleet, start: Start, cables: Cables, steps: int
 ) -> None:
@@ -101,7 +101,7 @@ def test_a_network_that_stalls(
                 {"host": {"capacity": "64MiB"}, "push": push, "breaker": breaker},
                 SMALL_STEPS,
                 environment=TCP,
-                faults={"network": number},
+                faults={"network": number, **HURRIED},
             )
         )
         for push, number in zip(sides, cables.numbers, strict=True)

@@ -12,7 +12,7 @@ from engine.models import Checkpoints
 from engine.pair import PairSpec, shared_pair
 from engine.test_push import options_of
 from engine.workload import CHUNK, prompt
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 pytestmark = pytest.mark.engine
 

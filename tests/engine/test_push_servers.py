@@ -30,7 +30,7 @@ from engine.deployment import (
 from engine.driver import TESTS, Ask, EngineSpec, Fleet
 from engine.server import Server
 from engine.workload import BLOCK, mixed_prompts, prompt
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -42,6 +42,7 @@ PATIENCE = 60.0
 """Seconds after which a client that has no answer hangs."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_prefill_server_that_refuses_everything(llama: Path, fleet: Fleet) -> None:
     """Its model has another name, and it does nothing else meanwhile."""
@@ -106,6 +107,7 @@ def test_a_prefill_server_that_is_gone_while_pushes_are_parked(
             decode.wait_until_empty(30)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_readme(llama: Path, fleet: Fleet) -> None:
     """As they stand there; the prefill engine is killed while it is busy."""

@@ -14,11 +14,11 @@ import pytest
 from engine.driver import SMALL, EngineSpec, Fleet
 from engine.server import CALL_SECONDS, Server
 from engine.workload import CHUNK, prompt
-from lamina.bench.ports import free_port
-from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.letters import Letter, News
-from lamina.push.link import Link
-from lamina.push.messages import NO_EPOCH, Attempt, Cancel, Claim, Failed
+from lamina_kv.bench.ports import free_port
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard
+from lamina_kv.push.letters import Letter, News
+from lamina_kv.push.link import Link
+from lamina_kv.push.messages import NO_EPOCH, Attempt, Cancel, Claim, Failed
 
 pytestmark = pytest.mark.engine
 

@@ -19,7 +19,10 @@ WHOLE = loadable(len(ASK.tokens))
 
 
 def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
-    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {
+        **SMALL,
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "32MiB"}],
+    }
     engine = start(EngineSpec(llama, lamina))
     first = engine.ask(ASK)
     engine.forget()
@@ -39,7 +42,10 @@ def test_reset(llama: Path, start: Start, tmp_path: Path) -> None:
 def test_a_restart_finds_what_its_checkpoint_had_saved_and_nothing_else(
     llama: Path, start: Start, tmp_path: Path
 ) -> None:
-    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {
+        **SMALL,
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "32MiB"}],
+    }
     spec = EngineSpec(llama, lamina)
     engine = start(spec)
     engine.ask(ASK)

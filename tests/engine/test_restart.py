@@ -25,7 +25,7 @@ LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 3}
 def on_disk(store: Path, **load: object) -> Mapping[str, object]:
     return {
         "host": {"capacity": "128MiB"},
-        "disk": {"path": str(store), "capacity": "128MiB"},
+        "tiers": [{"kind": "disk", "path": str(store), "capacity": "128MiB"}],
         "load": {"min_tokens": 1, **load},
     }
 
@@ -73,7 +73,7 @@ def test_answers_from_the_disk_of_an_earlier_process(
     engine.close()
 
 
-def is_fetched(engine: Engine) -> bool:
+def has_come_near(engine: Engine) -> bool:
     """Whether what a waiting request needs was brought from disk to memory."""
     metrics = engine.metrics()
     under_way = metrics.total("lamina_transfers", direction="fetch")
@@ -92,7 +92,7 @@ def test_a_request_that_waits_finds_in_memory_what_was_on_disk(
     engine = start(EngineSpec(llama, lamina, {"max_num_seqs": 1}))
     names = engine.submit(asks)
     ended: dict[str, Answer] = {}
-    while not (ended or is_fetched(engine)):
+    while not (ended or has_come_near(engine)):
         time.sleep(0.1)  # an engine that computes nothing meanwhile leaves the disk its time
         ended |= {answer.name: answer for answer in engine.step()}
     ended |= {answer.name: answer for answer in engine.drain()}
@@ -100,8 +100,9 @@ def test_a_request_that_waits_finds_in_memory_what_was_on_disk(
     assert not differences(answers, expected)
     metrics = engine.metrics()
     assert metrics.total("lamina_fetch_bytes_total") > 0
-    assert metrics.total("lamina_hit_tokens_total", tier="host") == answers[1].cached > 0
-    assert metrics.total("lamina_hit_tokens_total", tier="disk") == 0
+    # It counts for the tier that had it, however early it came near.
+    assert metrics.total("lamina_hit_tokens_total", tier="disk") == answers[1].cached > 0
+    assert metrics.total("lamina_hit_tokens_total", tier="host") == 0
     engine.close()
 
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -31,8 +30,9 @@ from vllm.v1.kv_cache_interface import (
 from engine.driver import Answer, Ask, Engine, EngineSpec, Fleet, Start
 from engine.driver import differences as differences_of
 from engine.models import SHAPES, Checkpoints
+from engine.stores import flip
 from engine.workload import Tokens, prompt
-from lamina.engines.vllm import layout
+from lamina_kv.engines.vllm import layout
 
 pytestmark = pytest.mark.engine
 
@@ -252,7 +252,7 @@ def test_from_disk_after_restarts(
     checkpoints: Checkpoints, start: Start, reference: Any, tmp_path: Path, model: str
 ) -> None:
     expected = reference(model)
-    disk = {"disk": {"path": str(tmp_path / "store"), **DISK}}
+    disk = {"tiers": [{"kind": "disk", "path": str(tmp_path / "store"), **DISK}]}
     spec = spec_of(checkpoints, model, {**disk, **loading("auto")})
 
     def restart(engine: Engine) -> Engine:
@@ -264,9 +264,9 @@ def test_from_disk_after_restarts(
 
 
 @pytest.mark.slow
-@BOTH
+@pytest.mark.parametrize("model", ["state-space", pytest.param(HYBRID, marks=pytest.mark.soak)])
 def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model: str) -> None:
-    disk = {"disk": {"path": str(tmp_path / "store"), **DISK}}
+    disk = {"tiers": [{"kind": "disk", "path": str(tmp_path / "store"), **DISK}]}
     lamina = {**disk, **loading("auto")}
     cores = sorted(os.sched_getaffinity(0))
     environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
@@ -329,22 +329,19 @@ def test_many_at_once_with_too_little_memory(
     assert engine.free_blocks() == free
 
 
-def test_a_load_that_fails(checkpoints: Checkpoints, start: Start, tmp_path: Path) -> None:
+def test_chunks_that_are_damaged(checkpoints: Checkpoints, start: Start, tmp_path: Path) -> None:
     """The request is computed from its beginning, where no state counts."""
     store = tmp_path / "store"
-    spec = spec_of(checkpoints, HYBRID, {"disk": {"path": str(store), **DISK}})
+    spec = spec_of(checkpoints, HYBRID, {"tiers": [{"kind": "disk", "path": str(store), **DISK}]})
     asks = [Ask(prompt(80 + i, 300 + i)) for i in range(2)]
     engine = start(spec)
     expected = [engine.ask(ask) for ask in asks]
     engine.close()
-    (slab,) = store.glob("*/rank-0.slab")
-    content = np.fromfile(slab, np.uint8)
-    content[100::4096] ^= 1
-    content.tofile(slab)
+    flip(store)
     engine = start(spec)
     answers = engine.generate(asks)
     assert not differences_of(answers, expected)
-    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == len(asks)
+    assert engine.metrics().total("lamina_failures_total", kind="fetch_corrupt") >= len(asks)
 
 
 # -- sizes and refusals --------------------------------------------------------------------------

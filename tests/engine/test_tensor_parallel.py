@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.driver import SMALL, Ask, EngineSpec, Fleet, Start, differences
+from engine.stores import flip, slab_of
 from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -26,7 +27,7 @@ def two_ranks(model: Path, store: Path | None, mode: str = "auto") -> EngineSpec
     if store is not None:
         lamina = {
             **SMALL,
-            "disk": {"path": str(store), "capacity": "64MiB"},
+            "tiers": [{"kind": "disk", "path": str(store), "capacity": "64MiB"}],
             "load": {"mode": mode, "min_tokens": 1},
         }
     return EngineSpec(model, lamina, TWO_RANKS, environment=TWO_CORES)
@@ -85,17 +86,14 @@ def test_one_rank_has_lost_its_shard(llama: Path, start: Start, tmp_path: Path) 
     expected = engine.ask(ask)
     engine.close()
 
-    (slab,) = store.glob("*/rank-1.slab")
-    content = bytearray(slab.read_bytes())
-    content[1000] ^= 1
-    slab.write_bytes(content)
+    flip(store, [0], rank=1)
     engine = start(two_ranks(llama, store, "layerwise"))
     assert not differences([engine.ask(ask)], [expected])
-    assert engine.metrics().total("lamina_failures_total", kind="load_disk_checksum") == 1
+    assert engine.metrics().total("lamina_failures_total", kind="fetch_corrupt") == 1
     engine.close()
 
-    (index,) = store.glob("*/rank-1.sqlite")
-    index.unlink()
+    slab, _ = slab_of(store, rank=1)
+    slab.unlink()
     engine = start(two_ranks(llama, store))
     answer = engine.ask(ask)
     assert answer.cached == 0

@@ -30,8 +30,8 @@ def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
 def check(model: Any, store: Path, seed: int) -> None:
     workload, before = Workload.draw(seed), set(threading.enumerate())
     without = live_through(model, workload, None)
-    disk = {"path": str(store), "capacity": "256MiB"}
-    record = live_through(model, workload, workload.lamina | {"disk": disk})
+    disk = {"kind": "disk", "path": str(store), "capacity": "256MiB"}
+    record = live_through(model, workload, workload.lamina | {"tiers": [disk]})
     assert record.answers == without.answers
     # A chunk of a ring can be saved at one moment only: if there is no room then, it is lost.
     most = 0.5 if getattr(model.config, "sliding_window", None) else 0.2

@@ -22,9 +22,9 @@ from transformers.generation.continuous_batching.requests import RequestState
 from engine.batching import PATIENCE, Engine, Gate, Tokens, forget, load_model, refused
 from engine.models import Checkpoints
 from engine.workload import prompt
-from lamina.config import ConfigError
-from lamina.control.hand_off import Phase
-from lamina.engines.transformers import UnsupportedEngine, attach, attached_to
+from lamina_kv.config import ConfigError
+from lamina_kv.control.hand_off import Phase
+from lamina_kv.engines.transformers import UnsupportedEngine, attach, attached_to
 
 pytestmark = pytest.mark.engine
 
@@ -125,7 +125,8 @@ def test_a_load_that_fails_is_computed(model: Any, expected: Tokens, gate: Gate)
         gate.error = OSError("the memory is gone")
         assert engine.turn([LONG]) == [expected]
         assert engine.computed["r2"] == len(LONG) + engine.max_new_tokens - 1
-        assert sum(v for k, v in engine.figures().items() if k.startswith("failures load")) == 1
+        figures = engine.figures().items()
+        assert sum(v for k, v in figures if k.startswith("failures host load")) == 1
         engine.settle()
         gate.error = None
         forget(engine)
@@ -303,7 +304,7 @@ def test_pushes_are_refused(model: Any) -> None:
 def test_a_store_for_weights_of_unknown_origin_is_refused(llama: Path, tmp_path: Path) -> None:
     model = load_model(llama)
     model.config._name_or_path = ""
-    disk = {"disk": {"path": str(tmp_path / "store"), "capacity": "64MiB"}}
+    disk = {"tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "64MiB"}]}
     assert "identity" in refused(model, attach(ROOMY, PARKED | disk))
     with Engine(model, ROOMY, PARKED | disk | {"identity": "mine"}) as engine:
         engine.turn([LONG])

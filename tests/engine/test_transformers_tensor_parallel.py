@@ -64,8 +64,9 @@ def run_ranks(
     folder.mkdir()
     runs = {"model": str(model), "share": share, "runs": list(orders)}
     (folder / "orders.json").write_text(json.dumps(runs))
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(paths),  # the package that this process tests, too
         "WORLD_SIZE": str(RANKS),
         "LOCAL_WORLD_SIZE": str(RANKS),
         "HF_HUB_OFFLINE": "1",
@@ -106,10 +107,10 @@ def workloads(folder: Path, seeds: Sequence[int]) -> list[Order]:
     """Each without Lamina and with it."""
     orders: list[Order] = []
     for seed in seeds:
-        disk = {"path": str(folder / f"store-{seed}"), "capacity": "256MiB"}
+        disk = {"kind": "disk", "path": str(folder / f"store-{seed}"), "capacity": "256MiB"}
         orders += [
-            ("conversations", {"seed": seed, "disk": None}),
-            ("conversations", {"seed": seed, "disk": disk}),
+            ("conversations", {"seed": seed, "tier": None}),
+            ("conversations", {"seed": seed, "tier": disk}),
         ]
     return orders
 
@@ -127,14 +128,9 @@ def test_conversations_on_two_ranks(llama: Path, tmp_path: Path) -> None:
     live_through_in_ranks(llama, tmp_path, [0], 0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
-    ("name", "most"),
-    [
-        pytest.param("llama", 0.2, marks=pytest.mark.soak),
-        pytest.param("sliding-window", 0.5, marks=pytest.mark.soak),
-        ("interleaved-windows", 0.5),
-    ],
+    ("name", "most"), [("llama", 0.2), ("sliding-window", 0.5), ("interleaved-windows", 0.5)]
 )
 def test_more_conversations_on_two_ranks(
     checkpoints: Checkpoints, tmp_path: Path, name: str, most: float
@@ -164,7 +160,7 @@ def test_a_rank_that_dies_is_not_waited_for(llama: Path, tmp_path: Path) -> None
     assert "rank 0 has no news of the others, after a step" in first.results[0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_engines_of_one_job_share_a_store(llama: Path, tmp_path: Path) -> None:
     """Each has all heads, and a shard of its own."""
     orders = workloads(tmp_path, [0])

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from math import inf
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 from engine.v2_step import CHUNK_BLOCKS, Forward, Work, Worker
-from lamina.data.executor import Executor, LayersDidNotWait
-from lamina.data.movers import Fence
-from lamina.engines.vllm import worker_side
-from lamina.engines.vllm.connector import LaminaConnector
-from lamina.engines.vllm.layout import UnsupportedModel
-from lamina.engines.vllm.step_order import StepOrderError
-from lamina.plan import (
-    ChunkKey,
-    ChunkLoad,
+from lamina_kv.data.executor import Executor
+from lamina_kv.data.movers import Fence
+from lamina_kv.data.step_loads import LayersDidNotWait, StepLoads
+from lamina_kv.engines.vllm import worker_side
+from lamina_kv.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.layout import UnsupportedModel
+from lamina_kv.engines.vllm.step_order import StepOrderError
+from lamina_kv.plan import (
     LoadMode,
     LoadOrder,
     Outcome,
+    PageMap,
     SaveOrder,
     StepPlan,
-    TierName,
     TransferId,
 )
 
 pytestmark = pytest.mark.engine
 
-KEY = ChunkKey(b"k" * 16)
 SAVED, LOADED = tuple(range(1, 1 + CHUNK_BLOCKS)), tuple(range(5, 5 + CHUNK_BLOCKS))
 STAMP, STALE = 7, 99
 GOOD = dict.fromkeys(LOADED, STAMP)
@@ -40,12 +38,13 @@ FULL = CUDAGraphMode.FULL
 
 
 def save(number: int = 1) -> SaveOrder:
-    return SaveOrder(TransferId(number), "r", KEY, 0, SAVED)
+    return SaveOrder(TransferId(number), "r", 0, SAVED)
 
 
 def load(number: int = 2, mode: LoadMode = LoadMode.LAYERWISE) -> LoadOrder:
-    chunk = ChunkLoad(KEY, TierName.HOST, 0, 0, LOADED)
-    return LoadOrder(TransferId(number), "r", mode, (chunk,), inf)
+    near = np.arange(CHUNK_BLOCKS, dtype=np.int32)
+    pages = PageMap(0, near, np.array(LOADED, np.int32))
+    return LoadOrder(TransferId(number), "r", mode, (pages,), 30.0)
 
 
 Start = Callable[..., Worker]
@@ -180,7 +179,7 @@ def test_a_row_is_saved_when_both_micro_batches_have_written_it(start: Start) ->
     first, second = ({block: STAMP} for block in SAVED)
 
     def copied() -> None:  # whoever copies now copies too early
-        assert worker.lamina._on_worker.executor._save_pool.await_idle(60)
+        assert worker.lamina._on_worker.executor._saver.pool.await_idle(60)
 
     receipts = worker.step(
         StepPlan(0, saves=(save(),)),
@@ -291,11 +290,11 @@ def drafts_are_not_waited_for(patch: Patch) -> None:
 
 
 def drafts_must_run(patch: Patch) -> None:
-    patch.setattr(Executor, "drafts_follow", lambda executor, order: None)
+    patch.setattr(StepLoads, "drafts_follow", lambda loads, order: None)
 
 
 def nobody_is_missed(patch: Patch) -> None:
-    patch.setattr(Executor, "_check_called", lambda executor: None)
+    patch.setattr(StepLoads, "_check_called", lambda loads, run: None)
 
 
 @pytest.mark.parametrize(

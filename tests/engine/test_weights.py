@@ -33,7 +33,10 @@ def update(engine: Engine, number: int, name: str = "") -> None:
 
 
 def test_weights_that_change(llama: Path, start: Start, tmp_path: Path) -> None:
-    lamina = {**SMALL, "disk": {"path": str(tmp_path / "store"), "capacity": "32MiB"}}
+    lamina = {
+        **SMALL,
+        "tiers": [{"kind": "disk", "path": str(tmp_path / "store"), "capacity": "32MiB"}],
+    }
     spec = EngineSpec(llama, lamina)
     engine = start(spec)
     old = engine.ask(ASK)

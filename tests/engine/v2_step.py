@@ -32,11 +32,10 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 from engine.device import DeviceMover, Stream
-from lamina.data import assembly
-from lamina.engines.vllm import worker_side
-from lamina.engines.vllm.connector import LaminaConnector
-from lamina.engines.vllm.messages import LaminaPlan, LaminaWords
-from lamina.plan import LoadMode, StepPlan, TransferReceipt
+from lamina_kv.engines.vllm import worker_side
+from lamina_kv.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.messages import LaminaPlan, LaminaWords
+from lamina_kv.plan import LoadMode, StepPlan, TransferReceipt
 
 BLOCKS, BLOCK_TOKENS = 16, 16
 CHUNK_BLOCKS = 2
@@ -69,8 +68,21 @@ class Work:
     writes: Stamps = field(default_factory=dict)
 
 
+class _Backend:
+    """Of the layers: none that arranges bytes by itself."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "SIMULATED"
+
+
 class SilentLayer(torch.nn.Module):
     """A layer with a cache that calls no connector, as sparse attention's indexers."""
+
+    attn_backend: type[_Backend]
+
+    def get_attn_backend(self) -> type[_Backend]:
+        return self.attn_backend
 
 
 class Worker:
@@ -109,11 +121,11 @@ class Worker:
         self.wrong: list[str] = []
         self._movers: list[DeviceMover] = []
         patch.setattr(worker_side, "_gather", lambda word: [word])
-        patch.setattr(assembly, "make_mover", self._make_mover)
+        patch.setattr(worker_side, "make_mover", self._make_mover)
         self._config = VllmConfig(
             kv_transfer_config=KVTransferConfig(
                 kv_connector="LaminaConnector",
-                kv_connector_module_path="lamina.engines.vllm",
+                kv_connector_module_path="lamina_kv.engines.vllm",
                 kv_role="kv_both",
                 kv_connector_extra_config=lamina or {"host": {"capacity": "1MiB"}},
             )
@@ -270,7 +282,8 @@ class Worker:
                     turns[1 - number].release()
             except BaseException as error:
                 errors.append(error)
-                turns[1 - number].release()
+                for _ in self.layers:  # the other thread goes to its end
+                    turns[1 - number].release()
 
         threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
         for thread in threads:
@@ -325,6 +338,7 @@ class Worker:
         layer = kind.__new__(kind)
         torch.nn.Module.__init__(layer)
         layer.kv_cache = view
+        layer.attn_backend = _Backend
         return layer
 
     def _make_mover(self, geometry: Any, allocations: Any) -> DeviceMover:

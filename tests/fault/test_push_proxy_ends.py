@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -202,7 +202,13 @@ def test_sigterm_lets_requests_end_and_then_ends_the_proxy(
         await call.end(EVENTS[2])
 
     decode.script = until_asked_to_end
-    command = ["-c", "from lamina.cli.main import main; main()", "push-proxy", "--port", str(port)]
+    command = [
+        "-c",
+        "from lamina_kv.cli.main import main; main()",
+        "push-proxy",
+        "--port",
+        str(port),
+    ]
     engines = ["--prefill", f"{prefill.url},10.0.0.1:7000", "--decode", decode.url]
     with (
         process([*command, *engines], answers(url)) as proxy,

@@ -8,7 +8,7 @@ import asyncio
 import httpx
 import pytest
 
-from lamina.push.proxy import dispatcher
+from lamina_kv.push.proxy import dispatcher
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -60,6 +60,27 @@ def test_another_decode_engine_answers_and_only_its_own_push_goes_on(
     (one,), (two,) = decode.calls, other.calls
     assert one.push["id"] != two.push["id"]
     assert {call.push["id"] for call in prefill.calls} == {one.push["id"], two.push["id"]}
+
+
+def test_a_decode_engine_that_is_busy_is_passed_by_while_another_is_idle(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    """And it is not at fault. If all are busy, the client is told what the last one says."""
+    busy: Script = says(429, {"error": {"message": "too many requests", "code": 429}})
+    decode.script = busy
+    with proxied([prefill], [decode, other], backoff=PATIENCE, breaker_failures=1) as proxy:
+        for _ in range(4):
+            answer = proxy.post("/v1/completions", COMPLETION)
+            assert (answer.status_code, answer.json()) == (200, ANSWER)
+        assert decode.calls
+        assert proxy.metric("engine_usable") == 3
+        other.script = busy
+        before = len(decode.calls) + len(other.calls)
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.status_code == 429
+        assert answer.json()["error"]["message"] == "too many requests"
+        assert len(decode.calls) + len(other.calls) == before + 2
+        assert proxy.metric("engine_usable") == 3
 
 
 def test_the_last_answer_passes_if_no_decode_engine_has_a_better_one(

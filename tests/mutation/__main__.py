@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutation.faults import Fault, faults_of
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("control", "data", "push", "engines")
+ROOMS = ("control", "data", "tiers", "push", "engines")
 FAST = "not engine and not slow and not soak and not compat"
 HISTORIES = ["tests/unit/test_simulator.py", "tests/property/test_histories.py"]
 """What sees most of what is wrong in control and data; they run before all others."""
@@ -50,7 +50,7 @@ class Mutant:
 
 def draw(count: int, seed: int, rooms: Sequence[str] = ROOMS) -> list[Mutant]:
     """As many faults as asked for, in random modules: the longer a module, the more of them."""
-    source = ROOT / "src" / "lamina"
+    source = ROOT / "src" / "lamina_kv"
     everything = [
         Mutant(path.relative_to(ROOT / "src"), fault)
         for room in rooms
@@ -70,14 +70,14 @@ def near(module: Path) -> list[str]:
     ]
 
 
-def survives(mutant: Mutant, workers: int) -> str | None:
-    """None if no fast test notices the fault, else the test that does."""
+def survives(mutant: Mutant, rounds: Sequence[Sequence[str]]) -> str | None:
+    """None if no test of these rounds notices the fault, else the test that does."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
         broken = copy / mutant.module
         broken.write_text(mutant.fault.put_into(broken.read_text()))
-        for tests in (near(mutant.module), HISTORIES, ["tests", "-n", str(workers)]):
+        for tests in rounds:
             if tests and (noticed := _run(copy, tests)):
                 return noticed
     return None
@@ -110,14 +110,24 @@ def _run(source: Path, arguments: Sequence[str]) -> str | None:
     return (failed or lines[-1:])[0][:110]
 
 
-def rounds(mutants: Sequence[Mutant], workers: int) -> Iterator[tuple[Mutant, str | None]]:
-    """Each fault and who notices it, as it becomes known."""
+def survivors(mutants: Sequence[Mutant], workers: int) -> Iterator[Mutant]:
+    """The faults that no fast test notices. Most are noticed soon, and those that are not take
+    minutes, so that these come last."""
+    left = []
     for number, mutant in enumerate(mutants, 1):
-        began = time.monotonic()
-        noticed = survives(mutant, workers)
-        took = time.monotonic() - began
-        print(f"{number:>3} {took:4.0f} s {mutant}\n      {noticed or 'SURVIVES'}", flush=True)
-        yield mutant, noticed
+        if not _noticed(number, mutant, (near(mutant.module), HISTORIES)):
+            left.append((number, mutant))
+    for number, mutant in left:
+        if not _noticed(number, mutant, (["tests", "-n", str(workers)],)):
+            yield mutant
+
+
+def _noticed(number: int, mutant: Mutant, rounds: Sequence[Sequence[str]]) -> bool:
+    began = time.monotonic()
+    noticed = survives(mutant, rounds)
+    took = time.monotonic() - began
+    print(f"{number:>3} {took:4.0f} s {mutant}\n      {noticed or 'not noticed'}", flush=True)
+    return noticed is not None
 
 
 def main() -> int:
@@ -137,10 +147,10 @@ def main() -> int:
     if not asked.quick and (noticed := _run(ROOT / "src", ["tests", "-n", str(asked.workers)])):
         print(f"without any fault: {noticed}", file=sys.stderr)
         return len(mutants)
-    survivors = [mutant for mutant, noticed in rounds(mutants, asked.workers) if noticed is None]
-    print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} faults are noticed. Not noticed:")
-    print("\n".join(map(str, survivors)) or "none")
-    return len(survivors)
+    left = list(survivors(mutants, asked.workers))
+    print(f"\n{len(mutants) - len(left)} of {len(mutants)} faults are noticed. Not noticed:")
+    print("\n".join(map(str, left)) or "none")
+    return len(left)
 
 
 if __name__ == "__main__":

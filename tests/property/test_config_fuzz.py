@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.config import Config, ConfigError, load_config
+from lamina_kv.config import Config, ConfigError, load_config
 
 sizes = st.integers(1, 2**63 - 1) | st.builds(
     "{}{}".format, st.integers(1, 1000), st.sampled_from(["", "B", " KiB", "MiB", "GiB", "TiB"])
@@ -29,14 +29,23 @@ valid_leaves = {
     "save.tokens": st.sampled_from(["all", "prompt"]),
     "save.max_inflight": sizes,
     "host.capacity": auto | sizes,
-    "disk.path": st.just("/var/lib/lamina"),
-    "disk.capacity": sizes,
-    "disk.direct": auto | st.booleans(),
-    "disk.max_inflight": sizes,
+    "tiers": st.lists(
+        st.fixed_dictionaries(
+            {"kind": st.just("disk"), "path": st.just("/var/lib/lamina"), "capacity": sizes},
+            optional={
+                "name": st.text("abc", min_size=1, max_size=5),
+                "direct": auto | st.booleans(),
+                "max_inflight": sizes,
+            },
+        ),
+        max_size=3,
+        unique_by=lambda tier: tier.get("name", "disk"),
+    ),
     "observe.timeline": st.none() | st.just("trace.json"),
 }
 
 KEYS = sorted({part for key in valid_leaves for part in key.split(".")})
+KEYS += ["disk", "kind", "path", "capacity", "name"]
 
 scalars = (
     st.none()
@@ -44,7 +53,7 @@ scalars = (
     | st.integers()
     | st.floats()
     | st.text(max_size=20)
-    | st.sampled_from(["auto", "4GiB", "4GB", "layerwise", "all", "/d", 10**400])
+    | st.sampled_from(["auto", "4GiB", "4GB", "layerwise", "all", "/d", "disk", 10**400])
 )
 values = st.recursive(
     scalars,
@@ -56,7 +65,9 @@ values = st.recursive(
 )
 trees = st.dictionaries(
     st.sampled_from(KEYS) | st.text(max_size=8),
-    values | st.dictionaries(st.sampled_from(KEYS), scalars, max_size=4),
+    values
+    | st.dictionaries(st.sampled_from(KEYS), scalars, max_size=4)
+    | st.lists(st.dictionaries(st.sampled_from(KEYS), scalars, max_size=4), max_size=3),
     max_size=5,
 )
 
@@ -125,8 +136,6 @@ def test_any_tree_means_the_same_in_a_file(folder: Path, tree: dict[str, Any]) -
 def test_a_valid_tree_may_be_split_between_both_places(
     folder: Path, data: st.DataObject, leaves: dict[str, Any]
 ) -> None:
-    if any(key.startswith("disk.") for key in leaves):
-        leaves = {"disk.path": "/d", "disk.capacity": 1, **leaves}
     in_file = {key for key in sorted(leaves) if data.draw(st.booleans())}
     file = as_tree({key: leaves[key] for key in in_file})
     extra = as_tree({key: leaves[key] for key in leaves.keys() - in_file})

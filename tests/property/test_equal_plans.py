@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 
-from lamina.control.planner import Planner
+from lamina_kv.control.planner import Planner
 from simulator.history import run_history
 from simulator.options import Options
 
@@ -41,7 +41,7 @@ def plans_of(seed: int, store: Path | None) -> str:
 def plans_of_another_process(hash_seed: int, store: Path | None) -> list[str]:
     environment = os.environ | {
         "PYTHONHASHSEED": str(hash_seed),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
     command = [sys.executable, __file__, *([str(store)] if store else [])]
     return subprocess.check_output(command, env=environment, text=True).split()

@@ -1,5 +1,5 @@
-"""Promises 1, 2 and 4 under everything that an engine, its clients and broken hardware can do: no
-wrong token, no hang, nothing unverified, nothing left behind. See ``tests/simulator``.
+"""Promises 1, 2 and 4 under everything that an engine, its clients, far tiers and broken hardware
+can do: no wrong token, no hang, nothing unverified, nothing left behind. See ``tests/simulator``.
 
 ``LAMINA_SOAK_STEPS`` is the budget of the random histories in steps; a history is named by its
 seed and is the same on every machine.
@@ -23,8 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from simulator.engine import Simulator
 from simulator.faults import Weather
-from simulator.history import Prompts, run_crowd, run_history
-from simulator.options import Options
+from simulator.history import Prompts, run_crowd, run_history, run_return
+from simulator.options import Far, Options, Sort
 
 pytestmark = pytest.mark.scaled
 
@@ -34,14 +34,14 @@ BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
 STEPS = 400
 """Steps of one random history."""
 CROWDS = 8
-"""Crowds of each kind."""
+"""Crowds of each kind, and returns."""
 DISK_SHARE = 0.1
 """Of the budget; a step beside a disk takes many times as long."""
 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "lamina")
+    caplog.set_level(logging.CRITICAL, "lamina_kv")
 
 
 @pytest.mark.parametrize("seed", range(int(BUDGET * (1 - DISK_SHARE) / STEPS)))
@@ -87,15 +87,68 @@ def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(
     run_history(seed, STEPS, store, options=options)
 
 
+STORM = Weather(
+    far_slow=0.3,
+    far_hang=0.03,
+    gone=0.2,
+    wrong=0.2,
+    unread=0.2,
+    refused=0.2,
+    unsure=0.2,
+    unkept=0.2,
+    raises=0.1,
+    unanswered=0.3,
+    lies=0.2,
+    vanishes=0.1,
+)
+"""On far tiers only."""
+
+
+def test_no_far_tier_makes_a_load_fail() -> None:
+    counts = Counter[str]()
+    for seed in range(CROWDS):
+        random = Random(seed)
+        options = Options.draw(random)
+        tiers = options.tiers or (Far("one", Sort.KEYS),)
+        options = replace(options, host_slots=12, tiers=tiers, when="always")
+        counts += run_history(seed, STEPS, options=options, weather=STORM)
+    assert counts["moves inward"] > 0
+    assert counts["failed loads"] == 0
+
+
 @pytest.mark.parametrize("hand_off", [False, True])
-@pytest.mark.parametrize("disk", [False, True])
-def test_a_document_is_loaded_once_for_a_crowd(hand_off: bool, disk: bool, store: Path) -> None:
+@pytest.mark.parametrize("far", [None, *Sort])
+def test_a_document_is_loaded_once_for_a_crowd(
+    hand_off: bool, far: Sort | None, store: Path
+) -> None:
     counts = Counter[str]()
     for seed in range(CROWDS):
         folder = store / str(seed)
         folder.mkdir()
-        counts += run_crowd(seed, folder if disk else None, hand_off=hand_off)
+        counts += run_crowd(seed, folder, far=far, hand_off=hand_off)
     assert counts["asks again"] > 0
+
+
+@pytest.mark.parametrize("hand_off", [False, True])
+@pytest.mark.parametrize(
+    "sorts",
+    [(Sort.SLOTS,), (Sort.KEYS,), (Sort.DISK,), (Sort.KEYS, Sort.SLOTS, Sort.KEYS)],
+    ids=lambda sorts: "-".join(sort.value for sort in sorts),
+)
+def test_what_far_tiers_have_is_found_again(
+    hand_off: bool, sorts: tuple[Sort, ...], store: Path
+) -> None:
+    for seed in range(CROWDS):
+        folder = store / str(seed)
+        folder.mkdir()
+        counts = run_return(seed, folder, sorts=sorts, hand_off=hand_off)
+        assert counts["moves inward"] > 0
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_what_one_tier_does_not_deliver_comes_from_another(broken: int) -> None:
+    for seed in range(CROWDS):
+        run_return(seed, sorts=(Sort.SLOTS, Sort.KEYS), broken=broken)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -130,7 +183,53 @@ def test_in_fair_weather_everything_is_kept(seed: int, hand_off: bool) -> None:
         assert simulator.missing() == 0
 
 
+@pytest.mark.parametrize("hand_off", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_in_fair_weather_what_is_shared_is_in_every_tier_that_keeps_it(
+    seed: int, hand_off: bool
+) -> None:
+    random = Random(seed)
+    tiers = (
+        Far("keys", Sort.KEYS, room=5000, keep="shared"),
+        Far("slots", Sort.SLOTS, room=5000, keep="shared", in_flight=1),
+        Far("read", Sort.KEYS, room=5000, keep="nothing"),
+    )
+    options = replace(
+        Options.draw(random),
+        host_slots=2000,
+        saves_in_flight=2000,
+        save_tokens="all",
+        deadline=1.0,
+        tiers=tiers,
+    )
+    if hand_off:
+        options = options.with_hand_off(random)
+    prompts = Prompts(random, options.longest)
+    with Simulator(seed, options) as simulator:
+        for step in range(STEPS):
+            if step % 8 == 0 and len(simulator.active) < options.max_running:
+                simulator.submit(*prompts.draw())
+            simulator.step()
+        simulator.drain()
+        assert simulator.counts["moves outward"] > 0
+        assert simulator.unshared() == 0
+
+
 probability = st.sampled_from((0.0, 0.05, 0.3))
+tiers = st.lists(
+    st.builds(
+        Far,
+        name=st.sampled_from(("one", "two", "three")),
+        sort=st.sampled_from((Sort.SLOTS, Sort.KEYS)),
+        room=st.sampled_from((32, 4)),
+        in_flight=st.sampled_from((8, 1)),
+        batch=st.sampled_from((4, 1)),
+        readers=st.sampled_from((1, 2)),
+        keep=st.sampled_from(("all", "shared", "nothing")),
+    ),
+    max_size=3,
+    unique_by=lambda tier: tier.name,
+).map(tuple)
 engines = st.builds(
     Options,
     ranks=st.sampled_from((1, 2)),
@@ -144,6 +243,7 @@ engines = st.builds(
     prefix_caching=st.booleans(),
     fails_requests=st.booleans(),
     host_slots=st.sampled_from((100, 12, 3)),
+    tiers=tiers,
     mode=st.sampled_from(("auto", "layerwise", "parked")),
     load_ahead=st.sampled_from(("auto", 1, 2)),
     piece_chunks=st.sampled_from((100, 1)),
@@ -153,15 +253,26 @@ boundaries = st.integers(0, 2).map(Random)
 with_hand_off = st.builds(Options.with_hand_off, engines, boundaries)
 weathers = st.builds(
     Weather,
-    bad=probability,
     error=probability,
     slow=probability,
     hang=st.sampled_from((0.0, 0.03)),
+    far_slow=probability,
+    far_hang=st.sampled_from((0.0, 0.1)),
     late=probability,
     twice=probability,
     stale=probability,
     shuffled=probability,
     overtaken=probability,
+    gone=probability,
+    wrong=probability,
+    unread=probability,
+    refused=probability,
+    unsure=probability,
+    unkept=probability,
+    raises=probability,
+    unanswered=probability,
+    lies=probability,
+    vanishes=probability,
 )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lamina.keys import MAX_TOKEN, ChunkChain, Packable, pack
-from lamina.plan import ChunkKey
+from lamina_kv.keys import MAX_TOKEN, ChunkChain, Packable, pack
+from lamina_kv.plan import ChunkKey
 
 CHUNK = 4
 tokens_of = st.lists(st.integers(0, MAX_TOKEN), max_size=8 * CHUNK)

@@ -2,7 +2,7 @@
 
 Random caches (page sizes, strides, offsets, several allocations, rows that share bytes) and random
 histories of loads and saves are run against a byte-by-byte model of them. Every byte of every
-allocation and of the host memory is compared, so padding between pages and blocks that were not
+allocation and of the near slab is compared, so padding between pages and blocks that were not
 named are watched too. The CUDA mover's kernel runs in Triton's interpreter.
 """
 
@@ -22,8 +22,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.data.movers import Mover, cpu, make_mover
-from lamina.geometry import CacheGeometry, Row
+from lamina_kv.data.movers import Mover, cpu, make_mover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
 
 Ids = npt.NDArray[np.int64]
 PAGE_BYTES = st.one_of(
@@ -43,10 +44,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class History:
-    """A cache, how many host pages each row has, and what is done."""
+    """A cache, how many slots the near tier has, and what is done."""
 
     geometry: CacheGeometry
-    host_pages: int
+    slots: int
     copies: tuple[Copy, ...]
     seed: int
 
@@ -100,26 +101,26 @@ def histories(draw: st.DrawFn, most_blocks: int = 40) -> History:
         more, size = draw(allocations(index, num_blocks))
         rows += more
         sizes.append(size)
-    host_pages = draw(st.integers(1, most_blocks))
+    per_slot = draw(st.sampled_from([1, 2, 4, 16]))
+    slots = draw(st.integers(1, max(1, most_blocks // per_slot)))
+    near_pages = slots * per_slot
     copies = []
     for _ in range(draw(st.integers(1, 4))):
         is_load = draw(st.booleans())
-        amount = draw(st.integers(0, min(num_blocks, host_pages)))
+        amount = draw(st.integers(0, min(num_blocks, near_pages)))
         copies.append(
             Copy(
                 row=draw(st.integers(0, len(rows) - 1)),
                 is_load=is_load,
-                pages=draw(ids(host_pages, amount, distinct=not is_load)),
+                pages=draw(ids(near_pages, amount, distinct=not is_load)),
                 blocks=draw(ids(num_blocks, amount, distinct=is_load)),
             )
         )
-    geometry = CacheGeometry(tuple(rows), num_blocks, 16, 16, tuple(sizes))
-    return History(geometry, host_pages, tuple(copies), draw(st.integers(0, 2**32 - 1)))
+    geometry = CacheGeometry(tuple(rows), num_blocks, 16, 16 * per_slot, tuple(sizes))
+    return History(geometry, slots, tuple(copies), draw(st.integers(0, 2**32 - 1)))
 
 
-def replay(
-    history: History, copy: Callable[[Copy, list[torch.Tensor], torch.Tensor], None]
-) -> None:
+def replay(history: History, copy: Callable[[Copy, list[torch.Tensor], NearSlab], None]) -> None:
     """Carry out a history with ``copy`` and with the model, and compare every byte."""
     rng = np.random.default_rng(history.seed)
     geometry = history.geometry
@@ -127,49 +128,58 @@ def replay(
         torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8))
         for size in geometry.allocation_bytes
     ]
-    host = [
-        torch.from_numpy(rng.integers(0, 256, (history.host_pages, row.page_bytes), dtype=np.uint8))
-        for row in geometry.rows
-    ]
+    near = NearSlab(geometry, history.slots * geometry.object_bytes, torch_zeros)
+    near.memory.copy_(torch.from_numpy(rng.integers(0, 256, len(near.memory), dtype=np.uint8)))
     engine_model = [tensor.numpy().copy() for tensor in engine]
-    host_model = [tensor.numpy().copy() for tensor in host]
+    memory = near.memory.numpy().copy()
     for step in history.copies:
-        copy(step, engine, host[step.row])
-        row, memory = geometry.rows[step.row], host_model[step.row]
+        copy(step, engine, near)
+        row = geometry.rows[step.row]
         cache = engine_model[row.allocation]
         for page, block in zip(step.pages.tolist(), step.blocks.tolist(), strict=True):
             start = row.offset + block * row.block_stride
+            slot, index = divmod(page, geometry.blocks_per_chunk)
+            held = slot * geometry.object_bytes + geometry.extent_offsets[step.row]
+            held += index * row.page_bytes
             if step.is_load:
-                cache[start : start + row.page_bytes] = memory[page]
+                cache[start : start + row.page_bytes] = memory[held : held + row.page_bytes]
             else:
-                memory[page] = cache[start : start + row.page_bytes]
-    for tensor, model in zip(engine + host, engine_model + host_model, strict=True):
+                memory[held : held + row.page_bytes] = cache[start : start + row.page_bytes]
+    for tensor, model in zip([*engine, near.memory], [*engine_model, memory], strict=True):
         np.testing.assert_array_equal(tensor.numpy(), model)
 
 
+def torch_zeros(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
 @settings(deadline=None)
-@given(histories(), st.sampled_from([1, 2048, cpu.TILE_BYTES]))
-def test_the_cpu_mover_moves_those_pages_and_no_other_byte(history: History, tile: int) -> None:
+@given(
+    histories(), st.sampled_from([1, 2048, cpu.TILE_BYTES]), st.sampled_from([1, cpu.LEAST_UNIT])
+)
+def test_the_cpu_mover_moves_those_pages_and_no_other_byte(
+    history: History, tile: int, unit: int
+) -> None:
     mover: list[Mover] = []
 
-    def copy(step: Copy, engine: list[torch.Tensor], host: torch.Tensor) -> None:
+    def copy(step: Copy, engine: list[torch.Tensor], near: NearSlab) -> None:
         if not mover:
             mover.append(make_mover(history.geometry, engine))
         after = mover[0].fence_compute()
         if step.is_load:
-            fence = mover[0].load(step.row, host, step.pages, step.blocks, after)
+            fence = mover[0].load(step.row, near, step.pages, step.blocks, after)
         else:
-            fence = mover[0].save(step.row, step.blocks, host, step.pages, after)
+            fence = mover[0].save(step.row, step.blocks, near, step.pages, after)
         assert fence.passed()
 
-    with patch.object(cpu, "TILE_BYTES", tile):
+    with patch.multiple(cpu, TILE_BYTES=tile, LEAST_UNIT=unit):
         replay(history, copy)
 
 
 @pytest.fixture(scope="module")
 def page_copy() -> Iterator[ModuleType]:
     pytest.importorskip("triton", reason="Triton's interpreter needs the package triton")
-    name = "lamina.data.movers.page_copy"
+    name = "lamina_kv.data.movers.page_copy"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRITON_INTERPRET", "1")
         patched.delitem(sys.modules, name, raising=False)
@@ -186,12 +196,13 @@ def page_copy() -> Iterator[ModuleType]:
 def test_the_kernel_moves_those_pages_and_no_other_byte(
     page_copy: ModuleType, history: History, tile: int, programs: int
 ) -> None:
-    def copy(step: Copy, engine: list[torch.Tensor], host: torch.Tensor) -> None:
+    def copy(step: Copy, engine: list[torch.Tensor], near: NearSlab) -> None:
         row = history.geometry.rows[step.row]
         cache = (engine[row.allocation][row.offset :], row.block_stride)
-        memory = (host.view(-1), row.page_bytes)
+        place = near.rows[step.row]
+        memory, begins = (place.memory, place.unit), place.begins(step.pages)
         sides = (memory, cache) if step.is_load else (cache, memory)
-        pairs = (step.pages, step.blocks) if step.is_load else (step.blocks, step.pages)
+        pairs = (begins, step.blocks) if step.is_load else (step.blocks, begins)
         page_copy.copy_pages(
             *sides[0], *sides[1], torch.from_numpy(np.stack(pairs, axis=1)), row.page_bytes
         )

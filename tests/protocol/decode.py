@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamina.control.leases import LeaseBook
-from lamina.control.push_target import CANCELLED, Offer, PushTarget
-from lamina.control.requests import PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.data.push_receives import Receives
-from lamina.geometry import GroupKind
-from lamina.plan import TransferId
-from lamina.push.inbox import Inbox, Mailbox
-from lamina.push.letters import Letter
-from lamina.push.messages import Delivered, encode
-from lamina.push.transports.base import Notice, Peer
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.push.target import CANCELLED, PushOffer, PushTarget
+from lamina_kv.control.requests import PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.data.push_receives import Receives
+from lamina_kv.geometry import GroupKind
+from lamina_kv.plan import TransferId
+from lamina_kv.push.inbox import Inbox, Mailbox
+from lamina_kv.push.letters import Letter
+from lamina_kv.push.messages import Delivered, encode
+from lamina_kv.push.transports.base import Notice, Peer
 from protocol.engine import (
     BLOCK,
     BREAKER,
@@ -162,16 +162,16 @@ class Decode:
                 request.stage = "recomputed"
             request.record.counted = request.stage == "recomputed"
 
-    def _weigh(self, request: Request) -> Offer:
+    def _weigh(self, request: Request) -> PushOffer:
         """What a push can do for a request that has no blocks."""
         floor = request.case.floor
         if request.stage == "losing":
-            return Offer(0)
+            return PushOffer(0)
         if self.target.waits(request.record, step=0):
-            return Offer(0, ask_again=True)
+            return PushOffer(0, ask_again=True)
         return self.target.weigh(request.record, floor, floor, step=0, now=self.now)
 
-    def _admit(self, request: Request, offer: Offer) -> None:
+    def _admit(self, request: Request, offer: PushOffer) -> None:
         """A request gets all its blocks."""
         case, view, record = request.case, request.view, request.record
         request.end = offer.end

@@ -11,34 +11,40 @@ from functools import cache, cached_property
 from typing import Any, cast
 from zlib import crc32
 
-from lamina.config import BreakerConfig, PushConfig
-from lamina.control.breakers import BreakerState
-from lamina.control.cost import CostModel
-from lamina.control.push_inbound import Stage as TargetStage
-from lamina.control.push_room import Room
-from lamina.control.push_source import PushSource
-from lamina.control.push_source import Stage as SourceStage
-from lamina.control.requests import ChunkShape, FoundPrefix, PushParameters, RequestRecord
-from lamina.control.transfers import Kind, State, Transfer, TransferTable
-from lamina.geometry import Group, GroupKind
-from lamina.keys import ChunkChain
-from lamina.observe.metrics import Meter
-from lamina.plan import LoadMode, Outcome, ReceiveOrder, TransferReceipt
-from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.inbox import Inbox, Mailbox
-from lamina.push.letters import Fate, Letter, Lost, News, Opened
+from lamina_kv.config import BreakerConfig, PushConfig
+from lamina_kv.control.breakers import BreakerState
+from lamina_kv.control.cost import Costs
+from lamina_kv.control.push.inbound import Stage as TargetStage
+from lamina_kv.control.push.open_prompts import OpenPrompts, RanksChannel
+from lamina_kv.control.push.outbound import Stage as SourceStage
+from lamina_kv.control.push.room import Room
+from lamina_kv.control.push.source import PushSource
+from lamina_kv.control.push.target import PushTarget
+from lamina_kv.control.requests import ChunkShape, Hit, PushParameters, RequestRecord
+from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.keys import ChunkChain
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import LoadMode, Outcome, ReceiveOrder, TransferReceipt
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard
+from lamina_kv.push.inbox import Inbox, Mailbox, Take
+from lamina_kv.push.letters import Fate, Letter, Lost, News, Opened
+from lamina_kv.tiers.regard import USUAL
 
 BLOCK = 2
 """Tokens of a block."""
 
 PATIENCE, QUARANTINE, SILENCE, SETTLE = 40.0, 10.0, 5.0, 1.0
-"""Seconds; of silences a quarantine has two, so that a peer is asked while it lasts."""
+"""Seconds; of silences a quarantine has two, so that a peer is asked while it lasts. No write takes
+longer here than that, so it may be shorter than operators may have it."""
 
 NULL = -1
-CONFIG = PushConfig(deadline=PATIENCE, quarantine=QUARANTINE, silence=SILENCE, min_tokens=1)
+CONFIG = PushConfig(deadline=PATIENCE, silence=SILENCE, min_tokens=1).model_copy(
+    update={"quarantine": QUARANTINE}
+)
 NARROW = CONFIG.model_copy(update={"max_inflight": 1})
 BREAKER = BreakerConfig(failures=1000)
-COST = CostModel()
+COST = Costs()
 
 Label = tuple[str, int, int, int]
 """What a block holds: prompt, group, index in the prompt, tokens that are filled."""
@@ -113,6 +119,7 @@ class Options:
         chunk: tokens that a step computes of a prompt.
         hurries: how often time may pass although something else could happen.
         scarce: whether each engine has only as many blocks as its largest prompt twice.
+        beside: whether the ranks of a prefill engine are reached beside its plans.
     """
 
     cases: tuple[PushCase, ...] = (PushCase(),)
@@ -126,6 +133,7 @@ class Options:
     chunk: int = BLOCK
     hurries: int = 0
     scarce: bool = False
+    beside: bool = False
 
     @cached_property
     def blocks(self) -> int:
@@ -203,11 +211,13 @@ class Bell:
 
 
 def _reduce_inbox(inbox: Inbox) -> tuple[Callable[..., Inbox], tuple[object, ...]]:
-    return _make_inbox, (inbox._wake, inbox._news, list(inbox._filled), inbox._next)
+    return _make_inbox, (inbox._wake, inbox._take, inbox._news, list(inbox._filled), inbox._next)
 
 
-def _make_inbox(wake: Bell, news: dict[int, News], filled: list[Mailbox], last: int) -> Inbox:
-    inbox = Inbox(wake)
+def _make_inbox(
+    wake: Bell, take: Take, news: dict[int, News], filled: list[Mailbox], last: int
+) -> Inbox:
+    inbox = Inbox(wake, take)
     inbox._news, inbox._filled, inbox._next = news, set(filled), last
     return inbox
 
@@ -216,12 +226,31 @@ def _reduce_news(inbox: Inbox) -> tuple[type, tuple[object, ...]]:
     return list, (list(inbox._news.values()),)
 
 
+def _reduce_open_prompts(
+    prompts: OpenPrompts,
+) -> tuple[Callable[..., OpenPrompts], tuple[object, ...]]:
+    state = (prompts._peers, prompts._open, prompts._taken)
+    return _make_open_prompts, (prompts._shape, prompts._patience, prompts._channel, *state)
+
+
+def _make_open_prompts(
+    shape: ChunkShape, patience: float, channel: RanksChannel, *state: dict[str, Any]
+) -> OpenPrompts:
+    prompts = OpenPrompts(shape, patience, channel)
+    prompts._peers, prompts._open, prompts._taken = state
+    return prompts
+
+
+def _reduce_what_is_open(prompts: OpenPrompts) -> tuple[type, tuple[object, ...]]:
+    return tuple, ([sorted(prompts._peers), prompts._open, prompts._taken],)
+
+
 def _reduce_mailbox(box: Mailbox) -> tuple[type, tuple[object, ...]]:
     cancelled = sorted(box.cancelled, key=lambda attempt: (attempt.push, attempt.epoch))
     return tuple, ([*box.announced, None, *cancelled, box.opened is None],)
 
 
-_CONSTANTS = (PushConfig, BreakerConfig, CostModel, ChunkShape, EngineCard, Group, Options)
+_CONSTANTS = (PushConfig, BreakerConfig, Costs, ChunkShape, EngineCard, Group, Options)
 _ENUMS = (Kind, State, SourceStage, TargetStage, LoadMode, Outcome, BreakerState, Fate)
 _FROZEN = (Letter, Opened, Lost, TransferReceipt, ReceiveOrder, PushParameters)
 _TABLE: dict[type, Callable[[Any], Any]] = {
@@ -229,7 +258,8 @@ _TABLE: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys(_FROZEN, _reduce_frozen),
     TransferTable: _reduce_table,
     Inbox: _reduce_inbox,
-    FoundPrefix: lambda _: (FoundPrefix, ()),
+    OpenPrompts: _reduce_open_prompts,
+    Hit: lambda _: (Hit, ()),
 }
 
 
@@ -243,11 +273,19 @@ def _reduce_in_order(value: object) -> tuple[type, tuple[()], dict[str, object]]
     return type(value), (), state
 
 
+def _reduce_target(value: PushTarget) -> tuple[type, tuple[()], dict[str, object]]:
+    """What is said in the log, and published, decides nothing."""
+    said = ("_failures", "_known")
+    return PushTarget, (), {k: v for k, v in vars(value).items() if k not in said}
+
+
 _COMPARED = {
     **_TABLE,
+    PushTarget: _reduce_target,
     PushSource: _reduce_in_order,
     Room: _reduce_in_order,
     Inbox: _reduce_news,
+    OpenPrompts: _reduce_what_is_open,
     Counter: _reduce_counter,
     Mailbox: _reduce_mailbox,
 }
@@ -339,6 +377,7 @@ class View:
     states: dict[int, list[int]] = field(default_factory=dict)
     recompute_tokens: int = 1
     root_extra: bytes = b""
+    regard = USUAL
 
     @property
     def num_tokens(self) -> int:

@@ -3,18 +3,29 @@ ranks whose writes are on their way until the history says what becomes of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lamina.control.leases import LeaseBook
-from lamina.control.push_source import PushSource
-from lamina.control.requests import BoundaryState, PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.geometry import GroupKind
-from lamina.plan import LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
-from lamina.push.cards import Route, decode_card, routes
-from lamina.push.inbox import Inbox, Mailbox
-from lamina.push.letters import Letter
-from lamina.push.messages import Delivered, Fenced
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.push.source import PushSource
+from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.data.push_gathers import Bound, Gathers
+from lamina_kv.geometry import GroupKind
+from lamina_kv.plan import (
+    Binding,
+    LoadMode,
+    Outcome,
+    PeerOrder,
+    PushOrder,
+    TransferId,
+    TransferReceipt,
+)
+from lamina_kv.push.cards import Route, decode_card, routes
+from lamina_kv.push.inbox import Inbox, Mailbox
+from lamina_kv.push.letters import Letter
+from lamina_kv.push.messages import Delivered, Fenced
 from protocol.engine import (
     BLOCK,
     COST,
@@ -32,6 +43,13 @@ from protocol.engine import (
 )
 
 PARKED_LOAD = TransferId(1_000_000)
+
+Meanwhile = Callable[[], None]
+
+
+def nothing() -> None:
+    """Nothing happens meanwhile."""
+
 
 Attempt = tuple[str, int]
 """A decode engine's incarnation and its epoch."""
@@ -70,12 +88,15 @@ class Stream:
 
 @dataclass
 class Rank:
-    """One rank's wire, as :mod:`lamina.data.push_wire` has it.
+    """One rank's wire, as :mod:`lamina_kv.data.push_wire` has it.
 
     Attributes:
         known: routes to decode engines that control has made known.
         streams: attempts that are not over.
         failed: attempts that are over and have failed.
+        gathers: prompts that wait for a destination.
+        heard: destinations that are on their way beside the plans.
+        begun: parts of pushes that were begun.
         receipts: what control has not been told yet.
         notices: for the world to carry: who says it, to which rank, what.
     """
@@ -85,10 +106,16 @@ class Rank:
     known: dict[str, tuple[Route, ...]] = field(default_factory=dict)
     streams: dict[Attempt, Stream] = field(default_factory=dict)
     failed: dict[Attempt, str] = field(default_factory=dict)
+    gathers: Gathers[TransferId] = field(default_factory=Gathers)
+    heard: list[Binding] = field(default_factory=list)
+    begun: set[TransferId] = field(default_factory=set)
     receipts: list[TransferReceipt] = field(default_factory=list)
     notices: list[tuple[str, int, Delivered]] = field(default_factory=list)
 
     def begin(self, order: PushOrder) -> None:
+        if order.transfer in self.begun:
+            raise ProtocolViolationError(f"transfer {order.transfer} is sent twice")
+        self.begun.add(order.transfer)
         name = (order.peer, order.epoch)
         stream = self.streams.setdefault(name, Stream(self.failed.get(name, "")))
         pages = tuple(
@@ -125,6 +152,23 @@ class Rank:
             for sending in stream.sendings
             for write in sending.writes
         ]
+
+
+class Channel:
+    """The way to the ranks beside the plans.
+
+    Args:
+        ranks: the ranks.
+        is_open: whether it is there.
+    """
+
+    def __init__(self, ranks: list[Rank], *, is_open: bool) -> None:
+        self.is_open = is_open
+        self._ranks = ranks
+
+    def send(self, binding: Binding) -> None:
+        for rank in self._ranks:
+            rank.heard.append(binding)
 
 
 @dataclass
@@ -175,16 +219,23 @@ class Prefill:
             options.blocks,
             replicated=options.replicated,
         )
-        self.source = PushSource(
-            options.config, options.shape, card, self.transfers, self.leases, METER, cost=COST
-        )
         self.ranks = [
             Rank(rank, f"{self.incarnation} {rank}") for rank in range(options.prefill_ranks)
         ]
+        self.source = PushSource(
+            options.config,
+            options.shape,
+            card,
+            self.transfers,
+            self.leases,
+            METER,
+            cost=COST,
+            channel=Channel(self.ranks, is_open=options.beside),
+        )
         self.requests: dict[str, Request] = {}
         self.content: list[Label | None] = [None] * options.blocks
         self.bell = Bell()
-        self.inbox = Inbox(self.bell)
+        self.inbox = Inbox(self.bell, self.source.take)
         self.boxes: dict[int, Mailbox] = {}
         self.letters: list[Letter] = []
         self.fenced: dict[Attempt, None] = {}
@@ -252,7 +303,7 @@ class Prefill:
         elif hit != "none":
             request.record.load = PARKED_LOAD
             mode = LoadMode.PARKED if hit == "parked" else LoadMode.LAYERWISE
-            request.record.story.mode = mode
+            request.record.offer = Offer(mode=mode)
         self.source.admitted(request.record, tokens, self.now)
         self.exchange()
 
@@ -272,8 +323,13 @@ class Prefill:
         self.exchange()
         self.pool.free(request.view.held())
 
-    def step(self) -> None:
-        """Schedule, plan, run the model, and hear what the ranks have to report."""
+    def step(self, planned: Meanwhile = nothing, ordered: Meanwhile = nothing) -> None:
+        """Schedule, plan, run the model, and hear what the ranks have to report.
+
+        Args:
+            planned: what happens before the ranks have the plan.
+            ordered: what happens before the model has run.
+        """
         self._schedule()
         self.exchange()
         shape = self.options.shape
@@ -298,7 +354,9 @@ class Prefill:
         for request, start, end in ran:
             self.source.progress(request.record, start, end)
         self.source.plan(step=0, now=self.now)
+        planned()
         orders = self._carry_out()
+        ordered()
         self.exchange()
         before = list(self.content)
         for request, start, end in ran:
@@ -317,22 +375,50 @@ class Prefill:
             for incarnation in source.gone:
                 rank.known.pop(incarnation, None)
             for peer in source.peers:
-                card = decode_card(peer.card)
-                rank.known[peer.incarnation] = routes(
-                    rank.rank,
-                    self.options.prefill_ranks,
-                    len(card.ranks),
-                    replicated=card.replicated,
-                )
+                self._meet(rank, peer)
             for stop in source.stops:
-                if (stream := rank.streams.get((stop.peer, stop.epoch))) is not None:
+                name = (stop.peer, stop.epoch)
+                if (stream := rank.streams.get(name)) is not None:
                     stream.failure = stream.failure or "stopped"
+                else:
+                    rank.failed.setdefault(name, "stopped")
+            for binding in source.bindings:
+                self._bind(rank, binding)
+            for dropped in source.drops:
+                rank.gathers.end(dropped)
             for order in orders:
                 self._check_order(rank, order)
                 rank.begin(order)
-        for given in (source.peers, source.gone, source.stops, source.orders):
-            given.clear()
+            for gathered in source.gathers:
+                if (bound := rank.gathers.begin(gathered, gathered)) is not None:
+                    self._send_gathered(rank, bound.binding)
+        source.peers.clear()
+        source.gone.clear()
+        source.stops.clear()
+        source.orders.clear()
+        source.gathers.clear()
+        source.bindings.clear()
+        source.drops.clear()
         return orders
+
+    def _meet(self, rank: Rank, peer: PeerOrder) -> None:
+        card = decode_card(peer.card)
+        rank.known[peer.incarnation] = routes(
+            rank.rank, self.options.prefill_ranks, len(card.ranks), replicated=card.replicated
+        )
+
+    def hear(self, rank: Rank) -> None:
+        """A destination comes beside the plans."""
+        self._bind(rank, rank.heard.pop(0))
+
+    def _bind(self, rank: Rank, binding: Binding) -> None:
+        if rank.gathers.bind(Bound(binding, 0.0)) is not None:
+            self._send_gathered(rank, binding)
+
+    def _send_gathered(self, rank: Rank, binding: Binding) -> None:
+        self._meet(rank, binding.peer)
+        self._check_order(rank, binding.order)
+        rank.begin(binding.order)
 
     def _check_order(self, rank: Rank, order: PushOrder) -> None:
         if (order.peer, order.epoch) in self.fenced:
@@ -486,7 +572,8 @@ class Prefill:
             "blocks": blocks,
             "leases": leases,
             "transfers": len(self.transfers),
-            "writes": any(rank.writes() for rank in self.ranks),
+            "writes": any(rank.writes() or rank.heard for rank in self.ranks),
+            "gathers": any(rank.gathers._open or rank.gathers._early for rank in self.ranks),
             "pushes": self.source.pending or bool(self.source._outbound),
         }
         if any(left.values()):

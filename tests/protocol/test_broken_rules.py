@@ -12,21 +12,27 @@ from typing import Any
 import pytest
 
 from broken_transfers import identities_are_used_again, one_rank_is_enough
-from lamina.control import push_source, push_target
-from lamina.control.push_endings import Endings
-from lamina.control.push_room import Room
-from lamina.control.push_source import Outbound, Progress, PushSource
-from lamina.control.push_target import GiveUp, PushTarget
-from lamina.control.requests import RequestRecord
-from lamina.control.transfers import Transfer
-from lamina.data.push_receives import Receive, Receives
-from lamina.geometry import Group, GroupKind
-from lamina.plan import Outcome, TransferId
-from lamina.push.cards import SenderCard
-from lamina.push.inbox import Inbox, Mailbox
-from lamina.push.letters import Fate, Letter, Lost, News
-from lamina.push.messages import Announce, Attempt, Delivered, Failed, Fenced, decode, encode
-from lamina.push.transports.base import Notice
+from lamina_kv.control.push import sender as push_sender
+from lamina_kv.control.push import source as push_source
+from lamina_kv.control.push import target as push_target
+from lamina_kv.control.push.endings import Endings
+from lamina_kv.control.push.inbound import GiveUp, Inbound, Sender
+from lamina_kv.control.push.open_prompts import OpenPrompt, OpenPrompts, Taken
+from lamina_kv.control.push.outbound import Outbound, Progress
+from lamina_kv.control.push.room import Room
+from lamina_kv.control.push.sender import PushSender
+from lamina_kv.control.push.source import PushSource
+from lamina_kv.control.push.target import PushTarget
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.control.transfers import Transfer
+from lamina_kv.data.push_gathers import Gathers
+from lamina_kv.data.push_receives import Receive, Receives
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.plan import Outcome, TransferId
+from lamina_kv.push.inbox import Inbox, Mailbox
+from lamina_kv.push.letters import Fate, Letter, Lost, News
+from lamina_kv.push.messages import Announce, Attempt, Delivered, Failed, Fenced, decode, encode
+from lamina_kv.push.transports.base import Notice
 from protocol.engine import BLOCK, Options, PushCase
 from protocol.prefill import Prefill
 from protocol.walk import finds
@@ -70,6 +76,10 @@ TWICE = world(
 )
 """A router that uses an id again."""
 STOPPED = world("stop_prefill abort_decode", 2)
+LATE_BOUND = world(
+    "abort_decode abort_prefill preempt break_decode break_prefill", 2, 0, CASE, CASE, beside=True
+)
+"""A prefill engine whose ranks hear of destinations while a step runs."""
 RANKS = world("", 0, 0, SHORT, prefill_ranks=2)
 
 
@@ -105,6 +115,7 @@ def a_peer_that_answers_is_not_waited_for(patch: Patch) -> None:
             inbound.until = min(inbound.until, target._now + target._config.quarantine)
 
     patch.setattr(PushTarget, "settle", and_a_time)
+    patch.setattr(Inbound, "is_over", lambda inbound, now: now >= inbound.ends)
 
 
 def what_has_come_is_not_waited_for(patch: Patch) -> None:
@@ -129,13 +140,13 @@ def torn_writes_are_not_waited_for(patch: Patch) -> None:
 def another_incarnation_is_a_fence(patch: Patch) -> None:
     opened = PushTarget._opened
 
-    def fenced(target: PushTarget, address: str, card: SenderCard, now: float) -> None:
+    def fenced(target: PushTarget, address: str, sender: Sender, now: float) -> None:
         former = {i.attempt: i.incarnation for i in target._inbound.values()}
-        opened(target, address, card, now)
+        opened(target, address, sender, now)
         for inbound in target._inbound.values():
-            known = former[inbound.attempt] not in ("", card.incarnation)
+            known = former[inbound.attempt] not in ("", sender.card.incarnation)
             if inbound.address == address and known:
-                inbound.fenced, inbound.until = True, now
+                inbound.fenced, inbound.until, inbound.lingering = True, now, 0.0
 
     patch.setattr(PushTarget, "_opened", fenced)
 
@@ -143,8 +154,8 @@ def another_incarnation_is_a_fence(patch: Patch) -> None:
 def another_incarnation_answers_for_the_former(patch: Patch) -> None:
     opened = PushTarget._opened
 
-    def forget(target: PushTarget, address: str, card: SenderCard, now: float) -> None:
-        opened(target, address, card, now)
+    def forget(target: PushTarget, address: str, sender: Sender, now: float) -> None:
+        opened(target, address, sender, now)
         for inbound in target._inbound.values():
             inbound.lingering = 0.0
 
@@ -281,7 +292,7 @@ def what_is_stopped_is_fenced_at_once(patch: Patch) -> None:
 
 
 def torn_is_said_to_be_clean(patch: Patch) -> None:
-    patch.setattr(push_source, "TORN", "nothing that a write says")
+    patch.setattr(push_sender, "TORN", "nothing that a write says")
 
 
 def failed_writes_are_ignored(patch: Patch) -> None:
@@ -296,16 +307,17 @@ def failed_writes_are_ignored(patch: Patch) -> None:
 
 
 def sources_are_not_leased(patch: Patch) -> None:
-    send = PushSource._send
+    send = PushSender._send
 
-    def unleased(source: PushSource, *args: Any, **others: Any) -> None:
-        before = {transfer.id for transfer in source._transfers.live()}
-        send(source, *args, **others)
-        for transfer in source._transfers.live():
+    def unleased(sender: PushSender, *args: Any, **others: Any) -> str:
+        before = {transfer.id for transfer in sender._transfers.live()}
+        problem = send(sender, *args, **others)
+        for transfer in sender._transfers.live():
             if transfer.id not in before and transfer.lease is not None:
                 transfer.lease.release()
+        return problem
 
-    patch.setattr(PushSource, "_send", unleased)
+    patch.setattr(PushSender, "_send", unleased)
 
 
 def prompts_that_have_ended_are_not_held(patch: Patch) -> None:
@@ -379,14 +391,14 @@ def nobody_runs_out_of_patience(patch: Patch) -> None:
 
 
 def prompts_are_not_compared(patch: Patch) -> None:
-    patch.setattr(PushSource, "_misfit", lambda source, record, announce, peer: "")
+    patch.setattr(push_source, "misfit", lambda *_: "")
 
 
 def any_state_is_sent(patch: Patch) -> None:
-    def newest(source: PushSource, out: Outbound, group: int) -> Any:
+    def newest(sender: PushSender, out: Outbound, group: int) -> Any:
         return [block for _, block, _ in [out.states[group]]] if group in out.states else ()
 
-    patch.setattr(PushSource, "_state_blocks", newest)
+    patch.setattr(PushSender, "_state_blocks", newest)
 
 
 def states_are_not_leased(patch: Patch) -> None:
@@ -435,6 +447,70 @@ def an_idle_engine_is_not_woken(patch: Patch) -> None:
         return bool(prefill.requests or prefill.transfers.pending or prefill.source.pending)
 
     patch.setattr(Prefill, "awake", property(awake))
+
+
+# -- late binding, broken -------------------------------------------------------------------------
+
+
+def who_takes_what_is_withdrawn_is_obeyed(patch: Patch) -> None:
+    patch.setattr(OpenPrompts, "withdraw", OpenPrompts.taken)
+
+
+def what_was_taken_is_withdrawn(patch: Patch) -> None:
+    withdraw = OpenPrompts.withdraw
+
+    def unheard(offers: OpenPrompts, push: str) -> None:
+        withdraw(offers, push)
+
+    patch.setattr(OpenPrompts, "withdraw", unheard)
+    patch.setattr(OpenPrompts, "taken", lambda offers, push: None)
+
+
+def the_link_fences_what_is_being_sent(patch: Patch) -> None:
+    letter = Inbox.letter
+
+    def and_keep(inbox: Inbox, box: Mailbox, item: Letter, size: int) -> Attempt | None:
+        before, take = inbox._next, inbox._take
+        never = letter(inbox, box, item, size)
+        if isinstance(item.message, Announce) and inbox._next == before:
+            inbox._take = lambda peer, announce: False
+            letter(inbox, box, item, size)
+            inbox._take = take
+        return never
+
+    patch.setattr(Inbox, "letter", and_keep)
+
+
+def a_binding_that_comes_twice_is_obeyed_twice(patch: Patch) -> None:
+    patch.setattr(Gathers, "bind", lambda gathers, bound: bound.binding.order.transfer)
+
+
+def plans_carry_no_bindings(patch: Patch) -> None:
+    patch.setattr(PushSource, "bindings", property(lambda source: []))
+
+
+def what_was_taken_is_not_waited_for(patch: Patch) -> None:
+    adopt = PushSender.adopt
+
+    def and_forget(sender: PushSender, out: Outbound, taken: Taken) -> None:
+        adopt(sender, out, taken)
+        out.moving.clear()
+
+    patch.setattr(PushSender, "adopt", and_forget)
+
+
+def what_is_gathered_is_not_leased(patch: Patch) -> None:
+    gather = PushSender.gather
+
+    def unleased(sender: PushSender, out: Outbound, step: int) -> OpenPrompt:
+        offer = gather(sender, out, step)
+        transfer = sender._transfers.get(offer.transfer)
+        assert transfer is not None
+        assert transfer.lease is not None
+        transfer.lease.release()
+        return offer
+
+    patch.setattr(PushSender, "gather", unleased)
 
 
 # -- what the model sees -------------------------------------------------------------------------
@@ -486,6 +562,13 @@ BREAKS: dict[Break, Options] = {
     anybody_may_take_a_push_over: TWICE,
     the_link_fences_what_it_hands_on: GIVEN_UP,
     an_idle_engine_is_not_woken: world("never_prefill", 1),
+    who_takes_what_is_withdrawn_is_obeyed: LATE_BOUND,
+    what_was_taken_is_withdrawn: LATE_BOUND,
+    the_link_fences_what_is_being_sent: LATE_BOUND,
+    a_binding_that_comes_twice_is_obeyed_twice: LATE_BOUND,
+    plans_carry_no_bindings: world("deaf", 1, beside=True),
+    what_was_taken_is_not_waited_for: LATE_BOUND,
+    what_is_gathered_is_not_leased: LATE_BOUND,
 }
 """Each break, and a world in which it shows."""
 

@@ -8,9 +8,11 @@ moment, and everything else in any order. ``test_broken_rules`` shows what the m
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from lamina.geometry import Group, GroupKind
+from lamina_kv.geometry import Group, GroupKind
 from protocol.engine import BLOCK, Options, PushCase
 from protocol.explore import explore
 from protocol.world import FAULTS, HURRIES
@@ -25,6 +27,8 @@ FROM_A_TIER = tuple(
 QUICK = ("preempt", "lag", "tarry", "never_prefill", "never_decode", "abort_prefill", "write_fails")
 SOME = 800
 """States of a search that has no time for all."""
+MORE = int(os.environ.get("LAMINA_PROTOCOL_STATES", "2000"))
+"""States, after something has gone wrong, of a search that has more time."""
 
 
 def everything(options: Options) -> None:
@@ -37,6 +41,11 @@ def some(options: Options) -> None:
     found = explore(options, limit=20 * SOME, wrong_later=SOME, seed=1)
     assert found.wrong_later >= SOME
     assert max(found.depths) >= 8
+
+
+def more(options: Options) -> None:
+    """As :func:`some`, with more of it."""
+    assert explore(options, limit=10 * MORE, wrong_later=MORE, seed=1).wrong_later >= MORE
 
 
 def faults(text: str) -> frozenset[str]:
@@ -76,6 +85,24 @@ def test_states_and_windows() -> None:
     some(Options((LONG,), groups=(FULL, WINDOW), faults=kinds, budget=1))
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_destinations_that_are_known_while_a_step_runs(ranks: int) -> None:
+    everything(Options((SHORT,), ranks, beside=True))
+    everything(Options((SHORT,), ranks, faults=faults("deaf"), budget=1, beside=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_goes_wrong_while_destinations_become_known(ranks: int) -> None:
+    kinds = faults("abort_decode abort_prefill preempt write_fails break_prefill deaf moment")
+    some(Options((CASE,), ranks, faults=kinds, budget=2, hurries=1, beside=True))
+
+
+def test_states_and_windows_that_leave_while_a_step_runs() -> None:
+    kinds = faults("abort_decode preempt crash_decode")
+    some(Options((LONG,), groups=(FULL, STATE), faults=kinds, budget=1, beside=True))
+    some(Options((LONG,), groups=(FULL, WINDOW), faults=kinds, budget=1, beside=True))
+
+
 def test_little_may_be_on_its_way() -> None:
     kinds = faults("abort_prefill preempt write_fails")
     some(Options((CASE,), faults=kinds, budget=1, narrow=True))
@@ -108,19 +135,29 @@ def test_a_router_uses_an_id_again(misled: bool) -> None:
 # -- what takes minutes --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", sorted(FAULTS.difference(QUICK)))
 def test_one_thing_goes_wrong_at_length(kind: str) -> None:
     everything(Options((SHORT,), faults=faults(kind), budget=1))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FAULTS.difference(QUICK)))
+def test_one_thing_goes_wrong_in_part(kind: str) -> None:
+    found = explore(
+        Options((SHORT,), faults=faults(kind), budget=1), limit=20 * SOME, wrong_later=SOME, seed=1
+    )
+    assert found.complete or found.wrong_later >= SOME
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", QUICK)
 def test_one_thing_goes_wrong_in_one_of_two_chunks(kind: str) -> None:
     everything(Options((CASE,), faults=faults(kind), budget=1))
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -135,14 +172,14 @@ def test_one_thing_goes_wrong_in_one_of_two_chunks(kind: str) -> None:
 )
 def test_two_things_go_wrong(kinds: str) -> None:
     """And time passes early once; a part of it."""
-    options = Options((CASE,), faults=faults(kinds) | HURRIES, budget=2, hurries=1)
-    assert explore(options, limit=100_000, wrong_later=10_000, seed=1).wrong_later >= 10_000
+    more(Options((CASE,), faults=faults(kinds) | HURRIES, budget=2, hurries=1))
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 def test_two_pushes() -> None:
-    found = explore(Options((SHORT, SHORT)), limit=20_000, seed=1)
-    assert found.states >= 20_000
+    found = explore(Options((SHORT, SHORT)), limit=2 * MORE, seed=1)
+    assert found.states >= 2 * MORE
 
 
 @pytest.mark.soak
@@ -161,20 +198,20 @@ def test_two_pushes_of_which_one_goes_wrong(kinds: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 @pytest.mark.parametrize("groups", [(FULL, STATE), (FULL, WINDOW)], ids=["state", "window"])
 def test_one_thing_goes_wrong_with_groups(groups: tuple[Group, ...]) -> None:
-    options = Options((LONG,), groups=groups, faults=FAULTS, budget=1)
-    assert explore(options, limit=100_000, wrong_later=10_000, seed=1).wrong_later >= 10_000
+    more(Options((LONG,), groups=groups, faults=FAULTS, budget=1))
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 @pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 2)])
 def test_one_thing_goes_wrong_with_ranks(prefill: int, decode: int) -> None:
-    options = Options((SHORT,), prefill, decode, faults=FAULTS, budget=1)
-    assert explore(options, limit=100_000, wrong_later=10_000, seed=1).wrong_later >= 10_000
+    more(Options((SHORT,), prefill, decode, faults=FAULTS, budget=1))
 
 
 @pytest.mark.slow
+@pytest.mark.scaled
 def test_one_rank_is_stopped_while_a_write_of_the_other_fails() -> None:
-    options = Options((SHORT,), 2, 2, faults=faults("write_fails deadline"), budget=2)
-    assert explore(options, limit=100_000, wrong_later=10_000, seed=1).wrong_later >= 10_000
+    more(Options((SHORT,), 2, 2, faults=faults("write_fails deadline"), budget=2))

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lamina.geometry import Group, GroupKind
+from lamina_kv.geometry import Group, GroupKind
 from protocol.engine import BLOCK, Options, PushCase
 from protocol.world import FAULTS, HURRIES, World, settle
 
@@ -53,6 +53,7 @@ options = st.builds(
     replicated=st.booleans(),
     narrow=st.booleans(),
     chunk=st.sampled_from((2, 1, 3)),
+    beside=st.booleans(),
 )
 
 
@@ -136,4 +137,5 @@ def _draw(random: Random) -> Options:
         replicated=random.random() < 0.3,
         narrow=random.random() < 0.3,
         chunk=random.choice((2, 2, 1, 3)),
+        beside=random.random() < 0.5,
     )

@@ -16,13 +16,13 @@ from itertools import count, islice
 from math import inf
 from typing import Generic, TypeVar
 
-from lamina.control.push_inbound import Inbound, Stage
-from lamina.control.push_source import Stage as SourceStage
-from lamina.plan import TORN
-from lamina.push.cards import SenderCard
-from lamina.push.inbox import Mailbox
-from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import Announce, Delivered, Fenced, LinkMessage, Welcome
+from lamina_kv.control.push.inbound import Inbound, Stage
+from lamina_kv.control.push.outbound import Stage as SourceStage
+from lamina_kv.plan import TORN
+from lamina_kv.push.cards import SenderCard
+from lamina_kv.push.inbox import Mailbox
+from lamina_kv.push.letters import Fate, Letter, Lost, Opened
+from lamina_kv.push.messages import Announce, Delivered, Fenced, LinkMessage, Welcome
 from protocol.decode import Arrived, Decode
 from protocol.engine import (
     PATIENCE,
@@ -57,6 +57,7 @@ FAULTS = frozenset(
         "tarry",
         "stop_prefill",
         "hang_prefill",
+        "deaf",
     }
 )
 """Everything that may go wrong."""
@@ -280,6 +281,9 @@ class World:
         for prefill in self._living():
             if not prefill.stopped:
                 yield from self._landings(prefill)
+                for rank in prefill.ranks:
+                    if rank.heard:
+                        yield "hear", prefill.index, rank.rank
         for decode in self.decodes:
             for rank_index in sorted({item.rank for item in decode.arrived}):
                 yield "take_up", decode.index, rank_index
@@ -293,6 +297,9 @@ class World:
                     yield "end_prefill", prefill.index, name
             if prefill.awake:
                 yield "step_prefill", prefill.index
+                if self.options.beside and prefill.requests and self._unread(prefill):
+                    yield "read_in_step", prefill.index, "planned"
+                    yield "read_in_step", prefill.index, "ordered"
         for decode in self.decodes:
             for name, request_there in decode.requests.items():
                 if request_there.stage in ("resumed", "recomputed"):
@@ -340,6 +347,18 @@ class World:
                 elif link.prefill not in self.down and self.prefills[link.prefill].stopped:
                     yield "silent", number
 
+    def _unread(self, prefill: Prefill) -> list[int]:
+        """Connections on which something has come to a prefill engine."""
+        return [
+            number
+            for number, link in enumerate(self.connections)
+            if link.prefill == prefill.index
+            and link.to_prefill
+            and link.reader
+            and self._listens(link)
+            and self._reads(link)
+        ]
+
     def _reads(self, link: Connection) -> bool:
         return self.prefills[link.prefill].incarnation == link.reader
 
@@ -375,6 +394,8 @@ class World:
                 for number in range(len(rank.writes())):
                     yield "write_fails", prefill.index, rank.rank, number
                     yield "lag", prefill.index, rank.rank, number
+                if rank.heard:
+                    yield "deaf", prefill.index, rank.rank
         for prefill in self._going():
             yield "stop_prefill", prefill.index
             yield "hang_prefill", prefill.index
@@ -512,6 +533,27 @@ class World:
 
     def _step_prefill(self, index: int) -> None:
         self.prefills[index].step()
+
+    def _read_in_step(self, index: int, when: str) -> None:
+        """The link reads, and the ranks hear of it, while a step is under way."""
+        prefill = self.prefills[index]
+
+        def read() -> None:
+            for number in self._unread(prefill):
+                self._read_prefill(number)
+            for rank in prefill.ranks:
+                while rank.heard:
+                    prefill.hear(rank)
+
+        prefill.step(**{when: read})
+
+    def _hear(self, index: int, rank: int) -> None:
+        prefill = self.prefills[index]
+        prefill.hear(prefill.ranks[rank])
+
+    def _deaf(self, index: int, rank: int) -> None:
+        """What is said beside the plans does not arrive."""
+        self.prefills[index].ranks[rank].heard.clear()
 
     def _loaded(self, index: int, push: str) -> None:
         self.prefills[index].loaded(push)

@@ -129,6 +129,7 @@ class FakeEngine:
         calls: what it was asked, by others than the proxy itself.
         script: what it does about it.
         healthy: what it says about itself.
+        musing: seconds that it thinks before it says so.
         models: names of the models that it says that it serves; None if it does not say.
         ranks: numbers of its data-parallel ranks; None if it does not say.
     """
@@ -137,6 +138,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.script = script
         self.healthy = True
+        self.musing = 0.0
         self.models: list[str] | None = ["model"]
         self.ranks: list[int] | None = [0]
         self._running = Running(self, lifespan=False)
@@ -155,6 +157,7 @@ class FakeEngine:
     def as_new(self) -> FakeEngine:
         """Forget everything, once it is done with what it was asked, also by those that have
         left: what they sent was there before the two health checks."""
+        self.musing = 0.0
         for _ in range(2):
             httpx.get(f"{self.url}/health", trust_env=False, timeout=PATIENCE)
         until(lambda: all(call.ended.is_set() for call in self.calls))
@@ -175,6 +178,7 @@ class FakeEngine:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/health":
+            await asyncio.sleep(self.musing)
             await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
@@ -223,7 +227,7 @@ class Program(FakeEngine):
     """An engine that is a process's only content, and says whom it has answered."""
 
     def __init__(self, script: Script) -> None:
-        self.calls, self.script, self.healthy = [], script, True
+        self.calls, self.script, self.healthy, self.musing = [], script, True, 0.0
         self.models, self.ranks = ["model"], [0]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from lamina.push.proxy.app import create_app
-from lamina.push.proxy.balancing import Balancer
-from lamina.push.proxy.settings import PrefillAddress, Settings
+from lamina_kv.push.proxy.app import create_app
+from lamina_kv.push.proxy.balancing import Balancer
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import FakeEngine
 from push_proxy.running import PATIENCE, Running, until
 
@@ -63,9 +63,10 @@ def proxied(
     push: Sequence[str] | None = None,
     balancer: Balancer | None = None,
     usable: int | None = None,
+    patient: bool = True,
     **settings: Any,
 ) -> Iterator[Proxy]:
-    """A proxy while the ``with`` block runs; entered when its engines are usable.
+    """A proxy while the ``with`` block runs.
 
     Args:
         prefill: engines, or URLs of such as there are none.
@@ -73,6 +74,8 @@ def proxied(
         push: addresses of the prefill engines; by default nobody's.
         balancer: the proxy's.
         usable: how many engines to wait for; by default those that are more than a URL.
+        patient: whether to wait for them, on a machine that may be too busy for the proxy to have
+            them all when it begins to listen.
         settings: that differ from the defaults.
     """
     urls = [_url(engine) for engine in prefill]
@@ -89,7 +92,8 @@ def proxied(
     proxy = Proxy(running)
     try:
         there = [engine for engine in (*prefill, *decode) if isinstance(engine, FakeEngine)]
-        proxy.wait_usable(len(there) if usable is None else usable)
+        if patient:
+            proxy.wait_usable(len(there) if usable is None else usable)
         yield proxy
     finally:
         proxy.client.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from lamina.bench.ports import free_port
+from lamina_kv.bench.ports import free_port
 
 PATIENCE = 60.0
 """Seconds after which what has to happen does not. Two cores may have much else to do."""

@@ -12,21 +12,22 @@ from random import Random
 from typing import Self
 from unittest.mock import patch
 
-from lamina.control.planner import Planner
-from lamina.data.early_release import Arrival
-from lamina.keys import CHECKPOINT, Epoch
-from lamina.observe.metrics import Meter
-from lamina.plan import Receipt
+from lamina_kv.control.planner import Planner
+from lamina_kv.keys import CHECKPOINT, Epoch
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import Move, Receipt, TierName, TierOrders
+from lamina_kv.tiers.regard import USUAL, Regard
 from simulator.content import Ledger, Violation
 from simulator.faults import Sky, Weather
 from simulator.forward import Part
 from simulator.hand_off import HandOffScheduler
-from simulator.options import Options
+from simulator.options import Options, Sort
 from simulator.pool import EnginePool, LeasedPool
 from simulator.rank import Misread, Rank, Surroundings
 from simulator.request import Request, Status
 from simulator.scheduler import Scheduler
 from simulator.step import Step
+from simulator.stores import Past
 from simulator.virtual import World
 from simulator.watch import Watch
 
@@ -35,9 +36,6 @@ STEP_SECONDS = 0.001
 
 PATIENCE = 500
 """Steps after which a request that is not served is a hang."""
-
-EARLY = 0.3
-"""Chance that a parked load is released when its rank is asked."""
 
 _NAMESPACE = b"simulator"
 
@@ -51,7 +49,8 @@ class Simulator:
     Args:
         seed: decides everything that the caller does not.
         options: the engine.
-        store: directory for the disk tier; needed if there is one.
+        store: directory for disks; needed if there is one.
+        past: what earlier engines have left behind.
         virtual: whether threads and time are virtual; else they are real, and no two histories
             are the same.
 
@@ -61,7 +60,13 @@ class Simulator:
     """
 
     def __init__(
-        self, seed: int, options: Options, store: Path | None = None, *, virtual: bool = True
+        self,
+        seed: int,
+        options: Options,
+        store: Path | None = None,
+        *,
+        past: Past | None = None,
+        virtual: bool = True,
     ) -> None:
         self.options = options
         self.steps = 0
@@ -69,9 +74,10 @@ class Simulator:
         self._random = Random(seed)
         self._trace: deque[tuple[object, ...]] = deque(maxlen=80)
         self._exit = ExitStack()
-        self._sky = Sky(self._random, options.deadline, options.takes_back)
+        self._sky = Sky(self._random, options.deadline)
         self._world = World(self._random, self._sky.delay)
         self._virtual = virtual
+        self._killed = False
         self._clock = self._world.read if virtual else time.monotonic
         self._weights = 0
         self._changes = 0
@@ -81,7 +87,10 @@ class Simulator:
         self._outstanding: Counter[str] = Counter()
         self._last_progress = 0
         self._ledger = Ledger(options.ranks, options.rows, replicas=options.replicas)
-        self._watch = Watch(options, self._ledger)
+        past = past or Past()
+        past.lives += 1
+        self._incarnation = f"simulator {past.lives}"  # a history is the same in every process
+        self._watch = Watch(options, self._ledger, past)
         self._pool = EnginePool(options.blocks, options.prefix_caching, self._watch.reused)
         self._leased = LeasedPool(self._pool)
         self._around = Surroundings(
@@ -89,22 +98,32 @@ class Simulator:
             ledger=self._ledger,
             pump=self._pump,
             stall=self._stall,
-            leased=lambda block: block in self._leased.leased,
+            stalled=self._world.stalled,
             clock=self._clock,
             slack=STEP_SECONDS if virtual else 10.0,
             store=store or Path("/nowhere"),
+            shelves=past.shelves,
         )
 
     def __enter__(self) -> Self:
-        """Open the tiers and start the executors."""
+        """Open the tiers and start the executors.
+
+        Raises:
+            Violation: if what earlier engines have left behind is not what it should be.
+        """
+        try:
+            self._open()
+        except BaseException:  # else threads and time stay virtual until nobody knows when
+            self._exit.close()
+            raise
+        return self
+
+    def _open(self) -> None:
         if self._virtual:
             self._exit.enter_context(self._world.entered())
         options = self.options
         piece = options.piece_chunks * options.chunk_bytes // options.rows
-        for module in ("load_pipeline", "sources"):
-            self._exit.enter_context(patch(f"lamina.data.{module}.PIECE_BYTES", piece))
-        early = "lamina.data.early_release.EarlyRelease.allows"
-        self._exit.enter_context(patch(early, self._allow))
+        self._exit.enter_context(patch("lamina_kv.data.loads.PIECE_BYTES", piece))
         self._ranks: list[Rank] = []
         for number in range(options.ranks):
             leader = self._ranks[0] if number and options.replicas else None
@@ -113,7 +132,7 @@ class Simulator:
             for file in rank.files:
                 self._exit.callback(file.close)
             self._ranks.append(rank)
-        self._exit.callback(self.hurry)
+        self._exit.callback(self._end)
         self._planner = Planner(
             options.config(self._around.store),
             options.shape,
@@ -121,9 +140,8 @@ class Simulator:
             self._leased,
             [rank.executor.report() for rank in self._ranks],
             meter := Meter(),
-            reports_blocks=options.takes_back,
             leases_loads=options.hand_off,
-            incarnation="simulator",  # a history is the same in every process
+            incarnation=self._incarnation,
             clock=self._clock,
         )
         self._watch.attach(self._planner, self._ranks, self._leased, meter)
@@ -136,7 +154,6 @@ class Simulator:
             self._note,
             self._random,
         )
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close everything."""
@@ -158,12 +175,28 @@ class Simulator:
         self._sky.weather = weather
 
     @property
+    def dry(self) -> set[str]:
+        """Tiers that are spared of it."""
+        return self._sky.dry
+
+    @dry.setter
+    def dry(self, tiers: set[str]) -> None:
+        self._sky.dry = tiers
+
+    @property
+    def tokens_loaded(self) -> int:
+        """Tokens of prompts that were neither computed nor found in the engine, as counted."""
+        return self._watch.tokens_loaded
+
+    @property
     def active(self) -> list[str]:
         """Requests that are not over."""
         requests = self._scheduler.requests.values()
         return [r.request_id for r in requests if r.status is not Status.FINISHED]
 
-    def submit(self, prompt: Sequence[int], max_tokens: int, salt: int = 0) -> str:
+    def submit(
+        self, prompt: Sequence[int], max_tokens: int, salt: int = 0, *, regard: Regard = USUAL
+    ) -> str:
         """A new request; returns its name."""
         self._submitted += 1
         recompute = 1 + self.options.drafts
@@ -172,6 +205,7 @@ class Simulator:
             self.options.chunk_tokens, self._weights, self._planner.epoch,
             self.options.ring_blocks,
         )  # fmt: skip
+        request.regard = regard
         self._learn(request, 0)
         self._watch.submitted(request)
         self._scheduler.submit(request)
@@ -194,12 +228,26 @@ class Simulator:
         self._hurried.set()
         self._hurried = threading.Event()
 
-    def damage_disk(self) -> None:
-        """Bits flip on disk."""
-        if self.options.disk_slots:
+    def kill(self) -> None:
+        """The engine's process is killed: leave the context, and nothing else."""
+        self._note("kill")
+        self._killed = True
+
+    def _end(self) -> None:
+        if self._killed and self._virtual:
+            self._world.kill()
+        else:
+            self.hurry()
+
+    def damage(self) -> None:
+        """Bits flip in far tiers."""
+        if self.options.tiers:
             self._note("damage")
-            self._watch.disk_is_damaged = True
-            self._random.choice(self._ranks).damage_disk()
+            tier = self._random.choice(self.options.tiers)
+            spoiled = self._random.choice(self._ranks).damage(tier)
+            if tier.sort is Sort.DISK:
+                self._watch.damaged.add(TierName(tier.name))
+            self._watch.spoiled.update((TierName(tier.name), key) for key in spoiled)
 
     def reset(self) -> None:
         """Find nothing any more of what is kept outside of the engine."""
@@ -207,9 +255,11 @@ class Simulator:
         self._planner.reset()
         self._rename()
 
-    def empty_host(self) -> None:
-        """Everything in host memory is given up; what is on disk stays."""
-        self._planner._catalog.host.clear()
+    def empty_near(self) -> None:
+        """Everything near is given up; what is in far tiers stays."""
+        near = self._planner._books.catalog.near
+        for key in list(near.visible):
+            near.drop(key)
 
     def forget_prefixes(self) -> None:
         """Empty the engine's own prefix cache."""
@@ -250,6 +300,10 @@ class Simulator:
         """Chunks that a request has computed and that no tier holds, if none was aborted."""
         return self._watch.missing()
 
+    def unshared(self) -> int:
+        """Chunks that a tier lacks which keeps what is shared, in fair weather."""
+        return self._watch.unshared()
+
     # -- the engine's loop -----------------------------------------------------------------------
 
     @property
@@ -281,6 +335,8 @@ class Simulator:
                 return
         if self._queue:
             self._finish_step(self._queue.popleft())
+        if self._sky.strikes(self.weather.vanishes):
+            self._random.choice(self._ranks).vanish()
         if self.steps % 16 == 0:
             self._watch.check_tiers()
             self._planner.gauges()
@@ -292,14 +348,14 @@ class Simulator:
         for item in step.items:
             self._watch.ran(item.run, item.count)
         parts = [Part(item, self._random, self._ledger, window) for item in step.items]
-        lost: set[int] = set()
+        failed: dict[str, None] = {}
         arrived: list[str] = []
         receipts: list[Receipt] = []
         misreads: list[Misread] = []
         for rank in self._ranks:
             outcomes, wrong = rank.run(step, parts)
             self._watch.reported(outcomes.receipt)
-            lost |= outcomes.lost_blocks
+            failed.update(dict.fromkeys(sorted(outcomes.failed)))
             misreads += wrong
             for request_id in sorted(outcomes.arrived):
                 self._outstanding[request_id] += 1
@@ -308,20 +364,20 @@ class Simulator:
                     arrived.append(request_id)
             step.reports.append(outcomes.receipt)
             receipts.append(rank.mail.exchange(outcomes.receipt))
-        self._judge(misreads, lost)
+        self._judge(misreads)
         for part in parts:
             part.item.run.position = part.after
-        if lost:
-            self._note("lost", *sorted(lost))
+        if failed:
+            self._note("failed", *failed)
             self.counts["failed loads"] += 1
         before = {id(part.item): part.item.run.request.num_tokens for part in parts}
-        self._scheduler.update(step, lost, arrived, receipts)
+        self._scheduler.update(step, failed, arrived, receipts)
         for part in parts:
             self._learn(part.item.run.request, before[id(part.item)])
         if parts or arrived:
             self._last_progress = self.steps
 
-    def _judge(self, misreads: Sequence[Misread], lost: set[int]) -> None:
+    def _judge(self, misreads: Sequence[Misread]) -> None:
         if self._around.violations:
             raise self._around.violations[0]
         for error in self._world.failures:
@@ -329,8 +385,7 @@ class Simulator:
                 raise Violation(f"a job raised {error!r}") from error
         self._world.failures.clear()
         for misread in misreads:
-            if not lost.intersection(misread.run.blocks.ids[: misread.index + 1]):
-                raise Violation(f"a wrong token: {misread.text}")
+            raise Violation(f"a wrong token: {misread.text}")
 
     def drain(self) -> None:
         """Let every request and every transfer come to its end, and check what is left.
@@ -371,19 +426,14 @@ class Simulator:
             self._world.stall(seconds)
         else:
             seconds = self._sky.delay("load") if seconds is None else 0.0
-            self._hurried.wait(min(seconds, threading.TIMEOUT_MAX))
+            if threading.current_thread() is not threading.main_thread():
+                self._hurried.wait(min(seconds, threading.TIMEOUT_MAX))
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _pump(self) -> None:
         if self._virtual:
             self._world.pump(4)
-
-    def _allow(self, arrival: Arrival) -> bool:
-        """Released early, at any moment: the right one is not what keeps promises."""
-        allowed = self._random.random() < EARLY
-        self.counts["released early"] += allowed
-        return allowed
 
     def _learn(self, request: Request, known: int) -> None:
         if request.num_tokens > known:
@@ -396,17 +446,21 @@ class Simulator:
 
     def _count(self, step: Step) -> None:
         self.counts["saves"] += len(step.plan.saves)
-        self.counts["writes"] += len(step.plan.writes)
-        self.counts["fetches"] += len(step.plan.fetches)
+        for tier in step.plan.tiers:
+            self.counts["moves outward"] += len(tier.outward)
+            self.counts["moves inward"] += len(tier.inward)
+            self.counts["asks"] += len(tier.asks)
+            self.counts["drops"] += len(tier.drops)
         self.counts["forwards"] += bool(step.items)
         for order in step.plan.loads:
             self.counts[f"{order.mode.value} loads"] += 1
-            self.counts["chunks loaded"] += len(order.chunks)
+            self.counts["chunks loaded"] += len(self._watch.slots_of(order))
         if not step.plan.is_empty:
             self._note(
                 "plan",
                 [(o.transfer, o.request_id, o.mode.value) for o in step.plan.loads],
                 [(o.transfer, o.request_id, o.slot, o.blocks) for o in step.plan.saves],
+                *(_describe(orders) for orders in step.plan.tiers),
             )
 
     def _note(self, *what: object) -> None:
@@ -418,3 +472,16 @@ class Simulator:
         lines = [f"{self.options}", f"{self.weather}", f"after {self.steps} steps"]
         lines += [" ".join(map(str, entry)) for entry in self._trace]
         return "\n".join(lines)
+
+
+def _describe(orders: TierOrders) -> str:
+    """What a far tier is to do, in short."""
+
+    def moves(moves: Sequence[Move]) -> str:
+        return " ".join(f"{m.transfer}:{m.key.hex()[:6]}({m.near},{m.far})" for m in moves)
+
+    asks = " ".join(f"{ask.transfer}:{len(ask.keys)}" for ask in orders.asks)
+    return (
+        f"{orders.tier} drops {orders.drops} out {moves(orders.outward)} in "
+        f"{moves(orders.inward)} asks {asks}"
+    )

@@ -1,20 +1,16 @@
-"""What goes wrong: the weather, and the tiers and the transport that it rains on."""
+"""What goes wrong: the weather, and the copies and the transport that it rains on."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 
-import numpy as np
-
-from lamina.data.load_pipeline import BadChunks, Piece, RowSource
-from lamina.data.movers import Fence
-from lamina.data.tiers.disk import DiskTier
-from lamina.data.tiers.disk_slab import Extent
-from lamina.plan import ChunkKey, Receipt, TransferReceipt
+from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.plan import Receipt, TransferReceipt
 
 WRITE_TIME = 0.5
 """Deadlines that the write of a stalled load into the engine takes at most."""
@@ -29,28 +25,48 @@ class Weather:
     """Probabilities of what can go wrong.
 
     Attributes:
-        bad: of a row of a piece, that some of its chunks cannot be read.
-        error: of a row of a piece, that reading it raises.
-        slow: of a job, that it takes up to a few deadlines.
-        hang: of a job, that it takes for ever.
+        error: of a row of a load between steps, that its copy raises.
+        slow: of a load or save, that it takes up to a few deadlines.
+        hang: of a save, that it takes for ever.
+        far_slow: of a call of a far tier, that it takes up to a few deadlines.
+        far_hang: of a call of a far tier, that it takes for ever.
         late: of a rank's receipts, that they are held back for a step.
         twice: of a receipt, that it is delivered again.
         stale: of a step, that a receipt of long ago is delivered again.
         shuffled: of a delivery, that the receipts in it change places.
         overtaken: of a receipt, that it is held back and later ones are not.
-        write_error: of a call that changes the disk, that it raises.
+        gone: of a chunk that a far tier is to read, that it vanished a moment before.
+        wrong: of a chunk that a far tier has read, that its bytes are others, without a word.
+        unread: of a chunk that a far tier is to read, that it is not, and the store says so.
+        refused: of a chunk that a far tier is to write, that it is not, and the store says so.
+        unsure: of a chunk that a far tier has written, that the store says it was not.
+        unkept: of a chunk that a store without slots has written, that it is gone at once.
+        raises: of a call of a store, that it raises.
+        unanswered: of a question, that there is no answer.
+        lies: of each answer, that it is the wrong one.
+        vanishes: of a step, that a store without slots gives up some chunks.
     """
 
-    bad: float = 0.0
     error: float = 0.0
     slow: float = 0.0
     hang: float = 0.0
+    far_slow: float = 0.0
+    far_hang: float = 0.0
     late: float = 0.0
     twice: float = 0.0
     stale: float = 0.0
     shuffled: float = 0.0
     overtaken: float = 0.0
-    write_error: float = 0.0
+    gone: float = 0.0
+    wrong: float = 0.0
+    unread: float = 0.0
+    refused: float = 0.0
+    unsure: float = 0.0
+    unkept: float = 0.0
+    raises: float = 0.0
+    unanswered: float = 0.0
+    lies: float = 0.0
+    vanishes: float = 0.0
 
     @classmethod
     def draw(cls, random: Random) -> Weather:
@@ -60,16 +76,26 @@ class Weather:
             return rain * random.random() if random.random() < 0.3 else 0.0
 
         return cls(
-            bad=chance(0.3),
             error=chance(0.2),
             slow=chance(0.3),
             hang=chance(0.05),
+            far_slow=chance(0.5),
+            far_hang=chance(0.1),
             late=chance(0.5),
             twice=chance(0.5),
             stale=chance(0.5),
             shuffled=chance(1.0),
             overtaken=chance(0.5),
-            write_error=chance(0.5),
+            gone=chance(0.4),
+            wrong=chance(0.4),
+            unread=chance(0.4),
+            refused=chance(0.5),
+            unsure=chance(0.3),
+            unkept=chance(0.5),
+            raises=chance(0.2),
+            unanswered=chance(0.5),
+            lies=chance(0.5),
+            vanishes=chance(0.2),
         )
 
 
@@ -79,131 +105,79 @@ class Sky:
     Args:
         random: the dice.
         deadline: the unit of slowness, in seconds.
-        slow_loads: whether loads can be slow, too: then they can fail.
 
     Attributes:
         weather: may be changed at any time.
+        random: the dice.
         deadline: the unit of slowness, in seconds.
+        dry: tiers on which it does not rain.
     """
 
-    def __init__(self, random: Random, deadline: float, slow_loads: bool) -> None:
+    def __init__(self, random: Random, deadline: float) -> None:
         self.weather = Weather()
         self.random = random
         self.deadline = deadline
-        self._slow_loads = slow_loads
+        self.dry: set[str] = set()
 
     def strikes(self, probability: float) -> bool:
         """Whether something of that probability happens now."""
         return probability > 0 and self.random.random() < probability
 
     def delay(self, pool: str) -> float:
-        """How long a job takes, in seconds."""
-        if pool.startswith("load") and not self._slow_loads:
-            return 0.0
-        if self.strikes(self.weather.hang):
+        """How long a job takes, in seconds. A copy between near and engine never hangs: an engine
+        stops then."""
+        kind, _, tier = pool.partition("-")
+        slow, hang = self.weather.slow, self.weather.hang if kind == "save" else 0.0
+        if kind in ("read", "write"):
+            slow, hang = self.weather.far_slow, self.weather.far_hang
+            if tier in self.dry:
+                return 0.0
+        if self.strikes(hang):
             return math.inf
-        if self.strikes(self.weather.slow):
-            return self.random.random() * 3 * self.deadline
-        return 0.0
+        return self.random.random() * 3 * self.deadline if self.strikes(slow) else 0.0
 
 
-class RainySource:
-    """A tier that loses chunks or raises.
+class RainyMover:
+    """A mover whose copies into the engine are slow and raise.
 
     Args:
-        inner: the tier.
+        inner: the mover; whatever is not defined here is its own.
         sky: decides.
-        blocks_per_chunk: blocks in a chunk.
-        fallible: whether this tier may fail at all.
-        check: called with what is about to be written into the engine, once that was admitted.
+        check: called in the middle of each copy with its near pages and engine pages; returns
+            whether all of it is for loads between steps, whose copies may raise.
         stall: called where a job may take its time: without an argument where there is no telling
             how long, else with seconds.
     """
 
     def __init__(
         self,
-        inner: RowSource,
+        inner: Mover,
         sky: Sky,
-        blocks_per_chunk: int,
-        fallible: bool,
-        check: Callable[[Piece], None],
+        check: Callable[[Indices, Indices], bool],
         stall: Callable[..., None],
     ) -> None:
         self._inner = inner
-        self._stall = stall
         self._sky = sky
-        self._per_chunk = blocks_per_chunk
-        self._fallible = fallible
         self._check = check
-
-    def load_row(
-        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
-    ) -> Fence | None:
-        """See :class:`~lamina.data.load_pipeline.RowSource`."""
-        sky = self._sky
-        self._stall()
-        if self._fallible and sky.strikes(sky.weather.error):
-            raise InjectedError("the tier is gone")
-        bad: set[int] = set()
-        rest = piece
-        if self._fallible and sky.strikes(sky.weather.bad):
-            chunks = range(len(piece.keys))
-            bad = set(sky.random.sample(chunks, sky.random.randint(1, len(chunks))))
-            good = ~np.isin(piece.pages // self._per_chunk, list(bad))
-            rest = replace(piece, pages=piece.pages[good], blocks=piece.blocks[good])
-
-        def checked() -> bool:
-            granted = admit()
-            if granted:
-                self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
-                self._check(rest)
-            return granted
-
-        try:
-            fence = self._inner.load_row(row, rest, after, checked)
-        except BadChunks as error:
-            damaged = bad.union(error.damaged)
-            raise BadChunks(
-                sorted(bad.union(error.indices)), sorted(damaged), error.reason
-            ) from error
-        if bad:
-            raise BadChunks(sorted(bad), sorted(bad), "rain")
-        return fence
-
-
-class RainyDisk:
-    """A disk tier that refuses to be changed now and then.
-
-    Args:
-        inner: the tier; whatever is not defined here is its own.
-        sky: decides.
-    """
-
-    def __init__(self, inner: DiskTier, sky: Sky) -> None:
-        self._inner = inner
-        self._sky = sky
+        self._stall = stall
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
-    def _rain(self) -> None:
-        if self._sky.strikes(self._sky.weather.write_error):
-            raise InjectedError("the disk is full")
+    def await_near(self, near: NearSlab, near_pages: Indices) -> None:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        self._stall()
+        self._inner.await_near(near, near_pages)
 
-    def begin(self, slots: Sequence[int]) -> None:
-        """See :class:`~lamina.data.tiers.disk.DiskTier`."""
-        self._rain()
-        self._inner.begin(slots)
-
-    def write_row(self, row: int, slots: Sequence[int], extents: Sequence[Extent]) -> None:
-        """See :class:`~lamina.data.tiers.disk.DiskTier`."""
-        self._rain()
-        self._inner.write_row(row, slots, extents)
-
-    def commit(self, chunks: Sequence[tuple[int, ChunkKey]]) -> None:
-        """See :class:`~lamina.data.tiers.disk.DiskTier`."""
-        self._rain()
-        self._inner.commit(chunks)
+    def load(
+        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
+    ) -> Fence:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        sky = self._sky
+        self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
+        if self._check(near_pages, pages) and sky.strikes(sky.weather.error):
+            raise InjectedError("the copy has failed")
+        return self._inner.load(row, near, near_pages, pages, after)
 
 
 class Mail:

@@ -1,8 +1,8 @@
 """An engine's own scheduler, which knows nothing of loads, with Lamina's hand-off in it.
 
 It frees what it wants when it wants: what is still being loaded into is only kept from being reused
-by the hand-off's leases. It takes steps one at a time, and believes what a step has sampled when it
-knows what became of the loads in that step.
+by the hand-off's leases. It takes steps one at a time, and knows what became of the loads in a step
+when that is over.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
-from lamina.control.hand_off import Admission, HandOff, Phase
-from lamina.control.planner import Planner
-from lamina.plan import LoadMode, Receipt
+from lamina_kv.control.hand_off import Admission, HandOff, Phase
+from lamina_kv.control.planner import Planner
+from lamina_kv.plan import LoadMode, Receipt
+from simulator.content import Violation
 from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import EnginePool
 from simulator.request import Blocks, Request, Run, RunState, Status
@@ -65,6 +66,7 @@ class HandOffScheduler:
         self._note = note
         self._random = random
         self._stops: dict[str, int] = {}
+        self._given: dict[str, Blocks] = {}
         self._freed: list[Blocks] = []
 
     @property
@@ -101,9 +103,8 @@ class HandOffScheduler:
             item.run.request.computed += item.count
         loads = {}
         for order in plan.loads:
-            run = self.requests[order.request_id].run
-            assert run is not None
-            loads[order.transfer] = run.blocks
+            # Who was preempted since has no blocks any more, and is loaded all the same.
+            loads[order.transfer] = self._given[order.request_id]
         return Step(
             items, plan, loads, any(order.mode is LoadMode.LAYERWISE for order in plan.loads)
         )
@@ -192,11 +193,12 @@ class HandOffScheduler:
             queue.append(request)
         request.status = Status.PARKED if parked else Status.RUNNING
         run.position = request.computed = admission.start
+        self._given[name] = run.blocks
 
     def update(
         self,
         step: Step,
-        lost: Iterable[int],
+        failed: Iterable[str],
         arrived: Iterable[str],
         receipts: Sequence[Receipt],
     ) -> None:
@@ -204,7 +206,7 @@ class HandOffScheduler:
 
         Args:
             step: the step.
-            lost: what vLLM is told; nobody here.
+            failed: what vLLM is told; nobody here.
             arrived: likewise.
             receipts: for control.
         """
@@ -212,17 +214,10 @@ class HandOffScheduler:
         for report in step.reports:
             items = tuple(item for item in report.transfers if item.transfer in in_step)
             self._hand_off.receive([Receipt(report.rank, items)])
-        for resumption in self._hand_off.take_cut():
-            request = self.requests[resumption.request_id]
-            assert request.run is not None
-            self._note("cut", request.request_id, resumption.start)
-            request.run.state = RunState.DROPPED
-            request.run = Run(request, resumption.start, request.run.blocks)
-            request.computed = resumption.start
+        if cut := self._hand_off.take_cut():
+            raise Violation(f"a load failed under {cut[0].request_id}, which runs")
         for item in step.items:
             request = item.run.request
-            if item.run.state is RunState.DROPPED:
-                continue
             request.append(item.sampled[: request.limit - request.num_tokens])
             self._remember(request)
             if request.is_complete:
@@ -252,6 +247,7 @@ class HandOffScheduler:
         self._hand_off.preempted(request.request_id)
         self._free(request)
         request.status = Status.PREEMPTED
+        request.preemptions += 1
         request.computed = 0
         self.waiting.appendleft(request)
         self._note("preempt", request.request_id)

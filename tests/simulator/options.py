@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from random import Random
 from typing import Literal
 
-from lamina.config import Config, load_config
-from lamina.control.requests import ChunkShape
-from lamina.geometry import CacheGeometry, Group, GroupKind, Row
+from lamina_kv.config import Config, load_config
+from lamina_kv.control.requests import ChunkShape
+from lamina_kv.geometry import CacheGeometry, Group, GroupKind, Row
+from simulator.stores import simulated_kinds
 
 BLOCK_TOKENS = 4
 STAMP_BYTES = 8
+
+
+class Sort(Enum):
+    """What a far tier is; its word for the configuration."""
+
+    SLOTS = "slots"
+    """In memory, with slots."""
+    KEYS = "keys"
+    """In memory, by key; it evicts by itself, and others remove what is in it."""
+    DISK = "disk"
+    """The real one, with slots."""
+
+
+@dataclass(frozen=True)
+class Far:
+    """A far tier.
+
+    Attributes:
+        name: its name.
+        sort: what it is.
+        room: chunks that fit.
+        in_flight: ``max_inflight`` in chunks.
+        batch: chunks that it is best given in one call.
+        readers: threads that read.
+        entry: what ``tiers`` holds for it, of any kind that there is; None for one of ``sort``.
+        keep: ``keep``: what is written to it.
+    """
+
+    name: str
+    sort: Sort
+    room: int = 32
+    in_flight: int = 8
+    batch: int = 4
+    readers: int = 1
+    entry: Mapping[str, object] | None = field(default=None, hash=False)
+    keep: str = "all"
+
+    @property
+    def slotted(self) -> bool:
+        """Whether control assigns slots. What is in other stores others may remove."""
+        return self.sort is not Sort.KEYS
+
+    @classmethod
+    def draw(cls, random: Random, number: int, sort: Sort) -> Far:
+        """Any tier of that sort."""
+        return cls(
+            f"{sort.value}-{number}",
+            sort,
+            room=random.choice((4, 32, 100)),
+            in_flight=random.choice((1, 3, 8)),
+            batch=random.choice((1, 3, 32)),
+            readers=random.choice((1, 2)),
+            keep=random.choice(("all", "all", "shared", "shared", "nothing")),
+        )
 
 
 @dataclass(frozen=True)
@@ -35,10 +92,9 @@ class Options:
         boundary_blocks: blocks; such an engine can load from any multiple of it on.
         ring_blocks: blocks of a ring that holds a sliding window, which is all that a request has;
             0 if it has all of its tokens. Only with a hand-off, and not with a prefix cache.
-        takes_back: whether the engine can take back single blocks of a failed load.
         fails_requests: whether a failed load ends its request instead of being recomputed.
         host_slots: chunks in host memory.
-        disk_slots: chunks on disk, 0 for no disk.
+        tiers: far tiers, the preferred one first.
         mode: ``load.mode``.
         load_ahead: ``load.load_ahead``.
         piece_chunks: chunks that one thread loads at a time.
@@ -48,8 +104,6 @@ class Options:
         staging: ``load.staging``, bytes.
         save_tokens: ``save.tokens``.
         saves_in_flight: ``save.max_inflight`` in chunks.
-        writes_in_flight: ``disk.max_inflight`` in chunks.
-        fetches_in_flight: ``disk.fetch_ahead`` in chunks, 0 for none.
         breaker_failures: ``breaker.failures``.
         breaker_pause: ``breaker.pause``, seconds.
     """
@@ -67,10 +121,9 @@ class Options:
     hand_off: bool = False
     boundary_blocks: int = 1
     ring_blocks: int = 0
-    takes_back: bool = True
     fails_requests: bool = False
     host_slots: int = 64
-    disk_slots: int = 0
+    tiers: tuple[Far, ...] = ()
     mode: Literal["auto", "layerwise", "parked"] = "auto"
     load_ahead: int | Literal["auto"] = "auto"
     piece_chunks: int = 100
@@ -80,15 +133,15 @@ class Options:
     staging: int = 1 << 20
     save_tokens: Literal["all", "prompt"] = "all"
     saves_in_flight: int = 64
-    writes_in_flight: int = 8
-    fetches_in_flight: int = 0
     breaker_failures: int = 1000
     breaker_pause: float = 0.05
 
     @classmethod
     def draw(cls, random: Random, disk: bool = False) -> Options:
-        """Any engine; one with a disk if ``disk``."""
-        takes_back = random.random() < 0.8
+        """Any engine; with a disk among its tiers if ``disk``."""
+        sorts = random.choices((Sort.SLOTS, Sort.KEYS), k=random.choice((0, 1, 1, 2, 3)))
+        if disk:
+            sorts.insert(random.randint(0, len(sorts)), Sort.DISK)
         return cls(
             ranks=random.choice((1, 2)),
             rows=random.randint(2, 4),
@@ -99,10 +152,9 @@ class Options:
             drafts=random.choice((0, 0, 3)),
             asynchronous=random.random() < 0.5,
             prefix_caching=random.random() < 0.5,
-            takes_back=takes_back,
             fails_requests=random.random() < 0.2,
-            host_slots=random.choice((3, 12, 40, 100)),
-            disk_slots=random.choice((4, 32)) if disk else 0,
+            host_slots=random.choice((3, 6, 12, 12, 40, 100)),
+            tiers=tuple(Far.draw(random, n, sort) for n, sort in enumerate(sorts)),
             mode=random.choice(("auto", "layerwise", "layerwise", "parked")),
             load_ahead=random.choice((1, 2, 9, "auto")),
             piece_chunks=random.choice((1, 2, 100)),
@@ -111,8 +163,6 @@ class Options:
             staging=random.choice((64, 1 << 20)),
             save_tokens=random.choice(("all", "all", "all", "prompt")),
             saves_in_flight=random.choice((1, 3, 64)),
-            writes_in_flight=random.choice((1, 8)),
-            fetches_in_flight=random.choice((0, 1, 8)),
             replicas=random.random() < 0.4,
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
@@ -137,6 +187,10 @@ class Options:
             boundary_blocks=1,
             ring_blocks=self.chunk_blocks * random.randint(1, 4),
         )
+
+    def tier(self, name: str) -> Far:
+        """The far tier of that name."""
+        return next(tier for tier in self.tiers if tier.name == name)
 
     @property
     def window(self) -> int:
@@ -186,6 +240,7 @@ class Options:
         Args:
             store: directory of the disk tier.
         """
+        tiers: list[dict[str, object]] = []
         settings: dict[str, object] = {
             "load": {
                 "mode": self.mode,
@@ -199,14 +254,19 @@ class Options:
                 "tokens": self.save_tokens,
                 "max_inflight": self.saves_in_flight * self.chunk_bytes,
             },
-            "host": {"capacity": self.host_slots * self.chunk_bytes},
+            "host": {"capacity": self.host_slots * self.geometry().object_bytes},
+            "tiers": tiers,
             "breaker": {"failures": self.breaker_failures, "pause": self.breaker_pause},
         }
-        if self.disk_slots:
-            settings["disk"] = {
-                "path": str(store),
-                "capacity": "1GiB",
-                "max_inflight": self.writes_in_flight * self.chunk_bytes,
-                "fetch_ahead": self.fetches_in_flight * self.chunk_bytes or None,
+        for tier in self.tiers:
+            entry: dict[str, object] = {
+                "keep": tier.keep,
+                **(tier.entry or {"kind": tier.sort.value}),
+                "name": tier.name,
+                "max_inflight": tier.in_flight * self.chunk_bytes,
             }
-        return load_config(settings, {})
+            if tier.sort is Sort.DISK:
+                entry |= {"path": str(store), "capacity": tier.room * self.geometry().object_bytes}
+            tiers.append(entry)
+        with simulated_kinds():
+            return load_config(settings, {})

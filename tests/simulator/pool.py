@@ -108,7 +108,7 @@ class LeasedPool:
         return {block: count for block, count in self._leases.items() if count}
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """See :class:`lamina.control.leases.BlockPool`."""
+        """See :class:`lamina_kv.control.leases.BlockPool`."""
         for block in blocks:
             if not self._pool.references[block]:
                 raise Violation(f"a lease was taken on block {block}, which nobody holds")
@@ -116,7 +116,7 @@ class LeasedPool:
         self._pool.touch(blocks)
 
     def free(self, blocks: Sequence[int]) -> None:
-        """See :class:`lamina.control.leases.BlockPool`."""
+        """See :class:`lamina_kv.control.leases.BlockPool`."""
         for block in blocks:
             if not self._leases.get(block):
                 raise Violation(f"a lease on block {block} was released twice")

@@ -12,23 +12,29 @@ from typing import cast
 import numpy as np
 import torch
 
-from lamina.data.executor import Executor, Outcomes
-from lamina.data.load_pipeline import Piece, RowSource
-from lamina.data.movers import make_mover
-from lamina.data.shared_memory import MemoryFile
-from lamina.data.sources import tier_sources
-from lamina.data.tiers.disk import DiskReader, DiskTier, StoreNamespace
-from lamina.data.tiers.host import HostTier
-from lamina.geometry import DIRECT_IO_ALIGNMENT, align_up
-from lamina.plan import ChunkKey, LoadMode, LoadOrder, TierName, TransferId
+from lamina_kv.bench.faulty_store import FaultyStore
+from lamina_kv.data.executor import Executor, Outcomes, Tiers
+from lamina_kv.data.far import FarTier
+from lamina_kv.data.movers import make_mover
+from lamina_kv.data.movers.base import Mover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.data.shared_memory import MemoryFile
+from lamina_kv.geometry import DIRECT_IO_ALIGNMENT, OBJECT_HEADER_BYTES
+from lamina_kv.plan import ChunkKey, LoadMode, LoadOrder, TierName, TransferId
+from lamina_kv.tiers import KINDS
+from lamina_kv.tiers.config import TierConfig
+from lamina_kv.tiers.contract import Fate, Piece, Store, Tenant
+from lamina_kv.tiers.objects import verify
 from simulator.content import Ledger, Stamps, Violation
-from simulator.faults import WRITE_TIME, Mail, RainyDisk, RainySource, Sky
+from simulator.faults import WRITE_TIME, Mail, RainyMover, Sky
 from simulator.forward import Pages, Part
-from simulator.options import Options
+from simulator.options import Far, Options, Sort
 from simulator.request import Blocks, Run
 from simulator.step import Step
+from simulator.stores import Bytes, RainyStore
+from stores import MemoryStore, Shelf
 
-_NAMESPACE = StoreNamespace("51" * 16, {})
+_NAMESPACE = "51" * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,12 @@ class Surroundings:
         ledger: names stamps.
         pump: lets threads run for a while.
         stall: called by a thread where it may take its time.
-        leased: whether control holds a block.
+        stalled: seconds for which jobs of pools of a kind have stalled so far.
         clock: the time.
         slack: seconds by which that may be wrong.
-        store: directory of the disk tier.
+        store: directory of disks.
+        shelves: what is in tiers in memory, by tier and rank.
+        objects: what was written last of a chunk to any far tier, and by which rank.
         violations: what pool threads have found.
     """
 
@@ -81,10 +89,12 @@ class Surroundings:
     ledger: Ledger
     pump: Callable[[], None]
     stall: Callable[..., None]
-    leased: Callable[[int], bool]
+    stalled: Callable[[str], float]
     clock: Callable[[], float]
     slack: float
     store: Path
+    shelves: dict[tuple[TierName, int], Shelf]
+    objects: dict[ChunkKey, tuple[int, Bytes]] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
 
 
@@ -96,12 +106,16 @@ class Rank:
         options: the engine.
         around: what it lives in.
         leader: the rank that keeps chunks for this one; None if it keeps its own.
+
+    Attributes:
+        leads: whether it keeps chunks itself.
     """
 
     def __init__(
         self, number: int, options: Options, around: Surroundings, leader: Rank | None = None
     ) -> None:
         self.number = number
+        self.leads = leader is None
         self.mail = Mail(around.sky)
         self._options = options
         self._around = around
@@ -110,63 +124,68 @@ class Rank:
         geometry = self._geometry = options.geometry()
         flat = torch.from_numpy(self.pages.memory.reshape(-1).view(np.uint8))
         mover = make_mover(geometry, [flat])
-        slab, table = leader.files if leader else (MemoryFile.create(), MemoryFile.create())
-        self.files = (slab, table)
-        capacity = options.host_slots * geometry.chunk_bytes
-        self._host = HostTier(geometry, capacity, partial(mover.allocate_host, file=slab))
-        self._disk: DiskTier | DiskReader | None = None
-        self._staging = mover.allocate_host(max(geometry.extent_bytes))
-        if leader and leader._disk:
-            self._disk = DiskReader(
-                path=around.store,
-                namespace=_NAMESPACE,
-                rank=leader.number,
-                extent_bytes=geometry.extent_bytes,
-                slots=leader._disk.slots,
-                direct=leader._disk.direct,
-                table=table,
-            )
-        elif options.disk_slots:
-            disk = DiskTier(
-                path=around.store,
-                namespace=_NAMESPACE,
-                rank=number,
-                extent_bytes=geometry.extent_bytes,
-                capacity=options.disk_slots * sum(map(align_up, geometry.extent_bytes)),
-                table=table,
-            )
-            self._disk = cast(DiskTier, RainyDisk(disk, around.sky))
-        self._targets: dict[tuple[int, ChunkKey], Target] = {}
+        self.files = leader.files if leader else (MemoryFile.create(),)
+        capacity = options.host_slots * geometry.object_bytes
+        self._slab = NearSlab(geometry, capacity, partial(mover.allocate_host, file=self.files[0]))
+        self._scratch = mover.allocate_host(geometry.object_bytes).numpy()
+        self._targets: dict[tuple[int, int], Target] = {}
         self._parked: dict[TransferId, float] = {}
-        sources: dict[TierName, RowSource] = {
-            tier: RainySource(
-                source,
-                around.sky,
-                options.chunk_blocks,
-                options.takes_back or tier is TierName.DISK,
-                self._check_write,
-                around.stall,
+        rainy = cast(Mover, RainyMover(mover, around.sky, self._check_write, around.stall))
+        config = options.config(around.store)
+        self._stores: dict[TierName, RainyStore] = {}
+        if leader is None:
+            for tier, section in zip(options.tiers, config.tiers, strict=True):
+                self._stores[TierName(tier.name)] = self._open(tier, section)
+        far = tuple(
+            FarTier(
+                name,
+                cast(Store, store),
+                shard=number,
+                length=geometry.chunk_bytes,
+                timeout=options.deadline,
             )
-            for tier, source in tier_sources(self._host, self._disk, mover, geometry).items()
-        }
+            for name, store in self._stores.items()
+        )
         self.executor = Executor(
             rank=number,
-            geometry=geometry,
-            mover=mover,
-            host=self._host,
-            disk=self._disk,
-            config=options.config(around.store).load,
-            sources=sources,
-            follows=leader is not None,
+            tiers=Tiers(self._slab, far, leader is not None),
+            mover=rainy,
+            config=config.load,
+        )
+
+    def _open(self, tier: Far, section: TierConfig) -> RainyStore:
+        around, name = self._around, TierName(tier.name)
+        if tier.sort is Sort.DISK or tier.entry is not None:
+            size = self._geometry.object_bytes
+            tenant = Tenant(_NAMESPACE, {}, self.number, None, size, self.number)
+            store: Store = KINDS[section.kind].open(section, tenant)
+            if tier.entry is not None:
+                store = FaultyStore(store)
+        else:
+            slotted = tier.sort is Sort.SLOTS
+            store = MemoryStore(
+                around.shelves.setdefault((name, self.number), Shelf()),
+                slots=tier.room if slotted else 0,
+                room=tier.room,
+                readers=tier.readers,
+                batch=tier.batch,
+            )
+        return RainyStore(
+            store,
+            name,
+            around.sky,
+            self.number,
+            self._geometry.chunk_bytes,
+            around.objects,
+            around.stall,
+            around.violations,
         )
 
     def run(self, step: Step, parts: Sequence[Part]) -> tuple[Outcomes, list[Misread]]:
         """One step, as a worker of vLLM goes through it."""
         executor, around = self.executor, self._around
-        began = around.clock()
+        began, stalled = around.clock(), around.stalled("load")
         self._note_loads(step, began)
-        loads = len(self._parked)  # those that were released early
-        loads += sum(order.mode is LoadMode.LAYERWISE for order in step.plan.loads)
         executor.begin_step(step.plan)
         around.pump()
         if step.loads_now:
@@ -184,8 +203,8 @@ class Rank:
             executor.end_step()
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
-        # A load that is stuck is given up alone; those that it has kept waiting begin anew.
-        longest = loads * self._options.deadline * (1 + WRITE_TIME)
+        # Nothing that a far tier does makes a forward wait.
+        longest = around.stalled("load") - stalled
         if waited > longest + around.slack:
             raise Violation(f"the forward waited {waited:.3f} s, it may wait {longest:.3f} s")
         return outcomes, misreads
@@ -228,25 +247,26 @@ class Rank:
     def _note_loads(self, step: Step, began: float) -> None:
         for order in step.plan.loads:
             target = Target(order, step.loads[order.transfer])
-            for chunk in order.chunks:
-                for block in chunk.blocks:
-                    self._targets[block, chunk.key] = target
+            for pages in order.pages:
+                for block, page in zip(pages.blocks.tolist(), pages.near.tolist(), strict=True):
+                    self._targets[block, page] = target
             if order.mode is LoadMode.PARKED:
                 self._parked[order.transfer] = began
 
-    def _check_write(self, piece: Piece) -> None:
-        """A load is about to write: the blocks must still be its request's."""
-        chunks = (piece.pages // self._options.chunk_blocks).tolist()
-        for block, chunk in zip(piece.blocks.tolist(), chunks, strict=True):
-            target = self._targets.get((block, piece.keys[chunk]))
+    def _check_write(self, near: Indices, pages: Indices) -> bool:
+        """A load is about to write: the blocks must still be its request's. Returns whether all of
+        it is for loads between steps."""
+        parked = True
+        for block, page in zip(pages.tolist(), near.tolist(), strict=True):
+            target = self._targets.get((block, page))
             held = target is not None and target.blocks.may_be_written(block)
-            if not self._options.hand_off:
-                held = held or self._around.leased(block)  # it was released early
             if target is None or target.over or not held:
                 whose = "nobody" if target is None else target.order.request_id
                 over = "that has ended" if target is None or target.over else "that has lost it"
                 text = f"block {block} is written by a load for {whose} {over}"
                 self._around.violations.append(Violation(text))
+            parked &= target is not None and target.order.mode is LoadMode.PARKED
+        return parked
 
     def _check_outcomes(self, step: Step, outcomes: Outcomes, asked: float) -> None:
         over = {item.transfer for item in outcomes.receipt.transfers}
@@ -260,48 +280,66 @@ class Rank:
         for transfer, began in list(self._parked.items()):
             if transfer in over:
                 del self._parked[transfer]
-            # One that was released early has its time anew.
-            elif asked - began > 2 * self._options.deadline + self._around.slack:
+            elif asked - began > self._options.deadline * (1 + WRITE_TIME) + self._around.slack:
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
                 )
 
-    def held(self, tier: TierName, slot: int, key: ChunkKey) -> Stamps | None:
-        """The stamps of a chunk in a tier, without this rank's and its rows' own.
+    def near(self, slot: int) -> Stamps:
+        """The stamps of a chunk in a near slot, without this rank's and its rows' own. Shape
+        ``(rows, chunk_tokens)``."""
+        return self._stamps(self._slab.object(slot))
 
-        Returns:
-            Shape ``(rows, chunk_tokens)``; None if the tier does not deliver it.
-        """
-        rows = range(self._options.rows)
-        if tier is TierName.HOST:
-            extents = [self._host.extent(row, slot) for row in rows]
-        else:
-            assert self._disk is not None
-            extents = []
-            for row in rows:
-                into = self._staging.numpy()[: self._geometry.extent_bytes[row]].reshape(1, -1)
-                if not self._disk.read_row(row, [slot], [key], into).good.all():
-                    return None
-                extents.append(into[0].copy())
-        stamps: Stamps = np.stack([extent.view(np.uint64) for extent in extents])
-        stamps ^= self._salts[:, None]
-        return stamps
+    def far(self, tier: TierName, place: int, key: ChunkKey) -> Stamps | None:
+        """:meth:`near` of a chunk in a far tier; None if that does not deliver it whole."""
+        store, length = self._stores[tier].inner, self._geometry.chunk_bytes
+        (fate,) = store.read([Piece(key, place, self._scratch)], 60.0)
+        whole = fate is Fate.DONE and verify(self._scratch, key, self.number, length)
+        return self._stamps(self._scratch) if whole else None
 
-    def damage_disk(self) -> None:
-        """Flip a bit of what is on disk, behind the back of everybody."""
+    def _stamps(self, content: Bytes) -> Stamps:
+        end = OBJECT_HEADER_BYTES + self._geometry.chunk_bytes
+        stamps: Stamps = content[OBJECT_HEADER_BYTES:end].copy().view(np.uint64)
+        return stamps.reshape(self._options.rows, -1) ^ self._salts[:, None]
+
+    def damage(self, tier: Far) -> list[ChunkKey]:
+        """Flip a bit of what is in a far tier, behind the back of everybody. Returns the chunk that
+        it belongs to, if that is known."""
+        random = self._around.sky.random
+        if tier.sort is Sort.DISK:
+            self._damage_disk()
+            return []
+        shelf = self._around.shelves.get((TierName(tier.name), self.number))
+        if shelf is None or not shelf.held:
+            return []
+        place = random.choice(list(shelf.held))
+        key, content = shelf.held[place]
+        spoiled = bytearray(content)
+        position = random.randrange(OBJECT_HEADER_BYTES + self._geometry.chunk_bytes)
+        spoiled[position] ^= 1 << random.randrange(8)
+        shelf.held[place] = key, bytes(spoiled)
+        return [key]
+
+    def _damage_disk(self) -> None:
         random = self._around.sky.random
         for slab in self._around.store.rglob(f"rank-{self.number}.slab"):
             with slab.open("r+b") as file:
-                # Extents are much shorter than the page that each of them starts at.
-                pages = slab.stat().st_size // DIRECT_IO_ALIGNMENT
-                extent = min(self._geometry.extent_bytes)
-                position = random.randrange(pages) * DIRECT_IO_ALIGNMENT + random.randrange(extent)
+                objects = slab.stat().st_size // DIRECT_IO_ALIGNMENT
+                whole = OBJECT_HEADER_BYTES + self._geometry.chunk_bytes
+                position = random.randrange(objects) * DIRECT_IO_ALIGNMENT + random.randrange(whole)
                 file.seek(position)
                 byte = file.read(1)[0]
                 file.seek(position)
                 file.write(bytes([byte ^ 1 << random.randrange(8)]))
                 file.flush()
                 os.fsync(file.fileno())
+
+    def vanish(self) -> None:
+        """Others remove some of what is in stores where they can."""
+        random = self._around.sky.random
+        for store in self._stores.values():
+            share = random.random()
+            store.vanish(lambda _, share=share: random.random() < share)
 
     @property
     def is_idle(self) -> bool:

@@ -7,8 +7,9 @@ from enum import Enum
 
 import numpy as np
 
-from lamina.control.requests import PushParameters
-from lamina.keys import ChunkChain, Epoch, pack
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.keys import ChunkChain, Epoch, pack
+from lamina_kv.tiers.regard import USUAL
 from simulator.content import Stamps, extend, root_hash
 from simulator.options import BLOCK_TOKENS
 
@@ -33,7 +34,7 @@ class RunState(Enum):
     STALE = "stale"
     """Preempted: what was sampled still counts, nothing else."""
     DROPPED = "dropped"
-    """Built on a failed load, or cut short by a reset: nothing of it counts."""
+    """Cut short by a reset: nothing of it counts."""
 
 
 class Blocks:
@@ -81,7 +82,7 @@ class Run:
 
 
 class Request:
-    """A request; a :class:`~lamina.control.requests.RequestView`.
+    """A request; a :class:`~lamina_kv.control.requests.RequestView`.
 
     Args:
         request_id: its name.
@@ -121,6 +122,7 @@ class Request:
         self._ring = ring
         self.request_id = request_id
         self.push: PushParameters | None = None
+        self.regard = USUAL
         self.num_prompt_tokens = len(prompt)
         self.recompute_tokens = recompute_tokens
         self.root_extra = pack((str(salt), ""))
@@ -178,7 +180,7 @@ class Request:
         return [ids[i % self._ring] for i in range(-(-self.num_tokens // BLOCK_TOKENS))]
 
     def state_blocks(self, group: int, end: int) -> Sequence[int]:
-        """See :class:`~lamina.control.requests.RequestView`."""
+        """See :class:`~lamina_kv.control.requests.RequestView`."""
         raise AssertionError("the simulated model has no states")
 
     def append(self, tokens: Sequence[int]) -> list[int]:

@@ -1,9 +1,8 @@
 """The engine's scheduler: vLLM's rules, as far as they decide what Lamina is asked and told.
 
-It does some things better than vLLM 0.32, because what comes of those is vLLM's own and would hide
-what is Lamina's. When a load fails, a step that is under way is not believed either, and what was
-computed on the load leaves the prefix cache. A request that has lost all of its load does not
-stand before those whose load is there.
+It does one thing better than vLLM 0.32, because what comes of it is vLLM's own and would hide what
+is Lamina's: a request that has lost all of its load does not stand before those whose load is
+there.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
-from lamina.control.planner import Planner
-from lamina.control.sharing import Sharing
-from lamina.plan import LoadMode, Receipt
+from lamina_kv.control.planner import Planner
+from lamina_kv.control.sharing import Sharing
+from lamina_kv.plan import LoadMode, Receipt
 from simulator.content import Violation
 from simulator.options import BLOCK_TOKENS, Options
 from simulator.pool import EnginePool
@@ -58,7 +57,6 @@ class Scheduler:
         self._check_hit = check_hit
         self._random = random
         self._arrived: set[str] = set()
-        self._under_way: deque[Step] = deque()
         self._scheduled_steps = 0
         self._processed_steps = 0
         self._deferred: deque[tuple[int, Blocks]] = deque()
@@ -106,9 +104,7 @@ class Scheduler:
             if self.options.asynchronous and not prefilling:
                 request.placeholders += 1 + item.drafts
                 request.drafts = self.options.drafts
-        step = Step(items, plan, loads, loads_now)
-        self._under_way.append(step)
-        return step
+        return Step(items, plan, loads, loads_now)
 
     def _blocks_of(self, request_id: str) -> Blocks:
         run = self.requests[request_id].run
@@ -196,7 +192,7 @@ class Scheduler:
     def update(
         self,
         step: Step,
-        lost: Iterable[int],
+        failed: Iterable[str],
         arrived: Iterable[str],
         receipts: Sequence[Receipt],
     ) -> None:
@@ -204,7 +200,7 @@ class Scheduler:
 
         Args:
             step: the step.
-            lost: blocks whose load failed, on any rank.
+            failed: requests whose load between steps failed, on any rank.
             arrived: requests whose load is over on every rank.
             receipts: for control.
         """
@@ -212,8 +208,7 @@ class Scheduler:
             self._processed_steps += 1
             while self._deferred and self._deferred[0][0] <= self._processed_steps:
                 self._release(self._deferred.popleft()[1])
-        failed = self._take_back(set(lost)) if lost else []
-        self._under_way.popleft()
+        cut = self._take_back(failed)
         for item in step.items:
             request = item.run.request
             request.in_flight -= item.count
@@ -221,7 +216,7 @@ class Scheduler:
             if item.run.state is not RunState.DROPPED and request.status is not Status.FINISHED:
                 self._take_output(item, request)
         if self.options.fails_requests:
-            for request in failed:
+            for request in cut:
                 self.finish(request)
         self._planner.receive(receipts)
         for request_id in arrived:
@@ -256,42 +251,17 @@ class Scheduler:
 
     # -- failed loads --------------------------------------------------------------------------
 
-    def _take_back(self, lost: set[int]) -> list[Request]:
-        """Cut back whoever has a lost block, and whoever has computed on one."""
-        items = [item for step in self._under_way for item in step.items]
-        holders = [*self.parked, *self.running]
-        runs = [*(i.run for i in items), *(r.run for r in holders if r.run is not None)]
-        tables = {run: _computed_blocks(run) for run in runs}
-        before = 0
-        while before < len(lost):
-            before = len(lost)
-            for table in tables.values():
-                lost.update(table[_first(table, lost) :])
-        for block in lost:
-            self._pool.forget(block)
+    def _take_back(self, failed: Iterable[str]) -> list[Request]:
+        """Nothing of these requests counts any more. None of them may have computed on its load."""
         cut = []
-        for run, table in tables.items():
-            if (good := _first(table, lost)) < len(table):
-                if run.request.status is not Status.PARKED:
-                    run.state = RunState.DROPPED
-                if run is run.request.run and run.request in holders:
-                    self._cut(run.request, good)
-                    cut.append(run.request)
+        for request in map(self.requests.__getitem__, failed):
+            if request.status is Status.PARKED and request.request_id not in self._arrived:
+                request.computed = 0
+                self._note("cut", request.request_id)
+                cut.append(request)
+            elif request.status is not Status.FINISHED:
+                raise Violation(f"a load failed under {request.request_id}, which runs")
         return cut
-
-    def _cut(self, request: Request, good: int) -> None:
-        """Nothing behind the first ``good`` blocks of a request counts any more."""
-        run = request.run
-        assert run is not None
-        request.computed = good * BLOCK_TOKENS
-        run.blocks.cached = min(run.blocks.cached, good)
-        self._note("cut", request.request_id, request.computed)
-        if request.status is Status.PARKED:
-            return
-        if not self.options.takes_back:
-            raise Violation(f"the load of {request.request_id} failed after it was released")
-        request.run = Run(request, request.computed, run.blocks)
-        request.placeholders = request.drafts = 0
 
     def _promote(self, request: Request) -> bool:
         """A parked request whose load is over waits like any other, with its blocks."""
@@ -410,15 +380,3 @@ class Scheduler:
     def _release(self, blocks: Blocks) -> None:
         blocks.held = False
         self._pool.release(reversed(blocks.ids))
-
-
-def _computed_blocks(run: Run) -> Sequence[int]:
-    """Blocks of a run that something was computed in or loaded into."""
-    if run is not run.request.run:
-        return run.blocks.ids
-    return run.blocks.ids[: -(-run.request.computed // BLOCK_TOKENS)]
-
-
-def _first(table: Sequence[int], lost: set[int]) -> int:
-    """Index of the first block of a table that is lost; its length if none is."""
-    return next((index for index, block in enumerate(table) if block in lost), len(table))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamina.plan import Receipt, StepPlan, TransferId
+from lamina_kv.plan import Receipt, StepPlan, TransferId
 from simulator.request import Blocks, Run
 
 

@@ -11,32 +11,33 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from heapq import heappop, heappush
 from random import Random
 from types import SimpleNamespace, TracebackType
 from unittest.mock import patch
 
-from lamina.data.threads import Threads
-from lamina.data.worker_pool import Job, Lost, WorkerPool
+from lamina_kv.data.threads import Threads
+from lamina_kv.data.worker_pool import Job, Lost, WorkerPool
 from simulator.content import Violation
 
 _PATCHED = {
-    "lamina.data.executor.WorkerPool": "pool",
-    "lamina.data.write_through.WorkerPool": "pool",
-    "lamina.data.fetch_pipeline.WorkerPool": "pool",
-    "lamina.data.executor.threading": "threading",
-    "lamina.data.load_pipeline.threading": "threading",
-    "lamina.data.load_pipeline.time": "time",
-    "lamina.data.save_pipeline.time": "time",
-    "lamina.data.write_through.time": "time",
-    "lamina.data.fetch_pipeline.time": "time",
+    "lamina_kv.data.executor.WorkerPool": "pool",
+    "lamina_kv.data.moving.WorkerPool": "pool",
+    "lamina_kv.data.executor.threading": "threading",
+    "lamina_kv.data.load_pipeline.threading": "threading",
+    "lamina_kv.data.executor.time": "time",
+    "lamina_kv.data.load_pipeline.time": "time",
+    "lamina_kv.data.loads.time": "time",
+    "lamina_kv.data.moving.time": "time",
+    "lamina_kv.data.save_pipeline.time": "time",
 }
 
 
-STALLING = "load"
-"""Pools of this name have jobs that call :meth:`World.stall`; others stall before they begin."""
+STALLING = ("load", "read", "write")
+"""Pools of these names have jobs that call :meth:`World.stall`; others stall before they begin."""
 
 
 class World:
@@ -59,6 +60,7 @@ class World:
         self._delay = delay
         self._pools: list[VirtualPool] = []
         self._running: VirtualThread | None = None
+        self._stalled = Counter[str]()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -100,6 +102,16 @@ class World:
             for thread in pool.threads:
                 thread.due = min(thread.due, self.now)
 
+    def kill(self) -> None:
+        """Nothing that is under way goes on."""
+        for pool in self._pools:
+            for thread in pool.threads:
+                if thread.strand is not None:
+                    thread.strand.kill()
+        for pool in self._pools:
+            pool.threads.clear()
+            pool.waiting.clear()
+
     def wait(self, done: Callable[[], bool], timeout: float) -> bool:
         """Run jobs until ``done``, or until ``timeout`` seconds have passed.
 
@@ -127,8 +139,21 @@ class World:
         """
         thread = self._running
         if thread is not None and thread.strand is not None:
-            thread.due = self.now + (thread.stalls_for if seconds is None else seconds)
+            seconds = thread.stalls_for if seconds is None else seconds
+            thread.due = self.now + seconds
+            self._stalled[_kind(thread.pool)] += seconds
             thread.strand.stall()
+
+    def stalled(self, kind: str) -> float:
+        """Seconds for which jobs of pools of a kind have stalled so far, of those that are under
+        way up to now."""
+        left = (
+            max(0.0, thread.due - self.now)
+            for pool in self._pools
+            for thread in pool.threads
+            if _kind(thread.pool) == kind
+        )
+        return self._stalled[kind] - sum(left)
 
     def _go_on(self, thread: VirtualThread) -> bool:
         """Run a thread's job until it is over or stalls; says whether it is over."""
@@ -166,10 +191,15 @@ class World:
         return True
 
 
+def _kind(pool: str) -> str:
+    return pool.partition("-")[0]
+
+
 class VirtualThread:
     """A thread of a pool with a job.
 
     Args:
+        pool: the name of its pool.
         job: the job.
         lost: to be told if it raises.
         stalls_for: seconds that it stalls half-way.
@@ -179,14 +209,19 @@ class VirtualThread:
         strand: the real thread that it needs to stall.
     """
 
-    __slots__ = ("due", "job", "lost", "stalls_for", "strand")
+    __slots__ = ("due", "job", "lost", "pool", "stalls_for", "strand")
 
-    def __init__(self, job: Job, lost: Lost, stalls_for: float, due: float) -> None:
+    def __init__(self, pool: str, job: Job, lost: Lost, stalls_for: float, due: float) -> None:
+        self.pool = pool
         self.job = job
         self.lost = lost
         self.stalls_for = stalls_for
         self.due = due
         self.strand: Strand | None = None
+
+
+class KilledError(BaseException):
+    """Raised in a job that goes on no more."""
 
 
 class Strand:
@@ -199,8 +234,8 @@ class Strand:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
-        self._over = False
-        self._error: Exception | None = None
+        self._over = self._killed = False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -218,19 +253,28 @@ class Strand:
         """Called inside the job: let the caller go on until it calls :meth:`go_on` again."""
         self._theirs.release()
         self._mine.acquire()
+        if self._killed:
+            raise KilledError
+
+    def kill(self) -> None:
+        """End the job where it stalls."""
+        self._killed = True
+        with suppress(KilledError):
+            while not self.go_on():
+                pass
 
     def _run(self) -> None:
         self._mine.acquire()
         try:
             self._job()
-        except Exception as error:
+        except (Exception, KilledError) as error:
             self._error = error
         self._over = True
         self._theirs.release()
 
 
 class VirtualPool(WorkerPool):
-    """A :class:`~lamina.data.worker_pool.WorkerPool` in a world.
+    """A :class:`~lamina_kv.data.worker_pool.WorkerPool` in a world.
 
     Args:
         world: the world.
@@ -239,6 +283,7 @@ class VirtualPool(WorkerPool):
 
     Attributes:
         threads: those that have a job.
+        waiting: jobs that no thread has.
     """
 
     def __init__(self, world: World, name: str, size: int) -> None:
@@ -246,35 +291,36 @@ class VirtualPool(WorkerPool):
         self._name = name
         self._size = size
         self._count = 0
-        self._waiting: list[tuple[tuple[float, int], int, Job, Lost]] = []
+        self.waiting: list[tuple[tuple[float, int], int, Job, Lost]] = []
         self.threads: list[VirtualThread] = []
 
     def submit(self, priority: tuple[float, int], job: Job, lost: Lost) -> None:
-        """See :class:`~lamina.data.worker_pool.WorkerPool`."""
+        """See :class:`~lamina_kv.data.worker_pool.WorkerPool`."""
         self._count += 1
-        heappush(self._waiting, (priority, self._count, job, lost))
+        heappush(self.waiting, (priority, self._count, job, lost))
 
     def depth(self) -> int:
-        """See :class:`~lamina.data.worker_pool.WorkerPool`."""
-        return len(self._waiting)
+        """See :class:`~lamina_kv.data.worker_pool.WorkerPool`."""
+        return len(self.waiting)
 
     def await_idle(self, timeout: float) -> bool:
-        """See :class:`~lamina.data.worker_pool.WorkerPool`. Who is polite does not wait here."""
-        return not self._waiting and not self.threads
+        """See :class:`~lamina_kv.data.worker_pool.WorkerPool`. Who is polite does not wait here."""
+        return not self.waiting and not self.threads
 
     def close(self, timeout: float) -> bool:
-        """See :class:`~lamina.data.worker_pool.WorkerPool`."""
-        return self._world.wait(lambda: not self._waiting and not self.threads, timeout)
+        """See :class:`~lamina_kv.data.worker_pool.WorkerPool`."""
+        return self._world.wait(lambda: not self.waiting and not self.threads, timeout)
 
     def take(self, delay: Callable[[str], float]) -> None:
         """Give every idle thread its next job."""
-        while self._waiting and len(self.threads) < self._size:
-            _, _, job, lost = heappop(self._waiting)
+        while self.waiting and len(self.threads) < self._size:
+            _, _, job, lost = heappop(self.waiting)
             seconds = delay(self._name)
             if self._name.startswith(STALLING):
-                thread = VirtualThread(job, lost, seconds, self._world.now)
+                thread = VirtualThread(self._name, job, lost, seconds, self._world.now)
             else:
-                thread = VirtualThread(job, lost, 0.0, self._world.now + seconds)
+                due = self._world.now + seconds
+                thread = VirtualThread(self._name, job, lost, 0.0, due)
             self.threads.append(thread)
 
 

@@ -8,28 +8,35 @@ from functools import partial
 
 import numpy as np
 
-from lamina.control.breakers import BreakerState, CircuitBreaker
-from lamina.control.catalog import TierCatalog
-from lamina.control.loading import Hit
-from lamina.control.planner import Planner
-from lamina.control.requests import RequestRecord
-from lamina.observe.metrics import Meter
-from lamina.plan import ChunkKey, Outcome, Receipt, SaveOrder, StepPlan, TierName, TransferId
+from lamina_kv.control.answers import MOST_PATIENCE
+from lamina_kv.control.breakers import BreakerState
+from lamina_kv.control.moving import LOOK_PLANS
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.planner import Planner
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import (
+    NEAR,
+    ChunkKey,
+    LoadOrder,
+    Outcome,
+    Receipt,
+    SaveOrder,
+    StepPlan,
+    TierName,
+    TransferId,
+)
+from lamina_kv.tiers.slots import SlotIndex
 from simulator.content import Ledger, Stamps, Violation
+from simulator.moves import MoveWatch
 from simulator.options import BLOCK_TOKENS, Options
+from simulator.origins import Origins
 from simulator.pool import LeasedPool
 from simulator.rank import Rank
 from simulator.request import Blocks, Request, Run
+from simulator.stores import Past
 
 _CHUNKS = 50_000
-
-
-_MOMENT = 0.05
-"""Seconds between a lookup and the look at it, on a busy machine."""
-
-
-def _was_just_closed(breaker: CircuitBreaker) -> bool:
-    return not breaker.closed and breaker._clock() - breaker._until < _MOMENT
 
 
 class Watch:
@@ -38,17 +45,18 @@ class Watch:
     Args:
         options: the engine.
         ledger: names stamps.
+        past: what earlier engines have left behind.
 
     Attributes:
-        disk_is_damaged: whether a disk may fail to deliver what it shows.
+        damaged: tiers that may fail to deliver what they show.
+        spoiled: chunks that tiers may fail to deliver.
     """
 
-    def __init__(self, options: Options, ledger: Ledger) -> None:
+    def __init__(self, options: Options, ledger: Ledger, past: Past) -> None:
         self._options = options
         self._ledger = ledger
-        self._chunks: dict[ChunkKey, Stamps] = {}
-        self._computed: set[ChunkKey] = set()
-        self._fleeting: set[ChunkKey] = set()
+        self._chunks = past.chunks
+        self._computed: dict[ChunkKey, set[str]] = {}  # by which requests, in this life
         self._orders: dict[TransferId, SaveOrder] = {}
         self._reading: dict[TransferId, set[int]] = {}
         self._loads: dict[TransferId, str] = {}
@@ -56,42 +64,67 @@ class Watch:
         self._readers: dict[int, set[TransferId]] = {}
         self._lives: dict[str, tuple[Blocks, set[int]]] = {}
         self._floors: dict[str, int] = {}
+        self._taken: dict[str, dict[TierName, int]] = {}
+        self._asked: dict[str, float] = {}
         self._uncounted: set[str] = set()
-        self.disk_is_damaged = False
+        self._requests: dict[str, Request] = {}
+        self._users, self._life = past.users, past.lives
+        self._admissions: Counter[str] = Counter()
+        self._given: set[ChunkKey] = set()  # chunks of requests that share what they compute
+        self._moves = MoveWatch(options)
+        self.damaged, self.spoiled = past.damaged, past.spoiled
 
     def attach(
         self, planner: Planner, ranks: Sequence[Rank], leased: LeasedPool, meter: Meter
     ) -> None:
         """Look over these shoulders."""
         self._planner, self._ranks, self._leased, self._meter = planner, ranks, leased, meter
+        catalog = planner._books.catalog
+        self._near: SlotIndex = catalog.near
+        self._far = {name: far.index for name, far in catalog.far.items()}
+        self._origins = Origins(self._near, planner._books.transfers)
         count = planner._prompts.count
         planner._prompts.count = partial(self._prompt, count)  # type: ignore[method-assign]
         planner.lookup = partial(self._lookup, planner.lookup)  # type: ignore[method-assign]
-        for tier in planner._catalog.tiers.values():
-            tier.publish = partial(self._publish, tier, tier.publish)  # type: ignore[method-assign]
+        planner.admitted = partial(self._admitted, planner.admitted)  # type: ignore[method-assign]
+        for tier, index in ((NEAR, self._near), *self._far.items()):
+            index.filled = partial(self._filled, tier, index.filled)  # type: ignore[method-assign]
+        for tier, index in self._far.items():
+            self._moves.attach(tier, index)
+        self._check_contents()
 
     def learn(self, request: Request) -> None:
         """The request's tokens are what they are: so are its chunks."""
         size = self._options.chunk_tokens
         if len(self._chunks) > _CHUNKS:
-            kept = (k for tier in self._planner._catalog.tiers.values() for k in tier._visible)
-            self._chunks = {key: self._chunks[key] for key in kept}
-            self._computed.clear()
+            raise Violation("the history is too long to remember all of its chunks")
         if not request.chain.epoch.lasting:
-            self._fleeting.update(request.chain.keys)
+            self._moves.fleeting.update(request.chain.keys)
         for index, key in enumerate(request.chain.keys):
             if key not in self._chunks:
                 self._chunks[key] = request.hashes[index * size : (index + 1) * size].copy()
         # The last token of a request is known, but nobody computes it.
-        self._computed.update(request.chain.keys[: (request.num_tokens - 1) // size])
+        for key in request.chain.keys[: (request.num_tokens - 1) // size]:
+            self._computed.setdefault(key, set()).add(request.request_id)
+        if request.regard.share:
+            self._given.update(request.chain.keys)
+        self._has(request)
 
-    # -- engine blocks ---------------------------------------------------------------------------
+    # -- transfers -------------------------------------------------------------------------------
+
+    def slots_of(self, order: LoadOrder) -> set[int]:
+        """The near slots that a load reads."""
+        per_chunk = self._options.chunk_blocks
+        return {page // per_chunk for pages in order.pages for page in pages.near.tolist()}
 
     def planned(self, plan: StepPlan) -> None:
-        """A plan was made: its saves read their blocks from now on."""
+        """A plan was made: what it orders is under way from now on."""
+        for orders in plan.tiers:
+            for move in orders.outward:
+                self._check_kept(orders.tier, move.key)
+        self._moves.planned(plan, self.slots_of)
+        self._origins.planned(plan)
         self._loads.update((order.transfer, order.request_id) for order in plan.loads)
-        if any(order.key in self._fleeting for order in plan.writes):
-            raise Violation("a chunk of weights without a name is written to disk")
         for order in plan.saves:
             self._orders[order.transfer] = order
             self._reading[order.transfer] = set(range(self._options.ranks))
@@ -108,6 +141,7 @@ class Watch:
     def reported(self, receipt: Receipt) -> None:
         """A rank has made these receipts, whenever they will arrive."""
         for item in receipt.transfers:
+            self._moves.reported(receipt.rank, item)
             if item.outcome is Outcome.FAILED and item.transfer in self._loads:
                 self._unlucky.add(self._loads[item.transfer])
             ranks = self._reading.get(item.transfer)
@@ -122,15 +156,45 @@ class Watch:
     def reused(self, block: int) -> None:
         """The engine gives a block to somebody new."""
         for transfer in self._readers.get(block, ()):
-            live = self._planner._transfers.get(transfer)
+            live = self._planner._books.transfers.get(transfer)
             if live is None or not live.poisoned:
                 raise Violation(f"block {block} is reused while save {transfer} still reads it")
+
+    # -- what tiers keep -------------------------------------------------------------------------
+
+    def _admitted(self, admitted: Callable[[str, int], None], request_id: str, loaded: int) -> None:
+        record = self._planner._requests.get(request_id)
+        if record is not None and not record.admitted:
+            self._admissions[request_id] += 1
+            self._has(self._requests[request_id])
+        admitted(request_id, loaded)
+
+    def _has(self, request: Request) -> None:
+        """A request needs chunks of these keys; once more if it was preempted."""
+        number = max(1, self._admissions[request.request_id])
+        for key in request.chain.keys:
+            self._users[key].add(f"{self._life} {request.request_id} {number}")
+
+    def _check_kept(self, tier: TierName, key: ChunkKey) -> None:
+        keep = self._options.tier(tier).keep
+        if keep == "nothing":
+            raise Violation(f"a chunk is written to {tier}, which keeps nothing")
+        if keep == "shared" and len(self._users[key]) < 2 and key not in self._given:
+            raise Violation(f"a chunk that nobody shares is written to {tier}")
+
+    def unshared(self) -> int:
+        """Chunks that several requests have computed, or found, and that a tier lacks which keeps
+        such chunks; if none was aborted or preempted, and nothing has failed."""
+        shared = [key for key, requests in self._computed.items() if len(requests) > 1]
+        names = [tier.name for tier in self._options.tiers if tier.keep == "shared"]
+        return sum(not self._far[TierName(name)].holds(key) for key in shared for name in names)
 
     # -- prompts ---------------------------------------------------------------------------------
 
     def submitted(self, request: Request) -> None:
         """A request has arrived."""
         self._uncounted.add(request.request_id)
+        self._origins.submitted(request)
 
     def ran(self, run: Run, count: int) -> None:
         """The model computes tokens of a request behind what is there."""
@@ -141,11 +205,6 @@ class Watch:
             range(run.position, min(run.position + count, run.request.num_prompt_tokens))
         )
         self._lives[run.request.request_id] = run.blocks, computed
-
-    def _lookup(self, lookup: Callable[..., Hit], request: Request, floor: int, **more: str) -> Hit:
-        hit = lookup(request, floor, **more)
-        self._floors[request.request_id] = floor
-        return hit
 
     def _prompt(
         self, count: Callable[[RequestRecord, int], None], record: RequestRecord, end: int
@@ -162,6 +221,8 @@ class Watch:
         _, computed = self._lives.pop(request_id, (None, set[int]()))
         floor = self._floors.get(request_id, 0)
         wrong = sum(sources.values()) != prompt
+        taken = self._taken.get(request_id, {})
+        wrong |= any(sources.get(tier, 0) > taken.get(tier, 0) for tier in self._far)
         if complete:  # else nobody knows what steps in flight will still compute
             wrong |= sources.get("unfinished", 0) > 0 or sources["computed"] != len(computed)
             if not self._options.hand_off:  # there a part is computed up to a boundary
@@ -172,6 +233,12 @@ class Watch:
                 f"model has computed {len(computed)}, and the engine had {floor} itself"
             )
 
+    @property
+    def tokens_loaded(self) -> int:
+        """Tokens of prompts that were neither computed nor found in the engine, as counted."""
+        apart = ("computed", "unfinished", "engine")
+        return sum(n for source, n in self._sources().items() if source not in apart)
+
     def _sources(self) -> Counter[str]:
         counters = self._meter._counters
         figures = {labels[0]: n for (name, labels), n in counters.items() if name == "hit_tokens"}
@@ -181,9 +248,38 @@ class Watch:
 
     # -- hits ------------------------------------------------------------------------------------
 
+    def _lookup(
+        self, lookup: Callable[..., Offer], request: Request, floor: int, **more: str
+    ) -> Offer:
+        self._requests[request.request_id] = request
+        offer = lookup(request, floor, **more)
+        self._floors[request.request_id] = floor
+        self._waits(request.request_id, offer.ask_again)
+        self._taken[request.request_id] = offer.taken
+        again = request.preemptions > 0 or request.request_id in self._unlucky
+        if not (offer.ask_again or self._options.ring_blocks or again):
+            self._origins.check(request, offer, self._options.chunk_tokens)
+        return offer
+
+    def _waits(self, request_id: str, asks_again: bool) -> None:
+        """A request that is told to ask again is told so for a while at most: for another's load,
+        for what comes near from far tiers and for their answers."""
+        clock, deadline = self._planner._books.clock, self._options.deadline
+        if not asks_again:
+            self._asked.pop(request_id, None)
+            return
+        waited = clock.now - self._asked.setdefault(request_id, clock.now)
+        # Each of the three may be a step late.
+        longest = 2 * deadline + MOST_PATIENCE + (LOOK_PLANS + 3) * clock.longest
+        if waited > longest:
+            raise Violation(
+                f"{request_id} is told to ask again for {waited:.3f} s, it may be for "
+                f"{longest:.3f} s"
+            )
+
     def check_hit(self, request: Request, floor: int, tokens: int) -> None:
-        """A lookup was answered: it must be the longest hit, in tiers that are in use, that leaves
-        enough to compute. A request that has had a failed load may be left to itself.
+        """A lookup was answered: it must be the longest hit near that leaves enough to compute. A
+        request that has had a failed load may be left to itself.
 
         Args:
             request: who asked.
@@ -194,38 +290,27 @@ class Watch:
         declined = tokens == 0 and request.request_id in self._unlucky
         if self._options.when == "auto":  # as much of it as pays, to a boundary of a chunk
             size = self._options.chunk_tokens
-            cut = tokens == 0 or (tokens <= max(expected) and (floor + tokens) % size == 0)
+            cut = tokens == 0 or (tokens <= expected and (floor + tokens) % size == 0)
             declined |= cut
-        if tokens not in expected and not declined:
+        if tokens != expected and not declined:
             raise Violation(
                 f"a hit of {tokens} tokens for {request.request_id} after {floor} of "
                 f"{request.num_tokens}, of which {request.recompute_tokens} must be computed; "
-                f"it should be {' or '.join(map(str, sorted(expected)))}"
+                f"it should be {expected}"
             )
 
-    def _longest_hit(self, request: Request, floor: int) -> set[int]:
-        """One length, or two where a breaker's pause has just ended: on a real clock that may have
-        been between the lookup and now."""
-        planner, size, keys = self._planner, self._options.chunk_tokens, request.chain.keys
+    def _longest_hit(self, request: Request, floor: int) -> int:
+        size, keys = self._options.chunk_tokens, request.chain.keys
         usable = (request.num_tokens - request.recompute_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-        lengths = set()
-        for sure in (False, True):
-            tiers = [
-                tier
-                for name, tier in planner._catalog.tiers.items()
-                if planner._breakers.readable(name)
-                and not (sure and _was_just_closed(planner._breakers.loads(name)))
-            ]
-            held = [any(key in tier._visible for tier in tiers) for key in keys]
-            if self._options.ring_blocks:
-                longest = self._longest_window(held, usable)
-            else:
-                end = floor // size
-                while end < len(keys) and held[end]:
-                    end += 1
-                longest = min(end * size, usable) - floor
-            lengths.add(longest if longest >= max(1, self._options.min_tokens) else 0)
-        return lengths
+        held = [key in self._near.visible for key in keys]
+        if self._options.ring_blocks:
+            longest = self._longest_window(held, usable)
+        else:
+            end = floor // size
+            while end < len(keys) and held[end]:
+                end += 1
+            longest = min(end * size, usable) - floor
+        return longest if longest >= max(1, self._options.min_tokens) else 0
 
     def _longest_window(self, held: Sequence[bool], usable: int) -> int:
         """The last boundary before which there is all that a window looks at."""
@@ -237,48 +322,69 @@ class Watch:
 
     # -- tiers -----------------------------------------------------------------------------------
 
-    def _publish(
-        self, tier: TierCatalog, publish: Callable[..., None], key: ChunkKey, **known: bool
+    def _filled(
+        self, tier: TierName, filled: Callable[..., None], key: ChunkKey, **known: bool
     ) -> None:
-        publish(key, **known)
-        slot = tier.find(key)
-        if slot is None:
-            raise Violation(f"a chunk was published in {tier.name.value} and is not visible")
-        self._check_content(tier.name, slot, key)
+        filled(key, **known)
+        if tier == NEAR:
+            slot = self._near.slot(key)
+            if slot is None:
+                raise Violation("a chunk was published near and is not visible")
+            self._check_near(slot, key)
+            self._origins.arrived(key)
+        else:
+            self._moves.present(tier, key)
+            index = self._far[tier]
+            self._check_far(tier, index.slot(key) if isinstance(index, SlotIndex) else 0, key)
 
-    def _check_content(self, tier: TierName, slot: int, key: ChunkKey) -> None:
+    def _check_near(self, slot: int, key: ChunkKey) -> None:
+        for rank in self._ranks:
+            self._compare(NEAR, rank, key, rank.near(slot))
+
+    def _check_far(self, tier: TierName, place: int | None, key: ChunkKey) -> None:
+        """What a far tier shows it must deliver, unless others remove what is in it."""
+        if place is None:
+            raise Violation(f"a chunk was published in {tier} and is not visible")
+        if tier not in self.damaged and (tier, key) not in self.spoiled:
+            for rank in self._ranks:
+                if rank.leads:
+                    self._compare(tier, rank, key, rank.far(tier, place, key))
+
+    def _compare(self, tier: TierName, rank: Rank, key: ChunkKey, found: Stamps | None) -> None:
         expected = self._chunks.get(key)
         if expected is None:
-            raise Violation(f"{tier.value} shows a chunk that no request has had")
-        for rank in self._ranks:
-            found = rank.held(tier, slot, key)
-            if found is None:
-                if self.disk_is_damaged:
-                    continue
-                raise Violation(f"{tier.value} shows a chunk that rank {rank.number} cannot read")
-            wrong = np.argwhere(found != expected)
-            if len(wrong):
-                row, token = wrong[0]
-                salt = self._ledger.salts[rank.number, row]
-                raise Violation(
-                    f"{tier.value} shows a chunk whose token {token} in row {row} on rank "
-                    f"{rank.number} is: {self._ledger.name(int(found[row, token] ^ salt))}; it "
-                    f"should be: {self._ledger.name(int(expected[token] ^ salt))}"
-                )
+            raise Violation(f"{tier} shows a chunk that no request has had")
+        if found is None:
+            if not self._options.tier(tier).slotted:
+                return
+            raise Violation(f"{tier} shows a chunk that rank {rank.number} cannot read")
+        wrong = np.argwhere(found != expected)
+        if len(wrong):
+            row, token = wrong[0]
+            salt = self._ledger.salts[rank.number, row]
+            raise Violation(
+                f"{tier} shows a chunk whose token {token} in row {row} on rank {rank.number} is: "
+                f"{self._ledger.name(int(found[row, token] ^ salt))}; it should be: "
+                f"{self._ledger.name(int(expected[token] ^ salt))}"
+            )
 
     def missing(self) -> int:
         """Chunks that no tier shows, of requests that all have come to their end."""
-        tiers = self._planner._catalog.tiers.values()
-        return sum(all(key not in tier._visible for tier in tiers) for key in self._computed)
+        tiers = (self._near, *self._far.values())
+        return sum(not any(tier.holds(key) for tier in tiers) for key in self._computed)
+
+    def _slotted(self) -> list[tuple[TierName, SlotIndex]]:
+        far = [(n, index) for n, index in self._far.items() if isinstance(index, SlotIndex)]
+        return [(NEAR, self._near), *far]
 
     def check_tiers(self) -> None:
         """Every slot of every tier is in exactly one condition."""
-        for tier in self._planner._catalog.tiers.values():
+        for name, tier in self._slotted():
             conditions = [
                 *tier._visible.values(), *tier._filling.values(), *tier._orphans, *tier._free
             ]  # fmt: skip
-            if sorted(conditions) != list(range(tier.slots)):
-                raise Violation(f"slots of {tier.name.value} are lost or doubled: {conditions}")
+            if sorted(conditions) != list(range(tier.capacity)):
+                raise Violation(f"slots of {name} are lost or doubled: {conditions}")
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -286,30 +392,34 @@ class Watch:
     def is_quiet(self) -> bool:
         """Whether control knows that everything has ended."""
         idle = all(rank.is_idle for rank in self._ranks)
-        return idle and not self._planner.has_work and not len(self._planner._transfers)
+        return idle and not self._planner.has_work and not len(self._planner._books.transfers)
 
     def check_end(self) -> None:
         """Nothing is left when every request is gone and every transfer has ended."""
-        planner = self._planner
+        planner, books = self._planner, self._planner._books
         self.check_tiers()
         left: dict[str, object] = {
-            "transfers": list(planner._transfers.live()),
+            "transfers": list(books.transfers.live()),
             "requests": list(planner._requests),
             "leases on blocks": self._leased.leased,
-            "count of leased blocks": planner._leases.leased_blocks,
+            "count of leased blocks": books.leases.leased_blocks,
             "leases on slots": {
-                tier.name.value: tier._leases
-                for tier in planner._catalog.tiers.values()
-                if tier.leased
+                name: tier._leases for name, tier in self._slotted() if tier.leased
             },
-            "slots being filled": [
-                key for tier in planner._catalog.tiers.values() for key in tier._filling
+            "slots being filled": [key for _, tier in self._slotted() for key in tier._filling],
+            "requests that something comes near for": list(planner._moves._arrivals),
+            "chunks on their way near": [
+                *planner._moves._fetches._moves,
+                *planner._moves._fetches._expected,
             ],
             "saves without a receipt": list(self._reading),
+            "transfers without a receipt": self._moves.under_way,
             "tiers that are tried by nothing": [
                 breaker._name
-                for tier in planner._catalog.tiers
-                for breaker in (planner._breakers.loads(tier), planner._breakers.fills(tier))
+                for breaker in (
+                    *(books.breakers.reads(tier) for tier in self._far),
+                    *(books.breakers.fills(tier) for tier in (NEAR, *self._far)),
+                )
                 if breaker._state is BreakerState.TRYING
             ],
             "work": planner.has_work,
@@ -322,6 +432,12 @@ class Watch:
         for what, value in left.items():
             if value:
                 raise Violation(f"at the end there are still {what}: {value}")
-        for tier in planner._catalog.tiers.values():
+        self._check_contents()
+
+    def _check_contents(self) -> None:
+        for name, tier in self._slotted():
             for key, slot in tier._visible.items():
-                self._check_content(tier.name, slot, key)
+                if name == NEAR:
+                    self._check_near(slot, key)
+                else:
+                    self._check_far(name, slot, key)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lamina.push.transports.base import (
+from lamina_kv.push.transports.base import (
     Notice,
     Peer,
     Region,

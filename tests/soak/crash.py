@@ -19,13 +19,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
-from lamina.geometry import DIRECT_IO_ALIGNMENT
-from lamina.plan import ChunkKey
+from lamina_kv.geometry import OBJECT_HEADER_BYTES
+from lamina_kv.plan import ChunkKey
+from lamina_kv.tiers.disk.layout import BLOCK, GROUP, HEAD_BYTES, TABLE_BYTES, USED_BYTES
 from simulator.content import Stamps, Violation
 from simulator.faults import Weather
-from simulator.options import Options
-from soak.damage import Damage, Range, damage_store, tear
-from soak.doomed import Fate, serve
+from simulator.options import Far, Options, Sort
+from soak.damage import Damage, Write, damage_store, tear
+from soak.doomed import DISK, Fate, serve
 from soak.memory import Memory
 
 LONGEST = 0.7
@@ -61,12 +62,13 @@ class Life:
         self._virtual = seed % 2 == 0
         self._memory = Memory()
         self._damage: Damage | None = None
-        self._unsynced: dict[Path, list[Range]] = {}
+        self._unsynced: dict[Path, list[Write]] = {}
         self._fair = True
         self._end = ""
         self._starts = 0
         self._servers = 0
-        self._layout = replace(Options.draw(self._random), disk_slots=self._random.choice((8, 48)))
+        self._slots = self._random.choice((8, 48))
+        self._layout = Options.draw(self._random)
 
     def run(self, cycles: int) -> None:
         """Start that many servers and end them, then one that looks at what is left.
@@ -97,7 +99,7 @@ class Life:
             host_slots=random.choice((12, 60)),
             mode=other.mode,
             load_ahead=other.load_ahead,
-            writes_in_flight=other.writes_in_flight,
+            tiers=(replace(Far.draw(random, 0, Sort.DISK), name=DISK, room=self._slots),),
             deadline=other.deadline if virtual else 0.4,
         )
         return Fate(
@@ -165,9 +167,10 @@ class Life:
         lost |= memory.durable.keys() - visible.keys()
         self.counts["durable chunks found again"] += len(memory.durable) - len(lost)
         self.counts["durable chunks lost to damage"] += len(lost)
-        # A server that was killed as it opened the store may have said it already.
-        first = self._starts == 1 and damage is not None and damage.file.suffix == ".slab"
-        if lost and first and not warnings:
+        # A server that was killed as it opened the store may have said it already, and an erased
+        # head is that of a free slot.
+        first = self._starts == 1 and damage is not None and damage.kind in ("flip", "garbage")
+        if memory.durable.keys() - visible.keys() and first and not warnings:
             raise Violation(f"{len(lost)} chunks were lost to {damage} without a warning")
         memory.opened(unreadable, visible)
         self._damage = None
@@ -184,8 +187,8 @@ class Life:
         self._memory.reported(key)
         self.counts["chunks reported durable"] += 1
 
-    def _hear_writing(self, file: str, ranges: list[Range]) -> None:
-        self._unsynced.setdefault(Path(file), []).extend(ranges)
+    def _hear_writing(self, file: str, writes: list[Write]) -> None:
+        self._unsynced.setdefault(Path(file), []).extend(writes)
 
     def _hear_synced(self, file: str) -> None:
         self._unsynced.pop(Path(file), None)
@@ -210,36 +213,48 @@ class Life:
     def _misfortune(self) -> None:
         random = self._random
         if self._unsynced and random.random() < POWER_FAILURES:
-            for file, ranges in self._unsynced.items():
-                tear(file, random, ranges)
+            for file, writes in self._unsynced.items():
+                tear(file, random, writes)
+            self._memory.torn = True
             self.counts["power failures"] += 1
-        if self._damage is None and random.random() < DAMAGED:
+        there = any(self._store.rglob("rank-*.slab"))
+        if there and self._damage is None and random.random() < DAMAGED:
             self._damage = damage_store(self._store, random, self._offset_in_use)
             self._memory.damage(self._broken_by(self._damage))
             self._starts = 0
             self.counts[f"damage: {self._damage.name}"] += 1
 
     def _offset_in_use(self) -> int:
-        """A byte of a slab that belongs to an extent; extents are shorter than their pages."""
-        page = self._random.randrange(self._layout.rows * self._layout.disk_slots)
-        return page * DIRECT_IO_ALIGNMENT + self._random.randrange(self._extent)
-
-    @property
-    def _extent(self) -> int:
-        return self._layout.chunk_bytes // self._layout.rows
+        """A byte of a slab that means something."""
+        random, slot = self._random, self._random.randrange(self._slots)
+        dice = random.random()
+        if dice < 0.1:
+            return random.randrange(64)
+        if dice < 0.2:
+            return BLOCK + slot * USED_BYTES + random.randrange(USED_BYTES)
+        if dice < 0.5:
+            return _HEADS + slot * HEAD_BYTES + random.randrange(HEAD_BYTES)
+        whole = OBJECT_HEADER_BYTES + self._layout.chunk_bytes
+        return _OBJECTS + slot * self._layout.geometry().object_bytes + random.randrange(whole)
 
     def _broken_by(self, damage: Damage) -> set[int] | None:
         """The slots that a damage may have cost; None for all."""
-        name = damage.file.name
-        if name.endswith((".sqlite", ".sqlite-wal")):
-            return None
-        if not name.endswith(".slab"):
+        if not damage.file.name.endswith(".slab"):
             return set()
         if damage.ranges is None:
             return None
-        return {
-            page % self._layout.disk_slots
-            for start, end in damage.ranges
-            for page in range(start // DIRECT_IO_ALIGNMENT, -(-end // DIRECT_IO_ALIGNMENT))
-            if start % DIRECT_IO_ALIGNMENT < self._extent or page > start // DIRECT_IO_ALIGNMENT
-        }
+        broken: set[int] = set()
+        for start, end in damage.ranges:
+            for position in range(start, end):
+                if position >= _OBJECTS:
+                    size = self._layout.geometry().object_bytes
+                    broken.add((position - _OBJECTS) // size)
+                elif position >= _HEADS:
+                    broken.add((position - _HEADS) // HEAD_BYTES)
+                elif position >= BLOCK:
+                    return None  # of a chunk in two slots, ranks may come to prefer another one
+        return broken
+
+
+_HEADS = BLOCK + GROUP * USED_BYTES
+_OBJECTS = BLOCK + TABLE_BYTES

@@ -64,16 +64,35 @@ def sectors(file: Path, random: Random, at: Callable[[], int], *, zero: bool) ->
     return (overwrite(file, start, bytes(length) if zero else random.randbytes(length)),)
 
 
-def tear(file: Path, random: Random, ranges: Sequence[Range]) -> None:
-    """The power fails: of what was written and not synced, any sector may hold anything."""
+@dataclass(frozen=True)
+class Write:
+    """What was written to a file and not synced.
+
+    Attributes:
+        start: where.
+        size: bytes.
+        before: what was there, where a disk must not damage the neighbours of what is changed: a
+            sector holds the one or the other then. None where it may hold anything.
+    """
+
+    start: int
+    size: int
+    before: bytes | None = None
+
+
+def tear(file: Path, random: Random, writes: Sequence[Write]) -> None:
+    """The power fails: of what was written and not synced, any sector may not have arrived."""
     size = file.stat().st_size
-    for start, end in ranges:
-        for position in range(start, min(end, size), SECTOR):
+    for write in reversed(writes):
+        for position in range(write.start, min(write.start + write.size, size), SECTOR):
             dice = random.random()
-            if dice < 0.5:
-                overwrite(
-                    file, position, bytes(SECTOR) if dice < 0.25 else random.randbytes(SECTOR)
-                )
+            if dice < 0.5 and write.before is not None:
+                at = position - write.start
+                overwrite(file, position, write.before[at : at + SECTOR])
+            elif dice < 0.25:
+                overwrite(file, position, bytes(SECTOR))
+            elif dice < 0.5:
+                overwrite(file, position, random.randbytes(SECTOR))
 
 
 def damage_store(store: Path, random: Random, position_in_slab: Callable[[], int]) -> Damage:
@@ -85,8 +104,7 @@ def damage_store(store: Path, random: Random, position_in_slab: Callable[[], int
         position_in_slab: a byte of a slab that means something; most do not.
     """
     files = sorted(path for path in store.rglob("*") if path.is_file() and path.stat().st_size)
-    suffixes = ("slab", "sqlite", "sqlite-wal", "json", "")
-    wanted = random.choices(suffixes, (40, 20, 20, 10, 10))[0]
+    wanted = random.choices(("slab", "json", ""), (80, 10, 10))[0]
     file = random.choice([path for path in files if path.name.endswith(wanted)] or files)
     size = file.stat().st_size
 

@@ -6,6 +6,7 @@ Everything is told before it is done, so what was heard is never less than what 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -23,16 +24,23 @@ from unittest.mock import patch
 
 import numpy as np
 
-from lamina.data.tiers.disk import StoreError
-from lamina.data.tiers.disk_index import DiskIndex
-from lamina.data.tiers.disk_slab import Slab
-from lamina.plan import ChunkKey, StepPlan, TierName
+from lamina_kv.plan import ChunkKey, StepPlan, TierName
+from lamina_kv.tiers.contract import StoreError
+from lamina_kv.tiers.disk.aio import Operation
+from lamina_kv.tiers.disk.data import Slab
+from lamina_kv.tiers.slots import SlotIndex
 from simulator.content import Violation
 from simulator.engine import Simulator
 from simulator.faults import Weather
 from simulator.history import Prompts
 from simulator.options import Options
+from simulator.rank import Rank
+from simulator.stores import Past
+from simulator.watch import Watch
+from soak.damage import SECTOR, Write
 from soak.memory import Found, Memory
+
+DISK = TierName("disk")
 
 STEPS = 400
 """After which a server that nobody has killed ends in order."""
@@ -106,7 +114,7 @@ class Doomed(Simulator):
 
     Args:
         fate: how it lives.
-        store: the directory of its disk tier.
+        store: the directory of its disk tier, the only far one.
         memory: what must be there.
         teller: whom to tell.
         warnings: what Lamina has warned of.
@@ -115,24 +123,26 @@ class Doomed(Simulator):
     def __init__(
         self, fate: Fate, store: Path, memory: Memory, teller: Teller, warnings: Warnings
     ) -> None:
-        super().__init__(fate.seed, fate.options, store, virtual=fate.virtual)
+        # Whether its chunks can be read is looked at here, and not by the watch.
+        past = Past(chunks=dict(memory.content), damaged={DISK})
+        super().__init__(fate.seed, fate.options, store, past=past, virtual=fate.virtual)
         self._memory = memory
         self._teller = teller
         self._warnings = warnings
 
     def __enter__(self) -> Self:
         """Open the store and look whether everything is there."""
-        super().__enter__()
-        disk = self._planner._catalog.disk
-        assert disk is not None
+        with patch.object(Watch, "_check_contents"):
+            super().__enter__()
+        disk = self._planner._books.catalog.far[DISK].index
+        assert isinstance(disk, SlotIndex)
         found = [
-            Found(
-                rank.number, chunk.slot, chunk.key, rank.held(TierName.DISK, chunk.slot, chunk.key)
-            )
+            Found(rank.number, slot, key, rank.far(DISK, slot, key))
             for rank in self._ranks
-            for chunk in rank.executor.report().stored
+            if rank.leads
+            for slot, key in _stored(rank)
         ]
-        visible = dict(disk._visible)
+        visible = dict(disk.visible)
         self._memory.check(found, visible)
         self._watch.check_tiers()
         if disk.used != len(visible):
@@ -140,24 +150,36 @@ class Doomed(Simulator):
         unread = [chunk for chunk in found if chunk.stamps is None]
         slots = {chunk.slot for chunk in unread}
         self._teller.say("opened", slots, visible, self._warnings.lines)
-        self._watch.disk_is_damaged = bool(unread)
-        self._watch._chunks |= self._memory.content
-        for chunk in unread:  # a damaged index may name a chunk that there never was
+        if not unread:
+            self._watch.damaged.discard(DISK)
+        for chunk in unread:  # nobody has said what is in it
             self._watch._chunks.setdefault(chunk.key, _NOTHING)
-        self._watch.planned = partial(self._tell_plan, self._watch.planned)
-        disk.publish = partial(self._tell_durable, disk.publish)
+        self._watch.planned = partial(  # type: ignore[method-assign]
+            self._tell_plan, self._watch.planned
+        )
+        disk.filled = partial(self._tell_durable, disk.filled)  # type: ignore[method-assign]
         return self
 
     def _tell_plan(self, planned: Callable[[StepPlan], None], plan: StepPlan) -> None:
         planned(plan)
-        if plan.writes or plan.drop_disk:
-            chunks = self._watch._chunks
-            writes = [(order.key, order.disk_slot, chunks[order.key]) for order in plan.writes]
-            self._teller.say("ordered", writes, plan.drop_disk)
+        for orders in plan.tiers:
+            if orders.tier == DISK and (orders.outward or orders.drops):
+                chunks = self._watch._chunks
+                writes = [(move.key, move.far, chunks[move.key]) for move in orders.outward]
+                self._teller.say("ordered", writes, orders.drops)
 
-    def _tell_durable(self, publish: Callable[..., None], key: ChunkKey, **known: bool) -> None:
-        publish(key, **known)
+    def _tell_durable(self, filled: Callable[..., None], key: ChunkKey, **known: bool) -> None:
+        filled(key, **known)
         self._teller.say("reported", key)
+
+
+def _stored(rank: Rank) -> Iterator[tuple[int, ChunkKey]]:
+    """Slots of a rank's part of the store, and the keys that it says are there."""
+    stored = rank._stores[DISK].inner.stored(keys=True)
+    assert stored is not None
+    assert stored.keys is not None
+    for slot, key in zip(stored.slots.tolist(), stored.keys, strict=True):
+        yield slot, ChunkKey(key.tobytes())
 
 
 _NOTHING = np.zeros(1, np.uint64)
@@ -165,7 +187,7 @@ _NOTHING = np.zeros(1, np.uint64)
 
 def serve(pipe: Connection, fate: Fate, store: Path, memory: Memory) -> None:
     """Be a server until the end: that of the work, or an earlier one."""
-    log = logging.getLogger("lamina")
+    log = logging.getLogger("lamina_kv")
     log.handlers = [warnings := Warnings(logging.WARNING)]
     log.propagate = False
     teller = Teller(pipe, fate.points)
@@ -205,40 +227,51 @@ def live(simulator: Simulator, fate: Fate) -> None:
 @contextmanager
 def watched(teller: Teller) -> Iterator[None]:
     """Every change of a store is told, or at least a good moment to die."""
-    write, sync = Slab.write, Slab.sync
+    move, sync = Slab.move, Slab.sync
 
-    def tell_write(slab: Slab, row: int, slots: Any, extents: Any) -> None:
-        size = slab._strides[row]
-        starts = [slab._bases[row] + slot * size for slot in slots.tolist()]
-        file = os.readlink(f"/proc/self/fd/{slab._file}")
-        teller.say("writing", file, [(start, start + size) for start in starts])
-        half = len(slots) // 2
-        if half:
-            write(slab, row, slots[:half], extents[:half])
-            teller.point()
-        write(slab, row, slots[half:], extents[half:])
+    def tell_move(slab: Slab, operation: Operation, offsets: Any, addresses: Any, size: int) -> Any:
+        if operation is not Operation.WRITE:
+            return move(slab, operation, offsets, addresses, size)
         teller.point()
+        teller.say("writing", slab_file(slab), list(writes(slab, offsets, addresses, size)))
+        half = len(offsets) // 2
+        errors = []
+        for part in (slice(half), slice(half, None)):
+            errors.append(move(slab, operation, offsets[part], addresses[part], size))
+            teller.point()
+        return np.concatenate(errors)
 
     def tell_sync(slab: Slab) -> None:
         teller.point()
         sync(slab)
-        teller.say("synced", os.readlink(f"/proc/self/fd/{slab._file}"))
+        teller.say("synced", slab_file(slab))
         teller.point()
 
-    def between(change: Callable[..., None]) -> Callable[..., None]:
-        def with_points(*arguments: object) -> None:
-            teller.point()
-            change(*arguments)
-            teller.point()
-
-        return with_points
-
     with ExitStack() as stack:
-        for target, name, replacement in (
-            (Slab, "write", tell_write),
-            (Slab, "sync", tell_sync),
-            (DiskIndex, "forget", between(DiskIndex.forget)),
-            (DiskIndex, "record", between(DiskIndex.record)),
-        ):
-            stack.enter_context(patch.object(target, name, replacement))
+        stack.enter_context(patch.object(Slab, "move", tell_move))
+        stack.enter_context(patch.object(Slab, "sync", tell_sync))
+        # Else last uses would be written at the end only.
+        stack.enter_context(patch("lamina_kv.tiers.disk.heads.RECENCY_SECONDS", 0.0))
         yield
+
+
+def slab_file(slab: Slab) -> str:
+    """Where a slab is now."""
+    return os.readlink(f"/proc/self/fd/{slab._file}")
+
+
+def writes(slab: Slab, offsets: Any, addresses: Any, size: int) -> Iterator[Write]:
+    """What is about to be written, of tables only the sectors that change."""
+    objects = set(slab.layout.objects(np.arange(slab.layout.slots)).tolist())
+    with Path(slab_file(slab)).open("rb") as file:
+        for offset, address in zip(offsets.tolist(), addresses.tolist(), strict=True):
+            if offset in objects:
+                yield Write(offset, size)
+                continue
+            after = ctypes.string_at(address, size)
+            file.seek(offset)
+            before = file.read(size).ljust(size, b"\0")
+            for at in range(0, size, SECTOR):
+                sector = before[at : at + SECTOR]
+                if sector != after[at : at + SECTOR]:
+                    yield Write(offset + at, SECTOR, sector)

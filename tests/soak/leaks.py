@@ -164,7 +164,7 @@ class Crowd:
         objects = Counter(
             type(thing).__qualname__
             for thing in gc.get_objects()
-            if type(thing).__module__.startswith("lamina.")
+            if type(thing).__module__.startswith("lamina_kv.")
         )
         _, pages, *_ = Path("/proc/self/statm").read_text().split()
         maps = Path("/proc/self/maps").read_text().splitlines()
@@ -190,13 +190,15 @@ class Crowd:
         scheduler = self._service._core.scheduler
         planner = scheduler.connector._scheduler.planner
         pool = scheduler.kv_cache_manager.block_pool
+        books = planner._books
+        tiers = [books.catalog.near, *(far.index for far in books.catalog.far.values())]
         return {
             "requests in vLLM": len(scheduler.requests),
             "requests in Lamina": len(planner._requests),
-            "transfers": len(planner._transfers),
-            "leased blocks": planner._leases.leased_blocks,
-            "leased slots": sum(tier.leased for tier in planner._catalog.tiers.values()),
-            "filling slots": sum(len(tier._filling) for tier in planner._catalog.tiers.values()),
+            "transfers": len(books.transfers),
+            "leased blocks": books.leases.leased_blocks,
+            "leased slots": sum(tier.leased for tier in tiers),
+            "filling slots": sum(tier.used - len(tier.visible) for tier in tiers),
             "blocks not given back": sum(
                 block.ref_cnt for block in pool.blocks if not block.is_null
             ),

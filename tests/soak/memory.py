@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamina.plan import ChunkKey
+from lamina_kv.plan import ChunkKey
 from simulator.content import Stamps, Violation
 
 
@@ -34,12 +34,18 @@ class Memory:
         durable: chunks reported durable whose slot was not given to another since, with the slot.
         unreadable: slots that were named and not delivered when the store was opened last.
         broken: slots that were damaged since, on any rank; any slot, if None.
+        unsettled: slots that were ordered to be written or forgotten since the store was opened,
+            without a report of a chunk in them. After a power failure they may say that they hold
+            what they do not.
+        torn: whether the power has failed since then.
     """
 
     content: dict[ChunkKey, Stamps] = field(default_factory=dict)
     durable: dict[ChunkKey, int] = field(default_factory=dict)
     unreadable: set[int] = field(default_factory=set)
     broken: set[int] | None = field(default_factory=set)
+    unsettled: set[int] = field(default_factory=set)
+    torn: bool = False
     _ordered: dict[ChunkKey, int] = field(default_factory=dict)
 
     def ordered(self, writes: list[tuple[ChunkKey, int, Stamps]], dropped: tuple[int, ...]) -> None:
@@ -48,6 +54,7 @@ class Memory:
         self._ordered = {key: slot for key, slot in self._ordered.items() if slot not in dropped}
         self._ordered.update((key, slot) for key, slot, _ in writes)
         taken = {slot for _, slot, _ in writes}.union(dropped)
+        self.unsettled |= taken
         self.durable = {key: slot for key, slot in self.durable.items() if slot not in taken}
 
     def reported(self, key: ChunkKey) -> None:
@@ -55,6 +62,7 @@ class Memory:
         slot = self._ordered[key]
         self.durable[key] = slot
         self.unreadable.discard(slot)
+        self.unsettled.discard(slot)
 
     def damage(self, slots: set[int] | None) -> None:
         """Bytes of these slots were damaged; of any, if None."""
@@ -73,8 +81,9 @@ class Memory:
         for chunk in found:
             where = f"slot {chunk.slot} of rank {chunk.rank}"
             if chunk.stamps is None:
-                if self.broken is not None and chunk.slot not in self.broken | self.unreadable:
-                    raise Violation(f"the index names {where}, which cannot be read")
+                known = self.unreadable | (self.unsettled if self.torn else set())
+                if self.broken is not None and chunk.slot not in self.broken | known:
+                    raise Violation(f"{where} is said to hold a chunk, which cannot be read")
                 continue
             expected = self.content.get(chunk.key)
             if expected is None or (chunk.stamps != expected).any():
@@ -95,4 +104,6 @@ class Memory:
         self.unreadable = unreadable
         self.durable = {key: slot for key, slot in visible.items() if slot not in unreadable}
         self.broken = set()
+        self.unsettled = set()
+        self.torn = False
         self._ordered = {}

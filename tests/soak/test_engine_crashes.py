@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -33,10 +34,12 @@ from engine.driver import (
     differences,
 )
 from engine.server import Server
+from engine.stores import chunks_in, slab_of
 from engine.workload import CHUNK, loadable, random_tokens
-from lamina.cli import store as store_commands
-from lamina.data.tiers.disk_index import summarize
-from lamina.data.tiers.disk_lock import holder
+from lamina_kv.cli import store as store_commands
+from lamina_kv.geometry import OBJECT_HEADER_BYTES, align_up
+from lamina_kv.tiers.disk.layout import TABLE_BYTES
+from lamina_kv.tiers.disk.lock import holder
 from soak.conftest import Note
 from soak.damage import damage_store
 
@@ -47,10 +50,10 @@ SERVER_CYCLES = int(os.environ.get("LAMINA_SOAK_SERVER_CYCLES", "1"))
 SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 PER_STORE = 3
 DAMAGED = 0.6
-ROWS = 4
-EXTENT = CHUNK * 2 * 2 * 32 * 4
-"""Tokens, keys and values, heads, head size, float32."""
-CHUNK_BYTES = ROWS * EXTENT
+CHUNK_BYTES = 4 * CHUNK * 2 * 2 * 32 * 4
+"""Rows, tokens, keys and values, heads, head size, float32."""
+OBJECT_BYTES = align_up(OBJECT_HEADER_BYTES + CHUNK_BYTES)
+"""What a tier takes for a chunk."""
 SLOTS = 400
 STORE_FILE = "lamina-store.json"
 
@@ -58,8 +61,8 @@ STORE_FILE = "lamina-store.json"
 def lamina(store: Path) -> dict[str, object]:
     """A host tier that is much too small, a disk that is not."""
     return {
-        "host": {"capacity": 60 * CHUNK_BYTES},
-        "disk": {"path": str(store), "capacity": SLOTS * CHUNK_BYTES},
+        "host": {"capacity": 60 * OBJECT_BYTES},
+        "tiers": [{"kind": "disk", "path": str(store), "capacity": SLOTS * OBJECT_BYTES}],
     }
 
 
@@ -75,20 +78,18 @@ def new_asks(random: Random, count: int = 24) -> list[Ask]:
     ]
 
 
-def entries(store: Path) -> int:
-    """Chunks that the index of a store names."""
-    (index,) = store.glob("*/rank-0.sqlite")
-    return summarize(index).entries
-
-
-def somewhere(random: Random, used: int) -> int:
-    """A byte of a slab whose first ``used`` slots are in use."""
-    extent = random.randrange(ROWS) * SLOTS + random.randrange(max(1, used))
-    return extent * EXTENT + random.randrange(EXTENT)
+def somewhere(random: Random, store: Path, used: int) -> int:
+    """A byte of a slab whose first ``used`` slots are in use: of a chunk, or of what names it."""
+    _, layout = slab_of(store)
+    if random.random() < 0.3:
+        (start,) = layout.tables(np.array([0])).tolist()
+        return int(start) + random.randrange(TABLE_BYTES)
+    (start,) = layout.objects(np.array([random.randrange(max(1, used))])).tolist()
+    return int(start) + random.randrange(OBJECT_BYTES)
 
 
 def verify(store: Path) -> None:
-    """Expect that ``lamina verify`` finds nothing wrong, once every process has really ended."""
+    """Expect that ``lamina-kv verify`` finds nothing wrong, once every process has really ended."""
     while holder(store, 0):
         time.sleep(0.01)
     app = typer.Typer()
@@ -148,7 +149,7 @@ def test_engines_that_are_killed(
         asks += new_asks(random)
         expected = plain.generate(asks)
         engine = start_on(start, spec, store)
-        known = entries(store)
+        known = chunks_in(store)
         order = random.sample(range(len(asks)), len(asks))
         with killed_after(math.exp(random.uniform(-4, 0.5)), engine.process.pid):
             durable = work_until_the_end(
@@ -157,16 +158,18 @@ def test_engines_that_are_killed(
         engine.kill()
         note("real engines killed", 1)
         note("  chunks they reported durable", durable - known)
-        note("  chunks they had stored", entries(store) - known)
-        assert durable <= entries(store) <= SLOTS
+        note("  chunks they had stored", chunks_in(store) - known)
+        assert durable <= chunks_in(store) <= SLOTS
         verify(store)
         if random.random() < DAMAGED:
-            damage = damage_store(store, random, partial(somewhere, random, entries(store)))
+            damage = damage_store(
+                store, random, partial(somewhere, random, store, chunks_in(store))
+            )
             note(f"  {damage.name}", 1)
     engine = start_on(start, spec, store)
     engine.ask(Ask((1,)))
     used = engine.metrics().total("lamina_tier_used_bytes", tier="disk")
-    assert used == entries(store) * CHUNK_BYTES
+    assert used == chunks_in(store) * CHUNK_BYTES
     for _ in range(2):
         assert not differences(engine.generate(asks), expected)
         engine.forget()
@@ -207,9 +210,9 @@ def test_servers_that_are_killed(
     note("real servers killed", 1)
     note("  requests they had answered", len(answers))
     note("  chunks that servers reported durable", durable)
-    note("  chunks that servers had stored", entries(store))
+    note("  chunks that servers had stored", chunks_in(store))
     assert all(expected[index] == tokens for index, tokens in answers.items())
-    assert durable <= entries(store)
+    assert durable <= chunks_in(store)
     verify(store)
 
     with Server(spec, fleet.next_log()) as server:

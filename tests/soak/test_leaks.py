@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.driver import EngineSpec, Fleet, child_environment
+from lamina_kv.geometry import OBJECT_HEADER_BYTES, align_up
 from soak import leaks
 from soak.conftest import Note
 from soak.leaks import Account
@@ -33,6 +34,8 @@ requests do not warm an engine up."""
 DISK_CHUNKS = 80
 CHUNK_BYTES = 4 * 2 * 2 * 32 * 4 * 64
 """Rows, keys and values, heads, head size, float32, tokens."""
+OBJECT_BYTES = align_up(OBJECT_HEADER_BYTES + CHUNK_BYTES)
+"""What a tier takes for a chunk."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,14 @@ def account(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory)
     spec = EngineSpec(
         llama,
         {
-            "host": {"capacity": 40 * CHUNK_BYTES},
-            "disk": {"path": str(folder / "store"), "capacity": DISK_CHUNKS * CHUNK_BYTES},
+            "host": {"capacity": 40 * OBJECT_BYTES},
+            "tiers": [
+                {
+                    "kind": "disk",
+                    "path": str(folder / "store"),
+                    "capacity": DISK_CHUNKS * OBJECT_BYTES,
+                }
+            ],
         },
         {"num_gpu_blocks_override": 120, "max_model_len": 1024, "max_num_batched_tokens": 1024},
         # oneDNN keeps a program for each of the last 1,024 shapes, which would look like a leak.

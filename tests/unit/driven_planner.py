@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from lamina.config import load_config
-from lamina.control.cost import Costs
-from lamina.control.decisions import DecisionRecord
-from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape, PushParameters
-from lamina.observe.metrics import Meter, Readings
-from lamina.plan import (
+from lamina_kv.config import load_config
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.planner import Planner
+from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.transfers import Kind
+from lamina_kv.keys import CHECKPOINT, ChunkChain
+from lamina_kv.observe.metrics import Meter, Readings
+from lamina_kv.observe.traces import ServedRequest
+from lamina_kv.plan import (
+    Ask,
     ChunkKey,
+    LoadOrder,
+    Move,
     Outcome,
     RankReport,
     Receipt,
     StepPlan,
-    StoredChunk,
+    TierName,
+    TierReport,
     TransferId,
     TransferReceipt,
 )
-from lamina.push.cards import EngineCard
+from lamina_kv.push.cards import EngineCard
+from lamina_kv.tiers.contract import Index
+from lamina_kv.tiers.regard import USUAL, Regard
+from lamina_kv.tiers.slots import SlotIndex
+from stores import stored_chunks
 
 BLOCK, CHUNK, CHUNK_BYTES = 16, 32, 1000
+
+PER_SLOT = CHUNK // BLOCK
+"""Pages of a near slot, where no group has smaller blocks."""
+
+NAMESPACE = b"namespace"
+
+FAR = TierName("disk")
+"""The far tier of an engine that has one."""
 
 
 class Pool:
@@ -54,6 +73,7 @@ class View:
     num_prompt_tokens: int = 0
     recompute_tokens: int = 1
     root_extra: bytes = b""
+    regard: Regard = USUAL
     first_block: int = 1
     extras: dict[int, bytes] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
@@ -82,47 +102,68 @@ class View:
 
 
 class Engine:
-    """Drives a planner as an engine would, and answers for its ranks."""
+    """Drives a planner as an engine would, and answers for its ranks.
+
+    Args:
+        extra: the configuration; a far tier is added if there are slots for it.
+        ranks: how many ranks there are.
+        near_slots: slots of the near tier.
+        far_slots: slots of the far tier; 0 for none.
+        far: more keys of the far tier's configuration.
+        stored: what the far tier holds, by slot; one mapping for all ranks, or one for each.
+        tiers: each rank's far tiers, where the configuration has other ones.
+        clock: the planner's clock, where that is not ``now``.
+        on_end: called with requests that have ended.
+    """
 
     def __init__(
         self,
         extra: dict[str, object] | None = None,
         *,
         ranks: int = 1,
-        host_slots: int = 100,
-        disk_slots: int = 0,
-        stored: tuple[StoredChunk, ...] = (),
-        reports_blocks: bool = True,
+        near_slots: int = 100,
+        far_slots: int = 0,
+        far: Mapping[str, object] | None = None,
+        stored: Mapping[int, ChunkKey] | Sequence[Mapping[int, ChunkKey]] = (),
+        tiers: Sequence[TierReport] = (),
         leases_loads: bool = False,
+        recomputes: bool = True,
         loads: bool = True,
         saves: bool = True,
         card: EngineCard | None = None,
         shape: ChunkShape | None = None,
-        costs: Costs | None = None,
-        on_decision: Callable[[DecisionRecord], None] | None = None,
+        clock: Callable[[], float] | None = None,
+        on_end: Callable[[ServedRequest], None] | None = None,
     ) -> None:
         settings: dict[str, object] = dict(extra or {})
-        if disk_slots:
-            settings.setdefault("disk", {"path": "/store", "capacity": "1GiB"})
+        if far_slots:
+            tier = {"kind": "disk", "name": FAR, "path": "/store", "capacity": "1GiB"}
+            settings.setdefault("tiers", [tier | dict(far or {})])
         self.pool = Pool()
         self.meter = Meter()
         self.now = 0.0
         self.ranks = ranks
+        held = [stored] * ranks if isinstance(stored, Mapping) else stored or [{}] * ranks
+
+        def tiers_of(rank: int) -> tuple[TierReport, ...]:
+            if tiers or not far_slots:
+                return tuple(tiers)
+            return (TierReport(FAR, far_slots, stored_chunks(held[rank], keys=rank == 0)),)
+
         self.planner = Planner(
             load_config(settings, {}),
             shape or ChunkShape.uniform(BLOCK, CHUNK),
-            b"namespace",
+            NAMESPACE,
             self.pool,
-            [RankReport(r, host_slots, disk_slots, CHUNK_BYTES, stored) for r in range(ranks)],
+            [RankReport(rank, near_slots, CHUNK_BYTES, tiers_of(rank)) for rank in range(ranks)],
             self.meter,
-            reports_blocks=reports_blocks,
             leases_loads=leases_loads,
+            recomputes=recomputes,
             loads=loads,
             saves=saves,
             card=card,
-            costs=costs,
-            on_decision=on_decision,
-            clock=lambda: self.now,
+            on_end=on_end,
+            clock=clock or (lambda: self.now),
         )
 
     def wait(self, seconds: float) -> None:
@@ -141,21 +182,46 @@ class Engine:
         *transfers: TransferId,
         outcome: Outcome = Outcome.DONE,
         ranks: Sequence[int] | None = None,
-        bad: tuple[ChunkKey, ...] = (),
+        reason: str = "test",
+        lost: bool = False,
+        present: bytes = b"",
+        seconds: float = 0.0,
+        moved: int | None = None,
     ) -> None:
-        moved = CHUNK_BYTES if outcome is Outcome.DONE else 0
+        if moved is None:
+            moved = CHUNK_BYTES if outcome is Outcome.DONE else 0
         for rank in range(self.ranks) if ranks is None else ranks:
             items = tuple(
-                TransferReceipt(t, outcome, moved, bad_chunks=bad, reason="test") for t in transfers
+                TransferReceipt(
+                    transfer,
+                    outcome,
+                    moved,
+                    seconds=seconds,
+                    active=seconds,
+                    lost=lost,
+                    present=present,
+                    reason=reason,
+                )
+                for transfer in transfers
             )
             self.planner.receive([Receipt(rank, items)])
 
+    def lookup(self, view: View, floor: int = 0, **given: Any) -> Offer:
+        """Look a request up until it need not ask again; what it waits for comes near."""
+        for _ in range(1000):
+            offer = self.planner.lookup(view, floor, **given)
+            if not offer.ask_again:
+                return offer
+            self.settle_moves()
+        raise AssertionError("the request waits for ever")
+
     def save(self, view: View) -> StepPlan:
         """Run a request to its end and let everything it saves arrive."""
-        hit = self.planner.lookup(view, 0)
-        self.planner.admitted(view.request_id, hit.tokens)
+        offer = self.lookup(view)
+        self.planner.admitted(view.request_id, offer.tokens)
         plan = self.step((view.request_id, view.num_tokens))
-        self.answer(*(o.transfer for o in (*plan.loads, *plan.saves)))
+        self.answer(*(load.transfer for load in plan.loads))
+        self.answer(*(save.transfer for save in plan.saves))
         self.planner.finished(view.request_id, view.num_tokens, [view.blocks()])
         return plan
 
@@ -169,16 +235,107 @@ class Engine:
         else:
             self.planner.distrust()
 
-    def settle_writes(self) -> StepPlan:
+    def settle_moves(self) -> StepPlan:
+        """Plan a step in which nothing runs, and let what far tiers are to do go well: they have no
+        chunk that they are asked for."""
         plan = self.step()
-        self.answer(*(w.transfer for w in plan.writes))
+        self.answer(*(move.transfer for move in (*outward(plan), *inward(plan))))
+        for ask in asks(plan):
+            self.answer(ask.transfer, present=bytes(len(ask.keys)))
         return plan
+
+    def write_all(self) -> None:
+        """Let everything that was saved reach the far tiers, which say that they lack it."""
+        for _ in range(1000):
+            if not self.planner.has_work:
+                return
+            for ask in asks(self.step()):
+                self.answer(ask.transfer, present=bytes(len(ask.keys)))
+            live = self.planner._books.transfers.live()
+            self.answer(*[move.id for move in live if move.kind is Kind.MOVE_OUT])
+        raise AssertionError("there is always something to do")
+
+    def forget_near(self) -> None:
+        """Near loses every chunk."""
+        for key in list(self.near.visible):
+            self.near.drop(key)
+
+    @property
+    def near(self) -> SlotIndex:
+        """Control's index of the near tier."""
+        return self.planner._books.catalog.near
+
+    @property
+    def far(self) -> Index:
+        """Control's index of the first far tier."""
+        return next(iter(self.planner._books.catalog.far.values())).index
+
+    def slots(self, request_id: str, group: int = 0) -> list[int]:
+        """Near slots of a request's chunks that are visible, in prefix order."""
+        keys = self.planner._requests[request_id].known_keys()[group]
+        return [self.near.visible[key] for key in keys if key in self.near.visible]
+
+    def keys(self, plan: StepPlan, group: int = 0) -> list[ChunkKey]:
+        """Chunks that a plan saves of one group, in its order, while the saves are on their way."""
+        transfers = self.planner._books.transfers
+        saves = [transfers.get(save.transfer) for save in plan.saves if save.group == group]
+        return [key for transfer in saves if transfer is not None for key in transfer.keys]
+
+    @property
+    def leases(self) -> int:
+        """Leases on engine blocks, near slots and places in far tiers."""
+        slotted = [self.near, *(far.index for far in self.planner._books.catalog.far.values())]
+        tiers = sum(index.leased for index in slotted if isinstance(index, SlotIndex))
+        return len(self.pool.held) + tiers
 
     def readings(self) -> Readings:
         return self.meter.drain()
 
     def count(self, name: str, *labels: str) -> float:
         return self.readings().counters.get((name, labels), 0)
+
+
+def outward(plan: StepPlan) -> tuple[Move, ...]:
+    """Moves of a plan to far tiers."""
+    return tuple(move for orders in plan.tiers for move in orders.outward)
+
+
+def inward(plan: StepPlan) -> tuple[Move, ...]:
+    """Moves of a plan from far tiers."""
+    return tuple(move for orders in plan.tiers for move in orders.inward)
+
+
+def drops(plan: StepPlan) -> tuple[int, ...]:
+    """Slots of far tiers that a plan has forgotten."""
+    return tuple(slot for orders in plan.tiers for slot in orders.drops)
+
+
+def pages_of(order: LoadOrder, group: int = 0) -> list[tuple[int, int, int]]:
+    """Pages of one group that a load brings: near slot, page within its slot, engine block."""
+    (pages,) = [pages for pages in order.pages if pages.group == group] or [None]
+    if pages is None:
+        return []
+    return [
+        (near // PER_SLOT, near % PER_SLOT, block)
+        for near, block in zip(pages.near.tolist(), pages.blocks.tolist(), strict=True)
+    ]
+
+
+def blocks_of(order: LoadOrder, group: int = 0) -> list[int]:
+    """Engine blocks of one group that a load fills."""
+    return [block for _, _, block in pages_of(order, group)]
+
+
+def keys_of(tokens: list[int]) -> list[ChunkKey]:
+    """Keys of a prompt's whole chunks in an engine of one group."""
+    chain = ChunkChain(NAMESPACE, CHUNK, b"", 1, CHECKPOINT)
+    chain.extend(tokens, lambda start, end: b"", end=len(tokens))
+    return list(chain.groups[0])
+
+
+def asks(plan: StepPlan) -> tuple[Ask, ...]:
+    """Questions of a plan to far tiers."""
+    return tuple(ask for orders in plan.tiers for ask in orders.asks)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,4 +1,5 @@
-"""``lamina bench`` refuses what makes no sense before it starts anything, and says what would."""
+"""``lamina-kv bench`` refuses what makes no sense before it starts anything, and says what
+would."""
 
 from __future__ import annotations
 
@@ -11,19 +12,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lamina.bench import app, plots
-from lamina.bench.engine import BenchError
-from lamina.bench.plain_read import PlainFile, drop_page_cache
-from lamina.bench.room import require_room
-from lamina.bench.settings import PromptSource
-from lamina.bench.shapes import SHAPES, Dtype, HybridShape, LlamaShape, Model
+from lamina_kv.bench import app, plots
+from lamina_kv.bench.engine import BenchError
+from lamina_kv.bench.faulty_store import StoreFaults
+from lamina_kv.bench.options import store_faults
+from lamina_kv.bench.plain_read import PlainFile, drop_page_cache
+from lamina_kv.bench.room import require_room
+from lamina_kv.bench.settings import PromptSource
+from lamina_kv.bench.shapes import SHAPES, Dtype, HybridShape, LlamaShape, Model
+from peers.__main__ import app as peers
 
 SHAPE = LlamaShape(16, 1024, 8, 128, 128, Dtype.BFLOAT16)
 
 
 def refusal(*arguments: str) -> str:
     """What the command says, on one line; it must not have started anything."""
-    outcome = CliRunner().invoke(app, arguments)
+    command, rest = (peers, arguments[1:]) if arguments[0] == "peers" else (app, arguments)
+    outcome = CliRunner().invoke(command, rest)
     assert outcome.exit_code == 2, outcome.output
     return re.sub(r"[\s│]+", " ", outcome.output)
 
@@ -51,6 +56,20 @@ def test_a_prompt_that_cannot_be_hit_whole_is_refused_with_one_that_can(command:
     assert "1024 would be" in said
     for nothing in ("0", "-5", "-128"):
         assert "128 would be" in refusal(command, "--tokens", nothing)
+
+
+@pytest.mark.parametrize("command", ["ttft", "save"])
+def test_a_store_cannot_be_made_faster_or_its_tail_shorter_than_its_median(command: str) -> None:
+    for option in ("--store-latency-ms=-1", "--store-gb-per-second=0"):
+        assert option.partition("=")[0] in refusal(command, option)
+    said = refusal(command, "--store-latency-ms=5", "--store-tail-ms=2")
+    assert "--store-tail-ms must be at least --store-latency-ms" in said
+    assert "and that above 0" in refusal(command, "--store-tail-ms=2")
+
+
+def test_a_store_is_made_as_slow_as_the_options_say() -> None:
+    assert store_faults(0.0, 0.0, None) is None
+    assert store_faults(2.0, 30.0, 0.5) == StoreFaults(latency=0.002, tail=0.03, bandwidth=5e8)
 
 
 def test_small_blocks_make_chunks_of_several() -> None:
@@ -130,7 +149,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 def test_importing_the_bench_imports_nothing_that_measures() -> None:
     code = (
-        "import sys, lamina.bench; "
+        "import sys, lamina_kv.bench; "
         "print([name for name in ('torch', 'vllm', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -196,9 +215,9 @@ def test_control_is_measured_without_an_engine(tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["control", *sizes, "--json", str(file)])
     assert outcome.exit_code == 0, outcome.output
     measured = json.loads(file.read_text())
-    assert len(measured["samples"]) == 12
+    assert len(measured["samples"]) == 15
     assert all(len(sample["values"]) == 2 for sample in measured["samples"])
-    assert [target["unit"] for target in measured["targets"]] == ["s"] * 9 + ["B"]
+    assert [target["unit"] for target in measured["targets"]] == ["s"] * 12 + ["B"]
 
 
 def test_control_refuses_what_cannot_be() -> None:

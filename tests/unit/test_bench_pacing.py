@@ -1,18 +1,18 @@
-"""A paced tier delivers at the pace it is given, one thing after the other, and loses nothing."""
+"""A paced link delivers at the pace it is given, one thing after the other, and loses nothing."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
-from lamina.bench.pacing import Link, PacedSource
-from lamina.data.load_pipeline import BadChunks, Piece
-from lamina.data.movers.base import Fence
-from lamina.geometry import CacheGeometry, Row
-from lamina.plan import ChunkKey, TierName
+from lamina_kv.bench.pacing import Link, PacedMover
+from lamina_kv.data.movers.base import make_mover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
 
 
 class Clock:
@@ -35,13 +35,6 @@ class Frozen(Clock):
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-
-
-class Passed(Fence):
-    def wait(self) -> None: ...
-
-    def passed(self) -> bool:
-        return True
 
 
 def link(clock: Clock, bandwidth: float = 1000.0, latency: float = 0.0) -> Link:
@@ -96,24 +89,6 @@ def test_an_impossible_pace_is_refused(bandwidth: float, latency: float) -> None
         Link().pace(bandwidth, latency)
 
 
-class Tier:
-    """A tier that notes what it was asked for, and when."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.asked: list[tuple[int, Piece, float]] = []
-        self.fence = Passed()
-        self.bad = False
-
-    def load_row(
-        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
-    ) -> Fence | None:
-        self.asked.append((row, piece, self.clock.now))
-        if self.bad:
-            raise BadChunks([0], [0], "test")
-        return self.fence if admit() else None
-
-
 PAGES = (8, 32)
 GEOMETRY = CacheGeometry(
     rows=tuple(Row((f"layer.{i}",), 0, i * 800, size, size) for i, size in enumerate(PAGES)),
@@ -122,46 +97,64 @@ GEOMETRY = CacheGeometry(
     chunk_tokens=32,
     allocation_bytes=(4000,),
 )
-PIECE = Piece(
-    group=0,
-    tier=TierName.HOST,
-    first=0,
-    keys=(ChunkKey(b"a"), ChunkKey(b"b")),
-    slots=np.array([0, 1]),
-    pages=np.arange(4),
-    blocks=np.arange(4),
-)
+
+
+class Rank:
+    """An engine's cache, a near tier of two slots, and a slow link between them."""
+
+    def __init__(self, pipe: Link) -> None:
+        self.cache = torch.zeros(4000, dtype=torch.uint8)
+        self.mover = PacedMover(make_mover(GEOMETRY, [self.cache]), pipe, GEOMETRY)
+        self.near = NearSlab(GEOMETRY, 2 * GEOMETRY.object_bytes, self.mover.allocate_host)
+        self.near.memory.random_()
+
+    def load(self, row: int, near_pages: list[int], blocks: list[int]) -> list[bytes]:
+        """Load pages; what the engine has in these blocks then."""
+        near, pages = np.array(near_pages), np.array(blocks)
+        self.mover.await_near(self.near, near)
+        after = self.mover.fence_compute()
+        self.mover.load(row, self.near, near, pages, after).wait()
+        start, size = GEOMETRY.rows[row].offset, PAGES[row]
+        return [bytes(self.cache[start + b * size : start + (b + 1) * size]) for b in blocks]
+
+    def near_page(self, row: int, page: int) -> bytes:
+        slot, block = divmod(page, GEOMETRY.blocks_per_chunk)
+        start = GEOMETRY.extent_offsets[row] + block * PAGES[row]
+        return bytes(self.near.object(slot)[start : start + PAGES[row]])
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def rank(clock: Clock) -> Iterator[Rank]:
+    made = Rank(link(clock, bandwidth=100))
+    yield made
+    made.mover.close()
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_a_row_comes_when_its_bytes_have_come_through_the_link(row: int) -> None:
-    clock = Clock()
-    tier = Tier(clock)
-    source = PacedSource(tier, link(clock, bandwidth=100), GEOMETRY)
-    fence = source.load_row(row, PIECE, Passed(), lambda: True)
-
-    assert fence is tier.fence
-    ((asked_row, piece, when),) = tier.asked
-    assert (asked_row, piece) == (row, PIECE)
-    assert when == pytest.approx(100 + 4 * PAGES[row] / 100)
+def test_a_row_comes_when_its_bytes_have_come_through_the_link(
+    rank: Rank, clock: Clock, row: int
+) -> None:
+    pages = [0, 1, 2, 3]
+    assert rank.load(row, pages, [4, 5, 6, 7]) == [rank.near_page(row, page) for page in pages]
+    assert clock.now == pytest.approx(100 + 4 * PAGES[row] / 100)
 
 
-def test_what_goes_to_two_places_comes_through_the_link_once() -> None:
-    clock = Clock()
-    pipe = link(clock, bandwidth=100)
-    key = PIECE.keys[0]
-    twice = Piece(
-        group=0,
-        tier=TierName.HOST,
-        first=0,
-        keys=(key, key),
-        slots=np.array([3, 3]),
-        pages=np.array([0, GEOMETRY.blocks_per_chunk]),
-        blocks=np.array([5, 7]),
-    )
-    PacedSource(Tier(clock), pipe, GEOMETRY).load_row(0, twice, Passed(), lambda: True)
+def test_what_goes_to_two_places_comes_through_the_link_once(rank: Rank, clock: Clock) -> None:
+    assert rank.load(0, [3, 3], [5, 7]) == [rank.near_page(0, 3)] * 2
     assert clock.now == pytest.approx(100 + PAGES[0] / 100)
-    assert pipe.carried == PAGES[0]
+
+
+def test_saves_do_not_wait_for_the_link(rank: Rank, clock: Clock) -> None:
+    rank.cache.random_()
+    after = rank.mover.fence_compute()
+    rank.mover.save(0, np.array([2]), rank.near, np.array([1]), after).wait()
+    assert rank.near_page(0, 1) == bytes(rank.cache[16:24])
+    assert clock.slept == []
 
 
 def test_what_came_is_counted_from_when_the_pace_was_set() -> None:
@@ -171,26 +164,6 @@ def test_what_came_is_counted_from_when_the_pace_was_set() -> None:
     assert pipe.carried == 120
     pipe.pace(10, 0)
     assert pipe.carried == 0
-
-
-def test_engine_memory_is_not_asked_for_before_the_bytes_are_there() -> None:
-    clock = Clock()
-    granted_at: list[float] = []
-
-    def admit() -> bool:
-        granted_at.append(clock.now)
-        return False
-
-    source = PacedSource(Tier(clock), link(clock, bandwidth=32), GEOMETRY)
-    assert source.load_row(0, PIECE, Passed(), admit) is None
-    assert granted_at == pytest.approx([101.0])
-
-
-def test_a_failure_of_the_tier_is_passed_on() -> None:
-    tier = Tier(Clock())
-    tier.bad = True
-    with pytest.raises(BadChunks):
-        PacedSource(tier, Link(), GEOMETRY).load_row(0, PIECE, Passed(), lambda: True)
 
 
 def test_threads_share_one_pipe() -> None:

@@ -1,5 +1,5 @@
-"""``lamina bench peers`` compares like with like: both sides speak one protocol, every system gets
-the same room and the same requests, and the tables say what was measured."""
+"""``python bench/peers`` compares like with like: both sides speak one protocol, every system
+gets the same room and the same requests, and the tables say what was measured."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lamina.bench.engine import BenchError
-from lamina.bench.peers import protocol
-from lamina.bench.peers.arena import Contender
-from lamina.bench.peers.arrivals import Service, documents, percentile, schedule, service
-from lamina.bench.peers.plot import draw_peers
-from lamina.bench.peers.process import PeerProcess
-from lamina.bench.peers.protocol import Arrival, Response
-from lamina.bench.peers.results import Outcome, PeersReport, Row, best_peer, table
-from lamina.bench.peers.settings import MixedSettings, PeersSettings, Scenario
-from lamina.bench.peers.sweep import FIXED, compared
-from lamina.bench.peers.systems import Environment, Store, System, wiring
-from lamina.bench.report import Machine
-from lamina.bench.samples import Samples, Target, Unit
-from lamina.bench.shapes import Dtype, LlamaShape
+from lamina_kv.bench.engine import BenchError
+from lamina_kv.bench.report import Machine
+from lamina_kv.bench.samples import Samples, Target, Unit
+from lamina_kv.bench.shapes import Dtype, LlamaShape
+from lamina_kv.config import load_config
+from peers import protocol
+from peers.arena import Contender
+from peers.arrivals import Service, documents, percentile, schedule, service
+from peers.plot import draw_peers
+from peers.process import PeerProcess
+from peers.protocol import Arrival, Response
+from peers.results import Outcome, PeersReport, Row, best_peer, table
+from peers.servers import SERVERS
+from peers.settings import MixedSettings, PeersSettings, Scenario
+from peers.sweep import FIXED, compared
+from peers.systems import Environment, Shared, SharedKind, Store, System, wiring
 
 SHAPE = LlamaShape(4, 256, 2, 64, 128, Dtype.BFLOAT16)
 MIXED = MixedSettings(
@@ -56,6 +58,14 @@ MIXED = MixedSettings(
             step_tokens=512,
             store=Store(1 << 30, "/disk", 1 << 31, paced=True),
             lamina={"load": {"mode": "parked"}},
+        ),
+        protocol.Start(
+            system=System.OFFLOADING,
+            shape=SHAPE,
+            model="/model",
+            cache_tokens=1024,
+            step_tokens=512,
+            store=Store(1 << 30, shared=Shared(SharedKind.S3, "http://s3:1", "b", "me", "secret")),
         ),
         protocol.Serve([Arrival(0.25, [3, 4, 5], 2)]),
         protocol.Forget(),
@@ -100,7 +110,7 @@ def test_time_per_token_does_not_count_the_first() -> None:
 CHILD = """
 import sys
 import time
-from lamina.bench.peers import protocol
+from peers import protocol
 for text in sys.stdin.buffer:
     question = protocol.question(text)
     {body}
@@ -166,6 +176,14 @@ def test_a_process_that_ends_is_told_with_its_exit_code(tmp_path: Path) -> None:
         process.ready()
 
 
+def test_a_process_that_gives_no_answer_in_time_can_be_ended(tmp_path: Path) -> None:
+    body = "isinstance(question, protocol.Copy) and time.sleep(600); answer = protocol.Done()"
+    with child(tmp_path, body) as process:
+        with pytest.raises(BenchError, match="a peer gave no answer for 0 s"):
+            process.call(protocol.Copy(1), protocol.Done, 0.2)
+        process.end()
+
+
 # -- systems --------------------------------------------------------------------------------------
 
 
@@ -178,11 +196,47 @@ def test_every_system_gets_the_same_room() -> None:
     assert offloading.extra["cpu_bytes_to_use"] == 1 << 30
     assert offloading.extra["secondary_tiers"] == [{"type": "fs", "root_dir": "/disk"}]
     assert lamina.extra["host"]["capacity"] == 1 << 30
-    assert lamina.extra["disk"] == {"path": "/disk", "capacity": 1 << 31}
+    assert lamina.extra["tiers"] == [{"kind": "disk", "path": "/disk", "capacity": 1 << 31}]
     assert lmcache.environment["LMCACHE_MAX_LOCAL_CPU_SIZE"] == "1.0"
     assert lmcache.environment["LMCACHE_MAX_LOCAL_DISK_SIZE"] == "2.0"
     assert simple.extra["disk_capacity_bytes"] == 1 << 31
     assert wiring(System.RECOMPUTE, store, {}).connector is None
+
+
+SHARED = (
+    Shared(SharedKind.VALKEY, "valkey://127.0.0.1:7"),
+    Shared(SharedKind.DIRECTORY, "/shared"),
+    Shared(SharedKind.S3, "http://127.0.0.1:8", "bench", "me", "secret"),
+)
+
+
+@pytest.mark.parametrize("shared", SHARED, ids=lambda shared: shared.kind)
+def test_a_system_that_shares_a_store_is_given_it(shared: Shared) -> None:
+    playing = [system for system in System if system.shares(shared.kind)]
+    assert len(playing) == 2, "Lamina and a peer"
+    for system in playing:
+        wired = wiring(system, Store(1 << 30, shared=shared), {})
+        said = json.dumps({**wired.extra, **wired.environment})
+        assert shared.where.removeprefix("http://") in said
+        assert shared.secret in said
+
+
+def test_lamina_keeps_all_of_it_in_a_shared_store_as_peers_do() -> None:
+    for shared in SHARED:
+        extra = wiring(System.LAMINA, Store(1 << 30, shared=shared), {}).extra
+        (tier,) = load_config({"host": extra["host"], "tiers": extra["tiers"]}, {}).tiers
+        assert tier.keep == "all"
+
+
+@pytest.mark.parametrize("kind", [SharedKind.DIRECTORY, SharedKind.VALKEY])
+def test_a_server_is_gone_with_its_data(kind: SharedKind, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with SERVERS[kind](folder) as server:
+        assert server.place("one").kind is kind
+        assert server.can_stop is (kind is SharedKind.VALKEY)
+        server.stop()
+    assert not folder.exists()
 
 
 def test_only_lmcache_is_installed_beside_vllm() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.bench.picture import Bar, Panel, computing, draw_timeline, loading, plain, turns
-from lamina.observe.timeline import Lane, Span
+from lamina_kv.bench.picture import Bar, Panel, computing, draw_timeline, loading, plain, turns
+from lamina_kv.observe.timeline import Lane, Span
 
 ROWS = 3
 

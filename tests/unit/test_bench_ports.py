@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lamina.bench import ports
-from lamina.bench.ports import free_port
+from lamina_kv.bench import ports
+from lamina_kv.bench.ports import free_port
 
 PROCESS = """
 import sys
-from lamina.bench import ports
+from lamina_kv.bench import ports
 ports._USUAL = range(*map(int, sys.argv[1:]))
 ports._LEAST = 1
 print(*(ports.free_port() for _ in range(4)), flush=True)

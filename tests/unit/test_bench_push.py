@@ -1,5 +1,5 @@
-"""``lamina bench push`` compares what it says: tails from clock readings, last writes in bytes, and
-pairs of engines that did what they were to do; and it refuses what it could not measure."""
+"""``lamina-kv bench push`` compares what it says: tails from clock readings, last writes in bytes,
+and pairs of engines that did what they were to do; and it refuses what it could not measure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lamina.bench import app, network
-from lamina.bench.engine import BenchError, Engine
-from lamina.bench.network import NetworkError, PacedNetwork, bits_per_second
-from lamina.bench.plots import Curve, draw_push
-from lamina.bench.push import Pair, Passage, PushSettings, Way
-from lamina.bench.samples import Samples
-from lamina.bench.serving import Part, Serving
-from lamina.bench.shapes import Dtype, LlamaShape
+from lamina_kv.bench import app, network
+from lamina_kv.bench.engine import BenchError, Engine
+from lamina_kv.bench.network import NetworkError, PacedNetwork, bits_per_second
+from lamina_kv.bench.plots import Curve, draw_push
+from lamina_kv.bench.push import Pair, Passage, PushSettings, Way
+from lamina_kv.bench.samples import Samples
+from lamina_kv.bench.serving import Part, Serving
+from lamina_kv.bench.shapes import Dtype, LlamaShape
 
 SHAPE = LlamaShape(16, 1024, 8, 128, 128, Dtype.BFLOAT16)
 ROW = SHAPE.row_token_bytes

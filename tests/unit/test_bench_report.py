@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lamina.bench.plots import draw_overlap, draw_ttft
-from lamina.bench.report import Machine, Report, duration
-from lamina.bench.samples import Samples, Target, Unit, paired, ratio
+from lamina_kv.bench.plots import draw_overlap, draw_ttft
+from lamina_kv.bench.report import Machine, Report, duration
+from lamina_kv.bench.samples import Samples, Target, Unit, paired, ratio
 
 SLOW = Samples("recompute", (10.0, 8.0, 12.0))
 FAST = Samples("hit", (0.1, 0.3, 0.2), floor=0.16)

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from math import inf
 
 import pytest
-from driven_planner import Engine, View, prompt
+from driven_planner import (
+    CHUNK,
+    CHUNK_BYTES,
+    FAR,
+    Engine,
+    View,
+    asks,
+    inward,
+    keys_of,
+    outward,
+    prompt,
+)
 
-from lamina.config import BreakerConfig
-from lamina.control.breakers import MAX_PAUSE, CircuitBreaker
-from lamina.plan import LOAD_FAILED, LoadMode, Outcome, Receipt, TierName, TransferReceipt
+from lamina_kv.config import BreakerConfig
+from lamina_kv.control.breakers import MAX_PAUSE, Breakers, CircuitBreaker
+from lamina_kv.control.transfers import Kind, Transfer, TransferTable
+from lamina_kv.plan import (
+    LOAD_FAILED,
+    NEAR,
+    Outcome,
+    Receipt,
+    TierName,
+    TierReport,
+    TransferReceipt,
+)
+from lamina_kv.tiers.contract import Fate
 
 
 class Clock:
@@ -106,106 +129,254 @@ def test_a_try_that_says_nothing_about_the_tier_may_be_made_again(
     assert breaker.allows
 
 
+# -- by transfer ---------------------------------------------------------------------------
+
+
+class Tiers:
+    """Breakers that give up after one failure, and transfers to judge them by."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.breakers = Breakers(BreakerConfig(failures=1, pause=10.0), clock, [FAR])
+        self.transfers = TransferTable(1)
+
+    def end(self, kind: Kind, reason: str = "", tier: TierName = FAR) -> Transfer:
+        """One that has ended: well, or for a reason."""
+        transfer = self.transfers.open(
+            kind,
+            "",
+            step=0,
+            expires=0.0,
+            size=1,
+            tier=tier,
+            trying=self.breakers.order(kind, tier),
+        )
+        outcome = Outcome.FAILED if reason else Outcome.DONE
+        transfer.apply(0, TransferReceipt(transfer.id, outcome, reason=reason))
+        return transfer
+
+    def judge(self, *transfers: Transfer) -> tuple[bool, bool]:
+        """Returns whether the far tier is read, and written to."""
+        self.breakers.judge(transfers)
+        return self.breakers.reads(FAR).closed, self.breakers.fills(FAR).closed
+
+
+@pytest.fixture
+def tiers(clock: Clock) -> Tiers:
+    return Tiers(clock)
+
+
+@pytest.mark.parametrize("reason", [Fate.CORRUPT, Fate.LATE, Fate.REFUSED, Fate.DOWN])
+def test_a_tier_is_judged_each_way_by_what_goes_that_way(tiers: Tiers, reason: str) -> None:
+    assert tiers.judge(tiers.end(Kind.MOVE_OUT, reason)) == (True, False)
+    assert tiers.judge(tiers.end(Kind.MOVE_IN, reason)) == (False, False)
+
+
+def test_a_tier_that_does_not_answer_questions_is_not_read(tiers: Tiers) -> None:
+    assert tiers.judge(tiers.end(Kind.ASK, Fate.LATE)) == (False, True)
+    assert not tiers.breakers.readable(FAR)
+
+
+def test_a_chunk_that_is_gone_says_nothing(tiers: Tiers, clock: Clock) -> None:
+    """Others may have removed it; and a tier may know that and be unable to read."""
+    assert tiers.judge(tiers.end(Kind.MOVE_IN, Fate.GONE)) == (True, True)
+    tiers.judge(tiers.end(Kind.MOVE_IN, Fate.DOWN))
+    clock.now += 10
+    assert tiers.judge(tiers.end(Kind.MOVE_IN, Fate.GONE)) == (False, True)
+    assert tiers.breakers.readable(FAR), "so that it may be tried again"
+    assert tiers.judge(tiers.end(Kind.MOVE_IN)) == (True, True)
+
+
+def test_loads_and_pushes_say_nothing_of_any_tier(tiers: Tiers) -> None:
+    for kind in Kind.LOAD, Kind.PUSH, Kind.RECEIVE:
+        assert tiers.judge(tiers.end(kind, "deadline", NEAR)) == (True, True)
+    assert tiers.breakers.fills(NEAR).closed
+
+
+def test_what_failed_together_is_one_failure_and_none_beside_a_success(clock: Clock) -> None:
+    tiers = Tiers(clock)
+    tiers.breakers = Breakers(BreakerConfig(failures=2, pause=10.0), clock, [FAR])
+    late = [tiers.end(Kind.MOVE_IN, Fate.LATE) for _ in range(5)]
+    assert tiers.judge(*late) == (True, True)
+    assert tiers.judge(*late, tiers.end(Kind.MOVE_IN)) == (True, True)
+    assert tiers.judge(*late) == (True, True)
+    assert tiers.judge(*late) == (False, True)
+
+
 # -- in the planner ------------------------------------------------------------------------
 
 
-def on_disk(engine: Engine, *seeds: int) -> None:
-    """Save one chunk of each prompt to disk, and forget the host's copy."""
+def far_only(engine: Engine, *seeds: int) -> None:
+    """Save one chunk of each prompt to the far tier, and forget near's copy."""
     for seed in seeds:
         engine.save(View(f"save {seed}", prompt(40, seed)))
-        engine.settle_writes()
-    engine.planner._catalog.host.clear()
+        engine.write_all()
+    engine.forget_near()
 
 
-def load(engine: Engine, seed: int, outcome: Outcome | None, name: str = "load") -> int:
-    """Look one prompt up, load what is hit, and answer; returns the tokens hit."""
+def fetch(engine: Engine, seed: int, outcome: Outcome | None, name: str = "load") -> int:
+    """Look one prompt up, and answer the moves that it waits for; returns the tokens that are
+    loaded in the end."""
     view = View(f"{name} {seed}", prompt(40, seed))
-    hit = engine.planner.lookup(view, 0)
-    engine.planner.admitted(view.request_id, hit.tokens)
-    plan = engine.step()
+    offer = engine.planner.lookup(view, 0)
+    moves = inward(engine.step()) if offer.ask_again else ()
     if outcome is not None:
-        engine.answer(*(o.transfer for o in plan.loads), outcome=outcome)
+        engine.answer(*(move.transfer for move in moves), outcome=outcome)
+        offer = engine.planner.lookup(view, 0)
+        assert not offer.ask_again
         engine.planner.finished(view.request_id, 0, [])
-    return hit.tokens
+    return offer.tokens
 
 
-def test_a_disk_that_keeps_failing_is_not_asked_any_more_until_a_try_succeeds() -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, *range(8))
-    assert [load(engine, seed, Outcome.FAILED) for seed in range(4)] == [32, 32, 32, 0]
+def kept(engine: Engine, seeds: Iterable[int]) -> list[bool]:
+    """Which prompts a request would wait for, because a far tier has them."""
+    answers = []
+    for seed in seeds:
+        view = View(f"kept {seed}", prompt(40, seed))
+        answers.append(engine.planner.lookup(view, 0).ask_again)
+        engine.planner.finished(view.request_id, 0, [])
+    return answers
+
+
+def test_a_tier_that_keeps_failing_is_not_read_any_more_until_a_try_succeeds() -> None:
+    engine = Engine(far_slots=20)
+    far_only(engine, *range(8))
+    assert [fetch(engine, seed, Outcome.FAILED) for seed in range(3)] == [0, 0, 0]
+    assert kept(engine, [3]) == [False]
     engine.now += 10
-    assert load(engine, 4, Outcome.FAILED) == 32  # the try
-    assert load(engine, 5, Outcome.DONE) == 0
+    assert kept(engine, [4]) == [True]
+    assert fetch(engine, 4, Outcome.FAILED) == 0  # the try
+    assert kept(engine, [5]) == [False]
     engine.now += 20
-    assert load(engine, 5, Outcome.DONE) == 32
-    assert load(engine, 6, Outcome.DONE) == 32
+    assert fetch(engine, 5, Outcome.DONE) == 32
+    assert fetch(engine, 6, Outcome.DONE) == 32
 
 
-def test_a_try_is_one_parked_load_with_little_time() -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, *range(6))
+def test_a_try_is_one_move() -> None:
+    engine = Engine(far_slots=20)
+    far_only(engine, *range(6))
     for seed in range(3):
-        load(engine, seed, Outcome.FAILED)
+        fetch(engine, seed, Outcome.FAILED)
     engine.now += 10
-    first, second = View("first", prompt(40, 3)), View("second", prompt(40, 4))
-    hit = engine.planner.lookup(first, 0)
-    assert engine.planner.lookup(second, 0).tokens == 32, "both see it, one may take it"
-    engine.planner.admitted("first", hit.tokens)
-    assert engine.planner.lookup(second, 0).tokens == 0
-    (order,) = engine.step().loads
-    assert (order.mode, order.deadline) == (LoadMode.PARKED, 3.0)
+    views = [View("long", prompt(40, 3)), View("other", prompt(40, 4))]
+    assert [engine.planner.lookup(view, 0).ask_again for view in views] == [True, True]
+    assert len(inward(engine.step())) == 1
+    assert inward(engine.step()) == ()
 
 
-def test_the_story_says_that_a_tier_is_out_of_use() -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, *range(5))
+def test_the_offer_says_that_a_tier_is_out_of_use() -> None:
+    engine = Engine(far_slots=20)
+    far_only(engine, *range(5))
     for seed in range(3):
-        load(engine, seed, Outcome.FAILED)
-    view = View("later", prompt(40, 4))
-    engine.planner.lookup(view, 0)
-    assert engine.planner._requests["later"].story.reason == "tier_out_of_use"
+        fetch(engine, seed, Outcome.FAILED)
+    assert engine.planner.lookup(View("later", prompt(40, 4)), 0).reason == "tier_out_of_use"
 
 
-def test_loads_that_do_not_end_in_time_count_once() -> None:
-    engine = Engine({"breaker": {"failures": 2}}, disk_slots=20)
-    on_disk(engine, *range(6))
-    load(engine, 0, None)
+def test_moves_that_do_not_end_in_time_count_once() -> None:
+    engine = Engine({"breaker": {"failures": 2}}, far_slots=20)
+    far_only(engine, *range(6))
+    fetch(engine, 0, None)
     engine.wait(61)
-    (late,) = engine.planner._transfers.live()
+    (late,) = engine.planner._books.transfers.live()
     engine.answer(late.id, outcome=Outcome.FAILED)
-    assert load(engine, 1, Outcome.FAILED) == 32
-    assert load(engine, 2, Outcome.FAILED) == 0
+    assert kept(engine, [1]) == [True]
+    fetch(engine, 1, Outcome.FAILED)
+    assert kept(engine, [2]) == [False]
 
 
-def test_a_disk_that_cannot_be_written_to_still_serves_what_it_holds(
+def fail_writes(engine: Engine, seeds: Iterable[int]) -> list[int]:
+    """Save chunks one after the other while none can be written; the slots that are void."""
+    dropped: list[int] = []
+    for seed in seeds:
+        plans = engine.save(View(f"s{seed}", prompt(40, seed))), engine.step()
+        dropped += (slot for plan in plans for orders in plan.tiers for slot in orders.drops)
+        moves = [move.transfer for plan in plans for move in outward(plan)]
+        engine.answer(*moves, outcome=Outcome.FAILED)
+    return dropped
+
+
+def test_a_tier_that_cannot_be_written_to_still_serves_what_it_holds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, 0)
-    with caplog.at_level(logging.WARNING, "lamina.control"):
-        for seed in range(1, 6):
-            engine.save(View(f"s{seed}", prompt(40, seed)))
-            engine.answer(*(w.transfer for w in engine.step().writes), outcome=Outcome.FAILED)
+    engine = Engine(far_slots=20)
+    far_only(engine, 0)
+    with caplog.at_level(logging.WARNING, "lamina_kv.control"):
+        dropped = fail_writes(engine, range(1, 6))
     assert [r.message.split(" ")[0] for r in caplog.records] == ["writes"]
-    assert not engine.planner.has_work or engine.step().drop_disk
+    assert dropped == [1, 1, 2], "what some rank may have written is void"
+    assert not engine.planner.has_work
     engine.planner.gauges()
     gauges = engine.readings().gauges
-    assert gauges["tier_in_use", ("disk", "write")] == 0
-    assert gauges["tier_in_use", ("disk", "load")] == 1
-    assert load(engine, 0, Outcome.DONE) == 32
+    assert gauges["tier_in_use", (FAR, "write")] == 0
+    assert gauges["tier_in_use", (FAR, "fetch")] == 1
+    assert gauges["tier_in_use", (NEAR, "save")] == 1
+    assert fetch(engine, 0, Outcome.DONE) == 32
     engine.now += 10
-    assert len(engine.step().writes) == 1, "one try"
-    assert not engine.step().writes
+    assert len(outward(engine.step())) == 1, "one try"
+    assert not outward(engine.step())
 
 
 def test_after_a_good_try_the_backlog_is_written() -> None:
-    engine = Engine(disk_slots=20)
-    for seed in range(6):
-        engine.save(View(f"s{seed}", prompt(40, seed)))
-        engine.answer(*(w.transfer for w in engine.step().writes), outcome=Outcome.FAILED)
+    engine = Engine(far_slots=20)
+    fail_writes(engine, range(6))
     engine.now += 10
-    engine.settle_writes()
-    assert len(engine.step().writes) == 2
+    engine.settle_moves()
+    assert len(outward(engine.step())) == 3
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_could_not_be_written_is_tried_once_more_before_what_is_behind_it(
+    failures: int,
+) -> None:
+    engine, tokens = Engine(far_slots=20, far={"max_inflight": 2 * CHUNK_BYTES}), prompt(6 * CHUNK)
+    engine.save(View("a", tokens))
+    for outcome in (Outcome.FAILED, Outcome.DONE if failures == 1 else Outcome.FAILED):
+        moves = outward(engine.step())
+        assert [move.key for move in moves] == keys_of(tokens)[:2]
+        engine.answer(*(move.transfer for move in moves), outcome=outcome)
+    engine.write_all()
+    assert [engine.far.holds(key) for key in keys_of(tokens)] == [failures == 1] * 6
+
+
+def test_what_could_not_be_written_and_near_has_lost_is_not_tried_again() -> None:
+    engine = Engine(far_slots=20)
+    engine.save(View("a", prompt(40)))
+    (move,) = outward(engine.step())
+    engine.near.drop(move.key)
+    engine.answer(move.transfer, outcome=Outcome.FAILED)
+    assert not outward(engine.step())
+    assert not engine.count("writes_skipped", FAR, "evicted"), "the failure is counted"
+
+
+def test_an_idle_engine_is_told_when_to_try_again_what_waits_to_be_written() -> None:
+    engine = Engine(far_slots=20)
+    assert engine.planner.write_wait == inf
+    fail_writes(engine, range(6))
+    assert (engine.planner.has_work, engine.planner.write_wait) == (False, 10.0)
+    engine.now += 10
+    assert (engine.planner.has_work, engine.planner.write_wait) == (True, 0.0)
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_what_waits_to_be_written_is_tried_once_more_when_the_engine_ends(well: bool) -> None:
+    engine = Engine(far_slots=20)
+    fail_writes(engine, range(6))
+    engine.planner.hurry()
+    assert engine.planner.has_work
+    (try_,) = outward(engine.step())
+    engine.answer(try_.transfer, outcome=Outcome.DONE if well else Outcome.FAILED)
+    assert len(outward(engine.step())) == (3 if well else 0)
+    assert engine.planner.has_work == well
+
+
+def test_a_tier_that_is_out_of_use_is_asked_nothing() -> None:
+    tier = {"kind": "disk", "name": FAR, "path": "/store", "capacity": "1GiB"}
+    settings: dict[str, object] = {"breaker": {"failures": 1}, "tiers": [tier]}
+    engine = Engine(settings, tiers=[TierReport(FAR)])
+    assert engine.planner.lookup(View("a", prompt(40, 1)), 0).ask_again
+    (question,) = asks(engine.step())
+    engine.answer(question.transfer, outcome=Outcome.FAILED, reason=Fate.LATE)
+    assert not engine.planner.lookup(View("b", prompt(40, 2)), 0).ask_again
+    assert asks(engine.step()) == ()
 
 
 def test_saves_that_fail_with_a_load_do_not_stop_saving() -> None:
@@ -217,7 +388,7 @@ def test_saves_that_fail_with_a_load_do_not_stop_saving() -> None:
         (save,) = engine.step((view.request_id, 40)).saves
         item = TransferReceipt(save.transfer, Outcome.FAILED, reason=LOAD_FAILED)
         engine.planner.receive([Receipt(0, (item,))])
-    assert engine.planner._breakers.fills(TierName.HOST).closed
+    assert engine.planner._books.breakers.fills(NEAR).closed
 
 
 def test_saves_that_keep_failing_are_stopped_and_serving_goes_on() -> None:
@@ -233,73 +404,24 @@ def test_saves_that_keep_failing_are_stopped_and_serving_goes_on() -> None:
     assert engine.count("saves_held_back", "tier_out_of_use") == 2
 
 
-def test_a_try_from_two_tiers_ends_for_both() -> None:
-    """The host is out of use, and the load that tries it fails by the disk's fault."""
-    engine = Engine({"breaker": {"failures": 1}}, disk_slots=50)
-    saves = engine.save(View("save", prompt(70))).saves
-    engine.settle_writes()
-    engine.planner._catalog.host.drop(saves[1].key)
-    host = engine.planner._breakers.loads(TierName.HOST)
-    host.judge(good=False)
-    engine.now += 10
-    hit = engine.planner.lookup(View("both", prompt(70)), 0)
-    assert hit.tokens == 64
-    engine.planner.admitted("both", hit.tokens)
-    (order,) = engine.step().loads
-    assert {chunk.tier for chunk in order.chunks} == set(TierName)
-    bad = next(chunk.key for chunk in order.chunks if chunk.tier is TierName.DISK)
-    engine.answer(order.transfer, outcome=Outcome.FAILED, bad=(bad,))
-    assert host.allows, "it was not the host's fault, and the next one may try"
+def test_near_serves_what_it_holds_while_saves_fail() -> None:
+    engine = Engine({"breaker": {"failures": 1}})
+    engine.save(View("saved", prompt(40, 1)))
+    engine.planner._books.breakers.fills(NEAR).judge(good=False)
+    assert engine.planner.lookup(View("again", prompt(40, 1)), 0).tokens == 32
 
 
-def test_what_only_a_dead_disk_has_is_kept_in_memory_again() -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, *range(5))
+def test_what_only_a_dead_tier_has_is_kept_near_again() -> None:
+    engine = Engine(far_slots=20)
+    far_only(engine, *range(5))
     for seed in range(3):
-        load(engine, seed, Outcome.FAILED)
+        fetch(engine, seed, Outcome.FAILED)
     view = View("hot", prompt(40, 4))
     assert engine.planner.lookup(view, 0).tokens == 0
     engine.planner.admitted("hot", 0)
     (save,) = engine.step(("hot", 40)).saves
     engine.answer(save.transfer)
     assert engine.planner.lookup(View("again", prompt(40, 4)), 0).tokens == 32
-
-
-def test_a_try_that_was_too_slow_but_brought_something_has_worked() -> None:
-    engine = Engine(disk_slots=20)
-    on_disk(engine, *range(5))
-    for seed in range(3):
-        load(engine, seed, Outcome.FAILED)
-    engine.now += 10
-    view = View("long", prompt(40, 3))
-    engine.planner.admitted("long", engine.planner.lookup(view, 0).tokens)
-    (order,) = engine.step().loads
-    late = TransferReceipt(order.transfer, Outcome.FAILED, moved_bytes=10, reason="deadline")
-    engine.planner.receive([Receipt(0, (late,))])
-    assert engine.planner._breakers.loads(TierName.DISK).closed
-
-
-def test_what_failed_together_is_one_failure() -> None:
-    engine = Engine(disk_slots=20)
-    for seed in range(5):
-        engine.save(View(f"s{seed}", prompt(40, seed)))
-    engine.step()
-    writes = list(engine.planner._transfers.live())
-    items = tuple(TransferReceipt(w.id, Outcome.FAILED, reason="OSError") for w in writes)
-    assert len(items) == 5
-    engine.planner.receive([Receipt(0, items)])
-    assert engine.planner._breakers.fills(TierName.DISK).closed
-
-
-def test_loads_of_what_was_dropped_meanwhile_say_nothing_of_the_disk() -> None:
-    engine = Engine({"breaker": {"failures": 1}}, disk_slots=20)
-    on_disk(engine, 0)
-    view = View("r", prompt(40, 0))
-    engine.planner.admitted("r", engine.planner.lookup(view, 0).tokens)
-    (order,) = engine.step().loads
-    engine.planner._catalog.tiers[TierName.DISK].clear()
-    engine.answer(order.transfer, outcome=Outcome.FAILED, bad=(order.chunks[0].key,))
-    assert engine.planner._breakers.loads(TierName.DISK).closed
 
 
 def test_one_long_step_is_not_held_against_what_waits_for_its_end() -> None:

@@ -7,9 +7,20 @@ these, and those whose history is a test elsewhere.
 from __future__ import annotations
 
 import pytest
-from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, View, prompt
+from driven_planner import (
+    BLOCK,
+    CHUNK,
+    CHUNK_BYTES,
+    Engine,
+    View,
+    blocks_of,
+    inward,
+    keys_of,
+    outward,
+    prompt,
+)
 
-from lamina.plan import LoadMode, Outcome, Receipt, TierName, TransferReceipt
+from lamina_kv.plan import LoadMode, Outcome, Receipt, TransferReceipt
 
 CHUNKS = 3
 TOKENS = prompt(CHUNKS * CHUNK + 8)
@@ -23,12 +34,6 @@ def engine() -> Engine:
     return engine
 
 
-def leases(engine: Engine) -> int:
-    """Leases on anything."""
-    tiers = engine.planner._catalog.tiers.values()
-    return len(engine.pool.held) + sum(tier.leased for tier in tiers)
-
-
 def start_load(engine: Engine, view: View, floor: int = 0) -> None:
     hit = engine.planner.lookup(view, floor)
     engine.planner.admitted(view.request_id, hit.tokens)
@@ -37,7 +42,7 @@ def start_load(engine: Engine, view: View, floor: int = 0) -> None:
 def test_atom_2175_an_abort_between_lookup_and_allocation_leaves_no_pin(engine: Engine) -> None:
     """There, the pin of the lookup leaked and kept the engine awake."""
     assert engine.planner.lookup(View("gone", TOKENS), 0).tokens == CHUNKS * CHUNK
-    assert leases(engine) == 0
+    assert engine.leases == 0
     engine.planner.finished("gone", 0, [])
     assert not engine.planner.has_work
     assert not engine.planner._requests
@@ -52,9 +57,8 @@ def test_atom_1026_the_floor_is_that_of_the_allocation_and_not_of_an_earlier_loo
     hit = engine.planner.lookup(view, CHUNK + BLOCK)
     engine.planner.admitted("waits", hit.tokens)
     (order,) = engine.step().loads
-    loaded = [block for chunk in order.chunks for block in chunk.blocks]
     first = view.first_block + (CHUNK + BLOCK) // BLOCK
-    assert loaded == list(range(first, view.first_block + CHUNKS * CHUNK // BLOCK))
+    assert blocks_of(order) == list(range(first, view.first_block + CHUNKS * CHUNK // BLOCK))
 
 
 def test_atom_2146_a_load_that_was_promised_is_ordered_though_nothing_runs(engine: Engine) -> None:
@@ -78,11 +82,11 @@ def test_atom_1882_a_request_wakes_only_when_the_last_rank_has_ended(engine: Eng
     (order,) = engine.step().loads
     engine.answer(order.transfer, outcome=Outcome.FAILED, ranks=[1])
     engine.answer(order.transfer, ranks=[0])
-    assert engine.planner._transfers.get(order.transfer) is not None
-    assert leases(engine) == CHUNKS
+    assert engine.planner._books.transfers.get(order.transfer) is not None
+    assert engine.leases == CHUNKS
     engine.answer(order.transfer, ranks=[2])
-    assert engine.planner._transfers.get(order.transfer) is None
-    assert leases(engine) == 0
+    assert engine.planner._books.transfers.get(order.transfer) is None
+    assert engine.leases == 0
 
 
 def test_atom_1882_the_last_save_is_reported_though_no_request_is_left() -> None:
@@ -122,10 +126,10 @@ def test_atom_h_an_old_epochs_end_does_not_end_the_new_load(engine: Engine) -> N
     (second,) = engine.step().loads
     engine.answer(first.transfer)
     assert engine.planner._requests["twice"].load == second.transfer
-    assert leases(engine) == CHUNKS
+    assert engine.leases == CHUNKS
     engine.planner.finished("twice", 0, [])
     engine.answer(second.transfer)
-    assert leases(engine) == 0
+    assert engine.leases == 0
     assert not engine.planner._requests
 
 
@@ -136,11 +140,11 @@ def test_atom_i_a_prompt_of_whole_chunks_that_is_wholly_kept_is_loaded_but_for_i
     view = View("whole", TOKENS[: CHUNKS * CHUNK])
     start_load(engine, view)
     (order,) = engine.step().loads
-    tokens = sum(len(chunk.blocks) for chunk in order.chunks) * BLOCK
+    tokens = len(blocks_of(order)) * BLOCK
     assert tokens == engine.planner.lookup(View("same", view.token_ids), 0).tokens
     assert tokens == CHUNKS * CHUNK - BLOCK
     engine.answer(order.transfer)
-    assert not engine.planner._requests["whole"].story.failed
+    assert not engine.planner._requests["whole"].delivery.failed
 
 
 def test_atom_2132_a_save_that_failed_leaves_no_hole_that_is_taken_for_a_chunk() -> None:
@@ -148,13 +152,14 @@ def test_atom_2132_a_save_that_failed_leaves_no_hole_that_is_taken_for_a_chunk()
     engine = Engine()
     view = View("holes", TOKENS)
     start_load(engine, view)
-    first, *others = engine.step(("holes", len(TOKENS))).saves
+    plan = engine.step(("holes", len(TOKENS)))
+    keys, (first, *others) = engine.keys(plan), plan.saves
     engine.answer(first.transfer, outcome=Outcome.FAILED)
     engine.answer(*(order.transfer for order in others))
     assert engine.planner.lookup(View("next", TOKENS), 0).tokens == 0
     engine.planner.admitted("next", 0)
-    (again,) = engine.step(("next", len(TOKENS))).saves
-    assert again.key == first.key, "only what is missing is saved"
+    again = engine.step(("next", len(TOKENS)))
+    assert engine.keys(again) == keys[:1], "only what is missing is saved"
 
 
 def test_atom_2201_saves_that_are_not_reported_do_not_pile_up() -> None:
@@ -164,7 +169,7 @@ def test_atom_2201_saves_that_are_not_reported_do_not_pile_up() -> None:
         view = View(f"r{seed}", prompt(2 * CHUNK + 1, seed), first_block=1 + 10 * seed)
         start_load(engine, view)
         engine.step((view.request_id, len(view.token_ids)))
-        assert len(engine.planner._transfers) <= 4
+        assert len(engine.planner._books.transfers) <= 4
 
 
 def test_atom_2261_a_rank_that_never_reports_does_not_hold_blocks_for_ever() -> None:
@@ -182,8 +187,10 @@ def test_atom_2261_a_rank_that_never_reports_does_not_hold_blocks_for_ever() -> 
     assert engine.planner.lookup(View("next", TOKENS), 0).tokens == 0
 
 
-def test_atom_1807_what_was_parked_is_counted_once_however_it_ends(engine: Engine) -> None:
+def test_atom_1807_what_was_parked_is_counted_once_however_it_ends() -> None:
     """There, parked requests were counted at one place and uncounted at another."""
+    engine = Engine({"load": {"mode": "parked"}})
+    engine.save(View("first", TOKENS))
     other = View("other", prompt(CHUNK + 1, seed=9), first_block=50)
     start_load(engine, other)
     for name, outcome in (("good", Outcome.DONE), ("bad", Outcome.FAILED), ("gone", Outcome.DONE)):
@@ -218,34 +225,38 @@ def test_ucm_1088_a_block_that_falls_out_of_a_window_is_held_until_it_is_read() 
     assert engine.pool.held == read - set(plan.saves[0].blocks)
 
 
-def test_ucm_1035_nothing_computed_on_a_failed_load_is_kept(engine: Engine) -> None:
+def test_ucm_1035_nothing_computed_on_a_failed_load_is_kept() -> None:
     """There, it was saved under good keys in the same step."""
+    engine = Engine({"load": {"mode": "layerwise"}})
+    engine.save(View("first", TOKENS))
     tokens = [*TOKENS[: 2 * CHUNK], *prompt(2 * CHUNK, seed=4)]
     view = View("poison", tokens)
     start_load(engine, view)
     plan = engine.step(("poison", len(tokens)))
     (load,) = plan.loads
     assert load.mode is LoadMode.LAYERWISE
-    engine.answer(*(order.transfer for order in plan.saves))
-    engine.answer(load.transfer, outcome=Outcome.FAILED)
+    keys = engine.keys(plan)
+    saved = [TransferReceipt(order.transfer, Outcome.DONE) for order in plan.saves]
+    failed = TransferReceipt(load.transfer, Outcome.FAILED, reason="test")
+    engine.planner.receive([Receipt(0, (*saved, failed))])
     assert engine.planner.lookup(View("next", tokens), 0).tokens <= 2 * CHUNK
-    keys = {order.key for order in plan.saves}
-    assert not any(engine.planner._catalog.keeps(key) for key in keys)
+    assert keys
+    assert not any(engine.near.holds(key) for key in keys)
 
 
 def test_ucm_1007_after_a_failed_load_saving_starts_again_at_the_valid_prefix(
     engine: Engine,
 ) -> None:
     """There, the count of processed tokens stayed ahead: more keys than blocks."""
-    view = View("again", TOKENS)
+    view = View("again", [*TOKENS[: CHUNKS * CHUNK], *prompt(CHUNK, seed=4)])
     start_load(engine, view)
-    plan = engine.step(("again", len(TOKENS)))
-    (load,) = plan.loads
-    keys = [chunk.key for chunk in load.chunks]
-    engine.answer(load.transfer, outcome=Outcome.FAILED, bad=tuple(keys[1:]))
-    saves = engine.step(("again", len(TOKENS))).saves
-    assert [order.key for order in saves] == keys[1:]
-    assert all(len(order.blocks) == CHUNK // BLOCK for order in saves)
+    (load,) = engine.step().loads
+    engine.answer(load.transfer, outcome=Outcome.FAILED)
+    engine.near.drop(keys_of(TOKENS)[1])
+    plan = engine.step(("again", view.num_tokens))
+    _, second, _, fourth = keys_of(view.token_ids)
+    assert engine.keys(plan) == [second, fourth]
+    assert all(len(order.blocks) == CHUNK // BLOCK for order in plan.saves)
 
 
 def test_lmcache_2106_a_receipt_that_comes_twice_or_late_loses_no_wakeup(engine: Engine) -> None:
@@ -257,32 +268,32 @@ def test_lmcache_2106_a_receipt_that_comes_twice_or_late_loses_no_wakeup(engine:
     for items in ((stranger,), (good, good), (good,), (stranger, good)):
         engine.planner.receive([Receipt(0, items)])
     assert engine.planner._requests["a"].load is None
-    assert leases(engine) == 0
+    assert engine.leases == 0
     assert not engine.planner.has_work
 
 
-def test_vllm_45388_a_disk_that_never_answers_ends_every_wait() -> None:
+def test_vllm_45388_a_tier_that_never_answers_ends_every_wait() -> None:
     """There, and in others, a lookup or load waited without bound."""
-    engine = Engine(disk_slots=8)
-    engine.save(View("first", TOKENS))
-    engine.settle_writes()
-    engine.planner._catalog.host.clear()
-    start_load(engine, View("waits", TOKENS))
-    (order,) = engine.step().loads
-    assert 0 < order.deadline < float("inf")
-    engine.wait(61)
+    engine = Engine(far_slots=8, stored=dict(enumerate(keys_of(TOKENS))))
+    view = View("waits", TOKENS)
+    assert engine.planner.lookup(view, 0).ask_again
+    assert inward(engine.step())
+    for _ in range(3):
+        engine.now += 10
+        engine.planner.lookup(view, 0)
+    offer = engine.planner.lookup(view, 0)
+    assert (offer.tokens, offer.ask_again) == (0, False)
+    engine.step()
     assert not engine.planner.has_work, "the engine is not kept awake"
 
 
-def test_vllm_54779_a_disk_holds_what_it_was_given_and_no_more() -> None:
+def test_vllm_54779_a_tier_holds_what_it_was_given_and_no_more() -> None:
     """There, the store on disk grew without bound."""
-    engine = Engine(disk_slots=4)
+    engine = Engine(far_slots=4)
     for seed in range(30):
         engine.save(View(f"s{seed}", prompt(2 * CHUNK + 1, seed)))
-        for write in engine.settle_writes().writes:
-            assert write.disk_slot < 4
-        assert engine.planner._catalog.disk is not None
-        assert engine.planner._catalog.disk.used <= 4
+        assert all(move.far < 4 for move in outward(engine.settle_moves()))
+        assert engine.far.used <= 4
 
 
 def test_atom_1026_a_chunk_that_one_rank_lacks_is_not_promised_by_the_others() -> None:
@@ -292,4 +303,4 @@ def test_atom_1026_a_chunk_that_one_rank_lacks_is_not_promised_by_the_others() -
     plan = engine.step(("c", len(TOKENS)))
     engine.answer(*(order.transfer for order in plan.saves), ranks=[0])
     assert engine.planner.lookup(View("d", TOKENS), 0).tokens == 0
-    assert engine.planner._catalog.tiers[TierName.HOST].used == CHUNKS
+    assert engine.near.used == CHUNKS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-layout = pytest.importorskip("lamina.engines.vllm.layout")
+layout = pytest.importorskip("lamina_kv.engines.vllm.layout")
 
 from vllm.config import ParallelConfig  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from lamina import checkpoint
-from lamina.checkpoint import CheckpointError, fingerprint, locate
+from lamina_kv import checkpoint
+from lamina_kv.checkpoint import CheckpointError, fingerprint, locate
 
 PROCESS = """
 import logging, sys, time
 from pathlib import Path
-from lamina import checkpoint
+from lamina_kv import checkpoint
 logging.basicConfig(level="INFO")
 checkpoint._SETTLED_NS = 0
 read = checkpoint._read
@@ -92,7 +92,7 @@ def overwrite(file: Path, offset: int, content: bytes) -> None:
 class TestContent:
     def test_it_never_changes(self, model: Path, cache: Path) -> None:
         # A change here orphans every store in the field: make it on purpose, and give the
-        # scheme in lamina.checkpoint another number.
+        # scheme in lamina_kv.checkpoint another number.
         assert fingerprint(model, cache_dir=cache) == "8ed87007481a3f4812c1355b5cf9bf2f"
 
     def test_a_copy_has_the_same(self, model: Path, cache: Path, tmp_path: Path) -> None:

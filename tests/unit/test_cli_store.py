@@ -1,4 +1,4 @@
-"""Guards ``lamina inspect``, ``verify`` and ``clear``: they tell the truth about a disk store,
+"""Guards ``lamina-kv inspect``, ``verify`` and ``clear``: they tell the truth about a disk store,
 damage nothing, and leave alone what a server uses or what is not Lamina's.
 """
 
@@ -11,21 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from lamina.cli import store
-from lamina.data.tiers.disk import DiskTier, StoreNamespace
-from lamina.keys import KEY_BYTES
-from lamina.plan import ChunkKey
+from disks import OBJECT, PADDING, open_disk, put, slab_of
+from lamina_kv.cli import store
+from lamina_kv.geometry import OBJECT_HEADER_BYTES
+from lamina_kv.tiers.disk.layout import BLOCK, GROUP, HEAD_BYTES, TABLE_BYTES, USED_BYTES
+from lamina_kv.tiers.disk.store import DiskStore
 
-NAMESPACE = StoreNamespace(
-    "ab" * 16,
-    {"model": json.dumps({"architectures": ["TinyForCausalLM"]}), "chunk_tokens": "64"},
-)
-EXTENTS = (8192, 4096)
+NAMESPACE = "ab" * 16
+DESCRIPTION = {
+    "model": json.dumps({"architectures": ["TinyForCausalLM"]}),
+    "chunk_tokens": "64",
+}
+KIB = 1 << 10
 
 app = typer.Typer()
 for verb in (store.inspect, store.verify, store.clear):
@@ -37,10 +38,8 @@ def run(verb: str, path: Path, *more: str, answer: str = "") -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def open_tier(path: Path, rank: int = 0) -> DiskTier:
-    return DiskTier(
-        path=path, namespace=NAMESPACE, rank=rank, extent_bytes=EXTENTS, capacity=10 * 12288
-    )
+def open_tier(path: Path, rank: int = 0) -> DiskStore:
+    return open_disk(path, 10, rank=rank, description=DESCRIPTION)
 
 
 @pytest.fixture
@@ -48,11 +47,7 @@ def filled(tmp_path: Path) -> Path:
     """A store with three chunks of rank 0 and none of rank 1."""
     path = tmp_path / "store"
     tier = open_tier(path)
-    slots = [0, 1, 5]
-    tier.begin(slots)
-    for row, size in enumerate(EXTENTS):
-        tier.write_row(row, slots, [np.full(size, slot + row, np.uint8) for slot in slots])
-    tier.commit([(slot, ChunkKey(bytes([slot]) * KEY_BYTES)) for slot in slots])
+    put(tier, {0: 1, 1: 2, 5: 3})
     tier.close()
     open_tier(path, rank=1).close()
     return path
@@ -62,10 +57,10 @@ def test_inspect_says_what_is_there(filled: Path) -> None:
     code, output = run("inspect", filled)
     assert code == 0
     assert "TinyForCausalLM" in output
-    assert NAMESPACE.fingerprint in output
+    assert NAMESPACE in output
     assert "3 of 10" in output
     assert "192" in output  # tokens
-    assert "36 KiB" in output  # of KV cache
+    assert f"{3 * (OBJECT - OBJECT_HEADER_BYTES - PADDING) / KIB:.3g} KiB" in output  # of rows
     assert "0 of 10" in output  # rank 1
 
 
@@ -79,13 +74,31 @@ def test_inspect_works_while_a_server_runs_and_names_it(filled: Path) -> None:
     assert "pid " not in run("inspect", filled)[1]
 
 
-def test_inspect_survives_a_damaged_index(filled: Path) -> None:
-    index = filled / NAMESPACE.fingerprint / "rank-0.sqlite"
-    index.write_bytes(b"x" * 5000)
+def test_inspect_survives_damage(filled: Path) -> None:
+    slab = slab_of(filled)
+    slab.write_bytes(b"x" * BLOCK + slab.read_bytes()[BLOCK:])
+    before = slab.read_bytes()
     code, output = run("inspect", filled)
     assert code == 0
-    assert "is damaged" in output
-    assert index.read_bytes() == b"x" * 5000
+    assert "rank-0.slab is damaged or missing" in output
+    assert "0 of 10" in output  # rank 1
+    assert slab.read_bytes() == before
+
+
+def test_inspect_says_that_heads_are_damaged(filled: Path) -> None:
+    damage(slab_of(filled), BLOCK + GROUP * USED_BYTES + HEAD_BYTES + 9)
+    code, output = run("inspect", filled)
+    assert code == 0
+    assert "2 of 10" in output
+    assert "the heads of up to 1 chunks are damaged" in output
+
+
+def damage(file: Path, at: int) -> None:
+    with file.open("r+b") as out:
+        out.seek(at)
+        (there,) = out.read(1)
+        out.seek(at)
+        out.write(bytes([there ^ 0xFF]))
 
 
 @contextmanager
@@ -116,24 +129,11 @@ def test_inspect_works_where_nothing_can_be_written(filled: Path) -> None:
     assert "192" in output
 
 
-def test_inspect_says_why_it_cannot_look_at_what_a_server_was_killed_over(filled: Path) -> None:
-    journal = filled / NAMESPACE.fingerprint / "rank-0.sqlite-wal"
-    journal.write_bytes(b"x" * 100)
-    with read_only(filled):
-        code, output = run("inspect", filled)
-    assert code == 0
-    assert "rank-0.sqlite cannot be read here" in output
-    assert "look at it where it can be written to" in output
-    assert "0 of 10" in output  # rank 1
-
-
 def test_inspect_says_in_what_namespaces_differ(filled: Path) -> None:
     assert "differs" not in run("inspect", filled)[1]
     model = {"architectures": ["TinyForCausalLM"], "rope": {"theta": 7}}
-    other = StoreNamespace(
-        "cd" * 16, {"model": json.dumps(model), "chunk_tokens": "64", "cache_dtype": "fp8"}
-    )
-    DiskTier(path=filled, namespace=other, rank=5, extent_bytes=EXTENTS, capacity=12288).close()
+    other = {"model": json.dumps(model), "chunk_tokens": "64", "cache_dtype": "fp8"}
+    open_disk(filled, namespace="cd" * 16, rank=5, description=other).close()
     output = run("inspect", filled)[1]
     assert "differs from others in cache_dtype: -; model.rope.theta: -" in output
     assert "differs from others in cache_dtype: fp8; model.rope.theta: 7" in output
@@ -147,33 +147,32 @@ def test_verify_finds_nothing_in_a_sound_store(filled: Path) -> None:
 
 
 def test_verify_names_what_is_damaged(filled: Path) -> None:
-    slab = filled / NAMESPACE.fingerprint / "rank-0.slab"
-    with slab.open("r+b") as file:
-        file.seek(10 * EXTENTS[0] + 5 * EXTENTS[1])
-        file.write(b"\xff")
+    damage(slab_of(filled), BLOCK + TABLE_BYTES + 5 * OBJECT + 5000)
     code, output = run("verify", filled)
     assert code == 1
-    assert "row 1 of slot 5 is damaged" in output
-    assert output.count(" of slot ") == 1
+    assert "the chunk in slot 5 is damaged" in output
+    assert output.count(" in slot ") == 1
 
 
-@pytest.mark.parametrize("lost", ["rank-0.sqlite", "rank-0.slab"])
-def test_verify_says_what_is_missing(filled: Path, lost: str) -> None:
-    (filled / NAMESPACE.fingerprint / lost).unlink()
+def test_verify_says_what_is_missing(filled: Path) -> None:
+    os.truncate(slab_of(filled), BLOCK + TABLE_BYTES + 3 * OBJECT)
     code, output = run("verify", filled)
     assert code == 1
-    assert lost in output
+    assert "rank-0.slab: the file was cut short by 1 chunks" in output
+    os.truncate(slab_of(filled), 0)
+    code, output = run("verify", filled)
+    assert code == 1
+    assert "rank-0.slab is damaged or missing" in output
 
 
 def test_verify_changes_nothing_in_a_damaged_store(filled: Path) -> None:
-    index = filled / NAMESPACE.fingerprint / "rank-0.sqlite"
-    content = index.read_bytes()
-    index.write_bytes(content[:4096] + b"\xff" * 200 + content[4296:])
-    damaged = index.read_bytes()
+    slab = slab_of(filled)
+    damage(slab, BLOCK + GROUP * USED_BYTES + 9)
+    before = slab.read_bytes()
     code, output = run("verify", filled)
     assert code == 1
-    assert "damaged" in output or "cannot be read" in output
-    assert index.read_bytes() == damaged
+    assert "the heads of up to 1 chunks are damaged" in output
+    assert slab.read_bytes() == before
 
 
 @pytest.mark.parametrize("verb", ["verify", "clear"])
@@ -195,32 +194,36 @@ def test_clear_asks_first(filled: Path) -> None:
 
 def test_clear_deletes_what_is_laminas_and_nothing_else(filled: Path) -> None:
     (filled / "notes.txt").write_text("mine")
-    (filled / NAMESPACE.fingerprint / "other.slab").write_text("mine")
+    (filled / NAMESPACE / "other.slab").write_text("mine")
     (filled / "cafe0123").mkdir()
     (filled / "cafe0123" / "data").write_text("mine")
     code, output = run("clear", filled, answer="y\n")
     assert code == 0
     assert "notes.txt" in output
     left = {str(p.relative_to(filled)) for p in filled.rglob("*") if p.is_file()}
-    assert left == {"notes.txt", f"{NAMESPACE.fingerprint}/other.slab", "cafe0123/data"}
+    assert left == {"notes.txt", f"{NAMESPACE}/other.slab", "cafe0123/data"}
 
 
 def test_clear_leaves_an_empty_directory_that_serves_again(filled: Path) -> None:
+    (filled / f"costs-{'ab' * 8}-12.json").write_text("{}")  # of an earlier version
     assert run("clear", filled, "--yes")[0] == 0
     assert list(filled.iterdir()) == []
     tier = open_tier(filled)
-    assert tier.stored() == ()
+    assert tier.stored(keys=False).slots.size == 0
     tier.close()
 
 
-def test_clear_empties_a_store_of_another_version(filled: Path) -> None:
+@pytest.mark.parametrize("version", [1, 99])
+def test_clear_empties_a_store_of_another_version(filled: Path, version: int) -> None:
     (filled / "lamina-store.json").write_text(
-        json.dumps({"format": "lamina disk store", "version": 99})
+        json.dumps({"format": "lamina disk store", "version": version})
     )
+    for suffix in ("sqlite", "sqlite-wal", "sqlite-shm", "sqlite.damaged"):  # of version 1
+        (filled / NAMESPACE / f"rank-0.{suffix}").write_text("an index")
     for verb in ("inspect", "verify"):
         code, output = run(verb, filled)
         assert code == 1
-        assert "version 99" in output
+        assert f"version {version}" in output
     assert run("clear", filled, "--yes")[0] == 0
     assert list(filled.iterdir()) == []
 
@@ -231,5 +234,5 @@ def test_what_is_no_store_is_refused(tmp_path: Path, verb: str) -> None:
     for path in (tmp_path, tmp_path / "file", tmp_path / "nothing"):
         code, output = run(verb, path)
         assert code == 1
-        assert "not a Lamina disk store" in output
+        assert "not a Lamina store" in output
     assert (tmp_path / "file").read_text() == "mine"

@@ -4,13 +4,14 @@ what would be right, and whatever is accepted means what the documentation says.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from lamina.config import (
+from lamina_kv.config import (
     Config,
     ConfigError,
     HostConfig,
@@ -19,10 +20,14 @@ from lamina.config import (
     load_config,
     table,
 )
-from lamina.config.memory import memory_bytes
+from lamina_kv.config.memory import memory_bytes
+from lamina_kv.tiers import KINDS, Kind
+from lamina_kv.tiers.config import SharedConfig, TierConfig
+from lamina_kv.tiers.disk.config import DiskConfig
+from lamina_kv.values import choice, integer
 
 ROOT = Path(__file__).parents[2]
-DISK = {"path": "/var/lib/lamina", "capacity": "1GiB"}
+DISK = {"kind": "disk", "path": "/var/lib/lamina", "capacity": "1GiB"}
 
 
 def nested(key: str, value: object) -> dict[str, Any]:
@@ -63,24 +68,25 @@ class TestDefaults:
             },
             "save": {"tokens": "all", "max_inflight": 1 << 30},
             "host": {"capacity": "auto"},
-            "disk": None,
+            "tiers": (),
             "breaker": {"failures": 3, "pause": 10.0},
             "push": None,
-            "observe": {"timeline": None, "decisions": None},
+            "observe": {"timeline": None, "trace": None},
         }
 
     def test_defaults_pass_their_own_checks(self) -> None:
         assert load_config(Config().model_dump(), {}) == Config()
 
     def test_disk_defaults(self) -> None:
-        disk = load_config({"disk": DISK}, {}).disk
-        assert disk is not None
+        (disk,) = load_config({"tiers": [DISK]}, {}).tiers
         assert disk.model_dump() == {
+            "kind": "disk",
+            "name": "disk",
+            "max_inflight": 256 << 20,
+            "keep": "all",
             "path": Path("/var/lib/lamina"),
             "capacity": 1 << 30,
             "direct": "auto",
-            "max_inflight": 256 << 20,
-            "fetch_ahead": 64 << 20,
         }
 
     def test_the_tree_is_immutable(self) -> None:
@@ -164,8 +170,9 @@ class TestValues:
 
     @pytest.mark.parametrize("path", ["relative/path", "~/lamina", "", " ", "/a\0b", 3, None])
     def test_disk_path_must_be_absolute(self, path: object) -> None:
-        assert problems({"disk": {**DISK, "path": path}}) == [
-            f"disk.path: must be an absolute path, got {'null' if path is None else repr(path)}"
+        assert problems({"tiers": [{**DISK, "path": path}]}) == [
+            "tiers[0].path (disk): must be an absolute path, got "
+            f"{'null' if path is None else repr(path)}"
         ]
 
     @pytest.mark.parametrize("value", ["", "  ", 5, None])
@@ -174,13 +181,13 @@ class TestValues:
 
     @pytest.mark.parametrize("value", ["yes", 1, None])
     def test_direct_refused(self, value: object) -> None:
-        (problem,) = problems({"disk": {**DISK, "direct": value}})
-        assert problem.startswith('disk.direct: must be "auto" or true or false')
+        (problem,) = problems({"tiers": [{**DISK, "direct": value}]})
+        assert problem.startswith('tiers[0].direct (disk): must be "auto" or true or false')
 
     @pytest.mark.parametrize("value", [True, False, "auto"])
     def test_direct_accepted(self, value: object) -> None:
-        disk = load_config({"disk": {**DISK, "direct": value}}, {}).disk
-        assert disk is not None
+        (disk,) = load_config({"tiers": [{**DISK, "direct": value}]}, {}).tiers
+        assert isinstance(disk, DiskConfig)
         assert disk.direct is value or disk.direct == value
 
     def test_every_kind_of_text_and_path_is_kept(self) -> None:
@@ -188,17 +195,128 @@ class TestValues:
         assert (config.identity, config.observe.timeline) == ("llama@7", Path("t.json"))
 
 
+class Shelf(TierConfig):
+    kind: Annotated[Literal["shelf"], choice("shelf")] = "shelf"
+    boards: Annotated[int, integer(1)] = 3
+
+
+class TestTiers:
+    def test_they_keep_their_order_and_have_names(self) -> None:
+        tiers = load_config({"tiers": [DISK, {**DISK, "name": "spare"}]}, {}).tiers
+        assert [tier.name for tier in tiers] == ["disk", "spare"]
+        assert tiers[1].key("path") == "tiers.spare.path"
+
+    def test_a_tuple_or_what_was_built_by_hand_will_do(self) -> None:
+        disk = DiskConfig(path=Path("/var/lib/lamina"), capacity=1 << 30)
+        assert Config(tiers=(disk,)) == load_config({"tiers": (DISK,)}, {})
+        with pytest.raises(ValueError, match="capacity"):
+            DiskConfig(path=Path("/d"), capacity=0)
+
+    def test_it_survives_pickling(self) -> None:
+        config = load_config({"tiers": [DISK]}, {})
+        assert pickle.loads(pickle.dumps(config)) == config
+
+    def test_all_mistakes_come_at_once_by_number_and_name(self) -> None:
+        lines = problems(
+            {
+                "tiers": [
+                    {**DISK, "capacity": "4GB"},
+                    {**DISK, "name": "spare", "capcity": 1},
+                    {"kind": "disk", "name": "a b", "capacity": 1},
+                ]
+            }
+        )
+        assert [line.split(": ")[0] for line in lines] == [
+            "tiers[0].capacity (disk)",
+            "tiers[1].capcity (spare)",
+            "tiers[2].name (a b)",
+            "tiers[2].path (a b)",
+        ]
+        assert lines[1].endswith("did you mean tiers[].capacity?")
+
+    @pytest.mark.parametrize("kind", ["dsk", "", None, 3, []])
+    def test_an_unknown_kind_lists_those_there_are(self, kind: object) -> None:
+        (problem,) = problems({"tiers": [DISK, {**DISK, "kind": kind}]})
+        assert problem.startswith("tiers[1].kind")
+        assert f"must be {choice(*KINDS).words}, got" in problem
+
+    def test_a_kind_is_required(self) -> None:
+        assert problems({"tiers": [{"path": "/d"}]}) == ["tiers[0].kind: is required"]
+
+    def test_two_may_not_have_the_same_name(self) -> None:
+        (problem,) = problems({"tiers": [DISK, {**DISK, "name": "a"}, {**DISK, "path": "/e"}]})
+        assert problem.startswith('tiers: entries 0 and 2 are both called "disk"; ')
+
+    @pytest.mark.parametrize(
+        "name",
+        ["host", "push", "engine", "computed", "", "-a", "a b", "a\n", "x" * 41, "ä", 3, None],
+    )
+    def test_names_refused(self, name: object) -> None:
+        (problem,) = problems({"tiers": [{**DISK, "name": name}]})
+        assert problem.startswith("tiers[0].name")
+
+    @pytest.mark.parametrize("value", [None, "disk", 3, DISK, {0: DISK}])
+    def test_it_must_be_a_list(self, value: object) -> None:
+        (problem,) = problems({"tiers": value})
+        assert problem.startswith('tiers: must be a list such as [{"kind": "disk", ')
+
+    @pytest.mark.parametrize("value", [None, "disk", [DISK]])
+    def test_an_entry_must_be_a_section(self, value: object) -> None:
+        (problem,) = problems({"tiers": [value]})
+        assert problem.startswith("tiers[0]: must be a section")
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            (
+                {"path": "/d", "capacity": "5GiB", "direct": False},
+                '[{"kind": "disk", "path": "/d", "capacity": "5GiB", "direct": false}]',
+            ),
+            ({"capacity": 5}, '[{"kind": "disk", "capacity": 5}]'),
+            ("/d", '[{"kind": "disk"}]'),
+        ],
+    )
+    def test_the_former_section_is_shown_in_its_new_form(self, old: object, new: str) -> None:
+        assert problems({"disk": old}) == [
+            f'disk: is an entry of the list `tiers` now: "tiers": {new}'
+        ]
+
+    def test_fetch_ahead_is_gone(self) -> None:
+        (problem,) = problems({"disk": {"path": "/d", "fetch_ahead": None}})
+        assert '"tiers": [{"kind": "disk", "path": "/d"}]; `fetch_ahead` does not exist' in problem
+        (problem,) = problems({"tiers": [{**DISK, "fetch_ahead": 1}]})
+        assert problem.startswith("tiers[0].fetch_ahead (disk): does not exist any more; `max_infl")
+
+    def test_decisions_are_in_the_log(self) -> None:
+        (problem,) = problems({"observe": {"decisions": "/d"}})
+        assert problem.startswith("observe.decisions: does not exist any more; the logger `lamina")
+
+    def test_no_disk_in_the_former_words(self) -> None:
+        (problem,) = problems({"disk": None})
+        assert problem.startswith("disk: does not exist any more; leave it out")
+
+    def test_a_kind_is_known_once_it_is_registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(KINDS, "shelf", Kind(Shelf, "no.such:thing"))
+        tiers = load_config({"tiers": [DISK, {"kind": "shelf", "boards": 5}]}, {}).tiers
+        assert tiers[1] == Shelf(boards=5)
+        assert problems({"tiers": [{"kind": "shelf", "boards": 0}, {"kind": "?"}]}) == [
+            "tiers[0].boards (shelf): must be an integer of at least 1, got 0",
+            f"tiers[1].kind (?): must be {choice(*KINDS).words}, got '?'",
+        ]
+
+
 class TestShape:
     def test_all_problems_come_at_once(self) -> None:
         lines = problems(
-            {"load": {"load_ahead": 0, "mode": "fast"}, "save": {"token": "all"}, "disk": {}}
+            {"load": {"load_ahead": 0, "mode": "fast"}, "save": {"token": "all"}}
+            | {"tiers": [{"kind": "disk"}]}
         )
         assert [line.split(":")[0] for line in lines] == [
             "load.mode",
             "load.load_ahead",
             "save.token",
-            "disk.path",
-            "disk.capacity",
+            "tiers[0].path (disk)",
+            "tiers[0].capacity (disk)",
         ]
 
     @pytest.mark.parametrize(
@@ -207,19 +325,21 @@ class TestShape:
             ("load.load_ahed", "load.load_ahead"),
             ("load_ahead", "load.load_ahead"),
             ("chunk_token", "chunk_tokens"),
-            ("save.capacity", "host.capacity or disk.capacity"),
-            ("disks.path", "disk?"),
+            ("save.capacity", "host.capacity or tiers[].capacity"),
+            ("tier", "tiers?"),
         ],
     )
     def test_unknown_keys_suggest_the_nearest(self, key: str, suggestion: str) -> None:
         (problem,) = problems(nested(key, "/x"))
-        name = "disks" if key == "disks.path" else key
-        assert problem.startswith(f"{name}: unknown key; did you mean {suggestion}")
+        assert problem.startswith(f"{key}: unknown key; did you mean {suggestion}")
 
     def test_a_key_like_no_other_lists_them_all(self) -> None:
         (problem,) = problems({"zzzzzz": 1})
         assert "load.load_ahead" in problem
-        assert "disk.capacity" in problem
+        assert "host.capacity, tiers, breaker.failures" in problem
+        (problem,) = problems({"tiers": [{**DISK, "z" * 30: 1}]})
+        assert "tiers[].capacity" in problem
+        assert "load.load_ahead" not in problem
 
     @pytest.mark.parametrize("key", [1, None, "a\nb", "k" * 9999])
     def test_strange_keys_stay_on_one_short_line(self, key: object) -> None:
@@ -232,9 +352,6 @@ class TestShape:
         (problem,) = problems({"load": value})
         assert problem.startswith("load: must be a section with the keys mode, when, load_ahead, ")
 
-    def test_disk_null_is_no_disk(self) -> None:
-        assert load_config({"disk": None}, {}).disk is None
-
 
 class TestFile:
     def test_a_file_gives_the_same_tree(self, tmp_path: Path) -> None:
@@ -243,20 +360,29 @@ class TestFile:
             load: {mode: parked, deadline: 2.5}
             host:
               capacity: 16GiB
-            disk: null
+            tiers:
+              - {kind: disk, path: /var/lib/lamina, capacity: 1GiB}
         """
         extra = {
             "chunk_tokens": 128,
             "load": {"mode": "parked", "deadline": 2.5},
             "host": {"capacity": "16GiB"},
+            "tiers": [DISK],
         }
         assert load_config(None, from_file(tmp_path, text)) == load_config(extra, {})
 
     def test_both_places_are_one_tree(self, tmp_path: Path) -> None:
-        environ = from_file(tmp_path, "disk: {path: /d}\nload: {load_ahead: 3}")
-        config = load_config({"disk": {"capacity": 5}, "load": {"mode": "parked"}}, environ)
+        environ = from_file(
+            tmp_path, "load: {load_ahead: 3}\ntiers: [{kind: disk, path: /d, capacity: 5}]"
+        )
+        config = load_config({"load": {"mode": "parked"}, "save": {"tokens": "prompt"}}, environ)
         assert config == load_config(
-            {"disk": {"path": "/d", "capacity": 5}, "load": {"load_ahead": 3, "mode": "parked"}}, {}
+            {
+                "load": {"load_ahead": 3, "mode": "parked"},
+                "save": {"tokens": "prompt"},
+                "tiers": [{"kind": "disk", "path": "/d", "capacity": 5}],
+            },
+            {},
         )
 
     def test_a_key_in_both_places_is_an_error_even_if_equal(self, tmp_path: Path) -> None:
@@ -266,8 +392,12 @@ class TestFile:
         assert all("given both" in line for line in lines)
 
     def test_a_section_here_and_null_there_is_an_error(self, tmp_path: Path) -> None:
-        (problem,) = problems({"disk": DISK}, from_file(tmp_path, "disk: null"))
-        assert problem.startswith("disk: given both")
+        (problem,) = problems({"push": {}}, from_file(tmp_path, "push: null"))
+        assert problem.startswith("push: given both")
+
+    def test_the_tiers_stand_in_one_place(self, tmp_path: Path) -> None:
+        (problem,) = problems({"tiers": [DISK]}, from_file(tmp_path, "tiers: []"))
+        assert problem.startswith("tiers: given both")
 
     @pytest.mark.parametrize("content", ["", "# only a comment\n", "---\n"])
     def test_an_empty_file_is_an_empty_tree(self, tmp_path: Path, content: str) -> None:
@@ -301,6 +431,23 @@ class TestFile:
         lines = problems({"load": {"load_ahead": 0}}, from_file(tmp_path, "- 1"))
         assert len(lines) == 2
 
+    @pytest.mark.parametrize(
+        "push",
+        [
+            '"s3cret"x',
+            "'s3cret",
+            "@s3cret",
+            "s3cret: s3cret",
+            "[s3cret]",
+            "{s3cret: 1}",
+            "s3cret\n x",
+        ],
+    )
+    def test_a_secret_is_in_no_message(self, tmp_path: Path, push: str) -> None:
+        lines = problems(None, from_file(tmp_path, f"push:\n  token: {push}\n  deadline: no\n"))
+        assert "push.deadline" in "".join(lines) or "line" in "".join(lines)
+        assert "s3cret" not in "".join(lines)
+
     def test_missing_file(self, tmp_path: Path) -> None:
         (problem,) = problems(None, {"LAMINA_CONFIG": str(tmp_path / "no.yaml")})
         assert "cannot be read: No such file" in problem
@@ -325,6 +472,33 @@ class TestFile:
         lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
         lines += ["identity: *a11"]
         assert len("\n".join(problems(None, from_file(tmp_path, "\n".join(lines))))) < 7_000
+
+
+class TestPush:
+    @pytest.mark.parametrize("token", [1234567, ["1234567"], {"1234567": 1}, 1234567.0, True, ""])
+    def test_a_secret_is_not_quoted(self, token: object) -> None:
+        (problem,) = problems({"push": {"token": token}})
+        assert problem.startswith("push.token: must be null or text that is not empty")
+        assert "1234567" not in problem
+
+    def test_a_secret_is_not_shown(self) -> None:
+        config = load_config({"push": {"token": "s3cret"}}, {})
+        assert "s3cret" not in f"{config} {config!r}"
+
+    @pytest.mark.parametrize(
+        ("deadline", "silence", "least"), [(60, 5, 75), (600, 5, 615), (60, 60, 195), (1, 1, 18)]
+    )
+    def test_a_quarantine_outlasts_what_may_still_be_written(
+        self, deadline: float, silence: float, least: float
+    ) -> None:
+        push = {"deadline": deadline, "silence": silence}
+        (problem,) = problems({"push": {**push, "quarantine": least - 0.5}})
+        for words in ("push.quarantine", "push.deadline", "push.silence", f"at least {least} s"):
+            assert words in problem
+        load_config({"push": {**push, "quarantine": least}}, {})
+
+    def test_its_default_does(self) -> None:
+        load_config({"push": {}}, {})
 
 
 class TestHostCapacity:
@@ -369,8 +543,9 @@ class TestTable:
             "chunk_tokens",
             "load.load_ahead",
             "host.capacity",
-            "disk",
-            "disk.max_inflight",
+            "tiers",
+            "tiers[].max_inflight",
+            "tiers[].path` (disk)",
             "observe.timeline",
         }
 
@@ -378,12 +553,23 @@ class TestTable:
         defaults = dict(line.strip("| ").split(" | ")[0:3:2] for line in table().splitlines()[2:])
         assert defaults["`load.staging`"] == '`"256MiB"`'
         assert defaults["`load.load_ahead`"] == '`"auto"`'
-        assert defaults["`disk`"] == "`null`"
-        assert defaults["`disk.path`"] == "required"
+        assert defaults["`tiers`"] == "`[]`"
+        assert defaults["`tiers[].path` (disk)"] == "required"
+        assert defaults["`push`"] == "`null`"
+
+    def test_keys_of_several_kinds_stand_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for kind in [*KINDS][:0:-1]:  # backwards, so that their order is as it was afterwards
+            monkeypatch.delitem(KINDS, kind)
+        for kind in ("shelf", "board"):
+            monkeypatch.setitem(KINDS, kind, Kind(SharedConfig, "no.such:thing"))
+        defaults = dict(line.strip("| ").split(" | ")[0:3:2] for line in table().splitlines()[2:])
+        assert defaults["`tiers[].keep`"] == '`"all"`'
+        assert defaults["`tiers[].timeout` (shelf, board)"] == "`2.0`"
+        assert not [key for key in defaults if key.startswith("`tiers[].name` (")]
 
     def test_the_page_contains_it(self) -> None:
         assert table() in (ROOT / "docs/configuration.md").read_text(), (
-            "docs/configuration.md is out of step; `lamina config` prints the table it should "
+            "docs/configuration.md is out of step; `lamina-kv config` prints the table it should "
             "contain"
         )
 

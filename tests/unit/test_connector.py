@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lamina.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.worker_side import WorkerSide
 
 
 def connector_of(cache: object, role: KVConnectorRole = KVConnectorRole.WORKER) -> Any:
@@ -26,3 +28,12 @@ def test_a_connector_that_was_shut_down_is_no_second_one() -> None:
     for connector in kept:
         connector.shutdown()
     connector_of(cache)
+
+
+def test_a_worker_that_shuts_down_closes_its_tiers() -> None:
+    """They write what is still to be written, and give back their locks."""
+    side: Any = object.__new__(WorkerSide)
+    closed: list[str] = []
+    side._executor = SimpleNamespace(close=lambda: closed.append("executor"))
+    side.close()
+    assert closed == ["executor"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from math import inf
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,9 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.request import RequestStatus
 
-from lamina.engines.vllm.adapters import Adapters
-from lamina.engines.vllm.core_loop import CoreLoop
-from lamina.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
+from lamina_kv.engines.vllm.adapters import Adapters
+from lamina_kv.engines.vllm.core_loop import CoreLoop
+from lamina_kv.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 
 PATIENCE = 60.0
 
@@ -130,3 +131,15 @@ def test_what_a_core_that_is_told_to_end_says_comes_before_it_ends_requests() ->
     for _ in range(2):
         assert core._handle_shutdown()
     assert happened == ["said", (None, RequestStatus.FINISHED_ABORTED)]
+
+
+def test_a_core_is_woken_after_a_while_by_one_timer() -> None:
+    core, loop = core_of(Connector()), CoreLoop()
+    loop.begins(core)
+    before = threading.active_count()
+    for _ in range(5):
+        loop.wake_after(0.01)
+    loop.wake_after(inf)
+    assert threading.active_count() <= before + 1
+    assert core.input_queue.get(timeout=PATIENCE) == (EngineCoreRequestType.WAKEUP, None)
+    assert core.input_queue.empty()

@@ -8,18 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, View, prompt
+from driven_planner import (
+    BLOCK,
+    CHUNK,
+    CHUNK_BYTES,
+    Engine,
+    View,
+    inward,
+    keys_of,
+    prompt,
+)
 
-from lamina.control.catalog import TierCatalog
-from lamina.control.eviction import SharedOutlivesSingle
-from lamina.control.push_inbound import Inbound
-from lamina.control.push_target import PushTarget
-from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
-from lamina.geometry import Group, GroupKind
-from lamina.plan import ChunkKey
-from lamina.push.cards import EngineCard, RankCard, RowCard, SenderCard
-from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import NO_EPOCH, Absent, Announce, Attempt, Fenced
+from lamina_kv.control.loading import LOOKED
+from lamina_kv.control.moving import MovePlanner
+from lamina_kv.control.push.inbound import Inbound
+from lamina_kv.control.push.target import PushTarget
+from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.plan import ChunkKey
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard, SenderCard
+from lamina_kv.push.letters import Fate, Letter, Lost, Opened
+from lamina_kv.push.messages import NO_EPOCH, Absent, Announce, Attempt, Fenced
+from lamina_kv.tiers.eviction import Runs
+from lamina_kv.tiers.slots import SlotIndex
 
 BOUND = 1000
 """Chunks that may be looked at for one plan."""
@@ -42,15 +53,29 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Counts:
         monkeypatch.setattr(kind, name, call)
 
     for name in ("find", "holds"):
-        counted(TierCatalog, name)
-    counted(SharedOutlivesSingle, "touch")
+        counted(SlotIndex, name)
+    counted(MovePlanner, "_bring_next")
+    counted(Runs, "used")
     counted(RequestRecord, "known_keys")
     return counts
 
 
-def engine(**disk: object) -> Engine:
-    settings = {"disk": {"path": "/store", "capacity": "1GiB", **disk}, "load": {"when": "always"}}
-    return Engine(settings, host_slots=3000, disk_slots=3000)
+def engine(*far: list[int], near_slots: int = 3000, **settings: object) -> Engine:
+    """An engine whose far tier has these prompts; its near tier is empty.
+
+    Args:
+        far: prompts.
+        near_slots: slots of the near tier.
+        settings: more keys of the far tier's configuration.
+    """
+    keys = dict.fromkeys(key for tokens in far for key in keys_of(tokens))
+    return Engine(
+        {"load": {"when": "always"}},
+        near_slots=near_slots,
+        far_slots=20_000,
+        far=settings,
+        stored=dict(enumerate(keys)),
+    )
 
 
 def queue(engine: Engine, requests: int, tokens: list[int]) -> list[View]:
@@ -71,12 +96,12 @@ def plans(engine: Engine, looks: Counts) -> Iterator[int]:
     raise AssertionError("it never ends")
 
 
-def test_requests_that_wait_for_what_is_in_host_memory_are_looked_at_little_by_little(
+def test_requests_that_wait_for_what_is_near_are_looked_at_little_by_little(
     looks: Counts,
 ) -> None:
     driven, tokens = engine(), prompt(64 * CHUNK)
     driven.save(View("writer", [*tokens, 1]))
-    driven.settle_writes()
+    driven.write_all()
     queue(driven, 200, tokens)
     each = list(plans(driven, looks))
     assert max(each) <= BOUND
@@ -98,72 +123,88 @@ def test_a_long_prompt_is_looked_at_in_several_plans(looks: Counts, windows: boo
     driven, tokens = engine(), prompt(1200 * CHUNK)
     if windows:
         shape = ChunkShape(CHUNK, (full, window))
-        driven = Engine(host_slots=3000, disk_slots=3000, shape=shape)
+        driven = Engine(near_slots=3000, far_slots=3000, shape=shape)
     driven.save(View("writer", [*tokens, 1], tables={0: [1] * 2401, 1: [1] * 2401}))
-    driven.planner._catalog.host.clear()
-    driven.save(View("writer again", [*tokens, 1], tables={0: [1] * 2401, 1: [1] * 2401}))
-    list(plans(driven, looks))
+    driven.write_all()
     queue(driven, 1, tokens)
     each = list(plans(driven, looks))
     assert max(each) <= BOUND
     assert sum(each) >= 1200
 
 
-def test_of_a_long_queue_the_first_are_fetched_first() -> None:
-    driven = engine(fetch_ahead=2 * CHUNK_BYTES)
-    in_host, on_disk = prompt(64 * CHUNK), prompt(4 * CHUNK, seed=1)
-    driven.save(View("writer", [*on_disk, 1]))
-    while driven.planner.has_work:
-        driven.settle_writes()
-    driven.planner._catalog.host.clear()
-    driven.save(View("writer", [*in_host, 1]))
-    while driven.planner.has_work:
-        driven.settle_writes()
-    queue(driven, 30, in_host)
-    driven.planner.arrived(View("on disk", [*on_disk, 1]))
-    fetched: list[ChunkKey] = []
+def test_of_a_long_queue_what_the_first_need_comes_first() -> None:
+    near, far = prompt(64 * CHUNK), prompt(4 * CHUNK, seed=1)
+    driven = engine(far, max_inflight=2 * CHUNK_BYTES)
+    driven.save(View("writer", [*near, 1]))
+    driven.write_all()
+    queue(driven, 30, near)
+    driven.planner.arrived(View("far", [*far, 1]))
+    moved: list[ChunkKey] = []
     for _ in range(200):
-        orders = driven.step().fetches
-        fetched += [order.key for order in orders]
-        driven.answer(*(order.transfer for order in orders))
-    record = driven.planner._requests["on disk"]
-    assert fetched == record.known_keys()[0], "each once, in the order of the prompt"
+        moved += [move.key for move in inward(driven.settle_moves())]
+    assert moved == keys_of(far), "each once, in the order of the prompt"
 
 
-def test_what_vanishes_while_it_is_looked_for_is_not_fetched() -> None:
-    driven, tokens = engine(fetch_ahead=CHUNK_BYTES), prompt(6 * CHUNK)
-    driven.save(View("writer", [*tokens, 1]))
-    while driven.planner.has_work:
-        driven.settle_writes()
-    catalog = driven.planner._catalog
-    assert catalog.disk is not None
-    catalog.host.clear()
-    (view,) = queue(driven, 1, tokens)
-    (first,) = driven.step().fetches
-    keys = driven.planner._requests[view.request_id].known_keys()[0]
+def test_what_vanishes_while_it_is_looked_for_does_not_come() -> None:
+    tokens = prompt(6 * CHUNK)
+    driven = engine(tokens, max_inflight=CHUNK_BYTES)
+    queue(driven, 1, tokens)
+    (first,) = inward(driven.step())
+    keys = keys_of(tokens)
     assert first.key == keys[0]
-    catalog.disk.drop(keys[2])
-    later: list[ChunkKey] = []
+    driven.far.lost(keys[2], driven.far.hold(keys[2]))
     driven.answer(first.transfer)
-    while orders := driven.step().fetches:
-        later += [order.key for order in orders]
-        driven.answer(*(order.transfer for order in orders))
+    later = [move.key for _ in range(5) for move in inward(driven.settle_moves())]
     assert later == keys[1:2]
     assert not driven.planner.has_work
 
 
-def test_a_chunk_that_a_load_reads_from_disk_is_not_fetched_beside_it() -> None:
-    driven, tokens = engine(), prompt(4 * CHUNK)
-    driven.save(View("writer", [*tokens, 1]))
-    while driven.planner.has_work:
-        driven.settle_writes()
-    driven.planner._catalog.host.clear()
-    views = queue(driven, 2, tokens)
-    hit = driven.planner.lookup(views[0], 0)
-    driven.planner.admitted(views[0].request_id, hit.tokens)
+def crowd(driven: Engine, prompts: Sequence[list[int]]) -> list[View]:
+    """Requests that wait, with prompts of their own."""
+    views = [View(f"request {n}", [*tokens, 1]) for n, tokens in enumerate(prompts)]
+    for view in views:
+        driven.planner.arrived(view)
+    return views
+
+
+@pytest.mark.parametrize("near_slots", [3000, 300, 20])
+def test_a_crowd_that_waits_for_far_tiers_costs_a_plan_a_bounded_number_of_looks(
+    looks: Counts, near_slots: int
+) -> None:
+    """However little room there is near for what they wait for."""
+    prompts = [prompt(16 * CHUNK, seed=seed) for seed in range(400)]
+    driven = engine(*prompts, near_slots=near_slots, max_inflight=40 * CHUNK_BYTES)
+    views = crowd(driven, prompts)
     plan = driven.step()
-    assert len(plan.loads) == 1
-    assert plan.fetches == ()
+    for _ in range(100):
+        for view in views:
+            assert driven.planner.lookup(view, 0).tokens in (0, 16 * CHUNK, near_slots // 2 * CHUNK)
+        looks.clear()
+        driven.answer(*(move.transfer for move in inward(plan)))
+        plan = driven.step()
+        assert looks.total() <= BOUND
+
+
+def test_a_crowd_that_waits_for_far_tiers_is_looked_up_little_by_little(looks: Counts) -> None:
+    """An engine asks for all that wait, one after the other."""
+    prompts = [prompt(64 * CHUNK, seed=seed) for seed in range(150)]
+    driven = engine(*prompts)
+    views = crowd(driven, prompts)
+    begun, longest = set(), 0
+    while len(begun) < len(views):
+        looks.clear()
+        for view in views:
+            assert driven.planner.lookup(view, 0).ask_again
+        longest = max(longest, looks["find"])
+        new = {name for name, arrival in driven.planner._moves._arrivals.items() if arrival.waits}
+        assert new > begun, "nobody is passed over for ever"
+        begun = new
+        driven.step()
+    assert longest <= 4 * (LOOKED + 64)
+    looks.clear()
+    for view in views:
+        driven.planner.lookup(view, 0)
+    assert looks["find"] == 0, "who waits costs nothing but a question"
 
 
 class Tables(View):
@@ -182,7 +223,7 @@ def test_saves_that_are_held_back_are_not_looked_at(looks: Counts, why: str) -> 
     settings: dict[str, object] = {}
     if why == "max_inflight":
         settings = {"save": {"max_inflight": CHUNK_BYTES}}
-    driven = Engine(settings, host_slots=1 if why == "host_in_use" else 100)
+    driven = Engine(settings, near_slots=1 if why == "host_in_use" else 100)
     names = [f"running {n}" for n in range(20)]
     for number, name in enumerate(names):
         driven.planner.lookup(Tables(name, prompt(50 * CHUNK, seed=number)), 0)
@@ -204,55 +245,77 @@ def test_saves_that_were_held_back_go_on_when_there_is_room() -> None:
     driven.planner.admitted("running", 0)
     saved = []
     for _ in range(4):
-        saves = driven.planner.plan_step([("running", 0, 3 * CHUNK)], forward=True).saves
-        saved += [order.key for order in saves]
-        driven.answer(*(order.transfer for order in saves))
-    assert saved == driven.planner._requests["running"].known_keys()[0]
+        plan = driven.planner.plan_step([("running", 0, 3 * CHUNK)], forward=True)
+        saved += driven.keys(plan)
+        driven.answer(*(order.transfer for order in plan.saves))
+    assert saved == keys_of(view.token_ids)
 
 
-def test_the_end_of_a_long_request_ages_its_chunks_little_by_little(looks: Counts) -> None:
+def test_the_end_of_a_long_request_touches_its_runs_and_not_its_chunks(looks: Counts) -> None:
     driven, tokens = engine(), prompt(2000 * CHUNK)
     view = View("long", tokens)
     driven.planner.lookup(view, 0)
     driven.planner.admitted("long", 0)
     plan = driven.step(("long", len(tokens)))
     driven.answer(*(order.transfer for order in plan.saves))
-    while driven.planner.has_work:
-        driven.settle_writes()
+    driven.write_all()
     looks.clear()
     driven.planner.finished("long", len(tokens), [view.blocks()])
-    first = looks.total()
-    each = list(plans(driven, looks))
-    assert max(first, *each) <= BOUND
-    assert first + sum(each) >= 2000
-    oldest, *_, youngest = driven.planner._catalog.host._order
-    saved = [order.key for order in plan.saves]
-    assert (oldest, youngest) == (saved[-1], saved[0]), "the end is given up first"
+    assert looks["used"] <= 4
+    assert looks.total() + sum(plans(driven, looks)) <= 10
+    oldest, *_, youngest = driven.near._runs
+    saved = [order.slot for order in plan.saves]
+    assert {oldest, youngest} == {saved[-1], saved[0]}, "the end is given up first"
 
 
-def test_a_long_document_that_is_found_again_is_shared_little_by_little(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    driven, tokens = engine(), prompt(1000 * CHUNK)
-    driven.save(View("first", [*tokens, *prompt(CHUNK, seed=9)]))
-    for _ in range(20):
+def test_a_document_of_as_many_runs_as_chunks_is_used_little_by_little(looks: Counts) -> None:
+    """After a restart nothing is known of what stands behind what."""
+    tokens = prompt(1000 * CHUNK)
+    driven = engine([*tokens, 1])
+    view = View("first", [*tokens, 1])
+    hit = driven.lookup(view)
+    looks.clear()
+    driven.planner.admitted("first", hit.tokens)
+    each = [looks.total(), *plans(driven, looks)]
+    assert max(each) <= BOUND
+    driven.planner.finished("first", 0, [view.blocks()])
+    for _ in range(40):
         driven.step()
-    shares, share = Counts(), SharedOutlivesSingle.share
-
-    def counted(order: SharedOutlivesSingle, key: ChunkKey) -> None:
-        shares["all"] += 1
-        share(order, key)
-
-    monkeypatch.setattr(SharedOutlivesSingle, "share", counted)
+    looks.clear()
     view = View("second", [*tokens, 1])
     hit = driven.planner.lookup(view, 0)
     driven.planner.admitted("second", hit.tokens)
-    assert 0 < shares["all"] <= BOUND // 2
-    for _ in range(20):
-        driven.step()
-    order = driven.planner._catalog.host._order
-    keys = driven.planner._requests["second"].known_keys()[0]
-    assert all(order.is_shared(key) for key in keys)
+    assert 0 < looks["used"] <= 20, "by now it is known"
+
+
+class Looked(dict[ChunkKey, int]):
+    """Counts what is looked up.
+
+    Attributes:
+        looks: how often.
+    """
+
+    looks = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.looks += 1
+        return super().__contains__(key)
+
+
+def test_a_hit_that_is_near_is_looked_at_once_while_its_request_waits() -> None:
+    driven, tokens = engine(), prompt(200 * CHUNK)
+    near = driven.planner._books.catalog.near
+    for key in keys_of(tokens):
+        near.room(key)
+        near.filled(key)
+    near._visible = looked = Looked(near._visible)
+    view = View("waits", tokens)
+    driven.lookup(view)
+    assert looked.looks >= 199
+    before = looked.looks
+    for _ in range(10):
+        assert driven.lookup(view).loaded
+    assert looked.looks - before <= 20
 
 
 class NoWalk(dict[str, RequestRecord]):
@@ -304,8 +367,9 @@ class NoWalkOfReservations(dict[str, int]):
 
 def test_a_prompt_without_a_destination_looks_at_no_other() -> None:
     driven = pushing("P")
-    source = driven.planner._source
-    assert source is not None
+    pushes = driven.planner._pushes
+    assert pushes is not None
+    source = pushes._source
     undelivered = source._undelivered
     undelivered._reserved = NoWalkOfReservations(undelivered._reserved)
     for number in range(PUSHES):
@@ -324,8 +388,9 @@ class NoWalkOfPrompts(list[tuple[RequestRecord, float]]):
 
 def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
     driven = pushing("D")
-    target = driven.planner._target
-    assert target is not None
+    pushes = driven.planner._pushes
+    assert pushes is not None
+    target = pushes._target
     driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
     views = [push_to(driven, number, "P") for number in range(PUSHES)]
     absent = [Letter("P", Absent(Attempt(f"push {n}", NO_EPOCH))) for n in range(PUSHES)]
@@ -340,8 +405,9 @@ def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
 def parking() -> tuple[Engine, PushTarget]:
     """A decode engine to which many prompts are on their way."""
     driven = pushing("D")
-    target = driven.planner._target
-    assert target is not None
+    pushes = driven.planner._pushes
+    assert pushes is not None
+    target = pushes._target
     driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
     for number in range(PUSHES):
         view = push_to(driven, number, "P")

@@ -9,21 +9,23 @@ import shlex
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lamina.cli.checks import Verdict
-from lamina.cli.doctor import transfer_config
-from lamina.cli.main import app
-from lamina.cli.push_proxy import Listening
-from lamina.config import Config, load_config
-from lamina.control.requests import PushParameters
-from lamina.engines.vllm.concerns import concerns
-from lamina.push.addresses import split_address
-from lamina.push.proxy.settings import Settings
+from lamina_kv.cli.checks import Verdict
+from lamina_kv.cli.doctor import transfer_config
+from lamina_kv.cli.main import app
+from lamina_kv.cli.push_proxy import Listening
+from lamina_kv.config import Config, load_config
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.engines.vllm.concerns import concerns
+from lamina_kv.push.addresses import split_address
+from lamina_kv.push.proxy.settings import Settings
+from lamina_kv.tiers.regard import Regard
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -56,7 +58,7 @@ def commands(page: str, program: str) -> Iterator[list[str]]:
 
 
 SERVERS = [(page, words) for page in PAGES for words in commands(page, "vllm serve")]
-LAMINA = [(page, words) for page in PAGES for words in commands(page, "lamina")]
+LAMINA = [(page, words) for page in PAGES for words in commands(page, "lamina-kv")]
 PROXIES = [(page, words[1:]) for page, words in LAMINA if words[0] == "push-proxy" and words[1:]]
 
 
@@ -77,7 +79,7 @@ def served(words: list[str]) -> tuple[Config, Any]:
 
 def test_there_are_commands_to_check() -> None:
     pages = [page for page, _ in SERVERS]
-    assert pages.count("README.md") == 3
+    assert pages.count("README.md") == 5
     assert "docs/configuration.md" in pages
     assert [page for page, _ in PROXIES] == ["README.md", "docs/prefill-decode.md"]
     assert len(LAMINA) > 3
@@ -102,7 +104,7 @@ def test_a_proxy_that_is_documented(
 ) -> None:
     """It goes to the servers that the same page configures on its commands, if it does."""
     started: list[tuple[Settings, Listening]] = []
-    monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: started.append(given))
+    monkeypatch.setattr("lamina_kv.cli.push_proxy.run", lambda *given: started.append(given))
     done = CliRunner().invoke(app, ["push-proxy", *words])
     assert done.exit_code == 0, done.output
     ((settings, _),) = started
@@ -134,7 +136,7 @@ def test_a_command_that_is_documented(page: str, words: list[str]) -> None:
 
 def test_the_parameters_of_a_request() -> None:
     """What a router has to say, as docs/push.md has it."""
-    from lamina.engines.vllm.requests import push_parameters
+    from lamina_kv.engines.vllm.requests import push_parameters
 
     class Asked:
         def __init__(self, given: Mapping[str, object]) -> None:
@@ -146,6 +148,34 @@ def test_the_parameters_of_a_request() -> None:
         for line in re.findall(r"^\{.*\}", text, re.MULTILINE)
     ]
     assert found == [PushParameters("5b1c0f", None), PushParameters("5b1c0f", "10.0.0.1:9300")]
+
+
+def test_what_a_request_may_say() -> None:
+    """The words of docs/requests.md are understood, and its table has all of them, with bounds."""
+    from lamina_kv.engines.vllm.regard import PARAMETER, WORDS, regard_of
+
+    def said(parameters: object) -> Regard:
+        asked = SimpleNamespace(kv_transfer_params=parameters, kv_hints=None, session_id=None)
+        regard, problem = regard_of(asked)  # type: ignore[arg-type]
+        assert problem is None
+        return regard
+
+    found = [
+        said(json.loads(line))
+        for text in blocks("docs/requests.md", "json")
+        for line in text.splitlines()
+    ]
+    assert found == [Regard(pin_seconds=600, priority=1), Regard(keep=False)]
+    (sent,) = commands("docs/requests.md", "curl")
+    body = json.loads(sent[sent.index("-d") + 1])
+    assert said(body["kv_transfer_params"]) == Regard(keep=False)
+    table = re.findall(
+        r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/requests.md").read_text(), re.MULTILINE
+    )
+    assert sorted(name for name, _ in table) == sorted(WORDS)
+    for name, value in table:
+        for bound in re.findall(r"-?\d+", value):
+            said({PARAMETER: {name: int(bound)}})
 
 
 def test_what_a_router_sends() -> None:

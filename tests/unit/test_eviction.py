@@ -1,306 +1,313 @@
-"""Which chunk goes first: what nobody shares, then what was shared longest ago; and who shares."""
+"""Runs of chunks: their structure whatever happens, and which chunk goes first."""
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
-from driven_planner import CHUNK, Engine, View, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.control.eviction import SHARED_LIFE, SharedOutlivesSingle
-from lamina.plan import ChunkKey, TierName
+from lamina_kv.plan import ChunkKey
+from lamina_kv.tiers.contract import NoRoom
+from lamina_kv.tiers.eviction import Runs
+from lamina_kv.tiers.regard import USUAL, Regard
+from lamina_kv.tiers.reuse import GHOSTS_PER_SLOT, Ghosts, Standing, Use, Worth, kind_of, uses_of
+from lamina_kv.tiers.slots import SlotIndex
 
 
-def key(number: int) -> ChunkKey:
-    return ChunkKey(number.to_bytes(4, "big"))
+def key(*path: int) -> ChunkKey:
+    """The key of the last chunk of a prefix."""
+    return ChunkKey(b"".join(part.to_bytes(2, "big") for part in path).ljust(20, b"\xff"))
 
 
-def with_keys(*numbers: int) -> SharedOutlivesSingle:
-    order = SharedOutlivesSingle()
-    for number in numbers:
-        order.add(key(number))
-    return order
+def keys_of(path: Sequence[int]) -> list[ChunkKey]:
+    return [key(*path[: end + 1]) for end in range(len(path))]
 
 
-def take(order: SharedOutlivesSingle) -> int:
-    victim = order.victim(lambda _: True)
-    assert victim is not None
-    order.forget(victim)
-    return int.from_bytes(victim, "big")
+class Tier:
+    """A tier that requests use one after another; each knows its prefix as a path."""
 
+    def __init__(self, slots: int) -> None:
+        self.now = 1000.0
+        self.index = SlotIndex(slots, stored=False, clock=lambda: self.now)
 
-class Cache:
-    """Room for ``size`` keys; one that is asked for and not there is added."""
+    def found(self, path: Sequence[int]) -> int:
+        keys = keys_of(path)
+        missing = (n for n, each in enumerate(keys) if each not in self.index.visible)
+        return next(missing, len(keys))
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.order = SharedOutlivesSingle()
-        self.held: set[ChunkKey] = set()
+    def begin(self, path: Sequence[int], regard: Regard = USUAL) -> Use:
+        use = Use(self.found(path), len(path), regard)
+        for _ in self.index.use_prefix(keys_of(path)[: use.found], use):
+            pass
+        return use
 
-    def ask(self, number: int) -> bool:
-        asked = key(number)
-        if asked in self.held:
-            self.order.share(asked)
+    def save(self, path: Sequence[int], place: int, use: Use) -> bool:
+        """Save one chunk, if the one in front of it is there."""
+        keys = keys_of(path)
+        behind = keys[place - 1] if place else None
+        if self.index.holds(keys[place]):
             return True
-        if len(self.held) == self.size:
-            victim = self.order.victim(lambda _: True)
-            assert victim is not None
-            self.order.forget(victim)
-            self.held.remove(victim)
-        self.order.add(asked)
-        self.held.add(asked)
-        return False
+        if behind is not None and not self.index.holds(behind):
+            return False
+        last = place == len(path) - 1
+        if isinstance(self.index.room(keys[place], Standing(behind, use, last)), NoRoom):
+            return False
+        self.index.filled(keys[place])
+        return True
 
-    def hits(self, asked: Sequence[int]) -> int:
-        return sum(self.ask(number) for number in asked)
+    def end(self, path: Sequence[int], use: Use) -> None:
+        for _ in self.index.use_prefix(keys_of(path), use, over=True):
+            pass
+
+    def ask(self, path: Sequence[int], regard: Regard = USUAL) -> int:
+        """One request from its beginning to its end; returns what it found."""
+        use = self.begin(path, regard)
+        self.run(path, use)
+        self.end(path, use)
+        return use.found
+
+    def run(self, path: Sequence[int], use: Use) -> None:
+        for place in range(use.found, len(path)):
+            if not self.save(path, place, use):
+                break
 
 
-def least_recently_used(size: int, asked: Sequence[int]) -> int:
-    """Hits of the plain order."""
-    held: OrderedDict[int, None] = OrderedDict()
-    hits = 0
-    for number in asked:
-        hits += number in held
-        held[number] = None
-        held.move_to_end(number)
-        if len(held) > size:
+def check(runs: Runs, slots: int) -> None:
+    """Runs, their chunks and their families agree, and no more is pinned than may be."""
+    seen: set[int] = set()
+    heads = []
+    pins = runs._heads[-1]
+    for head in runs._heads:
+        each = runs._younger[head]
+        while each != head:
+            assert runs._older[runs._younger[each]] == each
+            shelf = runs._shelf[each]
+            assert head in (slots + shelf, pins)
+            assert shelf in runs._shelves
+            assert (runs._until[each] > 0) == (head == pins)
+            heads.append(each)
+            each = runs._younger[each]
+    assert len(heads) == len(runs)
+    for run in heads:
+        slot, chunks = runs._tail[run], []
+        for _ in range(runs._length[run]):
+            assert runs._run[slot] == run
+            chunks.append(slot)
+            slot = runs._front[slot]
+        assert chunks[-1] == run, "a run is named by its first chunk"
+        assert not seen & set(chunks)
+        seen.update(chunks)
+        children = list(family(runs, run))
+        assert all(runs._front[child] == runs._tail[run] for child in children)
+        if slot >= 0:
+            parent = runs._run[slot]
+            assert run in family(runs, parent)
+            if runs._until[run] > runs._moment():
+                assert runs._until[parent] >= runs._until[run]
+                assert parent in younger_than(runs, run)
+    assert seen == {slot for slot in range(slots) if runs._run[slot] >= 0}
+    assert sorted(runs) == sorted(seen)
+    pinned = sum(runs._length[run] for run in heads if runs._until[run] > 0)
+    assert runs.pinned == pinned <= slots // 4
+
+
+def younger_than(runs: Runs, run: int) -> Iterator[int]:
+    while (run := runs._younger[run]) not in runs._heads:
+        yield run
+
+
+def family(runs: Runs, run: int) -> Iterator[int]:
+    child = first = runs._child[run]
+    while child >= 0:
+        yield child
+        assert runs._previous[runs._next[child]] == child
+        child = runs._next[child]
+        if child == first:
+            return
+
+
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+SAID = Regard(5.0), Regard(50.0, 1), Regard(0.0, 3), Regard(0.0, -3), Regard(session=True)
+REGARDS = st.sampled_from([*[USUAL] * 3, *SAID])
+STEPS = st.tuples(st.sampled_from("aaabseludt"), PATHS, st.integers(0, 7), REGARDS)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(STEPS, max_size=60))
+def test_whatever_happens_no_chunk_goes_that_is_in_front_of_another(
+    history: list[tuple[str, list[int], int, Regard]],
+) -> None:
+    tier = Tier(16)
+    index, leases = tier.index, list[int]()
+    for what, path, number, regard in history:
+        name = keys_of(path)[-1]
+        fronts = {
+            index._keys[slot]: index._keys[front]
+            for slot in index.visible.values()
+            if (front := index._runs._front[slot]) >= 0
+        }
+        if what == "a":
+            tier.ask(path, regard)
+        elif what == "b":
+            tier.run(path, tier.begin(path, regard))
+        elif what == "s" and not index.holds(name):  # nobody knows what is in front of it
+            if isinstance(index.room(name), int):
+                index.filled(name)
+        elif what == "e":
+            tier.end(path, Use(0, len(path), regard))
+        elif what == "l" and name in index.visible:
+            leases.append(index.hold(name))
+        elif what == "u" and leases:
+            index.release(leases.pop(number % len(leases)))
+        elif what == "d":
+            index.drop(name)
+        elif what == "t":
+            tier.now += 3 * number
+        check(index._runs, 16)
+        if what == "a" and not leases:
+            kept = [front for each, front in fronts.items() if each in index.visible]
+            assert set(kept) <= index.visible.keys()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(PATHS, max_size=40))
+def test_without_evidence_the_least_recently_used_leaf_goes(asked: list[list[int]]) -> None:
+    """As it would be done with all chunks in a list, the beginning of each prompt the youngest."""
+    size, ages = 6, OrderedDict[ChunkKey, None]()
+    tier = Tier(size)
+    for number, path in enumerate(asked):
+        keys = keys_of([*path, 10 + number])  # something new, so that no two are of one age
+        tier.ask([*path, 10 + number])
+        for place, each in enumerate(keys):
+            if each not in ages and len(ages) == size:
+                others = [k for k in ages if k not in keys[:place]]
+                leaves = [k for k in others if not any(is_in_front(k, other) for other in ages)]
+                if not leaves:
+                    break
+                del ages[leaves[0]]
+            ages.setdefault(each, None)
+            for front in reversed(keys[: place + 1]):
+                ages.move_to_end(front)
+        assert ages.keys() == tier.index.visible.keys()
+
+
+def is_in_front(one: ChunkKey, other: ChunkKey) -> bool:
+    return one != other and other.rstrip(b"\xff").startswith(one.rstrip(b"\xff"))
+
+
+def test_a_prompt_that_is_one_chunk_too_long_is_found_again_but_for_its_end() -> None:
+    tier, path = Tier(100), list(range(101))
+    tier.ask(path)
+    assert [tier.ask(path) for _ in range(3)] == [100, 100, 100]
+
+
+def test_prompts_at_once_that_do_not_quite_fit_are_found_again_but_for_their_ends() -> None:
+    """Sixteen of 40 chunks each, saved in turn, in 600 slots."""
+    tier = Tier(600)
+    paths = [[1000 + n, *range(39)] for n in range(16)]
+    uses = [tier.begin(path) for path in paths]
+    for place in range(40):
+        for path, use in zip(paths, uses, strict=True):
+            tier.save(path, place, use)
+    for path, use in zip(paths, uses, strict=True):
+        tier.end(path, use)
+    assert sum(tier.found(path) for path in paths) >= 590
+
+
+def least_recently_used(size: int, asked: Sequence[Sequence[int]]) -> int:
+    """Chunks found by the plain order, that ages a prompt's end first."""
+    held, found = OrderedDict[ChunkKey, None](), 0
+    for path in asked:
+        keys = keys_of(path)
+        found += next((n for n, each in enumerate(keys) if each not in held), len(keys))
+        for each in reversed(keys):
+            held[each] = None
+            held.move_to_end(each)
+        while len(held) > size:
             held.popitem(last=False)
-    return hits
-
-
-def test_what_was_used_once_goes_in_order_of_use() -> None:
-    order = with_keys(1, 2, 3)
-    order.touch(key(1))
-    assert [take(order) for _ in range(3)] == [2, 3, 1]
-    assert order.victim(lambda _: True) is None
-
-
-def test_what_is_shared_outlives_what_is_not() -> None:
-    order = with_keys(1, 2, 3)
-    order.share(key(1))
-    assert [take(order) for _ in range(3)] == [2, 3, 1]
-
-
-def test_a_touch_does_not_make_it_shared() -> None:
-    order = with_keys(1, 2)
-    order.share(key(2))
-    for _ in range(SHARED_LIFE):
-        order.touch(key(1))
-    assert take(order) == 1
-
-
-def test_what_is_shared_is_not_kept_for_ever() -> None:
-    """It goes when it is so many times as old as what would go otherwise."""
-    order = with_keys(0)
-    order.share(key(0))
-    for number in range(1, 5):
-        order.add(key(number))
-    # Four keys: the oldest that was not used again is three additions old.
-    kept = 4
-    while take(order) != 0:
-        kept += 1
-        order.add(key(kept))
-        assert kept < 4 + 2 * SHARED_LIFE * 4
-    assert kept >= 3 * SHARED_LIFE
-
-
-def test_a_key_in_use_is_passed_over_in_both_segments() -> None:
-    order = with_keys(1, 2, 3, 4)
-    order.share(key(1))
-    order.share(key(2))
-    busy = {key(3), key(1), key(4)}
-    victim = order.victim(lambda k: k not in busy)
-    assert victim == key(2)
-    assert order.victim(lambda _: False) is None
-    assert sorted(take(order) for _ in range(4)) == [1, 2, 3, 4]
+    return found
 
 
 def test_questions_that_nobody_repeats_do_not_push_documents_out() -> None:
-    """Two of three questions are about one of 40 documents, the others about nothing again; there
-    is room for 60."""
+    """Every third request is about one of 40 documents of four chunks, the others about nothing
+    again; there is room for 50 documents."""
     chance = random.Random(1)
-    asked = [chance.randrange(40) if chance.random() < 2 / 3 else 100 + i for i in range(20_000)]
-    hits = Cache(60).hits(asked)
-    assert hits > 1.1 * least_recently_used(60, asked)
-    assert hits > 0.95 * sum(number < 40 for number in asked)
+    asked = [
+        [chance.randrange(40), 1, 2, 3] if chance.random() < 1 / 3 else [100 + n, 1, 2, 3]
+        for n in range(10_000)
+    ]
+    tier = Tier(200)
+    found = sum(tier.ask(path) for path in asked)
+    assert found > 1.2 * least_recently_used(200, asked)
 
 
 def test_documents_that_were_popular_once_make_room() -> None:
-    """As many others, none of which is asked twice before all have been asked, get in."""
-    cache = Cache(60)
-    cache.hits(list(range(50)) * 20)
+    tier = Tier(60)
+    for number in list(range(50)) * 20:
+        tier.ask([number])
     others = list(range(1000, 1050))
-    cache.hits(others * (2 * SHARED_LIFE))
-    assert cache.hits(others) == len(others)
+    for number in others * 40:
+        tier.ask([number])
+    assert sum(tier.ask([number]) for number in others) >= 45
 
 
-def write_all(engine: Engine) -> None:
-    while engine.planner.has_work:
-        engine.settle_writes()
+# -- what is learnt -------------------------------------------------------------------------
 
 
-def crowd(engine: Engine, requests: int) -> None:
-    """Requests of one chunk each that share nothing."""
-    for number in range(requests):
-        engine.save(View(f"crowd {number}", prompt(40, seed=100 + number)))
-        write_all(engine)
+def test_ghosts_are_remembered_for_fillings_of_the_tier() -> None:
+    slots = 512
+    ghosts = Ghosts(slots)
+    for number in range(GHOSTS_PER_SLOT * slots // 2):
+        ghosts.add(key(number), number % 13, number)
+    kept = [ghosts.take(key(n)) == (n % 13, n) for n in range(GHOSTS_PER_SLOT * slots // 2)]
+    assert sum(kept) > 0.95 * len(kept)
+    assert ghosts.take(key(1)) is None, "each is taken once"
+    for number in range(100_000):
+        ghosts.add(key(number & 0xFFFF, 7, number >> 16), 1, number)
+    assert ghosts.take(key(0, 7, 0)) is None
 
 
-def is_kept(engine: Engine, length: int) -> bool:
-    return engine.planner.lookup(View("look", prompt(length)), 0).tokens >= length - 16
+def test_kinds_say_how_often_a_chunk_was_used() -> None:
+    for uses in range(1, 8):
+        for branches in (False, True):
+            kind = kind_of(uses, Use(1, 5), last=False, branches=branches)
+            assert uses_of(kind) == min(uses, 4)
+    assert len({kind_of(1, Use(0, new), last=False, branches=False) for new in (3, 4, 16)}) == 3
 
 
-def ask(engine: Engine, name: str, document: list[int], question: int) -> None:
-    """Ask about a document: its chunks, and one of a question that nobody else has."""
-    engine.save(View(name, document + prompt(40, seed=500 + question), first_block=50))
+def test_without_evidence_worth_falls_with_age_alone() -> None:
+    worth = Worth(1000)
+    values = [[worth.of(kind, age) for age in (0, 3, 50, 1000, 10**6)] for kind in range(13)]
+    assert all(each == values[0] for each in values)
+    assert values[0] == sorted(values[0], reverse=True)
 
 
-def test_a_document_that_was_asked_about_twice_outlives_a_crowd() -> None:
-    engine, document = Engine(host_slots=6), prompt(96)
-    ask(engine, "a", document, 1)
-    ask(engine, "b", document, 2)
-    crowd(engine, 9)
-    assert is_kept(engine, 96)
+@pytest.mark.parametrize("length", [2, 5, 9])
+def test_what_is_used_in_parts_is_split_and_used_whole_is_one_run(length: int) -> None:
+    tier, path = Tier(20), list(range(length))
+    tier.ask(path)
+    tier.ask([*path[: length // 2 + 1], 99])
+    check(tier.index._runs, 20)
+    for _ in range(5):  # used as often as counts
+        tier.ask(path)
+    runs = tier.index._runs
+    heads = {runs.head(tier.index.visible[each]) for each in keys_of(path)}
+    assert len(heads) <= 3, "the shared part, the rest, its last chunk"
 
 
-def test_one_that_was_asked_about_once_does_not() -> None:
-    engine, document = Engine(host_slots=6), prompt(96)
-    ask(engine, "a", document, 1)
-    crowd(engine, 9)
-    assert not is_kept(engine, 96)
-
-
-def test_one_that_is_in_the_engines_own_cache_is_shared_all_the_same() -> None:
-    engine, document = Engine(host_slots=6), prompt(96)
-    ask(engine, "a", document, 1)
-    view = View("b", document + prompt(40, seed=2), first_block=50)
-    engine.planner.lookup(view, 96)
-    engine.planner.admitted("b", 0)
-    plan = engine.step(("b", view.num_tokens))
-    engine.answer(*(order.transfer for order in plan.saves))
-    engine.planner.finished("b", view.num_tokens, [view.blocks()])
-    crowd(engine, 9)
-    assert is_kept(engine, 96)
-
-
-def test_a_conversation_that_goes_on_is_not_shared() -> None:
-    """Or all of it would stand in the way of others for long after it has ended."""
-    engine, tokens = Engine(host_slots=6), prompt(160)
-    for turn in (40, 75, 110, 145):
-        engine.save(View(f"turn {turn}", tokens[:turn]))
-    crowd(engine, 9)
-    assert not is_kept(engine, 96)
-
-
-def test_a_request_that_comes_back_is_not_somebody_else() -> None:
-    """After a preemption, and where an engine ends it and takes it in again."""
-    engine = Engine(host_slots=6)
-    view = View("a", prompt(100))
-    engine.planner.lookup(view, 0)
-    engine.planner.admitted("a", 0)
-    plan = engine.step(("a", 100))
-    engine.answer(*(order.transfer for order in plan.saves))
-    engine.save(view)  # its blocks were taken away, and it loads what it had computed
-    engine.save(View("a", prompt(101)))
-    crowd(engine, 9)
-    assert not is_kept(engine, 96)
-
-
-def with_disk(slots: int) -> Engine:
-    disk = {"path": "/store", "capacity": "1GiB"}
-    return Engine({"disk": disk, "load": {"when": "always"}}, host_slots=6, disk_slots=slots)
-
-
-def test_what_is_fetched_from_disk_is_shared_in_memory_as_it_was_there() -> None:
-    engine, document = with_disk(100), prompt(96)
-    for number, name in enumerate("ab"):
-        ask(engine, name, document, number)
-        write_all(engine)
-    engine.planner._catalog.host.clear()
-    engine.planner.arrived(View("c", [*document, -1]))
-    engine.answer(*(order.transfer for order in engine.step().fetches))
-    engine.planner.finished("c", 0, [])
-    crowd(engine, 9)
-    assert is_kept(engine, 96)
-    assert engine.planner.hit_sources("look") == {TierName.HOST: 80}
-
-
-def test_what_is_written_is_shared_on_disk_as_it_is_in_memory() -> None:
-    engine, document = with_disk(6), prompt(96)
-    ask(engine, "a", document, 1)
-    plan = engine.save(View("b", document + prompt(40, seed=502), first_block=50))
-    engine.answer(*(write.transfer for write in plan.writes))  # it was shared before they ended
-    write_all(engine)
-    engine.planner._catalog.host.clear()
-    crowd(engine, 4)
-    assert is_kept(engine, 96)
-    assert engine.planner.hit_sources("look").keys() == {TierName.DISK}
-
-
-@pytest.mark.parametrize("turns", [2, 3, 5])
-def test_conversations_are_served_as_by_the_plain_order(turns: int) -> None:
-    """Twenty in turn, each of which is followed by another one when it is over; the tier holds all
-    that are alive, and half as much again."""
-    live, per_turn = 20, 2
-    engine = Engine(host_slots=live * turns * per_turn * 3 // 2)
-    lost = 0
-    for number in range(6 * live * turns):
-        seat, turn = number % live, number // live % turns
-        whose = 1000 + seat * 100 + number // (live * turns)
-        tokens = prompt(turns * per_turn * CHUNK + 1, seed=whose)
-        view = View(f"{whose} {turn}", tokens[: (turn + 1) * per_turn * CHUNK + 1])
-        found = engine.planner.lookup(view, 0).tokens
-        lost += turn * per_turn * CHUNK - found
-        engine.save(view)
-    assert lost == 0
-
-
-@settings(deadline=None)  # other tests run beside it
-@given(st.lists(st.tuples(st.sampled_from("atrfv"), st.integers(0, 9), st.integers(0, 7))))
-def test_against_a_list(history: list[tuple[str, int, int]]) -> None:
-    """Every operation as it would be done with all keys in a list."""
-    order = SharedOutlivesSingle()
-    added = 0
-    ages: dict[int, tuple[bool, int, int]] = {}  # used again, added when used, moment of use
-    moment = 0
-    for what, number, modulus in history:
-        moment += 1
-        if what == "a" and number not in ages:
-            added += 1
-            order.add(key(number))
-            ages[number] = (False, added, moment)
-        elif what == "t" and number in ages:
-            order.touch(key(number))
-            ages[number] = (ages[number][0], added, moment)
-        elif what == "r" and number in ages:
-            order.share(key(number))
-            ages[number] = (True, added, moment)
-        elif what == "f":
-            order.forget(key(number))
-            ages.pop(number, None)
-        elif what == "v":
-            busy = {n for n in ages if modulus and n % modulus == 0}
-            victim = order.victim(lambda k: int.from_bytes(k, "big") not in busy)  # noqa: B023
-            free = [n for n in ages if n not in busy]
-            assert (victim is None) == (not free)
-            if victim is None or busy:  # a busy one that was in the way has become young
-                for n in busy:
-                    order.forget(key(n))
-                    del ages[n]
-                continue
-            first = {
-                again: min((n for n in free if ages[n][0] is again), key=lambda n: ages[n][2])
-                for again in (False, True)
-                if any(ages[n][0] is again for n in free)
-            }
-            age = {
-                n: (added - ages[n][1]) * (1 if again else SHARED_LIFE)
-                for again, n in first.items()
-            }
-            assert int.from_bytes(victim, "big") == max(first.values(), key=lambda n: age[n])
-        assert len(order) == len(ages)
-        assert sorted(order) == sorted(key(n) for n in ages)
+def test_an_end_that_goes_while_its_use_is_noted_is_used_no_more() -> None:
+    """A use is noted piece by piece, and between two pieces anything may be lost."""
+    index = SlotIndex(6, stored=False)
+    front, chunk, *ends = (key(n) for n in range(4))
+    for each, behind in ((front, None), (chunk, front), (ends[0], front), (ends[1], front)):
+        index.room(each, Standing(behind))
+        index.filled(each)
+    use = index.use_prefix([front, chunk], Use(2, 4), [(end, front) for end in ends])
+    next(use)
+    index.drop(ends[0])
+    assert sum(1 for _ in use) < 20
+    assert [index.uses(each) for each in (front, chunk, *ends)] == [2, 2, 0, 2]

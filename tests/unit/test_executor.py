@@ -5,35 +5,39 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import inf
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lamina.config import LoadConfig
-from lamina.data.early_release import EarlyRelease
-from lamina.data.executor import Executor, Outcomes
-from lamina.data.load_pipeline import BadChunks, Piece, RowSource
-from lamina.data.movers import Fence, make_mover
-from lamina.data.sources import tier_sources
-from lamina.data.tiers.host import HostTier
-from lamina.geometry import CacheGeometry, Row
-from lamina.observe.timeline import Lane, Timeline
-from lamina.plan import (
+from lamina_kv.config import LoadConfig
+from lamina_kv.data.executor import Executor, Outcomes, Tiers
+from lamina_kv.data.far import FarTier
+from lamina_kv.data.movers import Fence
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.keys import KEY_BYTES
+from lamina_kv.observe.timeline import Lane, Timeline
+from lamina_kv.plan import (
+    Ask,
     ChunkKey,
-    ChunkLoad,
     LoadMode,
     LoadOrder,
+    Move,
     Outcome,
+    PageMap,
     SaveOrder,
     StepPlan,
     TierName,
+    TierOrders,
     TransferId,
     TransferReceipt,
 )
+from stores import MemoryStore
 
 BLOCKS, STRIDE = 40, 640
 PAGES = (512, 640, 384)
@@ -54,46 +58,55 @@ def geometry() -> CacheGeometry:
     )
 
 
-class FlakySource:
-    """A tier that loses chunks of one row, or stalls."""
+class FlakyMover(CpuMover):
+    """Copies that fail, or take their time.
 
-    def __init__(self, inner: RowSource) -> None:
-        self.inner = inner
-        self.bad_row = -1
-        self.stall: threading.Event | None = None
-        self.stalled_rows = range(len(PAGES))
+    Attributes:
+        bad_row: a row that cannot be loaded.
+        pinning: near memory is not fit for copies before it is set.
+        stall: a load that has begun does not end before it is set.
+    """
 
-    def load_row(
-        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
-    ) -> Fence | None:
-        if self.stall is not None and row in self.stalled_rows:
+    bad_row = -1
+    pinning: threading.Event | None = None
+    stall: threading.Event | None = None
+
+    def await_near(self, near: NearSlab, near_pages: Indices) -> None:
+        if self.pinning is not None:
+            assert self.pinning.wait(60)
+
+    def load(self, row: int, *arguments: Any) -> Fence:
+        if self.stall is not None:
             assert self.stall.wait(60)
         if row == self.bad_row:
-            raise BadChunks([0], [0], "lost")
-        return self.inner.load_row(row, piece, after, admit)
+            raise OSError("a row is lost")
+        return super().load(row, *arguments)
 
 
 class Rank:
-    """One rank: an engine cache of random bytes, a host tier, an executor."""
+    """One rank: an engine cache of random bytes, a near tier, a far one, an executor."""
 
     def __init__(
-        self, config: LoadConfig | None = None, shape: CacheGeometry | None = None
+        self,
+        config: LoadConfig | None = None,
+        shape: CacheGeometry | None = None,
+        *,
+        follows: bool = False,
     ) -> None:
         self.geometry = shape or geometry()
         self.cache = torch.randint(0, 256, (self.geometry.allocation_bytes[0],), dtype=torch.uint8)
-        mover = self.mover = make_mover(self.geometry, [self.cache])
-        host = HostTier(self.geometry, 10 * self.geometry.chunk_bytes, mover.allocate_host)
-        inner = tier_sources(host, None, mover, self.geometry)
-        self.source = FlakySource(inner[TierName.HOST])
+        self.mover = FlakyMover(self.geometry, [self.cache])
+        size = 10 * self.geometry.object_bytes
+        self.near = NearSlab(self.geometry, size, self.mover.allocate_host)
+        self.store = MemoryStore(slots=4)
+        name, length = TierName("far"), self.geometry.chunk_bytes
+        far = FarTier(name, self.store, shard=0, length=length, timeout=60.0)
         self.timeline = Timeline()
         self.executor = Executor(
             rank=0,
-            geometry=self.geometry,
-            mover=mover,
-            host=host,
-            disk=None,
+            tiers=Tiers(self.near, () if follows else (far,), follows),
+            mover=self.mover,
             config=config or LoadConfig(),
-            sources={TierName.HOST: self.source},
             timeline=self.timeline,
         )
         self.step = 0
@@ -132,8 +145,8 @@ class Rank:
         assert self.executor.collect().receipt.transfers == ()
         return receipts
 
-    def save(self, key: bytes, slot: int, blocks: tuple[int, ...]) -> None:
-        self.run(StepPlan(0, saves=(save(1, key, slot, blocks),)))
+    def save(self, slot: int, blocks: tuple[int, ...]) -> None:
+        self.run(StepPlan(0, saves=(save(1, slot, blocks),)))
         (receipt,) = self.settle(1)
         assert receipt.outcome is Outcome.DONE
 
@@ -142,7 +155,7 @@ def test_before_the_engines_memory_goes_nobody_reads_or_writes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rank = Rank(LoadConfig(mode="parked"))
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     slow, copy = threading.Event(), rank.mover.save
 
     def slowly(*arguments: Any) -> Fence:
@@ -150,13 +163,13 @@ def test_before_the_engines_memory_goes_nobody_reads_or_writes_it(
         return copy(*arguments)
 
     monkeypatch.setattr(rank.mover, "save", slowly)
-    rank.source.stall = threading.Event()
-    rank.run(StepPlan(0, saves=(save(2, b"l", 4, (4, 9)),)))
+    rank.mover.pinning = threading.Event()
+    rank.run(StepPlan(0, saves=(save(2, 4, (4, 9)),)))
     rank.run(StepPlan(0, loads=(load(3, (11, 5), mode=LoadMode.PARKED),), forward=False))
     threading.Timer(0.1, slow.set).start()
     rank.executor.quiet()
     rank.cache.zero_()
-    rank.source.stall.set()
+    rank.mover.pinning.set()
     assert {r.transfer: r.outcome for r in rank.settle(2)} == {
         2: Outcome.DONE,
         3: Outcome.FAILED,
@@ -176,7 +189,7 @@ def test_a_save_that_does_not_end_keeps_the_engines_memory_awake(
         return copy(*arguments)
 
     monkeypatch.setattr(rank.mover, "save", hanging)
-    rank.run(StepPlan(0, saves=(save(2, b"l", 4, (4, 9)),)))
+    rank.run(StepPlan(0, saves=(save(2, 4, (4, 9)),)))
     with pytest.raises(TimeoutError, match=r"load\.deadline, 0\.1 s"):
         rank.executor.quiet()
     hangs.set()
@@ -190,8 +203,14 @@ def rank() -> Iterator[Rank]:
     rank.executor.close()
 
 
-def save(number: int, key: bytes, slot: int, blocks: tuple[int, ...]) -> SaveOrder:
-    return SaveOrder(TransferId(number), "r", ChunkKey(key), slot, blocks)
+def save(number: int, slot: int, blocks: tuple[int, ...]) -> SaveOrder:
+    return SaveOrder(TransferId(number), "r", slot, blocks)
+
+
+def pages(slot: int, blocks: tuple[int, ...], *, first: int = 0, group: int = 0) -> PageMap:
+    """The blocks of a chunk of two from its block ``first`` on."""
+    near = 2 * slot + first + np.arange(len(blocks), dtype=np.int32)
+    return PageMap(group, near, np.array(blocks, np.int32))
 
 
 def load(
@@ -199,21 +218,19 @@ def load(
     blocks: tuple[int, ...],
     *,
     slot: int = 3,
-    first_block: int = 0,
+    first: int = 0,
     mode: LoadMode = LoadMode.LAYERWISE,
-    deadline: float = 60.0,
-    key: bytes = b"k",
-    grace: float | None = None,
+    timeout: float = 60.0,
 ) -> LoadOrder:
-    chunk = ChunkLoad(ChunkKey(key), TierName.HOST, slot, first_block, blocks)
-    return LoadOrder(TransferId(number), "r", mode, (chunk,), deadline, grace)
+    parts = (pages(slot, blocks, first=first),)
+    return LoadOrder(TransferId(number), "r", mode, parts, timeout)
 
 
 @pytest.mark.parametrize("mode", list(LoadMode))
 @pytest.mark.parametrize("load_ahead", [1, 2, 9, "auto"])
 def test_what_is_loaded_is_what_was_saved(mode: LoadMode, load_ahead: int | str) -> None:
     rank = Rank(LoadConfig.model_validate({"load_ahead": load_ahead}))
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     expected = rank.pages((7, 2))
     untouched = rank.pages(range(20, 40))
     rank.cache[: 20 * STRIDE] = 0
@@ -227,16 +244,16 @@ def test_what_is_loaded_is_what_was_saved(mode: LoadMode, load_ahead: int | str)
 
 
 def test_half_a_chunk_is_loaded_by_half(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     expected, other = rank.pages((2,)), rank.pages((11,))
-    rank.run(StepPlan(0, loads=(load(2, (5,), first_block=1),)))
+    rank.run(StepPlan(0, loads=(load(2, (5,), first=1),)))
     rank.settle(1)
     assert rank.pages((5,)) == expected
     assert rank.pages((11,)) == other
 
 
 def test_rows_that_no_hook_announces_are_saved_all_the_same(rank: Rank) -> None:
-    rank.run(StepPlan(0, saves=(save(1, b"k", 3, (7, 2)),)), hooks=False)
+    rank.run(StepPlan(0, saves=(save(1, 3, (7, 2)),)), hooks=False)
     rank.settle(1)
     expected = rank.pages((7, 2))
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
@@ -254,8 +271,8 @@ def test_what_the_forward_overwrites_is_saved_as_it_was_before(rank: Rank, hooks
 
     rank.mover.save = slowly  # type: ignore[method-assign]
     before, beside = rank.pages((7, 2)), rank.pages((4, 9))
-    passing = replace(save(1, b"k", 3, (7, 2)), overwritten=True)
-    rank.executor.begin_step(StepPlan(1, saves=(passing, save(2, b"l", 4, (4, 9)))))
+    passing = replace(save(1, 3, (7, 2)), overwritten=True)
+    rank.executor.begin_step(StepPlan(1, saves=(passing, save(2, 4, (4, 9)))))
     for row in rank.geometry.rows:
         for block in (7, 2):
             start = row.offset + block * STRIDE
@@ -266,21 +283,21 @@ def test_what_the_forward_overwrites_is_saved_as_it_was_before(rank: Rank, hooks
     receipts = rank.settle(2)
     assert {receipt.transfer for receipt in receipts} == {1, 2}
     assert all(receipt.outcome is Outcome.DONE for receipt in receipts)
-    rank.run(StepPlan(0, loads=(load(3, (11, 5)), load(4, (12, 6), slot=4, key=b"l"))))
+    rank.run(StepPlan(0, loads=(load(3, (11, 5)), load(4, (12, 6), slot=4))))
     rank.settle(2)
     assert rank.pages((11, 5)) == before
     assert rank.pages((12, 6)) == beside
 
 
 def test_a_save_that_cannot_be_made_before_the_forward_does_not_stop_it(rank: Rank) -> None:
-    passing = replace(save(1, b"k", 3, (7, BLOCKS)), overwritten=True)
+    passing = replace(save(1, 3, (7, BLOCKS)), overwritten=True)
     rank.run(StepPlan(0, saves=(passing,)))
     (receipt,) = rank.settle(1)
     assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "IndexError")
 
 
 def test_a_row_is_saved_as_it_was_when_its_layer_had_written_it(rank: Rank) -> None:
-    rank.executor.begin_step(StepPlan(1, saves=(save(1, b"k", 3, (7, 2)),)))
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, 3, (7, 2)),)))
     for row in rank.geometry.rows:
         rank.executor.wait_layer(row.layers[0])
         start = row.offset + 7 * STRIDE
@@ -294,7 +311,7 @@ def test_a_row_is_saved_as_it_was_when_its_layer_had_written_it(rank: Rank) -> N
 
 
 def test_a_row_is_saved_once_per_step(rank: Rank) -> None:
-    rank.executor.begin_step(StepPlan(1, saves=(save(1, b"k", 3, (7, 2)),)))
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, 3, (7, 2)),)))
     for _ in range(3):
         for row in rank.geometry.rows:
             rank.executor.layer_written(row.layers[0])
@@ -307,7 +324,7 @@ def test_a_row_is_saved_once_per_step(rank: Rank) -> None:
 def test_a_layer_that_reads_the_cache_of_another_one_is_ignored_without_a_word(
     rank: Rank, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     expected = rank.pages((7, 2))
     rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
     rank.executor.start_loads()
@@ -326,19 +343,20 @@ def test_a_step_with_nothing_to_move_asks_for_no_hooks(rank: Rank) -> None:
     rank.executor.end_step()
 
 
-def test_a_failed_layerwise_load_names_its_blocks_and_poisons_the_saves_of_its_step(
-    rank: Rank,
-) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.bad_row = 1
-    rank.run(StepPlan(0, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),)))
+def test_a_failed_load_in_the_step_poisons_the_saves_of_its_step(rank: Rank) -> None:
+    rank.save(3, (7, 2))
+    rank.mover.bad_row = 1
+    rank.run(StepPlan(0, loads=(load(2, (11, 5)),), saves=(save(3, 4, (11, 5)),)))
     outcomes = rank.executor.collect()
-    assert outcomes.lost_blocks == {11, 5}
+    assert outcomes.failed == {"r"}
     receipts = list(outcomes.receipt.transfers) + rank.settle(2 - len(outcomes.receipt.transfers))
     by_id = {r.transfer: r for r in receipts}
-    assert by_id[TransferId(2)].outcome is Outcome.FAILED
-    assert by_id[TransferId(2)].bad_chunks == (b"k",)
+    assert (by_id[TransferId(2)].outcome, by_id[TransferId(2)].reason) == (
+        Outcome.FAILED,
+        "OSError",
+    )
     assert by_id[TransferId(3)].outcome is Outcome.FAILED
+    assert by_id[TransferId(3)].reason == "load_failed"
 
 
 @pytest.mark.parametrize("mode", list(LoadMode))
@@ -350,18 +368,15 @@ def test_a_row_moves_only_the_groups_that_have_a_layer_in_it(mode: LoadMode) -> 
     rows[1] = replace(rows[1], groups=(0,))
     rank = Rank(shape=replace(shape, rows=tuple(rows)))
     orders = (
-        save(1, b"a", 3, (7, 2)),
-        replace(save(2, b"b", 4, (9,)), group=1),
+        save(1, 3, (7, 2)),
+        replace(save(2, 4, (9,)), group=1),
     )
     rank.run(StepPlan(0, saves=orders))
     receipts = {r.transfer: r.moved_bytes for r in rank.settle(2)}
     assert receipts == {1: 2 * sum(PAGES), 2: PAGES[0] + PAGES[2]}
     before = {block: rank.pages((block,)) for block in (7, 2, 9, 11, 5, 6)}
-    chunks = (
-        ChunkLoad(ChunkKey(b"a"), TierName.HOST, 3, 0, (11, 5)),
-        ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1),
-    )
-    order = LoadOrder(TransferId(3), "r", mode, chunks, 60.0)
+    parts = (pages(3, (11, 5)), pages(4, (6,), group=1))
+    order = LoadOrder(TransferId(3), "r", mode, parts, 60.0)
     rank.run(StepPlan(0, loads=(order,), forward=mode is LoadMode.LAYERWISE, outstanding=True))
     (receipt,) = rank.settle(1)
     assert receipt.outcome is Outcome.DONE
@@ -374,9 +389,8 @@ def test_a_row_moves_only_the_groups_that_have_a_layer_in_it(mode: LoadMode) -> 
 def test_a_load_with_nothing_in_some_rows_ends(rank: Rank) -> None:
     rows = [replace(row, groups=(i % 2,)) for i, row in enumerate(rank.geometry.rows)]
     only = Rank(shape=replace(rank.geometry, rows=tuple(rows)))
-    chunk = ChunkLoad(ChunkKey(b"b"), TierName.HOST, 4, 0, (6,), group=1)
     for number, mode in enumerate(LoadMode):
-        order = LoadOrder(TransferId(number), "r", mode, (chunk,), 60.0)
+        order = LoadOrder(TransferId(number), "r", mode, (pages(4, (6,), group=1),), 60.0)
         only.run(StepPlan(0, loads=(order,), outstanding=True))
         (receipt,) = only.settle(1)
         assert (receipt.outcome, receipt.moved_bytes) == (Outcome.DONE, PAGES[1])
@@ -388,7 +402,7 @@ def test_a_row_is_saved_when_all_of_its_layers_have_written_it() -> None:
     shape = geometry()
     rows = [replace(row, layers=(f"{i}.linear", f"{i}.full")) for i, row in enumerate(shape.rows)]
     rank = Rank(shape=replace(shape, rows=tuple(rows)))
-    rank.executor.begin_step(StepPlan(0, saves=(save(1, b"a", 3, (7, 2)),)))
+    rank.executor.begin_step(StepPlan(0, saves=(save(1, 3, (7, 2)),)))
     rank.executor.start_loads()
     rank.executor.layer_written("0.full")
     time.sleep(0.05)
@@ -412,7 +426,7 @@ class LateFence(Fence):
     waits = 0
 
     def wait(self) -> None:
-        """See :class:`~lamina.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.base.Fence`."""
         self.waits += 1
 
     def passed(self) -> bool:
@@ -421,13 +435,13 @@ class LateFence(Fence):
 
 def late_loads(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> LateFence:
     """Have all loads of ``rank`` end with the fence that is returned."""
-    fence, inner = LateFence(), rank.source.load_row
+    fence, inner = LateFence(), rank.mover.load
 
     def late(*arguments: Any) -> Fence:
         inner(*arguments)
         return fence
 
-    monkeypatch.setattr(rank.source, "load_row", late)
+    monkeypatch.setattr(rank.mover, "load", late)
     return fence
 
 
@@ -435,7 +449,7 @@ def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its slots are leased until then, and another process may share them."""
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     fence = late_loads(rank, monkeypatch)
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     assert rank.executor.collect().receipt.transfers == ()
@@ -445,9 +459,9 @@ def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
 
 
 def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.bad_row = len(PAGES) - 1
-    orders = StepPlan(9, loads=(load(2, (11, 5)),), saves=(save(3, b"x", 4, (11, 5)),))
+    rank.save(3, (7, 2))
+    rank.mover.bad_row = len(PAGES) - 1
+    orders = StepPlan(9, loads=(load(2, (11, 5)),), saves=(save(3, 4, (11, 5)),))
     rank.executor.begin_step(orders)
     rank.executor.start_loads()
     for row in rank.geometry.rows:
@@ -463,41 +477,34 @@ def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(ra
 
 
 def test_failures_are_known_when_the_engine_asks_before_it_ends_the_step(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.bad_row = 2
+    rank.save(3, (7, 2))
+    rank.mover.bad_row = 2
     rank.executor.begin_step(StepPlan(1, loads=(load(2, (11, 5)),)))
     rank.executor.start_loads()
     for layer in rank.layers:
         rank.executor.wait_layer(layer)
-    assert rank.executor.collect().lost_blocks == {11, 5}
+    assert rank.executor.collect().failed == {"r"}
     rank.executor.end_step()
-    assert rank.executor.collect().lost_blocks == frozenset()
+    assert rank.executor.collect().failed == frozenset()
 
 
 def test_a_failed_parked_load_still_wakes_its_request(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.bad_row = 0
+    rank.save(3, (7, 2))
+    rank.mover.bad_row = 0
     rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
-    deadline = time.monotonic() + 60
-    outcomes = rank.executor.collect()
-    while not outcomes.arrived and time.monotonic() < deadline:
-        outcomes = rank.executor.collect()
-    assert outcomes.arrived == {"r"}
-    assert outcomes.lost_blocks == {11, 5}
+    outcomes = until_arrived(rank)
+    assert outcomes.arrived == outcomes.failed == {"r"}
 
 
 def test_a_parked_load_that_never_ends_wakes_its_request_at_the_deadline(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     before = rank.pages((11, 5))
-    rank.source.stall = threading.Event()
-    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, deadline=0.05),)))
-    deadline = time.monotonic() + 60
-    outcomes = rank.executor.collect()
-    while not outcomes.arrived and time.monotonic() < deadline:
-        outcomes = rank.executor.collect()
-    assert outcomes.arrived == {"r"}
+    rank.mover.pinning = threading.Event()
+    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, timeout=0.05),)))
+    outcomes = until_arrived(rank)
+    assert outcomes.arrived == outcomes.failed == {"r"}
     assert outcomes.receipt.transfers[0].reason == "deadline"
-    rank.source.stall.set()
+    rank.mover.pinning.set()
     rank.executor.close()
     assert rank.pages((11, 5)) == before
 
@@ -511,11 +518,11 @@ def test_closing_ends_loads_under_way_and_all_threads() -> None:
 
 
 def test_an_idle_step_waits_for_news_but_not_for_long(rank: Rank) -> None:
-    rank.source.stall = threading.Event()
+    rank.mover.pinning = threading.Event()
     rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED),)))
     rank.run(StepPlan(0, forward=False, outstanding=True))
     assert rank.executor.collect().arrived == frozenset()
-    rank.source.stall.set()
+    rank.mover.pinning.set()
     rank.settle(1)
 
 
@@ -527,65 +534,10 @@ def until_arrived(rank: Rank) -> Outcomes:
     return outcomes
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load may be released when its first row is there."""
-    monkeypatch.setattr(EarlyRelease, "allows", lambda _, load: 0 < load.arrived < load.rows)
-
-
-@pytest.mark.usefixtures("hasty")
-def test_a_request_that_was_resumed_early_reads_no_row_before_it_is_there(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
-    expected = rank.pages((7, 2))
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
-    rank.run(StepPlan(0, loads=(early,), forward=False))
-    outcomes = until_arrived(rank)
-    assert outcomes.arrived == {"r"}
-    assert outcomes.receipt.transfers == ()
-    assert rank.pages((11, 5)) != expected
-    threading.Timer(0.05, rank.source.stall.set).start()
-    rank.run(StepPlan(0))
-    assert rank.pages((11, 5)) == expected
-    (receipt,) = rank.settle(1)
-    assert receipt.outcome is Outcome.DONE
-    assert receipt.waited > 0
-
-
-@pytest.mark.usefixtures("hasty")
-def test_what_was_resumed_early_may_land_between_steps(rank: Rank) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
-    rank.run(StepPlan(0, loads=(early,), forward=False))
-    assert until_arrived(rank).arrived == {"r"}
-    rank.source.stall.set()
-    (receipt,) = rank.settle(1)
-    assert receipt.outcome is Outcome.DONE
-    assert not rank.executor.moves_rows
-
-
-@pytest.mark.usefixtures("hasty")
-def test_before_the_engines_memory_goes_what_was_resumed_early_lands(rank: Rank) -> None:
-    """Its request runs: it would be an error of the engine if its rows did not come."""
-    rank.save(b"k", 3, (7, 2))
-    expected = rank.pages((7, 2))
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
-    rank.run(StepPlan(0, loads=(early,), forward=False))
-    assert until_arrived(rank).arrived == {"r"}
-    threading.Timer(0.05, rank.source.stall.set).start()
-    rank.executor.quiet()
-    assert rank.pages((11, 5)) == expected
-    outcomes = rank.executor.collect()
-    assert not outcomes.failed
-    assert [receipt.outcome for receipt in outcomes.receipt.transfers] == [Outcome.DONE]
-
-
 def test_before_the_engines_memory_goes_the_device_has_carried_out_every_copy(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     fence = late_loads(rank, monkeypatch)
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     assert rank.executor.collect().receipt.transfers == ()
@@ -595,34 +547,91 @@ def test_before_the_engines_memory_goes_the_device_has_carried_out_every_copy(
     fence.over = True
 
 
-@pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("forward", [True, False])
-def test_what_is_missing_after_its_grace_is_a_failed_load(rank: Rank, forward: bool) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=0.05)
-    rank.run(StepPlan(0, loads=(early,), forward=False))
-    assert until_arrived(rank).arrived == {"r"}
-    time.sleep(0.06)
-    rank.run(StepPlan(0, forward=forward))
-    outcomes = rank.executor.collect()
-    assert outcomes.lost_blocks == {11, 5}
-    assert outcomes.failed == {"r"}
-    rank.source.stall.set()
+# -- far tiers -----------------------------------------------------------------------------------
+
+FAR = TierName("far")
+KEY = ChunkKey(bytes(range(KEY_BYTES)))
 
 
-@pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("why", ["control says so", "layers do not wait"])
-def test_a_request_stays_parked_until_all_is_there(rank: Rank, why: str) -> None:
-    rank.save(b"k", 3, (7, 2))
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    grace: float | None = inf
-    if why == "control says so":
-        grace = None
-    else:
-        rank.executor.load_before_forward()
-    rank.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, grace=grace),)))
-    time.sleep(0.05)
-    assert rank.executor.collect().arrived == frozenset()
-    rank.source.stall.set()
-    assert until_arrived(rank).arrived == {"r"}
+def moves(
+    *,
+    drops: tuple[int, ...] = (),
+    outward: tuple[Move, ...] = (),
+    inward: tuple[Move, ...] = (),
+    asks: tuple[Ask, ...] = (),
+) -> StepPlan:
+    """A plan of an engine that runs nothing."""
+    return StepPlan(0, tiers=(TierOrders(FAR, drops, outward, inward, asks),), forward=False)
+
+
+def test_a_chunk_goes_out_and_comes_back_to_another_slot(rank: Rank) -> None:
+    rank.save(3, (7, 2))
+    expected = rank.pages((7, 2))
+    rank.run(moves(outward=(Move(TransferId(2), KEY, near=3, far=1),)))
+    (written,) = rank.settle(1)
+    assert (written.outcome, written.moved_bytes) == (Outcome.DONE, rank.geometry.chunk_bytes)
+    report = rank.executor.report()
+    (tier,) = report.tiers
+    assert (report.near_slots, tier.name, tier.slots) == (10, FAR, 4)
+    assert tier.stored is not None
+    assert tier.stored.slots.tolist() == [1]
+    assert tier.stored.keys is not None
+    assert tier.stored.keys.tobytes() == KEY
+    rank.run(moves(inward=(Move(TransferId(3), KEY, near=8, far=1),)))
+    (read,) = rank.settle(1)
+    assert (read.outcome, read.moved_bytes) == (Outcome.DONE, rank.geometry.chunk_bytes)
+    rank.run(StepPlan(0, loads=(load(4, (11, 5), slot=8),)))
+    rank.settle(1)
+    assert rank.pages((11, 5)) == expected
+
+
+def test_what_is_dropped_is_gone(rank: Rank) -> None:
+    rank.save(3, (7, 2))
+    rank.run(moves(outward=(Move(TransferId(2), KEY, near=3, far=1),)))
+    rank.settle(1)
+    rank.run(moves(drops=(1,), asks=(Ask(TransferId(3), (KEY,)),)))
+    rank.settle(1)
+    rank.run(moves(inward=(Move(TransferId(4), KEY, near=8, far=1),)))
+    (receipt,) = rank.settle(1)
+    assert (receipt.outcome, receipt.reason, receipt.lost) == (Outcome.FAILED, "gone", True)
+
+
+def test_closing_writes_what_is_queued_and_closes_the_store() -> None:
+    rank = Rank()
+    rank.save(3, (7, 2))
+    rank.run(moves(outward=(Move(TransferId(2), KEY, near=3, far=1),)))
+    rank.executor.close()
+    assert rank.store.closed
+    assert [key for key, _ in rank.store.shelf.held.values()] == [KEY]
+
+
+def test_a_follower_answers_for_its_leader_at_once() -> None:
+    rank = Rank(follows=True)
+    move = Move(TransferId(2), KEY, near=3, far=1)
+    plan = moves(
+        outward=(move,),
+        inward=(replace(move, transfer=TransferId(3)),),
+        asks=(Ask(TransferId(4), (KEY, KEY)),),
+    )
+    rank.executor.begin_step(plan)
+    receipts = rank.executor.collect().receipt.transfers
+    assert {r.transfer: (r.outcome, r.moved_bytes, r.present) for r in receipts} == {
+        2: (Outcome.DONE, 0, b""),
+        3: (Outcome.DONE, 0, b""),
+        4: (Outcome.DONE, 0, b"\1\1"),
+    }
+    assert rank.executor.report().tiers == ()
+    rank.executor.close()
+
+
+def test_layers_are_asked_when_a_step_saves_and_pushes_nothing() -> None:
+    rank = Rank()
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, 0, (0,)),)))
+    rank.executor.start_loads()
+    assert rank.executor.moves_rows
+    rank.executor.end_step()
+    rank.settle(1)
+    rank.executor.begin_step(StepPlan(2))
+    assert not rank.executor.moves_rows
+    rank.executor.end_step()
+    rank.executor.close()

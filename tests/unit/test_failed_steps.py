@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lamina.engines.vllm.connector import LaminaConnector
-from lamina.engines.vllm.messages import LaminaPlan
-from lamina.engines.vllm.step_order import StepOrder
-from lamina.plan import StepPlan
+from lamina_kv.engines.vllm.connector import LaminaConnector
+from lamina_kv.engines.vllm.messages import LaminaPlan
+from lamina_kv.engines.vllm.step_order import StepOrder
+from lamina_kv.plan import StepPlan
 
 
 class Worker:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.data.tiers import file_system
-from lamina.data.tiers.file_system import concern, reserve
+from lamina_kv.tiers.disk import file_system
+from lamina_kv.tiers.disk.file_system import concern, reserve
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_network_file_system_is_named(
     assert found is not None
     assert f"network file system ({name}" in found.found
     assert str(tmp_path) in found.found
-    assert "disk.path" in found.advice
+    assert "path" in found.advice
 
 
 @pytest.mark.parametrize(("type_", "name"), [(0x9123683E, "btrfs"), (0x2FC12FC1, "ZFS")])
@@ -43,7 +43,7 @@ def test_where_nothing_is_overwritten_in_place_capacity_is_no_promise(
     found = concern(tmp_path)
     assert found is not None
     assert name in found.found
-    assert "disk.capacity" in found.found
+    assert "capacity" in found.found
 
 
 def test_the_type_is_the_kernels() -> None:

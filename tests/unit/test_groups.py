@@ -5,11 +5,11 @@ loads no more than that, and a state is kept only where it really stands.
 from __future__ import annotations
 
 import pytest
-from driven_planner import BLOCK, CHUNK, Engine, View, prompt
+from driven_planner import BLOCK, CHUNK, Engine, View, blocks_of, pages_of, prompt
 
-from lamina.control.requests import BoundaryState, ChunkShape
-from lamina.geometry import Group, GroupKind
-from lamina.plan import ChunkLoad, LoadMode, SaveOrder, StepPlan
+from lamina_kv.control.requests import BoundaryState, ChunkShape
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.plan import ChunkKey, LoadOrder, Outcome, SaveOrder, StepPlan
 
 NONE = 0
 FULL, WINDOW, STATE, IN_PLACE = (
@@ -51,53 +51,67 @@ def compute(
     return plan
 
 
-def load(engine: Engine, request: View, floor: int = 0) -> tuple[int, tuple[ChunkLoad, ...]]:
+def load(engine: Engine, request: View, floor: int = 0) -> tuple[int, LoadOrder | None]:
     """Tokens hit beyond ``floor``, and what is loaded for them."""
-    hit = engine.planner.lookup(request, floor)
-    engine.planner.admitted(request.request_id, hit.tokens)
+    offer = engine.lookup(request, floor)
+    engine.planner.admitted(request.request_id, offer.tokens)
     loads = engine.step().loads
-    return hit.tokens, loads[0].chunks if loads else ()
+    return offer.tokens, loads[0] if loads else None
 
 
-def drop(engine: Engine, plan: StepPlan, group: int, index: int) -> None:
-    keys = [order.key for order in plan.saves if order.group == group]
-    engine.planner._catalog.host.drop(keys[index])
+def blocks(order: LoadOrder | None, group: int) -> list[int]:
+    """Engine blocks of one group that are loaded."""
+    return [] if order is None else blocks_of(order, group)
+
+
+def key(engine: Engine, request_id: str, group: int, index: int) -> ChunkKey:
+    """Of a request's chunk."""
+    return engine.planner._requests[request_id].known_keys()[group][index]
+
+
+def drop(engine: Engine, group: int, index: int) -> None:
+    """Near loses a chunk of the first request."""
+    assert engine.near.drop(key(engine, "a", group, index)) is not None
 
 
 def test_every_group_saves_its_own_blocks_under_its_own_keys() -> None:
-    plan = compute(engine_of(FULL, WINDOW), view("a"))
-    assert len({order.key for order in plan.saves}) == 2 * CHUNKS
+    engine = engine_of(FULL, WINDOW)
+    plan = compute(engine, view("a"))
+    assert len(plan.saves) == len(engine.near.visible) == 2 * CHUNKS
     for group in (0, 1):
-        blocks = [block for o in plan.saves if o.group == group for block in o.blocks]
+        assert {engine.near.slot(key(engine, "a", group, index)) for index in range(CHUNKS)} == {
+            order.slot for order in plan.saves if order.group == group
+        }
+        saved = [block for o in plan.saves if o.group == group for block in o.blocks]
         first = ROOM * (group + 1)
-        assert blocks == list(range(first, first + CHUNKS * CHUNK // BLOCK))
+        assert saved == list(range(first, first + CHUNKS * CHUNK // BLOCK))
 
 
 def test_a_window_needs_only_its_end() -> None:
     engine = engine_of(FULL, WINDOW)
-    plan = compute(engine, view("a"))
-    drop(engine, plan, 1, 0)
-    drop(engine, plan, 1, 1)
-    tokens, chunks = load(engine, view("b"))
+    compute(engine, view("a"))
+    drop(engine, 1, 0)
+    drop(engine, 1, 1)
+    tokens, order = load(engine, view("b"))
     assert tokens == CHUNKS * CHUNK
-    assert sum(chunk.group == 0 for chunk in chunks) == CHUNKS
+    assert len(blocks(order, 0)) == CHUNKS * CHUNK // BLOCK
     # 33 tokens look back 32 from the next one: one chunk.
-    assert [chunk.blocks for chunk in chunks if chunk.group == 1] == [(206, 207)]
+    assert blocks(order, 1) == [206, 207]
 
 
 def test_a_hit_ends_where_the_window_before_it_is_whole() -> None:
     engine = engine_of(FULL, WINDOW)
-    plan = compute(engine, view("a"))
-    drop(engine, plan, 1, CHUNKS - 1)
+    compute(engine, view("a"))
+    drop(engine, 1, CHUNKS - 1)
     assert load(engine, view("b"))[0] == (CHUNKS - 1) * CHUNK
 
 
 def test_what_the_engine_has_of_a_window_is_not_loaded_again() -> None:
     engine = engine_of(FULL, Group(GroupKind.WINDOW, BLOCK, window=2 * CHUNK))
     compute(engine, view("a"))
-    tokens, chunks = load(engine, view("b"), floor=3 * CHUNK)
+    tokens, order = load(engine, view("b"), floor=3 * CHUNK)
     assert tokens == CHUNK
-    assert [(c.group, c.blocks) for c in chunks] == [(0, (106, 107)), (1, (206, 207))]
+    assert (blocks(order, 0), blocks(order, 1)) == ([106, 107], [206, 207])
 
 
 def test_blocks_that_a_request_has_not_are_not_filled() -> None:
@@ -105,16 +119,16 @@ def test_blocks_that_a_request_has_not_are_not_filled() -> None:
     engine = engine_of(FULL, Group(GroupKind.WINDOW, BLOCK, window=BLOCK + CHUNK))
     compute(engine, view("a"))
     table = [NONE] * 5 + [205, 206, 207, 208]
-    _, chunks = load(engine, view("b", g1=table))
-    window = [chunk for chunk in chunks if chunk.group == 1]
-    assert [(c.first_block, c.blocks) for c in window] == [(1, (205,)), (0, (206, 207))]
+    _, order = load(engine, view("b", g1=table))
+    assert order is not None
+    assert [pages[1:] for pages in pages_of(order, 1)] == [(1, 205), (0, 206), (1, 207)]
 
 
 def test_a_window_without_full_attention_beside_it() -> None:
     engine = engine_of(WINDOW)
-    plan = compute(engine, view("a"))
+    compute(engine, view("a"))
     for index in range(CHUNKS - 1):
-        drop(engine, plan, 0, index)
+        drop(engine, 0, index)
     assert load(engine, view("b"))[0] == CHUNKS * CHUNK
 
 
@@ -131,27 +145,27 @@ def test_a_hit_ends_at_a_boundary_that_has_a_state() -> None:
     engine = engine_of(FULL, STATE)
     plan = compute(engine, view("a"), (1, 250, 2 * CHUNK))
     assert [order.blocks for order in plan.saves if order.group == 1] == [(250,)]
-    tokens, chunks = load(engine, view("b", g1=[301, 302]))
+    tokens, order = load(engine, view("b", g1=[301, 302]))
     assert tokens == 2 * CHUNK
-    states = [chunk for chunk in chunks if chunk.group == 1]
-    assert [chunk.blocks for chunk in states] == [(301,), (302,)], (
-        "the kept one and the running one"
-    )
-    assert len({chunk.slot for chunk in states}) == 1
+    assert blocks(order, 1) == [301, 302], "the kept one and the running one"
+    assert order is not None
+    slot = engine.near.slot(key(engine, "b", 1, 1))
+    assert [pages[:2] for pages in pages_of(order, 1)] == [(slot, 0), (slot, 0)]
 
 
 def test_without_a_state_there_is_no_hit() -> None:
     engine = engine_of(FULL, STATE)
     compute(engine, view("a"))
-    assert load(engine, view("b")) == (0, ())
+    assert load(engine, view("b")) == (0, None)
 
 
 def test_one_state_is_loaded_and_it_is_the_last() -> None:
     engine = engine_of(FULL, STATE)
     plan = compute(engine, view("a"), *((1, 250 + i, (i + 1) * CHUNK) for i in range(CHUNKS)))
     states = [order for order in plan.saves if order.group == 1]
-    _, chunks = load(engine, view("b", g1=[300]))
-    assert [c.key for c in chunks if c.group == 1] == [states[-1].key]
+    _, order = load(engine, view("b", g1=[300]))
+    assert order is not None
+    assert pages_of(order, 1) == [(states[-1].slot, 0, 300)]
 
 
 def test_the_hit_is_cut_before_it_is_looked_for() -> None:
@@ -248,9 +262,9 @@ def test_a_state_in_place_is_saved_before_the_next_step() -> None:
     assert 250 not in engine.pool.held
     assert not states_of(engine.step(("a", 3 * CHUNK + 1)))
     engine.planner.finished("a", 0, [[], []])
-    tokens, chunks = load(engine, view("b", g1=[300]))
+    tokens, order = load(engine, view("b", g1=[300]))
     assert tokens == 2 * CHUNK
-    assert [chunk.blocks for chunk in chunks if chunk.group == 1] == [(300,)]
+    assert blocks(order, 1) == [300]
 
 
 def test_a_state_in_place_is_lost_with_the_next_step() -> None:
@@ -316,19 +330,18 @@ def test_a_state_in_place_that_is_worth_nothing_is_let_go(how: str) -> None:
 
 def test_groups_with_blocks_of_different_sizes_are_loaded_to_the_same_token() -> None:
     engine = Engine(
-        shape=ChunkShape(CHUNK, (FULL, Group(GroupKind.FULL, CHUNK)), NONE), host_slots=100
+        shape=ChunkShape(CHUNK, (FULL, Group(GroupKind.FULL, CHUNK)), NONE), near_slots=100
     )
     wide = [*range(200, 200 + CHUNKS + 1)]
     compute(engine, view("a", g1=wide))
     whole = TOKENS[: 3 * CHUNK]  # a whole hit is cut by a block, of which size there are two
-    tokens, chunks = load(engine, view("b", whole, g1=wide))
+    tokens, order = load(engine, view("b", whole, g1=wide))
     assert tokens == 2 * CHUNK
-    assert sum(len(c.blocks) * BLOCK for c in chunks if c.group == 0) == tokens
-    assert sum(len(c.blocks) * CHUNK for c in chunks if c.group == 1) == tokens
+    assert len(blocks(order, 0)) * BLOCK == len(blocks(order, 1)) * CHUNK == tokens
 
 
 def test_a_full_tier_gives_up_the_end_of_a_prefix_first_in_all_groups() -> None:
-    engine = Engine(shape=ChunkShape(CHUNK, (FULL, WINDOW), NONE), host_slots=2 * CHUNKS)
+    engine = Engine(shape=ChunkShape(CHUNK, (FULL, WINDOW), NONE), near_slots=2 * CHUNKS)
     request = view("a")
     compute(engine, request)
     engine.planner.finished("a", 0, [[], []])
@@ -336,36 +349,94 @@ def test_a_full_tier_gives_up_the_end_of_a_prefix_first_in_all_groups() -> None:
     assert engine.planner.lookup(view("b"), 0).tokens == 2 * CHUNK
 
 
+class Counting(dict[ChunkKey, int]):
+    """Counts looks."""
+
+    looks = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.looks += 1
+        return super().__contains__(key)
+
+
 def test_a_long_prompt_is_looked_up_once_though_nothing_sparse_is_there() -> None:
     """One step back for each chunk, not one search for each step back."""
-    engine = Engine(shape=ChunkShape(CHUNK, (FULL, STATE), NONE), host_slots=500)
+    engine = Engine(shape=ChunkShape(CHUNK, (FULL, STATE), NONE), near_slots=500)
     tokens = prompt(400 * CHUNK + 1)
     compute(engine, view("a", tokens))
-    looked = 0
-    find = engine.planner._catalog.host.find
-
-    def counting(key: object) -> int | None:
-        nonlocal looked
-        looked += 1
-        return find(key)  # type: ignore[arg-type]
-
-    engine.planner._catalog.host.find = counting  # type: ignore[method-assign]
+    visible = Counting(engine.near.visible)
+    engine.near._visible = visible
     assert engine.planner.lookup(view("b", tokens), 0).tokens == 0
-    assert looked < 3 * 400
+    assert 400 <= visible.looks < 4 * 400
 
 
-@pytest.mark.parametrize(("groups", "early"), [((FULL, WINDOW), True), ((FULL, STATE), False)])
-def test_a_state_is_there_before_its_request_goes_on(
-    groups: tuple[Group, ...], early: bool
-) -> None:
-    """vLLM copies it before the forward, and no layer waits for that."""
+# -- far -----------------------------------------------------------------------------------------
+
+
+def far_engine(*groups: Group, near_slots: int = 100) -> Engine:
+    """An engine that has computed request "a" and saved it; near has lost all of it."""
+    settings = {"load": {"when": "always"}}
     shape = ChunkShape(CHUNK, groups, NONE)
-    engine = Engine({"load": {"when": "always"}}, shape=shape)
-    boundary = (1, ROOM * 2 + CHUNKS - 1, CHUNKS * CHUNK)
-    compute(engine, view("a"), *(() if early else (boundary,)))
-    again = view("b")  # while the first one runs
-    hit = engine.planner.lookup(again, 0)
-    engine.planner.admitted("b", hit.tokens)
-    (order,) = engine.step().loads
-    assert order.mode is LoadMode.PARKED
-    assert (order.grace is not None) == early
+    engine = Engine(settings, shape=shape, near_slots=100, far_slots=100)
+    states = [(1, 250 + i, (i + 1) * CHUNK) for i in range(CHUNKS)] if STATE in groups else []
+    compute(engine, view("a"), *states)
+    engine.write_all()
+    if near_slots < 100:
+        # As a new process with less memory finds it.
+        stored = {slot: key for key, slot in engine.far.visible.items()}  # type: ignore[attr-defined]
+        engine = Engine(settings, shape=shape, near_slots=near_slots, far_slots=100, stored=stored)
+    engine.forget_near()
+    return engine
+
+
+@pytest.mark.parametrize("sparse", [WINDOW, STATE, Group(GroupKind.WINDOW, BLOCK, 2 * CHUNK)])
+def test_no_more_of_a_group_comes_near_than_is_needed(sparse: Group) -> None:
+    engine = far_engine(FULL, sparse)
+    request = view("b", g1=[300] if sparse is STATE else list(range(200, 209)))
+    assert engine.planner.lookup(request, 0).ask_again
+    moved = engine.settle_moves().tiers[0].inward
+    assert len(moved) == CHUNKS + (2 if sparse.window == 2 * CHUNK else 1)
+    tokens, order = load(engine, request)
+    assert tokens == CHUNKS * CHUNK
+    assert len(blocks(order, 0)) == CHUNKS * CHUNK // BLOCK
+
+
+@pytest.mark.parametrize("sparse", [WINDOW, STATE])
+def test_what_is_only_needed_at_the_end_comes_near_though_all_else_is_there(
+    sparse: Group,
+) -> None:
+    engine = far_engine(FULL, sparse)
+    request = view("b", g1=[300] if sparse is STATE else list(range(200, 209)))
+    tokens, order = load(engine, request)
+    assert order is not None
+    assert tokens == CHUNKS * CHUNK
+    engine.answer(order.transfer)
+    assert engine.near.drop(key(engine, "a", 1, CHUNKS - 1)) is not None
+    again = view("c", g1=request.tables[1])
+    assert engine.planner.lookup(again, 0).ask_again
+    (move,) = engine.settle_moves().tiers[0].inward
+    assert move.key == key(engine, "a", 1, CHUNKS - 1)
+    assert load(engine, again)[0] == CHUNKS * CHUNK
+
+
+@pytest.mark.parametrize("sparse", [WINDOW, STATE])
+def test_a_hit_ends_at_a_boundary_that_has_come_near(sparse: Group) -> None:
+    engine = far_engine(FULL, sparse)
+    request = view("b", g1=[300] if sparse is STATE else list(range(200, 209)))
+    assert engine.planner.lookup(request, 0).ask_again
+    *others, last = engine.step().tiers[0].inward
+    assert last.key == key(engine, "a", 1, CHUNKS - 1)
+    engine.answer(*(move.transfer for move in others))
+    engine.answer(last.transfer, outcome=Outcome.FAILED)
+    tokens, order = load(engine, request)
+    assert (tokens, order) == (0, None), "of no earlier boundary anything came near"
+
+
+@pytest.mark.parametrize("sparse", [WINDOW, STATE])
+def test_a_hit_larger_than_its_share_of_near_ends_at_an_earlier_boundary(sparse: Group) -> None:
+    """Half of six slots: two chunks, and what is needed behind them."""
+    engine = far_engine(FULL, sparse, near_slots=6)
+    request = view("b", g1=[300] if sparse is STATE else list(range(200, 209)))
+    tokens, order = load(engine, request)
+    assert tokens == 2 * CHUNK
+    assert len(blocks(order, 0)) == 2 * CHUNK // BLOCK

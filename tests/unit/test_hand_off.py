@@ -8,10 +8,20 @@ histories are in ``tests/property/test_histories.py``.
 from __future__ import annotations
 
 import pytest
-from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, View, prompt
+from driven_planner import (
+    BLOCK,
+    CHUNK,
+    CHUNK_BYTES,
+    Engine,
+    View,
+    blocks_of,
+    inward,
+    keys_of,
+    prompt,
+)
 
-from lamina.control.hand_off import Admission, HandOff, HandOffError, Phase, Resumption
-from lamina.plan import LoadMode, LoadOrder, Outcome
+from lamina_kv.control.hand_off import Admission, HandOff, HandOffError, Phase, Resumption
+from lamina_kv.plan import NEAR, LoadMode, LoadOrder, Move, Outcome
 
 CHUNKS = 3
 TOKENS = prompt(CHUNKS * CHUNK + 8)
@@ -19,7 +29,7 @@ HIT = CHUNKS * CHUNK
 
 
 class Scheduler:
-    """A hand-off in front of an engine whose host tier holds the whole chunks of :data:`TOKENS`."""
+    """A hand-off whose engine has, near or far, the whole chunks of :data:`TOKENS`."""
 
     def __init__(
         self,
@@ -29,10 +39,14 @@ class Scheduler:
         boundary: int = BLOCK,
         limit: int = 8,
         mode: str = "parked",
+        far: bool = False,
     ) -> None:
         load = {"mode": mode, **(extra or {})}
-        self.engine = Engine({"load": load}, ranks=ranks, leases_loads=True)
-        self.engine.save(View("first", TOKENS))
+        stored = dict(enumerate(keys_of(TOKENS)))
+        slots = {"far_slots": 8, "stored": stored} if far else {}
+        self.engine = Engine({"load": load}, ranks=ranks, leases_loads=True, **slots)  # type: ignore[arg-type]
+        if not far:
+            self.engine.save(View("first", TOKENS))
         self.planner = self.engine.planner
         self.hand_off = HandOff(self.planner, boundary=boundary, limit=limit)
 
@@ -51,12 +65,7 @@ class Scheduler:
 
     @property
     def leases(self) -> int:
-        tiers = self.planner._catalog.tiers.values()
-        return len(self.engine.pool.held) + sum(tier.leased for tier in tiers)
-
-
-def blocks_of(order: LoadOrder) -> list[int]:
-    return [block for chunk in order.chunks for block in chunk.blocks]
+        return self.engine.leases
 
 
 @pytest.fixture
@@ -96,11 +105,9 @@ def test_less_than_the_minimum_is_not_loaded() -> None:
 
 
 def test_what_is_slower_than_computing_is_not_loaded(scheduler: Scheduler) -> None:
-    cost = scheduler.planner._cost
-    for _ in range(4):
-        cost.computed(0, 1000, 0.001)
-        for tier in scheduler.planner._catalog.tiers:
-            cost.loaded(tier, CHUNK_BYTES, 60.0)
+    costs = scheduler.planner.costs
+    costs.computed(0, 1000, 0.001)
+    costs.loaded(NEAR, CHUNK_BYTES, 60.0)
     assert scheduler.hand_off.look(View("a", TOKENS), 0) == 0
     assert scheduler.hand_off.admit(View("a", TOKENS), 0) == Admission(Phase.RUNNING, 0)
 
@@ -116,6 +123,53 @@ def test_a_fully_kept_prompt_still_computes_its_last_token(scheduler: Scheduler)
     assert scheduler.hand_off.admit(view, 0) == Admission(Phase.PARKED, HIT - BLOCK)
     one_more = View("b", TOKENS[: HIT + 1])
     assert scheduler.hand_off.admit(one_more, 0) == Admission(Phase.PARKED, HIT)
+
+
+# -- far -----------------------------------------------------------------------------------------
+
+
+def test_a_look_says_wait_until_what_is_far_has_come_near() -> None:
+    scheduler = Scheduler(far=True)
+    hand_off, view = scheduler.hand_off, View("a", TOKENS)
+    assert hand_off.look(view, 0) is None
+    scheduler.engine.settle_moves()
+    assert hand_off.look(view, 0) == HIT
+    assert hand_off.admit(view, 0) == Admission(Phase.PARKED, HIT)
+
+
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("boundary", [BLOCK, CHUNK])
+def test_an_admission_never_waits(looked: bool, boundary: int) -> None:
+    """It has blocks: what is far is computed."""
+    scheduler = Scheduler(far=True, boundary=boundary)
+    hand_off, view = scheduler.hand_off, View("a", TOKENS)
+    moves: tuple[Move, ...] = ()
+    if looked:
+        assert hand_off.look(view, 0) is None
+        moves = inward(scheduler.engine.step())
+        assert moves
+    assert hand_off.admit(view, BLOCK if boundary == CHUNK else 0).phase is Phase.RUNNING
+    assert hand_off.plan([], forward=False).loads == ()
+    hand_off.finished("a", 0)
+    scheduler.engine.answer(*(move.transfer for move in moves))
+    assert scheduler.leases == 0
+    assert not hand_off.has_work
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_an_admission_takes_what_is_near(looked: bool) -> None:
+    scheduler = Scheduler(far=True)
+    hand_off, near, view = scheduler.hand_off, scheduler.engine.near, View("a", TOKENS)
+    first = keys_of(TOKENS)[0]
+    near.room(first)
+    near.filled(first)
+    if looked:
+        assert hand_off.look(view, 0) is None
+    assert hand_off.admit(view, 0) == Admission(Phase.PARKED, CHUNK)
+    (order,) = hand_off.plan([], forward=False).loads
+    scheduler.answer(order)
+    assert hand_off.take_ready() == [Resumption("a", CHUNK, 0)]
+    assert scheduler.leases == 0
 
 
 # -- boundaries ----------------------------------------------------------------------------------
@@ -272,39 +326,33 @@ def test_what_was_loaded_is_named_for_the_engines_own_prefix_cache(scheduler: Sc
     assert (ready.floor, ready.start) == (BLOCK, HIT)
 
 
-def test_what_was_hit_is_not_saved_again_unless_the_load_failed(scheduler: Scheduler) -> None:
+def test_what_was_hit_is_not_saved_again(scheduler: Scheduler) -> None:
     """i9, atom 2204."""
     scheduler.answer(scheduler.park(View("a", TOKENS)))
     scheduler.hand_off.take_ready()
     assert scheduler.hand_off.plan([("a", HIT, len(TOKENS))], forward=True).saves == ()
     scheduler.hand_off.finished("a", len(TOKENS), [View("a", TOKENS).blocks()])
-    order = scheduler.park(View("b", TOKENS))
-    scheduler.engine.answer(
-        order.transfer, outcome=Outcome.FAILED, bad=tuple(chunk.key for chunk in order.chunks)
-    )
-    again = View("c", TOKENS)
-    scheduler.hand_off.admit(again, 0)
-    saves = scheduler.hand_off.plan([("c", 0, len(TOKENS))], forward=True).saves
-    assert len(saves) == CHUNKS, "what turned out to be damaged is replaced"
+    assert scheduler.hand_off.plan([], forward=False).saves == ()
 
 
 def test_a_save_that_failed_moves_no_watermark(scheduler: Scheduler) -> None:
     """i9, atom 2204 and 2132: there, a hole capped every later hit."""
     hand_off, view = scheduler.hand_off, View("a", prompt(CHUNK + 1, seed=5))
     hand_off.admit(view, 0)
-    (save,) = hand_off.plan([("a", 0, CHUNK + 1)], forward=True).saves
-    scheduler.engine.answer(save.transfer, outcome=Outcome.FAILED)
+    plan = hand_off.plan([("a", 0, CHUNK + 1)], forward=True)
+    keys = scheduler.engine.keys(plan)
+    scheduler.engine.answer(plan.saves[0].transfer, outcome=Outcome.FAILED)
     assert hand_off.look(View("b", prompt(CHUNK + 8, seed=5)), 0) == 0
     hand_off.admit(View("c", prompt(CHUNK + 1, seed=5), first_block=30), 0)
-    (again,) = hand_off.plan([("c", 0, CHUNK + 1)], forward=True).saves
-    assert again.key == save.key
+    again = hand_off.plan([("c", 0, CHUNK + 1)], forward=True)
+    assert scheduler.engine.keys(again) == keys
 
 
 def test_loads_do_not_queue_behind_saves() -> None:
     """Atom 2053: there, both went through one executor and one bound."""
     scheduler = Scheduler()
     hand_off = scheduler.hand_off
-    scheduler.planner._saving._save_bound = CHUNK_BYTES
+    scheduler.planner._saving._bound = CHUNK_BYTES
     hand_off.admit(View("saves", prompt(4 * CHUNK + 1, seed=7), first_block=40), 0)
     assert len(hand_off.plan([("saves", 0, 4 * CHUNK + 1)], forward=True).saves) == 1
     hand_off.admit(View("a", TOKENS), 0)

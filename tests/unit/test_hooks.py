@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-hooks = pytest.importorskip("lamina.engines.vllm.hooks")
+hooks = pytest.importorskip("lamina_kv.engines.vllm.hooks")
 
 MAMBA = "vllm.model_executor.layers.mamba"
 

@@ -14,8 +14,8 @@ from typing import Any, overload
 
 import pytest
 
-import lamina.keys
-from lamina.keys import KEY_BYTES, MAX_TOKEN, ChunkChain, Namespace, Packable, pack
+import lamina_kv.keys
+from lamina_kv.keys import KEY_BYTES, MAX_TOKEN, ChunkChain, Namespace, Packable, pack
 
 NAMESPACE = Namespace(
     model="LlamaForCausalLM",
@@ -37,7 +37,7 @@ NAMESPACE = Namespace(
 
 SCRIPT = """
 import sys
-from lamina.keys import ChunkChain, Namespace, pack
+from lamina_kv.keys import ChunkChain, Namespace, pack
 namespace = eval(sys.argv[1])
 chain = ChunkChain(namespace.fingerprint, 64, pack(("salt", "")))
 chain.extend(range(200))
@@ -73,7 +73,7 @@ def keys(tokens: Sequence[int], chunk_tokens: int = 64) -> list[bytes]:
 class TestStability:
     def test_keys_never_change(self) -> None:
         # A change here orphans every store in the field: make it on purpose, and give the
-        # scheme in lamina.keys another number.
+        # scheme in lamina_kv.keys another number.
         assert NAMESPACE.hex == "bff5c14f565b322967cb3a6908878079"
         assert [key.hex() for key in keys(range(128))] == [
             "d337ff2a04a6e9ef516c2299306cd6b703ea5d1f",
@@ -84,7 +84,10 @@ class TestStability:
     def test_another_process_has_the_same_keys(self, seed: str) -> None:
         printed = subprocess.run(
             [sys.executable, "-c", SCRIPT, repr(NAMESPACE)],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(lamina.keys.__file__).parents[1])},
+            env={
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": str(Path(lamina_kv.keys.__file__).parents[1]),
+            },
             check=True,
             capture_output=True,
             text=True,

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from test_executor import PAGES, STRIDE, Rank, geometry, load, save
 
-from lamina.data import executor as executor_module
-from lamina.data.executor import Executor, LayersDidNotWait
-from lamina.data.load_pipeline import LoadStuck
-from lamina.data.save_pipeline import SaveRun
-from lamina.plan import LoadMode, Outcome, StepPlan
+from lamina_kv.data import executor as executor_module
+from lamina_kv.data.executor import Executor
+from lamina_kv.data.load_pipeline import LoadStuck
+from lamina_kv.data.movers import Fence
+from lamina_kv.data.save_pipeline import SaveRun
+from lamina_kv.data.step_loads import LayersDidNotWait, StepLoads
+from lamina_kv.plan import LoadMode, Outcome, StepPlan
 
 Patch = pytest.MonkeyPatch
 
@@ -27,7 +29,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def rank() -> Iterator[Rank]:
     rank = Rank()
-    rank.save(b"k", 3, (7, 2))
+    rank.save(3, (7, 2))
     yield rank
     rank.executor.close()
 
@@ -48,7 +50,7 @@ class Pushes:
         self.failure = failure
 
 
-LOAD, SAVE = load(2, (11, 5), deadline=inf), save(3, b"x", 4, (9, 8))
+LOAD, SAVE = load(2, (11, 5), timeout=inf), save(3, 4, (9, 8))
 STEP = StepPlan(5, loads=(LOAD,), saves=(SAVE,))
 
 
@@ -115,22 +117,6 @@ def test_a_row_with_nothing_of_the_load_in_it_is_nobodys_to_wait_for() -> None:
     rank.executor.close()
 
 
-def test_a_load_that_was_released_early_is_waited_for_as_well(
-    rank: Rank, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr("lamina.data.early_release.EarlyRelease.allows", lambda *_: True)
-    rank.source.stall, rank.source.stalled_rows = threading.Event(), range(1, len(PAGES))
-    early = load(2, (11, 5), mode=LoadMode.PARKED, grace=inf)
-    rank.run(StepPlan(0, loads=(early,), forward=False))
-    while not rank.executor.collect().arrived:
-        pass
-    rank.executor.begin_step(StepPlan(3))
-    rank.executor.wait_layer(rank.layers[0])
-    rank.source.stall.set()
-    with pytest.raises(LayersDidNotWait, match=r"layer\.1"):
-        rank.executor.end_step()
-
-
 def test_a_step_without_a_forward_waits_for_nobody(rank: Rank) -> None:
     rank.run(replace(STEP, forward=False), hooks=False)
     assert {receipt.outcome for receipt in rank.settle(2)} == {Outcome.DONE}
@@ -180,8 +166,8 @@ def test_layers_before_the_drafts_must_wait(rank: Rank, called: list[int]) -> No
 def test_where_layers_do_not_call_all_is_there_before_the_forward(rank: Rank) -> None:
     expected = rank.pages((7, 2))
     rank.executor.load_before_forward()
-    rank.source.stall = threading.Event()
-    timer = threading.Timer(0.05, rank.source.stall.set)
+    rank.mover.stall = threading.Event()
+    timer = threading.Timer(0.05, rank.mover.stall.set)
     timer.start()
     begin(rank)
     assert rank.pages((11, 5)) == expected
@@ -196,17 +182,17 @@ def test_a_row_is_written_when_every_pass_has_written_its_part(rank: Rank) -> No
     """Two passes, each for one of two blocks, as in micro-batches."""
     rank.executor.save_after_forward()
     assert not rank.executor.moves_rows
-    pushes = begin(rank, StepPlan(5, saves=(save(3, b"x", 4, (9, 8)),)))
+    pushes = begin(rank, StepPlan(5, saves=(save(3, 4, (9, 8)),)))
     for block in (9, 8):
         for row, layer in zip(rank.geometry.rows, rank.layers, strict=True):
             start = row.offset + block * STRIDE
             rank.cache[start : start + row.page_bytes] = 99
             rank.executor.layer_written(layer)
-        assert rank.executor._save_pool.await_idle(60)  # whoever copies now copies too early
+        assert rank.executor._saver.pool.await_idle(60)  # whoever copies now copies too early
     assert pushes.rows == []
     rank.executor.end_step()
     rank.settle(1)
-    rank.run(StepPlan(0, loads=(load(4, (11, 5), slot=4, key=b"x"),)))
+    rank.run(StepPlan(0, loads=(load(4, (11, 5), slot=4),)))
     rank.settle(1)
     assert rank.pages((11, 5)) == [bytes([99]) * page for page in PAGES for _ in range(2)]
 
@@ -219,10 +205,10 @@ def impatient(monkeypatch: Patch) -> Iterator[Rank]:
     monkeypatch.setattr(executor_module, "LEAST_PATIENCE", 0.05)
     config = executor_module.LoadConfig.model_validate({"deadline": 0.05})
     rank = Rank(config)
-    rank.save(b"k", 3, (7, 2))
-    rank.source.stall = threading.Event()
+    rank.save(3, (7, 2))
+    rank.mover.stall = threading.Event()
     yield rank
-    rank.source.stall.set()
+    rank.mover.stall.set()
     rank.executor.close()
 
 
@@ -235,14 +221,11 @@ def test_the_forwards_wait_has_an_end_at_which_the_engine_stops(impatient: Rank)
     check_stopped(impatient, pushes, "LoadStuck")
 
 
-def test_memory_that_is_still_being_pinned_makes_no_copy_late(
-    impatient: Rank, monkeypatch: Patch
-) -> None:
-    assert impatient.source.stall is not None
-    impatient.source.stall.set()
-    pinned = threading.Event()
-    monkeypatch.setattr(impatient.mover, "await_host", lambda: pinned.wait(60))
-    threading.Timer(0.3, pinned.set).start()
+def test_memory_that_is_still_being_pinned_makes_no_copy_late(impatient: Rank) -> None:
+    assert impatient.mover.stall is not None
+    impatient.mover.stall.set()
+    impatient.mover.pinning = threading.Event()
+    threading.Timer(0.3, impatient.mover.pinning.set).start()
     impatient.run(StepPlan(0, loads=(LOAD,)))
     assert impatient.settle(1)[0].outcome is Outcome.DONE
 
@@ -262,28 +245,27 @@ def test_a_copy_that_has_begun_and_does_not_end_holds_nobody_for_ever(
     impatient: Rank, monkeypatch: Patch
 ) -> None:
     """Its blocks must not be used by anybody: it may go on at any time."""
-    begun, go_on = threading.Event(), threading.Event()
+    begun, load_row = threading.Event(), impatient.mover.load
 
-    def stuck(row: int, piece: Any, after: Any, admit: Callable[[], bool]) -> None:
-        assert admit()
+    def noted(*arguments: Any) -> Fence:
         begun.set()
-        assert go_on.wait(60)
+        return load_row(*arguments)
 
-    monkeypatch.setattr(impatient.source, "load_row", stuck)
-    impatient.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, deadline=0.01),)))
+    monkeypatch.setattr(impatient.mover, "load", noted)
+    impatient.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, timeout=0.01),)))
     assert begun.wait(60)
     time.sleep(0.02)
     with pytest.raises(LoadStuck, match="blocks of r"):
         impatient.executor.collect()
-    impatient.executor.close()
-    go_on.set()
+    with pytest.raises(LoadStuck):
+        impatient.executor.begin_step(StepPlan(6))
 
 
 # -- Lamina, broken ------------------------------------------------------------------------------
 
 
 def nobody_is_missed(patch: Patch) -> None:
-    patch.setattr(Executor, "_check_called", lambda executor: None)
+    patch.setattr(StepLoads, "_check_called", lambda loads, run: None)
 
 
 def what_was_computed_is_kept(patch: Patch) -> None:
@@ -294,7 +276,7 @@ def the_next_step_begins(patch: Patch) -> None:
     begin_step = Executor.begin_step
 
     def careless(executor: Executor, plan: StepPlan) -> None:
-        executor._stopped = None
+        executor._loads.stopped = None
         begin_step(executor, plan)
 
     patch.setattr(Executor, "begin_step", careless)

@@ -1,35 +1,37 @@
-"""The window is obeyed exactly, a row is never moved twice, and a bad request harms no other."""
+"""The window is obeyed exactly, no row is moved twice, and what was given up writes no more."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from lamina.data.load_pipeline import (
-    BadChunks,
-    Load,
-    LoadRun,
-    Piece,
-    window_rows,
-)
-from lamina.data.movers.base import Fence
-from lamina.data.worker_pool import Job, Lost, WorkerPool
-from lamina.geometry import CacheGeometry, Row
-from lamina.plan import ChunkKey, ChunkLoad, LoadMode, LoadOrder, Outcome, TierName, TransferId
+from lamina_kv.data.copier import Copier
+from lamina_kv.data.load_pipeline import LoadRun, LoadStuck, window_rows
+from lamina_kv.data.loads import PIECE_BYTES, Load
+from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.data.worker_pool import Job, Lost, WorkerPool
+from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.plan import LoadMode, LoadOrder, Outcome, PageMap, TransferId
 
 ROWS = 5
+PATIENCE = 60.0
 
 
-def geometry(rows: int = ROWS) -> CacheGeometry:
+def geometry(page: int = 8) -> CacheGeometry:
     return CacheGeometry(
-        rows=tuple(Row((f"layer.{i}",), 0, i * 800, 8, 8) for i in range(rows)),
+        rows=tuple(Row((f"layer.{i}",), 0, i * 100 * page, page, page) for i in range(ROWS)),
         num_blocks=100,
         block_tokens=16,
         chunk_tokens=32,
-        allocation_bytes=(rows * 800,),
+        allocation_bytes=(ROWS * 100 * page,),
     )
 
 
@@ -52,200 +54,253 @@ class RecordingPool(WorkerPool):
         super().submit(priority, job, lost)
 
 
-class RecordingSource:
-    """A tier that notes what it is asked for and can be told to fail or to stall."""
+class RecordingMover(CpuMover):
+    """Notes what it is asked for, and may fail or take its time.
+
+    Attributes:
+        copied: row and first block of every copy.
+        bad: copies that fail.
+        pinning: near memory is not fit for copies before it is set.
+        stall: a copy that has begun does not end before it is set.
+        seen: set when a copy is wanted.
+        begun: set when one has begun.
+    """
 
     def __init__(self) -> None:
-        self.served: list[tuple[int, bytes]] = []
-        self.written: list[tuple[int, bytes]] = []
-        self.bad: set[tuple[int, bytes]] = set()
+        super().__init__(geometry(), [torch.zeros(geometry().allocation_bytes, dtype=torch.uint8)])
+        self.copied: list[tuple[int, int]] = []
+        self.bad: set[tuple[int, int]] = set()
+        self.pinning: threading.Event | None = None
         self.stall: threading.Event | None = None
-        self.seen = threading.Event()
+        self.seen, self.begun = threading.Event(), threading.Event()
 
-    def load_row(
-        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
-    ) -> Fence | None:
-        self.served.extend((row, key) for key in piece.keys)
+    def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         self.seen.set()
+        if self.pinning is not None:
+            assert self.pinning.wait(PATIENCE)
+
+    def load(
+        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
+    ) -> Fence:
+        self.begun.set()
         if self.stall is not None:
-            assert self.stall.wait(60)
-        if not admit():
-            return None
-        bad = [i for i, key in enumerate(piece.keys) if (row, key) in self.bad]
-        self.written.extend((row, key) for key in piece.keys if (row, key) not in self.bad)
-        if bad:
-            raise BadChunks(bad, bad, "test")
-        return Passed()
+            assert self.stall.wait(PATIENCE)
+        if (row, int(pages[0])) in self.bad:
+            raise OSError("a row is lost")
+        self.copied.append((row, int(pages[0])))
+        return super().load(row, near, near_pages, pages, after)
+
+
+class Rig:
+    """A pool and a mover, and loads on them."""
+
+    def __init__(self) -> None:
+        self.pool, self.mover = RecordingPool(), RecordingMover()
+        size = 50 * geometry().object_bytes
+        self.copier = Copier(
+            NearSlab(geometry(), size, self.mover.allocate_host), self.mover, self.pool
+        )
+
+    def start(self, window: int, *orders: LoadOrder, **options: Any) -> LoadRun:
+        loads = [Load(each, geometry()) for each in orders or (order("a", 0),)]
+        given = {"parked": False, "patience": PATIENCE, **options}
+        run = LoadRun(loads, self.copier, window=window, **given)
+        run.start(Passed())
+        return run
+
+    def finish(self, run: LoadRun) -> None:
+        for row in range(ROWS):
+            run.wait(row)
 
 
 @pytest.fixture
-def pool() -> Iterator[RecordingPool]:
-    pool = RecordingPool()
-    yield pool
-    assert pool.close(60)
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    assert rig.pool.close(PATIENCE)
+    rig.mover.close()
 
 
-def order(name: str, chunks: int, deadline: float = 60.0) -> LoadOrder:
-    return LoadOrder(
-        TransferId(sum(name.encode())),
-        name,
-        LoadMode.LAYERWISE,
-        tuple(
-            ChunkLoad(ChunkKey(f"{name}{i}".encode()), TierName.HOST, i, 0, (2 * i, 2 * i + 1))
-            for i in range(chunks)
-        ),
-        deadline,
-    )
-
-
-def start(
-    pool: RecordingPool,
-    source: RecordingSource,
-    window: int,
-    *orders: LoadOrder,
-    self_driven: bool = False,
-    patience: float = 60.0,
-    rows: int = ROWS,
-) -> LoadRun:
-    loads = [Load(o, geometry(rows)) for o in orders or (order("a", 1),)]
-    run = LoadRun(
-        loads,
-        geometry(rows),
-        {TierName.HOST: source},
-        {TierName.HOST: pool},
-        window=window,
-        cores=2,
-        urgency=0,
-        self_driven=self_driven,
-        patience=patience,
-    )
-    run.start(Passed())
-    return run
+def order(name: str, *blocks: int, timeout: float = PATIENCE, group: int = 0) -> LoadOrder:
+    count = len(blocks)
+    pages = PageMap(group, np.arange(count, dtype=np.int32), np.array(blocks, np.int32))
+    number = TransferId(sum(name.encode()))
+    return LoadOrder(number, name, LoadMode.LAYERWISE, (pages,), timeout)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, ROWS, ROWS + 7])
-def test_each_first_wait_submits_one_more_row(pool: RecordingPool, window: int) -> None:
-    run = start(pool, RecordingSource(), window)
-    assert pool.rows == list(range(min(window, ROWS)))
+def test_each_first_wait_submits_one_more_row(rig: Rig, window: int) -> None:
+    run = rig.start(window)
+    assert rig.pool.rows == list(range(min(window, ROWS)))
     for row in range(ROWS):
         run.wait(row)
-        assert pool.rows == list(range(min(window + row + 1, ROWS)))
+        assert rig.pool.rows == list(range(min(window + row + 1, ROWS)))
 
 
-def test_a_row_waited_for_again_returns_at_once_and_submits_nothing(pool: RecordingPool) -> None:
-    run = start(pool, RecordingSource(), 1)
+def test_a_row_waited_for_again_returns_at_once_and_submits_nothing(rig: Rig) -> None:
+    run = rig.start(1)
     assert len(run.wait(0)) == 1
-    submitted = list(pool.rows)
+    submitted = list(rig.pool.rows)
     assert run.wait(0) == []
-    assert pool.rows == submitted
+    assert rig.pool.rows == submitted
 
 
-def test_a_row_that_is_skipped_over_is_still_loaded_in_order(pool: RecordingPool) -> None:
-    run = start(pool, RecordingSource(), 1)
-    run.wait(3)
-    assert pool.rows == [0, 1, 2, 3, 4]
+def test_a_row_that_is_skipped_over_is_still_loaded_in_order(rig: Rig) -> None:
+    rig.start(1).wait(3)
+    assert rig.pool.rows == [0, 1, 2, 3, 4]
 
 
-def test_no_row_is_moved_twice(pool: RecordingPool) -> None:
-    source = RecordingSource()
-    run = start(pool, source, 2, order("a", 2), order("b", 1))
+def test_no_row_is_moved_twice(rig: Rig) -> None:
+    run = rig.start(2, order("a", 0, 1), order("b", 7))
     for row in (0, 1, 0, 2, 2):
         run.wait(row)
-    run.finish()
-    assert len(source.served) == len(set(source.served)) == 3 * ROWS
+    rig.finish(run)
+    assert len(rig.mover.copied) == len(set(rig.mover.copied)) == 2 * ROWS
 
 
-def test_a_parked_load_drives_itself(pool: RecordingPool) -> None:
-    source = RecordingSource()
-    run = start(pool, source, 1, self_driven=True)
-    run.finish()
-    assert run.over
-    assert [row for row, _ in source.served] == list(range(ROWS))
+def test_a_parked_load_drives_itself(rig: Rig) -> None:
+    over = threading.Event()
+    run = rig.start(1, parked=True, done=over.set)
+    assert over.wait(PATIENCE)
+    assert run.landed
+    assert [row for row, _ in rig.mover.copied] == list(range(ROWS))
 
 
-def test_a_failed_request_is_left_out_from_its_first_bad_chunk_on(pool: RecordingPool) -> None:
-    source = RecordingSource()
-    source.bad = {(1, b"a1")}
-    run = start(pool, source, 1, order("a", 3), order("b", 2))
-    run.finish()
-    good, other = run.loads
-    assert good.failed
-    assert good.first_bad == 1
-    assert good.lost_blocks() == {2, 3, 4, 5}
-    receipt = good.receipt(0.0, 0.0)
-    assert receipt.outcome is Outcome.FAILED
-    assert receipt.bad_chunks == (b"a1",)
-    assert not other.failed
+def test_a_load_is_cut_into_pieces_that_threads_share() -> None:
+    shape = geometry(page=PIECE_BYTES // 3)
+    load = Load(order("a", 9, 8, 7, 6, 5, 4, 3), shape)
+    assert [piece.near.tolist() for piece in load.pieces] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [piece.blocks.tolist() for piece in load.pieces] == [[9, 8, 7], [6, 5, 4], [3]]
+    assert load.outstanding == 3 * ROWS
+
+
+def test_a_load_that_fails_does_so_as_a_whole_and_harms_no_other(rig: Rig) -> None:
+    rig.mover.bad = {(1, 0)}
+    run = rig.start(1, order("a", 0, 1), order("b", 7))
+    rig.finish(run)
+    failed, other = run.loads
+    receipt = failed.receipt(run.active, run.waited)
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "OSError")
     assert other.receipt(0.0, 0.0).outcome is Outcome.DONE
-    assert {(row, key) for row in range(ROWS) for key in (b"b0", b"b1")} <= set(source.written)
+    assert run.failed
+    assert {row for row, block in rig.mover.copied if block == 0} == {0}, "nobody needs the rest"
+    assert {row for row, block in rig.mover.copied if block == 7} == set(range(ROWS))
 
 
-def test_time_in_which_the_model_asked_for_no_row_is_not_the_tiers(pool: RecordingPool) -> None:
-    run = start(pool, RecordingSource(), 1)
+def test_time_in_which_the_model_asked_for_no_row_is_not_the_tiers(rig: Rig) -> None:
+    run = rig.start(1)
     run.wait(0)
-    assert pool.await_idle(60)
+    assert rig.pool.await_idle(PATIENCE)
     began = time.perf_counter()
     time.sleep(0.1)
     asked_for_none = time.perf_counter() - began
-    run.finish()
-    (load,) = run.loads
-    receipt = load.receipt(run.active, run.waited)
+    rig.finish(run)
+    receipt = run.loads[0].receipt(run.active, run.waited)
     assert 0 < receipt.active <= receipt.seconds - asked_for_none + 1e-6
+    assert receipt.moved_bytes == ROWS * 8
 
 
-def test_time_in_which_a_row_hangs_is_the_tiers(pool: RecordingPool) -> None:
-    source = RecordingSource()
-    source.stall = threading.Event()
-    run = start(pool, source, 1, order("a", 1, deadline=0.1))
-    started, deadline = time.perf_counter(), run.deadline
-    run.wait(0)
-    active = run.active
-    source.stall.set()
-    assert active > 0
-    assert active >= deadline - started
+def test_time_in_which_a_row_hangs_is_the_tiers(rig: Rig) -> None:
+    rig.mover.pinning = threading.Event()
+    run = rig.start(1, order("a", 0), parked=True)
+    assert rig.mover.seen.wait(PATIENCE)
+    time.sleep(0.1)
+    run.give_up("test")
+    rig.mover.pinning.set()
+    assert run.active >= 0.1
 
 
-def test_past_its_deadline_a_load_fails_and_never_writes_again(pool: RecordingPool) -> None:
-    source = RecordingSource()
-    source.stall = threading.Event()
-    run = start(pool, source, 2, order("a", 1, deadline=0.05))
-    assert source.seen.wait(60)
-    run.wait(0)
-    assert run.over
-    assert run.loads[0].reason == "deadline"
-    assert run.loads[0].lost_blocks() == {0, 1}
-    source.stall.set()
-    assert pool.close(60)
-    assert source.written == []
+def test_what_was_given_up_has_failed_and_never_writes_again(rig: Rig) -> None:
+    rig.mover.pinning = threading.Event()
+    run = rig.start(2, order("a", 0, timeout=0.02), parked=True)
+    assert rig.mover.seen.wait(PATIENCE)
+    assert not run.landed
+    time.sleep(0.03)
+    assert run.expired
+    run.give_up("late")
+    assert run.landed
+    receipt = run.loads[0].receipt(0.0, 0.0)
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "late")
+    rig.mover.pinning.set()
+    assert rig.pool.await_idle(PATIENCE)
+    assert rig.mover.copied == []
+    assert rig.pool.rows == [0, 1], "no further row was submitted"
 
 
-def test_giving_up_waits_for_a_write_that_was_admitted() -> None:
-    load = Load(order("a", 1), geometry())
-    load.outstanding = 1
-    assert load.admit()
+def test_what_is_all_there_when_it_is_given_up_has_arrived(rig: Rig) -> None:
+    run = rig.start(1, parked=True)
+    assert rig.pool.await_idle(PATIENCE)
+    run.give_up("late")
+    assert run.loads[0].receipt(0.0, 0.0).outcome is Outcome.DONE
+
+
+def test_giving_up_waits_for_a_copy_that_has_begun(rig: Rig) -> None:
+    rig.mover.stall = threading.Event()
+    run = rig.start(1, parked=True)
+    assert rig.mover.begun.wait(PATIENCE)
     over = threading.Event()
-    thread = threading.Thread(target=lambda: (load.give_up("test", 60), over.set()))
+    thread = threading.Thread(target=lambda: (run.give_up("test"), over.set()))
     thread.start()
     assert not over.wait(0.05)
-    load.leave(1)
-    assert over.wait(60)
+    rig.mover.stall.set()
+    assert over.wait(PATIENCE)
     thread.join()
-    assert not load.admit()
+    copied = len(rig.mover.copied)
+    assert rig.pool.await_idle(PATIENCE)
+    assert len(rig.mover.copied) == copied == 1
+    assert run.loads[0].reason == "test"
 
 
-def test_what_is_refused_while_giving_up_waits_for_a_write_has_failed() -> None:
-    load = Load(order("a", 2), geometry())
-    load.outstanding = 2
-    assert load.admit()
-    thread = threading.Thread(target=lambda: load.give_up("test", 60))
+def test_what_is_refused_while_a_copy_is_waited_for_has_failed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When that copy ends all pieces are over, and yet rows are missing."""
+    pinned, rows = threading.Event(), iter(range(ROWS))
+
+    def first_at_once(*_: object) -> None:
+        if next(rows):
+            assert pinned.wait(PATIENCE)
+
+    monkeypatch.setattr(rig.mover, "await_near", first_at_once)
+    rig.mover.stall = threading.Event()
+    run = rig.start(ROWS, parked=True)
+    assert rig.mover.begun.wait(PATIENCE)
+    thread = threading.Thread(target=run.give_up, args=("test",))
     thread.start()
-    while load.admit():
-        load.leave(1)
-    load.outstanding = 0
-    load.leave(1)
-    thread.join(60)
-    assert load.lost_blocks() == {0, 1, 2, 3}
-    assert load.receipt(0.0, 0.0).outcome is Outcome.FAILED
+    while not run._given_up:
+        time.sleep(0.001)
+    pinned.set()
+    while run.loads[0].outstanding > 1:
+        time.sleep(0.001)
+    rig.mover.stall.set()
+    thread.join(PATIENCE)
+    assert run.loads[0].outstanding == 0
+    assert run.loads[0].receipt(0.0, 0.0).outcome is Outcome.FAILED
+
+
+def test_a_copy_that_does_not_end_cannot_be_given_up(rig: Rig) -> None:
+    rig.mover.stall = threading.Event()
+    run = rig.start(1, parked=True, patience=0.02)
+    assert rig.mover.begun.wait(PATIENCE)
+    with pytest.raises(LoadStuck, match="blocks of a"):
+        run.give_up("test")
+    rig.mover.stall.set()
+
+
+def test_a_row_that_the_model_waits_for_has_its_time(rig: Rig) -> None:
+    rig.mover.stall = threading.Event()
+    run = rig.start(1, patience=0.02)
+    with pytest.raises(LoadStuck, match="row 0 of the loads for a"):
+        run.wait(0)
+    rig.mover.stall.set()
+
+
+def test_a_run_without_pages_is_over_at_once(rig: Rig) -> None:
+    over = threading.Event()
+    run = rig.start(1, order("a"), parked=True, done=over.set)
+    assert over.is_set()
+    assert run.landed
+    assert run.loads[0].receipt(0.0, 0.0).outcome is Outcome.DONE
 
 
 def test_auto_fills_the_staging_budget() -> None:
@@ -257,46 +312,3 @@ def test_auto_fills_the_staging_budget() -> None:
 
 def test_the_window_is_never_longer_than_the_model() -> None:
     assert window_rows(1_000_000_000, staging=1, row_bytes=1000, rows=16) == 16
-
-
-def test_a_load_is_cut_where_the_tier_changes_and_pages_follow_the_blocks() -> None:
-    chunks = (
-        ChunkLoad(ChunkKey(b"a"), TierName.HOST, 7, 1, (50,)),
-        ChunkLoad(ChunkKey(b"b"), TierName.HOST, 3, 0, (51, 52)),
-        ChunkLoad(ChunkKey(b"c"), TierName.DISK, 9, 0, (53,)),
-    )
-    load = Load(LoadOrder(TransferId(1), "r", LoadMode.PARKED, chunks, 1.0), geometry())
-    host, disk = load.pieces
-    assert (host.first, host.slots.tolist(), host.pages.tolist()) == (0, [7, 3], [1, 2, 3])
-    assert host.blocks.tolist() == [50, 51, 52]
-    assert (disk.first, disk.tier, disk.pages.tolist()) == (2, TierName.DISK, [0])
-
-
-class StuckSource(RecordingSource):
-    """A tier that stalls on the chunks of one request only."""
-
-    def __init__(self, prefix: bytes) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.release = threading.Event()
-
-    def load_row(
-        self, row: int, piece: Piece, after: Fence, admit: Callable[[], bool]
-    ) -> Fence | None:
-        if piece.keys[0].startswith(self.prefix):
-            assert self.release.wait(60)
-        return super().load_row(row, piece, after, admit)
-
-
-def test_a_load_that_is_stuck_fails_alone(pool: RecordingPool) -> None:
-    source = StuckSource(b"a")
-    run = start(pool, source, 1, order("a", 1, deadline=1.0), order("b", 1))
-    run.finish()
-    stuck, other = run.loads
-    assert stuck.failed
-    assert not other.failed
-    assert [row for row, key in source.written if key == b"b0"] == list(range(ROWS))
-    assert stuck.receipt(0.0, 0.0).bad_chunks == ()
-    source.release.set()
-    assert pool.close(60)
-    assert all(key != b"a0" for _, key in source.written)

@@ -1,32 +1,37 @@
 """Promise: a copy that cannot be right is refused before a byte moves; host memory is there at once
-and made resident behind the scenes.
+and made resident behind the scenes, from the first slots on.
 """
 
 from __future__ import annotations
 
+import gc
 import mmap
+import os
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from lamina.data.movers import Fence, Mover, make_mover
-from lamina.data.movers.host_memory import HostMemory, populate
-from lamina.geometry import CacheGeometry, Row
+from lamina_kv.data.movers import Fence, Mover, make_mover
+from lamina_kv.data.movers.host_memory import HostMemory, populate
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
 
-PAGE, BLOCKS, HOST_PAGES = 64, 16, 20
+PAGE, BLOCKS, PER_SLOT, SLOTS = 256, 16, 4, 5
 PADDED = Row(("b",), 0, BLOCKS * PAGE, PAGE + 8, PAGE)
 GEOMETRY = CacheGeometry(
     rows=(Row(("a",), 0, 0, PAGE, PAGE), PADDED),
     num_blocks=BLOCKS,
     block_tokens=16,
-    chunk_tokens=16,
+    chunk_tokens=16 * PER_SLOT,
     allocation_bytes=(BLOCKS * (2 * PAGE + 8),),
 )
+NEAR_PAGES = SLOTS * PER_SLOT
 Ids = npt.NDArray[np.int64]
 
 
@@ -47,9 +52,17 @@ def mover(engine: torch.Tensor) -> Iterator[Mover]:
 
 
 @pytest.fixture
-def host(mover: Mover) -> torch.Tensor:
-    pages = mover.allocate_host(HOST_PAGES * PAGE).view(HOST_PAGES, PAGE)
-    return pages.copy_(random_bytes(HOST_PAGES, PAGE))
+def near(mover: Mover) -> NearSlab:
+    near = NearSlab(GEOMETRY, SLOTS * GEOMETRY.object_bytes, mover.allocate_host)
+    near.memory.copy_(random_bytes(len(near.memory)))
+    return near
+
+
+def page(near: NearSlab, row: int, index: int) -> torch.Tensor:
+    """A near page, by the contract of a chunk's object."""
+    slot, block = divmod(index, PER_SLOT)
+    start = GEOMETRY.extent_offsets[row] + block * PAGE
+    return torch.from_numpy(near.object(slot)[start : start + PAGE])
 
 
 def block(engine: torch.Tensor, row: int, index: int) -> torch.Tensor:
@@ -62,6 +75,7 @@ ORDERS = {
     "run": np.arange(3, 13),
     "reverse": np.arange(3, 13)[::-1].copy(),
     "two runs": np.array([9, 10, 11, 12, 13, 2, 3, 4, 5, 6]),
+    "slots": np.array([12, 13, 14, 15, 0, 1, 2, 3, 8, 9]),
     "scattered": np.array([15, 2, 9, 0, 4, 13, 7, 11, 1, 6]),
 }
 
@@ -70,28 +84,35 @@ ORDERS = {
 @pytest.mark.parametrize("blocks", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("pages", ORDERS.values(), ids=ORDERS)
 def test_pages_go_where_they_are_told(
-    mover: Mover, engine: torch.Tensor, host: torch.Tensor, row: int, blocks: Ids, pages: Ids
+    mover: Mover, engine: torch.Tensor, near: NearSlab, row: int, blocks: Ids, pages: Ids
 ) -> None:
-    mover.save(row, blocks, host, pages, mover.fence_compute()).wait()
+    before = near.memory.clone()
+    mover.save(row, blocks, near, pages, mover.fence_compute()).wait()
     for i in range(len(pages)):
-        assert torch.equal(host[pages[i]], block(engine, row, blocks[i]))
-    saved = host.clone()
+        assert torch.equal(page(near, row, pages[i]), block(engine, row, blocks[i]))
+    saved = [page(near, row, index).clone() for index in pages]
+    for index in pages:
+        page(near, row, index)[:] = 0
+    elsewhere = near.memory != 0
+    assert torch.equal(near.memory[elsewhere], before[elsewhere])
+    for index, content in zip(pages, saved, strict=True):
+        page(near, row, index)[:] = content
     engine.fill_(0)
-    mover.load(row, host, pages, blocks[::-1].copy(), mover.fence_compute()).wait()
+    mover.load(row, near, pages, blocks[::-1].copy(), mover.fence_compute()).wait()
     for i in range(len(pages)):
-        assert torch.equal(saved[pages[i]], block(engine, row, blocks[-1 - i]))
-    assert int(engine.count_nonzero()) == int(saved[pages].count_nonzero())
+        assert torch.equal(saved[i], block(engine, row, blocks[-1 - i]))
+    assert int(engine.count_nonzero()) == sum(int(content.count_nonzero()) for content in saved)
 
 
 IDS = np.array([1, 2, 3])
 
 
 def copy(
-    mover: Mover, is_load: bool, row: int, host: torch.Tensor, pages: Ids, blocks: Ids, after: Fence
+    mover: Mover, is_load: bool, row: int, near: NearSlab, pages: Ids, blocks: Ids, after: Fence
 ) -> Fence:
     if is_load:
-        return mover.load(row, host, pages, blocks, after)
-    return mover.save(row, blocks, host, pages, after)
+        return mover.load(row, near, pages, blocks, after)
+    return mover.save(row, blocks, near, pages, after)
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
@@ -100,7 +121,7 @@ def copy(
     [
         (0, IDS, np.array([1, 2, BLOCKS]), IndexError),
         (0, IDS, np.array([1, 2, -1]), IndexError),
-        (0, np.array([0, 1, HOST_PAGES]), IDS, IndexError),
+        (0, np.array([0, 1, NEAR_PAGES]), IDS, IndexError),
         (0, np.array([0, 1, -1]), IDS, IndexError),
         (2, IDS, IDS, IndexError),
         (-1, IDS, IDS, IndexError),
@@ -113,35 +134,46 @@ def copy(
 def test_wrong_ids_are_refused_before_a_byte_moves(
     mover: Mover,
     engine: torch.Tensor,
-    host: torch.Tensor,
+    near: NearSlab,
     is_load: bool,
     row: int,
     pages: Ids,
     blocks: Ids,
     error: type[Exception],
 ) -> None:
-    before = engine.clone(), host.clone()
+    before = engine.clone(), near.memory.clone()
     with pytest.raises(error):
-        copy(mover, is_load, row, host, pages, blocks, mover.fence_compute())
+        copy(mover, is_load, row, near, pages, blocks, mover.fence_compute())
     assert torch.equal(engine, before[0])
-    assert torch.equal(host, before[1])
+    assert torch.equal(near.memory, before[1])
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
-@pytest.mark.parametrize(
-    "host",
-    [
-        torch.zeros(HOST_PAGES, PAGE + 1, dtype=torch.uint8),
-        torch.zeros(HOST_PAGES * PAGE, dtype=torch.uint8),
-        torch.zeros(HOST_PAGES, PAGE, dtype=torch.int8),
-        torch.zeros(HOST_PAGES, 2 * PAGE, dtype=torch.uint8)[:, :PAGE],
-        torch.zeros(HOST_PAGES, PAGE, dtype=torch.uint8, device="meta"),
-    ],
-    ids=["page size", "shape", "dtype", "not contiguous", "device"],
-)
-def test_wrong_host_pages_are_refused(mover: Mover, host: torch.Tensor, is_load: bool) -> None:
-    with pytest.raises(ValueError, match=r"host pages of row 0"):
-        copy(mover, is_load, 0, host, IDS, IDS, mover.fence_compute())
+def test_a_slab_of_another_cache_is_refused(mover: Mover, is_load: bool) -> None:
+    other = replace(GEOMETRY, chunk_tokens=16)
+    near = NearSlab(other, other.object_bytes, mover.allocate_host)
+    with pytest.raises(ValueError, match="another cache"):
+        copy(mover, is_load, 0, near, IDS[:0], IDS[:0], mover.fence_compute())
+
+
+def test_a_slab_smaller_than_a_chunk_says_what_it_needs(mover: Mover) -> None:
+    size = GEOMETRY.object_bytes
+    with pytest.raises(ValueError, match=rf"host\.capacity: {size - 1} .* one chunk of {size}"):
+        NearSlab(GEOMETRY, size - 1, mover.allocate_host)
+
+
+def test_a_slot_is_the_chunks_object(mover: Mover, engine: torch.Tensor, near: NearSlab) -> None:
+    near.memory.fill_(0)
+    for row in range(2):
+        mover.save(row, np.arange(4), near, np.arange(8, 12), mover.fence_compute()).wait()
+    held = near.object(2)
+    assert held.ctypes.data % 4096 == 0
+    rows = [engine[i * BLOCKS * PAGE :] for i in range(2)]
+    packed = rows[0][: 4 * PAGE]
+    padded = torch.cat([rows[1][i * (PAGE + 8) :][:PAGE] for i in range(4)])
+    content = bytes(64) + packed.numpy().tobytes() + padded.numpy().tobytes()
+    assert held.tobytes() == content + bytes(len(held) - len(content))
+    assert int(near.memory.count_nonzero()) == int(np.count_nonzero(held))
 
 
 @pytest.mark.parametrize(
@@ -180,18 +212,18 @@ class Gate(Fence):
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
 def test_nothing_is_copied_before_the_fence(
-    mover: Mover, engine: torch.Tensor, host: torch.Tensor, is_load: bool
+    mover: Mover, engine: torch.Tensor, near: NearSlab, is_load: bool
 ) -> None:
-    before = engine.clone(), host.clone()
+    before = engine.clone(), near.memory.clone()
     gate = Gate()
-    thread = threading.Thread(target=copy, args=(mover, is_load, 0, host, IDS, IDS, gate))
+    thread = threading.Thread(target=copy, args=(mover, is_load, 0, near, IDS, IDS, gate))
     thread.start()
     assert gate.asked.wait(30)
     assert torch.equal(engine, before[0])
-    assert torch.equal(host, before[1])
+    assert torch.equal(near.memory, before[1])
     gate.opened.set()
     thread.join()
-    assert torch.equal(host[1], block(engine, 0, 1))
+    assert torch.equal(page(near, 0, 1), block(engine, 0, 1))
 
 
 def test_compute_is_held_until_the_fence(mover: Mover) -> None:
@@ -259,6 +291,44 @@ def test_host_memory_is_given_before_it_is_committed_and_closing_stops_at_the_ne
         memory.wait()
 
 
+def test_the_first_bytes_are_waited_for_alone() -> None:
+    begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def commit(_: int, __: int) -> None:
+        begun.release()
+        assert go_on.acquire(timeout=30)
+
+    memory = HostMemory(3 * 4096, 4096, commit)
+    assert begun.acquire(timeout=30)
+    memory.wait(0)
+    waiter = threading.Thread(target=memory.wait, args=(4097,))
+    waiter.start()
+    go_on.release()
+    assert begun.acquire(timeout=30)
+    memory.wait(4096)
+    assert waiter.is_alive(), "the second piece is not there"
+    go_on.release()
+    waiter.join(30)
+    assert not waiter.is_alive()
+    go_on.release()
+    memory.wait()
+
+
+def test_what_was_committed_before_an_error_stays_usable() -> None:
+    def commit(address: int, _: int) -> None:
+        if address != memory.tensor.data_ptr():
+            raise OSError("no more memory")
+
+    with pytest.MonkeyPatch.context() as patch:  # the thread begins when the memory has a name
+        started: list[Callable[[], None]] = []
+        patch.setattr(threading.Thread, "start", lambda thread: started.append(thread.run))
+        memory = HostMemory(2 * 4096, 4096, commit)
+    started[0]()
+    memory.wait(4096)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        memory.wait(4097)
+
+
 def test_host_memory_that_cannot_be_committed_says_which_key_to_change() -> None:
     def commit(_: int, __: int) -> None:
         raise OSError("no memory")
@@ -273,6 +343,21 @@ def test_host_memory_knows_its_own() -> None:
     assert memory.holds(memory.tensor[:10])
     assert memory.holds(memory.tensor[8191:])
     assert not memory.holds(torch.zeros(10, dtype=torch.uint8))
+
+
+def test_a_forked_child_that_drops_its_parents_memory_keeps_its_own() -> None:
+    size = 64 << 20
+    memory = HostMemory(size, size, lambda _, __: None)
+    memory.close()
+    child = os.fork()
+    if not child:
+        # The kernel gives it the addresses that are free here: those of the parent's memory.
+        own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        del memory
+        gc.collect()
+        own[0] = 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.skipif(

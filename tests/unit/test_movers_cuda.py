@@ -22,21 +22,24 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.data.movers import cuda as cuda_module
-from lamina.data.movers.base import Fence
-from lamina.data.movers.cuda import CudaMover
-from lamina.geometry import CacheGeometry, Row
+from lamina_kv.data.movers import cuda as cuda_module
+from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
 
 PAGE, STRIDE, BLOCKS = 64, 96, 8
 GEOMETRY = CacheGeometry(
     rows=(Row(("a",), 0, 0, STRIDE, PAGE), Row(("b",), 0, PAGE, STRIDE, 32)),
     num_blocks=BLOCKS,
     block_tokens=16,
-    chunk_tokens=16,
+    chunk_tokens=32,
     allocation_bytes=(BLOCKS * STRIDE,),
 )
+OBJECT = 4096
+SLOTS = 4
 PAGES, IDS = np.array([5, 0, 2]), np.array([1, 7, 3])
-PAGE_COPY = "lamina.data.movers.page_copy"
+PAGE_COPY = "lamina_kv.data.movers.page_copy"
 
 
 class Stream:
@@ -78,8 +81,7 @@ class Device:
         self.copies: list[tuple[Stream, list[list[int]]]] = []
         self.registered: dict[int, int] = {}
         self.chosen_by: list[threading.Thread] = []
-        self.may_register = threading.Event()
-        self.may_register.set()
+        self.pins: threading.Semaphore | None = None
         self.result = 0
 
     @contextlib.contextmanager
@@ -107,7 +109,7 @@ class Device:
         self.chosen_by.append(threading.current_thread())
 
     def register(self, address: int, length: int, _: int) -> int:
-        assert self.may_register.wait(30)
+        assert self.pins is None or self.pins.acquire(timeout=30)
         assert threading.current_thread() in self.chosen_by
         self.registered[address] = length
         return self.result
@@ -160,21 +162,30 @@ def mover(device: Device, engine: torch.Tensor) -> CudaMover:
 
 
 @pytest.fixture
-def host(mover: CudaMover) -> torch.Tensor:
-    return mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
+def near(mover: CudaMover) -> NearSlab:
+    return slab(mover)
+
+
+def slab(mover: CudaMover) -> NearSlab:
+    return NearSlab(GEOMETRY, SLOTS * OBJECT, mover.allocate_host)
 
 
 def events(stream: Stream) -> list[str]:
     return [what for what, _ in stream.log]
 
 
+def units(page: int) -> int:
+    """Where a near page of row 0 begins, in pages."""
+    return page // 2 * (OBJECT // PAGE) + page % 2
+
+
 def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_copy(
-    device: Device, mover: CudaMover, host: torch.Tensor
+    device: Device, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
-    fence = mover.save(0, IDS, host, PAGES, after)
+    fence = mover.save(0, IDS, near, PAGES, after)
     ((stream, pairs),) = device.copies
-    assert pairs == [[1, 5], [7, 0], [3, 2]]
+    assert pairs == [[1, units(5)], [7, units(0)], [3, units(2)]]
     assert events(stream)[-3:] == ["wait", "copy", "record"]
     (_, computed), (_, awaited), (_, recorded) = device.compute.log[0], *stream.log[-3::2]
     assert awaited is computed
@@ -185,13 +196,13 @@ def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_co
 
 
 def test_a_load_runs_on_a_stream_of_its_own_before_saves(
-    device: Device, mover: CudaMover, host: torch.Tensor
+    device: Device, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
-    mover.save(0, IDS, host, PAGES, after)
-    mover.load(0, host, PAGES, IDS, after)
+    mover.save(0, IDS, near, PAGES, after)
+    mover.load(0, near, PAGES, IDS, after)
     (save, _), (load, pairs) = device.copies
-    assert pairs == [[5, 1], [0, 7], [2, 3]]
+    assert pairs == [[units(5), 1], [units(0), 7], [units(2), 3]]
     assert load is not save
     assert device.compute not in (load, save)
     assert load.priority < save.priority
@@ -199,10 +210,8 @@ def test_a_load_runs_on_a_stream_of_its_own_before_saves(
     assert load.log[-3][1] is device.compute.log[0][1]
 
 
-def test_compute_is_held_on_the_device(
-    device: Device, mover: CudaMover, host: torch.Tensor
-) -> None:
-    fence = mover.load(0, host, PAGES, IDS, mover.fence_compute())
+def test_compute_is_held_on_the_device(device: Device, mover: CudaMover, near: NearSlab) -> None:
+    fence = mover.load(0, near, PAGES, IDS, mover.fence_compute())
     mover.hold_compute(fence)
     recorded = device.copies[0][0].log[-1][1]
     assert device.compute.log[-1] == ("wait", recorded)
@@ -210,7 +219,7 @@ def test_compute_is_held_on_the_device(
 
 
 def test_a_fence_of_another_kind_is_waited_for(
-    device: Device, mover: CudaMover, host: torch.Tensor
+    device: Device, mover: CudaMover, near: NearSlab
 ) -> None:
     class Foreign(Fence):
         waited = False
@@ -222,67 +231,89 @@ def test_a_fence_of_another_kind_is_waited_for(
         def passed(self) -> bool:
             return True
 
-    mover.load(0, host, PAGES, IDS, Foreign())
+    mover.load(0, near, PAGES, IDS, Foreign())
     assert Foreign.waited
 
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_what_is_saved_comes_back(
-    mover: CudaMover, engine: torch.Tensor, host: torch.Tensor, row: int
+    mover: CudaMover, engine: torch.Tensor, near: NearSlab, row: int
 ) -> None:
     before = engine.clone()
-    pages = host.view(-1, GEOMETRY.rows[row].page_bytes)
-    mover.save(row, IDS, pages, PAGES, mover.fence_compute())
+    mover.save(row, IDS, near, PAGES, mover.fence_compute())
     for block in IDS:
         start = GEOMETRY.rows[row].offset + block * STRIDE
         engine[start : start + GEOMETRY.rows[row].page_bytes] = 0
     assert not torch.equal(engine, before)
-    mover.load(row, pages, PAGES, IDS, mover.fence_compute())
+    mover.load(row, near, PAGES, IDS, mover.fence_compute())
     assert torch.equal(engine, before)
 
 
 def test_memory_that_is_not_the_movers_is_refused(device: Device, mover: CudaMover) -> None:
-    elsewhere = torch.zeros(BLOCKS, PAGE, dtype=torch.uint8)
+    elsewhere = NearSlab(GEOMETRY, OBJECT, lambda size: torch.zeros(size, dtype=torch.uint8))
+    pages = PAGES[1:2]
     with pytest.raises(ValueError, match="allocate_host"):
-        mover.save(0, IDS, elsewhere, PAGES, mover.fence_compute())
+        mover.save(0, IDS[:1], elsewhere, pages, mover.fence_compute())
     with pytest.raises(ValueError, match="allocate_host"):
-        mover.load(0, elsewhere, PAGES, IDS, mover.fence_compute())
+        mover.load(0, elsewhere, pages, IDS[:1], mover.fence_compute())
     with pytest.raises(IndexError):
-        mover.load(0, elsewhere, PAGES, IDS + BLOCKS, mover.fence_compute())
+        mover.load(0, elsewhere, pages, IDS[:1] + BLOCKS, mover.fence_compute())
     assert not device.copies
 
 
-def test_a_copy_waits_until_its_memory_is_pinned(device: Device, mover: CudaMover) -> None:
-    device.may_register.clear()
-    host = mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
-    thread = threading.Thread(target=mover.load, args=(0, host, PAGES, IDS, mover.fence_compute()))
-    thread.start()
-    thread.join(0.05)
-    assert not device.copies
-    device.may_register.set()
-    thread.join(30)
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+def test_a_copy_waits_until_the_slots_that_it_touches_are_pinned(
+    device: Device, mover: CudaMover, is_load: bool
+) -> None:
+    device.pins = threading.Semaphore(0)
+    near = slab(mover)  # the first slot is one piece to pin, and so is each that follows
+
+    def copy(slot: int) -> threading.Thread:
+        pages, after = np.array([2 * slot + 1, 0]), mover.fence_compute()
+        thread = threading.Thread(
+            target=lambda: (
+                mover.load(0, near, pages, IDS[:2], after)
+                if is_load
+                else mover.save(0, IDS[:2], near, pages, after)
+            )
+        )
+        thread.start()
+        return thread
+
+    last, first = copy(2), copy(0)
+    device.pins.release()
+    first.join(30)
     assert len(device.copies) == 1
+    device.pins.release()
+    last.join(0.05)
+    assert last.is_alive()
+    device.pins.release()
+    last.join(30)
+    assert len(device.copies) == 2
+    assert len(device.registered) == 3
+    device.pins.release()
 
 
 def test_memory_that_cannot_be_pinned_takes_part_in_no_copy(
     device: Device, mover: CudaMover
 ) -> None:
     device.result = 2
-    host = mover.allocate_host(BLOCKS * PAGE).view(BLOCKS, PAGE)
+    near = slab(mover)
     with pytest.raises(RuntimeError, match=r"out of memory.*host\.capacity"):
-        mover.load(0, host, PAGES, IDS, mover.fence_compute())
+        mover.load(0, near, PAGES, IDS, mover.fence_compute())
     assert not device.copies
 
 
 def test_memory_is_pinned_whole_and_let_go_at_the_end(device: Device, mover: CudaMover) -> None:
-    memory = mover.allocate_host(10_000)
-    base = memory.data_ptr()
-    mover.load(0, memory[:PAGE].view(1, PAGE), IDS[:0], IDS[:0], mover.fence_compute())
-    assert device.registered == {base: 4096, base + 4096: 4096, base + 8192: 1808}
+    near = slab(mover)
+    base = near.memory.data_ptr()
+    last = np.array([2 * SLOTS - 1])
+    mover.load(0, near, last, IDS[:1], mover.fence_compute())
+    assert device.registered == {base + slot * OBJECT: OBJECT for slot in range(SLOTS)}
     mover.close()
     mover.close()
     assert not device.registered
-    memory.fill_(1)
+    near.memory.fill_(1)
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from lamina.engines.vllm.layout import UnsupportedModel, check_supported
-from lamina.engines.vllm.messages import LaminaReport, LaminaWords
-from lamina.engines.vllm.opening import PLANS, Opening
-from lamina.keys import CHECKPOINT, Epoch
-from lamina.plan import RankReport
+from lamina_kv.engines.vllm.layout import UnsupportedModel, check_supported
+from lamina_kv.engines.vllm.messages import LaminaReport, LaminaWords
+from lamina_kv.engines.vllm.opening import PLANS, Opening
+from lamina_kv.keys import CHECKPOINT, Epoch
+from lamina_kv.plan import RankReport
 
 
 def report(rank: int, namespace: str = "") -> LaminaReport:
-    return LaminaReport(RankReport(rank, 4, 0, 100), namespace)
+    return LaminaReport(RankReport(rank, 4, 0, 100), namespace, "")
 
 
 def test_the_first_plan_asks_and_no_other() -> None:

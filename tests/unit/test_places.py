@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from lamina.config import LoadConfig
-from lamina.data.executor import Executor
-from lamina.data.movers.base import make_mover
-from lamina.data.sources import tier_sources
-from lamina.data.tiers.host import HostTier
-from lamina.geometry import CacheGeometry, Place, Row
-from lamina.plan import (
-    ChunkKey,
-    ChunkLoad,
+from lamina_kv.config import LoadConfig
+from lamina_kv.data.executor import Executor, Tiers
+from lamina_kv.data.movers.base import make_mover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Place, Row
+from lamina_kv.plan import (
     LoadMode,
     LoadOrder,
     Outcome,
+    PageMap,
     SaveOrder,
     StepPlan,
-    TierName,
     TransferId,
 )
 
@@ -48,16 +46,8 @@ HELD = ({6, 7, 2, 3}, {21, 23, 12, 14})
 def test_every_group_is_saved_from_its_own_pages_and_loaded_into_them(overwritten: bool) -> None:
     cache = torch.randint(0, 256, (PAGES * PAGE,), dtype=torch.uint8)
     mover = make_mover(GEOMETRY, [cache])
-    host = HostTier(GEOMETRY, 4 * GEOMETRY.chunk_bytes, mover.allocate_host)
-    executor = Executor(
-        rank=0,
-        geometry=GEOMETRY,
-        mover=mover,
-        host=host,
-        disk=None,
-        config=LoadConfig(),
-        sources=tier_sources(host, None, mover, GEOMETRY),
-    )
+    near = NearSlab(GEOMETRY, 4 * GEOMETRY.object_bytes, mover.allocate_host)
+    executor = Executor(rank=0, tiers=Tiers(near), mover=mover, config=LoadConfig())
 
     layers = [layer for row in GEOMETRY.rows for layer in row.layers]
 
@@ -73,20 +63,20 @@ def test_every_group_is_saved_from_its_own_pages_and_loaded_into_them(overwritte
             time.sleep(0.001)
         assert outcomes == [Outcome.DONE] * 2
 
-    keys = [ChunkKey(bytes([group]) * 32) for group in range(2)]
     saves = [
-        SaveOrder(TransferId(group), "r", keys[group], group, BLOCKS[group], group, overwritten)
+        SaveOrder(TransferId(group), "r", group, BLOCKS[group], group, overwritten)
         for group in range(2)
     ]
     run(StepPlan(1, saves=tuple(saves)))
     before = cache.view(PAGES, PAGE).clone()
     cache.zero_()
+    near_pages = np.arange(4, dtype=np.int32).reshape(2, 2)
     loads = [
         LoadOrder(
             TransferId(2 + group),
             f"r{group}",
             LoadMode.LAYERWISE,
-            (ChunkLoad(keys[group], TierName.HOST, group, 0, BLOCKS[group], group),),
+            (PageMap(group, near_pages[group], np.array(BLOCKS[group], np.int32)),),
             30.0,
         )
         for group in range(2)

@@ -6,27 +6,23 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Engine, Pool, View, prompt
-
-from lamina.config import load_config
-from lamina.control.planner import Planner
-from lamina.control.push_source import PushSource
-from lamina.control.requests import ChunkShape
-from lamina.control.saving import SavePlanner
-from lamina.control.transfers import Kind
-from lamina.keys import CHECKPOINT, Epoch
-from lamina.observe.metrics import Meter
-from lamina.plan import (
-    ChunkKey,
-    LoadMode,
-    LoadOrder,
-    Outcome,
-    RankReport,
-    Receipt,
-    StoredChunk,
-    TierName,
-    TransferReceipt,
+from driven_planner import (
+    CHUNK_BYTES,
+    FAR,
+    Engine,
+    View,
+    drops,
+    keys_of,
+    outward,
+    pages_of,
+    prompt,
 )
+
+from lamina_kv.control.push.pushes import Pushes
+from lamina_kv.control.saving import SavePlanner
+from lamina_kv.control.transfers import Kind
+from lamina_kv.keys import CHECKPOINT, Epoch
+from lamina_kv.plan import NEAR, LoadMode, Outcome, Receipt, TransferReceipt
 
 
 def test_what_was_saved_is_hit_by_the_same_prefix() -> None:
@@ -63,10 +59,13 @@ def test_any_block_boundary_may_be_the_floor() -> None:
     assert engine.planner.lookup(view, 16).tokens == 80
     engine.planner.admitted("b", 80)
     (order,) = engine.step(("b", 100)).loads
-    assert [(c.first_block, c.blocks) for c in order.chunks] == [
-        (1, (51,)),
-        (0, (52, 53)),
-        (0, (54, 55)),
+    first, second, third = engine.slots("b")
+    assert pages_of(order) == [
+        (first, 1, 51),
+        (second, 0, 52),
+        (second, 1, 53),
+        (third, 0, 54),
+        (third, 1, 55),
     ]
 
 
@@ -76,7 +75,7 @@ def test_a_hit_that_ends_inside_a_chunk_loads_part_of_it() -> None:
     engine.planner.lookup(View("b", prompt(96), first_block=50), 0)
     engine.planner.admitted("b", 80)
     (order,) = engine.step(("b", 96)).loads
-    assert order.chunks[-1].blocks == (54,)
+    assert pages_of(order)[-1] == (engine.slots("b")[-1], 0, 54)
 
 
 def test_a_chunk_is_invisible_until_every_rank_has_it() -> None:
@@ -103,7 +102,7 @@ def test_a_save_that_fails_on_one_rank_is_seen_by_none() -> None:
     engine.answer(order.transfer, ranks=[1], outcome=Outcome.FAILED)
     assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 0
     assert engine.pool.held == set()
-    assert engine.count("failures", "save_test") == 1
+    assert engine.count("failures", NEAR, "save_test") == 1
 
 
 def test_blocks_are_leased_from_the_plan_until_they_are_read() -> None:
@@ -169,7 +168,7 @@ def test_over_the_bound_fewer_saves_are_planned_and_made_up_for_later() -> None:
 
 
 def test_a_host_tier_full_of_leased_slots_saves_nothing_and_fails_nothing() -> None:
-    engine = Engine(host_slots=1)
+    engine = Engine(near_slots=1)
     engine.planner.lookup(View("a", prompt(70)), 0)
     engine.planner.admitted("a", 0)
     assert len(engine.step(("a", 70)).saves) == 1
@@ -177,7 +176,7 @@ def test_a_host_tier_full_of_leased_slots_saves_nothing_and_fails_nothing() -> N
 
 
 def test_a_load_holds_its_slots_until_it_is_over() -> None:
-    engine = Engine(host_slots=2)
+    engine = Engine(near_slots=2)
     engine.save(View("a", prompt(70)))
     engine.planner.lookup(View("b", prompt(70), first_block=50), 0)
     engine.planner.admitted("b", 64)
@@ -190,7 +189,7 @@ def test_a_load_holds_its_slots_until_it_is_over() -> None:
 
 
 def test_alone_a_load_is_layerwise_beside_others_it_is_parked() -> None:
-    engine = Engine()
+    engine = Engine({"load": {"when": "always"}})
     engine.save(View("a", prompt(70)))
     assert engine.planner.lookup(View("b", prompt(70)), 0).mode is LoadMode.LAYERWISE
     engine.planner.admitted("b", 64)
@@ -204,14 +203,6 @@ def test_a_configured_mode_is_obeyed(mode: str) -> None:
     assert engine.planner.lookup(View("b", prompt(70)), 0).mode.value == mode
 
 
-def test_a_fallible_load_is_parked_where_failures_cannot_be_taken_back() -> None:
-    engine = Engine({"load": {"mode": "layerwise"}}, disk_slots=8, reports_blocks=False)
-    engine.save(View("a", prompt(40)))
-    engine.settle_writes()
-    engine.planner._catalog.host.clear()
-    assert engine.planner.lookup(View("b", prompt(40)), 0).mode is LoadMode.PARKED
-
-
 def test_below_the_minimum_nothing_is_loaded() -> None:
     engine = Engine({"load": {"min_tokens": 65}})
     engine.save(View("a", prompt(100)))
@@ -221,26 +212,8 @@ def test_below_the_minimum_nothing_is_loaded() -> None:
     assert engine.planner.lookup(View("c", prompt(100)), 0).tokens == 96
 
 
-def failed_load(engine: Engine) -> None:
-    """A request whose second of two chunks cannot be delivered, with a save of the third."""
-    engine.save(View("a", prompt(70)))
-    engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
-    engine.planner.admitted("b", 64)
-    plan = engine.step(("b", 100))
-    (load,), (save,) = plan.loads, plan.saves
-    engine.answer(save.transfer)
-    engine.answer(load.transfer, outcome=Outcome.FAILED, bad=(load.chunks[1].key,))
-
-
-def test_a_chunk_that_could_not_be_delivered_is_dropped() -> None:
-    engine = Engine()
-    failed_load(engine)
-    assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 32
-    assert engine.count("failures", "load_test") == 1
-
-
 def test_what_was_computed_on_a_failed_load_never_becomes_visible() -> None:
-    engine = Engine()
+    engine = Engine({"load": {"mode": "layerwise"}})
     engine.save(View("a", prompt(70)))
     engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
     engine.planner.admitted("b", 64)
@@ -261,35 +234,23 @@ def test_what_was_computed_on_a_failed_load_never_becomes_visible() -> None:
             )
         ]
     )
-    assert not engine.planner._catalog.keeps(plan.saves[0].key)
-    assert not engine.planner._catalog.keeps(after.saves[0].key)
+    assert engine.planner.lookup(View("d", prompt(100)), 0).tokens == 64
+    assert engine.planner.lookup(View("e", prompt(40, seed=3)), 0).tokens == 0
     assert engine.pool.held == set()
 
 
 def test_after_a_failed_load_the_recomputed_chunks_are_saved_again() -> None:
-    engine = Engine()
-    failed_load(engine)
-    assert [o.blocks for o in engine.step(("b", 100)).saves] == [(52, 53), (54, 55)]
-
-
-@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.FAILED])
-def test_a_save_is_shown_only_when_the_loads_that_the_model_computed_on_are_known_to_be_good(
-    outcome: Outcome,
-) -> None:
-    engine = Engine({"load": {"mode": "layerwise"}}, ranks=2)
+    engine = Engine({"load": {"mode": "layerwise"}})
     engine.save(View("a", prompt(70)))
     engine.planner.lookup(View("b", prompt(100), first_block=50), 0)
     engine.planner.admitted("b", 64)
     plan = engine.step(("b", 100))
-    engine.answer(plan.saves[0].transfer)
-    engine.answer(plan.loads[0].transfer, ranks=[1])
-    assert engine.planner._catalog.host.find(plan.saves[0].key) is None
-    assert engine.pool.held == set()
-    assert engine.planner.has_work
-    engine.answer(plan.loads[0].transfer, ranks=[0], outcome=outcome)
-    shown = engine.planner._catalog.host.find(plan.saves[0].key) is not None
-    assert shown == (outcome is Outcome.DONE)
-    assert not engine.planner.has_work
+    (load,), (save,) = plan.loads, plan.saves
+    failed = TransferReceipt(load.transfer, Outcome.FAILED, reason="test")
+    saved = TransferReceipt(save.transfer, Outcome.DONE)
+    engine.planner.receive([Receipt(0, (saved, failed))])
+    assert [o.blocks for o in engine.step(("b", 100)).saves] == [(54, 55)]
+    assert engine.count("failures", NEAR, "load_test") == 1
 
 
 def test_a_preempted_request_is_looked_up_anew_and_stale_receipts_change_nothing() -> None:
@@ -304,7 +265,7 @@ def test_a_preempted_request_is_looked_up_anew_and_stale_receipts_change_nothing
     engine.planner.admitted("b", 64)
     (new,) = engine.step(("b", 70)).loads
     assert new.transfer != old.transfer
-    assert new.chunks[0].blocks == (80, 81)
+    assert [block for _, _, block in pages_of(new)] == [80, 81, 82, 83]
     engine.answer(old.transfer, outcome=Outcome.FAILED)
     engine.answer(old.transfer, outcome=Outcome.FAILED)
     engine.answer(new.transfer)
@@ -326,7 +287,7 @@ def test_a_call_after_a_parked_load_does_not_count_as_a_second_admission() -> No
 
 
 def test_a_repeated_lookup_sees_what_has_become_visible_and_what_is_gone() -> None:
-    engine = Engine(host_slots=3)
+    engine = Engine(near_slots=3)
     waiting = View("w", prompt(100))
     assert engine.planner.lookup(waiting, 0).tokens == 0
     engine.save(View("a", prompt(40)))
@@ -337,102 +298,77 @@ def test_a_repeated_lookup_sees_what_has_become_visible_and_what_is_gone() -> No
     assert engine.planner.lookup(waiting, 0).tokens == 32
 
 
-def test_chunks_are_written_through_and_found_on_disk() -> None:
-    engine = Engine(disk_slots=8)
+def test_what_is_saved_is_moved_outward_and_found_there() -> None:
+    engine = Engine(far_slots=8)
     engine.save(View("a", prompt(70)))
     plan = engine.step()
-    assert [(w.host_slot, w.disk_slot) for w in plan.writes] == [(0, 0), (1, 1)]
+    assert [(move.near, move.far) for move in outward(plan)] == [(0, 0), (1, 1)]
     assert engine.planner.has_work
-    engine.answer(*(w.transfer for w in plan.writes))
+    engine.answer(*(move.transfer for move in outward(plan)))
     assert not engine.planner.has_work
-    engine.planner._catalog.host.clear()
-    engine.planner.lookup(View("b", prompt(70), first_block=50), 0)
-    assert engine.planner.hit_sources("b") == {TierName.DISK: 64}
+    engine.forget_near()
+    view = View("b", prompt(70), first_block=50)
+    assert engine.planner.lookup(view, 0).ask_again
+    assert engine.lookup(view).tokens == 64
+    assert engine.planner.hit_sources("b") == {FAR: 64}
     engine.planner.admitted("b", 64)
     plan = engine.step(("b", 70))
-    assert {c.tier for c in plan.loads[0].chunks} == {TierName.DISK}
-    # What came from disk is wanted on the host as well, and is not written to disk again.
-    assert len(plan.saves) == 2
-    engine.answer(plan.loads[0].transfer, *(o.transfer for o in plan.saves))
-    assert engine.step().writes == ()
+    assert len(plan.loads) == 1
+    assert plan.saves == (), "it is near by now"
+    engine.answer(plan.loads[0].transfer)
+    assert outward(engine.step()) == (), "and still there"
 
 
-def test_writes_in_flight_are_bounded_and_the_rest_follows() -> None:
-    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": 2 * CHUNK_BYTES}
-    engine = Engine({"disk": disk}, disk_slots=8)
+def test_moves_outward_are_bounded_and_the_rest_follows() -> None:
+    engine = Engine(far_slots=8, far={"max_inflight": 2 * CHUNK_BYTES})
     engine.save(View("a", prompt(100)))
-    assert len(engine.settle_writes().writes) == 2
+    assert len(outward(engine.settle_moves())) == 2
     assert engine.planner.has_work
-    assert len(engine.settle_writes().writes) == 1
+    assert len(outward(engine.settle_moves())) == 1
     assert not engine.planner.has_work
 
 
-def test_a_disk_that_hangs_does_not_keep_the_engine_awake() -> None:
-    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": CHUNK_BYTES}
-    engine = Engine({"disk": disk}, disk_slots=8)
+def test_a_tier_that_hangs_does_not_keep_the_engine_awake() -> None:
+    engine = Engine(far_slots=8, far={"max_inflight": CHUNK_BYTES})
     engine.save(View("a", prompt(100)))
-    (hanging,) = engine.step().writes
+    (hanging,) = outward(engine.step())
     assert engine.planner.has_work
     engine.wait(31)
     assert not engine.planner.has_work
     engine.answer(hanging.transfer)
     assert engine.planner.has_work
-    assert len(engine.settle_writes().writes) == 1
+    assert len(outward(engine.settle_moves())) == 1
 
 
-def test_a_write_that_fails_leaves_the_host_copy_and_frees_the_slot() -> None:
-    engine = Engine(disk_slots=8)
+def test_a_write_that_fails_leaves_the_near_copy_and_frees_both_slots() -> None:
+    engine = Engine(far_slots=8)
     engine.save(View("a", prompt(40)))
-    (write,) = engine.step().writes
+    (write,) = outward(engine.step())
+    assert engine.near.leased == 1
     engine.answer(write.transfer, outcome=Outcome.FAILED)
+    assert engine.near.leased == 0
     assert engine.planner.lookup(View("b", prompt(40)), 0).tokens == 32
-    assert engine.step().drop_disk == (write.disk_slot,)
-    assert engine.planner._catalog.disk is not None
-    assert engine.planner._catalog.disk.used == 0
+    (again,) = outward(engine.step())
+    engine.answer(again.transfer, outcome=Outcome.FAILED)
+    assert engine.near.leased == 0
+    assert drops(engine.step()) == (again.far,)
+    assert engine.far.used == 0
+    assert engine.count("failures", FAR, "write_test") == 2
 
 
-def test_a_damaged_disk_chunk_is_forgotten_on_disk_too() -> None:
-    stored = (StoredChunk(ChunkKey(b"x" * 20), 5, 1.0),)
-    engine = Engine(disk_slots=8, stored=stored)
-    engine.save(View("a", prompt(40)))
-    engine.settle_writes()
-    engine.planner._catalog.host.clear()
-    engine.planner.lookup(View("b", prompt(40)), 0)
-    engine.planner.admitted("b", 32)
-    (load,) = engine.step(("b", 40)).loads
-    engine.answer(load.transfer, outcome=Outcome.FAILED, bad=(load.chunks[0].key,))
-    assert engine.step().drop_disk == (load.chunks[0].slot,)
-    assert engine.planner.lookup(View("c", prompt(40)), 0).tokens == 0
-
-
-def test_only_what_every_rank_found_on_disk_is_hit() -> None:
-    engine = Engine(disk_slots=8)
-    keys = engine.save(View("a", prompt(70))).saves
-    slots_of_rank = ((0, 1), (0, 3))
-    reports = [
-        RankReport(
-            rank,
-            host_slots=4,
-            disk_slots=8,
-            chunk_bytes=CHUNK_BYTES,
-            stored=tuple(
-                StoredChunk(order.key, slot, 1.0) for order, slot in zip(keys, slots, strict=True)
-            ),
-        )
-        for rank, slots in enumerate(slots_of_rank)
-    ]
-    settings = load_config({"disk": {"path": "/store", "capacity": "1GiB"}}, {})
-    planner = Planner(
-        settings, ChunkShape.uniform(BLOCK, CHUNK), b"namespace", Pool(), reports, Meter()
-    )
-    assert planner.lookup(View("b", prompt(70)), 0).tokens == 32
-    assert planner.plan_step((), forward=False).drop_disk == (1, 3)
+def test_only_what_every_rank_found_in_a_tier_is_hit() -> None:
+    keys = keys_of(prompt(70))
+    stored = [dict(zip(slots, keys, strict=True)) for slots in ((0, 1), (0, 3))]
+    engine = Engine(ranks=2, far_slots=8, stored=stored)
+    assert engine.lookup(View("b", prompt(70)), 0).tokens == 32
+    engine = Engine(ranks=2, far_slots=8, stored=stored)
+    assert drops(engine.step()) == (1, 3)
 
 
 def test_a_reset_begins_an_epoch_and_deletes_nothing() -> None:
-    engine = Engine(disk_slots=8)
+    engine = Engine(far_slots=8)
     engine.save(View("a", prompt(70)))
-    engine.settle_writes()
+    engine.write_all()
     engine.planner.lookup(View("b", prompt(70, seed=2), first_block=50), 0)
     engine.planner.admitted("b", 0)
     saves = engine.step(("b", 70)).saves
@@ -440,7 +376,7 @@ def test_a_reset_begins_an_epoch_and_deletes_nothing() -> None:
     engine.answer(*(o.transfer for o in saves))
     assert engine.planner.lookup(View("c", prompt(70)), 0).tokens == 0
     assert engine.planner.lookup(View("d", prompt(70, seed=2)), 0).tokens == 0
-    assert engine.step().drop_disk == ()
+    assert drops(engine.step()) == ()
     assert engine.pool.held == set()
     engine.planner.begin(CHECKPOINT)
     assert engine.planner.lookup(View("e", prompt(70)), 0).tokens == 64
@@ -449,17 +385,17 @@ def test_a_reset_begins_an_epoch_and_deletes_nothing() -> None:
 
 
 def test_a_save_that_survives_a_change_of_weights_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SavePlanner, "poison", lambda saving, transfer: None)
+    monkeypatch.setattr(SavePlanner, "_poison", lambda saving, transfer: None)
     with pytest.raises(AssertionError, match="64 == 0"):
         test_a_reset_begins_an_epoch_and_deletes_nothing()
 
 
 @pytest.mark.parametrize(("epoch", "written"), [(Epoch("v2"), 2), (Epoch(run="1"), 0)])
-def test_only_weights_with_a_name_are_written_to_disk(epoch: Epoch, written: int) -> None:
-    engine = Engine(disk_slots=8)
+def test_only_chunks_of_weights_with_a_name_are_moved_outward(epoch: Epoch, written: int) -> None:
+    engine = Engine(far_slots=8)
     engine.planner.begin(epoch)
     engine.save(View("a", prompt(70)))
-    assert len(engine.settle_writes().writes) == written
+    assert len(outward(engine.settle_moves())) == written
     engine.planner.reset()
     assert engine.planner.lookup(View("b", prompt(70)), 0).tokens == 0
     engine.planner.begin(epoch)
@@ -469,7 +405,7 @@ def test_only_weights_with_a_name_are_written_to_disk(epoch: Epoch, written: int
 def test_an_epoch_without_a_name_that_lasts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Epoch, "lasting", True)
     with pytest.raises(AssertionError, match="2 == 0"):
-        test_only_weights_with_a_name_are_written_to_disk(Epoch(run="1"), 0)
+        test_only_chunks_of_weights_with_a_name_are_moved_outward(Epoch(run="1"), 0)
 
 
 def test_two_resets_are_two_epochs_and_those_of_another_process_are_others() -> None:
@@ -550,10 +486,8 @@ def test_a_barred_request_keeps_nothing_until_it_gets_other_blocks() -> None:
 def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
     engine, view, barred = Engine(), View("a", prompt(70)), []
     start(engine, view)
-    source = SimpleNamespace(
-        bar=lambda record: barred.append(record.view.request_id), waits=lambda *_: False
-    )
-    engine.planner._source = cast(PushSource, source)
+    pushes = SimpleNamespace(bar=lambda record: barred.append(record.view.request_id))
+    engine.planner._pushes = cast(Pushes, pushes)
     if how == "weights":
         engine.planner.reset()
     elif how == "an adapter":
@@ -565,7 +499,7 @@ def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
 
 def test_a_tier_smaller_than_a_chunk_is_an_error_at_the_start() -> None:
     with pytest.raises(ValueError, match=r"host\.capacity"):
-        Engine({}, host_slots=0)
+        Engine({}, near_slots=0)
 
 
 def test_a_reset_does_not_bring_back_what_running_requests_computed_before_it() -> None:
@@ -638,8 +572,7 @@ def test_a_request_for_which_nothing_may_be_loaded_is_still_saved() -> None:
 
 
 def test_what_waits_to_be_written_is_bounded() -> None:
-    disk = {"path": "/store", "capacity": "1GiB", "max_inflight": CHUNK_BYTES}
-    engine = Engine({"disk": disk}, host_slots=3, disk_slots=50)
+    engine = Engine(near_slots=3, far_slots=50, far={"max_inflight": CHUNK_BYTES})
     engine.save(View("a", prompt(40)))
     engine.step()
     for seed in range(1, 6):
@@ -647,60 +580,13 @@ def test_what_waits_to_be_written_is_bounded() -> None:
     engine.planner.gauges()
     readings = engine.readings()
     assert readings.gauges["write_backlog", ()] <= 3
-    assert readings.counters["writes_skipped", ("backlog",)] >= 2
-
-
-def parked_load(engine: Engine) -> LoadOrder:
-    """A load from memory of a request beside one that runs, which is saving a chunk."""
-    engine.save(View("a", prompt(100)))
-    running = View("running", prompt(300, seed=1), first_block=100)
-    engine.planner.lookup(running, 0)
-    engine.planner.admitted("running", 0)
-    engine.step(("running", CHUNK - 1))
-    parked = View("parked", prompt(100), first_block=40)
-    hit = engine.planner.lookup(parked, 0)
-    engine.planner.admitted("parked", hit.tokens)
-    (order,) = engine.step(("running", CHUNK)).loads
-    assert order.mode is LoadMode.PARKED
-    return order
-
-
-def test_a_load_whose_request_may_go_on_early_holds_its_blocks() -> None:
-    engine = Engine({"load": {"when": "always"}})
-    order = parked_load(engine)
-    targets = {block for chunk in order.chunks for block in chunk.blocks}
-    assert order.grace is not None
-    assert targets <= engine.pool.held
-    engine.answer(order.transfer)
-    assert not targets & engine.pool.held
-
-
-@pytest.mark.parametrize("settings", [{"mode": "parked"}, {"mode": "layerwise"}])
-def test_who_decides_how_loads_run_gets_none_released_early(settings: dict[str, object]) -> None:
-    engine = Engine({"load": {"when": "always", **settings}})
-    engine.save(View("a", prompt(100)))
-    again = View("b", prompt(100), first_block=40)
-    engine.planner.admitted("b", engine.planner.lookup(again, 0).tokens)
-    (order,) = engine.step().loads
-    assert order.grace is None
-
-
-@pytest.mark.parametrize("released", [True, False])
-def test_only_what_was_computed_on_a_failed_load_is_doubted(released: bool) -> None:
-    engine = Engine({"load": {"when": "always"}})
-    order = parked_load(engine)
-    (save,) = (t for t in engine.planner._transfers.live() if t.kind is Kind.SAVE)
-    engine.answer(save.id)
-    failed = TransferReceipt(order.transfer, Outcome.FAILED, reason="test", released=released)
-    engine.planner.receive([Receipt(0, (failed,))])
-    host = engine.planner._catalog.host
-    assert (host.find(save.chunks[0].key) is None) == released
+    assert readings.counters["writes_skipped", (FAR, "evicted")] >= 2
 
 
 def test_a_reset_while_a_push_is_under_way() -> None:
     engine = Engine()
     engine.save(View("a", prompt(100)))
     for kind in (Kind.PUSH, Kind.RECEIVE):
-        engine.planner._transfers.open(kind, "p", step=0, expires=1e9, size=0, chunks=())
+        engine.planner._books.transfers.open(kind, "p", step=0, expires=1e9, size=0)
     engine.planner.reset()
     assert engine.planner.lookup(View("b", prompt(100)), 0).tokens == 0

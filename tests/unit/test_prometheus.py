@@ -11,8 +11,8 @@ SERVERS = """
 import os, sys
 from types import SimpleNamespace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
-from lamina.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
-from lamina.observe.metrics import Meter
+from lamina_kv.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
+from lamina_kv.observe.metrics import Meter
 
 metrics = LaminaPromMetrics(
     SimpleNamespace(kv_transfer_config=SimpleNamespace()),

@@ -9,7 +9,7 @@ from itertools import product
 import msgspec
 import pytest
 
-from lamina.push.cards import (
+from lamina_kv.push.cards import (
     EngineCard,
     RankCard,
     RowCard,

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lamina.config import load_config
-from lamina.control.planner import Planner
-from lamina.control.requests import ChunkShape, PushParameters
-from lamina.geometry import Group, GroupKind
-from lamina.observe.metrics import Meter
-from lamina.plan import Outcome, RankReport, Receipt, TransferId, TransferReceipt
-from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.letters import Letter, News, Opened
-from lamina.push.messages import Claim
+from lamina_kv.config import load_config
+from lamina_kv.control.planner import Planner
+from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import Outcome, RankReport, Receipt, TransferId, TransferReceipt
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard
+from lamina_kv.push.letters import Letter, News, Opened
+from lamina_kv.push.messages import Claim
+from lamina_kv.tiers.regard import USUAL
 
 BLOCK = 16
 PROMPT, OUTPUT = 512, 200
@@ -97,6 +98,7 @@ class Job:
     num_prompt_tokens: int = PROMPT
     recompute_tokens: int = 1
     root_extra: bytes = b""
+    regard = USUAL
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +152,7 @@ class Server:
         self.deadlines: dict[TransferId, float] = {}
         self.receipts: list[TransferReceipt] = []
         self.jobs: list[Job] = []
+        self.ran: list[tuple[Job, int]] = []
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
@@ -164,8 +167,12 @@ class Server:
             self.world.carry(self.name, letter)
 
     def step(self) -> None:
+        """The step before is over; the next one begins."""
+        for job, count in self.ran:
+            self._run(job, count)
         self.exchange()
-        left, ran = self.tokens, []
+        left = self.tokens
+        ran: list[tuple[Job, int]] = []
         for job in self.running:
             ran.append((job, min(left, max(1, PROMPT - job.computed))))
             left -= ran[-1][1]
@@ -184,8 +191,7 @@ class Server:
             self.receipts.append(TransferReceipt(order.transfer, Outcome.DONE))
             if order.last:
                 self.world.decode.end(TransferId(order.epoch), Outcome.DONE, "")
-        for job, count in ran:
-            self._run(job, count)
+        self.ran = ran
         receipts, self.receipts = self.receipts, []
         self.planner.receive([Receipt(0, tuple(receipts))])
         for receipt in receipts:

@@ -7,18 +7,18 @@ from __future__ import annotations
 import pytest
 from driven_planner import BLOCK, CHUNK, Pool, View, prompt
 
-from lamina.config import PushConfig
-from lamina.control.cost import CostModel
-from lamina.control.leases import LeaseBook
-from lamina.control.push_source import PushSource
-from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.geometry import Group, GroupKind
-from lamina.keys import ChunkChain, prompt_digest
-from lamina.observe.metrics import Meter
-from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.letters import Letter, News, Opened
-from lamina.push.messages import Announce, Attempt, BlockTable, Bound, Failed, Fenced
+from lamina_kv.config import PushConfig
+from lamina_kv.control.cost import Costs
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.push.source import PushSource
+from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.keys import ChunkChain, prompt_digest
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard
+from lamina_kv.push.letters import Letter, News, Opened
+from lamina_kv.push.messages import Announce, Attempt, BlockTable, Bound, Failed, Fenced
 
 TOKENS = prompt(CHUNK + 8)
 
@@ -42,7 +42,7 @@ def test_a_state_that_is_overwritten_is_not_sent(in_place: bool, announced: str)
         TransferTable(1),
         LeaseBook(pool),
         Meter(),
-        cost=CostModel(),
+        cost=Costs(),
     )
     view = View("r", TOKENS, tables={0: [1, 2, 3], 1: [9]})
     view.push = PushParameters("push", None)

@@ -5,6 +5,7 @@ whether its process is gone or only does not answer.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -20,13 +21,13 @@ from unittest.mock import ANY
 import msgspec
 import pytest
 
-from lamina.bench.ports import free_port
-from lamina.push import inbox
-from lamina.push import link as link_module
-from lamina.push.addresses import split_address
-from lamina.push.cards import EngineCard, RankCard, SenderCard
-from lamina.push.complaints import MAX_REASON
-from lamina.push.handshake import (
+from lamina_kv.bench.ports import free_port
+from lamina_kv.push import inbox
+from lamina_kv.push import link as link_module
+from lamina_kv.push.addresses import split_address
+from lamina_kv.push.cards import MAX_END, MAX_ENDS, EngineCard, RankCard, SenderCard
+from lamina_kv.push.complaints import MAX_REASON
+from lamina_kv.push.handshake import (
     NONCE_BYTES,
     BrokenSealError,
     NoCipherError,
@@ -37,13 +38,18 @@ from lamina.push.handshake import (
     prove,
     proves,
 )
-from lamina.push.handshake import Side as Proves
-from lamina.push.letters import Due, Fate, Letter, Lost, News, Opened
-from lamina.push.link import BACKLOG, CONNECTED, Link, listen_at
-from lamina.push.messages import (
+from lamina_kv.push.handshake import Side as Proves
+from lamina_kv.push.letters import Due, Fate, Letter, Lost, News, Opened
+from lamina_kv.push.link import BACKLOG, CONNECTED, LAST_WORDS, Link, listen_at
+from lamina_kv.push.messages import (
     LENGTH_BYTES,
+    MAX_ANSWER,
+    MAX_CLAIMED,
+    MAX_DIGEST,
     MAX_GREETING,
+    MAX_ID,
     MAX_MESSAGE,
+    MAX_WELCOME,
     NO_EPOCH,
     VERSION,
     Announce,
@@ -52,6 +58,7 @@ from lamina.push.messages import (
     Bound,
     Cancel,
     Challenge,
+    Claim,
     Failed,
     Fenced,
     Hello,
@@ -79,6 +86,10 @@ def card(incarnation: str) -> EngineCard:
 
 def sender(incarnation: str) -> SenderCard:
     return SenderCard(incarnation, False, ("end",))
+
+
+def met(address: str, incarnation: str) -> Opened:
+    return Opened(address, incarnation, sender(incarnation), "127.0.0.1")
 
 
 WELCOME = Welcome(sender("P"))
@@ -252,7 +263,7 @@ def test_everything_arrives_in_order(make: Make) -> None:
     for answer in answers:
         prefill.link.send(Letter("D", answer))
     assert decode_side.until(3) == [
-        Opened(prefill.address, "P", sender("P")),
+        met(prefill.address, "P"),
         *(Letter(prefill.address, answer) for answer in answers),
     ]
 
@@ -321,7 +332,7 @@ def test_what_is_cancelled_before_control_has_seen_it_never_was(make: Make) -> N
     ):
         decode_side.link.send(Letter(prefill.address, message))
     assert decode_side.until(2) == [
-        Opened(prefill.address, "P", sender("P")),
+        met(prefill.address, "P"),
         Letter(prefill.address, Fenced(ANNOUNCE.attempt, clean=True)),
     ]
     assert prefill.until(3)[1:] == [
@@ -388,13 +399,72 @@ def test_the_reason_of_a_failure_is_fit_for_a_line_of_the_log(
 ) -> None:
     side = make("D")
     with announced(side, listener) as raw:
-        raw.say(Failed(ANNOUNCE.attempt, "no\x1b[2J\nroom" + "x" * 100_000))
+        raw.say(Failed(ANNOUNCE.attempt, "no\x1b[2J\nroom" + "x" * 3_000))
         _, letter = side.until(2)
         assert isinstance(letter, Letter)
         assert isinstance(letter.message, Failed)
         reason = letter.message.reason
         assert reason.startswith("no[2Jroomx")
         assert len(reason) <= MAX_REASON
+
+
+def test_a_reason_is_no_longer_than_its_peer_reads(make: Make) -> None:
+    prefill, decode_side = make("P", listen=True), make("D")
+    decode_side.link.send(Letter(prefill.address, ANNOUNCE))
+    prefill.until(2)
+    prefill.link.send(Letter("D", Failed(ANNOUNCE.attempt, "no room" * 10_000)))
+    letter = decode_side.until(2)[1]
+    assert isinstance(letter, Letter)
+    assert isinstance(letter.message, Failed)
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_a_prefill_engine_says_nothing_long(
+    make: Make, listener: socket.socket, answer: bool
+) -> None:
+    """What a decode engine would have to read, take apart, and keep."""
+    side = make("D")
+    side.link.send(Letter(address_of(listener), ANNOUNCE))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        if answer:
+            welcome(raw, side)
+        else:
+            challenge(raw)
+        limit = MAX_ANSWER if answer else MAX_WELCOME
+        raw.connection.sendall((limit + 1).to_bytes(LENGTH_BYTES, "little"))
+        lost = side.until(1 + answer)[-1]
+        assert isinstance(lost, Lost)
+        assert lost.reason == f"a message of {limit + 1} bytes"
+
+
+@pytest.mark.parametrize(
+    ("longest", "longer"),
+    [
+        (Claim(("x",) * MAX_CLAIMED, 1.0), Claim(("x",) * (MAX_CLAIMED + 1), 1.0)),
+        (Claim(("x" * MAX_ID,), 1.0), Claim(("x" * (MAX_ID + 1),), 1.0)),
+        (Cancel(Attempt("x" * MAX_ID, 1)), Cancel(Attempt("x" * (MAX_ID + 1), 1))),
+        (
+            Welcome(SenderCard("P", False, ("x" * MAX_END,) * MAX_ENDS)),
+            Welcome(SenderCard("P", False, ("x" * MAX_END,) * (MAX_ENDS + 1))),
+        ),
+        (
+            Welcome(SenderCard("P", False, ("x" * MAX_END,))),
+            Welcome(SenderCard("P", False, ("x" * (MAX_END + 1),))),
+        ),
+        (
+            msgspec.structs.replace(ANNOUNCE, digest=bytes(MAX_DIGEST)),
+            msgspec.structs.replace(ANNOUNCE, digest=bytes(MAX_DIGEST + 1)),
+        ),
+    ],
+    ids=["claim", "claimed", "push", "ends", "end", "digest"],
+)
+def test_lists_and_names_have_an_end(longest: LinkMessage, longer: LinkMessage) -> None:
+    assert decode(encode(longest)) == longest
+    assert not isinstance(longest, Welcome) or len(encode(longest)) <= MAX_WELCOME
+    with pytest.raises(MalformedMessageError):
+        decode(encode(longer))
 
 
 def test_nested_words_are_no_message(make: Make, dial: Callable[[Side], Raw]) -> None:
@@ -414,6 +484,22 @@ def test_a_host_that_is_not_known(make: Make) -> None:
     (lost,) = side.until(1)
     assert isinstance(lost, Lost)
     assert (lost.was_open, lost.fate) == (False, Fate.UNKNOWN)
+
+
+def test_a_resolver_that_is_slow_says_nothing_of_a_peer(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make("D", silence=SILENCE / 4)
+
+    async def wait(*_: object, **__: object) -> None:
+        await asyncio.sleep(NEVER)
+
+    monkeypatch.setattr(side.link._loop, "getaddrinfo", wait)
+    side.link.send(Letter("prefill.example:1", ANNOUNCE))
+    (lost,) = side.until(1)
+    assert isinstance(lost, Lost)
+    assert (lost.was_open, lost.fate) == (False, Fate.UNKNOWN)
+    assert "not resolved within" in lost.reason
 
 
 @pytest.mark.parametrize(
@@ -769,7 +855,7 @@ def test_a_peer_that_falls_silent(make: Make, listener: socket.socket) -> None:
     side = make("D", silence=SILENCE)
     with announced(side, listener) as raw:
         opened, lost = side.until(2)
-        assert opened == Opened(address_of(listener), "P", sender("P"))
+        assert opened == met(address_of(listener), "P")
         assert isinstance(lost, Lost)
         assert (lost.was_open, lost.fate) == (True, Fate.SILENT)
         assert raw.hear() is None
@@ -863,7 +949,7 @@ def test_who_was_stopped_itself_does_not_blame_its_peer(
         raw.say(Bound(ANNOUNCE.attempt))
         address = address_of(listener)
         assert side.until(2) == [
-            Opened(address, "P", sender("P")),
+            met(address, "P"),
             Letter(address, Bound(ANNOUNCE.attempt)),
         ]
 
@@ -899,7 +985,7 @@ def test_a_peer_is_dialled_again(make: Make) -> None:
     second = Link(card("P2"), servers=listen_at(address), token=None, silence=NEVER)
     try:
         decode_side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
-        assert decode_side.until(3)[2] == Opened(address, "P2", sender("P2"))
+        assert decode_side.until(3)[2] == met(address, "P2")
     finally:
         second.close()
 
@@ -969,17 +1055,46 @@ def test_close_ends_every_connection(make: Make) -> None:
 
 
 def test_what_was_said_before_the_end_is_heard(make: Make) -> None:
-    """However much of it waits for a slow network."""
     prefill, decode_side = make("P", listen=True), make("D")
     decode_side.link.send(Letter(prefill.address, ANNOUNCE))
     prefill.until(2)
-    words = [Bound(Attempt(f"{n}" + "x" * 50_000, n)) for n in range(200)]
+    words = [Bound(Attempt("x" * MAX_ID, n)) for n in range(2000)]
     for word in words:
         prefill.link.send(Letter("D", word))
     prefill.link.close()
     *heard, lost = decode_side.until(2 + len(words))[1:]
     assert heard == [Letter(prefill.address, word) for word in words]
     assert isinstance(lost, Lost)
+
+
+def test_what_waits_for_a_slow_network_is_heard_before_the_end(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More than the system's buffers take; and asyncio has no complaint afterwards."""
+    side = make("P", listen=True)
+    words = 8 << 20
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.connect(("127.0.0.1", side.link.port))
+        assert introduce(Raw(connection), "D") == WELCOME
+        message = Bound(Attempt("x" * MAX_ID, 1))
+        size = LENGTH_BYTES + len(encode(message))
+        for _ in range(words // size):
+            side.link.send(Letter("D", message))
+        heard = 0
+
+        def read() -> None:
+            nonlocal heard
+            time.sleep(LAST_WORDS / 4)
+            while data := connection.recv(1 << 20):
+                heard += len(data)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        side.link.close()
+        reading.join(PATIENCE)
+    assert heard == words // size * size
+    assert caplog.messages == []
 
 
 def test_an_address_in_use(make: Make) -> None:

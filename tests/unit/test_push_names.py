@@ -11,17 +11,18 @@ from random import Random
 import pytest
 from test_push_source import BLOCK, FULL, NULL, View, card, record_of
 
-from lamina.config import PushConfig
-from lamina.control.cost import CostModel
-from lamina.control.leases import LeaseBook
-from lamina.control.push_source import PushSource
-from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.keys import prompt_digest
-from lamina.observe.metrics import Meter
-from lamina.plan import TORN, LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
-from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import (
+from lamina_kv.config import PushConfig
+from lamina_kv.control.cost import Costs
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.push.source import PushSource
+from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.keys import prompt_digest
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import TORN, LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
+from lamina_kv.push.letters import Fate, Letter, Lost, Opened
+from lamina_kv.push.messages import (
     NO_EPOCH,
     Announce,
     Attempt,
@@ -111,7 +112,7 @@ class Engine:
             self.transfers,
             self.leases,
             Meter(),
-            cost=CostModel(),
+            cost=Costs(),
         )
         for peer in PEERS:
             self.source.receive([Opened(peer, peer, card(peer, (FULL,), 100_000))], 0.0)
@@ -143,7 +144,7 @@ class Engine:
         request.computed = 3 * BLOCK if request.loading else 0
         if request.loading:
             request.record.load = TransferId(99_999)
-            request.record.story.mode = LoadMode.PARKED
+            request.record.offer = Offer(mode=LoadMode.PARKED)
         self.source.admitted(request.record, request.computed, self.now)
 
     def loaded(self) -> None:
@@ -178,7 +179,8 @@ class Engine:
                 self.source.progress(request.record, request.computed, end)
                 ran.append((request, end))
         self.source.plan(step=0, now=self.now)
-        orders, self.source.orders = self.source.orders, []
+        orders = list(self.source.orders)
+        self.source.orders.clear()
         self.stopped |= {(stop.peer, stop.epoch) for stop in self.source.stops}
         self.source.stops.clear()
         self._check(order for order in orders if order.computed)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lamina.config import Config, PushConfig, load_config
-from lamina.control.requests import PushParameters
-from lamina.engines.vllm.scheduler_side import SchedulerSide
-from lamina.push.addresses import Peers, normalise
-from lamina.push.complaints import Complaints
+from lamina_kv.config import Config, PushConfig, load_config
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.engines.vllm.scheduler_side import SchedulerSide
+from lamina_kv.push import addresses
+from lamina_kv.push.addresses import Peers, normalise
+from lamina_kv.push.complaints import Complaints
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,48 @@ def engine(*peers: str) -> Any:
     side._peers = Peers(peers)
     side._link, side._complaints = object(), Complaints(logging.getLogger())
     return side
+
+
+def test_an_address_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands are kept, and a request may name whatever it likes."""
+    longest = "a" * 255 + ":65535"
+    assert normalise(longest) == longest
+    kept = addresses._normalise.cache_info().currsize
+    with pytest.raises(ValueError, match=r"too long: 261 are allowed") as refused:
+        normalise("a" + longest)
+    assert len(str(refused.value)) < 200
+    assert engine()._push(request(1, "a" + longest)) is None
+    assert addresses._normalise.cache_info().currsize == kept
+
+
+@pytest.mark.parametrize("parameters", ["lamina_push", ["lamina_push"], 3, True])
+def test_parameters_that_are_no_object(parameters: object) -> None:
+    asked = SimpleNamespace(request_id="r", kv_transfer_params=parameters)
+    push, problem = engine()._wish(asked)  # type: ignore[arg-type]
+    assert push is None
+    assert problem is not None
+    assert problem.startswith("kv_transfer_params must be an object")
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"id": ["x" * 10] * 1_000_000},
+        {f"{number}": [number] for number in range(500_000)},
+        {"id": {f"{number}": number for number in range(500_000)}},
+        ["x" * 100_000] * 1000,
+        "x" * 12_000_000,
+    ],
+    ids=["list", "object", "nested", "long", "text"],
+)
+def test_of_a_malformed_wish_little_is_looked_at(wish: object) -> None:
+    asked: Any = SimpleNamespace(request_id="r", kv_transfer_params={"lamina_push": wish})
+    side = engine()
+    before = time.thread_time()
+    _, problem = side._wish(asked)
+    assert time.thread_time() - before < 0.01
+    assert problem is not None
+    assert len(problem) < 400
 
 
 def request(number: int, prefill: str | None) -> Any:

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from lamina.push.proxy.balancing import LeastLoaded
-from lamina.push.proxy.dispatcher import Dispatcher
-from lamina.push.proxy.engines import Engine, Role
-from lamina.push.proxy.errors import Refusal
-from lamina.push.proxy.metrics import Metrics
-from lamina.push.proxy.requests import ApiRequest, parse_fields
-from lamina.push.proxy.settings import PrefillAddress, Settings
+from lamina_kv.push.proxy.balancing import LeastLoaded
+from lamina_kv.push.proxy.dispatcher import Dispatcher
+from lamina_kv.push.proxy.engines import Engine, Role
+from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.metrics import Metrics
+from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import ANSWER, EVENTS, Call, FakeEngine, hang, obey, says
 from push_proxy.proxies import CHAT, COMPLETION, Proxy, ask, proxied, push_address
 from push_proxy.running import until

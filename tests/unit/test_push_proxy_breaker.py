@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from lamina.push.proxy.breaker import MAX_PAUSE, BreakerState, CircuitBreaker
-from lamina.push.proxy.engines import Engine, Role
-from lamina.push.proxy.settings import PrefillAddress, Settings
+from lamina_kv.push.proxy.breaker import MAX_PAUSE, BreakerState, CircuitBreaker
+from lamina_kv.push.proxy.engines import Engine, Role
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 
 CLOSED, OPEN, PROBATION = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.PROBATION
 

@@ -1,4 +1,4 @@
-"""Guards `lamina push-proxy`: what it is told reaches the proxy, what cannot work is said at the
+"""Guards `lamina-kv push-proxy`: what it is told reaches the proxy, what cannot work is said at the
 start, and no secret is ever shown."""
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lamina.cli.main import app
-from lamina.cli.push_proxy import Listening
-from lamina.push.proxy.settings import PrefillAddress, Settings, SettingsError
+from lamina_kv.cli.main import app
+from lamina_kv.cli.push_proxy import Listening
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings, SettingsError
 
 ENGINES = ("--prefill", "http://p:1,p:7000", "--decode", "http://d:1")
 
@@ -25,7 +25,7 @@ def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, Listening]]:
     """What was to be run."""
     calls: list[tuple[Settings, Listening]] = []
-    monkeypatch.setattr("lamina.cli.push_proxy.run", lambda *given: calls.append(given))
+    monkeypatch.setattr("lamina_kv.cli.push_proxy.run", lambda *given: calls.append(given))
     return calls
 
 
@@ -102,8 +102,8 @@ def test_secrets_are_never_shown() -> None:
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules: dict[str, Any] = {"fastapi": None, "lamina.push.proxy.app": None}
-    monkeypatch.delitem(sys.modules, "lamina.push.proxy.app", raising=False)
+    modules: dict[str, Any] = {"fastapi": None, "lamina_kv.push.proxy.app": None}
+    monkeypatch.delitem(sys.modules, "lamina_kv.push.proxy.app", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", modules["fastapi"])
     result = invoke(*ENGINES)
     assert result.exit_code == 1
@@ -116,6 +116,6 @@ def test_help_and_settings_need_nothing_of_what_is_optional() -> None:
         "import sys\n"
         "for name in ('fastapi', 'httpx', 'msgspec', 'prometheus_client', 'uvicorn', 'torch'):\n"
         "    sys.modules[name] = None\n"
-        "import lamina.cli.push_proxy, lamina.push.proxy.settings\n"
+        "import lamina_kv.cli.push_proxy, lamina_kv.push.proxy.settings\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

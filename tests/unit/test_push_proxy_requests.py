@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from lamina.push.proxy.errors import Refusal
-from lamina.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
 
 
 def request(body: str | dict[str, object], path: bytes = b"/v1/completions") -> ApiRequest:
@@ -91,6 +91,33 @@ def test_a_prefill_engine_is_asked_the_same_of_a_chat() -> None:
         "max_completion_tokens": 1,
         "kv_transfer_params": {"lamina_push": {"id": "abc"}},
     }
+
+
+@pytest.mark.parametrize(
+    ("own", "passed"),
+    [
+        (
+            {"lamina": {"keep": False}, "lamina_push": {"id": "x", "prefill": "evil:1"}, "a": 1},
+            True,
+        ),
+        ({"remote_host": "evil"}, False),
+        ("lamina", False),
+        (["lamina"], False),
+        (None, False),
+    ],
+)
+def test_of_a_clients_own_parameters_what_can_do_no_harm_is_passed_on(
+    own: object, passed: bool
+) -> None:
+    asked = request({"prompt": "Once", "kv_transfer_params": own})
+    regard = {"lamina": {"keep": False}} if passed else {}
+    push = {"id": "abc", "prefill": "host:1"}
+    for body, wanted in (
+        (asked.for_prefill("abc"), {"lamina_push": {"id": "abc"}, **regard}),
+        (asked.for_decode("abc", "host:1"), {"lamina_push": push, **regard}),
+        (asked.for_decode(), regard),
+    ):
+        assert json.loads(body).get("kv_transfer_params", {}) == wanted
 
 
 def test_values_reach_the_decode_engine_as_they_were_written() -> None:

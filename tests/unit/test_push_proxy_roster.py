@@ -9,8 +9,8 @@ from collections import Counter
 import httpx
 import pytest
 
-from lamina.bench.ports import free_port
-from lamina.push.proxy.settings import PrefillAddress, Settings, server_url
+from lamina_kv.bench.ports import free_port
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings, server_url
 from push_proxy.engines import ANSWER, Call, FakeEngine, hang
 from push_proxy.proxies import COMPLETION, QUICK, ask, proxied
 from push_proxy.running import until
@@ -21,7 +21,7 @@ RANK = "x-data-parallel-rank"
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What the proxy's own logger says."""
-    caplog.set_level(logging.INFO, "lamina.push.proxy")
+    caplog.set_level(logging.INFO, "lamina_kv.push.proxy")
     return caplog
 
 
@@ -140,6 +140,22 @@ def test_what_is_served_is_said_at_the_start(
     ) in lines
     assert f"decode engine {decode.url} serves a model without a name" in lines
     assert not warnings(said, "does not serve")
+
+
+def test_who_finds_the_proxy_listening_finds_its_engines(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    decode.musing = 0.7
+    with proxied([prefill], [decode], patient=False, health_interval=5.0) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).is_success
+
+
+def test_an_engine_that_hangs_does_not_hold_the_proxy(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    prefill.musing = 600.0
+    with proxied([prefill], [decode], usable=1, health_interval=600.0) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).is_success
 
 
 def test_an_engine_that_does_not_answer_is_told_once_with_the_reason(

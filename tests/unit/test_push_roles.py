@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import pytest
 from driven_planner import BLOCK, CHUNK, Engine, View, prompt
 
-from lamina.control.requests import BoundaryState, ChunkShape, PushParameters
-from lamina.geometry import Group, GroupKind
-from lamina.keys import prompt_digest
-from lamina.plan import LoadMode
-from lamina.push.cards import EngineCard, RankCard, RowCard
-from lamina.push.letters import Letter, Opened
-from lamina.push.messages import Announce, Attempt, BlockTable, Bound
+from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.keys import prompt_digest
+from lamina_kv.plan import LoadMode
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard
+from lamina_kv.push.letters import Letter, Opened
+from lamina_kv.push.messages import Announce, Attempt, BlockTable, Bound
 
 PREFILL = "10.0.0.1:9300"
 TOKENS = prompt(3 * CHUNK + 5)

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_push_target import DEADLINE, OPENED, QUARANTINE, P, Target, lost
 
-from lamina.control.push_target import CANCELLED, SETTLE_SECONDS
-from lamina.control.requests import RequestRecord
-from lamina.plan import TransferId
-from lamina.push.letters import Fate
-from lamina.push.messages import (
+from lamina_kv.control.push.room import Fit, Room
+from lamina_kv.control.push.target import CANCELLED, SETTLE_SECONDS
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.plan import TransferId
+from lamina_kv.push.letters import Fate
+from lamina_kv.push.messages import (
     NO_EPOCH,
     Absent,
     Announce,
@@ -123,6 +124,7 @@ class Crowd:
         for attempt in self.attempts.values():
             self.target.hear(Fenced(attempt, clean=True))
         self.target.wait(max(SETTLE_SECONDS, QUARANTINE))
+        self.target.dial(Fate.CLOSED, Fate.CLOSED)
         self.target.wait(2 * DEADLINE)
         assert self.target.pool.held == set()
         assert not self.target.blocks("quarantined")
@@ -161,3 +163,13 @@ def test_that_it_sees_what_it_guards() -> None:
     crowd.check()
     assert TransferId(1) in crowd.target.target._inbound
     crowd.end()
+
+
+def test_what_others_have_in_quarantine_takes_of_the_room_and_ones_own_counts_once() -> None:
+    room = Room(16)
+    room.park("a", 6)
+    room.quarantine("a", 6)
+    assert room.fit("b", 10, alone=False, step=1) is Fit.NOW
+    assert room.fit("b", 11, alone=False, step=2) is Fit.NOT
+    assert room.fit("a", 2, alone=False, step=3) is Fit.NOW, "of a share of 8"
+    assert room.fit("a", 10, alone=True, step=4) is Fit.NOW, "nobody else is there"

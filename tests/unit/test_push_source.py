@@ -13,29 +13,33 @@ import msgspec
 import pytest
 from driven_planner import Pool
 
-from lamina.config import PushConfig
-from lamina.control import push_endings, push_source
-from lamina.control.cost import CostModel
-from lamina.control.leases import LeaseBook
-from lamina.control.push_source import (
-    DESTINATION_WAIT,
-    ENDING,
-    LONGEST_WAIT,
-    OF_ANOTHER,
-    TOO_BUSY,
-    WAIT_SHARE,
-    PushSource,
+from lamina_kv.config import PushConfig
+from lamina_kv.control.cost import Costs
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.push import endings as push_endings
+from lamina_kv.control.push import source as push_source
+from lamina_kv.control.push.queue import DESTINATION_WAIT, LONGEST_WAIT, WAIT_SHARE
+from lamina_kv.control.push.source import ENDING, OF_ANOTHER, TOO_BUSY, PushSource
+from lamina_kv.control.push.target import PEER_FAULTS
+from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
+from lamina_kv.observe.metrics import Meter, Series
+from lamina_kv.plan import (
+    TORN,
+    Binding,
+    LoadMode,
+    Outcome,
+    PushOrder,
+    PushStop,
+    TransferId,
+    TransferReceipt,
 )
-from lamina.control.push_target import PEER_FAULTS
-from lamina.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.geometry import Group, GroupKind
-from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
-from lamina.observe.metrics import Meter, Series
-from lamina.plan import TORN, LoadMode, Outcome, PushOrder, PushStop, TransferId, TransferReceipt
-from lamina.push.cards import EngineCard, RankCard, RowCard, decode_card
-from lamina.push.letters import Fate, Letter, Lost, Opened
-from lamina.push.messages import (
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard, decode_card
+from lamina_kv.push.letters import Fate, Letter, Lost, Opened
+from lamina_kv.push.messages import (
     LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
@@ -52,6 +56,7 @@ from lamina.push.messages import (
     LinkMessage,
     Queued,
 )
+from lamina_kv.tiers.regard import USUAL
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -81,6 +86,7 @@ class View:
     request_id: str = "request"
     recompute_tokens: int = 1
     root_extra: bytes = b""
+    regard = USUAL
 
     @property
     def num_tokens(self) -> int:
@@ -103,15 +109,33 @@ def record_of(view: View) -> RequestRecord:
     return RequestRecord(view, ChunkChain(b"namespace", 16))
 
 
+class Ranks:
+    """A way to the ranks beside plans, and what was said on it."""
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self.said: list[Binding] = []
+
+    def send(self, binding: Binding) -> None:
+        self.said.append(binding)
+
+
 class Source:
     """A source, with the ranks and the link that it needs."""
 
-    def __init__(self, *groups: Group, max_inflight: int = 1 << 30, blocks: int = 1000) -> None:
+    def __init__(
+        self,
+        *groups: Group,
+        max_inflight: int = 1 << 30,
+        blocks: int = 1000,
+        channel: Ranks | None = None,
+        ranks: int = 1,
+    ) -> None:
         self.groups = groups or (FULL,)
         self.pool = Pool()
-        self.cost = CostModel()
+        self.cost = Costs()
         self.leases = LeaseBook(self.pool)
-        self.transfers = TransferTable(1)
+        self.transfers = TransferTable(ranks)
         config = PushConfig(deadline=DEADLINE, silence=SILENCE, max_inflight=max_inflight)
         self.source = PushSource(
             config,
@@ -121,6 +145,7 @@ class Source:
             self.leases,
             Meter(),
             cost=self.cost,
+            channel=channel,
         )
         self.now = 0.0
         self.view = View([[10, 11, 12, 13] for _ in self.groups])
@@ -532,7 +557,7 @@ def test_a_request_that_ends_while_its_prompt_is_loaded_fails_its_push() -> None
     """The engine counts what is being loaded as computed."""
     source = bound(Source())
     source.record.load = TransferId(99)
-    source.record.story.mode = LoadMode.PARKED
+    source.record.offer = Offer(mode=LoadMode.PARKED)
     source.finish(55)
     failed, fenced = source.said()
     assert isinstance(failed, Failed)
@@ -765,6 +790,66 @@ def test_an_attempt_that_is_not_remembered_may_be_torn(
     assert source.said() == [Fenced(Attempt("never announced", 1), clean=True)]
 
 
+def test_what_one_decode_engine_says_makes_no_others_attempt_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(push_endings, "REMEMBERED", 2)
+    source = bound(Source())
+    source.connect("other")
+    source.hear(Cancel(ATTEMPT))
+    for epoch in range(8, 11):
+        source.hear(Cancel(Attempt("never announced", epoch)), "other")
+    source.said()
+    source.hear(Cancel(ATTEMPT))
+    assert source.said() == [Fenced(ATTEMPT, clean=True)]
+
+
+def test_decode_engines_of_which_nothing_is_known_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_endings, "REMEMBERED_PEERS", 2)
+    endings = push_endings.Endings()
+    for peer in ("first", "second", "first", "third"):
+        endings.note(peer, 1, clean=False)
+    assert [endings.over(peer, 1) for peer in ("first", "second", "third")] == [True, False, True]
+
+
+@pytest.mark.parametrize("epoch", [NO_EPOCH, 7])
+def test_a_cancel_of_somebody_who_is_no_decode_engine_here_changes_nothing(epoch: int) -> None:
+    """On an engine that decodes as well, prefill engines are heard, too."""
+    source = Source()
+    source.connect()
+    source.source.arrived(source.record, 0.0)
+    source.hear(Cancel(Attempt(PUSH, epoch)), "10.0.0.9:9300")
+    assert source.source.unwanted == []
+    source.hear(announce())
+    assert Queued(ATTEMPT) in source.said()
+
+
+def test_what_a_decode_engine_announces_without_a_request_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is kept, whatever it is. Others have room."""
+    monkeypatch.setattr(push_source, "MAX_ANNOUNCED", 3 * 5)
+    source = Source()
+    source.connect()
+    source.connect("other")
+    attempts = [Attempt(f"push {n}", 10 + n) for n in range(5)]
+    announcements = [announce(attempt=attempt) for attempt in attempts]
+    for announcement in announcements[:3]:
+        source.hear(announcement)
+    assert source.said() == [Absent(attempt) for attempt in attempts[:3]]
+    source.hear(announcements[3])
+    failed, fenced = source.said()
+    assert isinstance(failed, Failed)
+    assert "too many blocks" in failed.reason
+    assert fenced == Fenced(attempts[3], clean=True)
+    source.hear(announcements[4], peer="other")
+    assert source.said() == [Absent(attempts[4])]
+    source.hear(Cancel(attempts[0]))
+    source.said()
+    source.hear(announce(attempt=Attempt("push 3", 20)))
+    assert source.said() == [Absent(Attempt("push 3", 20))]
+
+
 def test_an_announcement_that_comes_twice_is_one_however_old(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -832,7 +917,7 @@ def test_a_request_that_has_ended_early_is_not_to_end_again() -> None:
     source.hear(Cancel(ATTEMPT))
     assert source.source.unwanted == []
     source.drain(*orders)
-    assert source.source._forgone == {}
+    assert source.source._queue._forgone == {}
 
 
 @pytest.mark.parametrize("why", ["ended", "of another", "lost", "over"])
@@ -1464,7 +1549,7 @@ def test_what_is_on_its_way_to_each_decode_engine_is_published() -> None:
     assert published()[links] == 0
     source.drain(order)
     assert published()[backlog] == 0
-    assert not source.source._backlog, "nothing is kept of a peer that is gone"
+    assert not source.source._sender.backlog, "nothing is kept of a peer that is gone"
 
 
 # -- the engine ends -----------------------------------------------------------------------------

@@ -13,21 +13,29 @@ from typing import cast
 import pytest
 from driven_planner import Pool
 
-from lamina.config import BreakerConfig, PushConfig
-from lamina.control.cost import CostModel
-from lamina.control.leases import LeaseBook
-from lamina.control.push_claims import ANEW_SECONDS, MAX_CLAIMED
-from lamina.control.push_inbound import Offer
-from lamina.control.push_target import CANCELLED, SETTLE_SECONDS, PushTarget
-from lamina.control.requests import ChunkShape, PushParameters, RequestRecord
-from lamina.control.transfers import TransferTable
-from lamina.geometry import Group, GroupKind
-from lamina.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
-from lamina.observe.metrics import Meter, Series
-from lamina.plan import Outcome, ReceiveOrder, SendersOrder, TransferId, TransferReceipt
-from lamina.push.cards import EngineCard, RankCard, SenderCard
-from lamina.push.letters import Fate, Letter, Lost, News, Opened
-from lamina.push.messages import (
+from lamina_kv.config import BreakerConfig, PushConfig
+from lamina_kv.config.tree import least_quarantine
+from lamina_kv.control import offers
+from lamina_kv.control.cost import Costs
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.push.claims import ANEW_SECONDS, MAX_CLAIMED
+from lamina_kv.control.push.failures import QUIET_SECONDS
+from lamina_kv.control.push.inbound import LONGEST_SUSPICION, PushOffer
+from lamina_kv.control.push.target import (
+    CANCELLED,
+    REMEMBERED_PEERS,
+    SETTLE_SECONDS,
+    PushTarget,
+)
+from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.transfers import TransferTable
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
+from lamina_kv.observe.metrics import Meter, Series
+from lamina_kv.plan import Outcome, ReceiveOrder, SendersOrder, TransferId, TransferReceipt
+from lamina_kv.push.cards import EngineCard, RankCard, SenderCard
+from lamina_kv.push.letters import Fate, Letter, Lost, News, Opened
+from lamina_kv.push.messages import (
     LONGEST_PATIENCE,
     NO_BLOCK,
     NO_EPOCH,
@@ -43,6 +51,7 @@ from lamina.push.messages import (
     LinkMessage,
     Queued,
 )
+from lamina_kv.tiers.regard import USUAL
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -64,6 +73,7 @@ class View:
     request_id: str = "request"
     recompute_tokens: int = 1
     root_extra: bytes = b"salt"
+    regard = USUAL
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +104,7 @@ class Target:
         deadline: float = DEADLINE,
     ) -> None:
         self.groups = groups or (FULL,)
-        self.cost = CostModel()
+        self.cost = Costs()
         self.meter = Meter()
         self.gauges: dict[Series, float] = {}
         self.step = 0
@@ -103,7 +113,11 @@ class Target:
         self.transfers = TransferTable(ranks)
         self.now = 0.0
         self.target = PushTarget(
-            PushConfig(deadline=deadline, silence=SILENCE, quarantine=QUARANTINE),
+            PushConfig(
+                deadline=deadline,
+                silence=SILENCE,
+                quarantine=max(QUARANTINE, least_quarantine(deadline, SILENCE)),
+            ),
             BreakerConfig(failures=failures, pause=PAUSE),
             ChunkShape(BLOCK, self.groups, NULL),
             self.transfers,
@@ -141,7 +155,7 @@ class Target:
         self.target.arrived(record, self.now)
         return record
 
-    def weigh(self, record: RequestRecord, start: int = 0) -> Offer:
+    def weigh(self, record: RequestRecord, start: int = 0) -> PushOffer:
         return self.target.weigh(record, start, start, step=self.step, now=self.now)
 
     def admit(self, record: RequestRecord) -> bool:
@@ -159,6 +173,10 @@ class Target:
         self.gauges.update(self.meter.drain().gauges)
         return self.gauges[("push_blocks", (state,))]
 
+    @property
+    def due_in(self) -> float:
+        return self.target.due - self.now
+
     def hear(self, *news: News | LinkMessage) -> None:
         items = [
             n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news
@@ -169,6 +187,12 @@ class Target:
         self.now += seconds
         self.step += 1
         self.target.tick(self.now)
+
+    def dial(self, *fates: Fate) -> None:
+        """The link calls again, and does not get through."""
+        for fate in fates:
+            self.hear(lost(was_open=False, fate=fate))
+            self.wait(0)
 
     def report(
         self, record: RequestRecord, *outcomes: Outcome, transfer: int = 0, reason: str = "rank"
@@ -194,7 +218,11 @@ def lost(*, was_open: bool = True, fate: Fate = Fate.CLOSED) -> Lost:
     return Lost(P, "gone", was_open=was_open, fate=fate)
 
 
-OPENED = Opened(P, "one", SenderCard("one", False, ("end 0", "end 1")))
+def elsewhere(machine: str, incarnation: str = "two") -> Opened:
+    return Opened(P, incarnation, SenderCard(incarnation, False, ("end",)), machine)
+
+
+OPENED = Opened(P, "one", SenderCard("one", False, ("end 0", "end 1")), "10.0.0.1")
 
 
 def announced(*groups: Group, ranks: int = 1) -> tuple[Target, RequestRecord, Attempt]:
@@ -292,7 +320,7 @@ def test_the_request_runs_when_every_rank_has_all() -> None:
     assert record.receive == epoch
     assert record.push_over == ""
     target.report(record, Outcome.DONE, Outcome.DONE)
-    assert (record.push_over, record.story.push_failed) == ("pushed", "")
+    assert (record.push_over, record.delivery.push_failed) == ("pushed", "")
     assert target.pool.held == set()
     assert target.said() == []
 
@@ -300,7 +328,7 @@ def test_the_request_runs_when_every_rank_has_all() -> None:
 def test_the_request_does_not_run_if_one_rank_has_not() -> None:
     target, record, attempt = announced(ranks=2)
     target.report(record, Outcome.DONE, Outcome.FAILED, reason="deadline")
-    assert (record.push_over, record.story.push_failed) == ("push_failed", "deadline")
+    assert (record.push_over, record.delivery.push_failed) == ("push_failed", "deadline")
     assert target.said() == [Cancel(attempt)]
     assert target.pool.held
     assert target.blocks("quarantined")
@@ -390,9 +418,68 @@ def test_a_peer_that_is_gone_ends_a_quarantine_after_a_while(fate: Fate) -> None
     target, record, _ = announced()
     target.hear(lost(fate=fate))
     target.fail(record)
+    target.dial(fate, fate)
+    target.wait(QUARANTINE - 1)
+    target.dial(fate, fate)
+    assert target.pool.held
+    target.wait(1)
+    target.dial(fate)
+    assert target.pool.held, "this dial may have begun before"
+    target.dial(fate)
+    assert target.pool.held == set()
+
+
+def test_a_peer_that_is_found_stopped_when_the_time_is_up_is_not_gone() -> None:
+    """A firewall has ended its connection, and it was not dialled since."""
+    target, record, attempt = announced()
+    target.hear(lost(fate=Fate.CLOSED))
+    target.fail(record)
+    target.wait(QUARANTINE)
+    assert target.due_in > 0, "an engine without requests does not step all the time"
+    target.dial(Fate.UNREACHABLE, Fate.SILENT, Fate.UNREACHABLE, Fate.UNKNOWN)
+    assert target.pool.held
+    target.hear(OPENED, Fenced(attempt, clean=True))
+    target.wait(SETTLE_SECONDS)
+    assert target.pool.held == set()
+
+
+def test_who_keeps_silent_where_a_peer_was_that_has_gone_is_believed_for_an_hour() -> None:
+    """It may be the peer, stopped, or anybody who can listen there."""
+    target, record, _ = announced()
+    target.hear(lost(fate=Fate.CLOSED))
+    target.fail(record)
+    while target.now < LONGEST_SUSPICION - SILENCE:
+        target.wait(SILENCE)
+        target.dial(Fate.SILENT if target.now % 3600 else Fate.CLOSED)
+        assert target.pool.held
+    target.wait(SILENCE)
+    assert target.pool.held == set()
+
+
+def test_a_name_that_leads_elsewhere_does_not_end_what_a_stopped_peer_may_write() -> None:
+    target, record, attempt = announced()
+    target.hear(lost(fate=Fate.SILENT))
+    target.fail(record)
+    target.hear(elsewhere("10.0.0.9"), Fenced(attempt, clean=True))
+    target.wait(100 * QUARANTINE)
+    assert target.pool.held
+    target.hear(lost(fate=Fate.CLOSED), elsewhere("10.0.0.9", "three"))
+    target.wait(100 * QUARANTINE)
+    assert target.pool.held
+    target.hear(lost(fate=Fate.CLOSED), elsewhere("10.0.0.1", "four"))
     target.wait(QUARANTINE - 1)
     assert target.pool.held
     target.wait(1)
+    assert target.pool.held == set(), "another run listens where the stopped one did"
+
+
+@pytest.mark.parametrize("fate", [Fate.CLOSED, Fate.UNREACHABLE])
+def test_a_name_that_leads_elsewhere_ends_what_a_peer_may_write_that_has_gone(fate: Fate) -> None:
+    target, record, attempt = announced()
+    target.hear(lost(fate=fate))
+    target.fail(record)
+    target.hear(elsewhere("10.0.0.9"), Fenced(attempt, clean=True))
+    target.wait(QUARANTINE)
     assert target.pool.held == set()
 
 
@@ -407,6 +494,7 @@ def test_a_peer_that_was_silent_is_not_gone_because_it_cannot_be_reached(fate: F
     assert target.pool.held
     target.hear(lost(was_open=False, fate=Fate.CLOSED))
     target.wait(QUARANTINE)
+    target.dial(Fate.CLOSED, Fate.CLOSED)
     assert target.pool.held == set()
 
 
@@ -421,6 +509,7 @@ def test_what_is_in_the_way_here_says_nothing_of_a_peer() -> None:
     target.hear(lost(was_open=False, fate=Fate.UNKNOWN))
     assert target.pool.held
     target.wait(1)
+    target.dial(Fate.UNKNOWN, Fate.UNKNOWN)
     assert target.pool.held == set()
 
 
@@ -468,7 +557,7 @@ def test_another_incarnation_is_asked_too() -> None:
 def test_another_incarnation_does_not_answer_for_what_the_former_one_has_sent(fate: Fate) -> None:
     """Its workers may live on for a while, and so may bytes in the network."""
     target, record, attempt = announced()
-    anew = Opened(P, "two", SenderCard("two", False, ("end",)))
+    anew = elsewhere("10.0.0.1")
     target.hear(OPENED)
     target.hear(lost(fate=fate))
     target.fail(record)
@@ -608,7 +697,7 @@ def test_what_was_never_announced_is_not_held() -> None:
 
 # -- room ------------------------------------------------------------------------------------
 
-WAIT = Offer(0, "no_room", ask_again=True)
+WAIT = PushOffer(0, "no_room", ask_again=True)
 
 
 def test_parked_and_quarantined_blocks_take_half_and_leave_the_rest_to_everybody() -> None:
@@ -629,9 +718,10 @@ def test_parked_and_quarantined_blocks_take_half_and_leave_the_rest_to_everybody
     target.wait(86_400)
     assert len(target.pool.held) == 100
     target.hear(OPENED)
-    assert target.weigh(target.arrive(99)) == Offer(0, "no_room")
+    assert target.weigh(target.arrive(99)) == PushOffer(0, "no_room")
     target.hear(lost(fate=Fate.CLOSED))
     target.wait(QUARANTINE)
+    target.dial(Fate.CLOSED, Fate.CLOSED)
     assert target.pool.held == set()
     assert target.weigh(target.arrive(100)).end == 55
 
@@ -658,7 +748,7 @@ def test_what_waits_for_room_is_computed_here_when_the_deadline_is_over() -> Non
     assert target.target.waits(waiting, step=target.step)
     target.wait(DEADLINE)
     assert not target.target.waits(waiting, step=target.step)
-    assert target.weigh(waiting) == Offer(0, "no_room")
+    assert target.weigh(waiting) == PushOffer(0, "no_room")
 
 
 def test_nobody_goes_past_one_that_waits_for_room() -> None:
@@ -695,6 +785,23 @@ def test_a_prefill_engine_that_hangs_leaves_the_others_room() -> None:
     assert target.admit(target.arrive(10, address=OTHER))
 
 
+def test_one_that_was_alone_and_hangs_leaves_others_half_as_much_again() -> None:
+    target = Target(blocks=80, failures=1000)
+    target.hear(OPENED)
+    hanging = [target.arrive(number) for number in range(10)]
+    assert all(map(target.admit, hanging))
+    target.said()
+    target.hear(lost(fate=Fate.SILENT))
+    for record in hanging:
+        target.fail(record)
+    target.wait(3600)
+    assert all(target.admit(target.arrive(number, address=OTHER)) for number in range(10, 15))
+    assert target.weigh(target.arrive(15, address=OTHER)) == WAIT
+    assert target.weigh(target.arrive(16)) == PushOffer(0, "no_room")
+    assert target.weigh(target.arrive(17, address="10.0.0.3:9300")) == WAIT
+    assert len(target.pool.held) == 60
+
+
 def test_one_alone_has_all_the_room() -> None:
     target = Target(blocks=64)
     for number in range(8):
@@ -716,12 +823,12 @@ def test_one_that_is_larger_than_the_share_of_its_prefill_engine_goes_alone() ->
 
 def test_what_never_fits_is_computed_here() -> None:
     target = Target(blocks=7)
-    assert target.weigh(target.arrive(0)) == Offer(0, "too_large")
+    assert target.weigh(target.arrive(0)) == PushOffer(0, "too_large")
 
 
 def test_what_the_decode_engine_has_takes_no_room() -> None:
     target = Target(FULL, WINDOW, blocks=10)
-    assert target.weigh(target.arrive(0)) == Offer(0, "too_large")
+    assert target.weigh(target.arrive(0)) == PushOffer(0, "too_large")
     assert target.weigh(target.arrive(1), 16).end == 55
 
 
@@ -778,7 +885,7 @@ def test_what_waits_for_blocks_is_claimed_until_it_has_them() -> None:
 
 
 def test_a_claim_is_renewed_before_a_prefill_engine_lets_it_go() -> None:
-    target = Target(deadline=86_400.0)
+    target = Target(deadline=80_000.0)
     target.arrive(0)
     (claim,) = target.said()
     assert isinstance(claim, Claim)
@@ -809,7 +916,7 @@ def test_claims_are_made_anew_when_their_connection_is_lost() -> None:
     assert claims(target) == [("push 0",)]
     target.hear(OPENED)
     target.wait(DEADLINE)
-    assert target.weigh(record) == Offer(0, "unanswered")  # it may be another run of the engine
+    assert target.weigh(record) == PushOffer(0, "unanswered")  # it may be another run of the engine
 
 
 def test_claims_are_said_in_parts() -> None:
@@ -842,9 +949,9 @@ def test_what_is_claimed_from_an_engine_that_is_not_there_is_computed_here() -> 
     target = Target(failures=1)
     record, other = target.arrive(0), target.arrive(1, address="10.0.0.2:9300")
     target.hear(lost(was_open=False))
-    assert target.weigh(record) == Offer(0, "lost")
+    assert target.weigh(record) == PushOffer(0, "lost")
     assert target.weigh(other).end == 55
-    assert target.weigh(target.arrive(2)) == Offer(0, "peer_out_of_use")
+    assert target.weigh(target.arrive(2)) == PushOffer(0, "peer_out_of_use")
     assert target.counted("pushes_skipped", "lost") == 1
 
 
@@ -853,7 +960,7 @@ def test_what_a_prefill_engine_refuses_while_it_is_claimed_is_computed_here() ->
     record = target.arrive(0)
     target.said()
     target.hear(Failed(Attempt("push 0", NO_EPOCH), "the prefill ended before it began"))
-    assert target.weigh(record) == Offer(0, "failed")
+    assert target.weigh(record) == PushOffer(0, "failed")
     target.target.abandoned(record.view.request_id)
     assert target.said() == []
 
@@ -871,7 +978,7 @@ def test_of_two_requests_of_one_name_the_second_is_computed_here_and_nobody_is_b
         assert target.admit(one)
     target.said()
     two = target.arrive(0, request_id="another")
-    assert target.weigh(two) == Offer(0, "id_in_use")
+    assert target.weigh(two) == PushOffer(0, "id_in_use")
     target.target.decline(two, "id_in_use")
     target.target.abandoned("another")
     assert target.said() == []
@@ -1008,18 +1115,43 @@ def test_an_engine_that_has_too_much_to_do_is_not_out_of_use() -> None:
 def test_a_push_that_has_failed_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     target, record, attempt = announced()
     target.hear(Failed(attempt, "the prefill ended before the whole prompt was computed"))
-    record.story.pushed = 55
-    record.story.prompt = 56
-    with caplog.at_level("WARNING", "lamina.control"):
+    record.offer = offers.Offer(prompt=56, pushed=55)
+    with caplog.at_level("WARNING", "lamina_kv.control"):
         target.fail(record, reason="given_up")
+        target.wait(0)
     (line,) = caplog.messages
     assert "request request" in line
     assert P in line
     assert "ended before the whole prompt" in line
-    story = record.story.line("request")
+    story = offers.describe("request", record.offer, record.delivery, ())
     assert "push FAILED (the prefill ended before the whole prompt was computed)" in story
     assert "recomputed 56" in story
     assert "pushed" not in story
+
+
+def test_pushes_that_fail_together_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    target = Target(blocks=2000, failures=1000)
+    target.hear(OPENED)
+    records = [target.arrive(number) for number in range(100)]
+    others = [target.arrive(number, address=OTHER) for number in range(100, 103)]
+    assert all(map(target.admit, (*records, *others)))
+    target.said()
+    target.hear(lost())
+    for record in records[:50]:
+        target.fail(record)
+    for record in others:
+        target.fail(record, reason="deadline")
+    target.wait(1)
+    for record in records[50:]:
+        target.fail(record)
+        target.wait(0)
+    first, second = caplog.messages
+    assert f"50 pushes from {P} have failed (the first one: request request 0, gone)" in first
+    assert f"3 pushes from {OTHER} have failed" in second
+    target.wait(QUIET_SECONDS)
+    assert (
+        f"50 pushes from {P} have failed (the first one: request request 50" in caplog.messages[2]
+    )
 
 
 def test_a_request_that_has_ended_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -1027,6 +1159,7 @@ def test_a_request_that_has_ended_is_no_warning(caplog: pytest.LogCaptureFixture
     assert record.receive is not None
     target.target.give_up(record.receive, CANCELLED)
     target.fail(record, reason="given_up")
+    target.wait(0)
     assert caplog.messages == []
 
 
@@ -1036,7 +1169,7 @@ def test_less_than_a_chunk_is_computed_here(start: int, pushed: bool) -> None:
     target = Target()
     record = target.arrive(0)
     offer = target.target.weigh(record, 32, start, step=0, now=0.0)
-    assert offer == (Offer(55) if pushed else Offer(0, "below_min_tokens"))
+    assert offer == (PushOffer(55) if pushed else PushOffer(0, "below_min_tokens"))
 
 
 # -- what is published ---------------------------------------------------------------------------
@@ -1061,6 +1194,24 @@ def test_links_and_peers_that_are_not_used_are_published() -> None:
     target.hear(lost())
     target.report(record, Outcome.FAILED)
     assert (published()[links], published()[used]) == (0, 0)
+
+
+def test_addresses_that_requests_name_are_no_series_and_wash_out_no_breaker() -> None:
+    """A series stays for ever. And a prefill engine that fails must not be in use again because
+    a router names others, be they there or not."""
+    target = Target(failures=1)
+    target.hear(OPENED)
+    target.report(target.order(), Outcome.FAILED)
+    for number in range(2 * REMEMBERED_PEERS):
+        record = target.arrive(number, address=f"10.1.0.{number}:1")
+        if number % 2:
+            gone = Lost(f"10.1.0.{number}:1", "refused", was_open=False, fate=Fate.CLOSED)
+            target.hear(gone)
+            assert target.weigh(record) == PushOffer(0, "lost")
+        target.target.gauges()
+    assert target.weigh(target.arrive(9999)) == PushOffer(0, "peer_out_of_use")
+    peers = [labels for name, labels in target.meter.drain().gauges if name == "push_peer_in_use"]
+    assert peers == [(P,)]
 
 
 # -- who may say that it is there ----------------------------------------------------------------

@@ -7,9 +7,9 @@ from driven_planner import BLOCK, CHUNK, Engine, View, prompt
 from msgspec.structs import replace
 from test_push_roles import PREFILL, card
 
-from lamina.control.requests import PushParameters
-from lamina.push.letters import Letter, Opened
-from lamina.push.messages import (
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.push.letters import Letter, Opened
+from lamina_kv.push.messages import (
     NO_EPOCH,
     Absent,
     Announce,
@@ -112,3 +112,16 @@ def test_a_prefill_engine_says_that_a_request_has_come() -> None:
     prefill.planner.arrived(view("a", prompt(100), prefill=None))
     attempt = Attempt("push of a", NO_EPOCH)
     assert said(prefill) == [Absent(attempt), Queued(attempt)]
+
+
+def test_a_request_that_ends_while_its_prompt_is_pushed_gives_it_up_at_once() -> None:
+    decode = engine()
+    wanted = view("a", prompt(4 * CHUNK))
+    hit = decode.planner.lookup(wanted, 0)
+    decode.planner.admitted("a", hit.tokens)
+    (receive,) = decode.step().push.receives
+    said(decode)
+    decode.planner.finished("a", 0, [list(wanted.blocks())], push=wanted.push)
+    assert decode.step().push.give_ups == (receive.transfer,)
+    assert [type(message) for message in said(decode)] == [Cancel]
+    assert decode.pool.held, "until its writers are known to have ended"

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,15 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lamina.data import push_receives, push_streams, push_turns
-from lamina.data.movers.base import Fence
-from lamina.data.push_pipeline import PushRun
-from lamina.data.push_receives import Receives
-from lamina.data.push_wire import PushIdentity, PushWire
-from lamina.geometry import CacheGeometry, Row
-from lamina.observe.timeline import Lane, Timeline
-from lamina.plan import (
+from lamina_kv.data import push_receives, push_streams, push_turns
+from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.push_pipeline import PushRun
+from lamina_kv.data.push_receives import Receives
+from lamina_kv.data.push_wire import PushIdentity, PushWire
+from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.observe.timeline import Lane, Timeline
+from lamina_kv.plan import (
     TORN,
+    Binding,
     Outcome,
     PeerOrder,
     PushOrder,
@@ -37,7 +38,7 @@ from lamina.plan import (
     TransferId,
     TransferReceipt,
 )
-from lamina.push.cards import (
+from lamina_kv.push.cards import (
     EngineCard,
     RankCard,
     RowCard,
@@ -45,8 +46,8 @@ from lamina.push.cards import (
     encode_card,
     ends_of_senders,
 )
-from lamina.push.messages import Attempt, Bound, Delivered, encode
-from lamina.push.transports.base import (
+from lamina_kv.push.messages import Attempt, Bound, Delivered, encode
+from lamina_kv.push.transports.base import (
     Notice,
     Peer,
     Region,
@@ -860,7 +861,7 @@ def test_a_transport_that_hears_nothing_any_more(
     assert [(receipt.outcome, receipt.reason) for _, receipt in decode.ended] == [
         (Outcome.FAILED, type(error).__name__)
     ] * 2
-    (said,) = (record for record in caplog.records if record.name == "lamina.data")
+    (said,) = (record for record in caplog.records if record.name == "lamina_kv.data")
     assert "nothing more is received" in said.message
 
 
@@ -1038,8 +1039,9 @@ class StepMover:
         return Gate()
 
 
-def run_of(rank: Rank, *orders: PushOrder) -> PushRun:
-    return PushRun(orders, rank.geometry, StepMover(), rank.wire)  # type: ignore[arg-type]
+def run_of(rank: Rank, *orders: PushOrder, gathers: Sequence[int] = ()) -> PushRun:
+    mover, kept = StepMover(), [TransferId(transfer) for transfer in gathers]
+    return PushRun(orders, rank.geometry, mover, rank.wire, gathers=kept)  # type: ignore[arg-type]
 
 
 def test_what_was_computed_before_leaves_at_once(world: World, two: Two) -> None:
@@ -1096,3 +1098,92 @@ def test_a_step_that_fails(world: World, two: Two) -> None:
     assert prefill.receipts[0].outcome is Outcome.FAILED
     world.still()
     assert not decode.take_ended()
+
+
+# -- destinations that become known while the step runs -------------------------------------------
+
+
+def binding(decode: Rank, transfer: int, what: tuple[PushPages, ...]) -> Binding:
+    return Binding(PeerOrder(D, card_of([decode])), order(transfer, what))
+
+
+def test_what_is_written_leaves_when_its_destination_is_known(world: World) -> None:
+    """Also to a decode engine of which no plan has spoken."""
+    (prefill,), (decode,) = world.engine("P", batch=1), world.engine(D)
+    decode.senders = ((prefill.transport.name,),)
+    expect(decode)
+    run = run_of(prefill, gathers=[3])
+    assert run.moves_rows
+    run.row_written(0)
+    world.still()
+    assert not prefill.transport.begun
+    bound = binding(decode, 3, pages((3,), (4,)))
+    prefill.wire.bind(bound)
+    world.until(lambda: len(prefill.transport.begun) == 1)
+    run.row_written(1)
+    world.until(lambda: len(prefill.transport.begun) == 2)
+    run.sweep("")
+    prefill.wire.carry_out(PushPlan(bindings=(bound,)))  # the next plan
+    world.until(decode.take_ended)
+    world.until(lambda: prefill.receipts)
+    world.still()
+    assert prefill.outcomes() == [(3, Outcome.DONE, "")]
+    assert len(prefill.transport.begun) == 2
+    for row in (0, 1):
+        assert decode.page(row, 4) == prefill.page(row, 3)
+    only_changed(decode, {4})
+
+
+@pytest.mark.parametrize("when", ["before the plan", "after the step"])
+def test_a_destination_may_be_early_or_late(world: World, two: Two, when: str) -> None:
+    prefill, decode = two
+    bound = binding(decode, 3, pages((3,), (4,)))
+    if when == "before the plan":
+        prefill.wire.bind(bound)
+    run = run_of(prefill, gathers=[2, 3])
+    run.sweep("")
+    if when == "after the step":
+        world.still()
+        prefill.wire.bind(bound)
+    world.until(decode.take_ended)
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(3, Outcome.DONE, "")]
+    only_changed(decode, {4})
+
+
+def test_what_is_dropped_is_not_sent_whoever_asks_for_it(world: World, two: Two) -> None:
+    prefill, decode = two
+    run_of(prefill, gathers=[3]).sweep("")
+    prefill.wire.carry_out(PushPlan(drops=(TransferId(3),)))
+    prefill.wire.bind(binding(decode, 3, pages((3,), (4,))))
+    world.still()
+    assert not prefill.transport.begun
+    assert not prefill.receipts
+
+
+@pytest.mark.parametrize("bound", ["before", "after", "never"])
+def test_a_step_that_fails_fails_what_it_gathers(world: World, two: Two, bound: str) -> None:
+    prefill, decode = two
+    run = run_of(prefill, gathers=[3])
+    run.row_written(0)
+    if bound == "before":
+        prefill.wire.bind(binding(decode, 3, pages((3,), (4,))))
+        world.still()
+    run.sweep("forward_failed")
+    world.until(lambda: prefill.receipts)
+    if bound == "after":
+        prefill.wire.bind(binding(decode, 3, pages((3,), (4,))))
+    world.still()
+    assert prefill.outcomes() == [(3, Outcome.FAILED, "forward_failed")]
+    assert not decode.take_ended()
+
+
+def test_what_was_stopped_before_its_destination_came_is_not_sent(world: World, two: Two) -> None:
+    prefill, decode = two
+    run = run_of(prefill, gathers=[3])
+    prefill.wire.carry_out(PushPlan(stops=(PushStop(D, 7),)))
+    prefill.wire.bind(binding(decode, 3, pages((3,), (4,))))
+    run.sweep("")
+    world.until(lambda: prefill.receipts)
+    assert prefill.outcomes() == [(3, Outcome.FAILED, "stopped")]
+    assert not prefill.transport.begun

@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_engine_example import EXAMPLE, QUESTIONS
 from test_replicas import Gathering
 
-from lamina.data import sources
-from lamina.data.tiers.disk import StoreError
-from lamina.engines.ranks import Ranks, RanksError
-from lamina.engines.standalone import LoadFailed
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.engines.ranks import Ranks, RanksError
+from lamina_kv.engines.standalone import LoadFailed
+from lamina_kv.plan import LoadMode, LoadOrder, PageMap, TransferId
+from lamina_kv.tiers.contract import StoreError
 
 SETTINGS: dict[str, object] = {"load": {"when": "always"}, "host": {"capacity": "1MiB"}}
 
@@ -40,15 +42,15 @@ def threads() -> Gathering:
 def cannot_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Has every load of an engine fail from now on, and no other engine's."""
     broken: list[Any] = []
-    load = sources.HostSource.load_row
+    load = CpuMover.load
 
-    def load_row(source: Any, *args: Any) -> Any:
-        if source in broken:
+    def fail(mover: Any, *args: Any) -> Any:
+        if mover in broken:
             raise OSError("not on this rank")
-        return load(source, *args)
+        return load(mover, *args)
 
-    monkeypatch.setattr(sources.HostSource, "load_row", load_row)
-    return lambda engine: broken.extend(engine.lamina._executor._sources.values())
+    monkeypatch.setattr(CpuMover, "load", fail)
+    return lambda engine: broken.append(engine.lamina._executor._mover)
 
 
 def ranks_of(threads: Gathering, rank: int) -> Ranks:
@@ -65,7 +67,7 @@ def test_ranks_load_what_each_has_saved(
 ) -> None:
     settings = SETTINGS | {
         "load": {"mode": mode, "when": "always"},
-        "disk": {"path": str(tmp_path), "capacity": "16MiB"},
+        "tiers": [{"kind": "disk", "path": str(tmp_path), "capacity": "16MiB"}],
     }
     alone = engine_of(settings)  # what it leaves in rank 0's shard is not in the other's
     expected = alone.generate(QUESTIONS)
@@ -164,6 +166,20 @@ def test_after_an_error_there_is_nothing_but_that(threads: Gathering) -> None:
     assert threads.together(work) == [True, True]
 
 
+def test_long_plans_are_compared_to_the_last_number(threads: Gathering) -> None:
+    def work(rank: int) -> Any:
+        near = np.arange(5000, dtype=np.int32)
+        near[2500] += rank
+        order = LoadOrder(
+            TransferId(1), "a", LoadMode.PARKED, (PageMap(0, near, np.arange(5000)),), 1.0
+        )
+        ranks_of(threads, rank).agree("before a step", order)
+
+    for error in threads.together(work):
+        assert isinstance(error, RanksError)
+        assert "2501" in str(error)
+
+
 def test_ranks_that_are_at_different_places(threads: Gathering) -> None:
     def work(rank: int) -> Any:
         ranks = ranks_of(threads, rank)
@@ -191,7 +207,7 @@ def test_a_rank_that_cannot_start_is_not_waited_for(
     engine_of: Any, threads: Gathering, tmp_path: Path
 ) -> None:
     """Its shard is in use by somebody else."""
-    settings = SETTINGS | {"disk": {"path": str(tmp_path), "capacity": "16MiB"}}
+    settings = SETTINGS | {"tiers": [{"kind": "disk", "path": str(tmp_path), "capacity": "16MiB"}]}
     alone = engine_of(settings)  # is rank 0 of that store, too
 
     def work(rank: int) -> Any:
@@ -210,7 +226,7 @@ def test_a_shard_has_the_same_rank_in_every_job(
 ) -> None:
     """Processes 0 and 1 share a model, in the next job 1 and 2, or 0 and 2: the heads that process
     1 has are others each time."""
-    settings = SETTINGS | {"disk": {"path": str(tmp_path), "capacity": "1MiB"}}
+    settings = SETTINGS | {"tiers": [{"kind": "disk", "path": str(tmp_path), "capacity": "1MiB"}]}
 
     def shards(engine: int) -> set[str]:
         before = set(tmp_path.rglob("rank-*.slab"))
@@ -231,7 +247,7 @@ def test_a_shard_has_the_same_rank_in_every_job(
 MEETING = """
 import sys
 from torch import distributed
-from lamina.engines.ranks import Ranks
+from lamina_kv.engines.ranks import Ranks
 
 rank = int(sys.argv[1])
 distributed.init_process_group(

@@ -11,9 +11,9 @@ from vllm.distributed.kv_events import AllBlocksCleared
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from lamina.control.leases import LeaseBook
-from lamina.engines.vllm.requests import VllmBlockPool
-from lamina.engines.vllm.resets import reset_despite_readers
+from lamina_kv.control.leases import LeaseBook
+from lamina_kv.engines.vllm.requests import VllmBlockPool
+from lamina_kv.engines.vllm.resets import reset_despite_readers
 
 HASH = make_block_hash_with_group_id(BlockHash(b"k" * 32), 0)
 

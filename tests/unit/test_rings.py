@@ -5,11 +5,11 @@ what has left the window. What is saved of it is what a step leaves whole, befor
 from __future__ import annotations
 
 import pytest
-from driven_planner import BLOCK, CHUNK, Engine, View, prompt
+from driven_planner import BLOCK, CHUNK, Engine, View, outward, prompt
 
-from lamina.control.requests import ChunkShape
-from lamina.geometry import Group, GroupKind
-from lamina.plan import ChunkLoad, SaveOrder, StepPlan
+from lamina_kv.control.requests import ChunkShape
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.plan import SaveOrder, StepPlan
 
 WINDOW = 2 * CHUNK
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -17,12 +17,11 @@ RING = Group(GroupKind.WINDOW, BLOCK, WINDOW, in_place=True)
 TOKENS = prompt(4 * CHUNK + 8)
 
 
-def engine_of(*groups: Group, disk_slots: int = 0) -> Engine:
+def engine_of(*groups: Group, far_slots: int = 0) -> Engine:
     return Engine(
         {"load": {"when": "always"}},
         shape=ChunkShape(CHUNK, groups, 0),
-        disk_slots=disk_slots,
-        reports_blocks=False,
+        far_slots=far_slots,
         leases_loads=True,
     )
 
@@ -35,14 +34,14 @@ def view(name: str, tokens: list[int] = TOKENS, first: int = 200) -> View:
 
 
 def admit(engine: Engine, request: View) -> int:
-    hit = engine.planner.lookup(request, 0)
-    engine.planner.admitted(request.request_id, hit.tokens)
-    return hit.tokens
+    tokens = engine.lookup(request).tokens
+    engine.planner.admitted(request.request_id, tokens)
+    return tokens
 
 
 def step(engine: Engine, name: str, start: int, end: int) -> StepPlan:
     plan = engine.planner.plan_step([(name, start, end)], forward=True)
-    engine.answer(*(order.transfer for order in (*plan.saves, *plan.writes)))
+    engine.answer(*(order.transfer for order in plan.saves))
     return plan
 
 
@@ -59,16 +58,22 @@ def compute(engine: Engine, request: View, *ends: int) -> list[SaveOrder]:
         start = end
     engine.planner.finished(name, start, [request.blocks(0), request.blocks(1)])
     last = engine.step()
-    engine.answer(*(order.transfer for order in (*last.saves, *last.writes)))
+    engine.answer(*(order.transfer for order in (*last.saves, *outward(last))))
     return saved + rings(last)
 
 
-def load(engine: Engine, request: View) -> tuple[int, list[ChunkLoad]]:
-    """Tokens hit, and what is loaded into the ring for them."""
+def load(engine: Engine, request: View) -> tuple[int, list[tuple[int, tuple[int, ...]]]]:
+    """Tokens hit, and for each chunk that is loaded into the ring for them its near slot and its
+    blocks."""
     tokens = admit(engine, request)
-    loads = engine.step().loads
-    chunks = [chunk for order in loads for chunk in order.chunks if chunk.group == 1]
-    return tokens, chunks
+    chunks: dict[int, tuple[int, ...]] = {}
+    for order in engine.step().loads:
+        for pages in order.pages:
+            if pages.group == 1:
+                for near, block in zip(pages.near.tolist(), pages.blocks.tolist(), strict=True):
+                    slot = near // (CHUNK // BLOCK)
+                    chunks[slot] = (*chunks.get(slot, ()), block)
+    return tokens, list(chunks.items())
 
 
 def test_what_a_step_completes_is_saved_before_the_next() -> None:
@@ -97,7 +102,7 @@ def test_steps_that_do_not_reach_round_the_ring_lose_nothing(more: int) -> None:
     ends = [*range(more, len(TOKENS), more), len(TOKENS)]
     saved = compute(engine_of(FULL, RING), view("a"), *ends)
     assert [order.blocks for order in saved] == 2 * [(200, 201), (202, 203)]
-    assert len({order.key for order in saved}) == 4
+    assert len({order.slot for order in saved}) == 4
 
 
 @pytest.mark.parametrize("how", ["preempted", "reset", "distrusted"])
@@ -138,9 +143,8 @@ def test_a_hit_fills_the_ring(
     saved = compute(engine, view("a"), *range(CHUNK, len(TOKENS), CHUNK), len(TOKENS))
     tokens, chunks = load(engine, view("b", TOKENS[: end + 1], first=300))
     assert tokens == end
-    assert [chunk.blocks for chunk in chunks] == targets
-    keys = [order.key for order in saved][end // CHUNK - len(targets) : end // CHUNK]
-    assert [chunk.key for chunk in chunks] == keys
+    slots = [order.slot for order in saved][end // CHUNK - len(targets) : end // CHUNK]
+    assert chunks == list(zip(slots, targets, strict=True))
 
 
 def test_a_hit_ends_where_the_whole_window_before_it_is_kept() -> None:
@@ -163,21 +167,15 @@ def test_two_requests_with_the_same_prefix_save_it_once() -> None:
     assert not engine.pool.held
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_what_comes_from_disk_is_kept_in_the_host_before_it_is_overwritten(reset: bool) -> None:
-    engine = engine_of(FULL, RING, disk_slots=100)
+def test_what_comes_from_a_far_tier_is_near_and_not_saved_again() -> None:
+    engine = engine_of(FULL, RING, far_slots=100)
     compute(engine, view("a"), *range(CHUNK, len(TOKENS), CHUNK), len(TOKENS))
-    engine.settle_writes()
-    engine.planner._catalog.host.clear()
-    admit(engine, view("b", first=300))
-    loading = engine.step()
-    assert len(loading.loads) == 1
-    engine.answer(loading.loads[0].transfer)
-    if reset:
-        engine.planner.reset()
-    saved = rings(step(engine, "b", 4 * CHUNK, 4 * CHUNK + 1))
-    assert [order.blocks for order in saved] == ([] if reset else [(300, 301), (302, 303)])
-    assert all(order.overwritten for order in saved)
+    engine.write_all()
+    engine.forget_near()
+    tokens, chunks = load(engine, view("b", first=300))
+    assert (tokens, [blocks for _, blocks in chunks]) == (4 * CHUNK, [(300, 301), (302, 303)])
+    assert not step(engine, "b", 4 * CHUNK, 4 * CHUNK + 1).saves
+    assert not step(engine, "b", 4 * CHUNK + 1, 4 * CHUNK + 2).saves
 
 
 def test_what_a_step_that_failed_was_to_complete_is_not_saved() -> None:

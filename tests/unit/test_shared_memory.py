@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from lamina.data.movers.host_memory import HostMemory
-from lamina.data.shared_memory import MemoryAddress, MemoryFile
+from lamina_kv.data.movers.host_memory import HostMemory
+from lamina_kv.data.shared_memory import MemoryAddress, MemoryFile
 
 SIZE = 3 * 4096
 
 OTHER = """
 import sys
-from lamina.data.shared_memory import MemoryAddress, MemoryFile
+from lamina_kv.data.shared_memory import MemoryAddress, MemoryFile
 process, descriptor, name, size = sys.argv[1:]
 file = MemoryFile.open(MemoryAddress(int(process), int(descriptor), name))
 memory = file.map(int(size), writable=True)

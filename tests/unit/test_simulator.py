@@ -5,8 +5,9 @@ each time, and what is caught is named.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
@@ -14,30 +15,59 @@ from typing import Any
 
 import pytest
 
+from broken_tiers import (
+    a_far_slot_is_not_held_while_it_is_read,
+    a_late_move_has_lost_its_near_slot,
+    a_move_inward_that_failed_counts,
+    a_move_outward_that_failed_counts,
+    a_near_slot_is_not_held_while_it_is_written_from,
+    a_wait_for_answers_has_no_end,
+    a_wait_for_moves_has_no_end,
+    answers_are_not_listened_to,
+    any_chunk_is_as_good,
+    any_ranks_part_is_as_good,
+    fates_are_not_looked_at,
+    more_moves_than_are_allowed,
+    nobody_is_asked,
+    only_what_is_near_is_found,
+    ranks_need_not_agree,
+    slots_are_dropped_behind_writes,
+    those_who_have_ended_are_not_forgotten,
+    what_came_near_is_counted_twice,
+    what_is_damaged_is_kept,
+    what_is_far_is_loaded,
+    what_is_gone_is_hoped_for,
+    what_is_not_lasting_is_moved,
+    what_is_pinned_stays_pinned,
+    what_is_read_is_not_verified,
+    what_is_written_is_not_sealed,
+)
 from broken_transfers import identities_are_used_again, one_rank_is_enough
-from lamina.control.catalog import Catalog, TierCatalog
-from lamina.control.hand_off import HandOff, Phase, Resumption
-from lamina.control.hits import HitFinder
-from lamina.control.leases import BlockLease, LeaseBook
-from lamina.control.loading import LoadEnd, LoadPlanner
-from lamina.control.planner import Planner
-from lamina.control.prompts import PromptMeter
-from lamina.control.requests import RequestRecord
-from lamina.control.saving import SavePlanner
-from lamina.control.sharing import SharedLoads
-from lamina.control.transfers import Transfer, TransferTable
-from lamina.data.executor import Executor, Outcomes
-from lamina.data.load_pipeline import Load, LoadRun
-from lamina.geometry import Group
-from lamina.keys import ChunkChain
-from lamina.plan import Outcome, SaveOrder, StepPlan, TransferReceipt
+from lamina_kv.control.hand_off import HandOff, Phase, Resumption
+from lamina_kv.control.hits import HitFinder
+from lamina_kv.control.leases import BlockLease, LeaseBook
+from lamina_kv.control.loading import LoadEnd, LoadPlanner
+from lamina_kv.control.planner import Planner
+from lamina_kv.control.prompts import PromptMeter
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.control.saving import SavePlanner
+from lamina_kv.control.sharing import SharedLoads
+from lamina_kv.control.transfers import Transfer, TransferTable
+from lamina_kv.data import load_pipeline
+from lamina_kv.data.executor import Executor, Outcomes
+from lamina_kv.data.load_pipeline import LoadRun
+from lamina_kv.geometry import Group
+from lamina_kv.keys import ChunkChain
+from lamina_kv.plan import Outcome, SaveOrder, StepPlan, TransferReceipt
+from lamina_kv.tiers.slots import SlotIndex
 from simulator.content import Violation
 from simulator.engine import Simulator
 from simulator.faults import Weather
-from simulator.history import run_crowd, run_history
-from simulator.options import Options
+from simulator.history import run_crowd, run_history, run_return
+from simulator.options import Far, Options, Sort
 from simulator.pool import EnginePool, LeasedPool
 from simulator.virtual import World
+from simulator.watch import Watch
 
 SEEDS = 60
 STEPS = 300
@@ -47,7 +77,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, "lamina")
+    caplog.set_level(logging.CRITICAL, "lamina_kv")
 
 
 # -- Lamina, broken ------------------------------------------------------------------------------
@@ -76,18 +106,6 @@ def one_failed_rank_ends_it_for_all(patch: Patch) -> None:
     patch.setattr(Transfer, "apply", first)
 
 
-def saves_on_a_failed_load_are_believed(patch: Patch) -> None:
-    patch.setattr(SavePlanner, "poison_saves_since", lambda saving, step: None)
-
-
-def saves_are_believed_before_the_loads_under_them(patch: Patch) -> None:
-    def settle(saving: SavePlanner, ended: Iterable[Transfer], *, step: int) -> None:
-        for transfer in ended:
-            saving._settle_save(transfer)
-
-    patch.setattr(SavePlanner, "settle", settle)
-
-
 def a_change_of_weights_begins_nothing(patch: Patch) -> None:
     begin = Planner.begin
     patch.setattr(Planner, "begin", lambda planner, epoch: begin(planner, planner.epoch))
@@ -100,10 +118,10 @@ def waiting_requests_keep_the_keys_of_old_weights(patch: Patch) -> None:
 def overdue_saves_are_believed(patch: Patch) -> None:
     overdue = Planner._mark_overdue
 
-    def unpoisoned(planner: Planner, now: float) -> None:
+    def unpoisoned(planner: Planner) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(planner._saving, "poison", lambda transfer: None)
-            overdue(planner, now)
+            inner.setattr(planner._saving, "_poison", lambda transfer: None)
+            overdue(planner)
 
     patch.setattr(Planner, "_mark_overdue", unpoisoned)
 
@@ -112,17 +130,13 @@ def overdue_transfers_keep_the_engine_awake(patch: Patch) -> None:
     patch.setattr(TransferTable, "pending", property(lambda table: bool(table._live)))
 
 
-def a_remembered_hit_is_never_stale(patch: Patch) -> None:
-    patch.setattr(Catalog, "losses", 0)
-
-
-def loaded_slots_are_not_leased(patch: Patch) -> None:
-    patch.setattr(TierCatalog, "lease", lambda tier, slot: None)
-    patch.setattr(TierCatalog, "release", lambda tier, slot: None)
+def slots_are_not_leased(patch: Patch) -> None:
+    patch.setattr(SlotIndex, "lease", lambda tier, slot: None)
+    patch.setattr(SlotIndex, "release", lambda tier, slot: None)
 
 
 def a_dropped_slot_is_free_at_once(patch: Patch) -> None:
-    patch.setattr(TierCatalog, "_retire", lambda tier, slot: tier._free.append(slot))
+    patch.setattr(SlotIndex, "_retire", lambda tier, slot: tier._free.append(slot))
 
 
 def one_token_more_is_saved(patch: Patch) -> None:
@@ -137,17 +151,17 @@ def one_token_more_is_saved(patch: Patch) -> None:
 def nothing_is_left_to_compute(patch: Patch) -> None:
     find = HitFinder.find
 
-    def whole(hits: HitFinder, record: RequestRecord, floor: int) -> object:
+    def whole(hits: HitFinder, record: RequestRecord, floor: int, *, far: bool) -> object:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(record.view, "recompute_tokens", 0)
-            return find(hits, record, floor)
+            return find(hits, record, floor, far=far)
 
     patch.setattr(HitFinder, "find", whole)
 
 
 def salts_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(
-        "lamina.control.planner.ChunkChain",
+        "lamina_kv.control.planner.ChunkChain",
         lambda namespace, size, extra, *rest: ChunkChain(namespace, size, b"", *rest),
     )
 
@@ -177,15 +191,11 @@ def requests_that_end_while_loading_are_kept(patch: Patch) -> None:
 
 
 def a_load_that_was_given_up_writes_all_the_same(patch: Patch) -> None:
-    def admit(load: Load) -> bool:
-        load._writing += 1
+    def admit(run: LoadRun) -> bool:
+        run._writing += 1
         return True
 
-    patch.setattr(Load, "admit", admit)
-
-
-def lost_blocks_are_not_named(patch: Patch) -> None:
-    patch.setattr(Load, "lost_blocks", lambda load: set())
+    patch.setattr(LoadRun, "_admit", admit)
 
 
 def a_row_is_not_waited_for(patch: Patch) -> None:
@@ -205,15 +215,8 @@ def a_failed_load_wakes_nobody(patch: Patch) -> None:
     collect = Executor.collect
 
     def silent(executor: Executor) -> Outcomes:
-        failed = {
-            load.order.request_id
-            for run in executor._parked
-            for load in run.loads
-            if run.over and load.failed
-        }
         outcomes = collect(executor)
-        arrived = outcomes.arrived - failed
-        return replace(outcomes, arrived=arrived)
+        return replace(outcomes, arrived=outcomes.arrived - outcomes.failed)
 
     patch.setattr(Executor, "collect", silent)
 
@@ -259,10 +262,6 @@ def a_failed_load_counts(patch: Patch) -> None:
     patch.setattr(Planner, "_settle_load", optimistic)
 
 
-def what_failed_in_the_step_is_not_taken_back(patch: Patch) -> None:
-    patch.setattr(HandOff, "take_cut", lambda hand_off: [])
-
-
 def a_load_begins_before_its_boundary(patch: Patch) -> None:
     patch.setattr(HandOff, "_round_up", lambda hand_off, floor: floor - floor % hand_off._boundary)
 
@@ -271,7 +270,7 @@ def a_ring_is_read_when_the_next_step_is_over(patch: Patch) -> None:
     def ordinary(*order: Any) -> SaveOrder:
         return SaveOrder(*order[:-1])
 
-    patch.setattr("lamina.control.saving.SaveOrder", ordinary)
+    patch.setattr("lamina_kv.control.saving.SaveOrder", ordinary)
 
 
 def a_ring_is_believed_to_hold_more(patch: Patch) -> None:
@@ -286,16 +285,6 @@ def half_a_window_is_enough(patch: Patch) -> None:
         return max(0, end - group.window // 2)
 
     patch.setattr(Group, "first_token", first_token)
-
-
-def what_a_failed_load_has_not_brought_is_counted(patch: Patch) -> None:
-    runs = PromptMeter.runs
-
-    def as_ordered(prompts: PromptMeter, record: RequestRecord, start: int, end: int) -> None:
-        reached = record.sources[-1][1] if record.sources else 0
-        runs(prompts, record, max(start, reached), max(end, reached))
-
-    patch.setattr(PromptMeter, "runs", as_ordered)
 
 
 def a_prompt_is_counted_each_time_it_gets_blocks(patch: Patch) -> None:
@@ -338,53 +327,45 @@ HAND_OFF = Options(hand_off=True, prefix_caching=False, blocks=28)
 HAND_OFF_PARKED = replace(HAND_OFF, mode="parked", host_slots=12, chunk_blocks=1)
 RING = replace(HAND_OFF, ring_blocks=4)
 SLOW = Weather(slow=0.2, hang=0.02)
+FAR_SLOW = Weather(far_slow=0.5)
+
+SLOTS = replace(LAYERWISE, host_slots=12, tiers=(Far("slots", Sort.SLOTS),))
+FEW_SLOTS = replace(SLOTS, host_slots=6, tiers=(Far("slots", Sort.SLOTS, room=12),))
+ONE_BY_ONE = replace(SLOTS, tiers=(Far("slots", Sort.SLOTS, batch=1),))
+KEYS = replace(LAYERWISE, host_slots=12, tiers=(Far("keys", Sort.KEYS),))
+BOTH = replace(LAYERWISE, host_slots=12, tiers=SLOTS.tiers + KEYS.tiers)
 
 CASES = [
     Case(saved_blocks_are_not_leased, "is reused while save"),
     Case(leases_are_kept, "there are still|nothing has moved|would step for ever"),
     Case(leases_are_released_twice, "released twice"),
-    Case(one_rank_is_enough, "host shows a chunk", LAYERWISE),
+    Case(one_rank_is_enough, "host shows a chunk|is reused while save", LAYERWISE),
     Case(
         one_failed_rank_ends_it_for_all,
-        "is reused while save|saves are in flight",
-        LAYERWISE,
-        Weather(bad=0.2, slow=0.1),
+        "is given to|is written by a load|released twice",
+        replace(PARKED, ranks=2),
+        Weather(error=0.2, slow=0.1),
     ),
-    Case(identities_are_used_again, "host shows a chunk|is reused while save"),
-    Case(saves_on_a_failed_load_are_believed, "host shows a chunk", ASYNC, Weather(bad=0.2)),
-    Case(
-        saves_are_believed_before_the_loads_under_them,
-        "host shows a chunk",
-        ASYNC,
-        Weather(bad=0.2, overtaken=0.5),
-    ),
+    Case(identities_are_used_again, "host shows a chunk|is reused while save", LAYERWISE),
     Case(a_change_of_weights_begins_nothing, "host shows a chunk|it should be|a wrong token"),
     Case(waiting_requests_keep_the_keys_of_old_weights, "host shows a chunk|it should be"),
     Case(overdue_saves_are_believed, "is reused while save|host shows a chunk"),
     Case(overdue_transfers_keep_the_engine_awake, "step for ever", None, Weather(hang=0.1)),
-    Case(a_remembered_hit_is_never_stale, "it should be", PARKED),
-    Case(loaded_slots_are_not_leased, "a wrong token", PARKED, SLOW),
-    Case(a_dropped_slot_is_free_at_once, "a wrong token", PARKED, Weather(slow=0.2, bad=0.05)),
+    Case(slots_are_not_leased, "is given to", PARKED, SLOW),
+    Case(a_dropped_slot_is_free_at_once, "is given to", PARKED, SLOW),
     Case(one_token_more_is_saved, "host shows a chunk"),
     Case(nothing_is_left_to_compute, "it should be"),
     Case(salts_are_not_looked_at, "host shows a chunk|it should be"),
     Case(more_is_saved_than_is_allowed, "saves are in flight"),
     Case(requests_that_end_while_loading_are_kept, "there are still requests"),
     Case(a_load_that_was_given_up_writes_all_the_same, "is written by a load", PIECES, SLOW),
-    Case(lost_blocks_are_not_named, "a wrong token"),
     Case(a_row_is_not_waited_for, "a wrong token", LAYERWISE),
     Case(a_deadline_is_not_looked_at, "still under way", PARKED, SLOW),
-    Case(a_failed_load_wakes_nobody, "nothing has moved", PARKED, Weather(bad=0.1)),
+    Case(a_failed_load_wakes_nobody, "nothing has moved", PARKED, Weather(error=0.1)),
     Case(rows_are_saved_before_they_are_written, "host shows a chunk"),
     Case(loaded_blocks_are_not_leased, "is written by a load", HAND_OFF_PARKED, SLOW),
     Case(a_parked_request_runs_at_once, "a wrong token", HAND_OFF_PARKED, SLOW),
-    Case(a_failed_load_counts, "a wrong token", HAND_OFF_PARKED, Weather(bad=0.1)),
-    Case(
-        what_failed_in_the_step_is_not_taken_back,
-        "host shows a chunk|a wrong token|begins with token",
-        HAND_OFF,
-        Weather(bad=0.2),
-    ),
+    Case(a_failed_load_counts, "a wrong token", HAND_OFF_PARKED, Weather(error=0.1)),
     Case(
         a_load_begins_before_its_boundary,
         "it should be",
@@ -393,14 +374,40 @@ CASES = [
     Case(a_ring_is_read_when_the_next_step_is_over, "host shows a chunk", RING),
     Case(a_ring_is_believed_to_hold_more, "host shows a chunk", RING),
     Case(half_a_window_is_enough, "it should be|a wrong token", RING),
-    Case(
-        what_a_failed_load_has_not_brought_is_counted,
-        "are counted as",
-        LAYERWISE,
-        Weather(bad=0.3),
-    ),
     Case(a_prompt_is_counted_each_time_it_gets_blocks, "is counted twice|are counted as"),
-    Case(what_a_request_had_before_it_was_preempted_counts, "are counted as"),
+    Case(
+        what_a_request_had_before_it_was_preempted_counts,
+        "are counted as",
+        Options(blocks=28, budget=12, max_running=6),
+    ),
+    # far tiers
+    Case(what_is_read_is_not_verified, "host shows a chunk", SLOTS, Weather(wrong=0.3)),
+    Case(any_chunk_is_as_good, "host shows a chunk", KEYS, Weather(wrong=0.5)),
+    Case(any_ranks_part_is_as_good, "host shows a chunk", KEYS, Weather(wrong=0.5)),
+    Case(what_is_written_is_not_sealed, "does not verify", SLOTS),
+    Case(fates_are_not_looked_at, "host shows a chunk", KEYS, Weather(gone=0.2)),
+    Case(
+        slots_are_dropped_behind_writes,
+        "cannot read",
+        ONE_BY_ONE,
+        Weather(unread=0.5, far_slow=0.7),
+    ),
+    Case(a_near_slot_is_not_held_while_it_is_written_from, "is given to", SLOTS, FAR_SLOW),
+    Case(a_late_move_has_lost_its_near_slot, "is given to", KEYS, Weather(far_hang=0.1)),
+    Case(a_far_slot_is_not_held_while_it_is_read, "is given to", FEW_SLOTS, FAR_SLOW),
+    Case(what_is_pinned_stays_pinned, "leases on slots", SLOTS),
+    Case(more_moves_than_are_allowed, "the bound is", KEYS),
+    Case(a_move_inward_that_failed_counts, "host shows a chunk", KEYS, Weather(unread=0.3)),
+    Case(a_move_outward_that_failed_counts, "cannot read", SLOTS, Weather(refused=0.3)),
+    Case(what_is_gone_is_hoped_for, "is moved from it again", KEYS, Weather(gone=0.3)),
+    Case(what_is_damaged_is_kept, "is moved from it again", SLOTS, Weather(wrong=0.3)),
+    Case(ranks_need_not_agree, "cannot read", SLOTS, Weather(far_hang=0.1)),
+    Case(what_is_not_lasting_is_moved, "weights without a name", BOTH),
+    Case(a_wait_for_moves_has_no_end, "is told to ask again", KEYS, Weather(far_hang=0.1)),
+    Case(a_wait_for_answers_has_no_end, "is told to ask again", KEYS, Weather(far_hang=0.1)),
+    Case(those_who_have_ended_are_not_forgotten, "there are still|step for ever", SLOTS),
+    Case(what_is_far_is_loaded, "it should be|is credited with", SLOTS),
+    Case(what_came_near_is_counted_twice, "is credited with", SLOTS),
 ]
 
 
@@ -449,6 +456,22 @@ def run_crowds(hand_off: bool) -> None:
         run_crowd(seed, hand_off=hand_off)
 
 
+@pytest.mark.parametrize(
+    "broken", [answers_are_not_listened_to, nobody_is_asked, only_what_is_near_is_found]
+)
+def test_a_return_that_finds_nothing_is_seen(
+    broken: Callable[[Patch], None], monkeypatch: Patch
+) -> None:
+    broken(monkeypatch)
+    with pytest.raises(Violation, match=r"were found again|step for ever"):
+        run_returns()
+
+
+def run_returns() -> None:
+    for seed in range(SEEDS):
+        run_return(seed, sorts=[Sort.KEYS])
+
+
 # -- the simulator itself ------------------------------------------------------------------------
 
 
@@ -460,9 +483,20 @@ def test_histories_are_eventful() -> None:
     counts = sum((run_history(seed, STEPS) for seed in range(12)), Counter[str]())
     for event in (
         "parked loads", "layerwise loads", "saves", "failed loads", "cut", "arrived", "abort",
-        "preempt", "complete", "reset", "change weights",
+        "preempt", "complete", "reset", "change weights", "moves outward", "moves inward", "asks",
+        "drops", "damage",
     ):  # fmt: skip
         assert counts[event] > 0, event
+
+
+def test_an_engine_that_does_not_open_leaves_nothing_virtual(monkeypatch: Patch) -> None:
+    def refuse(watch: Watch) -> None:
+        raise Violation("no")
+
+    monkeypatch.setattr(Watch, "_check_contents", refuse)
+    with pytest.raises(Violation, match="no"):
+        Simulator(0, Options()).__enter__()
+    assert load_pipeline.time is time
 
 
 def test_a_wrong_byte_is_named() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.executor.abstract import Executor
 
-from lamina.engines.vllm import sleep
+from lamina_kv.engines.vllm import sleep
 
 
 class Connector:

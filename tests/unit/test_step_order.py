@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from lamina.engines.vllm.step_order import Call, StepOrder, StepOrderError
-from lamina.engines.vllm.version import (
+from lamina_kv.engines.vllm.step_order import Call, StepOrder, StepOrderError
+from lamina_kv.engines.vllm.version import (
     REQUIREMENT,
     SUPPORTED,
     UnsupportedVersion,

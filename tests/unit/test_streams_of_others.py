@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lamina.data.executor import Executor
-from lamina.engines.standalone import Standalone
-from lamina.plan import StepPlan
+from lamina_kv.data.executor import Executor
+from lamina_kv.engines.standalone import Standalone
+from lamina_kv.plan import StepPlan
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "tiny_engine.py"
 
@@ -50,7 +50,7 @@ def test_loads_begin_when_the_engines_copies_are_over(
 def test_transformers_waits_for_its_whole_device(
     device: str, waited: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler = pytest.importorskip("lamina.engines.transformers.scheduler")
+    scheduler = pytest.importorskip("lamina_kv.engines.transformers.scheduler")
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(str(device)))
     scheduler.wait_for_copies(torch.device(device))

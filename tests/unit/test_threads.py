@@ -15,29 +15,29 @@ from typing import Any
 
 import pytest
 import torch
-from test_executor import geometry
+from test_executor import geometry, pages
 from test_push_wire import Guarded, World
 
-import lamina.data
-from lamina.config import LoadConfig
-from lamina.data.executor import Executor
-from lamina.data.load_pipeline import LoadRun
-from lamina.data.movers.cpu import CpuMover
-from lamina.data.movers.cuda import CudaMover
-from lamina.data.push_wire import PushIdentity
-from lamina.data.save_pipeline import SaveRun
-from lamina.data.sources import HostSource, tier_sources
-from lamina.data.threads import Threads
-from lamina.data.tiers.disk import DiskTier, StoreNamespace
-from lamina.data.tiers.host import HostTier
-from lamina.data.worker_pool import WorkerPool
-from lamina.keys import KEY_BYTES
-from lamina.plan import (
+import lamina_kv.data
+from lamina_kv.config import LoadConfig
+from lamina_kv.data.executor import Executor, Tiers
+from lamina_kv.data.far import FarTier
+from lamina_kv.data.load_pipeline import LoadRun
+from lamina_kv.data.loads import Load
+from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.data.push_wire import PushIdentity
+from lamina_kv.data.save_pipeline import SaveRun
+from lamina_kv.data.threads import Threads
+from lamina_kv.data.worker_pool import WorkerPool
+from lamina_kv.keys import KEY_BYTES
+from lamina_kv.plan import (
+    Ask,
     ChunkKey,
-    ChunkLoad,
-    FetchOrder,
     LoadMode,
     LoadOrder,
+    Move,
     Outcome,
     PeerOrder,
     PushOrder,
@@ -47,14 +47,16 @@ from lamina.plan import (
     SaveOrder,
     StepPlan,
     TierName,
+    TierOrders,
     TransferId,
     TransferReceipt,
-    WriteThrough,
 )
-from lamina.push.cards import EngineCard, RankCard, RowCard, encode_card
-from lamina.push.transports.base import Region
+from lamina_kv.push.cards import EngineCard, RankCard, RowCard, encode_card
+from lamina_kv.push.transports.base import Region
+from stores import MemoryStore
 
 PATIENCE = 60.0
+FAR = TierName("far")
 KEYS = [ChunkKey(number.to_bytes(KEY_BYTES, "little")) for number in range(4)]
 Patch = pytest.MonkeyPatch
 
@@ -103,21 +105,16 @@ class DeviceMover(CpuMover):
 
 
 class Rank:
-    """One rank with everything that has threads: host, disk, fetches, pushes."""
+    """One rank with everything that has threads: a near tier and a far one, and pushes."""
 
-    def __init__(self, path: Path, device: Device) -> None:
+    def __init__(self, device: Device) -> None:
         shape = self.geometry = geometry()
         cache = torch.randint(0, 256, (shape.allocation_bytes[0],), dtype=torch.uint8)
         mover = DeviceMover(shape, [cache])
         mover.device = device
-        host = HostTier(shape, 6 * shape.chunk_bytes, mover.allocate_host)
-        disk = DiskTier(
-            path=path,
-            namespace=StoreNamespace("ab" * 16, {}),
-            rank=0,
-            extent_bytes=shape.extent_bytes,
-            capacity=1 << 20,
-        )
+        near = NearSlab(shape, 6 * shape.object_bytes, mover.allocate_host)
+        store, length = MemoryStore(slots=4), shape.chunk_bytes
+        far = FarTier(FAR, store, shard=0, length=length, timeout=PATIENCE)
         self.world = World()
         end = Guarded(self.world, [Region(cache.data_ptr(), cache.numel())])
         rows = tuple(
@@ -128,12 +125,9 @@ class Rank:
         self.peer = PeerOrder("d", encode_card(EngineCard("d", b"", False, (), (card,))))
         self.executor = Executor(
             rank=0,
-            geometry=shape,
+            tiers=Tiers(near, (far,)),
             mover=mover,
-            host=host,
-            disk=disk,
             config=LoadConfig(),
-            sources=tier_sources(host, disk, mover, shape),
             push=(PushIdentity("p", card, 1, False, 1, 1), end),
         )
         self.arrived: set[str] = set()
@@ -161,13 +155,12 @@ class Rank:
         return receipts
 
     def everything(self) -> dict[int, TransferReceipt]:
-        """Two chunks are saved, and one of them goes to disk; then all the rest follows."""
-        saves = tuple(
-            SaveOrder(TransferId(n + 1), "r", KEYS[n], n, (2 * n, 2 * n + 1)) for n in (0, 1)
-        )
+        """Two chunks are saved, and one of them goes to far; then all the rest follows."""
+        saves = tuple(SaveOrder(TransferId(n + 1), "r", n, (2 * n, 2 * n + 1)) for n in (0, 1))
         self.run(StepPlan(1, saves=saves))
         receipts = self.settle(2)
-        self.run(StepPlan(2, writes=(WriteThrough(TransferId(3), KEYS[0], 0, 0),)))
+        outward = (Move(TransferId(3), KEYS[0], 0, 0),)
+        self.run(StepPlan(2, tiers=(TierOrders(FAR, outward=outward),)))
         receipts |= self.settle(1)
         push = PushOrder(
             TransferId(8), "d", 1, (PushPages(0, (0,), (30,)),), computed=True, last=True,
@@ -177,20 +170,17 @@ class Rank:
             orders=(push,), peers=(self.peer,), receives=(ReceiveOrder(TransferId(9), "e", 0.2),)
         )
         loads = (
-            load(4, LoadMode.LAYERWISE, TierName.HOST, "a", 1, (10, 11)),
-            load(5, LoadMode.PARKED, TierName.HOST, "b", 1, (12, 13)),
-            load(6, LoadMode.PARKED, TierName.DISK, "c", 0, (14, 15)),
+            load(4, LoadMode.LAYERWISE, "a", 1, (10, 11)),
+            load(5, LoadMode.PARKED, "b", 1, (12, 13)),
         )
-        fetches = (FetchOrder(TransferId(7), KEYS[0], 0, 3),)
-        self.run(StepPlan(3, loads=loads, fetches=fetches, push=pushes))
+        inward, asks = (Move(TransferId(6), KEYS[0], 3, 0),), (Ask(TransferId(7), (KEYS[0],)),)
+        tiers = (TierOrders(FAR, inward=inward, asks=asks),)
+        self.run(StepPlan(3, loads=loads, tiers=tiers, push=pushes))
         return receipts | self.settle(6)
 
 
-def load(
-    number: int, mode: LoadMode, tier: TierName, name: str, slot: int, blocks: tuple[int, ...]
-) -> LoadOrder:
-    chunk = ChunkLoad(KEYS[slot], tier, slot, 0, blocks)
-    return LoadOrder(TransferId(number), name, mode, (chunk,), inf)
+def load(number: int, mode: LoadMode, name: str, slot: int, blocks: tuple[int, ...]) -> LoadOrder:
+    return LoadOrder(TransferId(number), name, mode, (pages(slot, blocks),), inf)
 
 
 @pytest.fixture
@@ -207,8 +197,8 @@ def device(monkeypatch: Patch) -> Device:
 
 
 @pytest.fixture
-def rank(tmp_path: Path, device: Device) -> Iterator[Rank]:
-    rank = Rank(tmp_path, device)
+def rank(device: Device) -> Iterator[Rank]:
+    rank = Rank(device)
     yield rank
     rank.executor.close()
 
@@ -223,8 +213,8 @@ def test_every_thread_chooses_its_device_first(rank: Rank, device: Device) -> No
     )
     names = {re.sub(r"-\d+$", "", thread.name) for thread in device.started}
     assert names == {
-        "lamina-load-host", "lamina-load-disk", "lamina-save", "lamina-write", "lamina-fetch",
-        "lamina-host-memory", "lamina-push",
+        "lamina-load", "lamina-save", "lamina-write-far", "lamina-read-far", "lamina-host-memory",
+        "lamina-push",
     }  # fmt: skip
     assert device.entered.count(device.started[0]) == 1
     assert set(device.entered) == set(device.started)
@@ -233,7 +223,7 @@ def test_every_thread_chooses_its_device_first(rank: Rank, device: Device) -> No
 
 def test_threads_are_started_in_one_place() -> None:
     """So that one which is added later chooses its device, too."""
-    folder = Path(lamina.data.__file__).parent
+    folder = Path(lamina_kv.data.__file__).parent
     starts = re.compile(r"\bThread\(|ThreadPool|start_new_thread|threading\.Timer|multiprocessing")
     found = {path.name for path in folder.rglob("*.py") if starts.search(path.read_text())}
     assert found == {"threads.py"}
@@ -248,14 +238,12 @@ def test_a_cuda_mover_chooses_its_own_device(monkeypatch: Patch) -> None:
     assert chosen == [torch.device("cuda", 3)]
 
 
-def test_cores_that_are_others_by_now_stop_nobody(
-    tmp_path: Path, device: Device, monkeypatch: Patch
-) -> None:
+def test_cores_that_are_others_by_now_stop_nobody(device: Device, monkeypatch: Patch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError("these cores are another container's")
 
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    rank = Rank(tmp_path, device)
+    rank = Rank(device)
     receipts = rank.everything()
     assert {receipts[number].outcome for number in range(1, 9)} == {Outcome.DONE}
     rank.executor.close()
@@ -265,20 +253,20 @@ def test_cores_that_are_others_by_now_stop_nobody(
 
 
 def test_transfers_of_threads_that_cannot_begin_fail(
-    tmp_path: Path, device: Device, caplog: pytest.LogCaptureFixture
+    device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     device.error = MemoryError("no room for a context on this device")
-    rank = Rank(tmp_path, device)
+    rank = Rank(device)
     receipts = rank.everything()
     assert {number: receipt.outcome for number, receipt in receipts.items()} == dict.fromkeys(
         range(1, 10), Outcome.FAILED
     )
     assert {receipt.reason for receipt in receipts.values()} == {"MemoryError"}
-    assert rank.arrived == {"b", "c", "e"}
-    assert rank.failed == {"a", "b", "c"}
+    assert rank.arrived == {"b", "e"}
+    assert rank.failed == {"a", "b"}
     rank.executor.close()
     said = [record.getMessage() for record in caplog.records if "until the engine is" in record.msg]
-    assert len(said) == 6, "once for each pool, and for the wire"
+    assert len(said) == 5, "once for each pool, and for the wire"
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), ZeroDivisionError()])
@@ -289,15 +277,15 @@ def test_a_load_that_ends_in_whatever_way_is_not_taken_for_done(
     def end(*_: object) -> None:
         raise error
 
-    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", KEYS[1], 1, (2, 3)),)))
+    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", 1, (2, 3)),)))
     rank.settle(1)
     with monkeypatch.context() as patch:
-        patch.setattr(HostSource, "load_row", end)
-        rank.run(StepPlan(2, loads=(load(2, mode, TierName.HOST, "a", 1, (10, 11)),)))
+        patch.setattr(CpuMover, "load", end)
+        rank.run(StepPlan(2, loads=(load(2, mode, "a", 1, (10, 11)),)))
         receipt = rank.settle(1)[2]
     assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, type(error).__name__)
     assert rank.failed == {"a"}
-    rank.run(StepPlan(3, loads=(load(3, mode, TierName.HOST, "a", 1, (10, 11)),)))
+    rank.run(StepPlan(3, loads=(load(3, mode, "a", 1, (10, 11)),)))
     assert rank.settle(1)[3].outcome is Outcome.DONE
 
 
@@ -309,7 +297,7 @@ def test_a_save_that_ends_in_whatever_way_is_not_taken_for_done(
         raise error
 
     monkeypatch.setattr(CpuMover, "save", end)
-    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", KEYS[1], 1, (2, 3)),)))
+    rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", 1, (2, 3)),)))
     receipt = rank.settle(1)[1]
     assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, type(error).__name__)
 
@@ -372,6 +360,17 @@ def test_jobs_that_a_job_submits_while_the_pool_closes_are_run() -> None:
     assert done.is_set()
 
 
+def test_who_waits_for_a_pool_waits_for_the_job_that_runs() -> None:
+    pool, go_on = WorkerPool("test", 1), threading.Event()
+    assert pool.await_idle(0)
+    pool.submit((0.0, 0), lambda: go_on.wait(PATIENCE), unexpected)
+    assert not pool.await_idle(0.01)
+    go_on.set()
+    assert pool.await_idle(PATIENCE)
+    assert pool.close(PATIENCE)
+    assert pool.await_idle(0), "nobody waits for a pool that has ended"
+
+
 # -- Lamina, broken ------------------------------------------------------------------------------
 
 
@@ -386,8 +385,8 @@ def one_thread_chooses_no_device(patch: Patch) -> None:
 
 
 def a_piece_that_is_lost_counts_as_loaded(patch: Patch) -> None:
-    def lost(run: LoadRun, row: int, index: int, piece: Any, error: BaseException) -> None:
-        run._piece_over(row, index, None, 0, 0.0)
+    def lost(run: LoadRun, row: int, load: Load, error: BaseException) -> None:
+        run._piece_over(row, load)
 
     patch.setattr(LoadRun, "_lost", lost)
 
@@ -396,12 +395,10 @@ def a_row_that_is_lost_counts_as_saved(patch: Patch) -> None:
     patch.setattr(SaveRun, "_lost", lambda saves, error: saves._one_over())
 
 
-def test_threads_that_are_broken_are_seen(
-    tmp_path: Path, device: Device, monkeypatch: Patch
-) -> None:
+def test_threads_that_are_broken_are_seen(device: Device, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         one_thread_chooses_no_device(patch)
-        rank = Rank(tmp_path / "a", device)
+        rank = Rank(device)
         with pytest.raises(AssertionError):
             test_every_thread_chooses_its_device_first(rank, device)
         rank.executor.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.observe.timeline import Lane, Timeline, read_trace
+from lamina_kv.observe.timeline import Lane, Timeline, read_trace
 
 
 def test_a_span_ends_when_it_is_recorded() -> None:

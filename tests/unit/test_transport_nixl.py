@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lamina.push.transports.base import Peer, Region, Spans, TransportError, Write, WriteState
-from lamina.push.transports.nixl import NixlTransport
+from lamina_kv.push.transports.base import Peer, Region, Spans, TransportError, Write, WriteState
+from lamina_kv.push.transports.nixl import NixlTransport
 
 if find_spec("nixl") is None:
     pytest.skip("NIXL is not installed: pip install lamina-kv[push]", allow_module_level=True)

@@ -12,9 +12,9 @@ import pytest
 from driven_planner import CHUNK, Engine, View, prompt
 from vllm.lora.request import LoRARequest
 
-from lamina.checkpoint import Snapshot, fingerprint, snapshot
-from lamina.engines.vllm.adapters import Adapters
-from lamina.keys import pack
+from lamina_kv.checkpoint import Snapshot, fingerprint, snapshot
+from lamina_kv.engines.vllm.adapters import Adapters
+from lamina_kv.keys import pack
 
 LENGTH = 4 * CHUNK
 
@@ -36,7 +36,7 @@ class Served:
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
         self.write("A")
-        self.engine = Engine(disk_slots=50)
+        self.engine = Engine(far_slots=50)
         self.adapters = Adapters(None)
         self.adapters.follow(self.engine.planner.bar)
         self.requests: dict[str, tuple[Asked, View]] = {}
@@ -72,7 +72,7 @@ class Served:
         saves = self.engine.step((name, end)).saves
         self.adapters.check()
         self.engine.answer(*(save.transfer for save in saves))
-        self.engine.settle_writes()
+        self.engine.write_all()
         return len(saves)
 
     def end(self, name: str) -> None:
@@ -81,7 +81,7 @@ class Served:
         self.engine.planner.finished(name, LENGTH, [view.blocks()])
 
     def found(self, content: str) -> int:
-        """Tokens that a new process would find on the disk for an adapter of that content."""
+        """Tokens that a new process would find for an adapter of that content."""
         self.write(content)
         fresh = Adapters(None)
         asked = Asked("fresh", self.adapter())
@@ -161,7 +161,7 @@ def test_a_crowd_looks_at_an_adapter_once_a_step(
 
     for asked in crowd:
         served.adapters.identity(asked)
-    monkeypatch.setattr("lamina.engines.vllm.adapters.snapshot", counted)
+    monkeypatch.setattr("lamina_kv.engines.vllm.adapters.snapshot", counted)
     for _ in range(3):
         served.adapters.check()
         looks.clear()
@@ -199,6 +199,14 @@ def test_files_that_change_while_workers_may_read_them_are_seen(
     served.engine.answer(*(save.transfer for save in saves))
     assert served.found("A") == 0
     assert served.found("B") == 0
+
+
+def test_an_adapter_that_is_removed_is_looked_at_anew_in_the_same_step(served: Served) -> None:
+    served.adapters.added(served.adapter())
+    before = served.adapters.identity(Asked("a", served.adapter()))
+    served.write("B")
+    served.adapters.removed(1)
+    assert served.adapters.identity(Asked("b", served.adapter())) != before
 
 
 def test_an_adapter_that_workers_have_may_change_on_disk(served: Served) -> None:
@@ -259,7 +267,7 @@ def test_files_that_change_while_an_adapter_is_loaded_name_nothing(
     if when == "while vLLM loads them":
         served.write("B")
     else:
-        monkeypatch.setattr("lamina.engines.vllm.adapters.fingerprint", slow)
+        monkeypatch.setattr("lamina_kv.engines.vllm.adapters.fingerprint", slow)
     served.adapters.added(served.adapter(), before)
     monkeypatch.undo()
     served.begin("r")

@@ -1,8 +1,10 @@
-"""Guards: every field of vLLM's configuration is known to change a cache's bytes, or not to."""
+"""Guards: every field of vLLM's configuration is known to change a cache's bytes, or not to; and so
+is what vLLM runs on."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,10 +12,13 @@ from typing import Any, cast
 import pytest
 from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
 from vllm.config.multimodal import MultiModalConfig
+from vllm.platforms.interface import CpuArchEnum, DeviceCapability
 
-from lamina.checkpoint import CheckpointError
-from lamina.config import load_config
-from lamina.engines.vllm.namespace import SETTINGS, _speculation, settings
+from lamina_kv.checkpoint import CheckpointError
+from lamina_kv.config import load_config
+from lamina_kv.engines.identity import describe_model
+from lamina_kv.engines.vllm import namespace
+from lamina_kv.engines.vllm.namespace import SETTINGS, _speculation, release, settings
 
 CONFIGS = {
     "model": ModelConfig,
@@ -26,8 +31,9 @@ ELSEWHERE = {
     "model": "convert dtype hf_config hf_overrides hf_text_config max_model_len model "
     "multimodal_config quantization revision runner seed",
     "multimodal": "mm_encoder_fp8_scale_path",
-    "cache": "block_size cache_dtype kv_cache_layout mamba_block_size mamba_cache_mode "
-    "mamba_page_size_padded skip_page_size_padded sliding_window",
+    "cache": "block_size cache_dtype kv_cache_layout mamba_block_size mamba_cache_dtype "
+    "mamba_cache_mode mamba_page_size_padded mamba_ssm_cache_dtype skip_page_size_padded "
+    "sliding_window",
     "attention": "backend",
 }
 """Fields that are in a namespace by another way: in the model's configuration, in the kinds, pages
@@ -143,3 +149,83 @@ def test_a_draft_model_is_its_content(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name / "model.safetensors").write_text(content)
         found.append(_speculation(load_config({}, {}), drafting(tmp_path / name)))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("version", "released"),
+    [
+        ("0.33.0", "0.33.0"),
+        ("0.33.0+cpu", "0.33.0"),
+        ("0.33.0+cu130", "0.33.0"),
+        ("0.33.0+rocm700", "0.33.0"),
+        ("0.33.1", "0.33.1"),
+        ("0.33.0rc2", "0.33.0rc2"),
+        ("0.33.1.dev7+g1a2b3c4.cu130", "0.33.1.dev7+g1a2b3c4"),
+        ("0.33.0+ours.2", "0.33.0+ours.2"),
+    ],
+)
+def test_a_release_is_the_same_for_all_hardware_and_any_other_source_is_not(
+    version: str, released: str
+) -> None:
+    assert release(version) == released
+
+
+WORDS = {f"word {number}" for number in range(20)}
+
+
+def test_a_model_is_the_same_in_every_folder_and_every_process() -> None:
+    fields = {"_name_or_path": "/a", "text_config": {"_name_or_path": "/a", "width": 8}}
+    moved = {"_name_or_path": "/b", "text_config": {"_name_or_path": "/b", "width": 8}}
+    other = {"_name_or_path": "/a", "text_config": {"_name_or_path": "/a", "width": 9}}
+    assert describe_model(fields) == describe_model(moved) != describe_model(other)
+    assert json.loads(describe_model({"words": WORDS})) == {"words": sorted(WORDS)}
+
+
+@dataclasses.dataclass
+class Machine:
+    """What vLLM says of where it runs."""
+
+    device_name: str
+    name: str
+    capability: tuple[int, int] | None = None
+    architecture: CpuArchEnum = CpuArchEnum.X86
+
+    def is_cpu(self) -> bool:
+        return self.device_name == "cpu"
+
+    def get_cpu_architecture(self) -> CpuArchEnum:
+        return self.architecture
+
+    def get_device_capability(self) -> DeviceCapability | None:
+        return None if self.capability is None else DeviceCapability(*self.capability)
+
+    def get_device_name(self) -> str:
+        return self.name
+
+
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+XEON = Machine("cpu", "Intel Xeon")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        (H100, Machine("cuda", "NVIDIA H200", (9, 0)), True),
+        (H100, Machine("cuda", "NVIDIA A100-SXM4-80GB", (8, 0)), False),
+        (H100, Machine("cuda", "NVIDIA B200", (10, 0)), False),
+        (H100, Machine("rocm", "AMD Instinct MI250X", (9, 0)), False),
+        (H100, XEON, False),
+        (Machine("xpu", "one"), Machine("xpu", "another"), False),
+        (XEON, Machine("cpu", "AMD EPYC"), True),
+        (XEON, Machine("cpu", "Neoverse-V2", architecture=CpuArchEnum.ARM), False),
+    ],
+    ids=lambda value: f"{value.name}" if isinstance(value, Machine) else "",
+)
+def test_machines_share_whose_kernels_give_bytes_the_same_meaning(
+    one: Machine, other: Machine, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = []
+    for machine in (one, other):
+        monkeypatch.setattr(namespace, "current_platform", machine)
+        formats.append(namespace._engine_format())
+    assert (formats[0] == formats[1]) is alike

@@ -19,10 +19,11 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from lamina.control.requests import BoundaryState, ChunkShape, RequestRecord, RequestView
-from lamina.engines.vllm.adapters import Adapters
-from lamina.engines.vllm.requests import VllmRequest
-from lamina.geometry import Group, GroupKind
+from lamina_kv.control.requests import BoundaryState, ChunkShape, RequestRecord, RequestView
+from lamina_kv.engines.vllm.adapters import Adapters
+from lamina_kv.engines.vllm.requests import VllmRequest
+from lamina_kv.geometry import Group, GroupKind
+from lamina_kv.tiers.regard import USUAL
 
 STATE = Group(GroupKind.STATE, CHUNK)
 FULL = Group(GroupKind.FULL, 16)
@@ -58,7 +59,7 @@ def feature(identifier: str, offset: int = CHUNK, prefix: str = "") -> MultiModa
 
 def view(of: Request, *, counted: bool = False) -> VllmRequest:
     blocks = list(range(1, 40))
-    return VllmRequest(of, lambda: (blocks, blocks), (FULL, STATE), "", counted, 1, None)
+    return VllmRequest(of, lambda: (blocks, blocks), (FULL, STATE), "", counted, 1, None, USUAL)
 
 
 # -- inputs --------------------------------------------------------------------------------------
@@ -135,9 +136,9 @@ def test_a_token_that_a_session_takes_back_is_not_known_while_it_waits() -> None
     assert view(session).num_tokens == CHUNK + 1
 
 
-def a_state_behind_a_token_that_was_taken_back() -> list[bytes]:
-    """Keys of the states that are saved when a step in flight has computed the token that ended the
-    turn, and it was the last one of a chunk."""
+def a_state_behind_a_token_that_was_taken_back() -> list[int]:
+    """Slots of the states that are saved when a step in flight has computed the token that ended
+    the turn, and it was the last one of a chunk."""
     engine, session = served(FULL, STATE), request(CHUNK - 1, resumable=True)
     seen = view(session)
     begin(engine, seen)
@@ -148,7 +149,7 @@ def a_state_behind_a_token_that_was_taken_back() -> list[bytes]:
     plans.append(engine.step())
     go_on(session, [1, 2, 3])
     plans.append(engine.step(("r", CHUNK + 2)))
-    saved = [order.key for plan in plans for order in plan.saves if order.group == 1]
+    saved = [order.slot for plan in plans for order in plan.saves if order.group == 1]
     assert saved or 30 not in engine.pool.held
     return saved
 
@@ -157,9 +158,9 @@ def test_a_state_behind_a_token_that_was_taken_back_is_not_kept() -> None:
     assert a_state_behind_a_token_that_was_taken_back() == []
 
 
-def states_of_the_next_turn(*, in_flight: bool) -> list[bytes]:
-    """Keys of the states that are saved of a turn; before it a step in flight may have computed the
-    token that ended the last one."""
+def states_of_the_next_turn(*, in_flight: bool) -> list[int]:
+    """Slots of the states that are saved of a turn; before it a step in flight may have computed
+    the token that ended the last one."""
     engine, session = served(FULL, STATE), request(CHUNK - 2, resumable=True)
     begin(engine, view(session))
     engine.step(("r", CHUNK - 2))
@@ -170,7 +171,7 @@ def states_of_the_next_turn(*, in_flight: bool) -> list[bytes]:
     states = [BoundaryState("r", 1, 30, CHUNK)]
     progress = [("r", CHUNK - 2, 2 * CHUNK)]
     plan = engine.planner.plan_step(progress, forward=True, states=states)
-    return [order.key for order in plan.saves if order.group == 1]
+    return [order.slot for order in plan.saves if order.group == 1]
 
 
 def test_a_state_that_has_a_token_in_it_that_was_taken_back_is_not_kept() -> None:
@@ -309,7 +310,7 @@ def test_files_are_read_once_for_as_long_as_they_stay(
     waiting = asking.request(inplace=inplace)
     first = asking.adapters.identity(waiting)
     with monkeypatch.context() as patch:
-        patch.setattr("lamina.engines.vllm.adapters.fingerprint", forbidden)
+        patch.setattr("lamina_kv.engines.vllm.adapters.fingerprint", forbidden)
         assert asking.adapters.identity(waiting) == first
         assert asking.ask(inplace=inplace) == first
         assert asking.ask(inplace=inplace) == first

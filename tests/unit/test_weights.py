@@ -15,16 +15,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.engine.core import EngineCore
 
-from lamina.engines.vllm.adapters import Adapters
-from lamina.engines.vllm.core_loop import CoreLoop
-from lamina.engines.vllm.weights import (
+from lamina_kv.engines.vllm.adapters import Adapters
+from lamina_kv.engines.vllm.core_loop import CoreLoop
+from lamina_kv.engines.vllm.scheduler_side import SchedulerSide
+from lamina_kv.engines.vllm.weights import (
     Watch,
     WeightsWatch,
     _weights,
     watch_engine_core,
     weigh_model,
 )
-from lamina.keys import CHECKPOINT
+from lamina_kv.keys import CHECKPOINT
 
 LENGTH, HIT = 70, 64
 
@@ -33,7 +34,7 @@ class Served:
     """A planner, and weights that are replaced under it."""
 
     def __init__(self) -> None:
-        self.engine = Engine(disk_slots=50)
+        self.engine = Engine(far_slots=50)
         self.watch = WeightsWatch(self.engine.planner)
         self.weights = "checkpoint"
         self.weighed = 0
@@ -59,7 +60,7 @@ class Served:
         found = self.engine.planner.lookup(view, 0).tokens
         self.watch.computed()
         self.engine.save(view)
-        self.engine.settle_writes()
+        self.engine.write_all()
         return found
 
 
@@ -440,7 +441,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("how", ["whole", "transposed", "with gaps", "at an odd place", "one row"])
 def test_no_tensor_is_copied_whole_to_be_weighed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina.engines.vllm.weights._PART", 16)
+    monkeypatch.setattr("lamina_kv.engines.vllm.weights._PART", 16)
     content = torch.arange(40 * 51, dtype=torch.int16)
     tensor = {
         "whole": content,
@@ -462,3 +463,12 @@ def test_no_tensor_is_copied_whole_to_be_weighed(how: str, monkeypatch: pytest.M
 def test_nothing_weighs_something() -> None:
     for shape in ((), (0,), (3, 0)):
         assert list(_weights(torch.zeros(shape)))
+
+
+def test_every_lookup_asks_first_whether_the_weights_are_still_those() -> None:
+    side: Any = object.__new__(SchedulerSide)
+    asked: list[str] = []
+    side.watch = SimpleNamespace(weights=SimpleNamespace(request=lambda: asked.append("weights")))
+    side._planner = None
+    assert side.lookup(SimpleNamespace(), 0) == (None, False), "before ranks have reported"
+    assert asked == ["weights"]

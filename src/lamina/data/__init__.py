@@ -1,1 +1,0 @@
-"""Data moves bytes and never decides: the executor, its pipelines, the movers and the tiers."""

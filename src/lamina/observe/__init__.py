@@ -1,1 +1,0 @@
-"""What an operator can learn from outside: metrics and timelines. Knows no engine."""

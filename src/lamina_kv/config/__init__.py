@@ -1,0 +1,33 @@
+"""What the operator may decide: one validated tree, from vLLM's extra config and one YAML file.
+
+:func:`load_config` builds a :class:`Config`; :func:`table` documents it. A mistake is one
+:class:`ConfigError` at the start that names every wrong key and says what would be right.
+"""
+
+from lamina_kv.config.sources import CONFIG_VARIABLE, ConfigError, load_config
+from lamina_kv.config.table import table
+from lamina_kv.config.tree import (
+    BreakerConfig,
+    Config,
+    HostConfig,
+    LoadConfig,
+    ObserveConfig,
+    PushConfig,
+    SaveConfig,
+)
+from lamina_kv.values import format_size
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "BreakerConfig",
+    "Config",
+    "ConfigError",
+    "HostConfig",
+    "LoadConfig",
+    "ObserveConfig",
+    "PushConfig",
+    "SaveConfig",
+    "format_size",
+    "load_config",
+    "table",
+]

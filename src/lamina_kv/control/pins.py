@@ -1,0 +1,62 @@
+"""Chunks that stay near because a request waits for them: those that are there are pinned, the
+others will be as soon as they arrive. However many requests want a chunk, it takes one slot."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from lamina_kv.plan import ChunkKey
+from lamina_kv.tiers.slots import SlotIndex
+
+
+class Pins(Container[ChunkKey]):
+    """See the module.
+
+    Args:
+        near: the near tier.
+        most: slots that pins may take.
+
+    Attributes:
+        most: as given.
+    """
+
+    def __init__(self, near: SlotIndex, most: int) -> None:
+        self.most = most
+        self._near = near
+        self._wants: dict[ChunkKey, int] = {}  # requests that want each chunk
+        self._slots: dict[ChunkKey, int] = {}  # leased, of those that are near
+
+    def __len__(self) -> int:
+        """Slots that pins take, now or soon."""
+        return len(self._wants)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._wants
+
+    def has_room(self, key: ChunkKey) -> bool:
+        """Whether one more request may want a chunk."""
+        return key in self._wants or len(self._wants) < self.most
+
+    def is_wanted_once(self, key: ChunkKey) -> bool:
+        """Whether a chunk's slot would be free if one request did not want it any more."""
+        return self._wants[key] == 1
+
+    def add(self, key: ChunkKey) -> None:
+        """One more request wants a chunk, which is near or on its way there."""
+        self._wants[key] = self._wants.get(key, 0) + 1
+        self.arrived(key)
+
+    def arrived(self, key: ChunkKey) -> None:
+        """A chunk may have arrived: pin it if it is wanted."""
+        if key in self._wants and key not in self._slots and self._near.slot(key) is not None:
+            self._slots[key] = self._near.hold(key)
+
+    def remove(self, key: ChunkKey) -> None:
+        """One request less wants a chunk."""
+        left = self._wants[key] - 1
+        if left:
+            self._wants[key] = left
+            return
+        del self._wants[key]
+        if (slot := self._slots.pop(key, None)) is not None:
+            self._near.release(slot)

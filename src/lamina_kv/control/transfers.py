@@ -1,0 +1,244 @@
+"""One record for every movement. There is no other place where its state is kept.
+
+::
+
+    LOAD     PLANNED → DONE (in the engine) | FAILED
+    SAVE     PLANNED → DONE (its source is free, and it is loadable from near) | FAILED
+    MOVE_OUT PLANNED → DONE (durable in the far tier) | FAILED
+    MOVE_IN  PLANNED → DONE (loadable from near) | FAILED
+    ASK      PLANNED → DONE (answered) | FAILED
+    PUSH     PLANNED → DONE (drained, in the other engine) | FAILED
+    RECEIVE  PLANNED → DONE (delivered by every sender) | FAILED
+
+With several ranks a state is reached when every rank has reported it, by identity and not by
+count; a transfer has failed when one rank has failed and all are terminal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from lamina_kv.control.leases import BlockLease
+from lamina_kv.plan import NEAR, TORN, ChunkKey, Outcome, TierName, TransferId, TransferReceipt
+from lamina_kv.tiers.reuse import ALONE, Standing
+
+
+class Kind(Enum):
+    """What moves where; the value is its word in metrics and logs."""
+
+    LOAD = "load"
+    SAVE = "save"
+    MOVE_OUT = "write"
+    MOVE_IN = "fetch"
+    ASK = "ask"
+    PUSH = "push"
+    RECEIVE = "receive"
+
+    # There is one of each. That of an enumeration is ten times slower, and every transfer needs it.
+    __hash__ = object.__hash__
+
+
+class State(Enum):
+    """How far a transfer is."""
+
+    PLANNED = "planned"
+    DONE = "done"
+    FAILED = "failed"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing can follow."""
+        return self in (State.DONE, State.FAILED)
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One movement.
+
+    Attributes:
+        id: its identity.
+        kind: what moves.
+        request_id: for whom, or "" for a move.
+        step: the step whose plan carried it.
+        expires: control's clock after which it is overdue.
+        size: bytes over all ranks.
+        moving: ranks that are not terminal.
+        tier: near for a load or save; the far tier of a move or question.
+        keys: the chunks that move, or that are asked for.
+        near: near slots that a load or outward move leases, or a save or inward move fills; one for
+            each of ``keys``.
+        far: the chunk's place in the far tier, of a move.
+        standing: where the chunk stands, of a save.
+        lease: hold on engine blocks that are read, for a save or a push, or written, for a load.
+        layerwise: whether it is a load that runs in the step itself, so that the model computes on
+            it before anybody knows its outcome.
+        lasting: whether what it saves may be of use to a later process.
+        trying: whether its tier was out of use, and is tried by it.
+        state: how far it is.
+        poisoned: built on data that turned out bad; must never become visible.
+        overdue: past its deadline; it no longer keeps the engine awake.
+        failed: whether some rank has failed.
+        reason: why.
+        lost: whether some rank found the source of a move gone or damaged for good.
+        present: of a question that is answered, one byte a key: 1 if every rank's part is there.
+        moved_bytes: bytes moved by all ranks.
+        seconds: wall time from order to outcome, of the slowest rank.
+        active: of these, seconds in which rows of a load were on their way.
+        waited: seconds that the forward pass itself waited for a load.
+    """
+
+    id: TransferId
+    kind: Kind
+    request_id: str
+    step: int
+    expires: float
+    size: int
+    moving: set[int]
+    tier: TierName = NEAR
+    keys: tuple[ChunkKey, ...] = ()
+    near: tuple[int, ...] = ()
+    far: int = 0
+    standing: Standing = ALONE
+    lease: BlockLease | None = None
+    layerwise: bool = False
+    lasting: bool = True
+    trying: bool = False
+    state: State = State.PLANNED
+    poisoned: bool = False
+    overdue: bool = False
+    failed: bool = False
+    reason: str = ""
+    lost: bool = False
+    present: bytes = b""
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    active: float = 0.0
+    waited: float = 0.0
+
+    def apply(self, rank: int, receipt: TransferReceipt) -> bool:
+        """Take in one rank's word; a repeated or late one changes nothing.
+
+        Returns:
+            Whether that was the last rank, and the transfer is terminal.
+        """
+        if rank not in self.moving:
+            return False
+        self.moving.remove(rank)
+        self.moved_bytes += receipt.moved_bytes
+        self.seconds = max(self.seconds, receipt.seconds)
+        self.active = max(self.active, receipt.active)
+        self.waited = max(self.waited, receipt.waited)
+        self.lost |= receipt.lost
+        if receipt.outcome is Outcome.FAILED:
+            self.failed = True
+            # One torn write is what matters, whatever the other ranks say.
+            if receipt.reason == TORN or not self.reason:
+                self.reason = receipt.reason
+        elif self.kind is Kind.ASK:
+            here = self.present or bytes([1]) * len(self.keys)
+            self.present = bytes(a & b for a, b in zip(here, receipt.present, strict=True))
+        if self.moving:
+            return False
+        self.state = State.FAILED if self.failed or self.poisoned else State.DONE
+        return True
+
+
+class TransferTable:
+    """All transfers that are not terminal.
+
+    Args:
+        ranks: how many ranks execute each plan.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._next = 0
+        self._live: dict[TransferId, Transfer] = {}
+        self._bytes: Counter[Kind | tuple[Kind, TierName]] = Counter()
+        self._counts: Counter[Kind] = Counter()
+
+    def open(
+        self,
+        kind: Kind,
+        request_id: str,
+        *,
+        step: int,
+        expires: float,
+        size: int,
+        tier: TierName = NEAR,
+        keys: tuple[ChunkKey, ...] = (),
+        near: tuple[int, ...] = (),
+        far: int = 0,
+        standing: Standing = ALONE,
+        lease: BlockLease | None = None,
+        layerwise: bool = False,
+        lasting: bool = True,
+        trying: bool = False,
+    ) -> Transfer:
+        """A new transfer under an identity that was never used before; arguments as in
+        :class:`Transfer`."""
+        self._next += 1
+        transfer = Transfer(
+            id=TransferId(self._next),
+            kind=kind,
+            request_id=request_id,
+            step=step,
+            expires=expires,
+            size=size,
+            moving=set(range(self._ranks)),
+            tier=tier,
+            keys=keys,
+            near=near,
+            far=far,
+            standing=standing,
+            lease=lease,
+            layerwise=layerwise,
+            lasting=lasting,
+            trying=trying,
+        )
+        self._live[transfer.id] = transfer
+        self._account(transfer, 1)
+        return transfer
+
+    def get(self, transfer: TransferId) -> Transfer | None:
+        """The live transfer of that identity; None for one that is terminal or unknown."""
+        return self._live.get(transfer)
+
+    def close(self, transfer: Transfer) -> None:
+        """Forget a terminal transfer."""
+        del self._live[transfer.id]
+        self._account(transfer, -1)
+
+    def bytes_in_flight(self, kind: Kind, tier: TierName | None = None) -> int:
+        """Bytes of live transfers of one kind, all ranks; those of one tier, or all."""
+        return self._bytes[kind if tier is None else (kind, tier)]
+
+    def resize(self, transfer: Transfer, size: int) -> None:
+        """What a transfer moves is known by now: so many bytes over all ranks."""
+        self._bytes[transfer.kind] += size - transfer.size
+        self._bytes[transfer.kind, transfer.tier] += size - transfer.size
+        transfer.size = size
+
+    def count(self, kind: Kind) -> int:
+        """Live transfers of one kind."""
+        return self._counts[kind]
+
+    def live(self) -> Iterable[Transfer]:
+        """All live transfers, oldest first."""
+        return self._live.values()
+
+    @property
+    def pending(self) -> bool:
+        """Whether the engine should keep stepping so that receipts arrive."""
+        return any(not t.overdue for t in self._live.values())
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def _account(self, transfer: Transfer, sign: int) -> None:
+        self._counts[transfer.kind] += sign
+        self._bytes[transfer.kind] += sign * transfer.size
+        self._bytes[transfer.kind, transfer.tier] += sign * transfer.size

@@ -1,0 +1,1 @@
+"""What an operator can learn from outside: metrics, timelines and traces. Knows no engine."""

@@ -1,0 +1,442 @@
+"""What becomes of one request: a prefill and a decode engine, both at once, and others if the
+decode engine cannot answer.
+
+A prefill engine that fails is not replaced: the decode engine, which may be waiting for it, is
+asked again to compute the prompt itself, and the next request goes to another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import httpx
+import msgspec
+
+from lamina_kv.push.proxy.balancing import Balancer, weight
+from lamina_kv.push.proxy.engines import Engine, EngineError, Rank, Role
+from lamina_kv.push.proxy.errors import EngineAnswer, Refusal
+from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
+from lamina_kv.push.proxy.requests import ApiRequest
+from lamina_kv.push.proxy.settings import Settings
+
+log = logging.getLogger("lamina_kv.push.proxy")
+
+PREFILL_GRACE = 1.0
+"""Seconds that a prefill engine has to say that it is done once the decode engine's answer has
+ended; after that the answer was computed without it."""
+
+REFUSAL_GRACE = 0.5
+"""Seconds that a decode engine has to refuse a request that a prefill engine has refused: a mistake
+of the client's, which both find before they compute anything."""
+
+BUSY = 429
+"""The status of an engine that has too much to do, while another one may have nothing."""
+
+_RANK_HEADER = "x-data-parallel-rank"
+"""By which vLLM's server is told which of its ranks computes a request."""
+
+_REASON_LENGTH = 300
+"""Characters of an engine's reason that are logged."""
+
+_PASSED_ON = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A decode engine's, of which the first bytes are there.
+
+    Attributes:
+        status: HTTP's, below 500.
+        headers: those that concern the client.
+        events: whether it is a stream of server-sent events.
+        pieces: its bytes; of events, whole ones only. Raises :class:`EngineError` where it breaks
+            off.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    events: bool
+    pieces: AsyncIterator[bytes]
+
+
+class _Prefill(Enum):
+    """How the prefill engine's part has ended."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """It says that the request is wrong."""
+    FAILED = "failed"
+
+
+class _PrefillLost(Exception):
+    """The decode engine waits for a push that will not come.
+
+    Attributes:
+        why: for the metrics.
+    """
+
+    def __init__(self, why: Unpushed) -> None:
+        super().__init__(why.value)
+        self.why = why
+
+
+async def _unless_lost(prefilling: asyncio.Task[_Prefill], decoding: Awaitable[Answer]) -> Answer:
+    """The decode engine's answer.
+
+    Raises:
+        _PrefillLost: if the prefill failed before there was one, or was refused and the decode
+            engine does not refuse it, too; the decode engine is not asked any more then.
+    """
+    waiting, why = True, Unpushed.PREFILL_FAILED
+    try:
+        async with asyncio.timeout(None) as patience:
+
+            def ended(task: asyncio.Task[_Prefill]) -> None:
+                nonlocal why
+                if not waiting or task.cancelled() or task.result() is _Prefill.DONE:
+                    return
+                grace = 0.0
+                if task.result() is _Prefill.REFUSED:
+                    why, grace = Unpushed.PREFILL_REFUSED, REFUSAL_GRACE
+                patience.reschedule(asyncio.get_running_loop().time() + grace)
+
+            prefilling.add_done_callback(ended)
+            try:
+                return await decoding
+            finally:
+                waiting = False
+    except TimeoutError as error:
+        raise _PrefillLost(why) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """An engine that has not answered a request well.
+
+    Attributes:
+        engine: the engine.
+        reason: what it says.
+        refuses: whether it says that the request is wrong.
+    """
+
+    engine: Engine
+    reason: str
+    refuses: bool
+
+
+class _Blame:
+    """Whose fault it is when an engine answers a request with a status of 400 or more: the
+    engine's if another engine can answer it, and otherwise the request's. So a request that no
+    engine can bear does not take all of them out of use, nor does a client's mistake.
+
+    Args:
+        request: the request.
+    """
+
+    def __init__(self, request: ApiRequest) -> None:
+        self._request = request
+        self._suspects: list[_Suspect] = []
+        self._answered = False
+
+    def suspect(self, engine: Engine, status: int, text: bytes) -> None:
+        """An engine has answered so. A refusal is told when it turns out to be no client's mistake:
+        those are not worth a word each."""
+        suspect = _Suspect(engine, f"status {status}: {_reason(text)}", refuses=status < 500)
+        if not suspect.refuses:
+            log.warning("request %s: %s fails: %s", self._request.id, engine, suspect.reason)
+        self._suspects.append(suspect)
+        if self._answered:
+            self.answered()
+
+    def answered(self) -> None:
+        """An engine has answered well."""
+        self._answered = True
+        for suspect in self._suspects:
+            if suspect.refuses:
+                log.warning(
+                    "request %s: %s refuses what another engine answers: %s",
+                    self._request.id,
+                    suspect.engine,
+                    suspect.reason,
+                )
+            suspect.engine.failed(suspect.reason)
+        self._suspects.clear()
+
+
+class Dispatcher:
+    """See the module.
+
+    Args:
+        settings: timeouts and tries.
+        engines: all, of both roles.
+        balancer: chooses among them.
+        metrics: is told what happens.
+    """
+
+    def __init__(
+        self, settings: Settings, engines: Sequence[Engine], balancer: Balancer, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._engines = engines
+        self._balancer = balancer
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def answer(self, request: ApiRequest) -> AsyncIterator[Answer]:
+        """The answer to a request. Leaving it before its end cancels the request on both engines.
+
+        Raises:
+            Refusal: if no decode engine has one, or if it breaks off.
+        """
+        async with AsyncExitStack() as stack:
+            yield await self._first_answer(request, stack)
+
+    async def _first_answer(self, request: ApiRequest, stack: AsyncExitStack) -> Answer:
+        failure = Refusal(503, "no decode engine can be used at the moment: ask again")
+        tried: set[Engine] = set()
+        blame = _Blame(request)
+        for attempt in range(self._settings.tries):
+            if attempt and failure.status != BUSY:
+                pause = self._settings.backoff * 2 ** (attempt - 1)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            decode = self._choose(Role.DECODE, request, tried)
+            if decode is None:
+                break
+            if attempt:
+                self._metrics.retries.inc()
+            tried.add(decode)
+            last = attempt == self._settings.tries - 1 or tried.issuperset(
+                self._usable(Role.DECODE)
+            )
+            try:
+                return await self._attempt(request, decode, blame, stack, last=last)
+            except Refusal as refusal:
+                failure = refusal
+        raise failure
+
+    def _choose(
+        self, role: Role, request: ApiRequest, tried: Collection[Engine] = ()
+    ) -> Engine | None:
+        usable = self._usable(role)
+        engines = [engine for engine in usable if engine not in tried] or usable
+        return self._balancer.choose(engines, request) if engines else None
+
+    def _usable(self, role: Role) -> list[Engine]:
+        return [engine for engine in self._engines if engine.role is role and engine.usable]
+
+    # -- one attempt ---------------------------------------------------------------------------
+
+    async def _attempt(
+        self,
+        request: ApiRequest,
+        decode: Engine,
+        blame: _Blame,
+        stack: AsyncExitStack,
+        *,
+        last: bool,
+    ) -> Answer:
+        """One decode engine, with a push if there can be one.
+
+        Args:
+            request: the request.
+            decode: the engine.
+            blame: collects what engines answer.
+            stack: closes the exchange.
+            last: whether no other engine is left to try, so that a busy one's answer is passed on.
+        """
+        prefill = self._choose_prefill(request)
+        if prefill is not None:
+            try:
+                return await stack.enter_async_context(
+                    self._pushed(request, prefill, decode, blame, last=last)
+                )
+            except _PrefillLost as lost:
+                self._metrics.unpushed(lost.why)
+        plain = self._decode(decode, request, request.for_decode(), blame, last=last)
+        return await stack.enter_async_context(plain)
+
+    @asynccontextmanager
+    async def _pushed(
+        self, request: ApiRequest, prefill: Engine, decode: Engine, blame: _Blame, *, last: bool
+    ) -> AsyncIterator[Answer]:
+        """Both engines, and a push between them.
+
+        Raises:
+            _PrefillLost: if the prefill engine failed before the decode engine's first byte, or has
+                refused what the decode engine does not.
+        """
+        push_id = uuid.uuid4().hex
+        # Before anybody else chooses, and until the end, even if the task never begins.
+        visit = ExitStack()
+        rank = visit.enter_context(prefill.visit(weight(request)))
+        prefilling = asyncio.create_task(self._prefill(prefill, rank, request, push_id, blame))
+        prefilling.add_done_callback(lambda _: visit.close())
+        try:
+            async with AsyncExitStack() as exchange:
+                body = request.for_decode(push_id, rank.push)
+                decoding = self._decode(decode, request, body, blame, last=last)
+                answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
+                yield answer
+            if answer.status < 400:
+                await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
+        finally:
+            prefilling.cancel()
+            await asyncio.wait({prefilling})
+
+    def _choose_prefill(self, request: ApiRequest) -> Engine | None:
+        if request.fields is None:
+            return None
+        if not request.pushable:
+            self._metrics.unpushed(Unpushed.REQUEST)
+            return None
+        prefill = self._choose(Role.PREFILL, request)
+        if prefill is None:
+            self._metrics.unpushed(Unpushed.NO_PREFILL_ENGINE)
+        return prefill
+
+    async def _prefill(
+        self, engine: Engine, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
+    ) -> _Prefill:
+        outcome = Outcome.CANCELLED
+        body = request.for_prefill(push_id)
+        # Or else its server chooses one, and the decode engine waits at another's address.
+        headers = {**request.headers, _RANK_HEADER: str(rank.index)}
+        try:
+            async with (
+                engine.send(request.method, request.target, headers, body) as response,
+                engine.patience(self._settings.stall_timeout),
+            ):
+                text = await response.aread()
+            outcome = _outcome(response)
+            if outcome is Outcome.ANSWERED:
+                engine.succeeded()
+            else:
+                blame.suspect(engine, response.status_code, text)
+        except EngineError as error:
+            outcome = Outcome.FAILED
+            engine.failed(str(error))
+            log.warning(
+                "request %s: %s failed: %s; the decode engine computes the prompt",
+                request.id,
+                engine,
+                error,
+            )
+        finally:
+            self._metrics.exchange(engine, outcome)
+        if outcome is Outcome.ANSWERED:
+            return _Prefill.DONE
+        return _Prefill.REFUSED if outcome is Outcome.REFUSED else _Prefill.FAILED
+
+    @asynccontextmanager
+    async def _decode(
+        self, engine: Engine, request: ApiRequest, body: bytes, blame: _Blame, *, last: bool
+    ) -> AsyncIterator[Answer]:
+        outcome = Outcome.CANCELLED
+        begun = False
+        try:
+            with engine.visit(weight(request)):
+                async with engine.send(
+                    request.method, request.target, request.headers, body
+                ) as response:
+                    if response.status_code >= 500:
+                        outcome = Outcome.FAILED
+                        raise await self._failure(engine, request, response, blame)
+                    if response.status_code == BUSY and not last:
+                        outcome = Outcome.REFUSED
+                        engine.succeeded()
+                        raise Refusal(BUSY, "every decode engine has too much to do: ask again")
+                    events = response.headers.get("content-type", "").startswith(
+                        "text/event-stream"
+                    )
+                    pieces = self._pieces(engine, response, events)
+                    first = await anext(pieces, b"")
+                    begun = True
+                    engine.succeeded()
+                    if response.status_code < 400:
+                        blame.answered()
+                    yield Answer(
+                        response.status_code,
+                        {
+                            name: response.headers[name]
+                            for name in _PASSED_ON
+                            if name in response.headers
+                        },
+                        events,
+                        _chain(first, pieces),
+                    )
+                    outcome = _outcome(response)
+        except EngineError as error:
+            outcome = Outcome.INTERRUPTED if begun else Outcome.FAILED
+            engine.failed(str(error))
+            log.warning("request %s: %s %s: %s", request.id, engine, outcome.value, error)
+            what = "was interrupted" if begun else "did not answer"
+            raise Refusal(502, f"the decode engine {what}: {error}") from error
+        finally:
+            self._metrics.exchange(engine, outcome)
+
+    async def _failure(
+        self, engine: Engine, request: ApiRequest, response: httpx.Response, blame: _Blame
+    ) -> Refusal:
+        status = response.status_code
+        async with engine.patience(self._settings.stall_timeout):
+            text = await response.aread()
+        blame.suspect(engine, status, text)
+        media_type = response.headers.get("content-type", "application/octet-stream")
+        return Refusal(status, "", EngineAnswer(media_type, text))
+
+    async def _pieces(
+        self, engine: Engine, response: httpx.Response, events: bool
+    ) -> AsyncIterator[bytes]:
+        pieces = response.aiter_raw()
+        seconds = self._settings.first_byte_timeout
+        held = b""
+        while True:
+            async with engine.patience(seconds):
+                piece = await anext(pieces, None)
+            if piece is None:
+                break
+            if events:
+                # Half an event could not be followed by one that says what happened.
+                whole, end, held = (held + piece).rpartition(b"\n\n")
+                piece = whole + end
+            if piece:
+                seconds = self._settings.stall_timeout
+                yield piece
+        if held:
+            yield held
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _outcome(response: httpx.Response) -> Outcome:
+    if response.status_code >= 500:
+        return Outcome.FAILED
+    return Outcome.REFUSED if response.status_code >= 400 else Outcome.ANSWERED
+
+
+class _Reason(msgspec.Struct):
+    message: str
+
+
+class _Complaint(msgspec.Struct):
+    error: _Reason
+
+
+def _reason(text: bytes) -> str:
+    """Why an engine refuses a request, or cannot answer it."""
+    try:
+        reason = msgspec.json.decode(text, type=_Complaint).error.message
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        reason = text.decode(errors="replace")
+    return reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]} …"

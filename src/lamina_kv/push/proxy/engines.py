@@ -1,0 +1,324 @@
+"""One engine as the proxy sees it: a pool of connections, its health, its breaker and its load, and
+what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+import httpx
+import msgspec
+
+from lamina_kv.push.proxy.breaker import BreakerState, CircuitBreaker
+from lamina_kv.push.proxy.settings import Settings
+
+log = logging.getLogger("lamina_kv.push.proxy")
+
+MISSES = 2
+"""Health checks in a row that an engine fails before it is taken for dead."""
+
+_JITTER = 0.2
+_CHECK_SECONDS = 1.0
+"""What a health check may take at least, however often there is one."""
+_KEEP_ALIVE = 3.0
+"""Seconds that an idle connection is kept: fewer than vLLM's five, so that none is used that the
+engine is just closing."""
+_ITSELF = {"user-agent": "lamina-push-proxy"}
+"""Tells the proxy's own questions from those of its clients."""
+_RANK = re.compile(r'^vllm:num_requests_running\{.*?\bengine="(\d+)"', re.MULTILINE)
+"""vLLM publishes this of each of its data-parallel ranks, from its start."""
+
+
+class Role(StrEnum):
+    """What an engine is asked for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class EngineError(Exception):
+    """An engine could not be reached, or has not answered in time, or in full. Says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A data-parallel rank of an engine: one scheduler, with a cache of its own.
+
+    Attributes:
+        number: its number among all of the deployment.
+        index: how a request asks for it: its place among those behind the engine's server.
+        push: address at which decode engines reach it; empty for a decode engine.
+    """
+
+    number: int
+    index: int
+    push: str
+
+
+@dataclass(slots=True)
+class _Load:
+    """What is outstanding at a rank.
+
+    Attributes:
+        weight: sum over the requests.
+        visits: requests sent there so far.
+    """
+
+    weight: int = 0
+    visits: int = 0
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class Engine:
+    """See the module. Belongs to one event loop.
+
+    Args:
+        role: what it is asked for.
+        url: of its OpenAI server.
+        push: address at which decode engines reach its rank 0, the others at the ports behind it;
+            empty for a decode engine.
+        settings: timeouts, and how much failure is borne.
+        clock: monotonic seconds.
+
+    Attributes:
+        load: of the requests outstanding there, the sum of their weights.
+        visits: requests sent there so far.
+        healthy: whether its last health checks went well; False until the first one has.
+        checked: set when its first health check is over.
+        trouble: while it is not healthy, why.
+        models: names of models that it serves; empty if it does not say.
+        ranks: its data-parallel ranks, one if it does not say.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        url: str,
+        push: str,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.role = role
+        self.url = url
+        self.push = push
+        self.load = 0
+        self.visits = 0
+        self.healthy = False
+        self.checked = asyncio.Event()
+        self.trouble = ""
+        self.models: frozenset[str] = frozenset()
+        self.ranks: tuple[Rank, ...] = ()
+        self._loads: dict[Rank, _Load] = {}
+        self._have_ranks([0])
+        self._settings = settings
+        self._breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_pause, clock)
+        self._on_probation = False
+        self._waiting: set[asyncio.Timeout] = set()
+        self._base = httpx.URL(url)
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=settings.connect_timeout),
+            # Requests are counted where they are let in; one more for health checks.
+            limits=httpx.Limits(
+                max_connections=settings.max_outstanding + 1,
+                max_keepalive_connections=64,
+                keepalive_expiry=_KEEP_ALIVE,
+            ),
+            headers={"accept-encoding": "identity"},
+            trust_env=False,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.role.value} engine {self.url}"
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request may be sent there now."""
+        if not self.healthy or self._breaker.state is BreakerState.OPEN:
+            return False
+        return self._breaker.state is BreakerState.CLOSED or not self._on_probation
+
+    @contextmanager
+    def visit(self, weight: int) -> Iterator[Rank]:
+        """A request is outstanding there, at the least loaded rank, if it can be sent to one.
+
+        Args:
+            weight: what it adds to the load.
+        """
+        rank, load = min(self._loads.items(), key=lambda item: (item[1].weight, item[1].visits))
+        load.weight += weight
+        load.visits += 1
+        probation = self._breaker.state is BreakerState.PROBATION
+        self._on_probation |= probation
+        self.load += weight
+        self.visits += 1
+        try:
+            yield rank
+        finally:
+            load.weight -= weight
+            self.load -= weight
+            if probation:
+                self._on_probation = False
+
+    def succeeded(self) -> None:
+        """A request got an answer there."""
+        self._breaker.succeeded()
+
+    def failed(self, reason: str) -> None:
+        """A request failed, and the engine is to blame.
+
+        Args:
+            reason: how.
+        """
+        if pause := self._breaker.failed():
+            log.warning("%s is left alone for %.0f s, as it fails: %s", self, pause, reason)
+
+    @asynccontextmanager
+    async def send(
+        self, method: str, target: bytes, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[httpx.Response]:
+        """An exchange: entered when the engine has sent its headers, closed when it is left.
+
+        Args:
+            method: HTTP's.
+            target: path and query.
+            headers: besides the engine's own.
+            body: may be empty.
+
+        Raises:
+            EngineError: if there is no answer within ``first_byte_timeout``.
+        """
+        # Never joined as URLs are: a path that looks like a host must stay a path.
+        path = self._base.raw_path.rstrip(b"/") + target
+        request = self._client.build_request(
+            method, self._base.copy_with(raw_path=path), headers=dict(headers), content=body
+        )
+        async with self.patience(self._settings.first_byte_timeout):
+            response = await self._client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    @asynccontextmanager
+    async def patience(self, seconds: float) -> AsyncIterator[None]:
+        """Something is waited for that the engine has to send: so long, or until its health checks
+        say that it is dead.
+
+        Raises:
+            EngineError: if it did not come.
+        """
+        try:
+            async with asyncio.timeout(seconds) as timeout:
+                self._waiting.add(timeout)
+                try:
+                    yield
+                finally:
+                    self._waiting.discard(timeout)
+        except TimeoutError as error:
+            why = f"nothing in {seconds:g} s" if self.healthy else "its health checks fail"
+            raise EngineError(why) from error
+        except httpx.HTTPError as error:
+            raise EngineError(f"{type(error).__name__} {error}".rstrip()) from error
+
+    async def watch(self, changed: Callable[[Engine], None]) -> None:
+        """Check its health again and again, until cancelled.
+
+        Args:
+            changed: called when it is healthy from now on, or is not, or for another reason.
+        """
+        misses = 0
+        while True:
+            trouble = await self._check()
+            misses = misses + 1 if trouble else 0
+            if not trouble and not self.healthy:
+                await self._introduce()
+                self.healthy, self.trouble = True, ""
+                self._breaker.reset()
+                changed(self)
+            elif trouble and trouble != self.trouble and (misses >= MISSES or not self.healthy):
+                if self.healthy:
+                    self._give_up()
+                self.trouble = trouble
+                changed(self)
+            self.checked.set()
+            jitter = random.uniform(1 - _JITTER, 1 + _JITTER)
+            await asyncio.sleep(self._settings.health_interval * jitter)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+    def _give_up(self) -> None:
+        self.healthy = False
+        now = asyncio.get_running_loop().time()
+        for timeout in self._waiting:
+            if not timeout.expired():
+                timeout.reschedule(now)
+
+    async def _check(self) -> str:
+        """Returns what is wrong with it; empty if nothing is."""
+        try:
+            await self._ask(b"/health")
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    async def _introduce(self) -> None:
+        """Ask it what it serves, and on which ranks. What it does not say is not known."""
+        self.models = frozenset()
+        try:
+            answer = msgspec.json.decode(await self._ask(b"/v1/models"), type=_Models)
+            self.models = frozenset(model.id for model in answer.data)
+        except (EngineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            log.info("%s does not say which model it serves: %s", self, error)
+        try:
+            text = (await self._ask(b"/metrics")).decode(errors="replace")
+        except EngineError as error:
+            log.info("%s does not say which ranks it has: %s", self, error)
+            text = ""
+        self._have_ranks(sorted({int(rank) for rank in _RANK.findall(text)}) or [0])
+
+    def _have_ranks(self, numbers: list[int]) -> None:
+        host, _, port = self.push.rpartition(":")
+        self.ranks = tuple(
+            Rank(number, index, f"{host}:{int(port) + number}" if self.push else "")
+            for index, number in enumerate(numbers)
+        )
+        self._loads = {rank: _Load() for rank in self.ranks}
+
+    async def _ask(self, path: bytes) -> bytes:
+        """What it answers to a question of the proxy's own.
+
+        Raises:
+            EngineError: if that is no success.
+        """
+        url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path)
+        headers = dict(_ITSELF)
+        if self._settings.engine_key is not None:
+            headers["authorization"] = f"Bearer {self._settings.engine_key}"
+        seconds = max(self._settings.health_interval, _CHECK_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                response = await self._client.get(url, headers=headers)
+        except TimeoutError as error:
+            raise EngineError(f"GET {url}: nothing in {seconds:g} s") from error
+        except httpx.HTTPError as error:
+            reason = f"{type(error).__name__} {error}".rstrip()
+            raise EngineError(f"GET {url}: {reason}") from error
+        if not response.is_success:
+            raise EngineError(f"GET {url}: status {response.status_code}")
+        return response.content

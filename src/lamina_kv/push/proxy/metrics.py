@@ -1,0 +1,118 @@
+"""What the proxy publishes about itself at ``/metrics``, under ``lamina_proxy_``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lamina_kv.push.proxy.engines import Engine
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1000.0)
+
+
+class Outcome(StrEnum):
+    """How an engine has dealt with a request."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    """It says that the request is wrong: a status from 400 to 499."""
+    FAILED = "failed"
+    """Not reached, not in time, or a status of 500 and more."""
+    INTERRUPTED = "interrupted"
+    """In the middle of an answer."""
+    CANCELLED = "cancelled"
+    """By the client, or as it was not needed any more."""
+
+
+class Unpushed(StrEnum):
+    """Why a request went to a decode engine alone."""
+
+    REQUEST = "request"
+    """It cannot be pushed."""
+    NO_PREFILL_ENGINE = "no_prefill_engine"
+    """None is usable."""
+    PREFILL_FAILED = "prefill_failed"
+    """The one that was chosen did not compute the prompt."""
+    PREFILL_REFUSED = "prefill_refused"
+    """The one that was chosen says that the request is wrong, and no decode engine says so."""
+
+
+class Metrics:
+    """See the module. Every proxy has its own registry.
+
+    Args:
+        engines: every engine there is.
+    """
+
+    def __init__(self, engines: Iterable[Engine]) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "lamina_proxy_requests",
+            "Requests by the status that the client got; 499 if it had left",
+            ("route", "status"),
+            registry=self._registry,
+        )
+        self.outstanding = Gauge(
+            "lamina_proxy_outstanding", "Requests let in and not ended", registry=self._registry
+        )
+        self.first_byte_seconds = Histogram(
+            "lamina_proxy_first_byte_seconds",
+            "Time to the first byte of an answer to the client",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.seconds = Histogram(
+            "lamina_proxy_request_seconds",
+            "Duration of requests",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._exchanges = Counter(
+            "lamina_proxy_exchanges",
+            "Requests sent to engines",
+            ("role", "engine", "outcome"),
+            registry=self._registry,
+        )
+        self.retries = Counter(
+            "lamina_proxy_retries",
+            "Requests sent to a decode engine once more",
+            registry=self._registry,
+        )
+        self._unpushed = Counter(
+            "lamina_proxy_unpushed",
+            "Requests that a decode engine had to compute alone",
+            ("reason",),
+            registry=self._registry,
+        )
+        labels = ("role", "engine")
+        usable = Gauge(
+            "lamina_proxy_engine_usable",
+            "0 while an engine is dead or left alone",
+            labels,
+            registry=self._registry,
+        )
+        load = Gauge(
+            "lamina_proxy_engine_load",
+            "Weight of the requests outstanding at an engine",
+            labels,
+            registry=self._registry,
+        )
+        for engine in engines:
+            names = (engine.role.value, engine.url)
+            usable.labels(*names).set_function(partial(getattr, engine, "usable"))
+            load.labels(*names).set_function(partial(getattr, engine, "load"))
+
+    def exchange(self, engine: Engine, outcome: Outcome) -> None:
+        """An engine is done with a request."""
+        self._exchanges.labels(engine.role.value, engine.url, outcome.value).inc()
+
+    def unpushed(self, reason: Unpushed) -> None:
+        """A request goes to a decode engine alone."""
+        self._unpushed.labels(reason.value).inc()
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

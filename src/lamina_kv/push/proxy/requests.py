@@ -1,0 +1,137 @@
+"""A client's request, and what the two engines are sent of it.
+
+Values that the proxy has no business with are never parsed: they reach the engine byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from lamina_kv.push.proxy.errors import Refusal
+
+Fields = dict[str, msgspec.Raw]
+"""A JSON object: names, and values as they were written."""
+
+_DECODER = msgspec.json.Decoder(Fields)
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+
+_PUSHED_ONLY_IF: Final[dict[str, tuple[bytes, ...]]] = {
+    "n": (b"1", b"null"),
+    "best_of": (b"1", b"null"),
+    "use_beam_search": (b"false", b"null"),
+    "prompt_embeds": (b"null",),
+    # The decode engine has to compute the whole prompt for its probabilities.
+    "prompt_logprobs": (b"null",),
+    "echo": (b"false", b"null"),
+    # May depend on max_tokens, which the prefill engine is not given.
+    "truncate_prompt_tokens": (b"null",),
+}
+"""Values with which a request is one prompt, with one answer, of tokens that both engines count
+alike; a field that is absent is as good."""
+
+_NOT_FOR_PREFILL = (
+    "stream_options",
+    "min_tokens",
+    "n",
+    "best_of",
+    "logprobs",
+    "top_logprobs",
+    "logprob_token_ids",
+)
+_ONE = msgspec.Raw(b"1")
+_FOR_PREFILL = {"stream": msgspec.Raw(b"false"), "max_tokens": _ONE}
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """One request of a client.
+
+    Attributes:
+        id: of the request, for every log; that of a push is another.
+        method: HTTP's.
+        target: path and query, as they came.
+        headers: those that every engine gets.
+        fields: the body's; None if there is none.
+        size: of the body, in bytes.
+    """
+
+    id: str
+    method: str
+    target: bytes
+    headers: dict[str, str]
+    fields: Fields | None = None
+    size: int = 0
+
+    @property
+    def pushable(self) -> bool:
+        """Whether a prefill engine can compute the prompt. Several prompts or answers in one
+        request, and what only a decode engine can say about its prompt, go to a decode engine
+        alone, which computes everything itself."""
+        if self.fields is None:
+            return False
+        return _is_one_prompt(self.fields.get("prompt")) and all(
+            name not in self.fields or bytes(self.fields[name]) in values
+            for name, values in _PUSHED_ONLY_IF.items()
+        )
+
+    def for_prefill(self, push_id: str) -> bytes:
+        """The body for a prefill engine: the same prompt, and one token that nobody looks at."""
+        fields = {**(self.fields or {}), **_FOR_PREFILL}
+        for name in _NOT_FOR_PREFILL:
+            fields.pop(name, None)
+        if "messages" in fields:
+            fields["max_completion_tokens"] = _ONE
+        return _encode(fields, {"id": push_id})
+
+    def for_decode(self, push_id: str = "", prefill: str = "") -> bytes:
+        """The body for a decode engine; without arguments, one that is to compute everything.
+
+        Args:
+            push_id: names the push.
+            prefill: the prefill engine's push address.
+        """
+        push = {"id": push_id, "prefill": prefill} if push_id else None
+        return b"" if self.fields is None else _encode(self.fields, push)
+
+
+def parse_fields(body: bytes) -> Fields:
+    """The fields of a body.
+
+    Raises:
+        Refusal: 400, if it is not a JSON object.
+    """
+    try:
+        return _DECODER.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, f"the body is not a JSON object: {error}") from error
+
+
+def _is_one_prompt(prompt: msgspec.Raw | None) -> bool:
+    """Whether it is a text, a list of tokens, or a list of one of these."""
+    text = bytes(prompt) if prompt is not None else b""
+    if not text.startswith(b"[") or text[1:].lstrip()[:1] not in {b'"', b"["}:
+        return True  # or a mistake, which every engine would find
+    return len(_LIST.decode(text)) == 1
+
+
+def _encode(fields: Fields, push: dict[str, str] | None) -> bytes:
+    parameters = _harmless(fields.get("kv_transfer_params"))
+    if push is not None:
+        parameters["lamina_push"] = push
+    document: dict[str, object] = {k: v for k, v in fields.items() if k != "kv_transfer_params"}
+    if parameters:
+        document["kv_transfer_params"] = parameters
+    return msgspec.json.encode(document)
+
+
+def _harmless(parameters: msgspec.Raw | None) -> dict[str, object]:
+    """Of a client's own parameters what says how long chunks are worth keeping. The rest could make
+    an engine connect to wherever the client likes."""
+    try:
+        given = _DECODER.decode(parameters) if parameters is not None else {}
+    except msgspec.ValidationError:  # no object: the engine would refuse the request
+        return {}
+    return {name: value for name, value in given.items() if name == "lamina"}

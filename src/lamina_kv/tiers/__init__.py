@@ -1,0 +1,141 @@
+"""Far tiers: every place for chunks but host memory.
+
+=============  ==================================================================================
+contract.py    What is a far tier? ``Index`` is control's half, ``Store`` the data room's.
+objects.py     What are the bytes of a chunk outside the engine, and how are they verified?
+names.py       What is a chunk called in stores that find chunks by key?
+audit.py       What is in a store, for a person, and is all of it whole?
+config.py      What is every far tier configured with?
+slots.py       Which chunk is in which slot (near, and far tiers whose slots control assigns)?
+hints.py       What did others say they have (stores that find chunks by key)?
+touches.py     Which uses is a store still to hear of?
+eviction.py    Which chunk does a full tier give up?
+reuse.py       How likely is a chunk used again: what is it worth?
+regard.py      What does a request say of how long its chunks are worth keeping?
+disk/          The local disk.
+directory/     A directory that engines of one or several machines share.
+valkey/        A Valkey or Redis server that engines share.
+mooncake/      Mooncake Store.
+s3/            Object stores.
+=============  ==================================================================================
+
+A kind of tier is registered in :data:`KINDS`. Beside its folder only the command line, and the
+message about the former ``disk`` section, name a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lamina_kv.tiers.config import TierConfig
+from lamina_kv.tiers.directory.config import DirectoryConfig
+from lamina_kv.tiers.disk.config import DiskConfig
+from lamina_kv.tiers.mooncake.config import MooncakeConfig
+from lamina_kv.tiers.s3.config import SCHEMES, S3Config
+from lamina_kv.tiers.valkey.config import ValkeyConfig
+
+if TYPE_CHECKING:
+    from lamina_kv.tiers.audit import Audit
+    from lamina_kv.tiers.contract import Store, Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of far tier.
+
+    Attributes:
+        config: what an entry of ``tiers`` of this kind holds.
+        opener: ``module:function``. The function takes that entry and a
+            :class:`~lamina_kv.tiers.contract.Tenant`, and returns a
+            :class:`~lamina_kv.tiers.contract.Store`. Only a rank that opens the tier imports it.
+        auditor: ``module:function``; empty if such a store cannot list what it holds. The function
+            takes the place of a store, and returns an :class:`~lamina_kv.tiers.audit.Audit`, or
+            None if no store of this kind is there.
+        schemes: of URLs that are places of such stores. Without any, places are paths.
+    """
+
+    config: type[TierConfig]
+    opener: str
+    auditor: str = ""
+    schemes: tuple[str, ...] = ()
+
+    def open(self, config: TierConfig, tenant: Tenant) -> Store:
+        """Open the store of one rank.
+
+        Args:
+            config: the tier's entry in the configuration; of this kind.
+            tenant: for whom.
+
+        Raises:
+            StoreError: if the store cannot be used.
+        """
+        opener: Callable[[TierConfig, Tenant], Store] = _imported(self.opener)
+        return opener(config, tenant)
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
+
+
+KINDS: dict[str, Kind] = {
+    "disk": Kind(
+        DiskConfig,
+        "lamina_kv.tiers.disk.store:open_store",
+        auditor="lamina_kv.tiers.disk.audit:open_audit",
+    ),
+    "directory": Kind(
+        DirectoryConfig,
+        "lamina_kv.tiers.directory.store:open_store",
+        auditor="lamina_kv.tiers.directory.listing:open_audit",
+    ),
+    "valkey": Kind(
+        ValkeyConfig,
+        "lamina_kv.tiers.valkey.opening:open_store",
+        auditor="lamina_kv.tiers.valkey.opening:open_audit",
+        schemes=("valkey", "valkeys", "redis", "rediss", "unix"),
+    ),
+    "mooncake": Kind(MooncakeConfig, "lamina_kv.tiers.mooncake.store:open_store"),
+    "s3": Kind(
+        S3Config,
+        "lamina_kv.tiers.s3.store:open_store",
+        auditor="lamina_kv.tiers.s3.listing:open_audit",
+        schemes=SCHEMES,
+    ),
+}
+"""The kinds of tiers that a configuration may name."""
+
+
+def open_audit(place: str) -> Audit:
+    """Look into the store that is at a place, whatever kind it is.
+
+    Args:
+        place: a path or a URL.
+
+    Raises:
+        StoreError: if there is none, or it cannot be looked into.
+    """
+    from lamina_kv.tiers.contract import StoreError
+
+    scheme, separator, _ = place.partition("://")
+    auditors = [
+        kind.auditor
+        for kind in KINDS.values()
+        if kind.auditor and (scheme in kind.schemes if separator else not kind.schemes)
+    ]
+    for auditor in auditors:
+        audit: Audit | None = _imported(auditor)(place)
+        if audit is not None:
+            return audit
+    if separator:
+        known = sorted(each for kind in KINDS.values() if kind.auditor for each in kind.schemes)
+        if not auditors:
+            raise StoreError(
+                f"{scheme}:// is no place of stores that can list what they hold: use a path"
+                + "".join(f", {each}://" for each in known)
+            )
+        place = f"what this {scheme}:// URL leads to"  # it may have a password
+    raise StoreError(f"{place} is not a Lamina store")

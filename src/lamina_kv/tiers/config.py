@@ -1,0 +1,70 @@
+"""What every far tier is configured with. A kind of tier adds its own keys in a subclass."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lamina_kv.plan import NEAR
+from lamina_kv.values import MIB, NAME, SECONDS, SIZE, Kind, Section, WrongValueError, choice
+
+_TAKEN = (NEAR, "engine", "push", "other", "computed", "unfinished")
+"""What metrics call host memory and the sources of tokens that are no tiers."""
+
+
+def _parse_name(value: object) -> object:
+    if value in _TAKEN:
+        raise WrongValueError("a name that metrics do not use already: not " + ", ".join(_TAKEN))
+    return NAME.parse(value)
+
+
+TIER_NAME = Kind(NAME.words, _parse_name)
+
+Keep = Literal["all", "shared", "nothing"]
+KEEP = choice("all", "shared", "nothing")
+"""Which of the chunks in host memory a tier is given."""
+
+
+def _kind(given: dict[str, Any]) -> str:
+    """The default of a tier's name: the kind, which is validated before the name."""
+    return str(given.get("kind", ""))
+
+
+class TierConfig(Section):
+    """One entry of ``tiers``. A subclass sets the default of ``kind`` to its name in
+    :data:`lamina_kv.tiers.KINDS`."""
+
+    kind: Annotated[str, NAME] = Field(description="What the tier is.")
+    name: Annotated[str, TIER_NAME] = Field(
+        default_factory=_kind,
+        description="The tier's name in metrics, log lines and messages. Tiers of the same kind "
+        "need names of their own.",
+    )
+    max_inflight: Annotated[int, SIZE] = Field(
+        default=256 * MIB,
+        description="Bytes on their way to the tier, and as many on their way from it, on each "
+        "rank. Beyond it chunks wait in host memory, and requests for their turn.",
+    )
+    keep: Annotated[Keep, KEEP] = Field(
+        default="all",
+        description="What the tier is given. `all`: every chunk that is saved. `shared`: chunks "
+        "that a second request of this engine has used, and those of requests that ask for it; "
+        "where a router spreads requests over many engines, few are. `nothing`: the tier is only "
+        "read.",
+    )
+
+    def key(self, field: str) -> str:
+        """How a message about a running tier names one of its keys: ``tiers.disk.path``."""
+        return f"tiers.{self.name}.{field}"
+
+
+class SharedConfig(TierConfig):
+    """A tier that several engines use: a store by key, in which other engines find what this one
+    writes."""
+
+    timeout: Annotated[float, SECONDS] = Field(
+        default=2.0,
+        description="Seconds that one call of the store may take. What it has not done by then "
+        "counts as a failure of the tier.",
+    )

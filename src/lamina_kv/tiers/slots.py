@@ -1,0 +1,462 @@
+"""Which chunk is in which slot: an index of slots that control assigns.
+
+Near has one, and every far tier whose store keeps chunks by slot. A chunk is *visible* only when
+all of its rows are there on all ranks. Until then its slot is *filling* and no lookup finds it. A
+leased slot is neither evicted nor reused, even after its chunk was dropped.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lamina_kv.keys import KEY_BYTES
+from lamina_kv.plan import ChunkKey, StoredChunks
+from lamina_kv.tiers.contract import Answer, End, NoRoom
+from lamina_kv.tiers.eviction import Runs
+from lamina_kv.tiers.reuse import ALONE, Standing, Use
+from lamina_kv.tiers.touches import Touches
+
+_BATCH = 1 << 16
+"""Chunks that :meth:`SlotIndex.adopt` takes over at a time, which bounds its temporary lists."""
+
+MOST_SPARED = 16
+"""Runs that are passed over for one victim because they are to be spared: less than 0.1 ms. Those
+are not looked at again before others, so that a search goes on with the next victim."""
+
+MOST_PASSED = 256
+"""Runs that are passed over for one victim because they are leased, or still being filled: 1 ms. If
+none may go among them there is no room before a lease or a filling ends, and the next search goes
+on behind them."""
+
+
+class SlotIndex:
+    """The slots of one tier; an :class:`~lamina_kv.tiers.contract.Index`.
+
+    Args:
+        slots: how many slots it has on every rank.
+        stored: whether a store keeps the slots' content, and must be told what is void; near has
+            none.
+        clock: monotonic seconds, for what requests have pinned.
+
+    Attributes:
+        version: chunks lost for any reason, so far.
+        arrivals: chunks that became visible, so far.
+        lost_spared: called with every chunk that goes although it was to be spared.
+    """
+
+    def __init__(
+        self, slots: int, *, stored: bool = True, clock: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.version = 0
+        self.arrivals = 0
+        self.lost_spared: Callable[[ChunkKey], None] = lambda key: None
+        self._slots = slots
+        self._visible: dict[ChunkKey, int] = {}
+        self._filling: dict[ChunkKey, int] = {}
+        self._keys: list[ChunkKey | None] = [None] * slots  # of visible chunks
+        # Of visible chunks, and of filling ones: others stand behind those.
+        self._runs = Runs(slots, clock)
+        self._leases: dict[int, int] = {}
+        self._pinned = 0  # visible chunks under lease
+        self._orphans: set[int] = set()
+        self._spared: dict[int, int] = {}  # slots of visible chunks; for how many they are spared
+        self._in_vain = 0  # slots that were spared when no other could go; 0 if that was not so
+        self._stuck = False  # nothing may go before a lease or a filling ends
+        self._free = array("i", range(slots - 1, -1, -1))
+        self._stored = stored
+        self._void: set[int] = set()
+        self._touches = Touches()
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        return self._slots
+
+    @property
+    def used(self) -> int:
+        """Slots that are not free."""
+        return self._slots - len(self._free)
+
+    @property
+    def pinned(self) -> int:
+        """Slots whose chunks requests have pinned; other than leased ones these may go, if nothing
+        else may."""
+        return self._runs.pinned
+
+    @property
+    def leased(self) -> int:
+        """Slots under at least one lease."""
+        return len(self._leases)
+
+    @property
+    def visible(self) -> Mapping[ChunkKey, int]:
+        """Visible chunks and their slots."""
+        return self._visible
+
+    # -- lookups -----------------------------------------------------------------------------
+
+    def find(self, key: ChunkKey) -> Answer:
+        """Whether the chunk is visible; never unknown."""
+        return Answer.HERE if key in self._visible else Answer.ABSENT
+
+    def slot(self, key: ChunkKey) -> int | None:
+        """Slot of a visible chunk."""
+        return self._visible.get(key)
+
+    def fills(self, key: ChunkKey) -> bool:
+        """Whether the chunk is on its way."""
+        return key in self._filling
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether the chunk is visible or on its way."""
+        return key in self._visible or key in self._filling
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free, or a visible chunk could be given up for one. Costs nothing."""
+        return bool(self._free) or (not self._stuck and self._pinned < len(self._visible))
+
+    def spare(self, key: ChunkKey) -> None:
+        """A visible chunk is not to be given up while others can go, because it is still to be
+        copied elsewhere; once more, if it is already spared."""
+        slot = self._visible[key]
+        self._spared[slot] = self._spared.get(slot, 0) + 1
+
+    def unspare(self, key: ChunkKey) -> None:
+        """Take back one :meth:`spare`, if the chunk is still here."""
+        slot = self._visible.get(key, -1)
+        left = self._spared.pop(slot, 0) - 1
+        if left > 0:
+            self._spared[slot] = left
+
+    # -- leases ------------------------------------------------------------------------------
+
+    def hold(self, key: ChunkKey) -> int:
+        """Lease the slot of a visible chunk; returns the slot."""
+        slot = self._visible[key]
+        self.lease(slot)
+        return slot
+
+    def lease(self, slot: int) -> None:
+        """Pin ``slot`` until :meth:`release`."""
+        self.lease_all((slot,))
+
+    def lease_all(self, slots: Iterable[int]) -> None:
+        """Pin each of these slots once. A load takes thousands: a call for each would take longer
+        than all else of its order."""
+        leases, keys = self._leases, self._keys
+        for slot in slots:
+            count = leases.get(slot, 0)
+            leases[slot] = count + 1
+            if not count and keys[slot] is not None:
+                self._pinned += 1
+
+    def release(self, place: int) -> None:
+        """Give up one lease on a slot."""
+        left = self._leases[place] - 1
+        if left:
+            self._leases[place] = left
+            return
+        del self._leases[place]
+        self._stuck = False
+        if self._keys[place] is not None:
+            self._pinned -= 1
+        if place in self._orphans:
+            self._orphans.remove(place)
+            self._free.append(place)
+
+    # -- arrivals ----------------------------------------------------------------------------
+
+    def room(self, key: ChunkKey, standing: Standing = ALONE, *, uses: int = 0) -> int | NoRoom:
+        """A slot to fill with ``key``, evicting if need be. The chunk in front of it is not given
+        up for it.
+
+        Args:
+            key: the chunk.
+            standing: where it stands.
+            uses: how often another tier says that it was used.
+
+        Raises:
+            ValueError: if the tier already holds the key.
+        """
+        if self.holds(key):
+            raise ValueError(f"the tier already holds chunk {key.hex()}")
+        front = self._slot_of(standing.behind)
+        if not self._free:
+            victim = self._victim(front)
+            if isinstance(victim, NoRoom):
+                if self._stored:  # it is not tried again
+                    self._runs.missed(key, standing.use, last=standing.last)
+                return victim
+            self._lose(victim, remembered=True)
+        slot = self._free.pop()
+        self._void.discard(slot)  # what is written to a slot replaces its content in any case
+        self._filling[key] = slot
+        self._runs.add(slot, key, standing, front, uses)
+        return slot
+
+    def filled(self, key: ChunkKey) -> None:
+        """Make a filled chunk visible."""
+        slot = self._filling.pop(key)
+        self._stuck = False
+        self.arrivals += 1
+        self._visible[key] = slot
+        self._keys[slot] = key
+        if slot in self._leases:
+            self._pinned += 1
+
+    def abandoned(self, key: ChunkKey) -> None:
+        """Give back the slot of a chunk that will not be filled; what some ranks wrote is void."""
+        slot = self._filling.pop(key)
+        self._runs.forget(slot)
+        self._forget_content(slot)
+        self._retire(slot)
+
+    def disowned(self, key: ChunkKey) -> None:
+        """What a chunk's slot is filled with must not become visible, and may still be written: the
+        key is free at once, the slot with :meth:`release`."""
+        self.lease(self._filling[key])
+        self.abandoned(key)
+
+    # -- losses ------------------------------------------------------------------------------
+
+    def drop(self, key: ChunkKey) -> int | None:
+        """Forget a visible chunk; its slot is reused once no lease is on it.
+
+        Returns:
+            The slot it had, or None if it was not visible.
+        """
+        return self._lose(key) if key in self._visible else None
+
+    def lost(self, key: ChunkKey, place: int) -> None:
+        """A chunk cannot be delivered from a slot: forget it, unless it is in another one now."""
+        if self._visible.get(key) == place:
+            self.drop(key)
+            self._forget_content(place)
+
+    def drops(self) -> tuple[int, ...]:
+        """Slots that the store has yet to forget, since the last call."""
+        void, self._void = self._void, set()
+        return tuple(sorted(void))
+
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`drops` would return any."""
+        return bool(self._void)
+
+    # -- use ---------------------------------------------------------------------------------
+
+    def use_prefix(
+        self,
+        chain: Sequence[ChunkKey],
+        use: Use,
+        ends: Sequence[End] = (),
+        *,
+        over: bool = False,
+    ) -> Iterator[None]:
+        """Note a use of a prefix; see :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
+        runs = self._runs
+        if self._stored and not over:
+            self._touches.add(chain, ends)
+        # Keys, because a slot may have another chunk, or none, when this goes on.
+        loose: dict[ChunkKey | None, list[ChunkKey]] = {}  # ends, by what is in front of them
+        for key, behind in ends:
+            slot = self._slot_of(key)
+            if slot >= 0:
+                self._join(slot, behind)
+                loose.setdefault(behind, []).append(key)
+                yield
+        index, heads = len(chain) - 1, []
+        beyond = use.total > len(chain)
+        while index >= 0:
+            slot, last = self._slot_of(chain[index]), index == use.total - 1
+            if slot < 0:
+                if over and not self._stored:  # a store may yet be written to
+                    runs.missed(chain[index], use, last=last)
+                    yield
+                index -= 1
+                continue
+            for end in loose.pop(chain[index], ()):
+                self._use_end(end, use, over=over)
+            index -= runs.used(slot, use, again=over, last=last, beyond=beyond)
+            beyond = False
+            if index >= 0:
+                heads.append(chain[index + 1])
+                self._join(runs.head(slot), chain[index])
+            yield
+        for alone in loose.values():  # behind nothing that is here
+            for end in alone:
+                self._use_end(end, use, over=over)
+        # From the front, so that each chunk changes its run once. Some may have gone meanwhile.
+        for key in reversed(heads):
+            slot = self._slot_of(key)
+            if slot >= 0 and runs.head(slot) == slot:
+                for _ in range(runs.merge(slot)):
+                    yield
+
+    def _use_end(self, key: ChunkKey, use: Use, *, over: bool) -> None:
+        slot = self._slot_of(key)
+        if slot >= 0:
+            self._runs.used(slot, use, again=over)
+
+    def _join(self, slot: int, behind: ChunkKey | None) -> None:
+        """The chunk in front of a run is known by now."""
+        front = self._slot_of(behind)
+        if front >= 0:
+            self._runs.join(slot, front)
+
+    def uses(self, key: ChunkKey) -> int:
+        """How often a chunk that is visible was used, as far as it matters; 0 for none."""
+        slot = self._visible.get(key)
+        return 0 if slot is None else self._runs.uses(slot)
+
+    def touches(self) -> tuple[tuple[ChunkKey, int], ...]:
+        """Uses that the store has yet to hear of. A chunk may have left its slot since."""
+        return self._touches.take(self._visible.get)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def asks(self) -> tuple[ChunkKey, ...]:
+        """None: nobody else knows more."""
+        return ()
+
+    def told(self, keys: Sequence[ChunkKey], present: Sequence[bool] | None) -> None:
+        """Never called: nothing is asked."""
+
+    # -- the start ---------------------------------------------------------------------------
+
+    def adopt(self, ranks: Sequence[StoredChunks]) -> None:
+        """Take over the chunks that the tier held when it was opened.
+
+        A slot in which not every rank has the same chunk goes to :meth:`drops`, and so does the
+        younger of two slots with one chunk.
+
+        Args:
+            ranks: what each rank that keeps chunks has; the first with keys.
+        """
+        assert not self.used, "only an empty index adopts"
+        stored = [_within(each, self._slots) for each in ranks]
+        first = stored[0]
+        assert first.keys is not None, "the first rank sends keys"
+        assert first.used is not None, "and when they were used"
+        agreed, strays = _compare(stored, self._slots)
+        order = np.argsort(first.used, kind="stable").astype(np.int32)
+        order = order[agreed[first.slots[order]]]
+        adopted = first.slots[order]
+        self._runs.adopt(adopted)
+        free = np.ones(self._slots, bool)
+        free[adopted] = False
+        self._free = array("i", np.flatnonzero(free)[::-1].astype(np.int32).tobytes())
+        self._void.update(strays.tolist())
+        for begin in range(0, len(order), _BATCH):
+            batch = order[begin : begin + _BATCH]
+            self._adopt_keys(first.keys[batch].tobytes(), first.slots[batch].tolist())
+
+    def _adopt_keys(self, names: bytes, slots: list[int]) -> None:
+        """Make chunks visible, oldest first; ``names`` has their keys end to end."""
+        for index, slot in enumerate(slots):
+            key = ChunkKey(names[index * KEY_BYTES : (index + 1) * KEY_BYTES])
+            if self._visible.setdefault(key, slot) == slot:
+                self._keys[slot] = key
+            else:
+                self._runs.forget(slot)
+                self._forget_content(slot)
+                self._free.append(slot)
+
+    def _slot_of(self, key: ChunkKey | None) -> int:
+        """Slot of a chunk that is visible or on its way; -1 if there is none."""
+        if key is None:
+            return -1
+        slot = self._visible.get(key)
+        return self._filling.get(key, -1) if slot is None else slot
+
+    def _victim(self, front: int) -> ChunkKey | NoRoom:
+        """A chunk to give up for one that stands behind slot ``front``."""
+        if not self.has_room:
+            return NoRoom.IN_USE
+
+        def may_go(slot: int) -> bool:
+            return slot not in self._leases and self._keys[slot] is not None
+
+        slot = self._unspared(may_go)
+        if slot is None:
+            slot = self._runs.victim(may_go, MOST_PASSED)
+        if slot is None:
+            slot = self._runs.pinned_victim(may_go)
+        # What others stand behind stays, although these may not go at the moment: they may be of
+        # the very prompt that the new chunk belongs to.
+        self._stuck = slot is None
+        if slot == front:
+            return NoRoom.WORTH_LESS  # what would be behind it is worth no more
+        key = None if slot is None else self._keys[slot]
+        return NoRoom.IN_USE if key is None else key
+
+    def _unspared(self, may_go: Callable[[int], bool]) -> int | None:
+        """A chunk to give up that need not be spared; None if none is soon found."""
+        if not self._spared or len(self._spared) >= self._in_vain > 0:
+            return None
+        spared = self._spared
+        slot = self._runs.victim(lambda each: each not in spared and may_go(each), MOST_SPARED)
+        self._in_vain = len(spared) if slot is None else 0
+        return slot
+
+    def _lose(self, key: ChunkKey, *, remembered: bool = False) -> int:
+        """A visible chunk goes; returns its slot."""
+        slot = self._visible.pop(key)
+        self.version += 1
+        self._keys[slot] = None
+        self._runs.forget(slot, key if remembered else None)
+        if self._spared.pop(slot, 0):
+            self.lost_spared(key)
+        if slot in self._leases:
+            self._pinned -= 1
+        self._retire(slot)
+        return slot
+
+    def _retire(self, slot: int) -> None:
+        self._stuck = False  # what it stood behind may go
+        if slot in self._leases:
+            self._orphans.add(slot)
+        else:
+            self._free.append(slot)
+
+    def _forget_content(self, slot: int) -> None:
+        if self._stored:
+            self._void.add(slot)
+
+
+def _within(stored: StoredChunks, slots: int) -> StoredChunks:
+    """The part of what a rank has that lies in the first ``slots`` slots; views, no copies."""
+    end = int(np.searchsorted(stored.slots, slots))
+    return StoredChunks(
+        stored.slots[:end],
+        stored.marks[:end],
+        None if stored.keys is None else stored.keys[:end],
+        None if stored.used is None else stored.used[:end],
+    )
+
+
+def _compare(
+    ranks: Sequence[StoredChunks], slots: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
+    """Where ranks agree.
+
+    Returns:
+        For each slot, whether every rank has the same chunk there; and the slots in which some rank
+        has one that others have not.
+    """
+    marks = np.zeros(slots, np.uint32)
+    agreed, some = np.zeros(slots, bool), np.zeros(slots, bool)
+    first, *others = ranks
+    marks[first.slots] = first.marks
+    agreed[first.slots] = some[first.slots] = True
+    for other in others:
+        same = np.zeros(slots, bool)
+        same[other.slots] = marks[other.slots] == other.marks
+        agreed &= same
+        some[other.slots] = True
+    return agreed, np.flatnonzero(some & ~agreed)

@@ -1,0 +1,336 @@
+"""How the server is reached, again after it broke, and what its errors mean.
+
+A client of glide connects again by itself, but does not say why it cannot, and what it had asked
+for still comes over the old connection. So after an error of a connection the next call makes a
+new client.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from glide_shared.exceptions import (
+    ClosingError,
+    ConfigurationError,
+    ConnectionError,
+    GlideError,
+    TimeoutError,
+)
+from glide_shared.logger import Level, Logger
+from glide_sync import (
+    AdvancedGlideClientConfiguration,
+    AdvancedGlideClusterClientConfiguration,
+    GlideClient,
+    GlideClientConfiguration,
+    GlideClusterClient,
+    GlideClusterClientConfiguration,
+    NodeAddress,
+    ServerCredentials,
+    TlsAdvancedConfiguration,
+)
+
+from lamina_kv.tiers.contract import Fate
+from lamina_kv.tiers.valkey.config import ValkeyConfig
+
+Client = GlideClient | GlideClusterClient
+
+CLIENT_NAME = "lamina"
+"""The name of the library in the server's `CLIENT LIST`. A name of the connection would need a
+permission."""
+
+TOO_LONG = "buffer capacity"
+"""What glide says of a value that does not fit into its buffer."""
+
+FULL = "OOM"
+"""What a server says that is full and evicts nothing."""
+
+CERTIFICATE = "the certificate"
+
+_CREDENTIALS = ("NOAUTH", "WRONGPASS", "AuthenticationFailed", "NOPERM", "PermissionDenied")
+_ADVICE = {
+    Fate.LATE: "It is too slow, stopped, or out of reach",
+    Fate.REFUSED: "Look at what it says",
+    Fate.DOWN: "See that it runs",
+}
+_STALE = ("READONLY", "ReadOnly", "NOAUTH", "in recovery", "MOVED", "Moved")
+"""Words of errors that a new connection may be rid of: after a failover, a new password."""
+
+Logger.init(Level.OFF)  # it writes to the engine's standard output; we say what there is to say
+
+
+class Failure(Exception):
+    """The server did not do what it was asked.
+
+    Attributes:
+        fate: what that is for a chunk.
+        words: what was said, in a few words.
+        advice: what to do about it.
+    """
+
+    def __init__(self, fate: Fate, words: str) -> None:
+        super().__init__(words)
+        self.fate = fate
+        self.words = words
+
+    @property
+    def advice(self) -> str:
+        """What to do, in a sentence."""
+        if FULL in self.words:
+            return "It is full and evicts nothing: set `maxmemory-policy allkeys-lru` there"
+        if CERTIFICATE in self.words:
+            return "Check ca_file"
+        if any(word in self.words for word in _CREDENTIALS):
+            return "Check user, password and permissions (docs/stores.md has what is needed)"
+        return _ADVICE[self.fate]
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A client in use.
+
+    Attributes:
+        client: the client.
+        users: calls under way; closed with the last one, once it is discarded.
+    """
+
+    client: Client
+    users: int = 0
+    discarded: bool = False
+
+
+class Connection:
+    """One connection that threads share: what several ask at once is under way at once.
+
+    Args:
+        config: the tier.
+        greet: called with each new client before it is used.
+    """
+
+    def __init__(
+        self, config: ValkeyConfig, greet: Callable[[Client], None] = lambda client: None
+    ) -> None:
+        self._config = config
+        self._greet = greet
+        self._making = threading.Lock()
+        self._lock = threading.Lock()
+        self._lease: _Lease | None = None
+        self._failure: tuple[float, Failure] | None = None
+
+    @contextmanager
+    def client(self, timeout: float) -> Iterator[Client]:
+        """A connected client for one call.
+
+        Args:
+            timeout: seconds for connecting, and, from then on, for each request to the server.
+
+        Raises:
+            Failure: if there is no connection, or the block ends with an error of glide's.
+        """
+        lease = self._acquire(timeout)
+        try:
+            yield lease.client
+        except GlideError as error:
+            if isinstance(error, TimeoutError | ConnectionError | ClosingError) or any(
+                word in str(error) for word in _STALE
+            ):
+                self._discard(lease)
+            raise failure(error) from error
+        finally:
+            self._release(lease)
+
+    def close(self) -> None:
+        """Close it; what is under way ends first. Idempotent."""
+        with self._lock:
+            lease = self._lease
+        if lease is not None:
+            self._discard(lease)
+
+    # -- leases ------------------------------------------------------------------------------------
+
+    def _acquire(self, timeout: float) -> _Lease:
+        began = time.monotonic()
+        if (lease := self._taken()) is not None:
+            return lease
+        if not self._making.acquire(timeout=timeout):
+            raise Failure(Fate.LATE, "no connection in time")
+        try:
+            if (lease := self._taken()) is not None:
+                return lease
+            if self._failure is not None and self._failure[0] >= began:
+                raise self._failure[1]  # another thread has just tried
+            try:
+                lease = _Lease(self._connected(timeout), users=1)
+            except Failure as error:
+                self._failure = time.monotonic(), error
+                raise
+            with self._lock:
+                self._lease = lease
+            return lease
+        finally:
+            self._making.release()
+
+    def _taken(self) -> _Lease | None:
+        with self._lock:
+            if self._lease is not None:
+                self._lease.users += 1
+            return self._lease
+
+    def _discard(self, lease: _Lease) -> None:
+        with self._lock:
+            if self._lease is lease:
+                self._lease = None
+            closes = not lease.discarded and not lease.users
+            lease.discarded = True
+        if closes:
+            lease.client.close()
+
+    def _release(self, lease: _Lease) -> None:
+        with self._lock:
+            lease.users -= 1
+            closes = lease.discarded and not lease.users
+        if closes:
+            lease.client.close()
+
+    # -- connecting --------------------------------------------------------------------------------
+
+    def _connected(self, timeout: float) -> Client:
+        due = time.monotonic() + timeout
+        self._knock(timeout)
+        try:
+            client = self._make(timeout, max(0.05, due - time.monotonic()))
+            try:
+                self._greet(client)
+            except GlideError:
+                client.close()
+                raise
+        except GlideError as error:
+            self._check_certificate(timeout)
+            raise failure(error) from error
+        return client
+
+    def _knock(self, timeout: float) -> None:
+        """Fail at once, and with the reason, where nobody listens: glide tries until the end of
+        its timeout."""
+        address = self._config.url
+        if self._config.cluster:
+            return  # one node of several is enough, and glide finds it
+        try:
+            if address.socket:
+                with closing(socket.socket(socket.AF_UNIX)) as knocking:
+                    knocking.settimeout(timeout)
+                    knocking.connect(address.socket)
+            else:
+                socket.create_connection(address.hosts[0], timeout).close()
+        except OSError as error:
+            raise Failure(Fate.DOWN, f"cannot connect: {error.strerror or error}") from error
+
+    def _check_certificate(self, timeout: float) -> None:
+        """Say so if it is the server's certificate that is not trusted: glide only says that it
+        could not connect in time."""
+        config = self._config
+        if not config.url.tls or config.cluster:
+            return
+        host, port = config.url.hosts[0]
+        try:
+            context = ssl.create_default_context(cafile=config.ca_file)
+            with socket.create_connection((host, port), timeout) as knocking:
+                context.wrap_socket(knocking, server_hostname=host).close()
+        except ssl.SSLCertVerificationError as error:
+            words = f"{CERTIFICATE} of the server is not trusted: {error.verify_message}"
+            raise Failure(Fate.REFUSED, words) from error
+        except OSError:
+            pass  # glide's own error says as much
+
+    def _make(self, timeout: float, connecting: float) -> Client:
+        config, address = self._config, self._config.url
+        nodes = [NodeAddress(host, port) for host, port in address.hosts] or [
+            NodeAddress(unix_socket_path=address.socket)
+        ]
+        answering, connecting = (max(1, round(s * 1e3)) for s in (timeout, connecting))
+        credentials, tls = self._credentials(), self._tls()
+        client: Client
+        if config.cluster:
+            client = GlideClusterClient(
+                GlideClusterClientConfiguration(
+                    nodes,
+                    use_tls=address.tls,
+                    credentials=credentials,
+                    request_timeout=answering,
+                    lib_name=CLIENT_NAME,
+                    advanced_config=AdvancedGlideClusterClientConfiguration(
+                        connection_timeout=connecting, tls_config=tls
+                    ),
+                )
+            )
+        else:
+            client = GlideClient(  # type: ignore[abstract] # of a stub that is never called
+                GlideClientConfiguration(
+                    nodes,
+                    use_tls=address.tls,
+                    credentials=credentials,
+                    request_timeout=answering,
+                    database_id=address.database,
+                    lib_name=CLIENT_NAME,
+                    advanced_config=AdvancedGlideClientConfiguration(
+                        connection_timeout=connecting, tls_config=tls
+                    ),
+                )
+            )
+        # Not `create`: that keeps every client for ever, to connect it again in forked processes.
+        client._create_core_client()  # type: ignore[no-untyped-call]
+        return client
+
+    def _credentials(self) -> ServerCredentials | None:
+        config = self._config
+        password = config.url.password
+        if config.password_file is not None:
+            try:
+                password = config.password_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                words = f"{config.key('password_file')} cannot be read: {error}"
+                raise Failure(Fate.REFUSED, words) from error
+        elif config.password_env is not None:
+            password = os.environ.get(config.password_env, "")
+            if not password:
+                words = f"{config.key('password_env')}: {config.password_env} is not set"
+                raise Failure(Fate.REFUSED, words)
+        if not password and not config.url.user:
+            return None
+        return ServerCredentials(password, config.url.user or None)
+
+    def _tls(self) -> TlsAdvancedConfiguration | None:
+        config = self._config
+        if not config.url.tls:
+            return None
+        try:
+            authorities = None if config.ca_file is None else config.ca_file.read_bytes()
+        except OSError as error:
+            words = f"{config.key('ca_file')} cannot be read: {error.strerror}"
+            raise Failure(Fate.REFUSED, words) from error
+        return TlsAdvancedConfiguration(
+            root_pem_cacerts=authorities,
+            client_cert_path=config.certificate_file,
+            client_key_path=config.key_file,
+        )
+
+
+def failure(error: GlideError) -> Failure:
+    """What an error of glide's is for a chunk."""
+    words = " ".join(str(error).split())
+    words = words.removeprefix("An error was signalled by the server: - ")
+    if isinstance(error, TimeoutError):
+        return Failure(Fate.LATE, "no answer in time")
+    if isinstance(error, ConfigurationError) or any(
+        word in words for word in (FULL, "MISCONF", *_CREDENTIALS)
+    ):
+        return Failure(Fate.REFUSED, words)
+    if "timed out" in words:  # of a connection: somebody listens, or there is no way there
+        return Failure(Fate.LATE, "no connection in time")
+    return Failure(Fate.DOWN, words)
