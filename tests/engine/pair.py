@@ -56,6 +56,7 @@ class PairSpec:
         faults: what is wrong with the prefill engine's machine.
         asynchronous: whether both plan a step ahead.
         runner: on what both run.
+        processor: an older processor that both run on, see :mod:`engine.processors`.
     """
 
     model: Path
@@ -70,6 +71,7 @@ class PairSpec:
     faults: Mapping[str, float] = field(default_factory=dict)
     asynchronous: bool = True
     runner: Runner | None = None
+    processor: str = ""
 
     @property
     def address(self) -> str:
@@ -90,6 +92,7 @@ class PairSpec:
                 environment=environment,
                 faults={**HURRIED, **self.faults},
                 runner=self.runner,
+                processor=self.processor,
                 asynchronous=self.asynchronous,
             ),
             EngineSpec(
@@ -100,6 +103,7 @@ class PairSpec:
                 environment=environment,
                 faults=HURRIED,
                 runner=self.runner,
+                processor=self.processor,
                 asynchronous=self.asynchronous,
             ),
         )

@@ -21,7 +21,7 @@ from lamina_kv.data.executor import Executor
 from lamina_kv.data.movers import Mover, make_mover
 from lamina_kv.data.push_wire import PushIdentity
 from lamina_kv.data.replicas import Replicas
-from lamina_kv.engines.vllm import layout
+from lamina_kv.engines.vllm import layout, processor
 from lamina_kv.engines.vllm.arrangement import arrangement
 from lamina_kv.engines.vllm.hooks import graphs_hide_hooks, hook_recurrent_layers, silent_layers
 from lamina_kv.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
@@ -71,6 +71,7 @@ class WorkerSide:
         Args:
             views: per layer, vLLM's view of its cache.
         """
+        processor.prepare()
         config, parallel = self._config, self._vllm_config.parallel_config
         order = self._vllm_config.compilation_config.static_forward_context
         bound = layout.bind(self._cache, views, list(order), config.chunk_tokens)
