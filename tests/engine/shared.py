@@ -18,12 +18,10 @@ class Shared:
     Attributes:
         entry: what ``tiers`` holds for it.
         environment: variables that its clients need.
-        loaded: share of what is there that is loaded at least where no request has to queue.
     """
 
     entry: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
-    loaded: float = 0.95
 
     @property
     def name(self) -> str:
@@ -67,8 +65,7 @@ def s3(folder: Path) -> Iterator[Shared]:
     with Seaweed() as server:
         options = {"endpoint": server.endpoint, "region": "us-east-1"}
         entry = {"kind": "s3", "url": f"s3://{server.bucket('shared')}", "options": options}
-        # Computing such a small model is sooner done than asking a bucket.
-        yield Shared(entry, server.environment(), loaded=0.4)
+        yield Shared(entry, server.environment())
 
 
 @contextmanager

@@ -561,7 +561,7 @@ def test_a_tier_that_finds_chunks_by_key_is_asked_for_all_of_a_prompt_at_once() 
 def test_nobody_waits_long_for_an_answer(answers: bool) -> None:
     """A busy engine's steps are long: then it waits for what one plan asks, and no longer."""
     tokens = prompt(3 * CHUNK + 1)
-    driven, view = two_tiers(), View("a", tokens)
+    driven, view = two_tiers(when="auto"), View("a", tokens)
     assert asked(driven, view)
     plan = driven.step()
     driven.now += LEAST_PATIENCE
@@ -574,7 +574,7 @@ def test_nobody_waits_long_for_an_answer(answers: bool) -> None:
 
 
 def test_an_idle_engine_waits_for_an_answer_however_fast_its_steps_are() -> None:
-    driven, view = two_tiers(), View("a", prompt(3 * CHUNK + 1))
+    driven, view = two_tiers(when="auto"), View("a", prompt(3 * CHUNK + 1))
     for _ in range(10):
         assert asked(driven, view)
         driven.step()
@@ -584,7 +584,7 @@ def test_an_idle_engine_waits_for_an_answer_however_fast_its_steps_are() -> None
 
 def test_an_answer_is_waited_for_as_long_as_answers_take_if_it_is_worth_that() -> None:
     """A bucket that answers in 100 ms: nothing is found there by who waits for 20."""
-    driven = two_tiers(near_slots=40)
+    driven = two_tiers(near_slots=40, when="auto")
     first, second = (prompt(12 * CHUNK + 1, seed=seed) for seed in (1, 2))
     driven.planner.costs.computed(0, 12 * CHUNK, 2.0)
     assert asked(driven, View("a", first))
@@ -606,6 +606,18 @@ def test_an_answer_is_waited_for_as_long_as_answers_take_if_it_is_worth_that() -
     assert asked(driven, view), "it had what was asked for, so that the wait is worth more"
     driven.now += 0.1
     assert not asked(driven, view), "no answer takes so long"
+
+
+def test_who_loads_always_waits_until_a_tier_has_answered() -> None:
+    driven, view = two_tiers(when="always"), View("a", prompt(3 * CHUNK + 1))
+    assert asked(driven, view)
+    plan = driven.step()
+    for _ in range(10):
+        driven.step()
+    driven.now += 10
+    assert asked(driven, view)
+    tell(driven, plan)
+    assert not asked(driven, view)
 
 
 def test_an_engine_that_makes_no_plan_does_not_wait_for_ever() -> None:
