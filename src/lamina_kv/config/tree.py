@@ -55,8 +55,8 @@ class LoadConfig(Section):
     when: Annotated[Literal["auto", "always"], choice("auto", "always")] = Field(
         default="auto",
         description="What of a hit is loaded. `always`: all of it, and requests wait until a "
-        "shared tier has said what it has. `auto`: what each tier has of it if that is predicted to "
-        "be faster than to compute it, by what loads and prefills have taken so far.",
+        "shared tier has said what it has. `auto`: what each tier has of it if that is predicted "
+        "to be faster than to compute it, by what loads and prefills have taken so far.",
     )
     load_ahead: Annotated[int | Auto, integer(1).auto()] = Field(
         default="auto",

@@ -202,8 +202,9 @@ class MovePlanner:
         return early or clock.now < since + arrival.patience
 
     def _patience(self, record: RequestRecord) -> float:
-        """Seconds that a request waits for the answers of tiers that find chunks by key. Where every
-        hit is loaded, that is until they have answered, which they do within their timeout."""
+        """Seconds that a request waits for the answers of tiers that find chunks by key. Where
+        every hit is loaded, it waits until they have answered, which they do within their timeout.
+        """
         if self._books.config.load.when == "always":
             return self._longest
         prefill = self._costs.prefill_seconds(
