@@ -89,11 +89,11 @@ class Cache:
 
     def lamina(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy with the CPU mover."""
-        self.mover.load(row, self.near, pages, blocks, self._after)
+        self.mover.load([row], self.mover.pairs(self.near, pages, blocks), self._after)
 
     def save(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy with the CPU mover, in the other direction."""
-        self.mover.save(row, blocks, self.near, pages, self._after)
+        self.mover.save([row], self.mover.pairs(self.near, pages, blocks), self._after)
 
     def numpy(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy by indexing both sides with numpy."""

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from lamina_kv.bench.settings import PromptSource
 from lamina_kv.bench.shapes import Dtype, LlamaShape
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cpu import CpuMover, PassedFence
-from lamina_kv.data.near import Indices, NearSlab
 from peers.protocol import Arrival, Start
 from peers.serving import PeerServing
 from peers.systems import Store, System
@@ -36,14 +36,12 @@ class Switch:
 
         def save(
             mover: CpuMover,
-            row: int,
-            pages: Indices,
-            near: NearSlab,
-            near_pages: Indices,
+            rows: Sequence[int],
+            pairs: Pairs,
             after: Fence,
         ) -> Fence:
             if self.copies:
-                return copy(mover, row, pages, near, near_pages, after)
+                return copy(mover, rows, pairs, after)
             return PassedFence()
 
         CpuMover.save = save

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cpu import CpuMover
-from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.geometry import CacheGeometry
 
 PATIENCE = 60.0
@@ -133,30 +132,16 @@ class DeviceMover(CpuMover):
         self._compute = compute
         self.loads, self.saves = Stream("load"), Stream("save")
 
-    def load(
-        self,
-        row: int,
-        near: NearSlab,
-        near_pages: Indices,
-        pages: Indices,
-        after: Fence,
-    ) -> Fence:
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         copy = super().load
         self.loads.hold(after)
-        self.loads.launch(lambda: copy(row, near, near_pages, pages, after))
+        self.loads.launch(lambda: copy(rows, pairs, after))
         return self.loads.record()
 
-    def save(
-        self,
-        row: int,
-        pages: Indices,
-        near: NearSlab,
-        near_pages: Indices,
-        after: Fence,
-    ) -> Fence:
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         copy = super().save
         self.saves.hold(after)
-        self.saves.launch(lambda: copy(row, pages, near, near_pages, after))
+        self.saves.launch(lambda: copy(rows, pairs, after))
         return self.saves.record()
 
     def fence_compute(self) -> Fence:

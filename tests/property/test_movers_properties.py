@@ -9,6 +9,7 @@ named are watched too. The CUDA mover's kernel runs in Triton's interpreter.
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kv.data.movers import Mover, cpu, make_mover
+from lamina_kv.data.movers.row_table import RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
 
@@ -34,9 +36,9 @@ PAGE_BYTES = st.one_of(
 
 @dataclass(frozen=True)
 class Copy:
-    """One load or save."""
+    """One load or save of some rows."""
 
-    row: int
+    rows: tuple[int, ...]
     is_load: bool
     pages: Ids
     blocks: Ids
@@ -91,6 +93,12 @@ def ids(draw: st.DrawFn, count: int, amount: int, distinct: bool) -> Ids:
     return rng.permutation(count)[:amount]
 
 
+def some_of(rows: list[Row]) -> st.SearchStrategy[tuple[int, ...]]:
+    """Rows in any order, no two of which share bytes."""
+    indices = st.integers(0, len(rows) - 1)
+    return st.lists(indices, min_size=1, unique_by=rows.__getitem__).map(tuple)
+
+
 @st.composite
 def histories(draw: st.DrawFn, most_blocks: int = 40) -> History:
     """A cache and what is done to it."""
@@ -110,7 +118,7 @@ def histories(draw: st.DrawFn, most_blocks: int = 40) -> History:
         amount = draw(st.integers(0, min(num_blocks, near_pages)))
         copies.append(
             Copy(
-                row=draw(st.integers(0, len(rows) - 1)),
+                rows=draw(some_of(rows)),
                 is_load=is_load,
                 pages=draw(ids(near_pages, amount, distinct=not is_load)),
                 blocks=draw(ids(num_blocks, amount, distinct=is_load)),
@@ -134,13 +142,14 @@ def replay(history: History, copy: Callable[[Copy, list[torch.Tensor], NearSlab]
     memory = near.memory.numpy().copy()
     for step in history.copies:
         copy(step, engine, near)
-        row = geometry.rows[step.row]
-        cache = engine_model[row.allocation]
-        for page, block in zip(step.pages.tolist(), step.blocks.tolist(), strict=True):
+        pages = list(zip(step.pages.tolist(), step.blocks.tolist(), strict=True))
+        for index, (page, block) in itertools.product(step.rows, pages):
+            row = geometry.rows[index]
+            cache = engine_model[row.allocation]
             start = row.offset + block * row.block_stride
-            slot, index = divmod(page, geometry.blocks_per_chunk)
-            held = slot * geometry.object_bytes + geometry.extent_offsets[step.row]
-            held += index * row.page_bytes
+            slot, place = divmod(page, geometry.blocks_per_chunk)
+            held = slot * geometry.object_bytes + geometry.extent_offsets[index]
+            held += place * row.page_bytes
             if step.is_load:
                 cache[start : start + row.page_bytes] = memory[held : held + row.page_bytes]
             else:
@@ -166,11 +175,8 @@ def test_the_cpu_mover_moves_those_pages_and_no_other_byte(
         if not mover:
             mover.append(make_mover(history.geometry, engine))
         after = mover[0].fence_compute()
-        if step.is_load:
-            fence = mover[0].load(step.row, near, step.pages, step.blocks, after)
-        else:
-            fence = mover[0].save(step.row, step.blocks, near, step.pages, after)
-        assert fence.passed()
+        pairs = mover[0].pairs(near, step.pages, step.blocks)
+        assert (mover[0].load if step.is_load else mover[0].save)(step.rows, pairs, after).passed()
 
     with patch.multiple(cpu, TILE_BYTES=tile, LEAST_UNIT=unit):
         replay(history, copy)
@@ -197,15 +203,14 @@ def test_the_kernel_moves_those_pages_and_no_other_byte(
     page_copy: ModuleType, history: History, tile: int, programs: int
 ) -> None:
     def copy(step: Copy, engine: list[torch.Tensor], near: NearSlab) -> None:
-        row = history.geometry.rows[step.row]
-        cache = (engine[row.allocation][row.offset :], row.block_stride)
-        place = near.rows[step.row]
-        memory, begins = (place.memory, place.unit), place.begins(step.pages)
-        sides = (memory, cache) if step.is_load else (cache, memory)
-        pairs = (begins, step.blocks) if step.is_load else (step.blocks, begins)
-        page_copy.copy_pages(
-            *sides[0], *sides[1], torch.from_numpy(np.stack(pairs, axis=1)), row.page_bytes
-        )
+        rows = history.geometry.rows
+        addresses = [engine[row.allocation].data_ptr() + row.offset for row in rows]
+        table = RowTable(history.geometry, addresses)
+        pairs = torch.from_numpy(np.stack((step.pages, step.blocks), axis=1))
+        entries = torch.from_numpy(table.entries)
+        for part in table.ranges(step.rows):
+            page_copy.copy_pages(near.memory, entries, part, pairs, to_engine=step.is_load)
 
-    with patch.multiple(page_copy, TILE_BYTES=tile, PROGRAMS=programs):
+    programs_of = {"LOAD_PROGRAMS": programs, "SAVE_PROGRAMS": programs}
+    with patch.multiple(page_copy, TILE_BYTES=tile, **programs_of):
         replay(history, copy)

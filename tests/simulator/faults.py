@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.plan import Receipt, TransferReceipt
 
@@ -169,15 +169,13 @@ class RainyMover:
         self._stall()
         self._inner.await_near(near, near_pages)
 
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         sky = self._sky
         self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
-        if self._check(near_pages, pages) and sky.strikes(sky.weather.error):
+        if self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error):
             raise InjectedError("the copy has failed")
-        return self._inner.load(row, near, near_pages, pages, after)
+        return self._inner.load(rows, pairs, after)
 
 
 class Mail:

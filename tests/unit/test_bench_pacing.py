@@ -113,7 +113,7 @@ class Rank:
         near, pages = np.array(near_pages), np.array(blocks)
         self.mover.await_near(self.near, near)
         after = self.mover.fence_compute()
-        self.mover.load(row, self.near, near, pages, after).wait()
+        self.mover.load([row], self.mover.pairs(self.near, near, pages), after).wait()
         start, size = GEOMETRY.rows[row].offset, PAGES[row]
         return [bytes(self.cache[start + b * size : start + (b + 1) * size]) for b in blocks]
 
@@ -152,7 +152,8 @@ def test_what_goes_to_two_places_comes_through_the_link_once(rank: Rank, clock: 
 def test_saves_do_not_wait_for_the_link(rank: Rank, clock: Clock) -> None:
     rank.cache.random_()
     after = rank.mover.fence_compute()
-    rank.mover.save(0, np.array([2]), rank.near, np.array([1]), after).wait()
+    pairs = rank.mover.pairs(rank.near, np.array([1]), np.array([2]))
+    rank.mover.save([0], pairs, after).wait()
     assert rank.near_page(0, 1) == bytes(rank.cache[16:24])
     assert clock.slept == []
 

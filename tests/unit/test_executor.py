@@ -75,12 +75,12 @@ class FlakyMover(CpuMover):
         if self.pinning is not None:
             assert self.pinning.wait(60)
 
-    def load(self, row: int, *arguments: Any) -> Fence:
+    def load(self, rows: Sequence[int], *arguments: Any) -> Fence:
         if self.stall is not None:
             assert self.stall.wait(60)
-        if row == self.bad_row:
+        if self.bad_row in rows:
             raise OSError("a row is lost")
-        return super().load(row, *arguments)
+        return super().load(rows, *arguments)
 
 
 class Rank:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from lamina_kv.data.copier import Copier
 from lamina_kv.data.load_pipeline import LoadRun, LoadStuck, window_rows
 from lamina_kv.data.loads import PIECE_BYTES, Load
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cpu import CpuMover
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.worker_pool import Job, Lost, WorkerPool
@@ -79,16 +79,15 @@ class RecordingMover(CpuMover):
         if self.pinning is not None:
             assert self.pinning.wait(PATIENCE)
 
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         self.begun.set()
         if self.stall is not None:
             assert self.stall.wait(PATIENCE)
-        if (row, int(pages[0])) in self.bad:
+        copies = [(row, int(pairs.pages[0])) for row in rows]
+        if self.bad.intersection(copies):
             raise OSError("a row is lost")
-        self.copied.append((row, int(pages[0])))
-        return super().load(row, near, near_pages, pages, after)
+        self.copied += copies
+        return super().load(rows, pairs, after)
 
 
 class Rig:

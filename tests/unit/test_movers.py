@@ -87,7 +87,7 @@ def test_pages_go_where_they_are_told(
     mover: Mover, engine: torch.Tensor, near: NearSlab, row: int, blocks: Ids, pages: Ids
 ) -> None:
     before = near.memory.clone()
-    mover.save(row, blocks, near, pages, mover.fence_compute()).wait()
+    mover.save([row], mover.pairs(near, pages, blocks), mover.fence_compute()).wait()
     for i in range(len(pages)):
         assert torch.equal(page(near, row, pages[i]), block(engine, row, blocks[i]))
     saved = [page(near, row, index).clone() for index in pages]
@@ -98,7 +98,8 @@ def test_pages_go_where_they_are_told(
     for index, content in zip(pages, saved, strict=True):
         page(near, row, index)[:] = content
     engine.fill_(0)
-    mover.load(row, near, pages, blocks[::-1].copy(), mover.fence_compute()).wait()
+    pairs = mover.pairs(near, pages, blocks[::-1].copy())
+    mover.load([row], pairs, mover.fence_compute()).wait()
     for i in range(len(pages)):
         assert torch.equal(saved[i], block(engine, row, blocks[-1 - i]))
     assert int(engine.count_nonzero()) == sum(int(content.count_nonzero()) for content in saved)
@@ -110,9 +111,8 @@ IDS = np.array([1, 2, 3])
 def copy(
     mover: Mover, is_load: bool, row: int, near: NearSlab, pages: Ids, blocks: Ids, after: Fence
 ) -> Fence:
-    if is_load:
-        return mover.load(row, near, pages, blocks, after)
-    return mover.save(row, blocks, near, pages, after)
+    pairs = mover.pairs(near, pages, blocks)
+    return (mover.load if is_load else mover.save)([row], pairs, after)
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
@@ -164,8 +164,8 @@ def test_a_slab_smaller_than_a_chunk_says_what_it_needs(mover: Mover) -> None:
 
 def test_a_slot_is_the_chunks_object(mover: Mover, engine: torch.Tensor, near: NearSlab) -> None:
     near.memory.fill_(0)
-    for row in range(2):
-        mover.save(row, np.arange(4), near, np.arange(8, 12), mover.fence_compute()).wait()
+    pairs = mover.pairs(near, np.arange(8, 12), np.arange(4))
+    mover.save([0, 1], pairs, mover.fence_compute()).wait()
     held = near.object(2)
     assert held.ctypes.data % 4096 == 0
     rows = [engine[i * BLOCKS * PAGE :] for i in range(2)]

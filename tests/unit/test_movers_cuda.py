@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import itertools
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -23,8 +25,9 @@ import pytest
 import torch
 
 from lamina_kv.data.movers import cuda as cuda_module
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.movers.row_table import RowRange, RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
 
@@ -73,12 +76,22 @@ class Event:
         return False
 
 
+@dataclass
+class Launch:
+    """A copy that was launched: on what, of how many rows, and which pages."""
+
+    stream: Stream
+    rows: int
+    pairs: torch.Tensor
+    to_engine: bool
+
+
 class Device:
     """What a fake GPU was asked to do."""
 
     def __init__(self) -> None:
         self.compute = self.current = Stream()
-        self.copies: list[tuple[Stream, list[list[int]]]] = []
+        self.copies: list[Launch] = []
         self.registered: dict[int, int] = {}
         self.chosen_by: list[threading.Thread] = []
         self.pins: threading.Semaphore | None = None
@@ -92,18 +105,28 @@ class Device:
 
     def copy_pages(  # as the real one
         self,
-        source: torch.Tensor,
-        source_stride: int,
-        target: torch.Tensor,
-        target_stride: int,
+        near: torch.Tensor,
+        rows: torch.Tensor,
+        part: RowRange,
         pairs: torch.Tensor,
-        page_bytes: int,
+        *,
+        to_engine: bool,
     ) -> None:
-        self.copies.append((self.current, pairs.tolist()))
+        entries = rows[part.first : part.first + part.count].tolist()
+        self.copies.append(Launch(self.current, part.count, pairs, to_engine))
         self.current.log.append(("copy", Event()))
-        for i, j in pairs.tolist():
-            page = source[i * source_stride : i * source_stride + page_bytes]
-            target[j * target_stride : j * target_stride + page_bytes] = page
+        shape, held = part.shape, near.numpy()
+        for (base, offset), (page, block) in itertools.product(entries, pairs.tolist()):
+            engine = (ctypes.c_uint8 * shape.page_bytes).from_address(
+                base + block * shape.block_stride
+            )
+            slot, index = divmod(page, shape.slot_pages)
+            start = offset + slot * shape.slot_bytes + index * shape.page_bytes
+            place = held[start : start + shape.page_bytes]
+            if to_engine:
+                engine[:] = place.tolist()
+            else:
+                place[:] = engine
 
     def choose(self, _: torch.device) -> None:
         self.chosen_by.append(threading.current_thread())
@@ -174,20 +197,19 @@ def events(stream: Stream) -> list[str]:
     return [what for what, _ in stream.log]
 
 
-def units(page: int) -> int:
-    """Where a near page of row 0 begins, in pages."""
-    return page // 2 * (OBJECT // PAGE) + page % 2
+def pairs(mover: CudaMover, near: NearSlab) -> Pairs:
+    return mover.pairs(near, PAGES, IDS)
 
 
 def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_copy(
     device: Device, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
-    fence = mover.save(0, IDS, near, PAGES, after)
-    ((stream, pairs),) = device.copies
-    assert pairs == [[1, units(5)], [7, units(0)], [3, units(2)]]
-    assert events(stream)[-3:] == ["wait", "copy", "record"]
-    (_, computed), (_, awaited), (_, recorded) = device.compute.log[0], *stream.log[-3::2]
+    fence = mover.save([0], pairs(mover, near), after)
+    (copy,) = device.copies
+    assert not copy.to_engine
+    assert events(copy.stream)[-3:] == ["wait", "copy", "record"]
+    (_, computed), (_, awaited), (_, recorded) = device.compute.log[0], *copy.stream.log[-3::2]
     assert awaited is computed
     assert computed.host_waits == 0
     fence.wait()
@@ -199,10 +221,10 @@ def test_a_load_runs_on_a_stream_of_its_own_before_saves(
     device: Device, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
-    mover.save(0, IDS, near, PAGES, after)
-    mover.load(0, near, PAGES, IDS, after)
-    (save, _), (load, pairs) = device.copies
-    assert pairs == [[units(5), 1], [units(0), 7], [units(2), 3]]
+    mover.save([0], pairs(mover, near), after)
+    mover.load([0], pairs(mover, near), after)
+    assert [copy.to_engine for copy in device.copies] == [False, True]
+    save, load = (copy.stream for copy in device.copies)
     assert load is not save
     assert device.compute not in (load, save)
     assert load.priority < save.priority
@@ -210,10 +232,38 @@ def test_a_load_runs_on_a_stream_of_its_own_before_saves(
     assert load.log[-3][1] is device.compute.log[0][1]
 
 
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+def test_rows_that_are_alike_are_one_launch_and_one_fence(
+    device: Device, engine: torch.Tensor, is_load: bool
+) -> None:
+    """The pages are uploaded once for all copies of a load or a save."""
+    row = GEOMETRY.rows[0]
+    rows = [replace(row, offset=i * BLOCKS * STRIDE) for i in range(8)]
+    rows[4] = replace(rows[4], page_bytes=32)
+    shape = replace(GEOMETRY, rows=tuple(rows), allocation_bytes=(8 * BLOCKS * STRIDE,))
+    mover = CudaMover(shape, [torch.zeros(shape.allocation_bytes, dtype=torch.uint8)])
+    near = NearSlab(shape, SLOTS * shape.object_bytes, mover.allocate_host)
+    device.copies.clear()
+    made, after = mover.pairs(near, PAGES, IDS), mover.fence_compute()
+    copy = mover.load if is_load else mover.save
+    copy(range(8), made, after)
+    assert sorted(launch.rows for launch in device.copies) == [1, 7]
+    assert events(device.copies[0].stream)[-4:] == ["wait", "copy", "copy", "record"]
+    copy([6, 0, 1], made, after)
+    assert [launch.rows for launch in device.copies[2:]] == [2, 1]
+    assert len({id(launch.pairs) for launch in device.copies}) == 1
+    mover.close()
+
+
+def test_pairs_of_another_mover_are_refused(mover: CudaMover, near: NearSlab) -> None:
+    with pytest.raises(TypeError, match="another mover"):
+        mover.save([0], Pairs(near, PAGES, IDS), mover.fence_compute())
+
+
 def test_compute_is_held_on_the_device(device: Device, mover: CudaMover, near: NearSlab) -> None:
-    fence = mover.load(0, near, PAGES, IDS, mover.fence_compute())
+    fence = mover.load([0], pairs(mover, near), mover.fence_compute())
     mover.hold_compute(fence)
-    recorded = device.copies[0][0].log[-1][1]
+    recorded = device.copies[0].stream.log[-1][1]
     assert device.compute.log[-1] == ("wait", recorded)
     assert recorded.host_waits == 0
 
@@ -231,7 +281,7 @@ def test_a_fence_of_another_kind_is_waited_for(
         def passed(self) -> bool:
             return True
 
-    mover.load(0, near, PAGES, IDS, Foreign())
+    mover.load([0], pairs(mover, near), Foreign())
     assert Foreign.waited
 
 
@@ -240,24 +290,22 @@ def test_what_is_saved_comes_back(
     mover: CudaMover, engine: torch.Tensor, near: NearSlab, row: int
 ) -> None:
     before = engine.clone()
-    mover.save(row, IDS, near, PAGES, mover.fence_compute())
+    mover.save([row], pairs(mover, near), mover.fence_compute())
     for block in IDS:
         start = GEOMETRY.rows[row].offset + block * STRIDE
         engine[start : start + GEOMETRY.rows[row].page_bytes] = 0
     assert not torch.equal(engine, before)
-    mover.load(row, near, PAGES, IDS, mover.fence_compute())
+    mover.load([row], pairs(mover, near), mover.fence_compute())
     assert torch.equal(engine, before)
 
 
 def test_memory_that_is_not_the_movers_is_refused(device: Device, mover: CudaMover) -> None:
     elsewhere = NearSlab(GEOMETRY, OBJECT, lambda size: torch.zeros(size, dtype=torch.uint8))
-    pages = PAGES[1:2]
+    made = mover.pairs(elsewhere, PAGES[1:2], IDS[:1])
     with pytest.raises(ValueError, match="allocate_host"):
-        mover.save(0, IDS[:1], elsewhere, pages, mover.fence_compute())
+        mover.save([0], made, mover.fence_compute())
     with pytest.raises(ValueError, match="allocate_host"):
-        mover.load(0, elsewhere, pages, IDS[:1], mover.fence_compute())
-    with pytest.raises(IndexError):
-        mover.load(0, elsewhere, pages, IDS[:1] + BLOCKS, mover.fence_compute())
+        mover.load([0], made, mover.fence_compute())
     assert not device.copies
 
 
@@ -269,14 +317,9 @@ def test_a_copy_waits_until_the_slots_that_it_touches_are_pinned(
     near = slab(mover)  # the first slot is one piece to pin, and so is each that follows
 
     def copy(slot: int) -> threading.Thread:
-        pages, after = np.array([2 * slot + 1, 0]), mover.fence_compute()
-        thread = threading.Thread(
-            target=lambda: (
-                mover.load(0, near, pages, IDS[:2], after)
-                if is_load
-                else mover.save(0, IDS[:2], near, pages, after)
-            )
-        )
+        made = mover.pairs(near, np.array([2 * slot + 1, 0]), IDS[:2])
+        work = mover.load if is_load else mover.save
+        thread = threading.Thread(target=work, args=([0], made, mover.fence_compute()))
         thread.start()
         return thread
 
@@ -300,15 +343,15 @@ def test_memory_that_cannot_be_pinned_takes_part_in_no_copy(
     device.result = 2
     near = slab(mover)
     with pytest.raises(RuntimeError, match=r"out of memory.*host\.capacity"):
-        mover.load(0, near, PAGES, IDS, mover.fence_compute())
+        mover.load([0], pairs(mover, near), mover.fence_compute())
     assert not device.copies
 
 
 def test_memory_is_pinned_whole_and_let_go_at_the_end(device: Device, mover: CudaMover) -> None:
     near = slab(mover)
     base = near.memory.data_ptr()
-    last = np.array([2 * SLOTS - 1])
-    mover.load(0, near, last, IDS[:1], mover.fence_compute())
+    last = mover.pairs(near, np.array([2 * SLOTS - 1]), IDS[:1])
+    mover.load([0], last, mover.fence_compute())
     assert device.registered == {base + slot * OBJECT: OBJECT for slot in range(SLOTS)}
     mover.close()
     mover.close()
@@ -326,26 +369,30 @@ def real_page_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     sys.modules.pop(PAGE_COPY)
 
 
-def accesses(page_copy: ModuleType, capability: int, word: int, aligned: bool) -> set[str]:
+def accesses(
+    page_copy: ModuleType, capability: int, alignment: int, *, to_engine: bool
+) -> set[str]:
     """How the kernel, compiled for a device that is not here, reads and writes pages."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = page_copy._copy_tiles
+    kernel, word = page_copy._copy_tiles, min(8, alignment)
     constants = {
+        "to_engine": to_engine,
+        "alignment": alignment,
         "word_type": page_copy._WORDS[word],
         "word_bytes": word,
         "tile_words": page_copy.TILE_BYTES // word,
-        "programs": page_copy.PROGRAMS,
+        "programs": page_copy.LOAD_PROGRAMS,
     }
-    types = {"source": "*u8", "target": "*u8", "pairs": "*i64"}
+    types = {"near": "*u8", "rows": "*i64", "pairs": "*i64"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
-    sixteens = ["pairs"]
-    if aligned:
-        sixteens += ["source", "source_stride", "target", "target_stride", "page_bytes"]
+    sixteens = ["near", "rows", "pairs"]
+    if alignment == 16:
+        sixteens += ["block_stride", "page_bytes", "slot_bytes"]
     source = ASTSource(
         kernel,
         signature,
@@ -357,29 +404,30 @@ def accesses(page_copy: ModuleType, capability: int, word: int, aligned: bool) -
     return found
 
 
+@pytest.mark.parametrize("to_engine", [True, False], ids=["load", "save"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_aligned_pages_are_copied_sixteen_bytes_at_a_time(
-    real_page_copy: ModuleType, capability: int
+    real_page_copy: ModuleType, capability: int, to_engine: bool
 ) -> None:
-    assert accesses(real_page_copy, capability, word=8, aligned=True) == {
+    assert accesses(real_page_copy, capability, 16, to_engine=to_engine) == {
         "ld.global.v2.b64",
         "st.global.v2.b64",
-        "ld.global.b64",  # the page ids
+        "ld.global.b64",  # the page ids and the row
     }
 
 
 def test_pages_on_odd_addresses_are_copied_byte_by_byte(real_page_copy: ModuleType) -> None:
-    assert accesses(real_page_copy, 90, word=1, aligned=False) == {
+    assert accesses(real_page_copy, 90, 1, to_engine=True) == {
         "ld.global.b8",
         "st.global.b8",
-        "ld.global.b64",  # the page ids
+        "ld.global.b64",  # the page ids and the row
     }
 
 
 @pytest.mark.parametrize(
-    ("offset", "stride", "page", "word"),
+    ("address", "stride", "page", "alignment"),
     [
-        (0, 64, 64, 8),
+        (64, 64, 64, 16),
         (8, 72, 64, 8),
         (4, 64, 64, 4),
         (0, 66, 64, 2),
@@ -387,20 +435,16 @@ def test_pages_on_odd_addresses_are_copied_byte_by_byte(real_page_copy: ModuleTy
         (1, 64, 64, 1),
     ],
 )
-def test_words_divide_every_address(
-    real_page_copy: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    offset: int,
-    stride: int,
-    page: int,
-    word: int,
+def test_what_is_accessed_at_once_divides_every_address(
+    address: int, stride: int, page: int, alignment: int
 ) -> None:
-    launched: dict[str, object] = {}
-    launcher: Callable[..., None] = lambda *_, **named: launched.update(named)  # noqa: E731
-    monkeypatch.setattr(real_page_copy, "_copy_tiles", {(real_page_copy.PROGRAMS,): launcher})
-    cache, host = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1024, dtype=torch.uint8)
-    pairs = torch.zeros((1, 2), dtype=torch.int64)
-    real_page_copy.copy_pages(cache[offset:], stride, host, page, pairs, page)
-    assert launched["word_bytes"] == word
-    real_page_copy.copy_pages(host, page, cache[offset:], stride, pairs, page)
-    assert launched["word_bytes"] == word
+    rows = (Row(("a",), 0, 0, stride, page),)
+    shape = replace(GEOMETRY, rows=rows, allocation_bytes=(BLOCKS * stride,))
+    (found,) = RowTable(shape, [address]).shapes()
+    assert found.alignment == alignment
+
+
+def test_the_near_side_counts_too() -> None:
+    """Behind a row of odd size everything is odd there."""
+    shape = replace(GEOMETRY, rows=(Row(("a",), 0, 0, 64, 33), Row(("b",), 0, 0, 64, 64)))
+    assert [each.alignment for each in RowTable(shape, [0, 0]).shapes()] == [1, 2]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
@@ -90,19 +90,20 @@ class PacedMover(Mover):
         self._link = link
         self._page_bytes = tuple(row.page_bytes for row in geometry.rows)
 
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
+    def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
+        """As the mover does."""
+        return self._mover.pairs(near, near_pages, pages)
+
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """Wait for the link, then copy."""
         # A state goes to two blocks, but comes through the link once.
-        self._link.carry(len(np.unique(near_pages)) * self._page_bytes[row])
-        return self._mover.load(row, near, near_pages, pages, after)
+        pages = len(np.unique(pairs.near_pages))
+        self._link.carry(pages * sum(self._page_bytes[row] for row in rows))
+        return self._mover.load(rows, pairs, after)
 
-    def save(
-        self, row: int, pages: Indices, near: NearSlab, near_pages: Indices, after: Fence
-    ) -> Fence:
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """As the mover does."""
-        return self._mover.save(row, pages, near, near_pages, after)
+        return self._mover.save(rows, pairs, after)
 
     def enter_thread(self) -> None:
         """As the mover does."""

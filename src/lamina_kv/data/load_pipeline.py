@@ -20,7 +20,8 @@ from functools import partial
 
 from lamina_kv.data.copier import Copier
 from lamina_kv.data.loads import Load, Piece
-from lamina_kv.data.movers.base import Fence, pages_of
+from lamina_kv.data.movers.base import Fence, Pairs, pages_of, place_of
+from lamina_kv.geometry import Place, Row
 from lamina_kv.observe.timeline import Lane
 
 _IN_STEP, _BETWEEN_STEPS = 0.0, 1.0
@@ -74,6 +75,7 @@ class LoadRun:
         self._done = done
         self._due = min(load.began + load.order.timeout for load in loads)
         self._after: Fence | None = None
+        self._pairs: dict[tuple[Piece, Place | None], Pairs] = {}
         self._changed = threading.Condition()  # guards all that follows
         self._submitted = 0
         self._waited_rows: set[int] = set()
@@ -223,6 +225,7 @@ class LoadRun:
         if load.reason:
             self._piece_over(row, load)
             return
+        pairs = self._pairs_of(shape, piece)
         copier.mover.await_near(copier.near, piece.near)
         if not self._admit():
             load.fail(self._given_up)
@@ -230,14 +233,23 @@ class LoadRun:
             return
         assert self._after is not None, "a row was submitted before the run was started"
         try:
-            pages = pages_of(shape, piece.group, piece.blocks)
-            fence = copier.mover.load(row, copier.near, piece.near, pages, self._after)
-            size = len(pages) * shape.page_bytes
+            fence = copier.mover.load([row], pairs, self._after)
+            size = len(piece.blocks) * shape.page_bytes
             if copier.timeline is not None:
                 copier.timeline.add(Lane.LOAD, self._step, row, began, size)
             self._piece_over(row, load, fence, size)
         finally:
             self._leave()
+
+    def _pairs_of(self, shape: Row, piece: Piece) -> Pairs:
+        """The pages of a piece in a row, checked and uploaded once for all rows that are cut alike.
+        Two threads may both make them: either's will do."""
+        key = (piece, place_of(shape, piece.group))
+        if (pairs := self._pairs.get(key)) is None:
+            pages = pages_of(shape, piece.group, piece.blocks)
+            pairs = self._copier.mover.pairs(self._copier.near, piece.near, pages)
+            self._pairs[key] = pairs
+        return pairs
 
     def _lost(self, row: int, load: Load, error: BaseException) -> None:
         """A piece will not come."""

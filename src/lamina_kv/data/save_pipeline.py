@@ -15,14 +15,17 @@ from functools import partial
 import numpy as np
 
 from lamina_kv.data.copier import Copier
-from lamina_kv.data.movers.base import Fence, pages_of
+from lamina_kv.data.movers.base import Fence, Pairs, pages_of
 from lamina_kv.data.near import Indices
 from lamina_kv.data.worker_pool import Job
-from lamina_kv.geometry import Row
+from lamina_kv.geometry import Place, Row
 from lamina_kv.observe.timeline import Lane
 from lamina_kv.plan import Outcome, SaveOrder, TransferReceipt
 
 log = logging.getLogger("lamina_kv.data")
+
+Cut = tuple[tuple[int, ...], tuple[Place, ...]]
+"""Groups and places of rows, which are the same for many."""
 
 
 class SaveRun:
@@ -52,9 +55,7 @@ class SaveRun:
         self._step = step
         self._follows = follows
         self._rows = copier.geometry.rows
-        alike = {(row.groups, row.places): row for row in self._rows}
-        per_slot = copier.geometry.blocks_per_chunk
-        self._copies = {key: _copies(orders, row, per_slot) for key, row in alike.items()}
+        self._pairs: dict[Cut, Pairs] = {}
         self._began = time.perf_counter()
         self._unsubmitted = set() if follows else set(range(len(self._rows)))
         self._left = len(self._unsubmitted) + 1  # the rows, and the end of the step
@@ -107,25 +108,32 @@ class SaveRun:
 
     def _read(self, row: int, after: Fence) -> Fence | None:
         """Copy a row; None if there is nothing to wait for."""
-        pages, near = self._copies_of(row)
-        if not len(pages) or self._failure:
+        if self._failure:
             return None
         try:
-            return self._copier.mover.save(row, pages, self._copier.near, near, after)
+            pairs = self._pairs_of(row)
+            return self._copier.mover.save([row], pairs, after) if len(pairs.pages) else None
         except Exception as error:
             log.exception("row %d could not be saved", row)
             self.poison(type(error).__name__)
             return None
 
-    def _copies_of(self, row: int) -> tuple[Indices, Indices]:
+    def _pairs_of(self, row: int) -> Pairs:
+        """The pages in a row, checked and uploaded once for all rows that are cut alike."""
         shape = self._rows[row]
-        return self._copies[shape.groups, shape.places]
+        cut = (shape.groups, shape.places)
+        if (pairs := self._pairs.get(cut)) is None:
+            pages, near = _copies(self._orders, shape, self._copier.geometry.blocks_per_chunk)
+            pairs = self._copier.mover.pairs(self._copier.near, near, pages)
+            self._pairs[cut] = pairs
+        return pairs
 
     def _finish(self, row: int, read: Fence | None, began: float) -> None:
         if read is not None:
             read.wait()
         if (timeline := self._copier.timeline) is not None:
-            size = len(self._copies_of(row)[0]) * self._rows[row].page_bytes
+            pairs = self._pairs.get((self._rows[row].groups, self._rows[row].places))
+            size = len(pairs.pages) * self._rows[row].page_bytes if pairs is not None else 0
             timeline.add(Lane.SAVE, self._step, row, began, size)
         self._one_over()
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
-from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.geometry import CacheGeometry, Place, Row
+
+
+def place_of(row: Row, group: int) -> Place | None:
+    """Where the blocks of a group are in ``row``; None if every block is the page of its number."""
+    return row.places[row.groups.index(group)] if row.places else None
 
 
 def pages_of(row: Row, group: int, blocks: Indices) -> Indices:
     """Which pages of ``row`` the blocks of one of its groups are."""
-    if not row.places:
-        return blocks
-    place = row.places[row.groups.index(group)]
-    return blocks * place.scale + place.shift
+    place = place_of(row, group)
+    return blocks if place is None else blocks * place.scale + place.shift
 
 
 class Fence(ABC):
@@ -33,12 +37,30 @@ class Fence(ABC):
         """Whether the fence has passed, without blocking."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Which pages a copy moves: near page ``near_pages[i]`` and page ``pages[i]`` of the engine.
+
+    :meth:`Mover.pairs` makes and checks them. They are the same for every row of a load or a save
+    whose groups and places are alike, so one object serves all of these copies, on any thread.
+
+    Attributes:
+        near: the near tier.
+        near_pages: pages of it.
+        pages: pages of the engine, see :func:`pages_of`.
+    """
+
+    near: NearSlab
+    near_pages: Indices
+    pages: Indices
+
+
 class Mover(ABC):
-    """Copies pages of one row between the engine's blocks and the near tier.
+    """Copies pages of rows between the engine's blocks and the near tier.
 
     ``load`` and ``save`` are called from pipeline threads, several at a time for different
     rows or disjoint pages; they are thread safe and release the GIL while copying. There is
-    no per-block Python loop on this path.
+    no per-block Python loop on this path, and on a device no per-row one.
 
     The near slab is in memory from :meth:`allocate_host`. The pages written by one call must be
     distinct; the pages read need not be.
@@ -107,51 +129,57 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
-        """Copy near page ``near_pages[i]`` into page ``pages[i]`` of ``row``.
+    def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
+        """Check which pages are to be copied, once for all rows.
 
         Args:
-            row: the row.
             near: the near tier.
-            near_pages: which of its pages to read.
-            pages: pages of the engine to fill, see :func:`pages_of`.
+            near_pages: pages of it; int64, one-dimensional.
+            pages: pages of the engine, as many, see :func:`pages_of`.
+
+        Returns:
+            What :meth:`load` and :meth:`save` of this mover take.
+
+        Raises:
+            IndexError: for an id outside the cache or the near tier.
+            ValueError: for indices of the wrong form or a slab of another cache.
+        """
+
+    @abstractmethod
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+        """Copy near pages into pages of the engine, in each of ``rows``.
+
+        Args:
+            rows: the rows; all of them have these pages, and no two share bytes.
+            pairs: which pages, from this mover's :meth:`pairs`.
             after: a fence behind whatever the engine submitted before these blocks became the
                 load's: a device that runs behind its host may still be writing into a block
                 that was freed and given away.
 
         Returns:
-            A fence that passes when the bytes are in the engine; the near pages may be reused then.
+            A fence that passes when the bytes of all rows are in the engine; the near pages may be
+            reused then.
 
         Raises:
-            IndexError: for an id outside the cache or the near tier; nothing was copied.
-            ValueError: for indices of the wrong form or a slab of another cache; nothing was
-                copied.
+            IndexError: for a row outside the cache; nothing was copied.
         """
 
     @abstractmethod
-    def save(
-        self, row: int, pages: Indices, near: NearSlab, near_pages: Indices, after: Fence
-    ) -> Fence:
-        """Copy page ``pages[i]`` of ``row`` into near page ``near_pages[i]``.
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+        """Copy pages of the engine into near pages, in each of ``rows``.
 
         Args:
-            row: the row.
-            pages: pages of the engine to read, see :func:`pages_of`.
-            near: the near tier.
-            near_pages: which of its pages to fill.
-            after: the fence behind which the row's bytes are written; a save cannot be
+            rows: the rows; all of them have these pages, and no two share bytes.
+            pairs: which pages, from this mover's :meth:`pairs`.
+            after: the fence behind which the bytes of all rows are written; a save cannot be
                 made without one.
 
         Returns:
             A fence that passes when the engine's blocks have been read and the near pages are
-            filled.
+            filled, in all rows.
 
         Raises:
-            IndexError: for an id outside the cache or the near tier; nothing was copied.
-            ValueError: for indices of the wrong form or a slab of another cache; nothing was
-                copied.
+            IndexError: for a row outside the cache; nothing was copied.
         """
 
     @abstractmethod
@@ -168,21 +196,20 @@ class Mover(ABC):
         """Wait for copies in flight and stop what runs in the background. Idempotent; host
         tensors stay readable until they are dropped, but take part in no more copies."""
 
-    def _check(self, row: int, near: NearSlab, near_pages: Indices, pages: Indices) -> Row:
-        """The geometry of ``row``, once everything about a copy has been found in order.
-
-        Raises:
-            IndexError, ValueError: as :meth:`load` and :meth:`save` say.
-        """
-        if not 0 <= row < len(self._geometry.rows):
-            raise IndexError(f"row {row} of a cache of {len(self._geometry.rows)} rows")
+    def _check(self, near: NearSlab, near_pages: Indices, pages: Indices) -> None:
+        """Raise what :meth:`pairs` says."""
         if near.geometry is not self._geometry and near.geometry != self._geometry:
             raise ValueError("the near slab was made for another cache")
         _check_ids("near page", near_pages, near.page_count)
         _check_ids("page", pages, self._geometry.num_blocks)
         if len(near_pages) != len(pages):
             raise ValueError(f"{len(near_pages)} near pages for {len(pages)} pages")
-        return self._geometry.rows[row]
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        """Raise what :meth:`load` and :meth:`save` say."""
+        count = len(self._geometry.rows)
+        if rows and (min(rows) < 0 or max(rows) >= count):
+            raise IndexError(f"rows {min(rows)} .. {max(rows)} of a cache of {count} rows")
 
 
 def _check_ids(what: str, ids: Indices, count: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.movers.host_memory import POPULATE_PIECE, HostMemory, populate
 from lamina_kv.data.near import Indices, NearRow, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
@@ -83,22 +83,25 @@ class CpuMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`. Memory that is not resident is slow, no
         more."""
 
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
+    def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._check(row, near, near_pages, pages)
+        self._check(near, near_pages, pages)
+        return Pairs(near, near_pages, pages)
+
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        self._check_rows(rows)
         after.wait()
-        _load(near.rows[row], near_pages, self._rows[row], pages)
+        for row in rows:
+            _load(pairs.near.rows[row], pairs.near_pages, self._rows[row], pairs.pages)
         return _PASSED
 
-    def save(
-        self, row: int, pages: Indices, near: NearSlab, near_pages: Indices, after: Fence
-    ) -> Fence:
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._check(row, near, near_pages, pages)
+        self._check_rows(rows)
         after.wait()
-        _save(self._rows[row], pages, near.rows[row], near_pages)
+        for row in rows:
+            _save(self._rows[row], pairs.pages, pairs.near.rows[row], pairs.near_pages)
         return _PASSED
 
     def fence_compute(self) -> Fence:

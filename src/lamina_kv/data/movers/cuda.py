@@ -1,4 +1,4 @@
-"""The CUDA mover: one kernel launch per copy, on streams of its own, ordered by events.
+"""The CUDA mover: one kernel launch for many rows, on streams of its own, ordered by events.
 
 **Not yet run on a GPU.** The kernel is tested with Triton's interpreter and by what it compiles
 to; streams, events and pinning are written from the CUDA and torch documentation, and the tests
@@ -12,22 +12,25 @@ pipeline's thread, until the last slot that it touches is pinned.
 
 A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
 descriptor per page. It takes few multiprocessors (see
-:data:`~lamina_kv.data.movers.page_copy.PROGRAMS`), and loads, which the model waits for, go before
-everything else.
+:data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`), and loads, which the model waits for, go
+before everything else.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.movers.host_memory import HostMemory
-from lamina_kv.data.near import Indices, NearSlab, near_unit
+from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
+from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.data.threads import Threads
 from lamina_kv.geometry import CacheGeometry
@@ -37,9 +40,6 @@ PIN_PIECE = 64 << 20
 
 _LOAD_PRIORITY, _SAVE_PRIORITY = -1, 0
 _RELAXED_CAPTURE = 2
-
-_ALIGNMENT = 16
-"""Bytes. Addresses that agree modulo this use the same compiled kernel."""
 
 
 class EventFence(Fence):
@@ -68,6 +68,31 @@ class EventFence(Fence):
         stream.wait_event(self._event)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DevicePairs(Pairs):
+    """Pairs that are uploaded once for each stream that copies them.
+
+    Attributes:
+        uploaded: by stream, int64 of shape ``(pages, 2)``: near pages and the engine's. They were
+            uploaded on that stream and are its own: torch's allocator hands their memory out on it
+            only, behind the copies that read them.
+        lock: guards ``uploaded``.
+    """
+
+    uploaded: dict[torch.cuda.Stream, torch.Tensor] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def on(self, stream: torch.cuda.Stream, device: torch.device) -> torch.Tensor:
+        """The pairs on the device, for copies on ``stream``, which is the current one."""
+        with self.lock:
+            if (pairs := self.uploaded.get(stream)) is None:
+                # torch's pinned allocator waits for the upload before it uses the memory again.
+                held = np.stack((self.near_pages, self.pages), axis=1)
+                pairs = torch.from_numpy(held).pin_memory().to(device, non_blocking=True)
+                self.uploaded[stream] = pairs
+            return pairs
+
+
 class CudaMover(Mover):
     """Copies with a Triton kernel on two streams, one for each direction.
 
@@ -85,7 +110,10 @@ class CudaMover(Mover):
 
         self._copy_pages = copy_pages
         self._device = self._allocations[0].device
-        self._rows = tuple(self._allocations[row.allocation][row.offset :] for row in geometry.rows)
+        bases = [tensor.data_ptr() for tensor in self._allocations]
+        addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
+        self._table = RowTable(geometry, addresses)
+        self._rows = torch.from_numpy(self._table.entries).to(self._device)
         self._runtime: Any = torch.cuda.cudart()
         self._load_stream = torch.cuda.Stream(self._device, priority=_LOAD_PRIORITY)
         self._save_stream = torch.cuda.Stream(self._device, priority=_SAVE_PRIORITY)
@@ -114,43 +142,18 @@ class CudaMover(Mover):
                 return
         raise ValueError("a near slab must be in memory that this mover's allocate_host returned")
 
-    def load(
-        self, row: int, near: NearSlab, near_pages: Indices, pages: Indices, after: Fence
-    ) -> Fence:
+    def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        shape = self._check(row, near, near_pages, pages)
-        self.await_near(near, near_pages)
-        stream, place = self._load_stream, near.rows[row]
-        with torch.cuda.stream(stream):
-            _hold(stream, after)
-            self._copy_pages(
-                place.memory,
-                place.unit,
-                self._rows[row],
-                shape.block_stride,
-                self._pairs(place.begins(near_pages), pages),
-                shape.page_bytes,
-            )
-            return EventFence(stream)
+        self._check(near, near_pages, pages)
+        return DevicePairs(near, near_pages, pages)
 
-    def save(
-        self, row: int, pages: Indices, near: NearSlab, near_pages: Indices, after: Fence
-    ) -> Fence:
+    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        shape = self._check(row, near, near_pages, pages)
-        self.await_near(near, near_pages)
-        stream, place = self._save_stream, near.rows[row]
-        with torch.cuda.stream(stream):
-            _hold(stream, after)
-            self._copy_pages(
-                self._rows[row],
-                shape.block_stride,
-                place.memory,
-                place.unit,
-                self._pairs(pages, place.begins(near_pages)),
-                shape.page_bytes,
-            )
-            return EventFence(stream)
+        return self._copy(self._load_stream, rows, pairs, after, to_engine=True)
+
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        return self._copy(self._save_stream, rows, pairs, after, to_engine=False)
 
     def fence_compute(self) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -170,11 +173,25 @@ class CudaMover(Mover):
             while self._pinned:
                 torch.cuda.check_error(int(self._runtime.cudaHostUnregister(self._pinned.pop())))
 
-    def _pairs(self, sources: Indices, targets: Indices) -> torch.Tensor:
-        # Neither side has to be kept alive: torch's pinned allocator waits for the copy before it
-        # uses the memory again, and its device allocator hands it out on this stream only.
-        pairs = torch.from_numpy(np.stack((sources, targets), axis=1)).pin_memory()
-        return pairs.to(self._device, non_blocking=True)
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        rows: Sequence[int],
+        pairs: Pairs,
+        after: Fence,
+        *,
+        to_engine: bool,
+    ) -> Fence:
+        self._check_rows(rows)
+        if not isinstance(pairs, DevicePairs):
+            raise TypeError("these pairs are from another mover")
+        self.await_near(pairs.near, pairs.near_pages)
+        with torch.cuda.stream(stream):
+            _hold(stream, after)
+            indices = pairs.on(stream, self._device)
+            for part in self._table.ranges(rows):
+                self._copy_pages(pairs.near.memory, self._rows, part, indices, to_engine=to_engine)
+            return EventFence(stream)
 
     def _pin(self, address: int, length: int) -> None:
         # An engine may be capturing graphs just now. A capture forbids this call to every thread,
@@ -186,17 +203,13 @@ class CudaMover(Mover):
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""
-        host = torch.empty(2 * _ALIGNMENT, dtype=torch.uint8).pin_memory()
+        near = torch.empty(LONGEST_ACCESS, dtype=torch.uint8).pin_memory()
         nothing = torch.empty((0, 2), dtype=torch.int64, device=self._device)
-        geometry = self._geometry
         with torch.cuda.stream(self._load_stream):
-            for row, offset, pages in zip(
-                geometry.rows, geometry.extent_offsets, self._rows, strict=True
-            ):
-                near, unit = host[offset % _ALIGNMENT :], near_unit(geometry, row)
-                engine, size = row.block_stride, row.page_bytes
-                self._copy_pages(near, unit, pages, engine, nothing, size)
-                self._copy_pages(pages, engine, near, unit, nothing, size)
+            for shape in self._table.shapes():
+                for to_engine in (True, False):
+                    part = RowRange(shape, 0, 0)
+                    self._copy_pages(near, self._rows, part, nothing, to_engine=to_engine)
 
 
 def _hold(stream: torch.cuda.Stream, fence: Fence) -> None:
