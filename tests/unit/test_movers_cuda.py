@@ -1,8 +1,8 @@
 """Promise: what the CUDA mover submits is ordered on the device, never by stopping the host, and no
 kernel meets memory that is not pinned.
 
-There is no GPU here. A fake of torch's streams and events writes down what is submitted to which
-stream and in which order, and the tests look at that; what a real device makes of it they cannot
+There is no GPU here. The mover runs on the simulated device, see ``tests/simulator/device.py``, and
+a fake of torch writes down what it is asked for; what a real device makes of that the tests cannot
 say. The kernel itself runs in Triton's interpreter (see the property tests), and is compiled here.
 """
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import itertools
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from random import Random
 from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -27,9 +29,11 @@ import torch
 from lamina_kv.data.movers import cuda as cuda_module
 from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.movers.device import TorchDevice, TorchEvent
 from lamina_kv.data.movers.row_table import RowRange, RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
+from simulator.device import SimulatedDevice, SimulatedEvent, SimulatedStream
 
 PAGE, STRIDE, BLOCKS = 64, 96, 8
 GEOMETRY = CacheGeometry(
@@ -45,141 +49,21 @@ PAGES, IDS = np.array([5, 0, 2]), np.array([1, 7, 3])
 PAGE_COPY = "lamina_kv.data.movers.page_copy"
 
 
-class Stream:
-    """Writes down what it is given."""
-
-    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
-        self.priority = priority
-        self.log: list[tuple[str, Event]] = []
-
-    def wait_event(self, event: Event) -> None:
-        self.log.append(("wait", event))
-
-    def synchronize(self) -> None:
-        self.log.append(("synchronize", Event()))
-
-
-class Event:
-    """Knows where it was recorded and whether the host waited for it."""
-
-    def __init__(self, blocking: bool = False) -> None:
-        self.blocking = blocking
-        self.host_waits = 0
-
-    def record(self, stream: Stream) -> None:
-        stream.log.append(("record", self))
-
-    def synchronize(self) -> None:
-        self.host_waits += 1
-
-    def query(self) -> bool:
-        return False
-
-
-@dataclass
-class Launch:
-    """A copy that was launched: on what, of how many rows, and which pages."""
-
-    stream: Stream
-    rows: int
-    pairs: torch.Tensor
-    to_engine: bool
-
-
-class Device:
-    """What a fake GPU was asked to do."""
-
-    def __init__(self) -> None:
-        self.compute = self.current = Stream()
-        self.copies: list[Launch] = []
-        self.registered: dict[int, int] = {}
-        self.chosen_by: list[threading.Thread] = []
-        self.pins: threading.Semaphore | None = None
-        self.result = 0
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def copy_pages(  # as the real one
-        self,
-        near: torch.Tensor,
-        rows: torch.Tensor,
-        part: RowRange,
-        pairs: torch.Tensor,
-        *,
-        to_engine: bool,
-    ) -> None:
-        entries = rows[part.first : part.first + part.count].tolist()
-        self.copies.append(Launch(self.current, part.count, pairs, to_engine))
-        self.current.log.append(("copy", Event()))
-        shape, held = part.shape, near.numpy()
-        for (base, offset), (page, block) in itertools.product(entries, pairs.tolist()):
-            engine = (ctypes.c_uint8 * shape.page_bytes).from_address(
-                base + block * shape.block_stride
-            )
-            slot, index = divmod(page, shape.slot_pages)
-            start = offset + slot * shape.slot_bytes + index * shape.page_bytes
-            place = held[start : start + shape.page_bytes]
-            if to_engine:
-                engine[:] = place.tolist()
-            else:
-                place[:] = engine
-
-    def choose(self, _: torch.device) -> None:
-        self.chosen_by.append(threading.current_thread())
-
-    def register(self, address: int, length: int, _: int) -> int:
-        assert self.pins is None or self.pins.acquire(timeout=30)
-        assert threading.current_thread() in self.chosen_by
-        self.registered[address] = length
-        return self.result
-
-    def unregister(self, address: int) -> int:
-        del self.registered[address]
-        return 0
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    device = Device()
-    runtime = SimpleNamespace(
-        cudaHostRegister=device.register, cudaHostUnregister=device.unregister
-    )
-    driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: 0)
-
-    def check_error(code: int) -> None:
-        if code:
-            raise RuntimeError("out of memory")
-
-    for name, fake in {
-        "Stream": Stream,
-        "Event": Event,
-        "stream": device.stream,
-        "current_stream": lambda _: device.compute,
-        "device": lambda _: contextlib.nullcontext(),
-        "cudart": lambda: runtime,
-        "set_device": device.choose,
-        "check_error": check_error,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
-    monkeypatch.setattr(cuda_module, "PIN_PIECE", 4096)
-    monkeypatch.setitem(sys.modules, PAGE_COPY, SimpleNamespace(copy_pages=device.copy_pages))
-    return device
-
-
 @pytest.fixture
 def engine() -> torch.Tensor:
     return torch.randint(0, 256, (BLOCKS * STRIDE,), dtype=torch.uint8)
 
 
 @pytest.fixture
-def mover(device: Device, engine: torch.Tensor) -> CudaMover:
-    mover = CudaMover(GEOMETRY, [engine])
+def device(engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    monkeypatch.setattr(cuda_module, "PIN_PIECE", 4096)
+    return SimulatedDevice([engine], Random(0))
+
+
+@pytest.fixture
+def mover(device: SimulatedDevice, engine: torch.Tensor) -> CudaMover:
+    mover = CudaMover(GEOMETRY, [engine], device)
+    device.settle()
     device.copies.clear()
     return mover
 
@@ -193,7 +77,7 @@ def slab(mover: CudaMover) -> NearSlab:
     return NearSlab(GEOMETRY, SLOTS * OBJECT, mover.allocate_host)
 
 
-def events(stream: Stream) -> list[str]:
+def events(stream: SimulatedStream) -> list[str]:
     return [what for what, _ in stream.log]
 
 
@@ -202,56 +86,58 @@ def pairs(mover: CudaMover, near: NearSlab) -> Pairs:
 
 
 def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_copy(
-    device: Device, mover: CudaMover, near: NearSlab
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
     fence = mover.save([0], pairs(mover, near), after)
+    assert not fence.passed()
+    fence.wait()
     (copy,) = device.copies
     assert not copy.to_engine
-    assert events(copy.stream)[-3:] == ["wait", "copy", "record"]
-    (_, computed), (_, awaited), (_, recorded) = device.compute.log[0], *copy.stream.log[-3::2]
-    assert awaited is computed
-    assert computed.host_waits == 0
-    fence.wait()
-    assert recorded.host_waits == 1
-    assert recorded.blocking, "a waiting thread would spin on one of the engine's cores"
+    assert copy.pairs.tolist() == [[5, 1], [0, 7], [2, 3]]
+    assert events(copy.stream)[-4:] == ["wait", "upload", "copy", "record"]
+    assert copy.stream.log[-4][1] is device.compute.log[0][1] is after
+    assert copy.stream.log[-1][1] is fence
+    assert cast(SimulatedEvent, after).host_waits == 0
 
 
 def test_a_load_runs_on_a_stream_of_its_own_before_saves(
-    device: Device, mover: CudaMover, near: NearSlab
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
-    mover.save([0], pairs(mover, near), after)
-    mover.load([0], pairs(mover, near), after)
+    mover.save([0], pairs(mover, near), after).wait()
+    mover.load([0], pairs(mover, near), after).wait()
     assert [copy.to_engine for copy in device.copies] == [False, True]
     save, load = (copy.stream for copy in device.copies)
     assert load is not save
     assert device.compute not in (load, save)
     assert load.priority < save.priority
-    assert events(load)[-3:] == ["wait", "copy", "record"]
-    assert load.log[-3][1] is device.compute.log[0][1]
+    assert events(load)[-4:] == ["wait", "upload", "copy", "record"]
+    assert load.log[-4][1] is after
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
-def test_rows_that_are_alike_are_one_launch_and_one_fence(
-    device: Device, engine: torch.Tensor, is_load: bool
-) -> None:
+def test_rows_that_are_alike_are_one_launch_and_one_fence(is_load: bool) -> None:
     """The pages are uploaded once for all copies of a load or a save."""
     row = GEOMETRY.rows[0]
     rows = [replace(row, offset=i * BLOCKS * STRIDE) for i in range(8)]
     rows[4] = replace(rows[4], page_bytes=32)
     shape = replace(GEOMETRY, rows=tuple(rows), allocation_bytes=(8 * BLOCKS * STRIDE,))
-    mover = CudaMover(shape, [torch.zeros(shape.allocation_bytes, dtype=torch.uint8)])
+    cache = torch.zeros(shape.allocation_bytes, dtype=torch.uint8)
+    device = SimulatedDevice([cache], Random(0))
+    mover = CudaMover(shape, [cache], device)
     near = NearSlab(shape, SLOTS * shape.object_bytes, mover.allocate_host)
+    device.settle()
     device.copies.clear()
     made, after = mover.pairs(near, PAGES, IDS), mover.fence_compute()
     copy = mover.load if is_load else mover.save
-    copy(range(8), made, after)
+    copy(range(8), made, after).wait()
     assert sorted(launch.rows for launch in device.copies) == [1, 7]
-    assert events(device.copies[0].stream)[-4:] == ["wait", "copy", "copy", "record"]
-    copy([6, 0, 1], made, after)
-    assert [launch.rows for launch in device.copies[2:]] == [2, 1]
-    assert len({id(launch.pairs) for launch in device.copies}) == 1
+    stream = device.copies[0].stream
+    assert events(stream)[-5:] == ["wait", "upload", "copy", "copy", "record"]
+    copy([6, 0, 1], made, after).wait()
+    assert events(stream)[-4:] == ["wait", "copy", "copy", "record"]
+    assert [launch.rows for launch in device.copies][2:] == [2, 1]
     mover.close()
 
 
@@ -260,21 +146,23 @@ def test_pairs_of_another_mover_are_refused(mover: CudaMover, near: NearSlab) ->
         mover.save([0], Pairs(near, PAGES, IDS), mover.fence_compute())
 
 
-def test_compute_is_held_on_the_device(device: Device, mover: CudaMover, near: NearSlab) -> None:
+def test_compute_is_held_on_the_device(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
+) -> None:
     fence = mover.load([0], pairs(mover, near), mover.fence_compute())
     mover.hold_compute(fence)
-    recorded = device.copies[0].stream.log[-1][1]
-    assert device.compute.log[-1] == ("wait", recorded)
-    assert recorded.host_waits == 0
+    assert device.compute.log[-1] == ("wait", fence)
+    assert cast(SimulatedEvent, fence).host_waits == 0
 
 
 def test_a_fence_of_another_kind_is_waited_for(
-    device: Device, mover: CudaMover, near: NearSlab
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
 ) -> None:
     class Foreign(Fence):
         waited = False
 
         def wait(self) -> None:
+            device.settle()
             assert not device.copies
             Foreign.waited = True
 
@@ -290,36 +178,39 @@ def test_what_is_saved_comes_back(
     mover: CudaMover, engine: torch.Tensor, near: NearSlab, row: int
 ) -> None:
     before = engine.clone()
-    mover.save([row], pairs(mover, near), mover.fence_compute())
+    mover.save([row], pairs(mover, near), mover.fence_compute()).wait()
     for block in IDS:
         start = GEOMETRY.rows[row].offset + block * STRIDE
         engine[start : start + GEOMETRY.rows[row].page_bytes] = 0
     assert not torch.equal(engine, before)
-    mover.load([row], pairs(mover, near), mover.fence_compute())
+    mover.load([row], pairs(mover, near), mover.fence_compute()).wait()
     assert torch.equal(engine, before)
 
 
-def test_memory_that_is_not_the_movers_is_refused(device: Device, mover: CudaMover) -> None:
+def test_memory_that_is_not_the_movers_is_refused(
+    device: SimulatedDevice, mover: CudaMover
+) -> None:
     elsewhere = NearSlab(GEOMETRY, OBJECT, lambda size: torch.zeros(size, dtype=torch.uint8))
     made = mover.pairs(elsewhere, PAGES[1:2], IDS[:1])
     with pytest.raises(ValueError, match="allocate_host"):
         mover.save([0], made, mover.fence_compute())
     with pytest.raises(ValueError, match="allocate_host"):
         mover.load([0], made, mover.fence_compute())
+    device.settle()
     assert not device.copies
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
 def test_a_copy_waits_until_the_slots_that_it_touches_are_pinned(
-    device: Device, mover: CudaMover, is_load: bool
+    device: SimulatedDevice, mover: CudaMover, is_load: bool
 ) -> None:
     device.pins = threading.Semaphore(0)
     near = slab(mover)  # the first slot is one piece to pin, and so is each that follows
 
     def copy(slot: int) -> threading.Thread:
         made = mover.pairs(near, np.array([2 * slot + 1, 0]), IDS[:2])
-        work = mover.load if is_load else mover.save
-        thread = threading.Thread(target=work, args=([0], made, mover.fence_compute()))
+        work, after = mover.load if is_load else mover.save, mover.fence_compute()
+        thread = threading.Thread(target=lambda: work([0], made, after).wait())
         thread.start()
         return thread
 
@@ -338,16 +229,19 @@ def test_a_copy_waits_until_the_slots_that_it_touches_are_pinned(
 
 
 def test_memory_that_cannot_be_pinned_takes_part_in_no_copy(
-    device: Device, mover: CudaMover
+    device: SimulatedDevice, mover: CudaMover
 ) -> None:
-    device.result = 2
+    device.pin_error = "out of memory"
     near = slab(mover)
     with pytest.raises(RuntimeError, match=r"out of memory.*host\.capacity"):
         mover.load([0], pairs(mover, near), mover.fence_compute())
+    device.settle()
     assert not device.copies
 
 
-def test_memory_is_pinned_whole_and_let_go_at_the_end(device: Device, mover: CudaMover) -> None:
+def test_memory_is_pinned_whole_and_let_go_at_the_end(
+    device: SimulatedDevice, mover: CudaMover
+) -> None:
     near = slab(mover)
     base = near.memory.data_ptr()
     last = mover.pairs(near, np.array([2 * SLOTS - 1]), IDS[:1])
@@ -357,6 +251,142 @@ def test_memory_is_pinned_whole_and_let_go_at_the_end(device: Device, mover: Cud
     mover.close()
     assert not device.registered
     near.memory.fill_(1)
+
+
+# -- what torch is asked for ---------------------------------------------------------------------
+
+
+class Stream:
+    """Writes down what torch is asked to do with it."""
+
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        self.made = device, priority
+        self.log: list[object] = []
+
+    def wait_event(self, event: Event) -> None:
+        self.log.append(event)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+
+class Event:
+    def __init__(self, enable_timing: bool, blocking: bool) -> None:
+        self.made = enable_timing, blocking
+        self.log: list[object] = []
+
+    def record(self, stream: Stream) -> None:
+        self.log.append(stream)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def query(self) -> bool:
+        return False
+
+    def elapsed_time(self, later: Event) -> float:
+        return 250.0
+
+
+class Torch:
+    """What torch was asked for, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.current: object = Stream()
+        self.code = 0
+        runtime = SimpleNamespace(
+            cudaHostRegister=self._call("register"), cudaHostUnregister=self._call("unregister")
+        )
+        driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=self._call("capture mode"))
+        for name, fake in {
+            "Stream": Stream,
+            "Event": Event,
+            "stream": partial(self._inside, "stream"),
+            "device": partial(self._inside, "device"),
+            "current_stream": lambda device: self.current,
+            "cudart": lambda: runtime,
+            "set_device": self._call("choose"),
+            "check_error": self._check,
+        }.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(ctypes, "CDLL", lambda _: driver)
+        fake_kernel = SimpleNamespace(copy_pages=self._call("copy"))
+        patch.setitem(sys.modules, PAGE_COPY, fake_kernel)
+
+    def _call(self, name: str) -> Callable[..., int]:
+        def call(*arguments: object, **_: object) -> int:
+            self.log.append((name, *arguments))
+            return self.code
+
+        return call
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise RuntimeError("out of memory")
+
+    @contextlib.contextmanager
+    def _inside(self, kind: str, which: object) -> Iterator[None]:
+        self.log.append((kind, which))
+        yield
+        self.log.append((f"no {kind}", which))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Torch:
+    return Torch(monkeypatch)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_thread_that_waits_for_an_event_sleeps(fake: Torch) -> None:
+    device = TorchDevice(CPU)
+    stream, other = device.stream(-1), device.stream(0)
+    assert (stream.made, other.made) == ((CPU, -1), (CPU, 0))  # type: ignore[attr-defined]
+    event = device.record(stream, timed=True)
+    assert isinstance(event, TorchEvent)
+    assert cast(Event, event.event).made == (True, True), "it would spin on one of the cores"
+    assert cast(Event, device.record(stream).event).made == (False, True)  # type: ignore[attr-defined]
+    event.wait()
+    assert cast(Event, event.event).log == [stream, "synchronize"]
+    assert not event.passed()
+    assert device.record(other, timed=True).seconds_since(event) == 0.25
+    device.hold(other, event)
+    device.synchronize(other)
+    assert cast(Stream, other).log == [event.event, "synchronize"]
+    assert device.current_stream() is fake.current
+
+
+def test_copies_and_their_indices_are_given_to_one_stream(fake: Torch) -> None:
+    device = TorchDevice(CPU)
+    stream = device.stream(0)
+    near = device.pinned(64)
+    (shape,) = RowTable(replace(GEOMETRY, rows=GEOMETRY.rows[:1]), [0]).shapes()
+    part = RowRange(shape, 0, 1)
+    with device.on(stream):
+        ids = device.upload(stream, np.array([[3, 4]]))
+        device.copy(stream, near, near, part, ids, to_engine=True)
+    assert ids.tolist() == [[3, 4]]
+    assert fake.log == [
+        ("stream", stream),
+        ("copy", near, near, part, ids),
+        ("no stream", stream),
+    ]
+
+
+def test_memory_is_pinned_beside_a_capture_of_graphs(fake: Torch) -> None:
+    device = TorchDevice(CPU)
+    device.choose()
+    device.register(4096, 8192)
+    device.unregister(4096)
+    names = [name for name, *_ in fake.log]
+    assert names == ["choose", "capture mode", "register", "device", "unregister", "no device"]
+    assert fake.log[2] == ("register", 4096, 8192, 0)
+    fake.code = 2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device.register(4096, 8192)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from lamina_kv.data.load_pipeline import LoadRun
 from lamina_kv.data.loads import Load
 from lamina_kv.data.movers.cpu import CpuMover
 from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.movers.device import TorchDevice
 from lamina_kv.data.near import NearSlab
 from lamina_kv.data.push_wire import PushIdentity
 from lamina_kv.data.save_pipeline import SaveRun
@@ -233,7 +234,8 @@ def test_a_cuda_mover_chooses_its_own_device(monkeypatch: Patch) -> None:
     chosen: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     mover = CudaMover.__new__(CudaMover)
-    mover._device = torch.device("cuda", 3)
+    mover._device = TorchDevice.__new__(TorchDevice)
+    mover._device._device = torch.device("cuda", 3)
     mover.enter_thread()
     assert chosen == [torch.device("cuda", 3)]
 

@@ -1,8 +1,8 @@
 """The CUDA mover: one kernel launch for many rows, on streams of its own, ordered by events.
 
 **Not yet run on a GPU.** The kernel is tested with Triton's interpreter and by what it compiles
-to; streams, events and pinning are written from the CUDA and torch documentation, and the tests
-only check the order in which they are used.
+to. The order of streams and events is tested on a simulated device; that torch's calls do what
+:mod:`~lamina_kv.data.movers.device` says of them is read from the CUDA and torch documentation.
 
 Host memory is an ordinary mapping that is pinned afterwards with ``cudaHostRegister``, piece by
 piece and in the background; memory that processes share is pinned by each of them. torch's own
@@ -18,7 +18,6 @@ before everything else.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
+from lamina_kv.data.movers.device import Device, Event, TorchDevice
 from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
 from lamina_kv.data.near import Indices, NearSlab
@@ -39,33 +39,6 @@ PIN_PIECE = 64 << 20
 """Bytes to pin by one call: what the engine launches meanwhile may have to wait for the driver."""
 
 _LOAD_PRIORITY, _SAVE_PRIORITY = -1, 0
-_RELAXED_CAPTURE = 2
-
-
-class EventFence(Fence):
-    """A point in a stream.
-
-    Args:
-        stream: passes when what is now in this stream has run.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        # Blocking: a thread that waits sleeps; it would spin on one of the engine's cores.
-        self._event = torch.cuda.Event(blocking=True)
-        self._event.record(stream)
-
-    def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
-        self._event.synchronize()
-
-    def passed(self) -> bool:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
-        passed: bool = self._event.query()
-        return passed
-
-    def hold(self, stream: torch.cuda.Stream) -> None:
-        """Make what ``stream`` is given next run after this fence; the host does not wait."""
-        stream.wait_event(self._event)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,22 +47,21 @@ class DevicePairs(Pairs):
 
     Attributes:
         uploaded: by stream, int64 of shape ``(pages, 2)``: near pages and the engine's. They were
-            uploaded on that stream and are its own: torch's allocator hands their memory out on it
-            only, behind the copies that read them.
+            uploaded on that stream and are its own, so that nobody gets their memory before the
+            copies that read them have run, see
+            :meth:`~lamina_kv.data.movers.device.Device.upload`.
         lock: guards ``uploaded``.
     """
 
-    uploaded: dict[torch.cuda.Stream, torch.Tensor] = field(default_factory=dict)
+    uploaded: dict[Any, torch.Tensor] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def on(self, stream: torch.cuda.Stream, device: torch.device) -> torch.Tensor:
-        """The pairs on the device, for copies on ``stream``, which is the current one."""
+    def on(self, stream: Any, device: Device[Any]) -> torch.Tensor:
+        """The pairs on the device, for copies on ``stream``."""
         with self.lock:
             if (pairs := self.uploaded.get(stream)) is None:
-                # torch's pinned allocator waits for the upload before it uses the memory again.
                 held = np.stack((self.near_pages, self.pages), axis=1)
-                pairs = torch.from_numpy(held).pin_memory().to(device, non_blocking=True)
-                self.uploaded[stream] = pairs
+                pairs = self.uploaded[stream] = device.upload(stream, held)
             return pairs
 
 
@@ -98,25 +70,29 @@ class CudaMover(Mover):
 
     Args:
         geometry: where pages are.
-        allocations: as :class:`~lamina_kv.data.movers.base.Mover` says, all on one CUDA device.
+        allocations: as :class:`~lamina_kv.data.movers.base.Mover` says, all on one device.
+        device: that device; None makes it from the allocations.
 
     Raises:
         ImportError: if Triton is not installed.
     """
 
-    def __init__(self, geometry: CacheGeometry, allocations: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        allocations: Sequence[torch.Tensor],
+        device: Device[Any] | None = None,
+    ) -> None:
         super().__init__(geometry, allocations)
-        from lamina_kv.data.movers.page_copy import copy_pages  # nobody else needs Triton
-
-        self._copy_pages = copy_pages
-        self._device = self._allocations[0].device
+        device = self._device = device or TorchDevice(self._allocations[0].device)
         bases = [tensor.data_ptr() for tensor in self._allocations]
         addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
         self._table = RowTable(geometry, addresses)
-        self._rows = torch.from_numpy(self._table.entries).to(self._device)
-        self._runtime: Any = torch.cuda.cudart()
-        self._load_stream = torch.cuda.Stream(self._device, priority=_LOAD_PRIORITY)
-        self._save_stream = torch.cuda.Stream(self._device, priority=_SAVE_PRIORITY)
+        self._load_stream = device.stream(_LOAD_PRIORITY)
+        self._save_stream = device.stream(_SAVE_PRIORITY)
+        with device.on(self._load_stream):
+            self._rows = device.upload(self._load_stream, self._table.entries)
+        device.synchronize(self._load_stream)  # all streams read them
         self._host: list[HostMemory] = []
         self._pinned: list[int] = []
         self._compile()
@@ -125,7 +101,7 @@ class CudaMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`. A thread that has chosen no device makes
         a context on the first one as soon as it waits for an event or leaves a stream, which takes
         half a GiB there for each process."""
-        torch.cuda.set_device(self._device)
+        self._device.choose()
 
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -157,63 +133,55 @@ class CudaMover(Mover):
 
     def fence_compute(self) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        return EventFence(torch.cuda.current_stream(self._device))
+        return self._device.record(self._device.current_stream())
 
     def hold_compute(self, fence: Fence) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        _hold(torch.cuda.current_stream(self._device), fence)
+        self._hold(self._device.current_stream(), fence)
 
     def close(self) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._load_stream.synchronize()
-        self._save_stream.synchronize()
+        self._device.synchronize(self._load_stream)
+        self._device.synchronize(self._save_stream)
         while self._host:
             self._host.pop().close()
-        with torch.cuda.device(self._device):
-            while self._pinned:
-                torch.cuda.check_error(int(self._runtime.cudaHostUnregister(self._pinned.pop())))
+        while self._pinned:
+            self._device.unregister(self._pinned.pop())
 
     def _copy(
-        self,
-        stream: torch.cuda.Stream,
-        rows: Sequence[int],
-        pairs: Pairs,
-        after: Fence,
-        *,
-        to_engine: bool,
+        self, stream: Any, rows: Sequence[int], pairs: Pairs, after: Fence, *, to_engine: bool
     ) -> Fence:
         self._check_rows(rows)
         if not isinstance(pairs, DevicePairs):
             raise TypeError("these pairs are from another mover")
         self.await_near(pairs.near, pairs.near_pages)
-        with torch.cuda.stream(stream):
-            _hold(stream, after)
-            indices = pairs.on(stream, self._device)
+        device = self._device
+        with device.on(stream):
+            self._hold(stream, after)
+            indices = pairs.on(stream, device)
             for part in self._table.ranges(rows):
-                self._copy_pages(pairs.near.memory, self._rows, part, indices, to_engine=to_engine)
-            return EventFence(stream)
+                device.copy(
+                    stream, pairs.near.memory, self._rows, part, indices, to_engine=to_engine
+                )
+            return device.record(stream)
+
+    def _hold(self, stream: Any, fence: Fence) -> None:
+        if isinstance(fence, Event):
+            self._device.hold(stream, fence)
+        else:
+            fence.wait()
 
     def _pin(self, address: int, length: int) -> None:
-        # An engine may be capturing graphs just now. A capture forbids this call to every thread,
-        # or is spoilt by it, unless the thread says that it has nothing to do with the capture.
-        mode = ctypes.c_int(_RELAXED_CAPTURE)
-        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-        torch.cuda.check_error(int(self._runtime.cudaHostRegister(address, length, 0)))
+        self._device.register(address, length)
         self._pinned.append(address)
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""
-        near = torch.empty(LONGEST_ACCESS, dtype=torch.uint8).pin_memory()
-        nothing = torch.empty((0, 2), dtype=torch.int64, device=self._device)
-        with torch.cuda.stream(self._load_stream):
+        device, stream = self._device, self._load_stream
+        near = device.pinned(LONGEST_ACCESS)
+        with device.on(stream):
+            nothing = device.upload(stream, np.empty((0, 2), np.int64))
             for shape in self._table.shapes():
                 for to_engine in (True, False):
                     part = RowRange(shape, 0, 0)
-                    self._copy_pages(near, self._rows, part, nothing, to_engine=to_engine)
-
-
-def _hold(stream: torch.cuda.Stream, fence: Fence) -> None:
-    if isinstance(fence, EventFence):
-        fence.hold(stream)
-    else:
-        fence.wait()
+                    device.copy(stream, near, self._rows, part, nothing, to_engine=to_engine)
