@@ -67,6 +67,25 @@ def what_runs(worker: Any) -> tuple[str, int]:
     return vllm.__version__, 2 if isinstance(worker.model_runner, GPUModelRunner) else 1
 
 
+def note_loads(worker: Any) -> None:
+    """In a worker: note for each step with loads whether its layers are said to call hooks."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    executor = get_kv_transfer_group()._on_worker.executor
+    start, worker.said = executor.start_loads, []
+
+    def noted(*, layers_call: bool) -> None:
+        if not executor._loads.is_empty:
+            worker.said.append(layers_call)
+        start(layers_call=layers_call)
+
+    executor.start_loads = noted
+
+
+def noted_loads(worker: Any) -> list[bool]:
+    return list(worker.said)
+
+
 def expect_whole(answers: Sequence[Answer]) -> None:
     assert [a.cached for a in answers] == [loadable(len(ask.tokens)) for ask in ASKS]
 
@@ -93,10 +112,13 @@ def test_from_each_tier_over_restarts_and_recomputed_where_damaged(
     assert engine.in_workers(what_runs) == [(runner.version, runner.model_runner)]
     assert not differences(engine.generate(ASKS), expected)
     engine.forget()
+    engine.in_workers(note_loads)
     from_host = engine.generate(ASKS)
     assert not differences(from_host, expected)
     expect_whole(from_host)
     expect_quiet(engine)
+    (said,) = engine.in_workers(noted_loads)
+    assert (said == []) if mode == "parked" else (said and all(said))  # no graph on a CPU
     engine.close()
 
     engine = start(spec)

@@ -1,7 +1,9 @@
-"""vLLM's V2 model runner around the real connector, on a device that runs behind its host."""
+"""vLLM's model runners around the real connector, on a device that runs behind its host. V2, but
+for tests that say otherwise."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,11 +13,12 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
+from engine.device import PATIENCE
 from engine.v2_step import CHUNK_BLOCKS, Forward, Work, Worker
 from lamina_kv.data.executor import Executor
 from lamina_kv.data.movers import Fence
 from lamina_kv.data.step_loads import LayersDidNotWait, StepLoads
-from lamina_kv.engines.vllm import worker_side
+from lamina_kv.engines.vllm import connector, worker_side
 from lamina_kv.engines.vllm.connector import LaminaConnector
 from lamina_kv.engines.vllm.layout import UnsupportedModel
 from lamina_kv.engines.vllm.step_order import StepOrderError
@@ -34,7 +37,6 @@ pytestmark = pytest.mark.engine
 SAVED, LOADED = tuple(range(1, 1 + CHUNK_BLOCKS)), tuple(range(5, 5 + CHUNK_BLOCKS))
 STAMP, STALE = 7, 99
 GOOD = dict.fromkeys(LOADED, STAMP)
-FULL = CUDAGraphMode.FULL
 
 
 def save(number: int = 1) -> SaveOrder:
@@ -73,12 +75,12 @@ def fill(worker: Worker) -> None:
     worker.stamp(dict.fromkeys(LOADED, STALE))
 
 
-def expect_loaded(worker: Worker, forward: Forward = Forward.EAGER) -> None:
-    """A step with a load reads what was saved, however late the load stream is."""
+def expect_loaded(worker: Worker, forward: Forward = Forward.EAGER, batches: int = 1) -> None:
+    """A step with a load reads what was saved, however late the load stream is. The host does not
+    wait for that."""
     work = Work(reads=GOOD)
-    works = [work, work] if forward is Forward.MICRO_BATCHES else work
     with worker.mover.loads.stopped():
-        receipts = worker.step(StepPlan(0, loads=(load(),)), works, forward, draft=work)
+        receipts = worker.step(StepPlan(0, loads=(load(),)), [work] * batches, forward, draft=work)
     assert worker.finish() == []
     receipts += worker.settle(1 - len(receipts))
     assert [receipt.outcome for receipt in receipts] == [Outcome.DONE]
@@ -123,24 +125,77 @@ def test_a_layer_that_calls_no_hook_finds_its_row(
     expect_loaded(worker)
 
 
-@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
-def test_a_full_graph_that_is_replayed_without_hooks_finds_its_rows(
-    start: Start, caplog: pytest.LogCaptureFixture, mode: str
+@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_full_graph_comes_after_its_rows(
+    start: Start, caplog: pytest.LogCaptureFixture, runner: int, batches: int
 ) -> None:
-    """As with vLLM's fusion of attention and quantisation, whatever the connector has asked for."""
-    worker = start(graphs=CUDAGraphMode[mode])
-    assert f"CUDA graphs ({mode}) hold" in caplog.text
+    """Its layers call nothing, in a model whose layers call in every other step. V2 hands over no
+    metadata with a graph of two micro-batches."""
+    worker = start(runner=runner, graphs=CUDAGraphMode.FULL_DECODE_ONLY, micro_batches=batches == 2)
+    assert "before a forward" not in caplog.text
     fill(worker)
-    expect_loaded(worker, Forward.FULL_GRAPH)
+    expect_loaded(worker, Forward.FULL_GRAPH, batches)
     worker.stamp(dict.fromkeys(LOADED, STALE))
     expect_loaded(worker)
 
 
-def test_a_full_graph_that_nobody_knew_of_stops_the_engine(start: Start) -> None:
-    worker = start()
+@pytest.mark.parametrize("runner", [1, 2])
+def test_layers_that_call_wait_for_their_own_rows(start: Start, runner: int) -> None:
+    """A step is not taken for a full graph: its first layers run before its last row is there."""
+    worker = start(runner=runner)
     fill(worker)
-    with pytest.raises(LayersDidNotWait):
-        worker.step(StepPlan(0, loads=(load(),)), Work(), Forward.FULL_GRAPH)
+    copy, last = worker.mover.load, len(worker.layers) - 1
+    launched, reached, held = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def load_rows(rows: Sequence[int], *arguments: Any) -> Fence:
+        if last in rows:
+            for _ in range(last):  # by another thread
+                launched.acquire()
+            worker.mover.loads.launch(lambda: (reached.set(), held.wait(PATIENCE)))
+        fence = copy(rows, *arguments)
+        launched.release()
+        return fence
+
+    worker.mover.load = load_rows  # type: ignore[method-assign]
+    worker.step(StepPlan(0, loads=(load(),)), Work(writes={0: 3}))
+    assert reached.wait(PATIENCE)
+    worker.compute.settle()
+    written = [worker.pages(layer, 0) == {3} for layer in worker.layers]
+    held.set()
+    worker.compute.synchronize()
+    assert written == [True] * (len(worker.layers) - 1) + [False]
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+def test_what_a_full_graph_has_written_is_saved(start: Start, runner: int) -> None:
+    worker = start(runner=runner)
+    with worker.compute.stopped():  # the host is at the end of the step before a layer has run
+        receipts = worker.step(
+            StepPlan(0, saves=(save(),)),
+            Work(writes=dict.fromkeys(SAVED, STAMP)),
+            Forward.FULL_GRAPH,
+        )
+    receipts += worker.settle(1 - len(receipts))
+    assert receipts[0].outcome is Outcome.DONE
+    worker.stamp(dict.fromkeys(LOADED, STALE))
+    expect_loaded(worker)
+
+
+def test_pieces_of_a_graph_that_hold_attention_come_after_all_rows(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where somebody has taken attention off the operators at which vLLM cuts graphs. The runner
+    calls that a step in pieces."""
+    worker = start(graphs=CUDAGraphMode.PIECEWISE, mute=["layer.0", "layer.1", "layer.2"])
+    assert "pieces of CUDA graphs hold" in caplog.text
+    fill(worker)
+    expect_loaded(worker)
+
+
+@pytest.mark.parametrize("settings", [{}, {"load": {"mode": "layerwise"}}])
+def test_full_graphs_are_kept_whatever_is_configured(settings: dict[str, object]) -> None:
+    assert not LaminaConnector.requires_piecewise_for_cudagraph(settings)
 
 
 def test_a_draft_model_in_a_full_graph_finds_its_rows(start: Start) -> None:
@@ -190,13 +245,13 @@ def test_a_row_is_saved_when_both_micro_batches_have_written_it(start: Start) ->
     receipts += worker.settle(1 - len(receipts))
     assert receipts[0].outcome is Outcome.DONE
     worker.stamp(dict.fromkeys(LOADED, STALE))
-    expect_loaded(worker, Forward.MICRO_BATCHES)
+    expect_loaded(worker, Forward.MICRO_BATCHES, 2)
 
 
 def test_two_micro_batches_wait_for_the_rows_they_share(start: Start) -> None:
     worker = start(micro_batches=True)
     fill(worker)
-    expect_loaded(worker, Forward.MICRO_BATCHES)
+    expect_loaded(worker, Forward.MICRO_BATCHES, 2)
 
 
 def test_a_row_is_saved_when_the_device_has_written_it(start: Start) -> None:
@@ -205,19 +260,6 @@ def test_a_row_is_saved_when_the_device_has_written_it(start: Start) -> None:
         receipts = worker.step(
             StepPlan(0, saves=(save(),)), Work(writes=dict.fromkeys(SAVED, STAMP))
         )
-    receipts += worker.settle(1 - len(receipts))
-    assert receipts[0].outcome is Outcome.DONE
-    worker.stamp(dict.fromkeys(LOADED, STALE))
-    expect_loaded(worker)
-
-
-def test_a_full_graph_calls_no_hook_and_all_its_rows_are_saved(start: Start) -> None:
-    worker = start()
-    receipts = worker.step(
-        StepPlan(0, saves=(save(),)),
-        Work(writes=dict.fromkeys(SAVED, STAMP)),
-        Forward.FULL_GRAPH,
-    )
     receipts += worker.settle(1 - len(receipts))
     assert receipts[0].outcome is Outcome.DONE
     worker.stamp(dict.fromkeys(LOADED, STALE))
@@ -277,8 +319,16 @@ def every_layer_is_taken_to_call(patch: Patch) -> None:
     patch.setattr(worker_side, "silent_layers", lambda layers, names: ())
 
 
-def graphs_are_taken_to_call(patch: Patch) -> None:
-    patch.setattr(worker_side, "graphs_hide_hooks", lambda compilation: False)
+def pieces_are_taken_to_call(patch: Patch) -> None:
+    patch.setattr(worker_side, "pieces_hide_hooks", lambda compilation: False)
+
+
+def full_graphs_are_taken_to_call(patch: Patch) -> None:
+    patch.setattr(connector, "forward_calls_hooks", lambda context: True)
+
+
+def every_step_is_taken_for_a_full_graph(patch: Patch) -> None:
+    patch.setattr(connector, "forward_calls_hooks", lambda context: False)
 
 
 def the_first_micro_batch_counts(patch: Patch) -> None:
@@ -305,10 +355,18 @@ def nobody_is_missed(patch: Patch) -> None:
             lambda start: expect_loaded(filled(start(silent=["layer.1"]))),
         ),
         (
-            graphs_are_taken_to_call,
+            pieces_are_taken_to_call,
             lambda start: expect_loaded(
-                filled(start(graphs=CUDAGraphMode.FULL)), Forward.FULL_GRAPH
+                filled(start(graphs=CUDAGraphMode.PIECEWISE, mute=["layer.0"]))
             ),
+        ),
+        (
+            full_graphs_are_taken_to_call,
+            lambda start: expect_loaded(filled(start(runner=1)), Forward.FULL_GRAPH),
+        ),
+        (
+            every_step_is_taken_for_a_full_graph,
+            lambda start: test_layers_that_call_wait_for_their_own_rows(start, 2),
         ),
         (the_first_micro_batch_counts, test_a_row_is_saved_when_both_micro_batches_have_written_it),
         pytest.param(
@@ -320,7 +378,12 @@ def nobody_is_missed(patch: Patch) -> None:
             ),
         ),
         (drafts_must_run, test_a_draft_model_need_not_run),
-        (nobody_is_missed, test_a_full_graph_that_nobody_knew_of_stops_the_engine),
+        (
+            nobody_is_missed,
+            lambda start: test_layers_that_do_not_call_although_their_class_does_stop_the_engine(
+                start, ["layer.1"]
+            ),
+        ),
     ],
     ids=lambda part: part.__name__,
 )

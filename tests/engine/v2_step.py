@@ -1,9 +1,10 @@
-"""A step of vLLM's V2 model runner without its model: what no CPU shows.
+"""A step of vLLM's model runners without its model: what no CPU shows.
 
-Real are vLLM's ``ActiveKVConnector``, its decorator around attention and its forward context, and
-all of ``LaminaConnector`` in a worker. Around them stands what ``v1/worker/gpu/model_runner.py``
-does with them, in its order, and a device that runs behind its host (:mod:`engine.device`).
-A layer's kernel looks at pages and fills pages; nothing is computed.
+Real are what the runners call connectors with (V2's ``ActiveKVConnector``, V1's
+``KVConnectorModelRunnerMixin``), vLLM's decorator around attention and its forward context, and all
+of ``LaminaConnector`` in a worker. Around them stands what ``v1/worker/gpu/model_runner.py`` and
+``v1/worker/gpu_model_runner.py`` do with them, in their order, and a device that runs behind its
+host (:mod:`engine.device`). A layer's kernel looks at pages and fills pages; nothing is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from vllm.config import CUDAGraphMode, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.v1.kv_cache_interface import (
@@ -30,6 +31,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheTensor,
 )
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from engine.device import DeviceMover, Stream
 from lamina_kv.engines.vllm import worker_side
@@ -86,10 +88,11 @@ class SilentLayer(torch.nn.Module):
 
 
 class Worker:
-    """A worker of vLLM with the V2 runner, without a model.
+    """A worker of vLLM without a model.
 
     Args:
         patch: undoes what is changed in modules.
+        runner: which of vLLM's model runners, 1 or 2.
         layers: names of the model's layers in the order of its forward.
         silent: those of a class that does not call the connector.
         mute: those that do not call it although their class does.
@@ -105,6 +108,7 @@ class Worker:
         self,
         patch: Any,
         *,
+        runner: int = 2,
         layers: Sequence[str] = ("layer.0", "layer.1", "layer.2"),
         silent: Sequence[str] = (),
         mute: Sequence[str] = (),
@@ -147,6 +151,7 @@ class Worker:
         self.lamina = LaminaConnector(self._config, KVConnectorRole.WORKER, cache)
         patch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", self.lamina)
         self._runner = ActiveKVConnector(self._config, self._pages)
+        self._is_v1 = runner == 1
         self._steps = 0
 
     @property
@@ -178,20 +183,20 @@ class Worker:
         self._steps += 1
         output = self._scheduled(plan)
         works = [work] if isinstance(work, Work) else list(work)
+        if self._is_v1:
+            return self._step_of_v1(output, plan, works, forward, draft, between)
         if not plan.forward:
             return _receipts(self._runner.no_forward(output).kv_connector_output)
         batch = SimpleNamespace(idx_mapping=None, req_ids=[], num_tokens=1)
         if forward is Forward.FULL_GRAPH:
-            self._runner.pre_forward(output, batch, attn_metadata={})
-            for name in self.layers:
-                self._launch(name, works[0])
+            # Of several micro-batches there is no metadata that they share.
+            metadata = self._metadata() if len(works) == 1 else None
+            self._runner.pre_forward(output, batch, attn_metadata=metadata)
+            self._replay(works)
         else:
-            with self._context():
+            with self._context(forward):
                 self._runner.pre_forward(output, batch)
-                if forward is Forward.MICRO_BATCHES:
-                    self._micro_batches(works, between)
-                else:
-                    self._model(self.layers, works[0])
+                self._forward(works, forward, between)
         self._runner.finish_forward()
         return self._sample_tokens(output, draft)
 
@@ -251,6 +256,32 @@ class Worker:
             finished_req_ids=set(),
         )
 
+    def _step_of_v1(
+        self,
+        output: Any,
+        plan: StepPlan,
+        works: Sequence[Work],
+        forward: Forward,
+        draft: Work,
+        between: Callable[[], None],
+    ) -> list[TransferReceipt]:
+        mixin = KVConnectorModelRunnerMixin
+        self.lamina.handle_preemptions(output.kv_connector_metadata)
+        if not plan.forward:
+            result = mixin.kv_connector_no_forward(output, self._config)
+            return _receipts(result.kv_connector_output)
+        drafts = self._config.speculative_config is not None
+        with (
+            self._context(forward),
+            mixin.maybe_get_kv_connector_output(output, defer_finalize=drafts) as result,
+        ):
+            self._forward(works, forward, between)
+        if drafts:
+            with self._context():
+                self._model(self.drafts, draft)
+            mixin.finalize_kv_connector()
+        return _receipts(result)
+
     def _sample_tokens(self, output: Any, draft: Work) -> list[TransferReceipt]:
         """The end of the step: drafts before it in vLLM 0.32, in the middle of it in 0.33."""
         finished = output.finished_req_ids
@@ -265,6 +296,21 @@ class Worker:
             self._model(self.drafts, draft)
         self._runner.finalize_step()
         return _receipts(result)
+
+    def _forward(
+        self, works: Sequence[Work], forward: Forward, between: Callable[[], None]
+    ) -> None:
+        if forward is Forward.FULL_GRAPH:
+            self._replay(works)
+        elif forward is Forward.MICRO_BATCHES:
+            self._micro_batches(works, between)
+        else:
+            self._model(self.layers, works[0])
+
+    def _replay(self, works: Sequence[Work]) -> None:
+        for name in self.layers:
+            for work in works:
+                self._launch(name, work)
 
     def _micro_batches(self, works: Sequence[Work], between: Callable[[], None]) -> None:
         """Two threads, each with the forward context, that hand over after every layer."""
@@ -310,10 +356,19 @@ class Worker:
 
         self.compute.launch(kernel)
 
-    def _context(self) -> Any:
-        names = (*self.layers, *self.drafts)
-        metadata = dict.fromkeys(names, object())
-        return set_forward_context(metadata, self._config, slot_mapping={})
+    def _metadata(self) -> dict[str, object]:
+        return dict.fromkeys((*self.layers, *self.drafts), object())
+
+    def _context(self, forward: Forward = Forward.EAGER) -> Any:
+        full = forward is Forward.FULL_GRAPH
+        return set_forward_context(
+            self._metadata(),
+            self._config,
+            num_tokens=1,
+            cudagraph_runtime_mode=CUDAGraphMode.FULL if full else CUDAGraphMode.NONE,
+            batch_descriptor=BatchDescriptor(1),
+            slot_mapping={},
+        )
 
     def _allocate(self) -> tuple[KVCacheConfig, dict[str, torch.Tensor]]:
         spec = FullAttentionSpec(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.forward_context import ForwardContext
 
 from lamina_kv.engines.vllm.connector import LaminaConnector
 from lamina_kv.engines.vllm.messages import LaminaPlan
@@ -25,7 +26,7 @@ class Worker:
 
     def begin_step(self, plan: LaminaPlan) -> None: ...
 
-    def start_loads(self) -> None: ...
+    def start_loads(self, *, layers_call: bool) -> None: ...
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def run(worker: Worker, *, fails: bool) -> None:
     connector._order, connector._worker = StepOrder(), worker
     connector.handle_preemptions(LaminaPlan(StepPlan(1)))
     try:
-        connector.start_load_kv(None)
+        connector.start_load_kv(ForwardContext({}, {}, {}))
         if fails:
             raise ValueError("the forward")
     finally:

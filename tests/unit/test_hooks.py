@@ -224,18 +224,31 @@ def compilation(mode: str, *, cut: bool = True) -> Any:
         ("NONE", False, False),
         ("PIECEWISE", True, False),
         ("PIECEWISE", False, True),
-        ("FULL", True, True),
-        ("FULL_DECODE_ONLY", True, True),
-        ("FULL_AND_PIECEWISE", True, True),
+        ("FULL", False, False),
+        ("FULL_DECODE_ONLY", False, False),
+        ("FULL_AND_PIECEWISE", True, False),
+        ("FULL_AND_PIECEWISE", False, True),
     ],
 )
-def test_graphs_that_hold_attention_hide_its_hooks(
+def test_pieces_of_graphs_that_hold_attention_hide_its_hooks(
     mode: str, cut: bool, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH", raising=False)
-    assert hooks.graphs_hide_hooks(compilation(mode, cut=cut)) is hidden
+    assert hooks.pieces_hide_hooks(compilation(mode, cut=cut)) is hidden
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("NONE", True), ("PIECEWISE", True), ("FULL", False)])
+def test_a_forward_calls_hooks_unless_it_is_one_graph(mode: str, calls: bool) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, ForwardContext
+
+    batch = BatchDescriptor(1)
+    kind = CUDAGraphMode[mode]
+    context = ForwardContext({}, {}, {}, cudagraph_runtime_mode=kind, batch_descriptor=batch)
+    assert hooks.forward_calls_hooks(context) is calls
+    assert not hooks.forward_calls_hooks(ForwardContext({}, {}, {}))  # V2 makes it up
 
 
 def test_graphs_that_are_broken_at_attention_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
-    assert not hooks.graphs_hide_hooks(compilation("PIECEWISE", cut=False))
+    assert not hooks.pieces_hide_hooks(compilation("PIECEWISE", cut=False))

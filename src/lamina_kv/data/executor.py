@@ -262,15 +262,19 @@ class Executor:
         if written := [order for order in plan.saves if not order.overwritten]:
             self._saves = self._make_saves(written, plan)
 
-    def start_loads(self) -> None:
+    def start_loads(self, *, layers_call: bool = True) -> None:
         """Submit the first rows of the step's loads; call right before the forward.
+
+        Args:
+            layers_call: whether layers of this step call :meth:`wait_layer`. They do not where the
+                step replays one graph of the whole model: that is ordered behind all rows then.
 
         Raises:
             LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
             RuntimeError: if there is no host memory to load from.
         """
         with self._failing_on_stop():
-            self._loads.start()
+            self._loads.start(layers_call=layers_call)
 
     def wait_layer(self, layer: str) -> None:
         """Return when the row of ``layer`` may be read; at once if nothing is loaded, or if the

@@ -1,8 +1,10 @@
 """The load of a step, as the engine's layers see it.
 
-Every layer waits for its row. A model with layers that do not call has all rows loaded before its
-forward (:meth:`StepLoads.load_before_forward`). A layer that was to wait and did not has read rows
-that nobody knows to have been there: then nothing of the step is kept, and the engine has to stop.
+Every layer waits for its row. Where layers cannot call, all rows are loaded before the forward: in
+a model with layers that never do (:meth:`StepLoads.load_before_forward`), and in a step that
+replays one graph of the whole model (:meth:`StepLoads.start`). A layer that was to wait and did not
+has read rows that nobody knows to have been there: then nothing of the step is kept, and the engine
+has to stop.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class StepLoads:
         self._is_started = False
         self._forward = True
         self._layers_wait = True
+        self._must_call = True
         self._order: Mapping[str, int] | None = None
         self._called: set[str] = set()
         self.stopped: RuntimeError | None = None
@@ -70,15 +73,21 @@ class StepLoads:
         if self.stopped is not None:
             raise self.stopped
         self._forward = forward
+        self._must_call = True
         self._called.clear()
 
     def add(self, run: LoadRun) -> None:
         """The step's loads."""
         self._run, self._is_started = run, False
 
-    def start(self) -> None:
+    def start(self, *, layers_call: bool = True) -> None:
         """Submit the first rows; right before the forward, because engines prepare blocks (zero,
         copy) once a step has begun.
+
+        Args:
+            layers_call: whether layers of this step call :meth:`wait_layer`. If not, the forward
+                comes after all rows: the device orders that where it can, and the host waits for
+                launches only.
 
         Raises:
             LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
@@ -90,7 +99,8 @@ class StepLoads:
             # it. That takes its time, and no copy is late because of it.
             self._run.await_near()
             self._run.start(self._mover.fence_compute())
-        if not self._layers_wait:
+        self._must_call = self._layers_wait and layers_call
+        if not self._must_call:
             self._wait_all()
 
     def wait_layer(self, layer: str) -> None:
@@ -116,7 +126,7 @@ class StepLoads:
         Raises:
             LoadStuck: as :meth:`wait_layer` does.
         """
-        if self._run is not None and self._forward and self._layers_wait and not blameless:
+        if self._run is not None and self._forward and self._must_call and not blameless:
             self._check_called(self._run)
         self._wait_all()
         run, self._run = self._run, None

@@ -35,6 +35,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lamina_kv.config import load_config
 from lamina_kv.engines.vllm import layout
+from lamina_kv.engines.vllm.hooks import forward_calls_hooks
 from lamina_kv.engines.vllm.idle import IdleScheduler, IdleWorker, why_idle
 from lamina_kv.engines.vllm.messages import LaminaPlan
 from lamina_kv.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
@@ -138,10 +139,9 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Layer hooks do not run inside a full graph. Without layerwise loads they need not:
-        rows that no hook announced are saved at the end of the step."""
-        load = extra_config.get("load")
-        return not (isinstance(load, dict) and load.get("mode") == "parked")
+        """A full graph calls no hooks of layers, and needs none: it comes after the loads of its
+        step, and what it has written is saved at the end of the step."""
+        return False
 
     # -- worker --------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: object) -> None:
         """Right before the forward if the step has layerwise loads, else after it."""
         self._order.makes(Call.START)
-        self._on_worker.start_loads()
+        self._on_worker.start_loads(layers_call=forward_calls_hooks(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Before a layer reads its cache."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import CompilationConfig, CUDAGraphMode
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 
 _CALLING = (Attention.forward, MLAAttention.forward)
@@ -70,16 +70,27 @@ def _calls(layer: Any) -> bool:
     return not overridden and getattr(type(layer), "forward", None) in _CALLING
 
 
-def graphs_hide_hooks(compilation: CompilationConfig) -> bool:
-    """Whether CUDA graphs of this configuration hold attention, so that no hook runs when they are
-    replayed. Asked once the graph mode is resolved: vLLM's fusion of attention and quantisation
-    makes full graphs after a connector has asked for none.
+def forward_calls_hooks(context: ForwardContext) -> bool:
+    """Whether the forward that is about to run calls hooks of layers, as far as the runner knows.
+    It does unless it replays one CUDA graph of the whole model.
+
+    Args:
+        context: as vLLM hands it to ``start_load_kv``. V1's says what runs. V2 replays a full graph
+            outside of any forward context, and makes an empty one up for that call; one of a batch
+            describes it (``v1/worker/gpu/kv_connector.py``, ``v1/worker/gpu/model_runner.py``).
+    """
+    full = context.cudagraph_runtime_mode is CUDAGraphMode.FULL
+    return context.batch_descriptor is not None and not full
+
+
+def pieces_hide_hooks(compilation: CompilationConfig) -> bool:
+    """Whether pieces of CUDA graphs hold attention in this configuration, so that no hook runs when
+    they are replayed, and :func:`forward_calls_hooks` does not tell. Asked once the graph mode is
+    resolved: vLLM's fusion of attention and quantisation changes it late.
     """
     mode = compilation.cudagraph_mode
-    if mode is None or mode == CUDAGraphMode.NONE:
+    if mode is None or not mode.has_piecewise_cudagraphs():
         return False
-    if mode.has_full_cudagraphs():
-        return True
     # A piece of the graph may hold attention, unless graphs are broken there.
     cut = compilation.is_attention_compiled_piecewise() or envs.VLLM_USE_BREAKABLE_CUDAGRAPH
     return not cut

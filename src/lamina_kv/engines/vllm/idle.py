@@ -72,7 +72,7 @@ class IdleWorker:
     def begin_step(self, message: LaminaPlan) -> None:
         """The plan is empty."""
 
-    def start_loads(self) -> None:
+    def start_loads(self, *, layers_call: bool) -> None:
         """There are none."""
 
     def collect(self) -> KVConnectorTransferResults:

@@ -23,7 +23,7 @@ from lamina_kv.data.push_wire import PushIdentity
 from lamina_kv.data.replicas import Replicas
 from lamina_kv.engines.vllm import layout, processor
 from lamina_kv.engines.vllm.arrangement import arrangement
-from lamina_kv.engines.vllm.hooks import graphs_hide_hooks, hook_recurrent_layers, silent_layers
+from lamina_kv.engines.vllm.hooks import hook_recurrent_layers, pieces_hide_hooks, silent_layers
 from lamina_kv.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina_kv.engines.vllm.namespace import arranged, build_namespace
 from lamina_kv.engines.vllm.wire import open_wire, rank_card
@@ -116,9 +116,13 @@ class WorkerSide:
         self._asked |= message.asks
         self.executor.begin_step(message.plan)
 
-    def start_loads(self) -> None:
-        """Right before the forward, if the step has layerwise loads."""
-        self.executor.start_loads()
+    def start_loads(self, *, layers_call: bool) -> None:
+        """Right before the forward, if the step has layerwise loads.
+
+        Args:
+            layers_call: whether the forward calls hooks of layers.
+        """
+        self.executor.start_loads(layers_call=layers_call)
 
     def collect(self) -> KVConnectorTransferResults:
         """Parked loads that are over. What else there is to say follows in :meth:`words`. vLLM
@@ -188,8 +192,8 @@ class WorkerSide:
         if silent:
             more = f" and {len(silent) - 4} more" if silent[4:] else ""
             reason = f"layers {', '.join(silent[:4])}{more} do not call KV connectors"
-        elif graphs_hide_hooks(compilation):
-            reason = f"CUDA graphs ({compilation.cudagraph_mode.name}) hold this model's attention"
+        elif pieces_hide_hooks(compilation):
+            reason = "pieces of CUDA graphs hold this model's attention"
         if reason:
             executor.load_before_forward()
             if self._config.load.mode != "parked":
