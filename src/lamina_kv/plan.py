@@ -454,6 +454,25 @@ class TierReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NearSlots:
+    """How much of a near tier a rank can copy to and from. A GPU wants it pinned, which takes a
+    while, and may end before all of it is.
+
+    Attributes:
+        ready: slots, from the first one on, that may be used by now.
+        most: slots that may be used in the end.
+    """
+
+    ready: int
+    most: int
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this stays so."""
+        return self.ready == self.most
+
+
+@dataclass(frozen=True, slots=True)
 class RankReport:
     """A rank's first word to control: what tiers it has and what is already in them.
 
@@ -463,6 +482,7 @@ class RankReport:
         chunk_bytes: bytes of one chunk on this rank.
         tiers: its far tiers, in the order of the configuration; none of a rank that follows.
         follows: whether its near tier is another rank's, which keeps the same bytes for both.
+        near: how many of the near slots may be used; None for all. Receipts say what changes.
     """
 
     rank: int
@@ -470,6 +490,7 @@ class RankReport:
     chunk_bytes: int
     tiers: tuple[TierReport, ...] = ()
     follows: bool = False
+    near: NearSlots | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,8 +501,15 @@ class Receipt:
         rank: the rank.
         transfers: in the order in which they happened.
         queued: pieces of work that no thread of the rank has taken up yet.
+        near: how many near slots may be used; None if that is as it was.
     """
 
     rank: int
     transfers: tuple[TransferReceipt, ...] = ()
     queued: int = 0
+    near: NearSlots | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing that control has to know."""
+        return not self.transfers and self.near is None

@@ -333,6 +333,11 @@ class SimulatedDevice(Device[SimulatedStream]):
         self._pinned.add(memory)
         return memory
 
+    @property
+    def numa_node(self) -> int | None:
+        """See :class:`~lamina_kv.data.movers.device.Device`."""
+        return None
+
     def register(self, address: int, length: int) -> None:
         """See :class:`~lamina_kv.data.movers.device.Device`."""
         if self.pins is not None and not self.pins.acquire(timeout=30):

@@ -20,6 +20,7 @@ from lamina_kv.plan import (
     ChunkKey,
     LoadOrder,
     Move,
+    NearSlots,
     Outcome,
     RankReport,
     Receipt,
@@ -108,6 +109,7 @@ class Engine:
         extra: the configuration; a far tier is added if there are slots for it.
         ranks: how many ranks there are.
         near_slots: slots of the near tier.
+        near_ready: of these, how many every rank may use at the start; None for all.
         far_slots: slots of the far tier; 0 for none.
         far: more keys of the far tier's configuration.
         stored: what the far tier holds, by slot; one mapping for all ranks, or one for each.
@@ -122,6 +124,7 @@ class Engine:
         *,
         ranks: int = 1,
         near_slots: int = 100,
+        near_ready: int | None = None,
         far_slots: int = 0,
         far: Mapping[str, object] | None = None,
         stored: Mapping[int, ChunkKey] | Sequence[Mapping[int, ChunkKey]] = (),
@@ -150,12 +153,23 @@ class Engine:
                 return tuple(tiers)
             return (TierReport(FAR, far_slots, stored_chunks(held[rank], keys=rank == 0)),)
 
+        ready = near_slots if near_ready is None else near_ready
+        reports = [
+            RankReport(
+                rank,
+                near_slots,
+                CHUNK_BYTES,
+                tiers_of(rank),
+                near=NearSlots(ready, near_slots),
+            )
+            for rank in range(ranks)
+        ]
         self.planner = Planner(
             load_config(settings, {}),
             shape or ChunkShape.uniform(BLOCK, CHUNK),
             NAMESPACE,
             self.pool,
-            [RankReport(rank, near_slots, CHUNK_BYTES, tiers_of(rank)) for rank in range(ranks)],
+            reports,
             self.meter,
             leases_loads=leases_loads,
             recomputes=recomputes,
@@ -205,6 +219,10 @@ class Engine:
                 for transfer in transfers
             )
             self.planner.receive([Receipt(rank, items)])
+
+    def pin(self, ready: int, most: int, rank: int = 0) -> None:
+        """A rank may use so many near slots by now, and so many in the end."""
+        self.planner.receive([Receipt(rank, near=NearSlots(ready, most))])
 
     def lookup(self, view: View, floor: int = 0, **given: Any) -> Offer:
         """Look a request up until it need not ask again; what it waits for comes near."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from lamina_kv.engines.vllm import worker_side
 from lamina_kv.engines.vllm.connector import LaminaConnector
 from lamina_kv.engines.vllm.worker_side import WorkerSide
 
@@ -30,10 +31,13 @@ def test_a_connector_that_was_shut_down_is_no_second_one() -> None:
     connector_of(cache)
 
 
-def test_a_worker_that_shuts_down_closes_its_tiers() -> None:
-    """They write what is still to be written, and give back their locks."""
+def test_a_worker_that_shuts_down_closes_its_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write what is still to be written, and give back their locks. Only in a process of
+    vLLM's own, which ends with it, is pinned memory left to the end."""
     side: Any = object.__new__(WorkerSide)
-    closed: list[str] = []
-    side._executor = SimpleNamespace(close=lambda: closed.append("executor"))
+    closed: list[bool] = []
+    side._executor = SimpleNamespace(close=lambda *, process_ends: closed.append(process_ends))
     side.close()
-    assert closed == ["executor"]
+    monkeypatch.setattr(worker_side, "parent_process", lambda: "an API server")
+    side.close()
+    assert closed == [False, True]

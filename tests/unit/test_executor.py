@@ -28,6 +28,7 @@ from lamina_kv.plan import (
     LoadMode,
     LoadOrder,
     Move,
+    NearSlots,
     Outcome,
     PageMap,
     SaveOrder,
@@ -64,12 +65,17 @@ class FlakyMover(CpuMover):
     Attributes:
         bad_row: a row that cannot be loaded.
         pinning: near memory is not fit for copies before it is set.
+        pinned: how many near slots are fit for copies; None for all.
         stall: a load that has begun does not end before it is set.
     """
 
     bad_row = -1
     pinning: threading.Event | None = None
+    pinned: NearSlots | None = None
     stall: threading.Event | None = None
+
+    def near_slots(self, near: NearSlab) -> NearSlots:
+        return self.pinned or super().near_slots(near)
 
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         if self.pinning is not None:
@@ -583,6 +589,18 @@ def test_a_chunk_goes_out_and_comes_back_to_another_slot(rank: Rank) -> None:
     rank.run(StepPlan(0, loads=(load(4, (11, 5), slot=8),)))
     rank.settle(1)
     assert rank.pages((11, 5)) == expected
+
+
+def test_control_learns_how_much_of_near_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlakyMover, "pinned", NearSlots(2, 10))
+    rank = Rank()
+    assert rank.executor.report().near == NearSlots(2, 10)
+    assert rank.executor.collect().receipt.is_empty
+    for now in (NearSlots(5, 10), NearSlots(7, 7)):
+        rank.mover.pinned = now
+        assert rank.executor.collect().receipt.near == now
+        assert rank.executor.collect().receipt.is_empty, "once said it is known"
+    rank.executor.close()
 
 
 def test_what_is_dropped_is_gone(rank: Rank) -> None:

@@ -5,21 +5,28 @@ and made resident behind the scenes, from the first slots on.
 from __future__ import annotations
 
 import gc
+import itertools
+import logging
 import mmap
 import os
 import platform
+import re
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from lamina_kv.data.movers import Fence, Mover, make_mover
-from lamina_kv.data.movers.host_memory import HostMemory, populate
+from lamina_kv.data import numa
+from lamina_kv.data.movers import Fence, Mover, host_memory, make_mover, populating
+from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.near import NearSlab
+from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry, Row
 
 PAGE, BLOCKS, PER_SLOT, SLOTS = 256, 16, 4, 5
@@ -261,85 +268,228 @@ def test_host_memory_of_no_size_is_refused(mover: Mover, size: int) -> None:
         mover.allocate_host(size)
 
 
-def test_host_memory_is_committed_once_in_order_and_whole() -> None:
-    pieces: list[tuple[int, int]] = []
-    memory = HostMemory(10_000, 4096, lambda address, length: pieces.append((address, length)))
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Host memory is made resident and pinned in steps of a page."""
+    monkeypatch.setattr(populating, "PIECE", mmap.PAGESIZE)
+    for step in ("FIRST_STEP", "LARGEST_STEP"):
+        monkeypatch.setattr(host_memory, step, mmap.PAGESIZE)
+    return mmap.PAGESIZE
+
+
+class Pins:
+    """Pins memory for a device that is not there.
+
+    Attributes:
+        held: bytes of each range that is pinned, by where it begins.
+        let_go: where ranges began that were unpinned.
+        allowed: how many ranges may still be pinned; None for any number.
+        turns: what each range waits for; None for nothing.
+    """
+
+    def __init__(
+        self, allowed: int | None = None, turns: threading.Semaphore | None = None
+    ) -> None:
+        self.held: dict[int, int] = {}
+        self.let_go: list[int] = []
+        self.allowed = allowed
+        self.turns = turns
+        self.begun = threading.Semaphore(0)
+
+    def register(self, address: int, length: int) -> None:
+        self.begun.release()
+        assert self.turns is None or self.turns.acquire(timeout=30)
+        if self.allowed == len(self.held):
+            raise RuntimeError("out of memory")
+        self.held[address] = length
+
+    def unregister(self, address: int) -> None:
+        del self.held[address]
+        self.let_go.append(address)
+
+
+def test_host_memory_is_resident_before_it_is_pinned_once_in_order_and_whole(
+    pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many threads make it resident, and in whichever order they are done."""
+    resident: set[int] = set()
+    late, size = threading.Event(), 8 * pieces - 100
+
+    def populate(address: int, length: int) -> None:
+        start = address - memory.tensor.data_ptr()
+        assert start + length <= size
+        if start == 2 * pieces:
+            assert late.wait(30)
+        resident.add(start)
+        if start == 7 * pieces:
+            late.set()
+
+    class InOrder(Pins):
+        def register(self, address: int, length: int) -> None:
+            start = address - memory.tensor.data_ptr()
+            assert start in resident, "pinning it faults it in, on one core"
+            super().register(address, length)
+
+    ready = threading.Event()
+    monkeypatch.setattr(populating, "populate", lambda *piece: (ready.wait(30), populate(*piece)))
+    pins = InOrder()
+    memory = HostMemory(size, pinner=pins, populators=3)
+    ready.set()
     memory.wait()
     base = memory.tensor.data_ptr()
-    assert pieces == [(base, 4096), (base + 4096, 4096), (base + 8192, 1808)]
+    expected = {base + i * pieces: min(pieces, size - i * pieces) for i in range(8)}
+    assert list(pins.held.items()) == list(expected.items())
+    assert list(memory.pins) == [i * pieces for i in range(8)]
+    assert resident == {i * pieces for i in range(8)}
+    memory.close()
 
 
-def test_host_memory_is_given_before_it_is_committed_and_closing_stops_at_the_next_piece() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    pieces: list[int] = []
+def test_steps_grow_while_the_driver_is_quick_and_shrink_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, seconds = 0.0, {1: 0.0, 2: 0.015, 4: 0.5}  # of one call, by its pages
+    page = mmap.PAGESIZE
 
-    def commit(_: int, length: int) -> None:
-        pieces.append(length)
-        begun.set()
-        assert go_on.wait(30)
+    class Slow(Pins):
+        def register(self, address: int, length: int) -> None:
+            nonlocal clock
+            clock += seconds[length // page]
+            super().register(address, length)
 
-    memory = HostMemory(4 << 30, 1 << 30, commit)
-    assert begun.wait(30)
-    closer = threading.Thread(target=memory.close)
-    closer.start()
-    assert memory._closing.wait(30)
-    assert closer.is_alive()
-    go_on.set()
-    closer.join(30)
-    assert pieces == [1 << 30]
-    with pytest.raises(RuntimeError, match="closed"):
-        memory.wait()
+    monkeypatch.setattr(host_memory, "FIRST_STEP", page)
+    monkeypatch.setattr(host_memory, "LARGEST_STEP", 4 * page)
+    monkeypatch.setattr(host_memory, "time", SimpleNamespace(perf_counter=lambda: clock))
+    pins = Slow()
+    memory = HostMemory(7 * page, pinner=pins)
+    memory.wait()
+    assert [length // page for length in pins.held.values()] == [1, 2, 2, 2]
+    seconds[2] = 0.0
+    pins = Slow()
+    memory = HostMemory(10 * page, pinner=pins)
+    memory.wait()
+    assert [length // page for length in pins.held.values()] == [1, 2, 4, 2, 1]
 
 
-def test_the_first_bytes_are_waited_for_alone() -> None:
-    begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
-
-    def commit(_: int, __: int) -> None:
-        begun.release()
-        assert go_on.acquire(timeout=30)
-
-    memory = HostMemory(3 * 4096, 4096, commit)
-    assert begun.acquire(timeout=30)
+def test_the_first_bytes_are_waited_for_alone(pieces: int) -> None:
+    pins = Pins(turns=threading.Semaphore(0))
+    memory = HostMemory(3 * pieces, pinner=pins)
+    assert pins.begun.acquire(timeout=30)
     memory.wait(0)
-    waiter = threading.Thread(target=memory.wait, args=(4097,))
+    waiter = threading.Thread(target=memory.wait, args=(pieces + 1,))
     waiter.start()
-    go_on.release()
-    assert begun.acquire(timeout=30)
-    memory.wait(4096)
+    pins.turns.release()
+    assert pins.begun.acquire(timeout=30)
+    memory.wait(pieces)
     assert waiter.is_alive(), "the second piece is not there"
-    go_on.release()
+    assert (memory.ready, memory.most) == (pieces, 3 * pieces)
+    pins.turns.release()
     waiter.join(30)
     assert not waiter.is_alive()
-    go_on.release()
+    pins.turns.release()
     memory.wait()
+    memory.close()
 
 
-def test_what_was_committed_before_an_error_stays_usable() -> None:
-    def commit(address: int, _: int) -> None:
-        if address != memory.tensor.data_ptr():
+def test_closing_stops_at_the_next_range_and_unpins_what_there_is(pieces: int) -> None:
+    pins = Pins(turns=threading.Semaphore(0))
+    memory = HostMemory(1 << 30, pinner=pins)
+    assert pins.begun.acquire(timeout=30)
+    closer = threading.Thread(target=memory.close)
+    closer.start()
+    closer.join(0.01)
+    assert closer.is_alive(), "the driver is still at it"
+    pins.turns.release()
+    closer.join(30)
+    assert not pins.held
+    assert pins.let_go == [memory.tensor.data_ptr()]
+    with pytest.raises(RuntimeError, match="closed"):
+        memory.wait()
+    memory.close()
+    assert len(pins.let_go) == 1
+
+
+def test_who_ends_with_its_memory_leaves_the_pinning_to_the_end(pieces: int) -> None:
+    pins = Pins()
+    memory = HostMemory(4 * pieces, pinner=pins)
+    memory.wait()
+    mapping = weakref.ref(memory._mapping)
+    memory.close(process_ends=True)
+    del memory
+    gc.collect()
+    assert not pins.let_go
+    assert mapping() is not None, "pinned pages would outlive their addresses"
+    host_memory._kept.remove(mapping())
+
+
+@pytest.mark.parametrize(
+    ("allowed", "says"),
+    [(2, r"only 8192 of 16384 .*out of memory.*smaller.*host\.capacity"), (0, r"tier is off")],
+)
+def test_what_cannot_be_pinned_is_said_once_and_the_rest_stays_usable(
+    pieces: int, caplog: pytest.LogCaptureFixture, allowed: int, says: str
+) -> None:
+    pins = Pins(allowed)
+    memory = HostMemory(4 * 4096, pinner=pins)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=says):
+            memory.wait()
+    memory.wait(allowed * pieces)
+    assert (memory.ready, memory.most) == (allowed * pieces, allowed * pieces)
+    (record,) = caplog.records
+    assert re.search(says, record.message)
+    memory.close()
+    assert len(pins.let_go) == allowed
+
+
+def test_what_cannot_be_made_resident_is_said_and_not_pinned(
+    pieces: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def populate(_: int, __: int) -> None:
+        if next(number) == 2:
             raise OSError("no more memory")
 
-    with pytest.MonkeyPatch.context() as patch:  # the thread begins when the memory has a name
-        started: list[Callable[[], None]] = []
-        patch.setattr(threading.Thread, "start", lambda thread: started.append(thread.run))
-        memory = HostMemory(2 * 4096, 4096, commit)
-    started[0]()
-    memory.wait(4096)
-    with pytest.raises(RuntimeError, match="no more memory"):
-        memory.wait(4097)
-
-
-def test_host_memory_that_cannot_be_committed_says_which_key_to_change() -> None:
-    def commit(_: int, __: int) -> None:
-        raise OSError("no memory")
-
-    memory = HostMemory(4096, 4096, commit)
-    with pytest.raises(RuntimeError, match=r"no memory.*host\.capacity"):
+    number = itertools.count()
+    monkeypatch.setattr(populating, "populate", populate)
+    pins = Pins()
+    memory = HostMemory(4 * 4096, pinner=pins, populators=1)
+    with pytest.raises(RuntimeError, match=r"only 8192 of 16384 .*no more memory"):
         memory.wait()
+    assert len(pins.held) == 2
+    assert len(caplog.records) == 1
+    memory.close()
+
+
+def test_memory_of_the_devices_node_is_asked_for_before_it_is_touched(
+    pieces: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def prefer(*wanted: int) -> None:
+        asked.append(wanted)
+        assert not touched.is_set()
+        raise PermissionError("a container")
+
+    touched = threading.Event()
+    monkeypatch.setattr(numa, "prefer", prefer)
+    monkeypatch.setattr(numa, "cores_of", lambda node: frozenset({7}))
+    monkeypatch.setattr(populating, "populate", lambda *_: touched.set())
+    monkeypatch.setattr(host_memory, "usable_cores", lambda: frozenset({6, 7}))
+    chosen: list[frozenset[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: chosen.append(cores))
+    memory = HostMemory(2 * pieces, node=1, populators=2)
+    memory.wait()
+    assert asked == [(memory.tensor.data_ptr(), 2 * pieces, 1)]
+    assert chosen == [{7}] * 3, "who touches it first is there, whether or not it was refused"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    file = MemoryFile.create()
+    file.map(pieces, writable=True)
+    HostMemory(pieces, file=file, node=1).wait()
+    assert len(asked) == 1, "it is where its first process has put it"
+    file.close()
 
 
 def test_host_memory_knows_its_own() -> None:
-    memory = HostMemory(8192, 4096, lambda _, __: None)
+    memory = HostMemory(8192)
     assert memory.holds(memory.tensor[:10])
     assert memory.holds(memory.tensor[8191:])
     assert not memory.holds(torch.zeros(10, dtype=torch.uint8))
@@ -347,7 +497,7 @@ def test_host_memory_knows_its_own() -> None:
 
 def test_a_forked_child_that_drops_its_parents_memory_keeps_its_own() -> None:
     size = 64 << 20
-    memory = HostMemory(size, size, lambda _, __: None)
+    memory = HostMemory(size)
     memory.close()
     child = os.fork()
     if not child:
@@ -373,7 +523,7 @@ def test_populating_makes_memory_resident() -> None:
 
     size = 64 << 20
     before = resident()
-    memory = HostMemory(size, size, populate)
+    memory = HostMemory(size, populators=2)
     memory.wait()
     assert resident() - before > 0.9 * size
     assert int(memory.tensor[:: mmap.PAGESIZE].count_nonzero()) == 0

@@ -20,19 +20,21 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from lamina_kv.data.movers import cuda as cuda_module
+from lamina_kv.data import numa
+from lamina_kv.data.movers import host_memory
 from lamina_kv.data.movers.base import Fence, Pairs
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import TorchDevice, TorchEvent
 from lamina_kv.data.movers.row_table import RowRange, RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.plan import NearSlots
 from simulator.device import SimulatedDevice, SimulatedEvent, SimulatedStream
 
 PAGE, STRIDE, BLOCKS = 64, 96, 8
@@ -56,7 +58,8 @@ def engine() -> torch.Tensor:
 
 @pytest.fixture
 def device(engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    monkeypatch.setattr(cuda_module, "PIN_PIECE", 4096)
+    monkeypatch.setattr(host_memory, "FIRST_STEP", 4096)
+    monkeypatch.setattr(host_memory, "LARGEST_STEP", 4096)
     return SimulatedDevice([engine], Random(0))
 
 
@@ -288,8 +291,53 @@ class Event:
         return 250.0
 
 
+class Library:
+    """The driver's library.
+
+    Attributes:
+        asked: the functions that were called.
+        shares_addresses: what it says of pinned memory.
+        code: what it returns.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.shares_addresses = True
+        self.code = 0
+        self.cuThreadExchangeStreamCaptureMode = self._capture_mode
+        self.cuDeviceGet = self._device
+        self.cuDeviceGetAttribute = self._attribute
+        self.cuDeviceGetPCIBusId = self._address
+
+    def _called(self, name: str) -> int:
+        self.asked.append(name)
+        return self.code
+
+    def _capture_mode(self, mode: Any) -> int:
+        assert mode._obj.value == 2
+        return self._called("capture mode")
+
+    def _device(self, device: Any, ordinal: ctypes.c_int) -> int:
+        device._obj.value = 10 + ordinal.value
+        return self._called("device")
+
+    def _attribute(self, value: Any, which: ctypes.c_int, device: ctypes.c_int) -> int:
+        assert (which.value, device.value) == (91, 10)
+        value._obj.value = self.shares_addresses
+        return self._called("attribute")
+
+    def _address(self, text: Any, length: ctypes.c_int, device: ctypes.c_int) -> int:
+        assert (length.value, device.value) == (16, 10)
+        text.value = b"0000:3B:00.0"
+        return self._called("address")
+
+
 class Torch:
-    """What torch was asked for, in order."""
+    """What torch was asked for, in order.
+
+    Attributes:
+        library: the driver's.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[object, ...]] = []
@@ -298,7 +346,7 @@ class Torch:
         runtime = SimpleNamespace(
             cudaHostRegister=self._call("register"), cudaHostUnregister=self._call("unregister")
         )
-        driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=self._call("capture mode"))
+        self.library = Library()
         for name, fake in {
             "Stream": Stream,
             "Event": Event,
@@ -311,7 +359,7 @@ class Torch:
         }.items():
             patch.setattr(torch.cuda, name, fake)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-        patch.setattr(ctypes, "CDLL", lambda _: driver)
+        patch.setattr(ctypes, "CDLL", lambda _: self.library)
         fake_kernel = SimpleNamespace(copy_pages=self._call("copy"))
         patch.setitem(sys.modules, PAGE_COPY, fake_kernel)
 
@@ -382,11 +430,55 @@ def test_memory_is_pinned_beside_a_capture_of_graphs(fake: Torch) -> None:
     device.register(4096, 8192)
     device.unregister(4096)
     names = [name for name, *_ in fake.log]
-    assert names == ["choose", "capture mode", "register", "device", "unregister", "no device"]
-    assert fake.log[2] == ("register", 4096, 8192, 0)
+    assert names == ["choose", "register", "device", "unregister", "no device"]
+    assert fake.log[1] == ("register", 4096, 8192, 0)
+    assert fake.library.asked == ["device", "attribute", "capture mode"]
     fake.code = 2
     with pytest.raises(RuntimeError, match="out of memory"):
         device.register(4096, 8192)
+    assert fake.library.asked[3:] == ["capture mode"], "the rest does not change"
+
+
+def test_memory_that_the_device_would_not_find_is_not_pinned(fake: Torch) -> None:
+    fake.library.shares_addresses = False
+    device = TorchDevice(CPU)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="WSL"):
+            device.register(4096, 8192)
+    assert not fake.log
+    assert fake.library.asked == ["device", "attribute"]
+
+
+def test_the_node_of_a_device_is_that_of_its_place_on_the_bus(
+    fake: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = tmp_path / "0000:3b:00.0"
+    place.mkdir()
+    monkeypatch.setattr(numa, "DEVICES", tmp_path)
+    assert TorchDevice(CPU).numa_node is None
+    for said, node in (("1", 1), ("-1", None), ("", None)):
+        (place / "numa_node").write_text(f"{said}\n")
+        assert TorchDevice(CPU).numa_node == node
+    fake.library.code = 3
+    assert TorchDevice(CPU).numa_node is None
+
+
+def test_control_may_use_the_slots_that_are_pinned(
+    device: SimulatedDevice, mover: CudaMover
+) -> None:
+    device.pins = threading.Semaphore(0)
+    near = slab(mover)
+    assert mover.near_slots(near) == NearSlots(0, SLOTS)
+    device.pins.release(2)
+    mover.await_near(near, np.array([3]))
+    assert mover.near_slots(near) == NearSlots(2, SLOTS)
+    device.pin_error = "out of memory"
+    device.pins.release()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mover.await_near(near, np.array([4]))
+    assert mover.near_slots(near) == NearSlots(2, 2)
+    mover.close(process_ends=True)
+    assert len(device.registered) == 2
 
 
 @pytest.fixture

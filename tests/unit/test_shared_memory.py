@@ -106,5 +106,5 @@ def test_another_size_is_refused_and_changes_nothing() -> None:
 def test_memory_that_no_machine_has_is_refused() -> None:
     file = MemoryFile.create()
     with pytest.raises(OSError, match=r"lower host\.capacity"):
-        HostMemory(1 << 46, 4096, lambda _, __: None, file)
+        HostMemory(1 << 46, file=file)
     file.close()

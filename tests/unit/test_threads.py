@@ -215,7 +215,7 @@ def test_every_thread_chooses_its_device_first(rank: Rank, device: Device) -> No
     names = {re.sub(r"-\d+$", "", thread.name) for thread in device.started}
     assert names == {
         "lamina-load", "lamina-save", "lamina-write-far", "lamina-read-far", "lamina-host-memory",
-        "lamina-push",
+        "lamina-populate", "lamina-push",
     }  # fmt: skip
     assert device.entered.count(device.started[0]) == 1
     assert set(device.entered) == set(device.started)

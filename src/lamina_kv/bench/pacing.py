@@ -13,6 +13,7 @@ from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
+from lamina_kv.plan import NearSlots
 
 
 class Link:
@@ -113,6 +114,10 @@ class PacedMover(Mover):
         """As the mover does."""
         return self._mover.allocate_host(size, file)
 
+    def near_slots(self, near: NearSlab) -> NearSlots:
+        """As the mover does."""
+        return self._mover.near_slots(near)
+
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         """As the mover does."""
         self._mover.await_near(near, near_pages)
@@ -125,6 +130,6 @@ class PacedMover(Mover):
         """As the mover does."""
         self._mover.hold_compute(fence)
 
-    def close(self) -> None:
+    def close(self, *, process_ends: bool = False) -> None:
         """As the mover does."""
-        self._mover.close()
+        self._mover.close(process_ends=process_ends)

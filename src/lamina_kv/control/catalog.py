@@ -191,6 +191,7 @@ def open_catalog(
         ValueError: if a tier of some rank is smaller than one chunk.
     """
     near = min(report.near_slots for report in reports)
+    ready = min([near, *(report.near.ready for report in reports if report.near is not None)])
     if near < 1:
         raise ValueError(f"{NEAR}.capacity: too small for {_one_chunk(reports)}")
     keeping = [report for report in reports if not report.follows]
@@ -203,7 +204,7 @@ def open_catalog(
         )
         for number, tier in enumerate(tiers)
     ]
-    return Catalog(SlotIndex(near, stored=False, clock=clock), far, readable)
+    return Catalog(SlotIndex(near, stored=False, clock=clock, ready=ready), far, readable)
 
 
 def _open_index(

@@ -78,7 +78,7 @@ class MovePlanner:
         self._fetches = Fetches(books)
         near = books.catalog.near
         near.lost_spared = self._lost
-        self._pins = Pins(near, max(1, near.capacity // LARGEST_SHARE))
+        self._pins = Pins(near, LARGEST_SHARE)
         self._longest = books.config.load.deadline
         self._turns = 0
         self._looks = 0  # that are left for the next plan

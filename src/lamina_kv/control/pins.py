@@ -14,15 +14,12 @@ class Pins(Container[ChunkKey]):
 
     Args:
         near: the near tier.
-        most: slots that pins may take.
-
-    Attributes:
-        most: as given.
+        share: pins take at most its slots divided by this, and one slot if there is any.
     """
 
-    def __init__(self, near: SlotIndex, most: int) -> None:
-        self.most = most
+    def __init__(self, near: SlotIndex, share: int) -> None:
         self._near = near
+        self._share = share
         self._wants: dict[ChunkKey, int] = {}  # requests that want each chunk
         self._slots: dict[ChunkKey, int] = {}  # leased, of those that are near
 
@@ -32,6 +29,12 @@ class Pins(Container[ChunkKey]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._wants
+
+    @property
+    def most(self) -> int:
+        """Slots that pins may take."""
+        capacity = self._near.capacity
+        return max(1, capacity // self._share) if capacity else 0
 
     def has_room(self, key: ChunkKey) -> bool:
         """Whether one more request may want a chunk."""

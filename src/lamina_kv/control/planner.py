@@ -43,7 +43,16 @@ from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.observe.traces import ServedRequest
-from lamina_kv.plan import NEAR, NO_PUSH, LoadMode, RankReport, Receipt, StepPlan, TierName
+from lamina_kv.plan import (
+    NEAR,
+    NO_PUSH,
+    LoadMode,
+    NearSlots,
+    RankReport,
+    Receipt,
+    StepPlan,
+    TierName,
+)
 from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.letters import Letter, News
 from lamina_kv.push.messages import Announce
@@ -129,6 +138,10 @@ class Planner:
             moved_bytes=sum(report.chunk_bytes for report in reports),
             keeping=len(keeping),
         )
+        self._near_slots = {
+            report.rank: report.near or NearSlots(report.near_slots, report.near_slots)
+            for report in reports
+        }
         self.costs = Costs(lambda: engine_clock.now, least=shape.chunk_tokens)
         self._prefills = PrefillTimer(self.costs, engine_clock)
         self._prompts = PromptMeter(meter, shape.chunk_tokens)
@@ -340,6 +353,8 @@ class Planner:
         tiers = self._moves.step()
         push = NO_PUSH if self._pushes is None else self._pushes.plan()
         outstanding = len(books.transfers) > 0 or self._push_pending
+        # Who waits for a near slot that is not there yet waits for a receipt, too.
+        outstanding |= books.catalog.near.grows and self._moves.has_work
         plan = StepPlan(
             step=clock.step,
             loads=tuple(self._loading.orders),
@@ -451,6 +466,8 @@ class Planner:
         books.clock.tick()
         for receipt in receipts:
             self._queued = receipt.queued
+            if receipt.near is not None:
+                self._note_near(receipt.rank, receipt.near)
             for item in receipt.transfers:
                 transfer = books.transfers.get(item.transfer)
                 if transfer is None or not transfer.apply(receipt.rank, item):
@@ -476,6 +493,13 @@ class Planner:
         for waited in waits.values():
             books.meter.observe("wait_seconds", waited)
         return ends
+
+    def _note_near(self, rank: int, slots: NearSlots) -> None:
+        """More near slots of a rank may be used. Chunks need the same slot on every rank."""
+        self._near_slots[rank] = slots
+        near, ranks = self._books.catalog.near, self._near_slots.values()
+        ready, most = min(each.ready for each in ranks), min(each.most for each in ranks)
+        near.grow(min(ready, near.capacity), min(most, near.capacity))
 
     def distrust(self, step: int = 0) -> None:
         """A load has failed in the engine's own eyes: nothing that was saved in ``step`` or later

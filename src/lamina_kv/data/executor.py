@@ -42,6 +42,7 @@ from lamina_kv.plan import (
     LOAD_FAILED,
     LoadMode,
     LoadOrder,
+    NearSlots,
     Outcome,
     RankReport,
     Receipt,
@@ -155,6 +156,7 @@ class Executor:
         self._step_failure = ""
         self._computing = (-1, 0.0)
         self._nothing = Outcomes(Receipt(rank))
+        self._near_said = mover.near_slots(near)
         self._listener: PushListener | None = None
         self._wire: PushWire | None = None
         if push is not None:
@@ -193,6 +195,7 @@ class Executor:
             chunk_bytes=self._geometry.chunk_bytes,
             tiers=tuple(tier.report(keys=self._rank == 0) for tier in self._tiers.far),
             follows=self._tiers.follows,
+            near=self._near_said,
         )
 
     def load_before_forward(self) -> None:
@@ -364,7 +367,8 @@ class Executor:
         """
         self.finish_loads()
         pushed = self._wire.ended() if self._wire is not None else []
-        if not (pushed or self._receipts) and self._arrivals.is_empty:
+        near = self._near_news()
+        if not (pushed or self._receipts or near) and self._arrivals.is_empty:
             return self._nothing
         for request_id, push_receipt in pushed:
             self._receipts.append(push_receipt)
@@ -381,7 +385,7 @@ class Executor:
             receipts.append(self._receipts.popleft())
         queued = self._loader.pool.depth() + self._saver.pool.depth()
         queued += sum(moves.depth for moves in self._moves.values())
-        receipt = Receipt(self._rank, tuple(receipts), queued)
+        receipt = Receipt(self._rank, tuple(receipts), queued, near)
         return Outcomes(receipt, ended.arrived, ended.failed, ended.rejected)
 
     def quiet(self) -> None:
@@ -400,8 +404,13 @@ class Executor:
                 "still read the engine's cache: it must not go to sleep now"
             )
 
-    def close(self) -> None:
-        """Finish what is under way, within ``load.deadline``, and release what is held."""
+    def close(self, *, process_ends: bool = False) -> None:
+        """Finish what is under way, within ``load.deadline``, and release what is held.
+
+        Args:
+            process_ends: whether the process ends with it, see
+                :meth:`~lamina_kv.data.movers.base.Mover.close`.
+        """
         due = time.monotonic() + self._config.deadline
 
         def left() -> float:
@@ -421,7 +430,7 @@ class Executor:
         parts += self._moves.values()
         ended += [part.close(left()) for part in parts]
         if all(ended):  # else memory that a thread still uses goes with the process
-            self._mover.close()
+            self._mover.close(process_ends=process_ends)
         else:
             log.warning("transfers under way did not end within %.0f s", self._config.deadline)
         if self._timeline is not None:
@@ -445,6 +454,16 @@ class Executor:
             step=plan.step,
             done=self._news.set,
         )
+
+    def _near_news(self) -> NearSlots | None:
+        """How many near slots may be used, if that is news to control."""
+        if self._near_said.is_final:
+            return None
+        near = self._mover.near_slots(self._tiers.near)
+        if near == self._near_said:
+            return None
+        self._near_said = near
+        return near
 
     def _make_saves(self, orders: Sequence[SaveOrder], plan: StepPlan) -> SaveRun:
         follows = self._tiers.follows

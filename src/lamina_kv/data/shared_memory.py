@@ -67,6 +67,11 @@ class MemoryFile:
         """For other processes; good until :meth:`close`."""
         return MemoryAddress(os.getpid(), self._descriptor, self._name)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody has mapped it yet."""
+        return os.fstat(self._descriptor).st_size == 0
+
     def map(self, size: int, *, writable: bool) -> mmap.mmap:
         """Map it, all of it. Who maps it first gives it its size.
 

@@ -112,7 +112,8 @@ class Runs:
         self._shelves: list[int] = []  # that ever had a run, in order
         self._opened = bytearray(_SHELVES)
         self._pins = self._hand = self._heads[_SHELVES]
-        self._pinned, self._most_pinned = 0, slots // PIN_SHARE
+        self._pinned = 0
+        self.limit_pins(slots)
         self._seconds, self._began = clock, clock() - 1  # so that no moment is 0
         self._runs = 0
         self._clock = 0
@@ -146,6 +147,10 @@ class Runs:
     def pinned(self) -> int:
         """Chunks that are pinned."""
         return self._pinned
+
+    def limit_pins(self, slots: int) -> None:
+        """Let pins take their share of so many slots, from the next pin on."""
+        self._most_pinned = slots // PIN_SHARE
 
     # -- arrivals and losses -----------------------------------------------------------------
 

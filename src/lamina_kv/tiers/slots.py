@@ -41,6 +41,7 @@ class SlotIndex:
         stored: whether a store keeps the slots' content, and must be told what is void; near has
             none.
         clock: monotonic seconds, for what requests have pinned.
+        ready: how many of them may be used by now, see :meth:`grow`; None for all.
 
     Attributes:
         version: chunks lost for any reason, so far.
@@ -49,7 +50,12 @@ class SlotIndex:
     """
 
     def __init__(
-        self, slots: int, *, stored: bool = True, clock: Callable[[], float] = lambda: 0.0
+        self,
+        slots: int,
+        *,
+        stored: bool = True,
+        clock: Callable[[], float] = lambda: 0.0,
+        ready: int | None = None,
     ) -> None:
         self.version = 0
         self.arrivals = 0
@@ -66,20 +72,21 @@ class SlotIndex:
         self._spared: dict[int, int] = {}  # slots of visible chunks; for how many they are spared
         self._in_vain = 0  # slots that were spared when no other could go; 0 if that was not so
         self._stuck = False  # nothing may go before a lease or a filling ends
-        self._free = array("i", range(slots - 1, -1, -1))
+        self._ready = slots if ready is None else ready
+        self._free = array("i", range(self._ready - 1, -1, -1))
         self._stored = stored
         self._void: set[int] = set()
         self._touches = Touches()
 
     @property
     def capacity(self) -> int:
-        """Slots."""
+        """Slots that may be used in the end."""
         return self._slots
 
     @property
     def used(self) -> int:
         """Slots that are not free."""
-        return self._slots - len(self._free)
+        return self._ready - len(self._free)
 
     @property
     def pinned(self) -> int:
@@ -118,7 +125,10 @@ class SlotIndex:
     @property
     def has_room(self) -> bool:
         """Whether a slot is free, or a visible chunk could be given up for one. Costs nothing."""
-        return bool(self._free) or (not self._stuck and self._pinned < len(self._visible))
+        if self._free:
+            return True
+        # While it grows there is soon room for which nothing has to go.
+        return not (self.grows or self._stuck) and self._pinned < len(self._visible)
 
     def spare(self, key: ChunkKey) -> None:
         """A visible chunk is not to be given up while others can go, because it is still to be
@@ -132,6 +142,25 @@ class SlotIndex:
         left = self._spared.pop(slot, 0) - 1
         if left > 0:
             self._spared[slot] = left
+
+    @property
+    def grows(self) -> bool:
+        """Whether more slots may be used soon."""
+        return self._ready < self._slots
+
+    def grow(self, ready: int, most: int) -> None:
+        """More slots may be used, or it has turned out that not all ever may.
+
+        Args:
+            ready: slots, from the first one on, that may be used by now; never fewer than before.
+            most: slots that may be used in the end.
+        """
+        assert self._ready <= ready <= most <= self._slots, "no slot is taken back"
+        self._free = array("i", range(ready - 1, self._ready - 1, -1)) + self._free
+        self._ready = ready
+        if most < self._slots:
+            self._slots = most
+            self._runs.limit_pins(most)
 
     # -- leases ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry, Place, Row
+from lamina_kv.plan import NearSlots
 
 
 def place_of(row: Row, group: int) -> Place | None:
@@ -119,6 +120,10 @@ class Mover(ABC):
             OSError: if the machine has no such amount of memory.
         """
 
+    def near_slots(self, near: NearSlab) -> NearSlots:
+        """How many of the slots may be copied to and from. Control orders nothing beyond."""
+        return NearSlots(near.slots, near.slots)
+
     @abstractmethod
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         """Return when near pages are fit for copies. A copy that comes earlier waits, and a thread
@@ -192,9 +197,13 @@ class Mover(ABC):
         the device can order it itself."""
 
     @abstractmethod
-    def close(self) -> None:
+    def close(self, *, process_ends: bool = False) -> None:
         """Wait for copies in flight and stop what runs in the background. Idempotent; host
-        tensors stay readable until they are dropped, but take part in no more copies."""
+        tensors stay readable until they are dropped, but take part in no more copies.
+
+        Args:
+            process_ends: leave to the end of the process what takes long and ends with it.
+        """
 
     def _check(self, near: NearSlab, near_pages: Indices, pages: Indices) -> None:
         """Raise what :meth:`pairs` says."""

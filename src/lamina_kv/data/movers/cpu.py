@@ -21,10 +21,9 @@ import numpy.typing as npt
 import torch
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
-from lamina_kv.data.movers.host_memory import POPULATE_PIECE, HostMemory, populate
+from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.near import Indices, NearRow, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
-from lamina_kv.data.threads import Threads
 from lamina_kv.geometry import CacheGeometry, Row
 
 Pages = npt.NDArray[Any]
@@ -75,7 +74,7 @@ class CpuMover(Mover):
 
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        memory = HostMemory(size, POPULATE_PIECE, populate, file, Threads(self.enter_thread))
+        memory = HostMemory(size, file=file, enter=self.enter_thread)
         self._host.append(memory)
         return memory.tensor
 
@@ -112,10 +111,10 @@ class CpuMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         fence.wait()
 
-    def close(self) -> None:
+    def close(self, *, process_ends: bool = False) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         while self._host:
-            self._host.pop().close()
+            self._host.pop().close(process_ends=process_ends)
 
 
 def _row_pages(allocation: torch.Tensor, row: Row, num_blocks: int) -> Pages:

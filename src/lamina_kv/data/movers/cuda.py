@@ -4,11 +4,12 @@
 to. The order of streams and events is tested on a simulated device; that torch's calls do what
 :mod:`~lamina_kv.data.movers.device` says of them is read from the CUDA and torch documentation.
 
-Host memory is an ordinary mapping that is pinned afterwards with ``cudaHostRegister``, piece by
-piece and in the background; memory that processes share is pinned by each of them. torch's own
-pinned allocator would round a slab up to a power of two, and block the start of the server until
-all of it is pinned. Slots are usable in the order in which they are pinned: a copy waits, on the
-pipeline's thread, until the last slot that it touches is pinned.
+Host memory is an ordinary mapping near the device that is pinned afterwards with
+``cudaHostRegister``, step by step and in the background, see
+:mod:`~lamina_kv.data.movers.host_memory`; memory that processes share is pinned by each of them.
+torch's own pinned allocator would round a slab up to a power of two, and block the start of the
+server until all of it is pinned. Slots are usable in the order in which they are pinned. Control
+orders nothing beyond; a copy that comes all the same waits, on the pipeline's thread.
 
 A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
 descriptor per page. It takes few multiprocessors (see
@@ -32,11 +33,8 @@ from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
-from lamina_kv.data.threads import Threads
 from lamina_kv.geometry import CacheGeometry
-
-PIN_PIECE = 64 << 20
-"""Bytes to pin by one call: what the engine launches meanwhile may have to wait for the driver."""
+from lamina_kv.plan import NearSlots
 
 _LOAD_PRIORITY, _SAVE_PRIORITY = -1, 0
 
@@ -94,7 +92,6 @@ class CudaMover(Mover):
             self._rows = device.upload(self._load_stream, self._table.entries)
         device.synchronize(self._load_stream)  # all streams read them
         self._host: list[HostMemory] = []
-        self._pinned: list[int] = []
         self._compile()
 
     def enter_thread(self) -> None:
@@ -105,17 +102,30 @@ class CudaMover(Mover):
 
     def allocate_host(self, size: int, file: MemoryFile | None = None) -> torch.Tensor:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        memory = HostMemory(size, PIN_PIECE, self._pin, file, Threads(self.enter_thread))
+        memory = HostMemory(
+            size,
+            file=file,
+            pinner=self._device,
+            node=self._device.numa_node,
+            enter=self.enter_thread,
+        )
         self._host.append(memory)
         return memory.tensor
+
+    def near_slots(self, near: NearSlab) -> NearSlots:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        memory, size = self._memory_of(near), near.geometry.object_bytes
+        return NearSlots(memory.ready // size, memory.most // size)
 
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         # A kernel that meets memory which is not pinned takes the engine's context down with it.
+        self._memory_of(near).wait(near.end_of(near_pages))
+
+    def _memory_of(self, near: NearSlab) -> HostMemory:
         for memory in self._host:
             if memory.holds(near.memory):
-                memory.wait(near.end_of(near_pages))
-                return
+                return memory
         raise ValueError("a near slab must be in memory that this mover's allocate_host returned")
 
     def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
@@ -139,14 +149,12 @@ class CudaMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._hold(self._device.current_stream(), fence)
 
-    def close(self) -> None:
+    def close(self, *, process_ends: bool = False) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._device.synchronize(self._load_stream)
         self._device.synchronize(self._save_stream)
         while self._host:
-            self._host.pop().close()
-        while self._pinned:
-            self._device.unregister(self._pinned.pop())
+            self._host.pop().close(process_ends=process_ends)
 
     def _copy(
         self, stream: Any, rows: Sequence[int], pairs: Pairs, after: Fence, *, to_engine: bool
@@ -170,10 +178,6 @@ class CudaMover(Mover):
             self._device.hold(stream, fence)
         else:
             fence.wait()
-
-    def _pin(self, address: int, length: int) -> None:
-        self._device.register(address, length)
-        self._pinned.append(address)
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""

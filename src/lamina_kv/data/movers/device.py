@@ -8,20 +8,23 @@ memory, late and in any order that events allow; the mover on it is the same.
 
 from __future__ import annotations
 
-import ctypes
+import logging
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from lamina_kv.data import numa
 from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.driver import Driver
 from lamina_kv.data.movers.row_table import RowRange
 from lamina_kv.data.near import Indices
 
 Stream = TypeVar("Stream")
 
-_RELAXED_CAPTURE = 2
+log = logging.getLogger("lamina_kv.data")
 
 
 class Event(Fence):
@@ -89,12 +92,17 @@ class Device(ABC, Generic[Stream]):
     def pinned(self, size: int) -> torch.Tensor:
         """``size`` bytes of pinned host memory."""
 
+    @property
+    @abstractmethod
+    def numa_node(self) -> int | None:
+        """The node of host memory that is near; None if all is alike."""
+
     @abstractmethod
     def register(self, address: int, length: int) -> None:
         """Pin host memory; takes its time.
 
         Raises:
-            RuntimeError: if it cannot be pinned.
+            RuntimeError: if it cannot be pinned, or the device could not use it then.
         """
 
     @abstractmethod
@@ -146,6 +154,7 @@ class TorchDevice(Device[torch.cuda.Stream]):
         self._copy_pages = copy_pages
         self._device = device
         self._runtime: Any = torch.cuda.cudart()
+        self._driver = Driver(device.index or 0)
 
     def choose(self) -> None:
         """See :class:`Device`."""
@@ -196,12 +205,26 @@ class TorchDevice(Device[torch.cuda.Stream]):
         """See :class:`Device`."""
         return torch.empty(size, dtype=torch.uint8).pin_memory()
 
+    @property
+    def numa_node(self) -> int | None:
+        """See :class:`Device`."""
+        try:
+            return numa.node_of(self._driver.pci_address)
+        except RuntimeError as error:
+            log.info("the NUMA node of %s is not known: %s", self._device, error)
+            return None
+
+    @cached_property
+    def _shares_addresses(self) -> bool:
+        return self._driver.shares_addresses
+
     def register(self, address: int, length: int) -> None:
         """See :class:`Device`."""
-        # An engine may be capturing graphs just now. A capture forbids this call to every thread,
-        # or is spoilt by it, unless the thread says that it has nothing to do with the capture.
-        mode = ctypes.c_int(_RELAXED_CAPTURE)
-        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        if not self._shares_addresses:
+            raise RuntimeError(
+                "kernels cannot reach pinned memory at its address on the host, as under WSL"
+            )
+        self._driver.relax_capture()  # the engine may be capturing graphs just now
         torch.cuda.check_error(int(self._runtime.cudaHostRegister(address, length, 0)))
 
     def unregister(self, address: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import TypeVar
 
 import torch
@@ -146,7 +147,7 @@ class WorkerSide:
     def words(self) -> LaminaWords | None:
         """The receipt for control, as of :meth:`collect`, and this rank's report if it was asked
         for. That is said once and not kept: it names every chunk that is stored."""
-        receipts = (self._receipt,) if self._receipt.transfers else ()
+        receipts = () if self._receipt.is_empty else (self._receipt,)
         reports: tuple[LaminaReport, ...] = ()
         if self._asked and self._report is not None:
             reports, self._report = (self._report,), None
@@ -155,7 +156,8 @@ class WorkerSide:
     def close(self) -> None:
         """The engine shuts down."""
         if self._executor is not None:
-            self._executor.close()
+            # vLLM's workers are processes that end with their engine, and have little time then.
+            self._executor.close(process_ends=parent_process() is not None)
 
     def _open_wire(self, bound: layout.BoundCache) -> tuple[PushIdentity, Transport] | None:
         config, parallel = self._config.push, self._vllm_config.parallel_config
