@@ -44,10 +44,7 @@ PACE_CHANGES = 0.1
 
 
 class Time(Protocol):
-    """Who lets time pass."""
-
-    def read(self) -> float:
-        """The time, in seconds."""
+    """Who lets time pass, and the device run in it."""
 
     def wait_for(self, done: Callable[[], bool]) -> None:
         """Let time pass and the device run until ``done``."""
@@ -74,7 +71,7 @@ class SimulatedEvent(Event):
 
     def passed(self) -> bool:
         """See :class:`~lamina_kv.data.movers.base.Fence`."""
-        return self.passed_at < math.inf
+        return self.passed_at < math.inf or self._device.dead
 
     def seconds_since(self, earlier: Event) -> float:
         """See :class:`~lamina_kv.data.movers.device.Event`."""
@@ -143,6 +140,10 @@ class SimulatedStream:
         """Whether there is nothing in it."""
         return not self._queue
 
+    def clear(self) -> None:
+        """Nothing in it goes on."""
+        self._queue.clear()
+
     def append(self, kind: str, what: Work | SimulatedEvent) -> None:
         """Give it something more to do."""
         event = what if isinstance(what, SimulatedEvent) else None
@@ -206,9 +207,12 @@ class SimulatedDevice(Device[SimulatedStream]):
     Attributes:
         compute: the stream of the engine.
         streams: all streams.
+        dead: whether it was killed. Nobody waits for it then.
         copies: the copies that were made last.
         registered: the length of what is pinned, by its address.
         chosen_by: threads that have chosen the device.
+        check_load: called with near pages and pages of the engine when a copy into the engine
+            begins, and when it ends.
         pins: what each call of :meth:`register` takes one of; None if it need not.
         pin_error: why nothing can be pinned; empty if it can.
     """
@@ -227,9 +231,11 @@ class SimulatedDevice(Device[SimulatedStream]):
         self.streams: list[SimulatedStream] = []
         self.compute = self.stream(0)
         self.changes_pace = True
+        self.dead = False
         self.copies: deque[Launch] = deque(maxlen=1000)
         self.registered: dict[int, int] = {}
         self.chosen_by: list[threading.Thread] = []
+        self.check_load: Callable[[Indices, Indices], object] = lambda near, pages: None
         self.pins: threading.Semaphore | None = None
         self.pin_error = ""
 
@@ -310,6 +316,8 @@ class SimulatedDevice(Device[SimulatedStream]):
             if not len(ids):
                 return
             pages, blocks = ids[:, 0], ids[:, 1]
+            if to_engine:
+                self.check_load(pages, blocks)
             for base, offset in entries:
                 engine = self._pages(base, shape.block_stride, shape.page_bytes, blocks)
                 start, stride = near.data_ptr() + offset, shape.slot_bytes
@@ -346,7 +354,8 @@ class SimulatedDevice(Device[SimulatedStream]):
             raise Violation("a thread pins memory for a device that it has not chosen")
         if self.pin_error:
             raise RuntimeError(self.pin_error)
-        self.registered[address] = length
+        with self._changed:
+            self.registered[address] = length
 
     def unregister(self, address: int) -> None:
         """See :class:`~lamina_kv.data.movers.device.Device`."""
@@ -409,6 +418,13 @@ class SimulatedDevice(Device[SimulatedStream]):
         with self._changed:
             stream.held = False
             self._changed.notify_all()
+
+    def kill(self) -> None:
+        """Nothing that is under way goes on."""
+        with self._changed:
+            self.dead = True
+            for stream in self.streams:
+                stream.clear()
 
     def settle(self) -> None:
         """Let everything that can run come to its end."""

@@ -99,6 +99,7 @@ class Simulator:
             pump=self._pump,
             stall=self._stall,
             stalled=self._world.stalled,
+            world=self._world if virtual else None,
             clock=self._clock,
             slack=STEP_SECONDS if virtual else 10.0,
             store=store or Path("/nowhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -127,6 +128,10 @@ class Pages:
         """Write what a part computes, in some rows."""
         salts = self._salts[rows] ^ np.uint64(SPOILED if part.spoiled else 0)
         self._stamps[part.blocks, rows, part.offsets] = part.written[:, None] ^ salts
+
+    def scribble(self, blocks: Sequence[int]) -> None:
+        """Write to whole blocks what nobody has computed."""
+        self._stamps[blocks] = 0
 
     def misread(self, part: Part, rows: slice) -> tuple[int, str] | None:
         """What of a part's prefix is not what it should be, in some rows.

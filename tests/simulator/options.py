@@ -85,6 +85,7 @@ class Options:
         budget: tokens in one step at most.
         max_running: requests in one step at most.
         drafts: speculative tokens after each sampled one at most.
+        device: whether the cache is on a device that runs behind the engine.
         asynchronous: whether a step is planned before the one ahead of it has run.
         prefix_caching: whether the engine has a prefix cache of its own.
         hand_off: whether its scheduler knows nothing of loads, and has a hand-off; not with drafts,
@@ -116,6 +117,7 @@ class Options:
     budget: int = 64
     max_running: int = 6
     drafts: int = 0
+    device: bool = False
     asynchronous: bool = False
     prefix_caching: bool = True
     hand_off: bool = False
@@ -167,6 +169,10 @@ class Options:
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
         )
+
+    def on_device(self, random: Random) -> Options:
+        """The same engine, with its cache on a device."""
+        return replace(self, device=True)
 
     def with_hand_off(self, random: Random) -> Options:
         """The same engine, but that its scheduler knows nothing of loads."""

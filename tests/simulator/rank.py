@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,8 @@ from lamina_kv.bench.faulty_store import FaultyStore
 from lamina_kv.data.executor import Executor, Outcomes, Tiers
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.movers import make_mover
-from lamina_kv.data.movers.base import Mover
+from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import DIRECT_IO_ALIGNMENT, OBJECT_HEADER_BYTES
@@ -26,12 +28,14 @@ from lamina_kv.tiers.config import TierConfig
 from lamina_kv.tiers.contract import Fate, Piece, Store, Tenant
 from lamina_kv.tiers.objects import verify
 from simulator.content import Ledger, Stamps, Violation
+from simulator.device import SimulatedDevice
 from simulator.faults import WRITE_TIME, Mail, RainyMover, Sky
 from simulator.forward import Pages, Part
 from simulator.options import Far, Options, Sort
 from simulator.request import Blocks, Run
 from simulator.step import Step
 from simulator.stores import Bytes, RainyStore
+from simulator.virtual import World
 from stores import MemoryStore, Shelf
 
 _NAMESPACE = "51" * 16
@@ -77,6 +81,7 @@ class Surroundings:
         pump: lets threads run for a while.
         stall: called by a thread where it may take its time.
         stalled: seconds for which jobs of pools of a kind have stalled so far.
+        world: where threads and time are virtual; None where they are real.
         clock: the time.
         slack: seconds by which that may be wrong.
         store: directory of disks.
@@ -90,6 +95,7 @@ class Surroundings:
     pump: Callable[[], None]
     stall: Callable[..., None]
     stalled: Callable[[str], float]
+    world: World | None
     clock: Callable[[], float]
     slack: float
     store: Path
@@ -123,13 +129,19 @@ class Rank:
         self.pages = Pages(options.blocks, options.rows, self._salts, around.ledger)
         geometry = self._geometry = options.geometry()
         flat = torch.from_numpy(self.pages.memory.reshape(-1).view(np.uint8))
-        mover = make_mover(geometry, [flat])
+        self._device = self._make_device(flat) if options.device else None
+        self._forwards: deque[Fence] = deque()
+        self._misreads: list[Misread] = []
+        if self._device is None:
+            mover = make_mover(geometry, [flat])
+        else:
+            mover = CudaMover(geometry, [flat], self._device)
         self.files = leader.files if leader else (MemoryFile.create(),)
         capacity = options.host_slots * geometry.object_bytes
         self._slab = NearSlab(geometry, capacity, partial(mover.allocate_host, file=self.files[0]))
         self._scratch = mover.allocate_host(geometry.object_bytes).numpy()
         self._targets: dict[tuple[int, int], Target] = {}
-        self._parked: dict[TransferId, float] = {}
+        self._under_way: dict[TransferId, float] = {}
         rainy = cast(Mover, RainyMover(mover, around.sky, self._check_write, around.stall))
         config = options.config(around.store)
         self._stores: dict[TierName, RainyStore] = {}
@@ -152,6 +164,14 @@ class Rank:
             mover=rainy,
             config=config.load,
         )
+
+    def _make_device(self, memory: torch.Tensor) -> SimulatedDevice:
+        world = self._around.world
+        device = SimulatedDevice([memory], self._around.sky.random, world)
+        device.check_load = self._check_arrival
+        if world is not None:
+            world.devices.append(device)
+        return device
 
     def _open(self, tier: Far, section: TierConfig) -> RainyStore:
         around, name = self._around, TierName(tier.name)
@@ -188,10 +208,10 @@ class Rank:
         self._note_loads(step, began)
         executor.begin_step(step.plan)
         around.pump()
+        self._prepare(step)
         if step.loads_now:
             executor.start_loads()
-        misreads: list[Misread] = []
-        waited = self._forward(parts, misreads) if parts else 0.0
+        waited = self._forward(parts) if parts else 0.0
         if not step.loads_now:
             executor.start_loads()
         around.pump()
@@ -203,16 +223,40 @@ class Rank:
             executor.end_step()
             outcomes = executor.collect()
         self._check_outcomes(step, outcomes, asked)
+        self._read_tokens()
         # Nothing that a far tier does makes a forward wait.
         longest = around.stalled("load") - stalled
         if waited > longest + around.slack:
             raise Violation(f"the forward waited {waited:.3f} s, it may wait {longest:.3f} s")
+        misreads, self._misreads = self._misreads, []
         return outcomes, misreads
 
-    def _forward(self, parts: Sequence[Part], misreads: list[Misread]) -> float:
+    def _prepare(self, step: Step) -> None:
+        """Engines write to blocks of a step before its forward: they zero and copy them."""
+        orders = [order for order in step.plan.loads if order.mode is LoadMode.LAYERWISE]
+        blocks = [block for order in orders for pages in order.pages for block in pages.blocks]
+        if blocks:
+            self._submit(lambda: self.pages.scribble(blocks))
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        """Have the engine's stream do something, on a CPU at once."""
+        if self._device is None:
+            work()
+        else:
+            self._device.launch(work)
+
+    def _read_tokens(self) -> None:
+        """What a forward has sampled is known to the host once it has run. An engine that plans a
+        step ahead looks at the forward before."""
+        if self._device is not None:
+            self._forwards.append(self._device.record(self._device.current_stream()))
+            while len(self._forwards) > self._options.asynchronous:
+                self._forwards.popleft().wait()
+
+    def _forward(self, parts: Sequence[Part]) -> float:
         executor, clock = self.executor, self._around.clock
         if not executor.moves_rows:
-            self._compute(parts, slice(None), misreads)
+            self._compute(parts, slice(None))
             return 0.0
         waited = 0.0
         for row in range(self._options.rows):
@@ -220,13 +264,16 @@ class Rank:
             began = clock()
             executor.wait_layer(layer)
             waited += clock() - began
-            self._compute(parts, slice(row, row + 1), misreads)
+            self._compute(parts, slice(row, row + 1))
             if self._around.sky.random.random() < 0.95:  # a layer that has no hook, else
                 executor.layer_written(layer)
             self._around.pump()
         return waited
 
-    def _compute(self, parts: Sequence[Part], rows: slice, misreads: list[Misread]) -> None:
+    def _compute(self, parts: Sequence[Part], rows: slice) -> None:
+        self._submit(partial(self._compute_now, parts, rows))
+
+    def _compute_now(self, parts: Sequence[Part], rows: slice) -> None:
         if not self._options.ring_blocks:
             self._write(parts, rows)
         for part in parts:
@@ -234,7 +281,7 @@ class Rank:
                 part.spoiled = True
                 if part.trusted:
                     text = f"rank {self.number}: {found[1]}"
-                    misreads.append(Misread(part.item.run, found[0], text))
+                    self._misreads.append(Misread(part.item.run, found[0], text))
         if self._options.ring_blocks:  # what is written takes the place of what was read
             self._write(parts, rows)
 
@@ -251,7 +298,7 @@ class Rank:
                 for block, page in zip(pages.blocks.tolist(), pages.near.tolist(), strict=True):
                     self._targets[block, page] = target
             if order.mode is LoadMode.PARKED:
-                self._parked[order.transfer] = began
+                self._under_way[order.transfer] = began
 
     def _check_write(self, near: Indices, pages: Indices) -> bool:
         """A load is about to write: the blocks must still be its request's. Returns whether all of
@@ -268,6 +315,19 @@ class Rank:
             parked &= target is not None and target.order.mode is LoadMode.PARKED
         return parked
 
+    def _check_arrival(self, near: Indices, pages: Indices) -> None:
+        """The device writes what was launched. The blocks of a load in a step may be somebody
+        else's by now, whose work comes behind it."""
+        for block, page in zip(pages.tolist(), near.tolist(), strict=True):
+            target = self._targets.get((block, page))
+            if target is None or target.over:
+                text = f"block {block} is written by a load that was reported as over"
+            elif target.order.mode is LoadMode.PARKED and not target.blocks.may_be_written(block):
+                text = f"block {block} is written late for {target.order.request_id}, has lost it"
+            else:
+                continue
+            self._around.violations.append(Violation(text))
+
     def _check_outcomes(self, step: Step, outcomes: Outcomes, asked: float) -> None:
         over = {item.transfer for item in outcomes.receipt.transfers}
         for target in self._targets.values():
@@ -276,10 +336,12 @@ class Rank:
             self._targets = {k: t for k, t in self._targets.items() if not t.over}
         for order in step.plan.loads:
             if order.mode is LoadMode.LAYERWISE and order.transfer not in over:
-                raise Violation(f"load {order.transfer} has no outcome at the end of its step")
-        for transfer, began in list(self._parked.items()):
+                if self._device is None:
+                    raise Violation(f"load {order.transfer} has no outcome at the end of its step")
+                self._under_way[order.transfer] = asked  # copies that are launched, and no more
+        for transfer, began in list(self._under_way.items()):
             if transfer in over:
-                del self._parked[transfer]
+                del self._under_way[transfer]
             elif asked - began > self._options.deadline * (1 + WRITE_TIME) + self._around.slack:
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
@@ -344,4 +406,4 @@ class Rank:
     @property
     def is_idle(self) -> bool:
         """Whether no parked load is under way and control knows everything."""
-        return not self._parked and self.mail.is_empty
+        return not self._under_way and self.mail.is_empty

@@ -197,6 +197,7 @@ class Request:
         """The weights have changed, or may have: the same tokens have another content, and in any
         case other names."""
         self._root = root_hash(weights, self.salt)
+        self._hashes = self._hashes.copy()  # a forward that still runs reads what was
         self._hashes[: len(self._tokens)] = extend(self._root, self._tokens)
         chunk = self.chain.chunk_tokens
         self.chain = ChunkChain(self._namespace, chunk, self.root_extra, epoch=epoch)

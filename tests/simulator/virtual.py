@@ -22,6 +22,7 @@ from unittest.mock import patch
 from lamina_kv.data.threads import Threads
 from lamina_kv.data.worker_pool import Job, Lost, WorkerPool
 from simulator.content import Violation
+from simulator.device import SimulatedDevice
 
 _PATCHED = {
     "lamina_kv.data.executor.WorkerPool": "pool",
@@ -39,6 +40,9 @@ _PATCHED = {
 STALLING = ("load", "read", "write")
 """Pools of these names have jobs that call :meth:`World.stall`; others stall before they begin."""
 
+ON_DEVICE = ("load", "save")
+"""Pools of these names have jobs that wait for a device, if there is one."""
+
 
 class World:
     """Every virtual thread there is, and the clock.
@@ -51,12 +55,14 @@ class World:
     Attributes:
         now: the time, in seconds.
         failures: what jobs raised, oldest first.
+        devices: devices, which run in the same time.
     """
 
     def __init__(self, random: Random, delay: Callable[[str], float]) -> None:
         self.now = 1000.0
         self.random = random
         self.failures: list[Exception] = []
+        self.devices: list[SimulatedDevice] = []
         self._delay = delay
         self._pools: list[VirtualPool] = []
         self._running: VirtualThread | None = None
@@ -111,6 +117,8 @@ class World:
         for pool in self._pools:
             pool.threads.clear()
             pool.waiting.clear()
+        for device in self.devices:
+            device.kill()
 
     def wait(self, done: Callable[[], bool], timeout: float) -> bool:
         """Run jobs until ``done``, or until ``timeout`` seconds have passed.
@@ -122,13 +130,30 @@ class World:
         while not done():
             if self._run_one():
                 continue
-            soonest = min((t.due for pool in self._pools for t in pool.threads), default=math.inf)
+            soonest = self._soonest()
+            if done():  # an event that was due at once has passed
+                return True
             if min(soonest, end) == math.inf:
                 raise Violation("somebody waits, without a deadline, for what never comes")
             self.now = max(self.now, min(soonest, end))
             if soonest > end:
                 return done()
         return True
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Wait for a device: a job stalls, and others go on meanwhile.
+
+        Raises:
+            Violation: if that would be for ever.
+        """
+        thread = self._running
+        if thread is None or thread.strand is None:
+            self.wait(done, math.inf)
+            return
+        while not done():
+            thread.until = done
+            thread.strand.stall()
+        thread.until = None
 
     def stall(self, seconds: float | None = None) -> None:
         """Called inside a job, where it may take its time: others go on.
@@ -138,7 +163,7 @@ class World:
                 for which the weather wants nothing.
         """
         thread = self._running
-        if thread is not None and thread.strand is not None:
+        if thread is not None and thread.strand is not None and thread.stalls_for:
             seconds = thread.stalls_for if seconds is None else seconds
             thread.due = self.now + seconds
             self._stalled[_kind(thread.pool)] += seconds
@@ -157,7 +182,8 @@ class World:
 
     def _go_on(self, thread: VirtualThread) -> bool:
         """Run a thread's job until it is over or stalls; says whether it is over."""
-        if not thread.stalls_for:
+        waits = bool(self.devices) and thread.pool.startswith(ON_DEVICE)
+        if not (thread.stalls_for or waits):
             thread.job()
             return True
         if thread.strand is None:
@@ -173,11 +199,20 @@ class World:
         self._pools.append(pool)
         return pool
 
+    def _soonest(self) -> float:
+        """When a thread or a device can go on; infinity if none can by itself."""
+        threads = (t for pool in self._pools for t in pool.threads if t.until is None)
+        soonest = min((thread.due for thread in threads), default=math.inf)
+        return min(soonest, *(device.soonest(self.now) for device in self.devices), math.inf)
+
     def _run_one(self) -> bool:
         due: list[tuple[VirtualPool, VirtualThread]] = []
         for pool in self._pools:
             pool.take(self._delay)
-            due += [(pool, thread) for thread in pool.threads if thread.due <= self.now]
+            due += [(pool, thread) for thread in pool.threads if thread.is_due(self.now)]
+        devices = [device for device in self.devices if device.soonest(self.now) <= self.now]
+        if devices and self.random.randrange(len(due) + len(devices)) >= len(due):
+            return self.random.choice(devices).run_one(self.now)
         if not due:
             return False
         pool, thread = due[self.random.randrange(len(due))] if len(due) > 1 else due[0]
@@ -207,9 +242,10 @@ class VirtualThread:
 
     Attributes:
         strand: the real thread that it needs to stall.
+        until: what it waits for besides; None if nothing.
     """
 
-    __slots__ = ("due", "job", "lost", "pool", "stalls_for", "strand")
+    __slots__ = ("due", "job", "lost", "pool", "stalls_for", "strand", "until")
 
     def __init__(self, pool: str, job: Job, lost: Lost, stalls_for: float, due: float) -> None:
         self.pool = pool
@@ -218,6 +254,11 @@ class VirtualThread:
         self.stalls_for = stalls_for
         self.due = due
         self.strand: Strand | None = None
+        self.until: Callable[[], bool] | None = None
+
+    def is_due(self, now: float) -> bool:
+        """Whether it can go on."""
+        return self.due <= now and (self.until is None or self.until())
 
 
 class KilledError(BaseException):
