@@ -87,6 +87,20 @@ def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(
     run_history(seed, STEPS, store, options=options)
 
 
+DEVICE_SHARE = 0.2
+"""Of the budget, beside what others have of it."""
+
+
+@pytest.mark.parametrize("seed", range(int(BUDGET * DEVICE_SHARE / STEPS)))
+def test_random_histories_of_a_cache_on_a_device(seed: int) -> None:
+    """The device runs behind its host, and in any order that events allow."""
+    random = Random(seed)
+    options = Options.draw(random).on_device()
+    if seed % 4 == 3:
+        options = random.choice((Options.with_hand_off, Options.with_ring))(options, random)
+    run_history(seed, STEPS, options=options)
+
+
 STORM = Weather(
     far_slow=0.3,
     far_hang=0.03,

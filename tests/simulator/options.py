@@ -170,7 +170,7 @@ class Options:
             breaker_pause=random.choice((0.01, 0.1)),
         )
 
-    def on_device(self, random: Random) -> Options:
+    def on_device(self) -> Options:
         """The same engine, with its cache on a device."""
         return replace(self, device=True)
 
