@@ -37,6 +37,19 @@ HYBRIDS = [
 STATES = ["short-convolution", "linear-attention"]
 HOST = {"capacity": "256MiB"}
 
+QUICK = {
+    ("sliding-window", "layerwise"),
+    ("interleaved-windows", "parked"),
+    ("short-convolution", "layerwise"),
+}
+"""Models, and how they load, that are tried whenever something has changed."""
+
+
+def _marks(model: str, mode: str) -> tuple[pytest.MarkDecorator, ...]:
+    if mode == "auto":
+        return (pytest.mark.soak,)
+    return () if (model, mode) in QUICK else (pytest.mark.slow,)
+
 
 @dataclass(frozen=True)
 class Talk:
@@ -118,9 +131,13 @@ def compare(model: str, answers: Sequence[Answer], expected: Sequence[Answer]) -
 
 
 @pytest.mark.parametrize(
-    "mode", ["layerwise", "parked", pytest.param("auto", marks=pytest.mark.soak)]
+    ("model", "mode"),
+    [
+        pytest.param(model, mode, marks=_marks(model, mode))
+        for model in HYBRIDS
+        for mode in ("layerwise", "parked", "auto")
+    ],
 )
-@pytest.mark.parametrize("model", HYBRIDS)
 def test_from_host_memory(
     checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str, mode: str
 ) -> None:
@@ -164,7 +181,9 @@ def test_from_disk_after_restarts(
     compare(model, hold(start(spec), conversations, restart), expected)
 
 
-@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+@pytest.mark.parametrize(
+    "model", ["short-convolution", pytest.param("interleaved-windows", marks=pytest.mark.slow)]
+)
 def test_planned_when_the_last_step_has_ended(
     checkpoints: Checkpoints, fleet: Fleet, reference: Any, model: str
 ) -> None:
@@ -230,7 +249,9 @@ def test_many_at_once_in_small_pieces(checkpoints: Checkpoints, fleet: Fleet, mo
     assert engine.metrics().total("lamina_failures_total") == 0
 
 
-@pytest.mark.parametrize("model", ["interleaved-windows", "short-convolution"])
+@pytest.mark.parametrize(
+    "model", ["short-convolution", pytest.param("interleaved-windows", marks=pytest.mark.slow)]
+)
 def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: str) -> None:
     """With too little memory for all of them, and saves on their way."""
     room = {"num_gpu_blocks_override": 110, "max_num_seqs": 6, "max_model_len": 512}
@@ -253,8 +274,22 @@ def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: st
     assert engine.free_blocks() == free
 
 
-@pytest.mark.parametrize("policy", ["recompute", "fail"])
-@pytest.mark.parametrize("model", ["sliding-window", "interleaved-windows", "short-convolution"])
+@pytest.mark.parametrize(
+    ("model", "policy"),
+    [
+        ("interleaved-windows", "recompute"),
+        ("short-convolution", "recompute"),
+        ("sliding-window", "fail"),
+        *(
+            pytest.param(model, policy, marks=pytest.mark.slow)
+            for model, policy in (
+                ("interleaved-windows", "fail"),
+                ("short-convolution", "fail"),
+                ("sliding-window", "recompute"),
+            )
+        ),
+    ],
+)
 def test_a_chunk_that_is_damaged(
     checkpoints: Checkpoints, fleet: Fleet, start: Start, tmp_path: Path, model: str, policy: str
 ) -> None:

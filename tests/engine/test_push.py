@@ -80,8 +80,17 @@ def expect_served(pair: Pair, count: int) -> None:
 # -- equal answers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["prefill", "decode"])
-@pytest.mark.parametrize("apart", [0, 2, 30])
+@pytest.mark.parametrize(
+    ("apart", "first"),
+    [
+        (0, "prefill"),
+        (2, "decode"),
+        (30, "decode"),
+        pytest.param(0, "decode", marks=pytest.mark.slow),
+        pytest.param(2, "prefill", marks=pytest.mark.slow),
+        pytest.param(30, "prefill", marks=pytest.mark.slow),
+    ],
+)
 def test_lengths(pair: Pair, alone: Engine, first: str, apart: int) -> None:
     """From one block to many steps; thirty steps are more than a prompt takes."""
     asks = [Ask(prompt(700 + n, n)) for n in (2, 31, 32, 33, 64, 65, 192, 193, 700, 1900)]
@@ -219,9 +228,9 @@ def _fresh(alone: Engine, asks: Sequence[Ask]) -> list[Answer]:
 @pytest.mark.parametrize(
     ("model", "turns"),
     [
-        ("llama", 25),
-        pytest.param("interleaved-windows", 12, marks=pytest.mark.slow),
-        ("short-convolution", 12),
+        ("llama", 15),
+        pytest.param("interleaved-windows", 6, marks=pytest.mark.slow),
+        pytest.param("short-convolution", 6, marks=pytest.mark.slow),
         pytest.param("linear-attention", 5, marks=pytest.mark.slow),
         pytest.param("alternating-windows", 6, marks=pytest.mark.slow),
     ],

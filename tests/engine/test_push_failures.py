@@ -270,7 +270,7 @@ def test_decode_is_killed(doomed: Pair, alone: Engine, start: Start) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [0, pytest.param(3, marks=pytest.mark.soak)])
 def test_prefill_is_stopped_and_goes_on(doomed: Pair, alone: Engine, steps: int) -> None:
     """Until it goes on it could write at any moment: its blocks are not used for anything else,
     however long that takes."""

@@ -107,7 +107,7 @@ def test_a_prefill_server_that_is_gone_while_pushes_are_parked(
             decode.wait_until_empty(30)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_readme(llama: Path, fleet: Fleet) -> None:
     """As they stand there; the prefill engine is killed while it is busy."""

@@ -45,9 +45,9 @@ def full_store(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFacto
     [
         {"mode": "layerwise", "load_ahead": 1},
         pytest.param({"mode": "layerwise", "load_ahead": 2}, marks=pytest.mark.slow),
-        pytest.param({"mode": "layerwise", "load_ahead": 99}, marks=pytest.mark.slow),
-        {"mode": "layerwise"},
-        {"mode": "parked", "load_ahead": 1},
+        pytest.param({"mode": "layerwise", "load_ahead": 99}, marks=pytest.mark.soak),
+        pytest.param({"mode": "layerwise"}, marks=pytest.mark.slow),
+        pytest.param({"mode": "parked", "load_ahead": 1}, marks=pytest.mark.slow),
         {"mode": "parked"},
         {},
     ],
@@ -106,6 +106,7 @@ def test_a_request_that_waits_finds_in_memory_what_was_on_disk(
     engine.close()
 
 
+@pytest.mark.slow
 def test_an_interpreter_with_another_hash_seed(llama: Path, start: Start, tmp_path: Path) -> None:
     lamina = on_disk(tmp_path / "store")
     engine = start(EngineSpec(llama, lamina))
@@ -137,10 +138,18 @@ def edit_nothing(model: Path) -> None:
     [
         pytest.param(edit_nothing, {}, True, id="moved"),
         pytest.param(flip_a_weight, {}, False, id="weights"),
-        pytest.param(edit_nothing, {"dtype": "bfloat16"}, False, id="dtype"),
-        pytest.param(edit_nothing, {"block_size": 64}, False, id="block-size"),
         pytest.param(
-            edit_nothing, {"hf_overrides": {"rope_theta": 5e5}}, False, id="overridden-config"
+            edit_nothing, {"dtype": "bfloat16"}, False, id="dtype", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            edit_nothing, {"block_size": 64}, False, id="block-size", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            edit_nothing,
+            {"hf_overrides": {"rope_theta": 5e5}},
+            False,
+            id="overridden-config",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -223,10 +223,20 @@ def reference(checkpoints: Checkpoints, fleet: Fleet) -> Callable[[str], Sequenc
 
 @pytest.mark.parametrize(
     ("model", "how"),
-    [(model, how) for model in ("state-space", HYBRID) for how in HOW]
-    + [
+    [
+        (HYBRID, "parked"),
+        ("state-space", "in-turn"),
         ("short-convolution", "layerwise"),
-        pytest.param("linear-attention", "layerwise", marks=pytest.mark.slow),
+        *(
+            pytest.param(model, how, marks=pytest.mark.slow)
+            for model, how in (
+                (HYBRID, "layerwise"),
+                (HYBRID, "in-turn"),
+                ("state-space", "layerwise"),
+                ("state-space", "parked"),
+                ("linear-attention", "layerwise"),
+            )
+        ),
     ],
 )
 def test_from_host_memory(
@@ -288,7 +298,7 @@ def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model
 
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", [HYBRID, pytest.param("state-space", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", [HYBRID, pytest.param("state-space", marks=pytest.mark.soak)])
 def test_many_at_once_with_too_little_memory(
     checkpoints: Checkpoints, fleet: Fleet, model: str, asynchronous: bool
 ) -> None:

@@ -15,7 +15,7 @@ from engine.models import Checkpoints
 
 pytestmark = [pytest.mark.engine, pytest.mark.scaled]
 
-FEW = 2
+FEW = 1
 MANY = int(os.environ.get("LAMINA_SOAK_CONVERSATIONS", "4"))
 """Seeds for each model: twelve in all. Another hundred have never shown what these had not, and the
 simulator drives the same hand-off through many more histories."""
@@ -51,7 +51,7 @@ def test_conversations_that_the_cache_does_not_hold(model: Any, tmp_path: Path, 
     check(model, tmp_path / "store", seed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(FEW, MANY))
 def test_many_more_conversations(model: Any, tmp_path: Path, seed: int) -> None:
     check(model, tmp_path / "store", seed)

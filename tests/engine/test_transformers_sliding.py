@@ -33,7 +33,13 @@ PARKED: dict[str, object] = {
     "host": {"capacity": "64MiB"},
 }
 LAYERWISE = PARKED | {"load": {"mode": "layerwise", "when": "always"}}
-MODES = pytest.mark.parametrize("settings", [PARKED, LAYERWISE], ids=["parked", "layerwise"])
+MODES = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(PARKED, id="parked", marks=pytest.mark.slow),
+        pytest.param(LAYERWISE, id="layerwise"),
+    ],
+)
 LENGTHS = (5, 63, 64, 65, 127, 128, 129, 191, 192, 193, 320, 700)
 
 
@@ -185,7 +191,7 @@ def test_cancelled_requests_leave_nothing(model: Any, expected: Tokens) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("length", [193, 600])
+@pytest.mark.parametrize("length", [193, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_hit_is_forked(model: Any, settings: dict[str, Any], length: int) -> None:
     tokens = LONG[:length]
     with Engine(model, ROOMY) as engine:

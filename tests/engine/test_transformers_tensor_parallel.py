@@ -138,6 +138,7 @@ def test_more_conversations_on_two_ranks(
     live_through_in_ranks(checkpoints.model(name), tmp_path, range(1, 5), most)
 
 
+@pytest.mark.slow
 def test_requests_that_are_cancelled_together(llama: Path, tmp_path: Path) -> None:
     """The library keeps their names in a set, whose order is another one on each rank."""
     lamina = {

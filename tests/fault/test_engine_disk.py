@@ -74,8 +74,24 @@ def full_store(original: Path, tmp_path: Path) -> Path:
     return shutil.copytree(original, tmp_path / "store")
 
 
-@pytest.mark.parametrize("damage", [flip, first_chunks, last_chunks, cut])
-@pytest.mark.parametrize("load", LOADS, ids=["layerwise-1", "layerwise", "parked"])
+@pytest.mark.parametrize(
+    ("load", "damage"),
+    [
+        (LOADS[0], flip),
+        (LOADS[1], last_chunks),
+        (LOADS[2], cut),
+        *(
+            pytest.param(load, damage, marks=pytest.mark.slow)
+            for load, damage in (
+                (LOADS[0], last_chunks),
+                (LOADS[1], first_chunks),
+                (LOADS[1], cut),
+                (LOADS[2], first_chunks),
+                (LOADS[2], flip),
+            )
+        ),
+    ],
+)
 def test_damage_while_the_server_runs(
     llama: Path,
     fleet: Fleet,

@@ -32,11 +32,11 @@ def expect_nothing_held(engine: Engine, free_blocks: int) -> None:
     ("load", "faults", "asynchronous"),
     [
         ({"mode": "layerwise"}, {}, True),
-        ({"mode": "parked"}, {}, False),
-        ({}, {"slow_saves": 0.005}, False),
+        pytest.param({"mode": "parked"}, {}, False, marks=pytest.mark.slow),
+        pytest.param({}, {"slow_saves": 0.005}, False, marks=pytest.mark.slow),
         ({"mode": "parked"}, {"slow_saves": 0.005, "slow_loads": 0.01}, True),
-        ({"mode": "layerwise"}, {"slow_saves": 0.005}, True),
-        ({"mode": "parked"}, {"slow_loads": 0.01}, True),
+        pytest.param({"mode": "layerwise"}, {"slow_saves": 0.005}, True, marks=pytest.mark.slow),
+        pytest.param({"mode": "parked"}, {"slow_loads": 0.01}, True, marks=pytest.mark.slow),
     ],
     ids=[
         "layerwise",

@@ -24,7 +24,7 @@ SHORT, CASE, LONG = PushCase(tokens=2), PushCase(tokens=4), PushCase(tokens=5)
 FROM_A_TIER = tuple(
     PushCase(tokens=5, hit=hit, hit_tokens=4) for hit in ("engine", "parked", "layerwise")
 )
-QUICK = ("preempt", "lag", "tarry", "never_prefill", "never_decode", "abort_prefill", "write_fails")
+QUICK = ("preempt", "abort_prefill", "write_fails", "lag", "tarry", "never_prefill", "never_decode")
 SOME = 800
 """States of a search that has no time for all."""
 MORE = int(os.environ.get("LAMINA_PROTOCOL_STATES", "2000"))
@@ -59,7 +59,9 @@ def test_nothing_goes_wrong() -> None:
     everything(Options((SHORT,), 2, 2))
 
 
-@pytest.mark.parametrize("kind", QUICK)
+@pytest.mark.parametrize(
+    "kind", [*QUICK[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUICK[3:])]
+)
 def test_one_thing_goes_wrong(kind: str) -> None:
     everything(Options((SHORT,), faults=faults(kind), budget=1))
 
@@ -85,6 +87,7 @@ def test_states_and_windows() -> None:
     some(Options((LONG,), groups=(FULL, WINDOW), faults=kinds, budget=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_destinations_that_are_known_while_a_step_runs(ranks: int) -> None:
     everything(Options((SHORT,), ranks, beside=True))
@@ -97,6 +100,7 @@ def test_what_goes_wrong_while_destinations_become_known(ranks: int) -> None:
     some(Options((CASE,), ranks, faults=kinds, budget=2, hurries=1, beside=True))
 
 
+@pytest.mark.slow
 def test_states_and_windows_that_leave_while_a_step_runs() -> None:
     kinds = faults("abort_decode preempt crash_decode")
     some(Options((LONG,), groups=(FULL, STATE), faults=kinds, budget=1, beside=True))
@@ -112,19 +116,27 @@ def test_different_prompts() -> None:
     some(Options((PushCase(misled=True),), faults=faults("abort_decode deadline"), budget=1))
 
 
+@pytest.mark.slow
 def test_a_prefix_that_the_decode_engine_has() -> None:
     everything(Options((PushCase(floor=2),), faults=faults("abort_prefill preempt"), budget=1))
     everything(Options((PushCase(tokens=3, floor=2),), faults=faults("never_prefill"), budget=1))
 
 
-@pytest.mark.parametrize("kinds", ["stop_prefill", "hang_prefill", "crash_prefill"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        "stop_prefill",
+        pytest.param("hang_prefill", marks=pytest.mark.slow),
+        pytest.param("crash_prefill", marks=pytest.mark.slow),
+    ],
+)
 def test_there_is_room_for_everybody(kinds: str) -> None:
     """Two prompts of which a decode engine can hold both, and nothing beside them."""
     case = PushCase(tokens=8)
     some(Options((case, case), faults=faults(kinds), budget=1, scarce=True))
 
 
-@pytest.mark.parametrize("misled", [False, True])
+@pytest.mark.parametrize("misled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_router_uses_an_id_again(misled: bool) -> None:
     first = PushCase(tokens=4, push="a", prompt="p")
     again = PushCase(decode=1, tokens=4, push="a", prompt="p", part="decode", misled=misled)
@@ -161,13 +173,18 @@ def test_one_thing_goes_wrong_in_one_of_two_chunks(kind: str) -> None:
 @pytest.mark.parametrize(
     "kinds",
     [
-        "crash_prefill break_decode",
         "crash_prefill silent write_fails",
-        "break_prefill break_decode abort_decode",
         "stop_prefill abort_decode lag",
-        "preempt abort_prefill",
         "crash_decode break_decode break_prefill",
-        "crash_prefill abort_decode preempt",
+        *(
+            pytest.param(kinds, marks=pytest.mark.soak)
+            for kinds in (
+                "crash_prefill break_decode",
+                "break_prefill break_decode abort_decode",
+                "preempt abort_prefill",
+                "crash_prefill abort_decode preempt",
+            )
+        ),
     ],
 )
 def test_two_things_go_wrong(kinds: str) -> None:
@@ -206,7 +223,14 @@ def test_one_thing_goes_wrong_with_groups(groups: tuple[Group, ...]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.scaled
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (2, 2),
+        pytest.param(2, 1, marks=pytest.mark.soak),
+        pytest.param(1, 2, marks=pytest.mark.soak),
+    ],
+)
 def test_one_thing_goes_wrong_with_ranks(prefill: int, decode: int) -> None:
     more(Options((SHORT,), prefill, decode, faults=FAULTS, budget=1))
 

@@ -43,7 +43,7 @@ from lamina_kv.tiers.disk.lock import holder
 from soak.conftest import Note
 from soak.damage import damage_store
 
-pytestmark = [pytest.mark.engine, pytest.mark.scaled]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.scaled]
 
 CYCLES = int(os.environ.get("LAMINA_SOAK_ENGINE_CYCLES", "3"))
 SERVER_CYCLES = int(os.environ.get("LAMINA_SOAK_SERVER_CYCLES", "1"))

@@ -17,7 +17,7 @@ from soak import leaks
 from soak.conftest import Note
 from soak.leaks import Account
 
-pytestmark = [pytest.mark.engine, pytest.mark.scaled]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.scaled]
 
 SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 REQUESTS = int(os.environ.get("LAMINA_SOAK_REQUESTS", "500"))
