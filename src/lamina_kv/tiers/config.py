@@ -48,10 +48,10 @@ class TierConfig(Section):
     )
     keep: Annotated[Keep, KEEP] = Field(
         default="all",
-        description="What the tier is given. `all`: every chunk that is saved. `shared`: chunks "
-        "that a second request of this engine has used, and those of requests that ask for it; "
-        "where a router spreads requests over many engines, few are. `nothing`: the tier is only "
-        "read.",
+        description="Which chunks are written to the tier. `all`: every chunk that is saved. "
+        "`shared`: those that a second request of this engine has used, and those of requests that "
+        "say `share`; where a router spreads requests over many engines, that is little. "
+        "`nothing`: none, the tier is only read.",
     )
 
     def key(self, field: str) -> str:

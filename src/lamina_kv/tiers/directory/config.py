@@ -16,8 +16,9 @@ class DirectoryConfig(SharedConfig):
 
     kind: Annotated[Literal["directory"], choice("directory")] = "directory"
     path: Annotated[Path, ABSOLUTE_PATH] = Field(
-        description="The shared directory, below the same mount on every machine. Made if its "
-        "parent is there. `lamina-kv sweep` frees its space; engines delete nothing.",
+        description="The shared directory: one in a mount that all machines have, not the mount "
+        "itself. Made if its parent is there. `lamina-kv sweep` frees its space; engines delete "
+        "nothing.",
     )
     direct: Annotated[bool, FLAG] = Field(
         default=False,
