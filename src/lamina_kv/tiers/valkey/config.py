@@ -54,8 +54,8 @@ class ValkeyConfig(SharedConfig):
     )
     ttl: Annotated[int | None, integer(1).nullable()] = Field(
         default=None,
-        description="Seconds after its last use at which the server forgets a chunk. null: it evicts "
-        "chunks only when it needs the memory.",
+        description="Seconds after its last use at which the server forgets a chunk. null: it "
+        "evicts chunks only when it needs the memory.",
     )
 
     @model_validator(mode="after")
