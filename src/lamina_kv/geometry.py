@@ -12,6 +12,7 @@ block-outermost layouts and groups that alias the same bytes are all of this for
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -189,6 +190,24 @@ class CacheGeometry:
     def row_of_layer(self) -> dict[str, int]:
         """Layer name to row index."""
         return {layer: index for index, row in enumerate(self.rows) for layer in row.layers}
+
+    @cached_property
+    def rows_alike(self) -> tuple[tuple[int, ...], ...]:
+        """Rows whose blocks are cut alike: a chunk of any group has the same pages in all of them.
+        Each row is in one entry."""
+        alike: dict[object, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            alike.setdefault((row.groups, row.places), []).append(index)
+        return tuple(map(tuple, alike.values()))
+
+    @cached_property
+    def block_bytes(self) -> dict[int, int]:
+        """Per group, the bytes of one of its blocks, all rows."""
+        sizes: Counter[int] = Counter()
+        for row in self.rows:
+            for group in row.groups:
+                sizes[group] += row.page_bytes
+        return dict(sizes)
 
 
 def chunk_tokens_for(block_tokens: int) -> int:

@@ -121,7 +121,7 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """Copy one chunk from engine blocks into a near slot, row by row as rows are written.
+    """Copy one chunk from engine blocks into a near slot, once the step has written it.
 
     Attributes:
         transfer: identity of this save.

@@ -262,6 +262,7 @@ engines = st.builds(
     load_ahead=st.sampled_from(("auto", 1, 2)),
     piece_chunks=st.sampled_from((100, 1)),
     saves_in_flight=st.sampled_from((64, 1)),
+    saves_by_rows=st.booleans(),
 )
 boundaries = st.integers(0, 2).map(Random)
 with_hand_off = st.builds(Options.with_hand_off, engines, boundaries)

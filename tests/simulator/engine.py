@@ -125,6 +125,8 @@ class Simulator:
         options = self.options
         piece = options.piece_chunks * options.chunk_bytes // options.rows
         self._exit.enter_context(patch("lamina_kv.data.loads.PIECE_BYTES", piece))
+        if options.saves_by_rows:
+            self._exit.enter_context(patch("lamina_kv.data.save_pipeline.ROW_BYTES", 0))
         self._ranks: list[Rank] = []
         for number in range(options.ranks):
             leader = self._ranks[0] if number and options.replicas else None

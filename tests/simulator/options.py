@@ -99,6 +99,7 @@ class Options:
         mode: ``load.mode``.
         load_ahead: ``load.load_ahead``.
         piece_chunks: chunks that one thread loads at a time.
+        saves_by_rows: whether a row is saved as soon as it is written, however small it is.
         when: ``load.when``.
         min_tokens: ``load.min_tokens``.
         deadline: ``load.deadline``, seconds.
@@ -129,6 +130,7 @@ class Options:
     mode: Literal["auto", "layerwise", "parked"] = "auto"
     load_ahead: int | Literal["auto"] = "auto"
     piece_chunks: int = 100
+    saves_by_rows: bool = False
     when: str = "always"
     min_tokens: int = 0
     deadline: float = 0.05
@@ -168,6 +170,7 @@ class Options:
             replicas=random.random() < 0.4,
             breaker_failures=random.choice((1, 3, 1000)),
             breaker_pause=random.choice((0.01, 0.1)),
+            saves_by_rows=random.random() < 0.5,
         )
 
     def on_device(self) -> Options:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lamina_kv.config import LoadConfig
+from lamina_kv.data import save_pipeline
 from lamina_kv.data.executor import Executor, Outcomes, Tiers
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.movers import Fence
@@ -316,6 +317,13 @@ def test_a_row_is_saved_as_it_was_when_its_layer_had_written_it(rank: Rank) -> N
     assert rank.pages((11,)) == [bytes([99]) * page for page in PAGES]
 
 
+@pytest.fixture
+def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves are taken for large ones."""
+    monkeypatch.setattr(save_pipeline, "ROW_BYTES", 1)
+
+
+@pytest.mark.usefixtures("by_rows")
 def test_a_row_is_saved_once_per_step(rank: Rank) -> None:
     rank.executor.begin_step(StepPlan(1, saves=(save(1, 3, (7, 2)),)))
     for _ in range(3):
@@ -403,6 +411,7 @@ def test_a_load_with_nothing_in_some_rows_ends(rank: Rank) -> None:
     only.executor.close()
 
 
+@pytest.mark.usefixtures("by_rows")
 def test_a_row_is_saved_when_all_of_its_layers_have_written_it() -> None:
     """In whatever order they run."""
     shape = geometry()
@@ -423,6 +432,46 @@ def test_a_row_is_saved_when_all_of_its_layers_have_written_it() -> None:
     rank.executor.end_step()
     rank.settle(1)
     rank.executor.close()
+
+
+def test_a_small_save_is_one_copy_when_the_step_is_over(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer is asked, and no row has a job of its own."""
+    copy, copied = rank.mover.save, []
+
+    def noted(rows: Sequence[int], *arguments: Any) -> Fence:
+        copied.append(list(rows))
+        return copy(rows, *arguments)
+
+    monkeypatch.setattr(rank.mover, "save", noted)
+    rank.executor.begin_step(StepPlan(1, saves=(save(1, 3, (7, 2)), save(2, 4, (4,)))))
+    assert not rank.executor.moves_rows
+    for layer in rank.layers:
+        rank.executor.layer_written(layer)
+    assert not copied
+    rank.executor.end_step()
+    assert len(rank.settle(2)) == 2
+    assert copied == [[0, 1, 2]]
+
+
+@pytest.mark.usefixtures("by_rows")
+def test_the_last_copy_of_a_save_is_waited_for_alone(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device copies them in order, and each wait is a thread that wakes up."""
+    fences: list[LateFence] = []
+
+    def late(*_: Any) -> Fence:
+        fences.append(LateFence())
+        return fences[-1]
+
+    monkeypatch.setattr(rank.mover, "save", late)
+    executor = rank.executor
+    monkeypatch.setattr(executor, "_saver", replace(executor._saver, timeline=None))
+    rank.run(StepPlan(1, saves=(save(1, 3, (7, 2)),)))
+    rank.settle(1)
+    assert [fence.waits for fence in fences] == [0, 0, 1]
 
 
 class LateFence(Fence):
@@ -464,6 +513,7 @@ def test_a_layerwise_load_is_reported_when_the_device_has_carried_it_out(
     assert receipt.outcome is Outcome.DONE
 
 
+@pytest.mark.usefixtures("by_rows")
 def test_a_save_that_is_copied_before_a_load_of_its_step_has_failed_fails_too(rank: Rank) -> None:
     rank.save(3, (7, 2))
     rank.mover.bad_row = len(PAGES) - 1
@@ -642,6 +692,7 @@ def test_a_follower_answers_for_its_leader_at_once() -> None:
     rank.executor.close()
 
 
+@pytest.mark.usefixtures("by_rows")
 def test_layers_are_asked_when_a_step_saves_and_pushes_nothing() -> None:
     rank = Rank()
     rank.executor.begin_step(StepPlan(1, saves=(save(1, 0, (0,)),)))

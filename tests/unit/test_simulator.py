@@ -362,7 +362,7 @@ CASES = [
     Case(a_row_is_not_waited_for, "a wrong token", LAYERWISE),
     Case(a_deadline_is_not_looked_at, "still under way", PARKED, SLOW),
     Case(a_failed_load_wakes_nobody, "nothing has moved", PARKED, Weather(error=0.1)),
-    Case(rows_are_saved_before_they_are_written, "host shows a chunk"),
+    Case(rows_are_saved_before_they_are_written, "host shows a chunk", Options(saves_by_rows=True)),
     Case(loaded_blocks_are_not_leased, "is written by a load", HAND_OFF_PARKED, SLOW),
     Case(a_parked_request_runs_at_once, "a wrong token", HAND_OFF_PARKED, SLOW),
     Case(a_failed_load_counts, "a wrong token", HAND_OFF_PARKED, Weather(error=0.1)),

@@ -287,6 +287,28 @@ def control(
 
 
 @app.command()
+def step(
+    rows: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Rows of the cache, one for each layer.")
+    ] = "16,64,128",
+    chunks: Annotated[int, typer.Option(help="Chunks that a step saves or loads.")] = 4,
+    repeat: Repeat = 5,
+    json: Json = None,
+) -> None:
+    """What a step costs the engine beside the bytes: its own thread, the interpreter lock, calls.
+
+    A step with nothing to move, a decode step that completes chunks, a step with a layerwise load;
+    with a CPU's memory, and with a device that does nothing but count. Needs no engine.
+    """
+    from lamina_kv.bench.step import StepSettings, measure
+
+    numbers_of_rows = made(lambda: numbers("--rows", rows, int))
+    settings = made(lambda: StepSettings(numbers_of_rows, chunks, repeat))
+    check_outputs(json)
+    measured(lambda progress: measure(settings, progress), json)
+
+
+@app.command()
 def trace(
     file: Annotated[
         Path,

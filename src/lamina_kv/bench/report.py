@@ -194,7 +194,16 @@ def _bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
-_SHOWN = {Unit.SECONDS: duration, Unit.RATIO: _multiple, Unit.BYTES: _bytes}
+def _count(value: float) -> str:
+    return f"{value:g}"
+
+
+_SHOWN = {
+    Unit.SECONDS: duration,
+    Unit.RATIO: _multiple,
+    Unit.BYTES: _bytes,
+    Unit.COUNT: _count,
+}
 
 
 def _cpu_name() -> str:

@@ -14,6 +14,7 @@ class Unit(StrEnum):
     SECONDS = "s"
     RATIO = "x"
     BYTES = "B"
+    COUNT = "n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,8 +220,8 @@ class Executor:
     def moves_rows(self) -> bool:
         """Whether the layers of this step have anything to wait for or to save."""
         pushes = self._pushes is not None and self._pushes.moves_rows
-        saves = self._saves is not None or pushes
-        return not self._loads.is_empty or (self._layers_save and saves)
+        saves = self._saves is not None and self._saves.by_rows
+        return not self._loads.is_empty or (self._layers_save and (saves or pushes))
 
     # -- one step ----------------------------------------------------------------------------
 

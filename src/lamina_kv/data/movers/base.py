@@ -181,7 +181,7 @@ class Mover(ABC):
 
         Returns:
             A fence that passes when the engine's blocks have been read and the near pages are
-            filled, in all rows.
+            filled, in all rows. Fences of saves pass in the order of their calls.
 
         Raises:
             IndexError: for a row outside the cache; nothing was copied.

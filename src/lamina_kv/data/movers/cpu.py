@@ -12,7 +12,9 @@ Near pages are neighbours within a slot only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -53,6 +55,31 @@ class PassedFence(Fence):
 _PASSED = PassedFence()
 
 
+Step = Callable[[NearRow, Pages], None]
+"""Some pages of a row are copied."""
+
+Plan = Callable[[NearRow, Pages, Pairs], list[Step]]
+"""Works out the steps of a copy, which are the same for rows of the same form."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuPairs(Pairs):
+    """Pairs that know how to be copied.
+
+    Attributes:
+        courses: the steps, by direction and form of the row. Threads may work them out twice.
+    """
+
+    courses: dict[tuple[Plan, int, bool], list[Step]] = field(default_factory=dict)
+
+    def course(self, plan: Plan, near: NearRow, engine: Pages) -> list[Step]:
+        """The steps for a row."""
+        form = (plan, engine.dtype.itemsize, engine.flags.c_contiguous)
+        if (course := self.courses.get(form)) is None:
+            course = self.courses[form] = plan(near, engine, self)
+        return course
+
+
 class CpuMover(Mover):
     """Copies with numpy on the calling thread; every fence it returns has passed.
 
@@ -85,22 +112,25 @@ class CpuMover(Mover):
     def pairs(self, near: NearSlab, near_pages: Indices, pages: Indices) -> Pairs:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._check(near, near_pages, pages)
-        return Pairs(near, near_pages, pages)
+        return CpuPairs(near, near_pages, pages)
 
     def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._check_rows(rows)
-        after.wait()
-        for row in rows:
-            _load(pairs.near.rows[row], pairs.near_pages, self._rows[row], pairs.pages)
-        return _PASSED
+        return self._copy(_load_course, rows, pairs, after)
 
     def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        return self._copy(_save_course, rows, pairs, after)
+
+    def _copy(self, plan: Plan, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         self._check_rows(rows)
+        if not isinstance(pairs, CpuPairs):
+            raise TypeError("these pairs are from another mover")
         after.wait()
         for row in rows:
-            _save(self._rows[row], pairs.pages, pairs.near.rows[row], pairs.near_pages)
+            near, engine = pairs.near.rows[row], self._rows[row]
+            for step in pairs.course(plan, near, engine):
+                step(near, engine)
         return _PASSED
 
     def fence_compute(self) -> Fence:
@@ -126,51 +156,87 @@ def _row_pages(allocation: torch.Tensor, row: Row, num_blocks: int) -> Pages:
     return pages.view(f"V{row.page_bytes}")
 
 
-def _load(near: NearRow, near_pages: Indices, engine: Pages, pages: Indices) -> None:
+def _load_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
     """``engine[pages] = near[near_pages]`` with as little traffic as numpy allows."""
+    near_pages, pages = pairs.near_pages, pairs.pages
     tile = max(1, TILE_BYTES // engine.dtype.itemsize)
     most = 2 * -(-len(pages) // tile)  # calls that tiles would take
     # numpy copies an array that is not contiguous before it gathers into it.
     gathers = engine.flags.c_contiguous and near.unit >= LEAST_UNIT
     if gathers and (runs := _runs(pages, most)) is not None:
         order, bounds = runs
-        target = engine.view(f"V{near.unit}").reshape(-1)
         units = near.units_of(near_pages[order])
-        for start, end in pairwise(bounds):
-            wanted = units[start:end].reshape(-1)
-            first = pages[order[start]] * units.shape[1]
-            # Not "raise": numpy would gather into memory of its own and copy that.
-            np.take(near.units, wanted, out=target[first : first + len(wanted)], mode="clip")
-    elif (stretches := near.stretches(near_pages, most)) is not None:
-        for start, end in pairwise(stretches):
-            engine[pages[start:end]] = near.stretch(near_pages[start], end - start)
-    else:
-        begins = near.begins(near_pages)
-        for start in range(0, len(pages), tile):
-            part = slice(start, start + tile)
-            engine[pages[part]] = near.pages[begins[part]]
+        return [
+            partial(_take_units, units[start:end].reshape(-1), pages[order[start]] * units.shape[1])
+            for start, end in pairwise(bounds)
+        ]
+    if (stretches := near.stretches(near_pages, most)) is not None:
+        return [
+            partial(_put_stretch, near_pages[start], pages[start:end])
+            for start, end in pairwise(stretches)
+        ]
+    begins = near.begins(near_pages)
+    return [
+        partial(_put_pages, begins[start : start + tile], pages[start : start + tile])
+        for start in range(0, len(pages), tile)
+    ]
 
 
-def _save(engine: Pages, pages: Indices, near: NearRow, near_pages: Indices) -> None:
+def _take_units(wanted: Indices, first: int, near: NearRow, engine: Pages) -> None:
+    """Gather units of the near side into neighbouring pages of the engine."""
+    target = engine.view(f"V{near.unit}").reshape(-1)
+    # Not "raise": numpy would gather into memory of its own and copy that.
+    np.take(near.units, wanted, out=target[first : first + len(wanted)], mode="clip")
+
+
+def _put_stretch(page: int, pages: Indices, near: NearRow, engine: Pages) -> None:
+    """Scatter neighbours of the near side over pages of the engine."""
+    engine[pages] = near.stretch(page, len(pages))
+
+
+def _put_pages(begins: Indices, pages: Indices, near: NearRow, engine: Pages) -> None:
+    """Scatter pages of the near side over pages of the engine."""
+    engine[pages] = near.pages[begins]
+
+
+def _save_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
     """``near[near_pages] = engine[pages]`` with as little traffic as numpy allows."""
+    near_pages, pages = pairs.near_pages, pairs.pages
     tile = max(1, TILE_BYTES // engine.dtype.itemsize)
     most = 2 * -(-len(pages) // tile)
-    gathers = engine.flags.c_contiguous
     if (runs := _runs(pages, most)) is not None:
         order, bounds = runs
         begins = near.begins(near_pages[order])
-        for start, end in pairwise(bounds):
-            first = pages[order[start]]
-            near.pages[begins[start:end]] = engine[first : first + end - start]
-    elif gathers and (stretches := near.stretches(near_pages, most)) is not None:
-        for start, end in pairwise(stretches):
-            out = near.stretch(near_pages[start], end - start)
-            np.take(engine, pages[start:end], axis=0, out=out, mode="clip")
-    else:
-        begins = near.begins(near_pages)
-        for start in range(0, len(pages), tile):
-            part = slice(start, start + tile)
-            near.pages[begins[part]] = engine[pages[part]]
+        return [
+            partial(_store_run, begins[start:end], pages[order[start]])
+            for start, end in pairwise(bounds)
+        ]
+    stretches = near.stretches(near_pages, most) if engine.flags.c_contiguous else None
+    if stretches is not None:
+        return [
+            partial(_store_stretch, near_pages[start], pages[start:end])
+            for start, end in pairwise(stretches)
+        ]
+    begins = near.begins(near_pages)
+    return [
+        partial(_store_pages, begins[start : start + tile], pages[start : start + tile])
+        for start in range(0, len(pages), tile)
+    ]
+
+
+def _store_run(begins: Indices, first: int, near: NearRow, engine: Pages) -> None:
+    """Scatter neighbouring pages of the engine over the near side."""
+    near.pages[begins] = engine[first : first + len(begins)]
+
+
+def _store_stretch(page: int, pages: Indices, near: NearRow, engine: Pages) -> None:
+    """Gather pages of the engine into neighbours of the near side."""
+    np.take(engine, pages, axis=0, out=near.stretch(page, len(pages)), mode="clip")
+
+
+def _store_pages(begins: Indices, pages: Indices, near: NearRow, engine: Pages) -> None:
+    """Scatter pages of the engine over the near side."""
+    near.pages[begins] = engine[pages]
 
 
 def _runs(ids: Indices, most: int) -> tuple[Indices, list[int]] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +86,9 @@ class RowTable:
         ]  # fmt: skip
         cuts = [(row.groups, [(p.scale, p.shift) for p in row.places]) for row in geometry.rows]
         order = sorted(range(len(shapes)), key=lambda row: (shapes[row], cuts[row]))
-        self._shapes = [shapes[row] for row in order]
+        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+        self._shapes = list(numbers)
+        self._shape_of = [numbers[shapes[row]] for row in order]
         self._entry_of = {row: entry for entry, row in enumerate(order)}
         self.entries: npt.NDArray[np.int64] = np.array(
             [(addresses[row], geometry.extent_offsets[row]) for row in order], np.int64
@@ -94,18 +97,16 @@ class RowTable:
     def ranges(self, rows: Sequence[int]) -> list[RowRange]:
         """Cut ``rows``, which are distinct, into what one launch each can copy."""
         entries = sorted(map(self._entry_of.__getitem__, rows))
-        ranges: list[RowRange] = []
-        start = 0
-        for end in range(1, len(entries) + 1):
-            if (
-                end == len(entries)
-                or entries[end] != entries[end - 1] + 1
-                or self._shapes[entries[end]] != self._shapes[entries[start]]
-            ):
-                ranges.append(RowRange(self._shapes[entries[start]], entries[start], end - start))
-                start = end
-        return ranges
+        shape_of, cuts = self._shape_of, [0]
+        for index, (last, entry) in enumerate(pairwise(entries), 1):
+            if entry != last + 1 or shape_of[entry] != shape_of[last]:
+                cuts.append(index)
+        return [
+            RowRange(self._shapes[shape_of[entries[start]]], entries[start], end - start)
+            for start, end in pairwise([*cuts, len(entries)])
+            if start < end
+        ]
 
-    def shapes(self) -> list[RowShape]:
+    def shapes(self) -> tuple[RowShape, ...]:
         """The shapes of all rows, each once."""
-        return list(dict.fromkeys(self._shapes))
+        return tuple(self._shapes)
