@@ -132,7 +132,9 @@ class DeviceMover(CpuMover):
         self._compute = compute
         self.loads, self.saves = Stream("load"), Stream("save")
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         copy = super().load
         self.loads.hold(after)
         self.loads.launch(lambda: copy(rows, pairs, after))
@@ -144,7 +146,7 @@ class DeviceMover(CpuMover):
         self.saves.launch(lambda: copy(rows, pairs, after))
         return self.saves.record()
 
-    def fence_compute(self) -> Fence:
+    def fence_compute(self, *, timed: bool = False) -> Fence:
         return self._compute.record()
 
     def hold_compute(self, fence: Fence) -> None:

@@ -169,13 +169,15 @@ class RainyMover:
         self._stall()
         self._inner.await_near(near, near_pages)
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         sky = self._sky
         self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
         if self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error):
             raise InjectedError("the copy has failed")
-        return self._inner.load(rows, pairs, after)
+        return self._inner.load(rows, pairs, after, urgent=urgent)
 
 
 class Mail:

@@ -40,6 +40,9 @@ from stores import MemoryStore, Shelf
 
 _NAMESPACE = "51" * 16
 
+DEVICE_TIME = 10.0
+"""Deadlines that a slow device takes at most for what is in the windows of all loads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Misread:
@@ -221,7 +224,10 @@ class Rank:
             executor.end_step()
         else:
             executor.end_step()
+            ended = around.clock()
             outcomes = executor.collect()
+            if around.clock() - ended > around.slack:
+                raise Violation("the engine's thread waited for loads that nobody waits for")
         self._check_outcomes(step, outcomes, asked)
         self._read_tokens()
         # Nothing that a far tier does makes a forward wait.
@@ -342,10 +348,16 @@ class Rank:
         for transfer, began in list(self._under_way.items()):
             if transfer in over:
                 del self._under_way[transfer]
-            elif asked - began > self._options.deadline * (1 + WRITE_TIME) + self._around.slack:
+            elif asked - began > self._longest_load():
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
                 )
+
+    def _longest_load(self) -> float:
+        """Seconds after which a load is over, whatever happens. A device carries out what was
+        launched."""
+        launched = DEVICE_TIME if self._device is not None else WRITE_TIME
+        return self._options.deadline * (1 + launched) + self._around.slack
 
     def near(self, slot: int) -> Stamps:
         """The stamps of a chunk in a near slot, without this rank's and its rows' own. Shape

@@ -33,6 +33,7 @@ _PATCHED = {
     "lamina_kv.data.load_pipeline.time": "time",
     "lamina_kv.data.loads.time": "time",
     "lamina_kv.data.moving.time": "time",
+    "lamina_kv.data.movers.device_fence.time": "time",
     "lamina_kv.data.save_pipeline.time": "time",
 }
 
@@ -40,7 +41,7 @@ _PATCHED = {
 STALLING = ("load", "read", "write")
 """Pools of these names have jobs that call :meth:`World.stall`; others stall before they begin."""
 
-ON_DEVICE = ("load", "save")
+ON_DEVICE = ("load", "land", "save")
 """Pools of these names have jobs that wait for a device, if there is one."""
 
 

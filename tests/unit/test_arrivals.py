@@ -15,7 +15,6 @@ from lamina_kv.plan import TransferReceipt
 class Run(SimpleNamespace):
     """A load run of some requests."""
 
-    active = waited = 0.0
     stuck = expired = landed = waits = False
     given_up = ""
 
@@ -25,22 +24,27 @@ class Run(SimpleNamespace):
 
     @staticmethod
     def _load(name: str) -> SimpleNamespace:
-        order = SimpleNamespace(request_id=name)
-        return SimpleNamespace(order=order, reason="", receipt=lambda *_: name)
+        return SimpleNamespace(order=SimpleNamespace(request_id=name), reason="")
+
+    def receipts(self) -> list[str]:
+        return [load.order.request_id for load in self.loads]
 
     @property
     def failed(self) -> bool:
         return any(load.reason for load in self.loads)
 
-    def give_up(self, reason: str, patience: float | None = None) -> None:
+    def give_up(self, reason: str) -> None:
         self.given_up = reason
-        if self.stuck:
-            raise LoadStuck(reason)
-        self.landed = True
+        self.landed = not self.stuck
         for load in self.loads:
             load.reason = reason
 
-    def land(self) -> None:
+    def check(self) -> None:
+        if self.given_up and self.stuck:
+            raise LoadStuck(self.given_up)
+
+    def land(self, patience: float | None = None) -> None:
+        self.check()
         self.waits = True
 
 

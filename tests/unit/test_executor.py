@@ -82,12 +82,12 @@ class FlakyMover(CpuMover):
         if self.pinning is not None:
             assert self.pinning.wait(60)
 
-    def load(self, rows: Sequence[int], *arguments: Any) -> Fence:
+    def load(self, rows: Sequence[int], *arguments: Any, **how: Any) -> Fence:
         if self.stall is not None:
             assert self.stall.wait(60)
         if self.bad_row in rows:
             raise OSError("a row is lost")
-        return super().load(rows, *arguments)
+        return super().load(rows, *arguments, **how)
 
 
 class Rank:
@@ -492,8 +492,8 @@ def late_loads(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> LateFence:
     """Have all loads of ``rank`` end with the fence that is returned."""
     fence, inner = LateFence(), rank.mover.load
 
-    def late(*arguments: Any) -> Fence:
-        inner(*arguments)
+    def late(*arguments: Any, **how: Any) -> Fence:
+        inner(*arguments, **how)
         return fence
 
     monkeypatch.setattr(rank.mover, "load", late)

@@ -79,7 +79,9 @@ class RecordingMover(CpuMover):
         if self.pinning is not None:
             assert self.pinning.wait(PATIENCE)
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         self.begun.set()
         if self.stall is not None:
             assert self.stall.wait(PATIENCE)
@@ -99,10 +101,11 @@ class Rig:
         self.copier = Copier(
             NearSlab(geometry(), size, self.mover.allocate_host), self.mover, self.pool
         )
+        self.waiter = WorkerPool("land", 1)
 
     def start(self, window: int, *orders: LoadOrder, **options: Any) -> LoadRun:
         loads = [Load(each, geometry()) for each in orders or (order("a", 0),)]
-        given = {"parked": False, "patience": PATIENCE, **options}
+        given = {"parked": False, "patience": PATIENCE, "waiter": self.waiter, **options}
         run = LoadRun(loads, self.copier, window=window, **given)
         run.start(Passed())
         return run
@@ -117,6 +120,7 @@ def rig() -> Iterator[Rig]:
     rig = Rig()
     yield rig
     assert rig.pool.close(PATIENCE)
+    assert rig.waiter.close(PATIENCE)
     rig.mover.close()
 
 
@@ -138,9 +142,9 @@ def test_each_first_wait_submits_one_more_row(rig: Rig, window: int) -> None:
 
 def test_a_row_waited_for_again_returns_at_once_and_submits_nothing(rig: Rig) -> None:
     run = rig.start(1)
-    assert len(run.wait(0)) == 1
+    run.wait(0)
     submitted = list(rig.pool.rows)
-    assert run.wait(0) == []
+    assert run.wait(0) is None
     assert rig.pool.rows == submitted
 
 
@@ -178,7 +182,7 @@ def test_a_load_that_fails_does_so_as_a_whole_and_harms_no_other(rig: Rig) -> No
     run = rig.start(1, order("a", 0, 1), order("b", 7))
     rig.finish(run)
     failed, other = run.loads
-    receipt = failed.receipt(run.active, run.waited)
+    receipt = failed.receipt(run.times.active, run.times.waited)
     assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "OSError")
     assert other.receipt(0.0, 0.0).outcome is Outcome.DONE
     assert run.failed
@@ -194,7 +198,7 @@ def test_time_in_which_the_model_asked_for_no_row_is_not_the_tiers(rig: Rig) -> 
     time.sleep(0.1)
     asked_for_none = time.perf_counter() - began
     rig.finish(run)
-    receipt = run.loads[0].receipt(run.active, run.waited)
+    receipt = run.loads[0].receipt(run.times.active, run.times.waited)
     assert 0 < receipt.active <= receipt.seconds - asked_for_none + 1e-6
     assert receipt.moved_bytes == ROWS * 8
 
@@ -206,7 +210,7 @@ def test_time_in_which_a_row_hangs_is_the_tiers(rig: Rig) -> None:
     time.sleep(0.1)
     run.give_up("test")
     rig.mover.pinning.set()
-    assert run.active >= 0.1
+    assert run.times.active >= 0.1
 
 
 def test_what_was_given_up_has_failed_and_never_writes_again(rig: Rig) -> None:
@@ -233,12 +237,14 @@ def test_what_is_all_there_when_it_is_given_up_has_arrived(rig: Rig) -> None:
     assert run.loads[0].receipt(0.0, 0.0).outcome is Outcome.DONE
 
 
-def test_giving_up_waits_for_a_copy_that_has_begun(rig: Rig) -> None:
+def test_what_is_given_up_has_landed_when_the_copy_that_had_begun_has(rig: Rig) -> None:
     rig.mover.stall = threading.Event()
     run = rig.start(1, parked=True)
     assert rig.mover.begun.wait(PATIENCE)
     over = threading.Event()
-    thread = threading.Thread(target=lambda: (run.give_up("test"), over.set()))
+    run.give_up("test")
+    assert not run.landed
+    thread = threading.Thread(target=lambda: (run.land(), over.set()))
     thread.start()
     assert not over.wait(0.05)
     rig.mover.stall.set()
@@ -264,15 +270,12 @@ def test_what_is_refused_while_a_copy_is_waited_for_has_failed(
     rig.mover.stall = threading.Event()
     run = rig.start(ROWS, parked=True)
     assert rig.mover.begun.wait(PATIENCE)
-    thread = threading.Thread(target=run.give_up, args=("test",))
-    thread.start()
-    while not run._given_up:
-        time.sleep(0.001)
+    run.give_up("test")
     pinned.set()
     while run.loads[0].outstanding > 1:
         time.sleep(0.001)
     rig.mover.stall.set()
-    thread.join(PATIENCE)
+    run.land()
     assert run.loads[0].outstanding == 0
     assert run.loads[0].receipt(0.0, 0.0).outcome is Outcome.FAILED
 
@@ -281,8 +284,11 @@ def test_a_copy_that_does_not_end_cannot_be_given_up(rig: Rig) -> None:
     rig.mover.stall = threading.Event()
     run = rig.start(1, parked=True, patience=0.02)
     assert rig.mover.begun.wait(PATIENCE)
+    run.give_up("test")
     with pytest.raises(LoadStuck, match="blocks of a"):
-        run.give_up("test")
+        run.land()
+    with pytest.raises(LoadStuck, match="blocks of a"):
+        run.check()
     rig.mover.stall.set()
 
 

@@ -98,10 +98,10 @@ class FlakyMover(CpuMover):
 
     lost = False
 
-    def load(self, *arguments: Any) -> Fence:
+    def load(self, *arguments: Any, **how: Any) -> Fence:
         if self.lost:
             raise OSError("lost")
-        return super().load(*arguments)
+        return super().load(*arguments, **how)
 
 
 @dataclass

@@ -96,9 +96,9 @@ class DeviceMover(CpuMover):
     def enter_thread(self) -> None:
         self.device.enter()
 
-    def load(self, *arguments: Any) -> Any:
+    def load(self, *arguments: Any, **how: Any) -> Any:
         self.device.used("load")
-        return super().load(*arguments)
+        return super().load(*arguments, **how)
 
     def save(self, *arguments: Any) -> Any:
         self.device.used("save")
@@ -214,7 +214,8 @@ def test_every_thread_chooses_its_device_first(rank: Rank, device: Device) -> No
     )
     names = {re.sub(r"-\d+$", "", thread.name) for thread in device.started}
     assert names == {
-        "lamina-load", "lamina-save", "lamina-write-far", "lamina-read-far", "lamina-host-memory",
+        "lamina-load", "lamina-land", "lamina-save", "lamina-write-far", "lamina-read-far",
+        "lamina-host-memory",
         "lamina-populate", "lamina-push",
     }  # fmt: skip
     assert device.entered.count(device.started[0]) == 1
@@ -268,7 +269,7 @@ def test_transfers_of_threads_that_cannot_begin_fail(
     assert rank.failed == {"a", "b"}
     rank.executor.close()
     said = [record.getMessage() for record in caplog.records if "until the engine is" in record.msg]
-    assert len(said) == 5, "once for each pool, and for the wire"
+    assert len(said) == 6, "once for each pool, and for the wire"
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), ZeroDivisionError()])
@@ -276,7 +277,7 @@ def test_transfers_of_threads_that_cannot_begin_fail(
 def test_a_load_that_ends_in_whatever_way_is_not_taken_for_done(
     rank: Rank, monkeypatch: Patch, mode: LoadMode, error: BaseException
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         raise error
 
     rank.run(StepPlan(1, saves=(SaveOrder(TransferId(1), "r", 1, (2, 3)),)))
@@ -295,7 +296,7 @@ def test_a_load_that_ends_in_whatever_way_is_not_taken_for_done(
 def test_a_save_that_ends_in_whatever_way_is_not_taken_for_done(
     rank: Rank, monkeypatch: Patch, error: BaseException
 ) -> None:
-    def end(*_: object) -> None:
+    def end(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(CpuMover, "save", end)

@@ -95,12 +95,14 @@ class PacedMover(Mover):
         """As the mover does."""
         return self._mover.pairs(near, near_pages, pages)
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         """Wait for the link, then copy."""
         # A state goes to two blocks, but comes through the link once.
         pages = len(np.unique(pairs.near_pages))
         self._link.carry(pages * sum(self._page_bytes[row] for row in rows))
-        return self._mover.load(rows, pairs, after)
+        return self._mover.load(rows, pairs, after, urgent=urgent)
 
     def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """As the mover does."""
@@ -122,9 +124,9 @@ class PacedMover(Mover):
         """As the mover does."""
         self._mover.await_near(near, near_pages)
 
-    def fence_compute(self) -> Fence:
+    def fence_compute(self, *, timed: bool = False) -> Fence:
         """As the mover does."""
-        return self._mover.fence_compute()
+        return self._mover.fence_compute(timed=timed)
 
     def hold_compute(self, fence: Fence) -> None:
         """As the mover does."""

@@ -66,10 +66,12 @@ class Arrivals:
         self._one_ended(request_id)
 
     def finished(self, run: LoadRun) -> None:
-        """Every row of a step's loads has arrived, or never will."""
-        if run.failed or run.landed:
-            self._settle(run)
-        else:  # A device may run behind. Who shares the slots does not wait for it, but for this.
+        """Every row of a step's loads has arrived or is launched, or never will be. That a load has
+        failed is said at once; slots are used until a device that runs behind has read them."""
+        self._note_failed(run)
+        if run.landed:
+            self._report(run.receipts())
+        else:
             self._landing.append(run)
 
     def collect(self) -> Arrived:
@@ -81,11 +83,13 @@ class Arrivals:
         for run in self._parked:
             if run.expired and not run.landed:
                 run.give_up(TIMED_OUT)
+            run.check()
         for runs in (self._parked, self._landing):
             for run in [run for run in runs if run.landed]:
                 runs.remove(run)
-                self._settle(run)
+                self._report(run.receipts())
                 if runs is self._parked:
+                    self._note_failed(run)
                     for load in run.loads:
                         self._one_ended(load.order.request_id)
         # Of a parked request that waits for something else, too, nothing is said yet.
@@ -100,20 +104,22 @@ class Arrivals:
         return said
 
     def give_up(self, reason: str, patience: Callable[[], float | None] = lambda: None) -> None:
-        """Give up all parked loads.
+        """Give up all parked loads, and wait until nobody writes for them any more.
 
         Args:
             reason: a word for logs and metrics.
             patience: seconds that copies which have begun have to end, asked before each load; see
-                :meth:`~lamina_kv.data.load_pipeline.LoadRun.give_up`.
+                :meth:`~lamina_kv.data.load_pipeline.LoadRun.land`.
 
         Raises:
             LoadStuck: if one has not ended.
         """
         stuck: LoadStuck | None = None
         for run in self._parked:
+            run.give_up(reason)
+        for run in self._parked:
             try:
-                run.give_up(reason, patience())
+                run.land(patience())
             except LoadStuck as error:
                 stuck = error
         if stuck is not None:
@@ -124,9 +130,8 @@ class Arrivals:
         for run in self._landing:
             run.land()
 
-    def _settle(self, run: LoadRun) -> None:
+    def _note_failed(self, run: LoadRun) -> None:
         self._failed.update(load.order.request_id for load in run.loads if load.reason)
-        self._report(load.receipt(run.active, run.waited) for load in run.loads)
 
     def _one_ended(self, request_id: str) -> None:
         self._awaited[request_id] -= 1

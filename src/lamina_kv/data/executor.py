@@ -139,6 +139,7 @@ class Executor:
         threads = self._threads = Threads(mover.enter_thread, usable_cores())
         near = tiers.near
         self._loader = Copier(near, mover, WorkerPool("load", LOAD_THREADS, threads), timeline)
+        self._waiter = WorkerPool("land", 1, threads)
         self._saver = Copier(near, mover, WorkerPool("save", 1, threads), timeline)
         self._moves = {
             tier.name: MovePipeline(tier, near, self._report, threads=threads, timeline=timeline)
@@ -422,7 +423,8 @@ class Executor:
         except LoadStuck as error:
             log.warning("%s", error)
             ended.append(False)
-        parts: list[WorkerPool | PushWire | MovePipeline] = [self._loader.pool, self._saver.pool]
+        parts: list[WorkerPool | PushWire | MovePipeline] = [self._loader.pool, self._waiter]
+        parts.append(self._saver.pool)
         if self._listener is not None:
             self._listener.close()
         if self._wire is not None:
@@ -451,6 +453,7 @@ class Executor:
             window=window,
             parked=parked,
             patience=self._patience,
+            waiter=self._waiter,
             step=plan.step,
             done=self._news.set,
         )

@@ -7,8 +7,12 @@
     wait 0        [====][====]                  row 0 has arrived; row 2 is submitted
     wait 1              [====][====]            row 1 has arrived; row 3 is submitted
 
-A load between steps has a timeout, past which it is given up as a whole. A load in the step cannot
-be taken back: a copy that does not end stops the engine.
+A row of a load between steps has arrived when its fence has passed, so the window bounds what is
+queued on a device. Such a load has a timeout, past which it is given up as a whole: rows that were
+not launched are refused, and it is over when those that were have passed. Nobody waits for that.
+
+A load in the step is launched ahead of its layers, whose device waits for its fences. It cannot be
+taken back: a copy that does not end stops the engine.
 """
 
 from __future__ import annotations
@@ -16,13 +20,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from lamina_kv.data.copier import Copier
+from lamina_kv.data.load_times import LoadTimes
 from lamina_kv.data.loads import Load, Piece
 from lamina_kv.data.movers.base import Fence, Pairs, pages_of, place_of
+from lamina_kv.data.worker_pool import WorkerPool
 from lamina_kv.geometry import Place, Row
 from lamina_kv.observe.timeline import Lane
+from lamina_kv.plan import TransferReceipt
 
 _IN_STEP, _BETWEEN_STEPS = 0.0, 1.0
 """Priorities of loads. The model waits for those in its step."""
@@ -43,13 +51,14 @@ class LoadRun:
         parked: whether the loads run between steps. Nobody waits for their rows then: a row that
             has arrived stands for one that was waited for.
         patience: seconds that one copy may take, once it has begun or while the model waits.
+        waiter: its thread waits for a device.
         step: for the timeline.
-        done: called once, from any thread, when every row has arrived.
+        done: called once, from any thread, when every row has arrived or was given up; of a load
+            in the step, when every row is launched.
 
     Attributes:
         loads: what to load.
-        active: seconds in which rows were on their way.
-        waited: seconds spent in :meth:`wait`.
+        times: how long rows were on their way, and the model waited for them.
     """
 
     def __init__(
@@ -60,17 +69,18 @@ class LoadRun:
         window: int,
         parked: bool,
         patience: float,
+        waiter: WorkerPool,
         step: int = 0,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         self.loads = tuple(loads)
-        self.active = 0.0
-        self.waited = 0.0
+        self.times = LoadTimes()
         self._copier = copier
         self._shapes = copier.geometry.rows
         self._window = window
         self._parked = parked
         self._patience = patience
+        self._waiter = waiter
         self._step = step
         self._done = done
         self._due = min(load.began + load.order.timeout for load in loads)
@@ -80,11 +90,12 @@ class LoadRun:
         self._submitted = 0
         self._waited_rows: set[int] = set()
         self._left = [sum(load.pieces_of(row) for load in loads) for row in self._shapes]
-        self._in_flight = 0
-        self._active_since = 0.0
         self._writing = 0
         self._given_up = ""
-        self._fences: list[list[Fence]] = [[] for _ in self._shapes]
+        self._refuses_since = 0.0
+        self._is_over = False
+        self._fences: dict[int, Fence] = {}
+        self._sizes = [0] * len(self._shapes)
         self._arrived = [threading.Event() for _ in self._shapes]
         self._missing = len(self._shapes)
 
@@ -104,42 +115,58 @@ class LoadRun:
             for piece in load.pieces:
                 self._copier.mover.await_near(self._copier.near, piece.near)
 
-    def wait(self, row: int) -> list[Fence]:
-        """Block until ``row`` has arrived, and submit one more row the first time.
+    def wait(self, row: int) -> Fence | None:
+        """Block until ``row`` has arrived or is launched, and submit one more row the first time.
 
         Returns:
-            The fences that the engine's next work must come after; empty when the row was
-            waited for before.
+            The fence that the engine's next work must come after; None when the row was waited for
+            before, or nothing is loaded into it.
 
         Raises:
             LoadStuck: if it does not arrive.
         """
         if row in self._waited_rows:
-            return []
-        began = time.perf_counter()
+            return None
+        began, arrived = time.perf_counter(), self._arrived[row]
         while row >= self._submitted:
             self._submit_next()
-        if not self._arrived[row].wait(self._patience):
+        there = arrived.is_set() and self._has_passed(row)
+        reached = None if there else self._copier.mover.fence_compute(timed=True)
+        if not arrived.wait(self._patience):
             raise LoadStuck(self._describe_stuck(row))
         self._waited_rows.add(row)
         self._submit_next()
-        self.waited += time.perf_counter() - began
-        if self._copier.timeline is not None:
+        self.times.waited_for(row, time.perf_counter() - began, reached)
+        fence = self._fences.get(row)
+        if self._copier.timeline is not None and (fence is None or fence.passed()):
             self._copier.timeline.add(Lane.WAIT, self._step, row, began)
-        return self._fences[row]
+        return fence
 
-    def land(self) -> None:
-        """Wait for the device to carry out every copy of a run that is over."""
-        for fences in self._fences:
-            for fence in fences:
-                fence.wait()
-
-    def give_up(self, reason: str, patience: float | None = None) -> None:
-        """Fail what has not arrived. When this returns no thread writes engine memory for these
-        loads, now or later.
+    def give_up(self, reason: str) -> None:
+        """Fail what has not arrived, and launch nothing more. Copies that were launched go on: the
+        run is over when it has :attr:`landed`.
 
         Args:
             reason: a word for logs and metrics.
+        """
+        with self._changed:
+            if self._given_up or self._is_over:
+                return
+            now = self._refuses_since = time.perf_counter()
+            self._given_up = reason
+            self.times.given_up(now)
+            for load in self.loads:
+                if load.outstanding:
+                    load.fail(reason)
+                    load.ended = now
+        for row in range(len(self._shapes)):
+            self._note_arrival(row)
+
+    def land(self, patience: float | None = None) -> None:
+        """Wait until the run has :attr:`landed`. Once it has, no thread and no device writes engine
+        memory for these loads, now or later.
+
+        Args:
             patience: seconds that copies which have begun have to end; those of the run if None.
 
         Raises:
@@ -147,25 +174,27 @@ class LoadRun:
         """
         patience = self._patience if patience is None else patience
         with self._changed:
-            self._given_up = self._given_up or reason
             if not self._changed.wait_for(lambda: not self._writing, patience):
-                names = ", ".join(sorted(load.order.request_id for load in self.loads))
-                raise LoadStuck(
-                    f"a copy into blocks of {names} has not ended within {patience:.0f} s, and "
-                    "these blocks must not be used while it may go on"
-                )
-        self.land()
-        with self._changed:
-            now = time.perf_counter()
-            if self._in_flight:
-                self.active += now - self._active_since
-                self._active_since = now
-            for load in self.loads:
-                if load.outstanding:
-                    load.fail(reason)
-                    load.ended = now
-        for row in range(len(self._shapes)):
-            self._note_arrival(row)
+                raise self._stuck(patience)
+        for fence in list(self._fences.values()):
+            fence.wait()
+
+    def check(self) -> None:
+        """See that what was given up comes to its end.
+
+        Raises:
+            LoadStuck: if a copy has not ended for too long. It may write whenever it goes on.
+        """
+        late = time.perf_counter() - self._refuses_since > self._patience
+        if self._given_up and late and not self.landed:
+            raise self._stuck(self._patience)
+
+    def _stuck(self, patience: float) -> LoadStuck:
+        names = ", ".join(sorted(load.order.request_id for load in self.loads))
+        return LoadStuck(
+            f"a copy into blocks of {names} has not ended within {patience:.0f} s, and these "
+            "blocks must not be used while it may go on"
+        )
 
     @property
     def failed(self) -> bool:
@@ -181,9 +210,31 @@ class LoadRun:
     def landed(self) -> bool:
         """Whether every row has arrived or was given up, and the device has carried out every
         copy."""
-        return not self._missing and all(
-            fence.passed() for fences in self._fences for fence in fences
-        )
+        if self._writing or self._missing:
+            return False
+        # In the order of the stream: of those that have not passed one is asked.
+        return all(self._has_passed(row) for row in sorted(self._fences))
+
+    def _has_passed(self, row: int) -> bool:
+        """Whether the fence of a row that has one has passed; it is asked no more then."""
+        if (fence := self._fences.get(row)) is None:
+            return True
+        if not fence.passed():
+            return False
+        del self._fences[row]
+        self._note_passed(row, fence, self._sizes[row])
+        return True
+
+    def receipts(self) -> list[TransferReceipt]:
+        """What to report of the loads now that the run has landed."""
+        times, timeline = self.times, self._copier.timeline
+        if timeline is not None:
+            for row, (began, ended) in times.waits().items():
+                timeline.add(Lane.WAIT, self._step, row, began, end=ended)
+        for load in self.loads:
+            if not load.reason:
+                load.ended = max(load.ended, times.ended)
+        return [load.receipt(times.active, times.waited) for load in self.loads]
 
     def _describe_stuck(self, row: int) -> str:
         stuck = [load.order.request_id for load in self.loads if load.outstanding]
@@ -207,9 +258,7 @@ class LoadRun:
                 for piece in load.pieces
                 if piece.group in groups
             ]
-            if wanted and not self._in_flight:
-                self._active_since = time.perf_counter()
-            self._in_flight += len(wanted)
+            self.times.submitted(len(wanted), time.perf_counter())
         urgency = _BETWEEN_STEPS if self._parked else _IN_STEP
         for load, piece in wanted:
             self._copier.pool.submit(
@@ -233,13 +282,49 @@ class LoadRun:
             return
         assert self._after is not None, "a row was submitted before the run was started"
         try:
-            fence = copier.mover.load([row], pairs, self._after)
-            size = len(piece.blocks) * shape.page_bytes
-            if copier.timeline is not None:
-                copier.timeline.add(Lane.LOAD, self._step, row, began, size)
-            self._piece_over(row, load, fence, size)
-        finally:
+            fence = copier.mover.load([row], pairs, self._after, urgent=not self._parked)
+        except BaseException:
             self._leave()
+            raise
+        size = len(piece.blocks) * shape.page_bytes
+        if not self._parked or fence.passed():
+            self._copied(row, load, fence, size, began)
+        else:
+            job = partial(self._await, row, load, fence, size, began)
+            self._waiter.submit((0, 0), job, partial(self._unwatched, row, load, fence))
+
+    def _await(self, row: int, load: Load, fence: Fence, size: int, began: float) -> None:
+        """Wait for the device, which has a row of a load between steps to copy."""
+        fence.wait()
+        self._copied(row, load, fence, size, began)
+
+    def _unwatched(self, row: int, load: Load, fence: Fence, error: BaseException) -> None:
+        """Nobody can wait for the device as he should."""
+        load.fail(type(error).__name__)
+        with suppress(Exception):  # a device that has failed copies no more
+            fence.wait()
+        self._piece_over(row, load)
+        self._leave()
+
+    def _copied(self, row: int, load: Load, fence: Fence, size: int, began: float) -> None:
+        """A piece is copied; of a load in the step, copied or launched."""
+        with self._changed:
+            load.moved_bytes += size
+            if self._parked:
+                self._note_passed(row, fence, size)
+            else:
+                held = self._fences.get(row)
+                self._fences[row] = fence if held is None else held.join(fence)
+                self._sizes[row] += size
+        if self._copier.timeline is not None and fence.passed() and fence.span() is None:
+            self._copier.timeline.add(Lane.LOAD, self._step, row, began, size)
+        self._piece_over(row, load)
+        self._leave()
+
+    def _note_passed(self, row: int, fence: Fence, size: int) -> None:
+        self.times.copied(row, fence)
+        if self._copier.timeline is not None and (span := fence.span()) is not None:
+            self._copier.timeline.add(Lane.LOAD, self._step, row, span[0], size, end=span[1])
 
     def _pairs_of(self, shape: Row, piece: Piece) -> Pairs:
         """The pages of a piece in a row, checked and uploaded once for all rows that are cut alike.
@@ -267,17 +352,15 @@ class LoadRun:
         with self._changed:
             self._writing -= 1
             self._changed.notify_all()
+            over = self._note_over()
+        if over:
+            self._done()
 
-    def _piece_over(self, row: int, load: Load, fence: Fence | None = None, size: int = 0) -> None:
+    def _piece_over(self, row: int, load: Load) -> None:
         with self._changed:
             load.outstanding -= 1
             load.ended = time.perf_counter()
-            load.moved_bytes += size
-            self._in_flight -= 1
-            if not self._in_flight:
-                self.active += load.ended - self._active_since
-            if fence is not None:
-                self._fences[row].append(fence)
+            self.times.over(load.ended)
             self._left[row] -= 1
         self._note_arrival(row)
 
@@ -288,11 +371,18 @@ class LoadRun:
                 return
             self._arrived[row].set()
             self._missing -= 1
-            over = not self._missing
+            over = self._note_over()
         if self._parked:
             self._submit_next()
         if over:
             self._done()
+
+    def _note_over(self) -> bool:
+        """Whether the run has come to its end just now."""
+        if self._is_over or self._missing or (self._parked and self._writing):
+            return False
+        self._is_over = True
+        return True
 
 
 def window_rows(load_ahead: int | str, staging: int, row_bytes: int, rows: int) -> int:

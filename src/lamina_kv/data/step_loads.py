@@ -139,7 +139,7 @@ class StepLoads:
 
     def _hold(self, run: LoadRun, row: int) -> None:
         try:
-            for fence in run.wait(row):
+            if (fence := run.wait(row)) is not None:
                 self._mover.hold_compute(fence)
         except LoadStuck as error:
             self.stop(error)

@@ -70,9 +70,19 @@ class Timeline:
         """The clock that spans are measured on."""
         return time.perf_counter()
 
-    def add(self, lane: Lane, step: int, row: int, start: float, size: int = 0) -> None:
-        """Record a span that ends now."""
-        self._spans.append(Span(lane, step, row, start, time.perf_counter(), size))
+    def add(
+        self,
+        lane: Lane,
+        step: int,
+        row: int,
+        start: float,
+        size: int = 0,
+        *,
+        end: float | None = None,
+    ) -> None:
+        """Record a span that ends at ``end``, or now."""
+        end = time.perf_counter() if end is None else end
+        self._spans.append(Span(lane, step, row, start, end, size))
 
     def spans(self) -> list[Span]:
         """All spans kept, oldest first."""

@@ -37,6 +37,38 @@ class Fence(ABC):
     def passed(self) -> bool:
         """Whether the fence has passed, without blocking."""
 
+    def span(self) -> tuple[float, float] | None:
+        """When a device did what the fence is behind, once it has passed: begin and end, in seconds
+        on the host's clock (``time.perf_counter``); the same for a fence behind no copy. None if
+        copies are made in the call, and on a fence that was not to be timed."""
+        return None
+
+    def join(self, other: Fence) -> Fence:
+        """A fence that passes when both have, and that tells the time of both together."""
+        return BothFences(self, other)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BothFences(Fence):
+    """Two fences of which nobody knows which one passes last.
+
+    Attributes:
+        first: one.
+        second: the other.
+    """
+
+    first: Fence
+    second: Fence
+
+    def wait(self) -> None:
+        """See :class:`Fence`."""
+        self.first.wait()
+        self.second.wait()
+
+    def passed(self) -> bool:
+        """See :class:`Fence`."""
+        return self.first.passed() and self.second.passed()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
@@ -151,7 +183,9 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         """Copy near pages into pages of the engine, in each of ``rows``.
 
         Args:
@@ -160,6 +194,8 @@ class Mover(ABC):
             after: a fence behind whatever the engine submitted before these blocks became the
                 load's: a device that runs behind its host may still be writing into a block
                 that was freed and given away.
+            urgent: whether a step waits for them. What is not urgent neither holds up what is nor
+                takes more of the device than is left.
 
         Returns:
             A fence that passes when the bytes of all rows are in the engine; the near pages may be
@@ -188,8 +224,12 @@ class Mover(ABC):
         """
 
     @abstractmethod
-    def fence_compute(self) -> Fence:
-        """A fence behind everything the engine has submitted so far on the calling thread."""
+    def fence_compute(self, *, timed: bool = False) -> Fence:
+        """A fence behind everything the engine has submitted so far on the calling thread.
+
+        Args:
+            timed: whether :meth:`Fence.span` will be asked.
+        """
 
     @abstractmethod
     def hold_compute(self, fence: Fence) -> None:

@@ -51,6 +51,10 @@ class PassedFence(Fence):
         """True."""
         return True
 
+    def join(self, other: Fence) -> Fence:
+        """The other one."""
+        return other
+
 
 _PASSED = PassedFence()
 
@@ -114,7 +118,9 @@ class CpuMover(Mover):
         self._check(near, near_pages, pages)
         return CpuPairs(near, near_pages, pages)
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         return self._copy(_load_course, rows, pairs, after)
 
@@ -133,7 +139,7 @@ class CpuMover(Mover):
                 step(near, engine)
         return _PASSED
 
-    def fence_compute(self) -> Fence:
+    def fence_compute(self, *, timed: bool = False) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         return _PASSED
 

@@ -29,6 +29,7 @@ import torch
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.movers.device import Device, Event, TorchDevice
+from lamina_kv.data.movers.device_fence import DeviceClock, StreamOrder, TimedFence
 from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
 from lamina_kv.data.near import Indices, NearSlab
@@ -36,7 +37,10 @@ from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
 from lamina_kv.plan import NearSlots
 
-_LOAD_PRIORITY, _SAVE_PRIORITY = -1, 0
+_URGENT, _BACKGROUND = -1, 0
+"""Priorities of streams. The model computes at 0. A kernel that copies for a step takes few
+multiprocessors, and the model waits for it; whether it is better off at 0, too, the acceptance run
+has to say."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +68,7 @@ class DevicePairs(Pairs):
 
 
 class CudaMover(Mover):
-    """Copies with a Triton kernel on two streams, one for each direction.
+    """Copies with a Triton kernel on three streams: loads of a step, loads between steps, saves.
 
     Args:
         geometry: where pages are.
@@ -86,11 +90,13 @@ class CudaMover(Mover):
         bases = [tensor.data_ptr() for tensor in self._allocations]
         addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
         self._table = RowTable(geometry, addresses)
-        self._load_stream = device.stream(_LOAD_PRIORITY)
-        self._save_stream = device.stream(_SAVE_PRIORITY)
-        with device.on(self._load_stream):
-            self._rows = device.upload(self._load_stream, self._table.entries)
-        device.synchronize(self._load_stream)  # all streams read them
+        clock = self._clock = DeviceClock(device)
+        self._step_loads = StreamOrder(device, device.stream(_URGENT), clock)
+        self._other_loads = StreamOrder(device, device.stream(_BACKGROUND), clock)
+        self._saves = StreamOrder(device, device.stream(_BACKGROUND), clock)
+        with device.on(stream := self._step_loads.stream):
+            self._rows = device.upload(stream, self._table.entries)
+        device.synchronize(stream)  # all streams read them
         self._host: list[HostMemory] = []
         self._compile()
 
@@ -133,17 +139,21 @@ class CudaMover(Mover):
         self._check(near, near_pages, pages)
         return DevicePairs(near, near_pages, pages)
 
-    def load(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        return self._copy(self._load_stream, rows, pairs, after, to_engine=True)
+        order = self._step_loads if urgent else self._other_loads
+        return self._copy(order, rows, pairs, after, to_engine=True)
 
     def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        return self._copy(self._save_stream, rows, pairs, after, to_engine=False)
+        return self._copy(self._saves, rows, pairs, after, to_engine=False)
 
-    def fence_compute(self) -> Fence:
+    def fence_compute(self, *, timed: bool = False) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        return self._device.record(self._device.current_stream())
+        event = self._device.record(self._device.current_stream(), timed=timed)
+        return TimedFence(event, self._clock) if timed else event
 
     def hold_compute(self, fence: Fence) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -151,37 +161,45 @@ class CudaMover(Mover):
 
     def close(self, *, process_ends: bool = False) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._device.synchronize(self._load_stream)
-        self._device.synchronize(self._save_stream)
+        for order in (self._step_loads, self._other_loads, self._saves):
+            self._device.synchronize(order.stream)
         while self._host:
             self._host.pop().close(process_ends=process_ends)
 
     def _copy(
-        self, stream: Any, rows: Sequence[int], pairs: Pairs, after: Fence, *, to_engine: bool
+        self,
+        order: StreamOrder,
+        rows: Sequence[int],
+        pairs: Pairs,
+        after: Fence,
+        *,
+        to_engine: bool,
     ) -> Fence:
         self._check_rows(rows)
         if not isinstance(pairs, DevicePairs):
             raise TypeError("these pairs are from another mover")
         self.await_near(pairs.near, pairs.near_pages)
-        device = self._device
+        device, stream = self._device, order.stream
         with device.on(stream):
             self._hold(stream, after)
             indices = pairs.on(stream, device)
+            began = device.record(stream, timed=True)
             for part in self._table.ranges(rows):
                 device.copy(
                     stream, pairs.near.memory, self._rows, part, indices, to_engine=to_engine
                 )
-            return device.record(stream)
+            return order.fence(began)
 
     def _hold(self, stream: Any, fence: Fence) -> None:
-        if isinstance(fence, Event):
-            self._device.hold(stream, fence)
+        event = fence.event if isinstance(fence, TimedFence) else fence
+        if isinstance(event, Event):
+            self._device.hold(stream, event)
         else:
             fence.wait()
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""
-        device, stream = self._device, self._load_stream
+        device, stream = self._device, self._step_loads.stream
         near = device.pinned(LONGEST_ACCESS)
         with device.on(stream):
             nothing = device.upload(stream, np.empty((0, 2), np.int64))
