@@ -15,6 +15,17 @@ from typing import Any
 
 import pytest
 
+from broken_devices import (
+    a_load_comes_before_the_engines_own_copies,
+    a_load_does_not_wait_for_the_model,
+    a_load_of_a_step_is_over_when_it_is_launched,
+    a_parked_load_has_arrived_when_it_is_launched,
+    a_save_does_not_wait_for_the_model,
+    a_save_is_over_when_it_is_launched,
+    the_first_piece_of_a_row_is_as_good_as_the_last,
+    the_model_does_not_wait_for_a_load,
+    what_was_launched_is_forgotten_when_a_load_is_given_up,
+)
 from broken_tiers import (
     a_far_slot_is_not_held_while_it_is_read,
     a_late_move_has_lost_its_near_slot,
@@ -329,6 +340,9 @@ RING = replace(HAND_OFF, ring_blocks=4)
 SLOW = Weather(slow=0.2, hang=0.02)
 FAR_SLOW = Weather(far_slow=0.5)
 
+DEVICE = Options(device=True, mode="layerwise", prefix_caching=False, asynchronous=True)
+DEVICE_PARKED = replace(DEVICE, mode="parked", host_slots=12, chunk_blocks=1)
+
 SLOTS = replace(LAYERWISE, host_slots=12, tiers=(Far("slots", Sort.SLOTS),))
 FEW_SLOTS = replace(SLOTS, host_slots=6, tiers=(Far("slots", Sort.SLOTS, room=12),))
 ONE_BY_ONE = replace(SLOTS, tiers=(Far("slots", Sort.SLOTS, batch=1),))
@@ -379,6 +393,25 @@ CASES = [
         what_a_request_had_before_it_was_preempted_counts,
         "are counted as",
         Options(blocks=28, budget=12, max_running=6),
+    ),
+    # a device that runs behind
+    Case(a_save_does_not_wait_for_the_model, "host shows a chunk", DEVICE),
+    Case(the_model_does_not_wait_for_a_load, "a wrong token", DEVICE),
+    Case(a_load_does_not_wait_for_the_model, "a wrong token", DEVICE),
+    Case(a_load_comes_before_the_engines_own_copies, "a wrong token", DEVICE),
+    Case(a_save_is_over_when_it_is_launched, "host shows a chunk", DEVICE),
+    Case(saved_blocks_are_not_leased, "is reused while save|host shows a chunk", DEVICE),
+    Case(a_load_of_a_step_is_over_when_it_is_launched, "was reported as over", DEVICE),
+    Case(a_parked_load_has_arrived_when_it_is_launched, "was reported as over", DEVICE_PARKED),
+    Case(
+        what_was_launched_is_forgotten_when_a_load_is_given_up,
+        "was reported as over",
+        replace(DEVICE_PARKED, deadline=0.005),
+    ),
+    Case(
+        the_first_piece_of_a_row_is_as_good_as_the_last,
+        "a wrong token",
+        replace(DEVICE, piece_chunks=1, chunk_blocks=1),
     ),
     # far tiers
     Case(what_is_read_is_not_verified, "host shows a chunk", SLOTS, Weather(wrong=0.3)),
