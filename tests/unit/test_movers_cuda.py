@@ -28,9 +28,10 @@ import torch
 
 from lamina_kv.data import numa
 from lamina_kv.data.movers import host_memory
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import BothFences, Fence, Pairs
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import TorchDevice, TorchEvent
+from lamina_kv.data.movers.device_fence import TimedFence
 from lamina_kv.data.movers.row_table import RowRange, RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
@@ -60,7 +61,9 @@ def engine() -> torch.Tensor:
 def device(engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     monkeypatch.setattr(host_memory, "FIRST_STEP", 4096)
     monkeypatch.setattr(host_memory, "LARGEST_STEP", 4096)
-    return SimulatedDevice([engine], Random(0))
+    device = SimulatedDevice([engine], Random(0))
+    device.changes_pace = False
+    return device
 
 
 @pytest.fixture
@@ -84,6 +87,12 @@ def events(stream: SimulatedStream) -> list[str]:
     return [what for what, _ in stream.log]
 
 
+def event(fence: Fence) -> SimulatedEvent:
+    """What a fence of a copy waits for."""
+    assert isinstance(fence, TimedFence)
+    return cast(SimulatedEvent, fence.event)
+
+
 def pairs(mover: CudaMover, near: NearSlab) -> Pairs:
     return mover.pairs(near, PAGES, IDS)
 
@@ -98,13 +107,13 @@ def test_a_save_follows_the_fence_on_the_device_and_its_own_fence_follows_the_co
     (copy,) = device.copies
     assert not copy.to_engine
     assert copy.pairs.tolist() == [[5, 1], [0, 7], [2, 3]]
-    assert events(copy.stream)[-4:] == ["wait", "upload", "copy", "record"]
-    assert copy.stream.log[-4][1] is device.compute.log[0][1] is after
-    assert copy.stream.log[-1][1] is fence
+    assert events(copy.stream)[-5:] == ["wait", "upload", "record", "copy", "record"]
+    assert copy.stream.log[-5][1] is device.compute.log[0][1] is after
+    assert copy.stream.log[-1][1] is event(fence)
     assert cast(SimulatedEvent, after).host_waits == 0
 
 
-def test_a_load_runs_on_a_stream_of_its_own_before_saves(
+def test_a_load_runs_on_a_stream_of_its_own(
     device: SimulatedDevice, mover: CudaMover, near: NearSlab
 ) -> None:
     after = mover.fence_compute()
@@ -114,9 +123,43 @@ def test_a_load_runs_on_a_stream_of_its_own_before_saves(
     save, load = (copy.stream for copy in device.copies)
     assert load is not save
     assert device.compute not in (load, save)
-    assert load.priority < save.priority
-    assert events(load)[-4:] == ["wait", "upload", "copy", "record"]
-    assert load.log[-4][1] is after
+    assert events(load)[-5:] == ["wait", "upload", "record", "copy", "record"]
+    assert load.log[-5][1] is after
+
+
+def test_loads_that_no_step_waits_for_have_a_stream_of_their_own(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
+) -> None:
+    """A step's loads would stand behind them, however many there are."""
+    after = mover.fence_compute()
+    parked = mover.load([0], pairs(mover, near), after, urgent=False)
+    urgent = mover.load([0], pairs(mover, near), after)
+    step, between = device.streams[2:4]
+    between.held = True
+    urgent.wait()
+    assert not parked.passed()
+    (copy,) = device.copies
+    assert copy.stream is step
+    device.release(between)
+    parked.wait()
+    assert device.copies[1].stream is between
+
+
+def test_of_two_copies_in_a_stream_the_later_one_says_when_both_are_over(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
+) -> None:
+    after = mover.fence_compute()
+    first, second = (mover.load([row], pairs(mover, near), after) for row in (0, 1))
+    both, other = second.join(first), mover.load([0], pairs(mover, near), after, urgent=False)
+    assert event(both) is event(second)
+    assert isinstance(other.join(both), BothFences)
+    other.join(both).wait()
+    assert other.passed()
+    span, begins, ends = both.span(), first.span(), second.span()
+    assert begins is not None
+    assert ends is not None
+    assert span == (begins[0], ends[1])
+    assert begins[0] < begins[1] <= ends[0] < ends[1]
 
 
 @pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
@@ -137,9 +180,9 @@ def test_rows_that_are_alike_are_one_launch_and_one_fence(is_load: bool) -> None
     copy(range(8), made, after).wait()
     assert sorted(launch.rows for launch in device.copies) == [1, 7]
     stream = device.copies[0].stream
-    assert events(stream)[-5:] == ["wait", "upload", "copy", "copy", "record"]
+    assert events(stream)[-6:] == ["wait", "upload", "record", "copy", "copy", "record"]
     copy([6, 0, 1], made, after).wait()
-    assert events(stream)[-4:] == ["wait", "copy", "copy", "record"]
+    assert events(stream)[-5:] == ["wait", "record", "copy", "copy", "record"]
     assert [launch.rows for launch in device.copies][2:] == [2, 1]
     mover.close()
 
@@ -154,8 +197,8 @@ def test_compute_is_held_on_the_device(
 ) -> None:
     fence = mover.load([0], pairs(mover, near), mover.fence_compute())
     mover.hold_compute(fence)
-    assert device.compute.log[-1] == ("wait", fence)
-    assert cast(SimulatedEvent, fence).host_waits == 0
+    assert device.compute.log[-1] == ("wait", event(fence))
+    assert event(fence).host_waits == 0
 
 
 def test_a_fence_of_another_kind_is_waited_for(

@@ -13,8 +13,8 @@ orders nothing beyond; a copy that comes all the same waits, on the pipeline's t
 
 A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
 descriptor per page. It takes few multiprocessors (see
-:data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`), and loads, which the model waits for, go
-before everything else.
+:data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`). Loads of a step have a stream of their own:
+in that of other loads they would stand behind all that is queued there.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
 from lamina_kv.plan import NearSlots
 
-_URGENT, _BACKGROUND = -1, 0
-"""Priorities of streams. The model computes at 0. A kernel that copies for a step takes few
-multiprocessors, and the model waits for it; whether it is better off at 0, too, the acceptance run
-has to say."""
+STEP_PRIORITY, PRIORITY = 0, 0
+"""Priorities of the stream for a step's loads, and of the others. 0 is the lowest one that CUDA
+has, and the model's. Whether the model gains from loads that go before it (-1) is not measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,9 +90,9 @@ class CudaMover(Mover):
         addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
         self._table = RowTable(geometry, addresses)
         clock = self._clock = DeviceClock(device)
-        self._step_loads = StreamOrder(device, device.stream(_URGENT), clock)
-        self._other_loads = StreamOrder(device, device.stream(_BACKGROUND), clock)
-        self._saves = StreamOrder(device, device.stream(_BACKGROUND), clock)
+        self._step_loads = StreamOrder(device, device.stream(STEP_PRIORITY), clock)
+        self._other_loads = StreamOrder(device, device.stream(PRIORITY), clock)
+        self._saves = StreamOrder(device, device.stream(PRIORITY), clock)
         with device.on(stream := self._step_loads.stream):
             self._rows = device.upload(stream, self._table.entries)
         device.synchronize(stream)  # all streams read them
