@@ -77,11 +77,12 @@ compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runner
 ON_NEWER := $(addprefix tests/engine/test_,v2_step.py plugin.py hooks.py push_failures.py reset.py) \
 	tests/fault/test_engine_pressure.py
 
-lint: .venv/installed ## ruff and mypy
+lint: .venv/installed ## ruff, and mypy for the oldest and the newest Python
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@echo "mypy ..."
 	@$(BIN)/mypy
+	@$(BIN)/mypy --python-version 3.13
 
 lock: .venv/installed ## pin anew what is installed: requirements/lock.txt
 	@echo "resolving requirements/lock.in and pyproject.toml ..."
@@ -105,6 +106,6 @@ clean: ## remove the environment, the demo's model and every cache
 	@touch $@
 
 .venv/installed-tests: .venv/installed requirements/test-extra.txt
-	@echo "installing what only tests need, about 340 MB to download ..."
+	@echo "installing what only tests need, about 360 MB to download ..."
 	@$(INSTALL) --requirements requirements/test-extra.txt
 	@touch $@

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,48 +15,25 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import deployments
+from deployments import Started
+from documented import ROOT, blocks, commands
 from lamina_kv.cli.checks import Verdict
 from lamina_kv.cli.doctor import transfer_config
 from lamina_kv.cli.main import app
 from lamina_kv.cli.push_proxy import Listening
-from lamina_kv.config import Config, load_config
+from lamina_kv.config import load_config
 from lamina_kv.control.requests import PushParameters
 from lamina_kv.engines.vllm.concerns import concerns
 from lamina_kv.push.addresses import split_address
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.tiers.regard import Regard
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SOMETHING_LEFT_OUT = ("…", "[--", "...", "FILE", "PATH")
-"""A line that has one of these shows what could be typed."""
-
-
-def blocks(page: str, language: str = "") -> Iterator[str]:
-    """Code blocks of a page in one language."""
-    for named, text in BLOCK.findall((ROOT / page).read_text()):
-        if named == language:
-            yield text
-
-
-def commands(page: str, program: str) -> Iterator[list[str]]:
-    """The arguments of every call of ``program`` in a page."""
-    for text in blocks(page):
-        lines = iter(text.splitlines())
-        for line in lines:
-            if not line.startswith(program):
-                continue
-            command = line
-            while command.count("'") % 2:
-                command += "\n" + next(lines)
-            words = shlex.split(command, comments=True)
-            left_out = any(part in command for part in SOMETHING_LEFT_OUT)
-            if words[: len(program.split())] == program.split() and not left_out:
-                yield words[len(program.split()) :]
-
-
-SERVERS = [(page, words) for page in PAGES for words in commands(page, "vllm serve")]
+SERVERS = [
+    *(Started(page, words) for page in PAGES for words in commands(page, "vllm serve")),
+    *deployments.servers(),
+]
 LAMINA = [(page, words) for page in PAGES for words in commands(page, "lamina-kv")]
 PROXIES = [(page, words[1:]) for page, words in LAMINA if words[0] == "push-proxy" and words[1:]]
 
@@ -71,36 +47,31 @@ def vllm_parser() -> Any:
     return make_arg_parser(FlexibleArgumentParser())
 
 
-def served(words: list[str]) -> tuple[Config, Any]:
-    """Lamina's configuration and vLLM's, by a command."""
-    transfer = vllm_parser().parse_args(words).kv_transfer_config
-    return load_config(transfer.kv_connector_extra_config, {}), transfer
-
-
 def test_there_are_commands_to_check() -> None:
-    pages = [page for page, _ in SERVERS]
+    pages = [server.where for server in SERVERS]
     assert pages.count("README.md") == 5
     assert "docs/configuration.md" in pages
     assert [page for page, _ in PROXIES] == ["README.md", "docs/prefill-decode.md"]
     assert len(LAMINA) > 3
 
 
-@pytest.mark.parametrize(("page", "words"), SERVERS)
-def test_a_server_that_is_documented(page: str, words: list[str]) -> None:
+@pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.where)
+def test_a_server_that_is_documented(server: Started, tmp_path: Path) -> None:
     """Its flags exist, nothing about it is to be warned of, and its tiers work both ways."""
-    config, transfer = served(words)
+    transfer = vllm_parser().parse_args(server.words).kv_transfer_config
+    config = server.config(tmp_path)
     assert transfer.kv_connector == "LaminaConnector"
     assert transfer.kv_load_failure_policy == "recompute"
     assert transfer.is_kv_producer
     assert transfer.is_kv_consumer
     assert not [*concerns(config, transfer.kv_role, transfer.kv_load_failure_policy)]
-    document = json.loads(words[words.index("--kv-transfer-config") + 1])
+    document = json.loads(server.words[server.words.index("--kv-transfer-config") + 1])
     assert {finding.verdict for finding in transfer_config(document)} == {Verdict.GOOD}
 
 
 @pytest.mark.parametrize(("page", "words"), PROXIES)
 def test_a_proxy_that_is_documented(
-    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It goes to the servers that the same page configures on its commands, if it does."""
     started: list[tuple[Settings, Listening]] = []
@@ -110,10 +81,10 @@ def test_a_proxy_that_is_documented(
     ((settings, _),) = started
     assert all(split_address(prefill.push) for prefill in settings.prefill)
     pushing = {}
-    for server in (words for where, words in SERVERS if where == page):
-        config, _ = served(server)
+    for server in (server for server in SERVERS if server.where == page):
+        config = server.config(tmp_path)
         if config.push is not None:
-            arguments = vllm_parser().parse_args(server)
+            arguments = vllm_parser().parse_args(server.words)
             pushing[f"http://{arguments.host}:{arguments.port}"] = config.push
     assert len(pushing) == {"README.md": 2, "docs/prefill-decode.md": 0}[page]
     if pushing:
