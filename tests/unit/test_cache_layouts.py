@@ -12,7 +12,8 @@ import torch
 
 layout = pytest.importorskip("lamina_kv.engines.vllm.layout")
 
-from vllm.config import ParallelConfig  # noqa: E402
+from vllm.config import KVTransferConfig, ParallelConfig  # noqa: E402
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -110,3 +111,41 @@ def test_a_window_that_vllm_computes_anew_is_refused(several: bool) -> None:
     described.kv_cache_groups.append(KVCacheGroupSpec(["replayed"], replayed))
     with pytest.raises(layout.UnsupportedModel, match="does not keep whole"):
         layout.check_supported(config, described)
+
+
+# -- cut by heads, for pushes to engines of another tensor parallel size -------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "mla", "chosen", "stretches"),
+    [
+        ({}, False, "LBNHC", 1),
+        ({"push": {}}, False, "LBHNC", 4),
+        ({"push": {}}, True, "LBNHC", 1),  # every rank has all of an MLA cache
+    ],
+)
+def test_an_engine_that_pushes_has_pages_that_can_be_cut(
+    sections: dict[str, object],
+    mla: bool,
+    chosen: str,
+    stretches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where attention backends take any layout, as on a GPU."""
+    monkeypatch.delenv("VLLM_KV_CACHE_LAYOUT", raising=False)
+    monkeypatch.delenv("LAMINA_CONFIG", raising=False)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_layout=None),
+        model_config=SimpleNamespace(use_mla=mla),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="LaminaConnector",
+            kv_connector_module_path="lamina_kv.engines.vllm",
+            kv_role="kv_both",
+            kv_connector_extra_config=sections,
+        ),
+    )
+    backends = ["LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC"]
+    found = resolve_kv_cache_layout(config, [backends])
+    assert found.name == chosen
+    heads = 1 if mla else 4
+    assert layout._heads(cache(found.name, heads), ["layer.0"]) == stretches

@@ -398,6 +398,7 @@ class Torch:
             "current_stream": lambda device: self.current,
             "cudart": lambda: runtime,
             "set_device": self._call("choose"),
+            "mem_get_info": self._call("context"),
             "check_error": self._check,
         }.items():
             patch.setattr(torch.cuda, name, fake)
@@ -473,8 +474,8 @@ def test_memory_is_pinned_beside_a_capture_of_graphs(fake: Torch) -> None:
     device.register(4096, 8192)
     device.unregister(4096)
     names = [name for name, *_ in fake.log]
-    assert names == ["choose", "register", "device", "unregister", "no device"]
-    assert fake.log[1] == ("register", 4096, 8192, 0)
+    assert names == ["choose", "context", "register", "device", "unregister", "no device"]
+    assert fake.log[2] == ("register", 4096, 8192, 0)
     assert fake.library.asked == ["device", "attribute", "capture mode"]
     fake.code = 2
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lamina_kv.data import push_receives, push_streams, push_turns
+from lamina_kv.data import push_receives, push_streams, push_turns, push_wire
 from lamina_kv.data.movers.base import Fence
 from lamina_kv.data.push_pipeline import PushRun
 from lamina_kv.data.push_receives import Receives
@@ -77,12 +77,27 @@ class Gate(Fence):
     """A fence that passes when a test says so."""
 
     def __init__(self, *, passed: bool = True) -> None:
-        self.open = passed
+        self.awaited = threading.Event()
+        self.looks = 0
+        self.error: Exception | None = None
+        self._passed = threading.Event()
+        if passed:
+            self._passed.set()
 
-    def wait(self) -> None: ...
+    def open(self) -> None:
+        self._passed.set()
+
+    def wait(self) -> None:
+        self.awaited.set()
+        assert self._passed.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
 
     def passed(self) -> bool:
-        return self.open
+        self.looks += 1
+        if self.error is not None:
+            raise self.error
+        return self._passed.is_set()
 
 
 @dataclass
@@ -441,10 +456,51 @@ def test_rows_leave_when_their_fence_has_passed(world: World) -> None:
     world.still()
     assert not sender.transport.begun
     for count, gate in enumerate(gates, 1):
-        gate.open = True
+        gate.open()
         world.until(lambda count=count: len(sender.transport.begun) == count)
     world.until(decode[0].take_ended)
     assert decode[0].page(1, 3) == sender.page(1, 3)
+
+
+def test_nobody_looks_at_a_fence_until_it_has_passed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is behind its host for a whole prefill: a row's fence wakes the wire."""
+    monkeypatch.setattr(push_wire, "IDLE_POLL", PATIENCE)
+    prefill, decode = world.engine("P", batch=1), world.engine(D)
+    meet(prefill, decode)
+    expect(decode[0])
+    (sender,) = prefill
+    gates = [Gate(passed=False), Gate(passed=False)]
+    outgoing = sender.wire.begin(order(1, pages((3,), (3,))), 0)
+    for row, gate in enumerate(gates):
+        outgoing.row_ready(row, gate)
+    outgoing.over("")
+    for count, gate in enumerate(gates, 1):
+        world.until(gate.awaited.is_set)
+        looks = gate.looks
+        time.sleep(0.02)
+        assert gate.looks == looks
+        gate.open()
+        world.until(lambda count=count: len(sender.transport.begun) == count)
+    world.until(decode[0].take_ended)
+
+
+def test_a_device_that_fails_ends_the_push(world: World) -> None:
+    prefill, decode = world.engine("P"), world.engine(D)
+    meet(prefill, decode)
+    (sender,) = prefill
+    gate = Gate(passed=False)
+    outgoing = sender.wire.begin(order(1, pages((3,), (3,))), 0)
+    outgoing.row_ready(0, gate)
+    outgoing.over("")
+    assert gate.awaited.wait(PATIENCE)
+    gate.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    gate.open()
+    world.until(lambda: sender.receipts)
+    (receipt,) = sender.receipts
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "RuntimeError")
+    assert not sender.transport.begun
 
 
 @pytest.mark.parametrize(

@@ -232,13 +232,16 @@ def test_threads_are_started_in_one_place() -> None:
 
 
 def test_a_cuda_mover_chooses_its_own_device(monkeypatch: Patch) -> None:
+    """And makes a context current, which torch does not on a new thread that is for device 0."""
     chosen: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: chosen.append(("asks", device)))
     mover = CudaMover.__new__(CudaMover)
     mover._device = TorchDevice.__new__(TorchDevice)
     mover._device._device = torch.device("cuda", 3)
     mover.enter_thread()
-    assert chosen == [torch.device("cuda", 3)]
+    device = torch.device("cuda", 3)
+    assert chosen == [device, ("asks", device)]
 
 
 def test_cores_that_are_others_by_now_stop_nobody(device: Device, monkeypatch: Patch) -> None:

@@ -120,6 +120,10 @@ class PushStream:
         until: monotonic seconds after which nothing is sent any more.
         report: called with receipts.
         timeline: where spans go.
+
+    Attributes:
+        failure: why nothing is sent any more; empty while there is no reason.
+        awaits: the fence that holds up its next row, as of :meth:`advance`; None if none does.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class PushStream:
         timeline: Timeline | None,
     ) -> None:
         self.failure = failure
+        self.awaits: Fence | None = None
         self._incarnation = incarnation
         self._epoch = epoch
         self._card = card
@@ -162,9 +167,9 @@ class PushStream:
         return not (self._sendings or self._moving)
 
     @property
-    def waits(self) -> bool:
-        """Whether it waits for the wire or for a fence, and not for the model to go on."""
-        return bool(self._moving) or any(sending.fenced for sending in self._sendings)
+    def moves(self) -> bool:
+        """Whether some of it is on the wire."""
+        return bool(self._moving)
 
     @property
     def finished(self) -> bool:
@@ -194,9 +199,17 @@ class PushStream:
         if not self.failure and time.monotonic() >= self._until:
             self.fail(TOO_LATE)
         self._collect()
+        self.awaits = None
         for sending in self._sendings:
-            while sending.fenced and len(self._queue) < AHEAD and sending.fenced[0][1].passed():
-                self._gather(sending, sending.fenced.popleft()[0])
+            if self.failure:  # nothing reads these rows, whenever they are written
+                sending.fenced.clear()
+            while sending.fenced and len(self._queue) < AHEAD:
+                row, fence = sending.fenced[0]
+                if not fence.passed():
+                    self.awaits = self.awaits or fence
+                    break
+                sending.fenced.popleft()
+                self._gather(sending, row)
             if sending.over and not sending.fenced:
                 self._flush(sending)
         if self._queue:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from lamina_kv.data.fence_watch import FenceWatch
 from lamina_kv.data.movers.base import Fence
 from lamina_kv.data.push_gathers import Bound, Gathers
 from lamina_kv.data.push_receives import Receives
@@ -38,15 +39,15 @@ from lamina_kv.push.transports.base import Peer, Transport, TransportError
 log = logging.getLogger("lamina_kv.data")
 
 SENDING_POLL = 0.0002
-"""Seconds between two looks at writes under way. Between the rows of a prefill there is none: a
-look takes the interpreter lock from the model."""
+"""Seconds between two looks at writes under way, which move in our calls only. While the model
+computes the next row there are none: a look takes the interpreter lock from it."""
 
 RECEIVING_POLL = 0.001
 """Seconds between two looks for notices while some are expected."""
 
 IDLE_POLL = 0.02
-"""Seconds between two looks while none is: of a push that was given up something may still arrive,
-and it must do so before its blocks are used again."""
+"""Seconds between two looks while nothing is expected: of a push that was given up something may
+still arrive, and it must do so before its blocks are used again."""
 
 REMEMBERED = 4096
 """Failed pushes that are still known."""
@@ -116,7 +117,9 @@ class PushWire:
         self._deaf = ""
         self._closed = False
         self._dead = ""
-        self._thread = (threads or Threads()).start("push", self._run, self._died)
+        threads = threads or Threads()
+        self._fences = FenceWatch(lambda: self._do(_look), threads)
+        self._thread = threads.start("push", self._run, self._died)
 
     # -- the engine's thread -----------------------------------------------------------------
 
@@ -197,6 +200,7 @@ class PushWire:
             stream.fail("closed")
             stream.advance()
             stream.settle()
+        self._fences.close()
         self._transport.close()
 
     def _died(self, error: BaseException) -> None:
@@ -213,10 +217,14 @@ class PushWire:
 
     def _take_commands(self) -> None:
         timeout = IDLE_POLL
-        if any(stream.waits for stream in self._streams.values()):
+        if any(stream.moves for stream in self._streams.values()):
             timeout = SENDING_POLL
-        elif len(self._receives):
-            timeout = RECEIVING_POLL
+        else:
+            for stream in self._streams.values():
+                if stream.awaits is not None:
+                    self._fences.watch(stream.awaits)
+            if len(self._receives):
+                timeout = RECEIVING_POLL
         try:
             command = self._commands.get(timeout=timeout)
             while True:
@@ -379,6 +387,10 @@ class PushWire:
 
     def _forget(self, incarnation: str) -> None:
         self._cards.pop(incarnation, None)
+
+
+def _look() -> None:
+    """A command that has the wire's thread look at everything."""
 
 
 def _take(name: tuple[str, int], stream: PushStream, step: Callable[[], None]) -> None:

@@ -213,7 +213,8 @@ def _match_row(index: int, source: RowCard, target: RowCard, route: Route) -> No
     if source.heads * route.remote[1] != target.heads * route.local[1]:
         raise ShapeMismatchError(
             f"row {index}: pages of {source.heads} and {target.heads} stretches do not fit "
-            "together; use the same tensor parallel size on both sides"
+            "together; use the same tensor parallel size on both sides, or a cache layout in which "
+            "each KV head of a page is one stretch (vLLM: VLLM_KV_CACHE_LAYOUT=LBHNC)"
         )
     if source.page_bytes * route.remote[1] != target.page_bytes * route.local[1]:
         raise ShapeMismatchError(

@@ -41,7 +41,7 @@ class Device(ABC, Generic[Stream]):
 
     @abstractmethod
     def choose(self) -> None:
-        """Make this the calling thread's device."""
+        """Make this the calling thread's device, and its context the thread's current one."""
 
     @abstractmethod
     def stream(self, priority: int) -> Stream:
@@ -159,6 +159,10 @@ class TorchDevice(Device[torch.cuda.Stream]):
     def choose(self) -> None:
         """See :class:`Device`."""
         torch.cuda.set_device(self._device)
+        # On a new thread that does nothing for the first device, which counts as chosen there, and
+        # the thread has no context: NIXL, UCX and Triton look for it (pytorch #155668, #195256).
+        # A question to the driver gives it one, and touches neither memory nor a stream.
+        torch.cuda.mem_get_info(self._device)
 
     def stream(self, priority: int) -> torch.cuda.Stream:
         """See :class:`Device`."""

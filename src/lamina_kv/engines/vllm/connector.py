@@ -31,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lamina_kv.config import load_config
@@ -142,6 +143,18 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """A full graph calls no hooks of layers, and needs none: it comes after the loads of its
         step, and what it has written is saved at the end of the step."""
         return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Where pushes go, an engine of another tensor parallel size may be at the other end. It
+        gets some heads of each page, so each head has to be one stretch. vLLM heeds
+        ``VLLM_KV_CACHE_LAYOUT`` before this, and drops it with a warning where an attention backend
+        reads no such pages."""
+        transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
+        config = load_config(transfer.kv_connector_extra_config, os.environ)
+        if config.push is None or model is None or model.use_mla:
+            return None
+        return str(KVCacheLayout.LBHNC.name)
 
     # -- worker --------------------------------------------------------------------------------
 
