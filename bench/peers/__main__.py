@@ -79,6 +79,13 @@ def main(
             help="Prompts that the engine's own cache holds.", rich_help_panel=MIXED_PANEL
         ),
     ] = 4,
+    memory: Annotated[
+        float,
+        typer.Option(
+            help="Host memory, as a multiple of what the documents take.",
+            rich_help_panel=MIXED_PANEL,
+        ),
+    ] = 1.5,
     rates: Annotated[
         str, typer.Option(metavar="R,R,...", help="Requests a second.", rich_help_panel=MIXED_PANEL)
     ] = "0.25,0.5,1",
@@ -129,6 +136,7 @@ def main(
             generated=mixed_generate,
             documents=documents,
             cached=cached,
+            memory=memory,
             rates=numbers("--rates", rates, float),
             shares=numbers("--shares", shares, float),
             requests=requests,

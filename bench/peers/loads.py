@@ -39,13 +39,9 @@ class Loads:
         self._progress = progress
 
     def play(self, wanted: Sequence[Scenario]) -> list[Outcome]:
-        """:attr:`Scenario.MISS` and :attr:`Scenario.MIXED`, of which those that are wanted.
-
-        Host memory holds the documents and half as much again, which the prompts that share nothing
-        fill and flow over.
-        """
+        """:attr:`Scenario.MISS` and :attr:`Scenario.MIXED`, of which those that are wanted."""
         mixed, shape = self._settings.mixed, self._settings.shape
-        store = Store(int(SLACK * 1.5 * shape.kv_bytes(mixed.documents * mixed.tokens)))
+        store = Store(int(SLACK * mixed.memory * shape.kv_bytes(mixed.documents * mixed.tokens)))
         prompt = mixed.tokens + mixed.new_tokens + mixed.generated + shape.block_size
         outcomes = []
         with self._arena.seats(self._contenders, lambda _: store, mixed.cached * prompt) as seats:
@@ -117,7 +113,8 @@ class Loads:
                 f"Good: first token within {mixed.first_within:g} s and tokens within "
                 f"{mixed.token_within:g} s of each other. Hits: the share of requests that ask "
                 f"about one of {mixed.documents} documents of {mixed.tokens} tokens; the engine's "
-                f"own cache holds {mixed.cached} prompts. Each system serves the same schedule "
+                f"own cache holds {mixed.cached} prompts, and host memory {mixed.memory:g} times "
+                f"what the documents take. Each system serves the same schedule "
                 f"once; of {mixed.requests} requests, p99 is the "
                 f"{'slowest' if mixed.requests <= 100 else 'slowest but some'}.",
             ),

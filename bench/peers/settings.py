@@ -46,6 +46,7 @@ class MixedSettings:
         generated: tokens of an answer.
         documents: how many documents there are to be asked about.
         cached: prompts that the engine's own cache holds, fewer than the documents.
+        memory: host memory, as a multiple of what all documents take.
         rates: requests a second.
         shares: of requests that ask about a document; the others share nothing.
         requests: of one measurement.
@@ -61,6 +62,7 @@ class MixedSettings:
     generated: int
     documents: int
     cached: int
+    memory: float
     rates: tuple[float, ...]
     shares: tuple[float, ...]
     requests: int
@@ -73,6 +75,8 @@ class MixedSettings:
         require_positive("--documents", self.documents)
         require_positive("--cached", self.cached)
         require_positive("--requests", self.requests)
+        if self.memory <= 0:
+            raise ValueError(f"--memory must be positive, got {self.memory:g}")
         if not self.rates or min(self.rates) <= 0:
             raise ValueError(f"--rates must be positive, got {self.rates}")
         if not self.shares or not all(0 <= share <= 1 for share in self.shares):

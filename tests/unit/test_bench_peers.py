@@ -36,6 +36,7 @@ MIXED = MixedSettings(
     generated=4,
     documents=3,
     cached=2,
+    memory=1.5,
     rates=(2.0,),
     shares=(0.5,),
     requests=200,
