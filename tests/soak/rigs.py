@@ -24,11 +24,13 @@ class Rig:
         environment: variables that its client needs.
         random: what decides where it is left open.
         serves_here: whether this process has threads of its own for it.
+        threads: how many its client library starts for good once its server has gone.
         files: how files are called that are the rig's, or its client library's for good.
     """
 
     entry: Mapping[str, Any]
     serves_here = False
+    threads = 0
     files: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
@@ -291,7 +293,7 @@ class MooncakeRig(Rig):
     """A Mooncake master, and a process that donates memory to it. A client that has lost its master
     leaves an event loop behind."""
 
-    files = ("anon_inode:",)
+    threads, files = 1, ("anon_inode:",)
 
     def open(self) -> None:
         from servers.mooncake import Donor, Master, require

@@ -88,7 +88,7 @@ DONE: dict[str, dict[str, Script]] = {
         "short": {share / 20: "shorten" for share in range(4, 16)},
     },
     "mooncake": {
-        "killed": {0.2: "kill", 0.6: "start"},
+        "killed": {0.1: "kill", 0.3: "start", 0.4: "kill", 0.5: "start", 0.6: "kill", 0.8: "start"},
         "stopped": {0.2: "stop", 0.6: "go_on"},
         "donor-lost": {0.2: "lose", 0.6: "find"},
     },
@@ -193,7 +193,9 @@ def check_possessions(rig: Rig, before: Counter[str]) -> None:
     due = time.monotonic() + PATIENCE
     while True:
         gc.collect()  # what is mapped is open until then
-        if not (more := possessions(rig) - before):
+        more = possessions(rig) - before
+        more["threads"] -= rig.threads
+        if not +more:
             return
         assert time.monotonic() < due, more
         time.sleep(0.05)
