@@ -22,7 +22,7 @@ from lamina_kv.cli.checks import Verdict
 from lamina_kv.cli.doctor import transfer_config
 from lamina_kv.cli.main import app
 from lamina_kv.cli.push_proxy import Listening
-from lamina_kv.config import load_config
+from lamina_kv.config import ConfigError, load_config
 from lamina_kv.control.requests import PushParameters
 from lamina_kv.engines.vllm.concerns import concerns
 from lamina_kv.push.addresses import split_address
@@ -159,6 +159,34 @@ def test_what_a_router_sends() -> None:
     assert (prefill["max_tokens"], prefill["stream"]) == (1, False)
     pushes = [body["kv_transfer_params"]["lamina_push"] for body in (prefill, decode)]
     assert pushes == [{"id": "5b1c0f"}, {"id": "5b1c0f", "prefill": "10.0.0.1:9300"}]
+
+
+def test_an_older_configuration_is_told_what_to_write(tmp_path: Path) -> None:
+    """What docs/upgrading.md shows as before is refused, and all that it shows as gone is named."""
+    (before,) = blocks("docs/upgrading.md")
+    file = tmp_path / "lamina.yaml"
+    file.write_text(before)
+    with pytest.raises(ConfigError) as refused:
+        load_config({}, {"LAMINA_CONFIG": str(file)})
+    disk, decisions = sorted(refused.value.problems)
+    said = re.search(r'"tiers": (\[\{.*?\}\]); `fetch_ahead` does not exist any more', disk)
+    (now,) = blocks("docs/upgrading.md", "yaml")
+    assert said is not None
+    assert json.loads(said[1]) == yaml.safe_load(now)["tiers"]
+    assert "`lamina_kv.requests`" in decisions
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")))
+def test_an_issue_form(path: Path) -> None:
+    """It has what GitHub asks of one."""
+    form = yaml.safe_load(path.read_text())
+    assert form["name"]
+    assert form["description"]
+    questions = [each for each in form["body"] if each["type"] != "markdown"]
+    assert len({each["id"] for each in questions}) == len(questions)
+    for each in questions:
+        assert each["type"] in ("input", "textarea", "dropdown")
+        assert each["attributes"]["label"]
 
 
 @pytest.mark.parametrize("page", PAGES)
