@@ -162,6 +162,7 @@ class SimulatedStream:
             kind, event = first
             if kind == "record":
                 event.passed_at = now
+                self._device.passed_events += 1
             elif not event.passed():
                 return None
             self._queue.popleft()
@@ -207,6 +208,7 @@ class SimulatedDevice(Device[SimulatedStream]):
     Attributes:
         compute: the stream of the engine.
         streams: all streams.
+        passed_events: how many events have passed.
         dead: whether it was killed. Nobody waits for it then.
         copies: the copies that were made last.
         registered: the length of what is pinned, by its address.
@@ -232,6 +234,7 @@ class SimulatedDevice(Device[SimulatedStream]):
         self.compute = self.stream(0)
         self.changes_pace = True
         self.dead = False
+        self.passed_events = 0
         self.copies: deque[Launch] = deque(maxlen=1000)
         self.registered: dict[int, int] = {}
         self.chosen_by: list[threading.Thread] = []
@@ -383,17 +386,20 @@ class SimulatedDevice(Device[SimulatedStream]):
     def soonest(self, now: float) -> float:
         """When something can be over; infinity if nothing is under way."""
         with self._changed:
-            heads = (stream.head(now) for stream in self.streams)
-            return min((work.due for work in heads if work is not None), default=math.inf)
+            return min((work.due for _, work in self._heads(now)), default=math.inf)
+
+    def _heads(self, now: float) -> list[tuple[SimulatedStream, Work]]:
+        """What is next or under way in each stream that need not wait."""
+        while True:
+            passed = self.passed_events
+            heads = [(stream, stream.head(now)) for stream in self.streams]
+            if self.passed_events == passed:  # else streams before may go on
+                return [(stream, work) for stream, work in heads if work is not None]
 
     def run_one(self, now: float) -> bool:
         """End one piece of work that is due; says whether there was one."""
         with self._changed:
-            due = [
-                stream
-                for stream in self.streams
-                if (work := stream.head(now)) is not None and work.due <= now
-            ]
+            due = [stream for stream, work in self._heads(now) if work.due <= now]
             if not due:
                 return False
             self._random.choice(due).finish()

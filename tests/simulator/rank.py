@@ -142,6 +142,8 @@ class Rank:
         self.files = leader.files if leader else (MemoryFile.create(),)
         capacity = options.host_slots * geometry.object_bytes
         self._slab = NearSlab(geometry, capacity, partial(mover.allocate_host, file=self.files[0]))
+        if self._device is not None:  # a real thread pins it, and a seed is to be a history
+            mover.await_near(self._slab, np.array([self._slab.page_count - 1]))
         self._scratch = mover.allocate_host(geometry.object_bytes).numpy()
         self._targets: dict[tuple[int, int], Target] = {}
         self._under_way: dict[TransferId, float] = {}

@@ -7,10 +7,12 @@ near.py               Where are a chunk's bytes in host memory?
 movers/               How do pages get from host memory into the engine's cache, and back?
 loads.py              What is one load, and what has become of it?
 load_pipeline.py      In what order do the rows of loads come?
+load_times.py         How long did rows take, and how long did the model wait?
 step_loads.py         When may a layer read its row?
 written_rows.py       Which rows has a step written?
 save_pipeline.py      When is a row copied out?
 arrivals.py           When does a parked request go on?
+compute_lane.py       When did layers compute?
 copier.py             What do all loads share, and all saves?
 moving.py             When is a far tier read, written and asked?
 far.py                What is believed of a store? Nothing: chunks are sealed and verified.

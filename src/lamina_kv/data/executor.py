@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from lamina_kv.config import LoadConfig
 from lamina_kv.data.arrivals import Arrivals
+from lamina_kv.data.compute_lane import ComputeLane
 from lamina_kv.data.copier import Copier
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.load_pipeline import LoadRun, LoadStuck, window_rows
@@ -37,7 +38,7 @@ from lamina_kv.data.step_loads import StepLoads
 from lamina_kv.data.threads import Threads, usable_cores
 from lamina_kv.data.worker_pool import WorkerPool
 from lamina_kv.data.written_rows import WrittenRows
-from lamina_kv.observe.timeline import Lane, Timeline
+from lamina_kv.observe.timeline import Timeline
 from lamina_kv.plan import (
     LOAD_FAILED,
     LoadMode,
@@ -155,7 +156,7 @@ class Executor:
         self._news = threading.Event()
         self._idle_wait = IDLE_WAIT
         self._step_failure = ""
-        self._computing = (-1, 0.0)
+        self._computing = None if timeline is None else ComputeLane(mover, timeline)
         self._nothing = Outcomes(Receipt(rank))
         self._near_said = mover.near_slots(near)
         self._listener: PushListener | None = None
@@ -290,14 +291,13 @@ class Executor:
         if not self._loads.is_empty:
             with self._failing_on_stop():
                 self._loads.wait_layer(layer)
-        if self._timeline is not None:
-            self._computing = (self._row_of_layer.get(layer, -1), Timeline.now())
+        if self._computing is not None:
+            self._computing.begins(self._row_of_layer.get(layer, -1))
 
     def layer_written(self, layer: str) -> None:
         """``layer`` has written its row; save it if all of the row's layers have."""
-        if self._timeline is not None and self._plan is not None:
-            computed, began = self._computing
-            self._timeline.add(Lane.COMPUTE, self._plan.step, computed, began)
+        if self._computing is not None and self._plan is not None:
+            self._computing.ends(self._plan.step)
         if not self._layers_save or (self._saves is None and self._pushes is None):
             return
         if (row := self._written.note(layer)) is not None:
@@ -331,6 +331,8 @@ class Executor:
         self._step_failure = ""
         if saves is not None:
             saves.sweep()
+        if self._computing is not None:
+            self._computing.collect()
         plan, self._plan = self._plan, None
         if plan is not None and not plan.forward and plan.outstanding and not self._receipts:
             quiet = not self._news.wait(self._idle_wait)

@@ -29,7 +29,7 @@ import torch
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.movers.device import Device, Event, TorchDevice
-from lamina_kv.data.movers.device_fence import DeviceClock, StreamOrder, TimedFence
+from lamina_kv.data.movers.device_fence import CopyStream, DeviceClock, TimedFence
 from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
 from lamina_kv.data.near import Indices, NearSlab
@@ -90,9 +90,9 @@ class CudaMover(Mover):
         addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
         self._table = RowTable(geometry, addresses)
         clock = self._clock = DeviceClock(device)
-        self._step_loads = StreamOrder(device, device.stream(STEP_PRIORITY), clock)
-        self._other_loads = StreamOrder(device, device.stream(PRIORITY), clock)
-        self._saves = StreamOrder(device, device.stream(PRIORITY), clock)
+        self._step_loads = CopyStream(device, device.stream(STEP_PRIORITY), clock)
+        self._other_loads = CopyStream(device, device.stream(PRIORITY), clock)
+        self._saves = CopyStream(device, device.stream(PRIORITY), clock)
         with device.on(stream := self._step_loads.stream):
             self._rows = device.upload(stream, self._table.entries)
         device.synchronize(stream)  # all streams read them
@@ -142,8 +142,8 @@ class CudaMover(Mover):
         self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
     ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        order = self._step_loads if urgent else self._other_loads
-        return self._copy(order, rows, pairs, after, to_engine=True)
+        copies = self._step_loads if urgent else self._other_loads
+        return self._copy(copies, rows, pairs, after, to_engine=True)
 
     def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -156,18 +156,19 @@ class CudaMover(Mover):
 
     def hold_compute(self, fence: Fence) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        self._hold(self._device.current_stream(), fence)
+        if (event := _event_of(fence)) is not None:
+            self._device.hold(self._device.current_stream(), event)
 
     def close(self, *, process_ends: bool = False) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        for order in (self._step_loads, self._other_loads, self._saves):
-            self._device.synchronize(order.stream)
+        for copies in (self._step_loads, self._other_loads, self._saves):
+            self._device.synchronize(copies.stream)
         while self._host:
             self._host.pop().close(process_ends=process_ends)
 
     def _copy(
         self,
-        order: StreamOrder,
+        copies: CopyStream,
         rows: Sequence[int],
         pairs: Pairs,
         after: Fence,
@@ -178,23 +179,18 @@ class CudaMover(Mover):
         if not isinstance(pairs, DevicePairs):
             raise TypeError("these pairs are from another mover")
         self.await_near(pairs.near, pairs.near_pages)
-        device, stream = self._device, order.stream
-        with device.on(stream):
-            self._hold(stream, after)
+        device, stream = self._device, copies.stream
+        event = _event_of(after)
+        with copies.turn():
+            if event is not None:
+                device.hold(stream, event)
             indices = pairs.on(stream, device)
             began = device.record(stream, timed=True)
             for part in self._table.ranges(rows):
                 device.copy(
                     stream, pairs.near.memory, self._rows, part, indices, to_engine=to_engine
                 )
-            return order.fence(began)
-
-    def _hold(self, stream: Any, fence: Fence) -> None:
-        event = fence.event if isinstance(fence, TimedFence) else fence
-        if isinstance(event, Event):
-            self._device.hold(stream, event)
-        else:
-            fence.wait()
+            return copies.fence(began)
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""
@@ -206,3 +202,13 @@ class CudaMover(Mover):
                 for to_engine in (True, False):
                     part = RowRange(shape, 0, 0)
                     device.copy(stream, near, self._rows, part, nothing, to_engine=to_engine)
+
+
+def _event_of(fence: Fence) -> Event | None:
+    """The event that a stream can wait for; None for a fence of another kind, which has passed
+    when this returns."""
+    event = fence.event if isinstance(fence, TimedFence) else fence
+    if isinstance(event, Event):
+        return event
+    fence.wait()
+    return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lamina_kv.data.movers.base import BothFences, Fence
@@ -34,19 +36,18 @@ class DeviceClock:
         return host + event.seconds_since(anchor)
 
     def _newest(self) -> tuple[Event, float]:
-        anchor = self._anchor
-        if anchor is None or time.perf_counter() - anchor[1] > ANCHOR_SECONDS:
+        with self._lock:
             began = time.perf_counter()
-            event = self._device.record(self._stream, timed=True)
-            event.wait()
-            anchor = event, (began + time.perf_counter()) / 2
-            with self._lock:
-                self._anchor = anchor
-        return anchor
+            if self._anchor is None or began - self._anchor[1] > ANCHOR_SECONDS:
+                event = self._device.record(self._stream, timed=True)
+                event.wait()
+                self._anchor = event, (began + time.perf_counter()) / 2
+            return self._anchor
 
 
-class StreamOrder:
-    """Records fences in a stream and numbers them. Thread safe.
+class CopyStream:
+    """A stream for copies. One thread launches at a time: the times of a copy are its own then, and
+    its fence has a place among the others.
 
     Args:
         device: the device.
@@ -61,16 +62,20 @@ class StreamOrder:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, the stream is the calling thread's current one, and that thread's alone."""
+        with self._lock, self._device.on(self.stream):
+            yield
+
     def fence(self, began: Event) -> CopyFence:
-        """A fence behind what is in the stream now.
+        """A fence behind what is in the stream now; in a :meth:`turn`.
 
         Args:
             began: where the copy began that the fence is behind; timed.
         """
-        with self._lock:  # else two threads number their fences in another order than the stream's
-            ended = self._device.record(self.stream, timed=True)
-            number = next(self._numbers)
-        return CopyFence(self, number, began, ended)
+        ended = self._device.record(self.stream, timed=True)
+        return CopyFence(self, next(self._numbers), began, ended)
 
 
 class TimedFence(Fence):
@@ -106,15 +111,15 @@ class CopyFence(TimedFence):
     """The end of a copy in a stream.
 
     Args:
-        order: of its stream.
+        stream: where.
         number: its place among the fences there.
         began: when the copy begins.
         ended: when it ends.
     """
 
-    def __init__(self, order: StreamOrder, number: int, began: Event, ended: Event) -> None:
-        super().__init__(ended, order.clock)
-        self._order = order
+    def __init__(self, stream: CopyStream, number: int, began: Event, ended: Event) -> None:
+        super().__init__(ended, stream.clock)
+        self._stream = stream
         self._number = number
         self._began = began
 
@@ -125,7 +130,7 @@ class CopyFence(TimedFence):
     def join(self, other: Fence) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Fence`. A stream is in order: one event says of
         both that they have passed."""
-        if not isinstance(other, CopyFence) or other._order is not self._order:
+        if not isinstance(other, CopyFence) or other._stream is not self._stream:
             return BothFences(self, other)
         first, last = (self, other) if self._number < other._number else (other, self)
-        return CopyFence(self._order, last._number, first._began, last.event)
+        return CopyFence(self._stream, last._number, first._began, last.event)

@@ -1,0 +1,269 @@
+"""Loads where copies run behind the host: what has arrived has passed, what is queued is bounded,
+nobody who computes waits for what is parked, and times are the device's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lamina_kv.config import LoadConfig
+from lamina_kv.data.executor import Executor, Outcomes, Tiers
+from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.near import NearSlab
+from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.observe.timeline import Lane, Timeline
+from lamina_kv.plan import (
+    TIMED_OUT,
+    LoadMode,
+    LoadOrder,
+    Outcome,
+    PageMap,
+    StepPlan,
+    TransferId,
+    TransferReceipt,
+)
+from simulator.device import (
+    BYTES_PER_SECOND,
+    LAUNCH_SECONDS,
+    SimulatedDevice,
+    SimulatedEvent,
+    SimulatedStream,
+)
+
+ROWS, PAGE, BLOCKS = 8, 64, 32
+GEOMETRY = CacheGeometry(
+    rows=tuple(Row((f"layer.{i}",), 0, i * BLOCKS * PAGE, PAGE, PAGE) for i in range(ROWS)),
+    num_blocks=BLOCKS,
+    block_tokens=16,
+    chunk_tokens=32,
+    allocation_bytes=(ROWS * BLOCKS * PAGE,),
+)
+ROW_SECONDS = LAUNCH_SECONDS + 2 * PAGE / BYTES_PER_SECOND
+"""What the device takes to copy a row of a chunk."""
+
+
+class Rank:
+    """A rank on a simulated device that is never late by itself."""
+
+    def __init__(self, **config: object) -> None:
+        cache = torch.zeros(GEOMETRY.allocation_bytes[0], dtype=torch.uint8)
+        self.device = SimulatedDevice([cache], Random(0))
+        self.device.changes_pace = False
+        mover = CudaMover(GEOMETRY, [cache], self.device)
+        self.step_loads, self.other_loads = self.device.streams[2:4]
+        near = NearSlab(GEOMETRY, 8 * GEOMETRY.object_bytes, mover.allocate_host)
+        self.timeline = Timeline()
+        self.executor = Executor(
+            rank=0,
+            tiers=Tiers(near),
+            mover=mover,
+            config=LoadConfig.model_validate(config),
+            timeline=self.timeline,
+        )
+        self.step = 0
+        self.receipts: list[TransferReceipt] = []
+
+    def run(self, *orders: LoadOrder) -> Outcomes:
+        """A step of the engine, whose kernels take as long as a row of a load."""
+        self.step += 1
+        self.executor.begin_step(StepPlan(self.step, loads=orders))
+        self.executor.start_loads()
+        for row in range(ROWS):
+            if self.executor.moves_rows:
+                self.executor.wait_layer(f"layer.{row}")
+            self.device.launch(lambda: None, ROW_SECONDS)
+            if self.executor.moves_rows:
+                self.executor.layer_written(f"layer.{row}")
+        self.executor.end_step()
+        return self.collect()
+
+    def collect(self) -> Outcomes:
+        outcomes = self.executor.collect()
+        self.receipts += outcomes.receipt.transfers
+        return outcomes
+
+    def settle(self) -> TransferReceipt:
+        """The one receipt that comes."""
+        eventually(lambda: bool(self.collect() and self.receipts))
+        (receipt,) = self.receipts
+        return receipt
+
+    def queued(self, stream: SimulatedStream) -> int:
+        """Copies that a stream has been given and has not made."""
+        given = sum(kind == "copy" for kind, _ in stream.log)
+        return given - sum(copy.stream is stream for copy in self.device.copies)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Rank]]:
+    ranks: list[Rank] = []
+
+    def make(**config: object) -> Rank:
+        ranks.append(Rank(**config))
+        ranks[-1].device.settle()
+        for stream in ranks[-1].device.streams:
+            stream.log.clear()
+        ranks[-1].device.copies.clear()
+        return ranks[-1]
+
+    yield make
+    for rank in ranks:
+        for stream in rank.device.streams:
+            rank.device.release(stream)
+        rank.executor.close()
+
+
+def load(number: int, mode: LoadMode, *, timeout: float = 60.0) -> LoadOrder:
+    pages = PageMap(0, np.array([2, 3], np.int32), np.array([number, number + 10], np.int32))
+    return LoadOrder(TransferId(number), f"r{number}", mode, (pages,), timeout)
+
+
+def eventually(done: Callable[[], bool]) -> None:
+    due = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < due
+        time.sleep(0.001)
+
+
+def test_a_parked_load_holds_no_step_and_has_arrived_when_it_is_copied(
+    make: Callable[..., Rank],
+) -> None:
+    rank = make(load_ahead=ROWS)
+    rank.other_loads.held = True
+    outcomes = rank.run(load(1, LoadMode.PARKED))
+    eventually(lambda: rank.queued(rank.other_loads) == ROWS)
+    for _ in range(3):
+        assert outcomes.arrived == frozenset()
+        assert not any(kind == "wait" for kind, _ in rank.device.compute.log)
+        outcomes = rank.run()
+    rank.device.release(rank.other_loads)
+    arrived: set[str] = set()
+    eventually(lambda: bool(arrived.update(rank.collect().arrived) or arrived))
+    assert rank.queued(rank.other_loads) == 0
+
+
+def test_a_load_of_a_step_passes_those_that_are_parked(make: Callable[..., Rank]) -> None:
+    rank = make(load_ahead=ROWS)
+    rank.other_loads.held = True
+    rank.run(load(1, LoadMode.PARKED))
+    eventually(lambda: rank.queued(rank.other_loads) == ROWS)
+    rank.run(load(2, LoadMode.LAYERWISE))
+    rank.device.settle()
+    assert rank.queued(rank.step_loads) == 0
+    assert rank.device.compute.idle
+    assert rank.settle().outcome is Outcome.DONE
+    assert rank.queued(rank.other_loads) == ROWS
+
+
+@pytest.mark.parametrize(("config", "rows"), [({"load_ahead": 2}, 2), ({"staging": 3 * 128}, 3)])
+def test_the_window_bounds_what_is_queued_on_the_device(
+    make: Callable[..., Rank], config: dict[str, object], rows: int
+) -> None:
+    rank = make(**config)
+    rank.other_loads.held = True
+    rank.run(load(1, LoadMode.PARKED))
+    eventually(lambda: rank.queued(rank.other_loads) == rows)
+    time.sleep(0.02)  # nothing more comes
+    assert rank.queued(rank.other_loads) == rows
+    rank.device.release(rank.other_loads)
+    assert rank.settle().outcome is Outcome.DONE
+
+
+def test_nobody_waits_for_a_load_that_is_given_up(make: Callable[..., Rank]) -> None:
+    rank = make(load_ahead=2)
+    rank.other_loads.held = True
+    rank.run(load(1, LoadMode.PARKED, timeout=0.01))
+    eventually(lambda: rank.queued(rank.other_loads) == 2)
+    time.sleep(0.02)
+    for _ in range(3):
+        outcomes = rank.run()  # else this would wait until the device is released
+        assert rank.receipts == []
+        assert outcomes.arrived == frozenset()
+    rank.device.release(rank.other_loads)
+    receipt = rank.settle()
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, TIMED_OUT)
+    assert sum(copy.stream is rank.other_loads for copy in rank.device.copies) == 2
+
+
+@pytest.mark.parametrize("mode", list(LoadMode))
+def test_times_are_those_of_the_device(make: Callable[..., Rank], mode: LoadMode) -> None:
+    rank = make()
+    rank.run(load(1, mode))
+    rank.device.settle()
+    receipt = rank.settle()
+    assert receipt.active == pytest.approx(ROWS * ROW_SECONDS, rel=1e-3)
+    # A kernel takes as long as a row: the model waits for the first row, and meets the others.
+    waits = ROW_SECONDS if mode is LoadMode.LAYERWISE else 0.0
+    assert receipt.waited == pytest.approx(waits, rel=1e-2, abs=1e-6)
+
+
+def test_the_timeline_shows_what_the_device_did(make: Callable[..., Rank]) -> None:
+    rank = make()
+    rank.run(load(1, LoadMode.LAYERWISE))
+    rank.device.settle()
+    rank.settle()
+    rank.run()
+    spans = rank.timeline.spans()
+
+    def seconds(lane: Lane) -> list[Any]:
+        wanted = [span for span in spans if span.lane is lane and span.step == 1]
+        assert [span.row for span in wanted] == sorted(span.row for span in wanted)
+        return [pytest.approx(span.end - span.start, abs=2e-6) for span in wanted]
+
+    assert seconds(Lane.LOAD) == [ROW_SECONDS] * ROWS
+    assert seconds(Lane.COMPUTE) == [ROW_SECONDS] * ROWS
+    assert seconds(Lane.WAIT)[0] == ROW_SECONDS
+
+
+def test_of_a_load_that_has_not_landed_one_fence_is_asked(
+    make: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina_kv.data.loads.PIECE_BYTES", PAGE)  # two pieces of a row
+    rank = make()
+    rank.step_loads.held = True
+    rank.run(load(1, LoadMode.LAYERWISE))
+    asked: list[SimulatedEvent] = []
+    passed = SimulatedEvent.passed
+
+    def counted(event: SimulatedEvent) -> bool:
+        asked.append(event)
+        return passed(event)
+
+    monkeypatch.setattr(SimulatedEvent, "passed", counted)
+    rank.collect()
+    assert len(asked) == 1
+    monkeypatch.undo()
+    rank.device.release(rank.step_loads)
+    rank.device.settle()
+    assert rank.settle().outcome is Outcome.DONE
+
+
+def test_a_load_is_reported_when_it_has_been_read_though_another_one_has_failed(
+    make: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make(load_ahead=ROWS)
+    rank.step_loads.held = True
+    copy = CudaMover.load
+
+    def failing(mover: CudaMover, rows: Any, pairs: Any, after: Any, **how: Any) -> Any:
+        if 2 in pairs.pages:
+            raise OSError("a row is lost")
+        return copy(mover, rows, pairs, after, **how)
+
+    monkeypatch.setattr(CudaMover, "load", failing)
+    outcomes = rank.run(load(1, LoadMode.LAYERWISE), load(2, LoadMode.LAYERWISE))
+    assert outcomes.failed == {"r2"}
+    assert rank.receipts == []
+    rank.device.release(rank.step_loads)
+    rank.device.settle()
+    outcomes = rank.collect()
+    found = {receipt.transfer: receipt.outcome for receipt in rank.receipts}
+    assert found == {1: Outcome.DONE, 2: Outcome.FAILED}
+    assert outcomes.failed == frozenset(), "it was said before"
