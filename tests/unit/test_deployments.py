@@ -329,3 +329,27 @@ def test_the_image_is_of_a_version_that_is_supported() -> None:
         assert image.startswith("valkey/valkey:") or image == f"registry.example.com/{tag}"
     (model,) = yaml.safe_load(VALUES.read_text())["servingEngineSpec"]["modelSpec"]
     assert f"{model['repository']}:{model['tag']}" == f"registry.example.com/{tag}"
+    copied = {
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE)
+        for word in line.split()[:-1]
+    }
+    ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_unit(tmp_path: Path) -> None:
+    """systemd has nothing to say of it, and waits longer than the server takes to end."""
+    settings = unit()
+    (command,) = settings["ExecStart"]
+    (draining,) = re.findall(r"--shutdown-timeout (\d+)", command)
+    assert int(settings["TimeoutStopSec"][0]) > int(draining)
+    if (analyze := shutil.which("systemd-analyze")) is None:
+        return
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/lamina/bin/vllm", "/bin/true"))
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", copy], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
