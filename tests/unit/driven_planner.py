@@ -116,6 +116,9 @@ class Engine:
         tiers: each rank's far tiers, where the configuration has other ones.
         clock: the planner's clock, where that is not ``now``.
         on_end: called with requests that have ended.
+
+    Attributes:
+        begun: what was published before anything had happened.
     """
 
     def __init__(
@@ -179,6 +182,7 @@ class Engine:
             on_end=on_end,
             clock=clock or (lambda: self.now),
         )
+        self.begun = self.meter.drain()
 
     def wait(self, seconds: float) -> None:
         """Step with nothing to run for that long."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain as joined
 from itertools import islice
 
@@ -178,6 +179,7 @@ def open_catalog(
     tiers: Sequence[TierConfig],
     readable: Callable[[TierName], bool],
     clock: Callable[[], float],
+    on_eviction: Callable[[TierName, float], None] = lambda tier, idle: None,
 ) -> Catalog:
     """A catalog of what every rank has. Slots on whose chunk not all ranks agree are forgotten.
 
@@ -185,7 +187,9 @@ def open_catalog(
         reports: one from each rank.
         tiers: the far tiers' configuration, in order of preference.
         readable: see :class:`Catalog`.
-        clock: monotonic seconds, for the age of hints and for pins.
+        clock: monotonic seconds, for the age of hints and of chunks, and for pins.
+        on_eviction: called when a tier with slots evicts a chunk, with the tier's name and the
+            seconds for which the chunk was not used.
 
     Raises:
         ValueError: if a tier of some rank is smaller than one chunk.
@@ -198,17 +202,23 @@ def open_catalog(
     far = [
         Far(
             TierName(tier.name),
-            _open_index(keeping, number, tier, clock),
+            _open_index(keeping, number, tier, clock, partial(on_eviction, TierName(tier.name))),
             tier.max_inflight * len(keeping),
             tier.keep,
         )
         for number, tier in enumerate(tiers)
     ]
-    return Catalog(SlotIndex(near, stored=False, clock=clock, ready=ready), far, readable)
+    evicted = partial(on_eviction, NEAR)
+    index = SlotIndex(near, stored=False, clock=clock, ready=ready, on_eviction=evicted)
+    return Catalog(index, far, readable)
 
 
 def _open_index(
-    keeping: Sequence[RankReport], number: int, tier: TierConfig, clock: Callable[[], float]
+    keeping: Sequence[RankReport],
+    number: int,
+    tier: TierConfig,
+    clock: Callable[[], float],
+    on_eviction: Callable[[float], None],
 ) -> Index:
     """The index of far tier ``number``, from the reports of ranks that keep chunks."""
     reports = [report.tiers[number] for report in keeping]
@@ -220,7 +230,7 @@ def _open_index(
     slots = min(report.slots for report in reports)
     if slots < 1:
         raise ValueError(f"tiers.{tier.name}: too small for {_one_chunk(keeping)}")
-    index = SlotIndex(slots, clock=clock)
+    index = SlotIndex(slots, clock=clock, on_eviction=on_eviction)
     index.adopt(stored)
     return index
 

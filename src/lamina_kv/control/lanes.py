@@ -313,6 +313,7 @@ class Lane:
         self._measure(transfer)
         books.catalog.publish(key)
         books.meter.count("fetch_bytes", transfer.moved_bytes, tier=self.far.name)
+        books.meter.observe("fetch_seconds", transfer.seconds, tier=self.far.name)
 
     def _measure(self, transfer: Transfer) -> None:
         """Moves overlap: what the tier has worked for one is what it has worked beyond others."""

@@ -83,7 +83,8 @@ class MovePlanner:
         self._turns = 0
         self._looks = 0  # that are left for the next plan
         self._arrivals: dict[str, Arrival] = {}
-        # Of these, in the order in which they came: who wants chunks, who has some and may be made
+        self._waiting: set[str] = set()  # of these, whose offer was made
+        # Likewise, in the order in which they came: who wants chunks, who has some and may be made
         # to give them up, who is still to be searched, who is searched no further while a tier is
         # busy, and who waits for answers. A plan looks at no others.
         self._wanting: dict[str, Arrival] = {}
@@ -96,6 +97,11 @@ class MovePlanner:
     def backlog(self) -> int:
         """Chunks that wait to be written to a far tier."""
         return sum(lane.backlog for lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for what comes near for them."""
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
@@ -134,6 +140,7 @@ class MovePlanner:
         if arrival is None:
             return
         self._stop(arrival)
+        self._waiting.discard(request_id)
         for key in arrival.claimed:
             self._pins.remove(key)
 
@@ -152,6 +159,7 @@ class MovePlanner:
         self._take_arrived(arrival, all_of_it=True)  # what failed may be had from another tier
         self._turns += 1
         arrival.turn, arrival.phase = self._turns, Phase.WAITS
+        self._waiting.add(record.view.request_id)
         arrival.began = self._books.clock.now
         arrival.due = arrival.began + offer.timeout
         end = self._hits.fitting(record, floor, floor + offer.loaded, self._pins.most)
@@ -307,10 +315,12 @@ class MovePlanner:
             self._pins.remove(key)
         arrival.awaited.clear()
         arrival.phase = Phase.OVER
+        self._waiting.discard(arrival.request_id)
         # The engine may have asked long after the last move: that time is not the tier's.
         moves = arrival.came.values()
         last = max((fetch.ended for fetch in moves), default=arrival.began)
         arrival.ended = arrival.due if late else max(arrival.began, last)
+        self._books.meter.observe("fetch_wait_seconds", arrival.ended - arrival.began)
         if arrival.held_up:  # near had no room: that says nothing of a tier
             return
         near, seconds = self._books.catalog.near.visible, arrival.ended - arrival.began

@@ -19,6 +19,7 @@ from lamina_kv.control.books import Books, EngineClock
 from lamina_kv.control.breakers import Breakers
 from lamina_kv.control.catalog import open_catalog
 from lamina_kv.control.cost import Costs
+from lamina_kv.control.figures import begin as begin_figures
 from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.leases import BlockPool, LeaseBook
 from lamina_kv.control.loading import LoadEnd, LoadPlanner, stories
@@ -127,7 +128,11 @@ class Planner:
             config=config,
             shape=shape,
             catalog=open_catalog(
-                reports, config.tiers, breakers.readable, lambda: engine_clock.ticked
+                reports,
+                config.tiers,
+                breakers.readable,
+                lambda: engine_clock.ticked,
+                lambda tier, idle: meter.observe("eviction_age_seconds", idle, tier=tier),
             ),
             transfers=TransferTable(len(reports)),
             leases=LeaseBook(pool),
@@ -144,7 +149,7 @@ class Planner:
         }
         self.costs = Costs(lambda: engine_clock.now, least=shape.chunk_tokens)
         self._prefills = PrefillTimer(self.costs, engine_clock)
-        self._prompts = PromptMeter(meter, shape.chunk_tokens)
+        self._prompts = PromptMeter(meter, shape.chunk_tokens, self.costs)
         self._hits = HitFinder(shape, books.catalog, breakers, books.moved_bytes)
         self._shared = SharedLoads(shape, config.load.deadline)
         self._moves = MovePlanner(books, self._hits, self.costs)
@@ -162,6 +167,15 @@ class Planner:
         self._pushes: Pushes | None = None
         if config.push is not None and card is not None:
             self._pushes = Pushes(config.push, books, card, self.costs, clock, channel=channel)
+        begin_figures(
+            meter,
+            config,
+            books.catalog,
+            shape.chunk_tokens,
+            loads=loads,
+            saves=saves,
+            pushes=self._pushes is not None,
+        )
         self._requests: dict[str, RequestRecord] = {}
         self._active: set[str] = set()  # admitted and not ended
         self._queued = 0
@@ -670,6 +684,8 @@ class Planner:
             in_flight = books.transfers.bytes_in_flight(kind)
             meter.gauge("bytes_in_flight", in_flight, direction=kind.value)
             meter.gauge("transfers", books.transfers.count(kind), direction=kind.value)
+        meter.gauge("waiting_requests", self._moves.waiting, cause="fetch")
+        meter.gauge("waiting_requests", self._shared.waiting, cause="shared_load")
         meter.gauge("write_backlog", self._moves.backlog)
         meter.gauge("queue_depth", self._queued)
         if self._pushes is not None:

@@ -9,6 +9,7 @@ prompts. What a request has had before it lost all of its blocks does not count.
 
 from __future__ import annotations
 
+from lamina_kv.control.cost import Costs
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.observe.metrics import Meter
 
@@ -22,10 +23,12 @@ class PromptMeter:
         meter: where figures go.
         chunk_tokens: tokens of a chunk. Engines name their own hit in whole blocks, and what they
             have beyond that is less.
+        costs: what computing takes, as far as it was measured.
     """
 
-    def __init__(self, meter: Meter, chunk_tokens: int) -> None:
+    def __init__(self, meter: Meter, chunk_tokens: int, costs: Costs) -> None:
         self._meter = meter
+        self._costs = costs
         self._chunk_tokens = chunk_tokens
 
     def runs(self, record: RequestRecord, start: int, end: int) -> None:
@@ -112,6 +115,8 @@ class PromptMeter:
                 meter.count("computed_tokens", tokens)
             else:
                 meter.count("hit_tokens", tokens, tier=source)
+                saved = self._costs.prefill_seconds(before, before + tokens)
+                meter.count("saved_seconds", saved or 0.0, tier=source)
             before += tokens
         if before < prompt:
             meter.count("unfinished_tokens", prompt - before)

@@ -24,6 +24,9 @@ NO_PREFIX, WORTH_LESS, IN_USE = "no_prefix", NoRoom.WORTH_LESS.value, f"{NEAR}_i
 would have to go that is worth more; or nothing may go now. After the first two it is looked at
 again when its request has completed more, after the third by the next plan."""
 
+FULL, OUT_OF_USE = "max_inflight", "tier_out_of_use"
+"""Likewise: as many bytes are on their way as may be, or near's breaker is open."""
+
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
@@ -262,9 +265,9 @@ class SavePlanner:
     def _refusal(self) -> str | None:
         """Why no save may be ordered now; None if one may."""
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._bound:
-            return "max_inflight"
+            return FULL
         if not self._fills.allows:
-            return "tier_out_of_use"
+            return OUT_OF_USE
         return None if self._near.has_room else IN_USE
 
     def _order(

@@ -76,6 +76,11 @@ class SharedLoads:
         self._loads: dict[TransferId, _SharedLoad] = {}
         self._by_key: dict[ChunkKey, TransferId] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for another's load."""
+        return sum(len(load.waiting) for load in self._loads.values())
+
     def begin(
         self, load: TransferId, record: RequestRecord, floor: int, end: int, *, parked: bool
     ) -> None:

@@ -37,14 +37,18 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
+_AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
+_CONFIG = ("version", "tiers", "chunk_tokens", "load_when", "load_mode", "loads", "saves", "push")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _C, _G, _H = MetricKind.COUNTER, MetricKind.GAUGE, MetricKind.HISTOGRAM
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
+        Metric("config_info", _G, "Always 1; the labels say how Lamina is set up", _CONFIG),
         Metric("prompt_tokens", _C, "Tokens of prompts that are complete or have ended"),
         Metric("hit_tokens", _C, "Of these, tokens that were brought, by where from", ("tier",)),
+        Metric("saved_seconds", _C, "Prefill that hit_tokens saved, as predicted", ("tier",)),
         Metric("computed_tokens", _C, "Of these, tokens that were computed"),
         Metric("unfinished_tokens", _C, "Of these, tokens that were neither brought nor computed"),
         Metric("lookups", _C, "Prompts that were looked up; none that may not hit"),
@@ -55,6 +59,8 @@ METRICS: dict[str, Metric] = {
         Metric("write_bytes", _C, "Bytes written from host memory to a far tier", ("tier",)),
         Metric("fetch_bytes", _C, "Bytes read from a far tier for requests that wait", ("tier",)),
         Metric("load_seconds", _H, "Duration of loads", buckets=_SECONDS),
+        Metric("fetch_seconds", _H, "Duration of reads from a far tier", ("tier",), _SECONDS),
+        Metric("fetch_wait_seconds", _H, "Time a request waited for far tiers", buckets=_SECONDS),
         Metric("wait_seconds", _H, "Time the model waited for a load", buckets=_SECONDS),
         Metric("save_seconds", _H, "Duration of saves, order to loadable", buckets=_SECONDS),
         Metric("write_seconds", _H, "Duration of writes, order to durable", ("tier",), _SECONDS),
@@ -73,11 +79,13 @@ METRICS: dict[str, Metric] = {
         Metric("writes_skipped", _C, "Chunks not written to a far tier", ("tier", "reason")),
         Metric("asked", _C, "Chunks that a store was asked for, by its answer", ("tier", "answer")),
         Metric("failures", _C, "Transfers that failed; of pushes, tier is push", ("tier", "kind")),
+        Metric("eviction_age_seconds", _H, "Chunks evicted, by idle time", ("tier",), _AGES),
         Metric("tier_capacity_bytes", _G, "Size of a tier, all ranks", ("tier",)),
         Metric("tier_used_bytes", _G, "Use of a tier, all ranks", ("tier",)),
         Metric("tier_pinned_bytes", _G, "Of it, what requests have pinned", ("tier",)),
         Metric("tier_in_use", _G, "0 while it fails and is not used", ("tier", "direction")),
         Metric("bytes_in_flight", _G, "Bytes of unfinished transfers", ("direction",)),
+        Metric("waiting_requests", _G, "Requests without blocks, by what for", ("cause",)),
         Metric("transfers", _G, "Unfinished transfers", ("direction",)),
         Metric("write_backlog", _G, "Chunks waiting to be written to far tiers"),
         Metric("queue_depth", _G, "Pieces of work that no thread has taken up"),
@@ -122,6 +130,16 @@ class Meter:
         """Add to a counter."""
         series = _series(name, MetricKind.COUNTER, labels)
         self._counters[series] = self._counters.get(series, 0) + amount
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Publish a series of a counter or histogram before anything has happened: of one that
+        appears with its first event Prometheus does not see that event."""
+        metric = METRICS[name]
+        series = _series(name, metric.kind, labels)
+        if metric.kind is MetricKind.COUNTER:
+            self._counters.setdefault(series, 0)
+        else:
+            self._observations.setdefault(series, [])
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add a value to a histogram."""

@@ -89,7 +89,7 @@ class Runs:
         clock: monotonic seconds, for pins.
     """
 
-    # Arrays, because a tier may have a million slots: 45 bytes a slot, ghosts not included.
+    # Arrays, because a tier may have a million slots: 49 bytes a slot, ghosts not included.
     def __init__(self, slots: int, clock: Callable[[], float] = lambda: 0.0) -> None:
         def links() -> array[int]:
             return array("i", (_NONE,)) * slots
@@ -100,6 +100,7 @@ class Runs:
         self._tail = links()  # the last chunk
         self._length = array("H", bytes(2 * slots))  # chunks
         self._stamp = array("I", bytes(4 * slots))  # the clock at its last use
+        self._used_at = array("f", bytes(4 * slots))  # seconds from the start to that use
         self._shelf = array("B", bytes(slots))  # kind and priority
         self._until = array("f", bytes(4 * slots))  # when its pin is over; 0 without one
         self._child = links()  # a run that stands behind it: the most recently used
@@ -142,6 +143,11 @@ class Runs:
     def uses(self, slot: int) -> int:
         """How often a chunk was used, as far as it matters."""
         return uses_of(self._kind(self._run[slot]))
+
+    def idle(self, slot: int) -> float:
+        """Seconds since a chunk's run was used; of one that the tier had at the start and that was
+        not used since, seconds since the start."""
+        return self._moment() - self._used_at[self._run[slot]]
 
     @property
     def pinned(self) -> int:
@@ -491,6 +497,7 @@ class Runs:
         self._front[slot] = self._child[slot] = _NONE
         self._length[slot] = 1
         self._stamp[slot] = self._clock
+        self._used_at[slot] = self._moment()
         self._shelf[slot] = self._open(shelf)
         self._runs += 1
         self._link(slot, self._heads[shelf])
@@ -508,6 +515,7 @@ class Runs:
         self._length[rest] = len(moved)
         self._length[run] -= len(moved)
         self._stamp[rest], self._shelf[rest] = self._stamp[run], self._shelf[run]
+        self._used_at[rest] = self._used_at[run]
         self._until[rest] = self._until[run]
         self._child[rest], self._child[run] = self._child[run], rest
         self._next[rest] = self._previous[rest] = rest
@@ -555,6 +563,7 @@ class Runs:
     def _refresh(self, run: int) -> None:
         """A run was used now: it is the youngest of its kind, and of what stands where it does."""
         self._stamp[run] = self._clock
+        self._used_at[run] = self._moment()
         self._make_youngest(run)
         if self._front[run] >= 0:
             parent = self._run[self._front[run]]
@@ -569,7 +578,7 @@ class Runs:
             run = self._run[front]
             younger, above = self._age(leaf) < self._age(run), level - _level(self._shelf[run])
             if younger:
-                self._stamp[run] = self._stamp[leaf]
+                self._stamp[run], self._used_at[run] = self._stamp[leaf], self._used_at[leaf]
             if above > 0:
                 self._shelf[run] = self._open(self._shelf[run] + above * KINDS)
             if younger or above > 0:

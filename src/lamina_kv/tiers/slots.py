@@ -40,8 +40,10 @@ class SlotIndex:
         slots: how many slots it has on every rank.
         stored: whether a store keeps the slots' content, and must be told what is void; near has
             none.
-        clock: monotonic seconds, for what requests have pinned.
+        clock: monotonic seconds, for what requests have pinned and for the age of what goes.
         ready: how many of them may be used by now, see :meth:`grow`; None for all.
+        on_eviction: called with the seconds for which a chunk was not used that makes room for
+            another.
 
     Attributes:
         version: chunks lost for any reason, so far.
@@ -56,6 +58,7 @@ class SlotIndex:
         stored: bool = True,
         clock: Callable[[], float] = lambda: 0.0,
         ready: int | None = None,
+        on_eviction: Callable[[float], None] = lambda idle: None,
     ) -> None:
         self.version = 0
         self.arrivals = 0
@@ -75,6 +78,7 @@ class SlotIndex:
         self._ready = slots if ready is None else ready
         self._free = array("i", range(self._ready - 1, -1, -1))
         self._stored = stored
+        self._on_eviction = on_eviction
         self._void: set[int] = set()
         self._touches = Touches()
 
@@ -221,6 +225,7 @@ class SlotIndex:
                 if self._stored:  # it is not tried again
                     self._runs.missed(key, standing.use, last=standing.last)
                 return victim
+            self._on_eviction(self._runs.idle(self._visible[victim]))
             self._lose(victim, remembered=True)
         slot = self._free.pop()
         self._void.discard(slot)  # what is written to a slot replaces its content in any case

@@ -59,7 +59,7 @@ class LaminaStats(KVConnectorStats):
         figures: dict[str, int | float] = {
             series.replace(_SEPARATOR, " "): value
             for series, value in counters.items()
-            if series.startswith(("hit_tokens", "load_bytes", "save_bytes", "failures"))
+            if value and series.startswith(("hit_tokens", "load_bytes", "save_bytes", "failures"))
         }
         if waits:
             figures["model waited (s)"] = round(sum(waits), 4)

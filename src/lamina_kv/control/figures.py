@@ -1,0 +1,125 @@
+"""What is published before anything has happened: how Lamina is set up, and counters at 0.
+
+Prometheus computes increases between two scrapes. A series that appears with its first event has no
+earlier value, so that an alert would miss the first failure of every kind. Here is every series
+whose labels are known at the start. Only failures of a kind that has no word of its own (the name
+of an exception) appear later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lamina_kv import __version__
+from lamina_kv.config import Config
+from lamina_kv.control.catalog import Catalog, Far
+from lamina_kv.control.push.inbound import GiveUp
+from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
+from lamina_kv.control.transfers import Kind
+from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import LOAD_FAILED, NEAR, TIMED_OUT, TORN, TierName
+from lamina_kv.tiers.contract import Fate
+
+OVERDUE = "overdue"
+
+_UNLOADED = (
+    "below_min_tokens", "slower_than_computing", "computing_to_measure", "declined_by_engine",
+    "role", "failed_before",
+)  # fmt: skip
+_UNWRITTEN = ("evicted", "no_prefix", "tier_in_use", "worth_less", "already_there")
+_UNPUSHED = (
+    "below_min_tokens", "too_large", "no_room", "peer_out_of_use", "id_in_use", "not_needed",
+    "states_in_place", GiveUp.ABSENT, GiveUp.UNANSWERED, GiveUp.FAILED, GiveUp.LOST,
+)  # fmt: skip
+_PUSHES = ("sent", "stopped", "received", "given_up")
+_UNANSWERED = (Fate.LATE, Fate.REFUSED, Fate.DOWN, OVERDUE)
+_FAILURES = {
+    Kind.MOVE_IN: (Fate.GONE, Fate.CORRUPT, *_UNANSWERED),
+    Kind.MOVE_OUT: _UNANSWERED,
+    Kind.ASK: _UNANSWERED,
+    Kind.LOAD: (TIMED_OUT, OVERDUE),
+    Kind.SAVE: (LOAD_FAILED, OVERDUE),
+    Kind.PUSH: (TORN, OVERDUE),
+}
+
+
+def begin(
+    meter: Meter,
+    config: Config,
+    catalog: Catalog,
+    chunk_tokens: int,
+    *,
+    loads: bool,
+    saves: bool,
+    pushes: bool,
+) -> None:
+    """Publish it.
+
+    Args:
+        meter: where figures go.
+        config: the whole tree.
+        catalog: every tier.
+        chunk_tokens: tokens of one chunk.
+        loads: whether anything is loaded from a tier.
+        saves: whether anything is saved to one.
+        pushes: whether the engine takes part in pushes.
+    """
+    meter.gauge(
+        "config_info",
+        1,
+        version=__version__,
+        tiers=",".join((NEAR, *catalog.far)),
+        chunk_tokens=str(chunk_tokens),
+        load_when=config.load.when,
+        load_mode=config.load.mode,
+        loads=_word(loads),
+        saves=_word(saves),
+        push=_word(pushes),
+    )
+    for source in ("engine", NEAR, *catalog.far, *(["push"] if pushes else []), "other"):
+        meter.begin("hit_tokens", tier=source)
+        meter.begin("saved_seconds", tier=source)
+    for reason in _UNLOADED:
+        meter.begin("loads_skipped", reason=reason)
+    for reason in (NO_PREFIX, WORTH_LESS, IN_USE, FULL, OUT_OF_USE):
+        meter.begin("saves_held_back", reason=reason)
+    meter.begin("eviction_age_seconds", tier=NEAR)
+    _begin_failures(meter, NEAR, Kind.LOAD, Kind.SAVE)
+    for far in catalog.far.values():
+        _begin_far(meter, far)
+    if pushes:
+        for name, label, values in _of_pushes():
+            for value in values:
+                meter.begin(name, **{label: value})
+        _begin_failures(meter, TierName("push"), Kind.PUSH)
+
+
+def _word(yes: bool) -> str:
+    return "yes" if yes else "no"
+
+
+def _begin_far(meter: Meter, far: Far) -> None:
+    for name in ("write_bytes", "fetch_bytes", "write_seconds", "fetch_seconds"):
+        meter.begin(name, tier=far.name)
+    for reason in _UNWRITTEN:
+        meter.begin("writes_skipped", tier=far.name, reason=reason)
+    _begin_failures(meter, far.name, Kind.MOVE_IN, Kind.MOVE_OUT)
+    if far.index.capacity:
+        meter.begin("eviction_age_seconds", tier=far.name)
+        return
+    _begin_failures(meter, far.name, Kind.ASK)
+    for answer in ("here", "absent", "none"):
+        meter.begin("asked", tier=far.name, answer=answer)
+
+
+def _begin_failures(meter: Meter, tier: TierName, *kinds: Kind) -> None:
+    for kind in kinds:
+        for reason in _FAILURES[kind]:
+            meter.begin("failures", tier=tier, kind=f"{kind.value}_{reason}")
+
+
+def _of_pushes() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Name, label and values of what is counted of pushes."""
+    yield "pushes", "outcome", _PUSHES
+    yield "pushes_given_up", "reason", tuple(GiveUp)
+    yield "pushes_skipped", "reason", _UNPUSHED
