@@ -1,54 +1,280 @@
-"""What several API servers publish together: one scrape asks all of them, and finds one series."""
+"""What servers publish, and that the dashboard and the alerts ask for nothing else.
+
+One process, which imports vLLM, publishes as several API servers do: one scrape asks all of them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from lamina_kv.observe.metrics import METRICS, MetricKind
+from lamina_kv.push.proxy.engines import Engine, Role
+from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings
+from promql import Node, PromqlError, parse
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+OF_PROMETHEUS = {"instance", "job"}
+"""Labels that Prometheus adds to what it scrapes."""
 
 SERVERS = """
 import os, sys
 from types import SimpleNamespace
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import multiprocess
+from driven_planner import Engine
 from lamina_kv.engines.vllm.metrics import LaminaPromMetrics, LaminaStats
-from lamina_kv.observe.metrics import Meter
+from lamina_kv.observe.metrics import METRICS, Meter, MetricKind
+from lamina_kv.plan import TierReport
+from stores import stored_chunks
+from test_push_roles import card
 
 metrics = LaminaPromMetrics(
     SimpleNamespace(kv_transfer_config=SimpleNamespace()),
     {kind: kind for kind in (Counter, Gauge, Histogram)},
-    ["engine"],
-    {0: ["0"]},
+    ["model_name", "engine"],
+    {0: ["llama", "0"]},
 )
+
+def publish(readings):
+    metrics.observe(LaminaStats.of(readings).data)
 
 def server(backlog):
     meter = Meter()
     meter.gauge("write_backlog", backlog)
     meter.gauge("tier_used_bytes", 100 * backlog, tier="host")
     meter.count("prompt_tokens", 10)
-    metrics.observe(LaminaStats.of(meter.drain()).data)
+    publish(meter.drain())
+
+def scrape():
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    return generate_latest(registry).decode()
 
 for backlog in (7, 3):
     if not (child := os.fork()):
         server(backlog)
         os._exit(0)
     os.waitpid(child, 0)
-registry = CollectorRegistry()
-multiprocess.MultiProcessCollector(registry)
-for metric in registry.collect():
-    for sample in metric.samples:
-        if sample.value and not sample.name.endswith("_created"):
-            print(sample.name, *sorted(sample.labels), sample.value)
+print(scrape(), end="")
+print("# ---- an engine with all that there is")
+tiers = [
+    {"kind": "disk", "path": "/store", "capacity": "1GiB"},
+    {"kind": "valkey", "url": "valkey://127.0.0.1:6379"},
+]
+engine = Engine(
+    {"push": {"listen": "127.0.0.1:1"}, "tiers": tiers},
+    tiers=[TierReport("disk", 10, stored_chunks({}, keys=True)), TierReport("valkey")],
+    card=card("me"),
+)
+publish(engine.begun)
+engine.planner.gauges()
+publish(engine.readings())
+seen = {line.split("{")[0] for line in scrape().splitlines()}
+meter = Meter()
+for name, metric in METRICS.items():  # what is only there once engines know each other
+    if metric.kind is MetricKind.GAUGE and "lamina_" + name not in seen:
+        meter.gauge(name, 1, **{label: "x" for label in metric.labels})
+publish(meter.drain())
+print(scrape(), end="")
 """
 
 
-def test_gauges_of_several_servers_are_one_series(tmp_path: Path) -> None:
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+@dataclass
+class Published:
+    """What a scrape has.
+
+    Attributes:
+        labels: names of the labels of each metric, as queries call it.
+        values: for each metric and label, the values that are there.
+    """
+
+    labels: dict[str, set[str]] = field(default_factory=dict)
+    values: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+
+    def add(self, text: str) -> None:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                self.labels.setdefault(sample.name, set()).update(sample.labels)
+                for label, value in sample.labels.items():
+                    self.values.setdefault((sample.name, label), set()).add(value)
+
+
+@pytest.fixture(scope="module")
+def scrapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Of two servers that share one engine; and of one, with an engine that has all parts."""
+    tests = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("prometheus")),
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(tests), str(tests / "unit")]),
+    }
     command = [sys.executable, "-c", SERVERS]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    said = [line for line in ran.stdout.splitlines() if line.startswith("lamina_")]
-    assert sorted(said) == [
-        "lamina_prompt_tokens_total engine 20.0",
-        "lamina_tier_used_bytes engine tier 300.0",
-        "lamina_write_backlog engine 3.0",
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    several, _, one = ran.stdout.partition("# ---- an engine with all that there is\n")
+    return several, one
+
+
+@pytest.fixture(scope="module")
+def published(scrapes: tuple[str, str]) -> Published:
+    found = Published()
+    found.add(scrapes[1])
+    prefill = PrefillAddress("http://10.0.0.1:8000", "10.0.0.1:9300")
+    settings = Settings(prefill=(prefill,), decode=("http://10.0.0.2:8000",))
+    engine = Engine(Role.PREFILL, prefill.url, prefill.push, settings)
+    proxy = Metrics([engine])
+    proxy.requests.labels("completions", "200").inc()
+    proxy.exchange(engine, Outcome.ANSWERED)
+    proxy.unpushed(Unpushed.REQUEST)
+    found.add(proxy.render().decode())
+    return found
+
+
+def test_gauges_of_several_servers_are_one_series(scrapes: tuple[str, str]) -> None:
+    said = [
+        (sample.name, *sorted(sample.labels), sample.value)
+        for family in text_string_to_metric_families(scrapes[0])
+        for sample in family.samples
+        if sample.value and not sample.name.endswith("_created")
     ]
+    assert sorted(said) == [
+        ("lamina_prompt_tokens_total", "engine", "model_name", 20.0),
+        ("lamina_tier_used_bytes", "engine", "model_name", "tier", 300.0),
+        ("lamina_write_backlog", "engine", "model_name", 3.0),
+    ]
+
+
+def test_what_has_not_happened_yet_reads_as_0(published: Published) -> None:
+    """Every counter and histogram has a series before its first event."""
+    suffix = {MetricKind.COUNTER: "_total", MetricKind.HISTOGRAM: "_count", MetricKind.GAUGE: ""}
+    names = {f"lamina_{metric.name}{suffix[metric.kind]}" for metric in METRICS.values()}
+    assert names <= published.labels.keys()
+    assert published.values["lamina_hit_tokens_total", "tier"] == {
+        *("engine", "host", "disk", "valkey", "push", "other")
+    }
+    assert "fetch_corrupt" in published.values["lamina_failures_total", "kind"]
+
+
+# -- dashboard and alerts ----------------------------------------------------------------------
+
+
+def panels(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield part
+        yield from panels(part.get("panels", []))
+
+
+def dashboard_queries() -> Iterator[tuple[str, str]]:
+    board = json.loads((DEPLOY / "grafana/lamina.json").read_text())
+    for panel in panels(board["panels"]):
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"]
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+            assert asked is not None
+            yield variable["name"], f"count by ({asked[2]}) ({asked[1]})"
+
+
+def rules() -> Iterator[dict[str, Any]]:
+    for group in yaml.safe_load((DEPLOY / "prometheus/lamina.rules.yml").read_text())["groups"]:
+        yield from group["rules"]
+
+
+QUERIES = [*dashboard_queries(), *((rule["alert"], rule["expr"]) for rule in rules())]
+
+
+def problems(query: Node, published: Published) -> Iterator[str]:
+    """What a query asks for that nobody publishes."""
+    for node in query.all():
+        for selector in node.selectors():
+            known = published.labels.get(selector.name)
+            if known is None:
+                yield f"no metric {selector.name}"
+                continue
+            yield from (
+                f"{selector.name} has no label {label}"
+                for label in node.labels
+                if label not in known | OF_PROMETHEUS and not _is_one_side(node, selector, known)
+            )
+            if selector is not node:
+                continue
+            for matcher in node.matchers:
+                if matcher.label not in known | OF_PROMETHEUS:
+                    yield f"{node.name} has no label {matcher.label}"
+                values = published.values.get((node.name, matcher.label), set())
+                for word in matcher.value.split("|"):
+                    fits = any(re.fullmatch(word, value) for value in values)
+                    if not (fits or word.startswith("$")):
+                        yield f"{node.name} never has {matcher.label} {word}"
+
+
+def _is_one_side(node: Node, selector: Node, known: set[str]) -> bool:
+    """Whether a label by which is matched is one of the other operand alone."""
+    return node.kind == "binary" and bool(known) and selector in node.parts[1].selectors()
+
+
+@pytest.mark.parametrize(("name", "query"), QUERIES, ids=[name for name, _ in QUERIES])
+def test_a_query_asks_for_what_is_published(name: str, query: str, published: Published) -> None:
+    assert not [*problems(parse(query), published)]
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("lamina_hits_total", "no metric lamina_hits_total"),
+        ('lamina_hit_tokens_total{tiers="host"}', "has no label tiers"),
+        ('lamina_tier_in_use{direction="read"}', "never has direction read"),
+        ("sum by (reason) (lamina_failures_total)", "has no label reason"),
+    ],
+)
+def test_a_query_for_something_else_is_noticed(
+    query: str, problem: str, published: Published
+) -> None:
+    (found, *_) = problems(parse(query), published)
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    "query", ["sum(rate(a[5m])", "rate(a)", "a{b=c}", "sum by tier (a)", "quantile(a)", "a b"]
+)
+def test_a_query_that_prometheus_would_refuse_is_noticed(query: str) -> None:
+    with pytest.raises(PromqlError):
+        parse(query)
+
+
+def test_the_dashboard_is_as_its_script_writes_it() -> None:
+    command = [sys.executable, str(DEPLOY / "grafana/dashboard.py")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    written = (DEPLOY / "grafana/lamina.json").read_text()
+    assert written == made, "run deploy/grafana/dashboard.py again"
+
+
+def test_an_alert_says_what_it_means_and_what_to_do(published: Published) -> None:
+    names = [rule["alert"] for rule in rules()]
+    assert len(names) == len(set(names)) > 5
+    for rule in rules():
+        assert set(rule["annotations"]) == {"summary", "meaning", "action"}
+        query = parse(rule["expr"])
+        kept = {each for node in query.all() if node.kind == "aggregation" for each in node.labels}
+        for selector in query.selectors():  # without an aggregation all labels are there
+            kept |= set() if kept else published.labels[selector.name] | OF_PROMETHEUS
+        assert {*re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])} <= kept
+
+
+def test_what_is_provisioned_is_yaml() -> None:
+    for file in DEPLOY.rglob("*.yml"):
+        assert yaml.safe_load(file.read_text()), file
