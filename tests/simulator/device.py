@@ -370,10 +370,15 @@ class SimulatedDevice(Device[SimulatedStream]):
 
     # -- what the engine does --------------------------------------------------------------------
 
-    def launch(self, run: Callable[[], None], seconds: float = LAUNCH_SECONDS) -> None:
-        """Have the compute stream call ``run``, some time."""
+    def launch(
+        self,
+        run: Callable[[], None],
+        seconds: float = LAUNCH_SECONDS,
+        stream: SimulatedStream | None = None,
+    ) -> None:
+        """Have a stream, the compute stream if None, call ``run``, some time."""
         with self._changed:
-            self.compute.append("kernel", Work(run, seconds))
+            (stream or self.compute).append("kernel", Work(run, seconds))
 
     # -- time ------------------------------------------------------------------------------------
 

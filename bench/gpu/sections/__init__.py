@@ -1,0 +1,1 @@
+"""The sections: each yields its figures, see :class:`gpu.plan.Section`."""
