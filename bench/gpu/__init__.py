@@ -5,5 +5,6 @@
 - ``report.py``: what is measured, what was promised, the table and the JSON
 - ``lab.py``: what sections need of an engine on a device, and CUDA's
 - ``pages.py``: caches of many layouts, and what copies must leave in their memory
+- ``copies.py``: copies of a whole cache in pieces, and what they took
 - ``sections/``: one file each
 """

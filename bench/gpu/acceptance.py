@@ -28,13 +28,28 @@ from rich.console import Console
 from gpu.lab import CudaLab
 from gpu.plan import Bench, Section, run_sections
 from gpu.report import Outcome, table, write_json
-from gpu.sections import bytes_moved, fences, machine
+from gpu.sections import (
+    bandwidth,
+    bytes_moved,
+    fences,
+    host_costs,
+    interference,
+    machine,
+    overlap,
+    pinning,
+)
 
 SECTIONS: tuple[Section[CudaLab], ...] = (
     Section("A", "the machine", 5, machine.describe),
     Section("B", "ceilings: one large copy", 15, machine.ceilings),
     Section("C", "every layout, byte by byte", 60, bytes_moved.run),
     Section("D", "fences while streams lag", 60, fences.run),
+    Section("E", "bandwidth by page size", 45, bandwidth.run),
+    Section("F", "the model's kernels beside copies", 40, interference.run),
+    Section("G", "host costs", 30, host_costs.run),
+    Section("H", "a layerwise load and its step", 40, overlap.layerwise),
+    Section("I", "a parked load beside steps", 20, overlap.parked),
+    Section("K", "pinning", 20, pinning.run),
 )
 """In the order of their worth: what comes last is what a small budget leaves out."""
 

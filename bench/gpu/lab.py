@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +92,10 @@ class Lab(ABC):
             ordered: whether streams wait for events. A section that finds no fault where they do
                 not would find none at all.
         """
+
+    @abstractmethod
+    def programs(self, count: int) -> AbstractContextManager[object]:
+        """Inside, the mover's kernel runs as that many programs."""
 
 
 class WatchedDevice(TorchDevice):
@@ -204,3 +209,9 @@ class CudaLab(Lab):
     def open(self, geometry: CacheGeometry, *, ordered: bool = True) -> Engine:
         """See :class:`Lab`."""
         return CudaEngine(self.device, geometry, ordered=ordered)
+
+    def programs(self, count: int) -> AbstractContextManager[object]:
+        """See :class:`Lab`."""
+        from lamina_kv.data.movers import page_copy  # nobody else needs Triton
+
+        return patch.multiple(page_copy, LOAD_PROGRAMS=count, SAVE_PROGRAMS=count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -46,13 +46,13 @@ class Section(Generic[Lab_co]):
         key: its letter.
         title: what it looks at.
         budget: seconds.
-        run: yields its figures, and looks at what is left of its budget as it goes.
+        run: yields its figures; when its budget is used up, it is closed behind the next one.
     """
 
     key: str
     title: str
     budget: float
-    run: Callable[[Bench[Lab_co]], Iterator[Row]]
+    run: Callable[[Bench[Lab_co]], Generator[Row, None, None]]
 
 
 def run_sections(
@@ -83,8 +83,13 @@ def run_sections(
         rows: list[Row] = []
         state, why = State.RAN, ""
         try:
-            for row in section.run(bench):
-                rows.append(row)  # noqa: PERF402 - those before an error count
+            figures = section.run(bench)
+            for row in figures:
+                rows.append(row)
+                if bench.left < 0:
+                    figures.close()  # memory is given back before the next one needs it
+                    state, why = State.CUT, "its budget was used up behind the last figure here"
+                    break
         except Exception as error:  # the next section may say more
             state, why = State.BROKE, f"{type(error).__name__}: {error}"
             traceback.print_exc()

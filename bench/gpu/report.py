@@ -73,6 +73,8 @@ class State(StrEnum):
 
     RAN = "ran"
     BROKE = "broke"
+    CUT = "cut short"
+    """Its budget was used up."""
     SKIPPED = "skipped"
 
 
@@ -86,8 +88,8 @@ class Outcome:
         state: what became of it.
         budget: seconds that it could have.
         seconds: seconds that it took.
-        rows: its figures, those of a section that broke up to there.
-        why: why it broke or was skipped.
+        rows: its figures, those before it broke or was cut short.
+        why: why it did not run to its end.
     """
 
     key: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CEILING_BYTES = 1 << 30
 ROUNDS = 3
 
 
-def describe(bench: Bench[CudaLab]) -> Iterator[Row]:
+def describe(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
     """A."""
     properties = torch.cuda.get_device_properties(bench.lab.device)
     yield Row("card", properties.name)
@@ -49,7 +49,7 @@ def describe(bench: Bench[CudaLab]) -> Iterator[Row]:
         yield Row("nvidia-smi", str(error))
 
 
-def ceilings(bench: Bench[CudaLab]) -> Iterator[Row]:
+def ceilings(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
     """B."""
     device = bench.lab.device
     there = torch.empty(CEILING_BYTES, dtype=torch.uint8, device=device)

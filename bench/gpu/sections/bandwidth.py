@@ -1,0 +1,75 @@
+"""E: bandwidth of the mover by page size, as a share of one large copy's.
+
+Only the kernel: a mover that has the copy engines' way gets its figures here, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+from gpu.copies import Cache, seconds
+from gpu.lab import Lab
+from gpu.plan import Bench
+from gpu.report import Bound, Row
+
+PAGES = tuple(kib << 10 for kib in (8, 16, 18, 32, 64, 128))
+LEAST_PROMISED = 16 << 10
+PIECES = tuple(mib << 20 for mib in (8, 32))
+PROGRAMS = (4, 8, 12, 16, 32, 64)
+SWEPT_PAGE = 64 << 10
+
+SIZE, SMALL_SIZE = 256 << 20, 64 << 10
+"""Bytes of one round, and where memory is scarce."""
+
+ROUNDS = 3
+PROMISED = Bound(0.9, at_least=True)
+
+
+def run(bench: Bench[Lab]) -> Generator[Row, None, None]:
+    """See the module."""
+    size = SIZE if bench.lab.is_large else SMALL_SIZE
+    for page in PAGES:
+        cache = Cache(bench.lab, page, size)
+        try:
+            for piece in PIECES:
+                for scattered in (True, False):
+                    yield from _shares(bench, cache, page, piece, scattered=scattered)
+            if page == SWEPT_PAGE:
+                yield from _programs(bench, cache)
+        finally:
+            cache.close()
+
+
+def share(rate: float, ceiling: float | None) -> float:
+    """Of the ceiling; not a number if that was not measured."""
+    return math.nan if ceiling is None else rate / ceiling
+
+
+def _shares(
+    bench: Bench[Lab], cache: Cache, page: int, piece: int, *, scattered: bool
+) -> Generator[Row, None, None]:
+    order = "scattered" if scattered else "neighbours"
+    # Small pieces are bounded by launches: they are noted, the large ones are promised.
+    bound = PROMISED if page >= LEAST_PROMISED and piece == max(PIECES) else None
+    for direction in ("H2D", "D2H"):
+        rate = _rate(cache, piece, direction, scattered=scattered)
+        what = f"{direction}, pages of {page >> 10} KiB, {order}, pieces of {piece >> 20} MiB"
+        yield Row(what, share(rate, bench.ceilings.get(direction)), "of B", bound)
+
+
+def _programs(bench: Bench[Lab], cache: Cache) -> Generator[Row, None, None]:
+    for count in PROGRAMS:
+        with bench.lab.programs(count):
+            for direction in ("H2D", "D2H"):
+                rate = _rate(cache, max(PIECES), direction, scattered=True)
+                yield Row(f"{direction}, {count} programs", rate, "GB/s")
+
+
+def _rate(cache: Cache, piece: int, direction: str, *, scattered: bool) -> float:
+    """The best of some rounds in GB/s, behind one that compiles and uploads."""
+    to_engine = direction == "H2D"
+    pieces = cache.pieces(piece, scattered=scattered)
+    seconds(cache.move(pieces, to_engine=to_engine))
+    best = min(seconds(cache.move(pieces, to_engine=to_engine)) for _ in range(ROUNDS))
+    return cache.size / best / 1e9
