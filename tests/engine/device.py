@@ -152,7 +152,7 @@ class DeviceMover(CpuMover):
     def hold_compute(self, fence: Fence) -> None:
         self._compute.hold(fence)
 
-    def close(self) -> None:
+    def close(self, *, process_ends: bool = False) -> None:
         for stream in (self.loads, self.saves):
             stream.close()
-        super().close()
+        super().close(process_ends=process_ends)

@@ -56,6 +56,8 @@ Start = Callable[..., Worker]
 def start() -> Iterator[Start]:
     workers: list[Worker] = []
     with pytest.MonkeyPatch.context() as patch:
+        # Pages are small here; layers are to announce their rows all the same.
+        patch.setattr("lamina_kv.data.save_pipeline.ROW_BYTES", 0)
 
         def start(**options: object) -> Worker:
             workers.append(Worker(patch, **options))
@@ -148,12 +150,12 @@ def test_layers_that_call_wait_for_their_own_rows(start: Start, runner: int) -> 
     copy, last = worker.mover.load, len(worker.layers) - 1
     launched, reached, held = threading.Semaphore(0), threading.Event(), threading.Event()
 
-    def load_rows(rows: Sequence[int], *arguments: Any) -> Fence:
+    def load_rows(rows: Sequence[int], *arguments: Any, **how: Any) -> Fence:
         if last in rows:
             for _ in range(last):  # by another thread
                 launched.acquire()
             worker.mover.loads.launch(lambda: (reached.set(), held.wait(PATIENCE)))
-        fence = copy(rows, *arguments)
+        fence = copy(rows, *arguments, **how)
         launched.release()
         return fence
 
@@ -203,10 +205,10 @@ def test_a_draft_model_in_a_full_graph_finds_its_rows(start: Start) -> None:
     fill(worker)
     copy = worker.mover.load
 
-    def slowly(rows: Sequence[int], *arguments: Any) -> Fence:
+    def slowly(rows: Sequence[int], *arguments: Any, **how: Any) -> Fence:
         if len(worker.layers) in rows:
             worker.mover.loads.launch(lambda: time.sleep(0.05))
-        return copy(rows, *arguments)
+        return copy(rows, *arguments, **how)
 
     worker.mover.load = slowly  # type: ignore[method-assign]
     expect_loaded(worker)
