@@ -118,6 +118,13 @@ STORM = Weather(
 """On far tiers only."""
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_histories_of_host_memory_that_grows(seed: int) -> None:
+    options = Options.draw(Random(f"grows {seed}"))
+    options = replace(options.on_device() if seed % 2 else options, grows=True)
+    run_history(seed, 100, options=options)
+
+
 def test_no_far_tier_makes_a_load_fail() -> None:
     counts = Counter[str]()
     for seed in range(CROWDS):

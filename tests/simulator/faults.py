@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
 from lamina_kv.data.near import Indices, NearSlab
-from lamina_kv.plan import Receipt, TransferReceipt
+from lamina_kv.plan import NearSlots, Receipt, TransferReceipt
+from simulator.content import Violation
+
+GROWS = 0.05
+"""Of a look at host memory that grows, how probable it is that there is more."""
 
 WRITE_TIME = 0.5
 """Deadlines that the write of a stalled load into the engine takes at most."""
@@ -137,6 +141,41 @@ class Sky:
         return self.random.random() * 3 * self.deadline if self.strikes(slow) else 0.0
 
 
+class Growth:
+    """Host memory that can be used bit by bit, and perhaps never all of it.
+
+    Args:
+        random: decides.
+        violations: where copies of what cannot be used are noted.
+    """
+
+    def __init__(self, random: Random, violations: list[Violation]) -> None:
+        self._random = random
+        self._violations = violations
+        self._slots: NearSlots | None = None
+        self._end = 0
+
+    def next(self, slots: int) -> NearSlots:
+        """What may be used by now of so many slots."""
+        random, now = self._random, self._slots
+        if now is None:
+            self._end = random.choice((slots, random.randint(0, slots)))
+            now = NearSlots(random.choice((0, 0, min(1, self._end))), slots)
+        elif now.ready < self._end and random.random() < GROWS:
+            now = NearSlots(min(self._end, now.ready + random.randint(1, 4)), slots)
+        elif now.ready == self._end and random.random() < GROWS:
+            now = NearSlots(self._end, self._end)
+        self._slots = now
+        return now
+
+    def check(self, near: NearSlab, pages: Indices) -> None:
+        """See that a copy is within what may be used."""
+        ready = near.slots if self._slots is None else self._slots.ready
+        if len(pages) and int(pages.max()) >= ready * near.geometry.blocks_per_chunk:
+            violation = Violation("a copy is ordered of host memory that cannot be used yet")
+            self._violations.append(violation)
+
+
 class RainyMover:
     """A mover whose copies into the engine are slow and raise.
 
@@ -147,6 +186,7 @@ class RainyMover:
             whether all of it is for loads between steps, whose copies may raise.
         stall: called where a job may take its time: without an argument where there is no telling
             how long, else with seconds.
+        growth: how much of host memory can be used; None for all.
     """
 
     def __init__(
@@ -155,14 +195,22 @@ class RainyMover:
         sky: Sky,
         check: Callable[[Indices, Indices], bool],
         stall: Callable[..., None],
+        growth: Growth | None = None,
     ) -> None:
         self._inner = inner
+        self._growth = growth
         self._sky = sky
         self._check = check
         self._stall = stall
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
+
+    def near_slots(self, near: NearSlab) -> NearSlots:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        return (
+            self._inner.near_slots(near) if self._growth is None else self._growth.next(near.slots)
+        )
 
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -173,11 +221,21 @@ class RainyMover:
         self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
     ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        self._see(pairs)
         sky = self._sky
         self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
         if self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error):
             raise InjectedError("the copy has failed")
         return self._inner.load(rows, pairs, after, urgent=urgent)
+
+    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        self._see(pairs)
+        return self._inner.save(rows, pairs, after)
+
+    def _see(self, pairs: Pairs) -> None:
+        if self._growth is not None:
+            self._growth.check(pairs.near, pairs.near_pages)
 
 
 class Mail:
@@ -215,4 +273,4 @@ class Mail:
             now.append(sky.random.choice(self._old))
         if sky.strikes(weather.shuffled):
             sky.random.shuffle(now)
-        return Receipt(receipt.rank, tuple(now))
+        return replace(receipt, transfers=tuple(now))

@@ -95,6 +95,8 @@ class Options:
             0 if it has all of its tokens. Only with a hand-off, and not with a prefix cache.
         fails_requests: whether a failed load ends its request instead of being recomputed.
         host_slots: chunks in host memory.
+        grows: whether that can be used bit by bit, on each rank at its own pace, and not always in
+            the end.
         tiers: far tiers, the preferred one first.
         mode: ``load.mode``.
         load_ahead: ``load.load_ahead``.
@@ -126,6 +128,7 @@ class Options:
     ring_blocks: int = 0
     fails_requests: bool = False
     host_slots: int = 64
+    grows: bool = False
     tiers: tuple[Far, ...] = ()
     mode: Literal["auto", "layerwise", "parked"] = "auto"
     load_ahead: int | Literal["auto"] = "auto"

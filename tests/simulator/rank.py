@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import cast
 
 import numpy as np
@@ -29,7 +30,7 @@ from lamina_kv.tiers.contract import Fate, Piece, Store, Tenant
 from lamina_kv.tiers.objects import verify
 from simulator.content import Ledger, Stamps, Violation
 from simulator.device import SimulatedDevice
-from simulator.faults import WRITE_TIME, Mail, RainyMover, Sky
+from simulator.faults import WRITE_TIME, Growth, Mail, RainyMover, Sky
 from simulator.forward import Pages, Part
 from simulator.options import Far, Options, Sort
 from simulator.request import Blocks, Run
@@ -147,7 +148,10 @@ class Rank:
         self._scratch = mover.allocate_host(geometry.object_bytes).numpy()
         self._targets: dict[tuple[int, int], Target] = {}
         self._under_way: dict[TransferId, float] = {}
-        rainy = cast(Mover, RainyMover(mover, around.sky, self._check_write, around.stall))
+        growth = None
+        if options.grows:
+            growth = Growth(Random(around.sky.random.random()), around.violations)
+        rainy = cast(Mover, RainyMover(mover, around.sky, self._check_write, around.stall, growth))
         config = options.config(around.store)
         self._stores: dict[TierName, RainyStore] = {}
         if leader is None:

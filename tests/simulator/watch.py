@@ -383,7 +383,7 @@ class Watch:
             conditions = [
                 *tier._visible.values(), *tier._filling.values(), *tier._orphans, *tier._free
             ]  # fmt: skip
-            if sorted(conditions) != list(range(tier.capacity)):
+            if sorted(conditions) != list(range(tier._ready)):
                 raise Violation(f"slots of {name} are lost or doubled: {conditions}")
 
     # -- the end -----------------------------------------------------------------------------------
