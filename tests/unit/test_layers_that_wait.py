@@ -247,14 +247,16 @@ def test_a_copy_that_has_begun_and_does_not_end_holds_nobody_for_ever(
     """Its blocks must not be used by anybody: it may go on at any time."""
     begun, load_row = threading.Event(), impatient.mover.load
 
-    def noted(*arguments: Any) -> Fence:
+    def noted(*arguments: Any, **options: Any) -> Fence:
         begun.set()
-        return load_row(*arguments)
+        return load_row(*arguments, **options)
 
     monkeypatch.setattr(impatient.mover, "load", noted)
     impatient.run(StepPlan(0, loads=(load(2, (11, 5), mode=LoadMode.PARKED, timeout=0.01),)))
     assert begun.wait(60)
     time.sleep(0.02)
+    assert not impatient.executor.collect().arrived, "given up, and its copy may still end"
+    time.sleep(0.06)
     with pytest.raises(LoadStuck, match="blocks of r"):
         impatient.executor.collect()
     with pytest.raises(LoadStuck):
