@@ -1068,9 +1068,17 @@ def test_what_was_said_before_the_end_is_heard(make: Make) -> None:
 
 
 def test_what_waits_for_a_slow_network_is_heard_before_the_end(
-    make: Make, caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than the system's buffers take; and asyncio has no complaint afterwards."""
+    """More than the system's buffers take; and asyncio has no complaint afterwards. Asyncio never
+    has two pieces to keep, as it would add them up at every write."""
+    kept: list[int] = []
+
+    def write(writer: asyncio.StreamWriter, data: bytes) -> None:
+        kept.append(writer.transport.get_write_buffer_size())
+        writer.transport.write(data)
+
+    monkeypatch.setattr(asyncio.StreamWriter, "write", write)
     side = make("P", listen=True)
     words = 8 << 20
     with socket.socket() as connection:
@@ -1095,6 +1103,7 @@ def test_what_waits_for_a_slow_network_is_heard_before_the_end(
         reading.join(PATIENCE)
     assert heard == words // size * size
     assert caplog.messages == []
+    assert set(kept) == {0}
 
 
 def test_an_address_in_use(make: Make) -> None:

@@ -115,6 +115,10 @@ class Connection:
         writer: where messages go.
         box: what has come on it and waits for control.
         queued: messages that wait for the connection to be made.
+        unsent: what waits, as one piece, until the kernel has taken what was said before. From
+            Python 3.12 on asyncio adds up all pieces that it keeps at every write: thousands of
+            messages to a peer that does not read would keep the link's thread busy for minutes.
+        sending: hands on what is unsent, while there is some.
         full: whether it was closed because too much waited for the peer.
         ours: seals what is said, if there is a secret to do so, once both have proved it.
         theirs: opens what is heard.
@@ -124,6 +128,8 @@ class Connection:
     writer: asyncio.StreamWriter | None = None
     box: Mailbox = field(default_factory=Mailbox)
     queued: list[LinkMessage] = field(default_factory=list)
+    unsent: bytearray = field(default_factory=bytearray)
+    sending: asyncio.Task[None] | None = None
     full: bool = False
     ours: Seal | None = None
     theirs: Seal | None = None
@@ -150,11 +156,38 @@ class Connection:
         data = encode(message)
         if self.ours is not None:
             data = self.ours.close(data)
-        self.writer.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
-        transport = self.writer.transport
-        if transport.get_write_buffer_size() > MAX_QUEUED:
+        frame = len(data).to_bytes(LENGTH_BYTES, "little") + data
+        waiting = len(self.unsent) + self.writer.transport.get_write_buffer_size()
+        if not waiting:
+            self.writer.write(frame)
+        elif waiting + len(frame) > MAX_QUEUED:
             self.full = True
-            transport.abort()
+            self.writer.transport.abort()
+        else:
+            self.unsent += frame
+            if self.sending is None:
+                self.sending = asyncio.get_running_loop().create_task(self._send_rest(self.writer))
+
+    async def _send_rest(self, writer: asyncio.StreamWriter) -> None:
+        try:
+            while self.unsent:
+                await _taken(writer)
+                rest, self.unsent = self.unsent, bytearray()
+                writer.write(rest)
+        except OSError:
+            self.unsent.clear()  # nobody is there to take it
+        finally:
+            self.sending = None
+
+    async def said(self) -> None:
+        """Wait until this side's kernel has taken what was said. The connection stays open: of one
+        that is closed while words wait, and aborted when they have gone, asyncio raises an
+        AttributeError."""
+        if self.sending is not None:
+            await self.sending
+        if self.writer is not None:
+            with contextlib.suppress(OSError):
+                await _taken(self.writer)
 
 
 def listen_at(address: str) -> list[socket.socket]:
@@ -278,8 +311,7 @@ class Link:
     async def _say_last_words(self) -> None:
         """Wait until connections have taken what was said, but not for those that take nothing."""
         open_ones = (*self._accepted.values(), *self._dialled.values())
-        writers = [each.writer for each in open_ones if each.writer is not None]
-        said = [self._loop.create_task(_drained(writer)) for writer in writers]
+        said = [self._loop.create_task(each.said()) for each in open_ones]
         if said:
             _, late = await asyncio.wait(said, timeout=LAST_WORDS)
             for task in late:
@@ -416,8 +448,8 @@ class Link:
         except RefusedError as refusal:
             self._complaints.warn(f"a decode engine was refused: {refusal}")
             connection.say(Refused(str(refusal)))
-            with contextlib.suppress(OSError, TimeoutError):
-                await self._in_time(writer.drain())
+            with contextlib.suppress(TimeoutError):
+                await self._in_time(connection.said())
         except MalformedMessageError as error:
             reason = str(error)
             if not connection.peer:
@@ -585,13 +617,14 @@ class Link:
             connection.say(Ping())
 
 
-async def _drained(writer: asyncio.StreamWriter) -> None:
-    """Wait until this side's kernel has taken what was said. The connection stays open: of one that
-    is closed while words wait, and aborted when they have gone, asyncio raises an AttributeError.
+async def _taken(writer: asyncio.StreamWriter) -> None:
+    """Wait until this side's kernel has taken what was written.
+
+    Raises:
+        OSError: if the connection has ended before.
     """
     writer.transport.set_write_buffer_limits(high=0)
-    with contextlib.suppress(OSError):
-        await writer.drain()
+    await writer.drain()
 
 
 def _fate(error: Exception) -> Fate:
