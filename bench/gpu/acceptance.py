@@ -3,8 +3,8 @@
     python bench/gpu/acceptance.py --out DIRECTORY
 
 Writes acceptance.json there after every section, and prints a table at the end. Needs torch for
-CUDA and Triton; no engine, no network. Exit status: 0 if every section ran and kept its promises,
-1 otherwise.
+CUDA, Triton and transformers; no vLLM, no network. Exit status: 0 if every section ran and kept its
+promises, 1 otherwise.
 
 **It has not yet run on a GPU.**
 """
@@ -29,6 +29,7 @@ from gpu.lab import CudaLab
 from gpu.plan import Bench, Section, run_sections
 from gpu.report import Outcome, table, write_json
 from gpu.sections import (
+    answers,
     bandwidth,
     bytes_moved,
     fences,
@@ -49,6 +50,7 @@ SECTIONS: tuple[Section[CudaLab], ...] = (
     Section("G", "host costs", 30, host_costs.run),
     Section("H", "a layerwise load and its step", 40, overlap.layerwise),
     Section("I", "a parked load beside steps", 20, overlap.parked),
+    Section("J", "answers of transformers' continuous batching", 70, answers.run),
     Section("K", "pinning", 20, pinning.run),
 )
 """In the order of their worth: what comes last is what a small budget leaves out."""
