@@ -192,10 +192,10 @@ class Gate:
             time.sleep(self.seconds)
             await_near(mover, *args)
 
-        def failing(mover: CpuMover, *args: Any) -> Any:
+        def failing(mover: CpuMover, *args: Any, **how: Any) -> Any:
             if self.error is not None:
                 raise self.error
-            return load(mover, *args)
+            return load(mover, *args, **how)
 
         monkeypatch.setattr(CpuMover, "await_near", gated)
         monkeypatch.setattr(CpuMover, "load", failing)

@@ -33,9 +33,9 @@ def delay(kind: type, method: str, seconds: float) -> None:
     """Every call of a method begins that much later."""
     call: Callable[..., object] = getattr(kind, method)
 
-    def slowly(self: object, *arguments: object) -> object:
+    def slowly(self: object, *arguments: object, **others: object) -> object:
         time.sleep(seconds)
-        return call(self, *arguments)
+        return call(self, *arguments, **others)
 
     setattr(kind, method, slowly)
 

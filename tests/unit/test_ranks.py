@@ -44,10 +44,10 @@ def cannot_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     broken: list[Any] = []
     load = CpuMover.load
 
-    def fail(mover: Any, *args: Any) -> Any:
+    def fail(mover: Any, *args: Any, **how: Any) -> Any:
         if mover in broken:
             raise OSError("not on this rank")
-        return load(mover, *args)
+        return load(mover, *args, **how)
 
     monkeypatch.setattr(CpuMover, "load", fail)
     return lambda engine: broken.append(engine.lamina._executor._mover)
