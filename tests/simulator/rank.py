@@ -41,8 +41,9 @@ from stores import MemoryStore, Shelf
 
 _NAMESPACE = "51" * 16
 
-DEVICE_TIME = 10.0
-"""Deadlines that a slow device takes at most for what is in the windows of all loads."""
+DEVICE_TIME = 30.0
+"""Deadlines that the slowest device takes at most for what is in the windows of all loads. It
+carries out what was launched, also of loads that are given up: past this they hang."""
 
 
 @dataclass(frozen=True, slots=True)
