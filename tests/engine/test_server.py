@@ -32,6 +32,13 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
     # By its name alone the connector is found through vLLM's plugins.
     spec = EngineSpec(llama, lamina, transfer={"kv_connector_module_path": None})
     with Server(spec, fleet.next_log()) as server:
+        # What has not happened yet is 0, not absent: else no alert would see it happen first.
+        server.wait_until(lambda: server.metrics().total("lamina_config_info") == 1, CALL_SECONDS)
+        assert {
+            sample.labels["kind"]
+            for sample in server.metrics().samples
+            if sample.name == "lamina_failures_total" and sample.labels["tier"] == "disk"
+        } >= {"fetch_corrupt", "write_refused"}
         first = server.complete(TOKENS)
         server.wait_until(
             lambda: server.metrics().total("lamina_write_bytes_total") == 5 * CHUNK_BYTES,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 import lamina_kv
 from lamina_kv.cli.main import app
 
-VERBS = ("demo", "doctor", "config", "inspect", "verify", "clear", "push-proxy", "bench")
+VERBS = ("demo", "doctor", "config", "inspect", "verify", "clear", "top", "push-proxy", "bench")
 
 
 def invoke(*arguments: str) -> Result:

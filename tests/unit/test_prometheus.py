@@ -275,6 +275,15 @@ def test_an_alert_says_what_it_means_and_what_to_do(published: Published) -> Non
         assert {*re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])} <= kept
 
 
+def test_the_page_for_operators_has_every_metric_and_every_alert() -> None:
+    page = (DEPLOY.parent / "docs/operating.md").read_text()
+    for metric in METRICS.values():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        row = f"| `{metric.name}` | {metric.kind.value} | {labels} | {metric.help} |"
+        assert row in page.splitlines()
+    assert re.findall(r"^\| `(Lamina\w+)`", page, re.MULTILINE) == [r["alert"] for r in rules()]
+
+
 def test_what_is_provisioned_is_yaml() -> None:
     for file in DEPLOY.rglob("*.yml"):
         assert yaml.safe_load(file.read_text()), file

@@ -150,6 +150,29 @@ def config() -> None:
 
 
 @app.command()
+def top(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A server, as http://127.0.0.1:8000.")],
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Of several engines of the server, this one alone."),
+    ] = None,
+    interval: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+    ] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame and end, for scripts.")
+    ] = False,
+) -> None:
+    """Watch a server: hit rates, tiers, bytes, waits, pushes and failures, live in the terminal.
+
+    Reads the server's `/metrics` and changes nothing. Ends with Ctrl-C.
+    """
+    from lamina_kv.cli.top import run
+
+    raise typer.Exit(run(url, engine=engine, interval=interval, once=once))
+
+
+@app.command()
 def inspect(place: Place) -> None:
     """Say what is in a store: size, entries, age, models."""
     from lamina_kv.cli import store
