@@ -268,7 +268,6 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("batching", "said"),
     [
         ({"use_async_batching": True}, "use_async_batching"),
-        ({"use_cuda_graph": True}, 'load.mode to "parked"'),
         ({"scheduler_type": "best"}, "there is no scheduler_type 'best'; there are: fifo"),
     ],
 )

@@ -22,7 +22,8 @@ from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina_kv.control.hand_off import Phase
 from lamina_kv.data.movers.base import pages_of
-from lamina_kv.engines.transformers import attach, layout, scheduler
+from lamina_kv.engines.transformers import attach, layout
+from lamina_kv.engines.transformers.streams import ComputeStream
 
 pytestmark = pytest.mark.engine
 
@@ -262,8 +263,8 @@ def test_requests_that_the_library_moves_to_host_memory(
 
     monkeypatch.setattr(torch, "empty", unpinned)
     monkeypatch.setattr(OffloadingManager, "_offload_to_cpu", counted)
-    waits: list[torch.device] = []
-    monkeypatch.setattr(scheduler, "wait_for_copies", waits.append)
+    waits: list[ComputeStream] = []
+    monkeypatch.setattr(ComputeStream, "precede", lambda stream: waits.extend([stream]))
     small = ContinuousBatchingConfig(**SMALL, cpu_offload_space=0.1)
     assert both(model, small, PARKED) == expected * 2
     assert moved

@@ -101,8 +101,9 @@ class Standalone:
         pool: the engine's block pool.
         limit: requests that may have blocks at the same time.
         null_block: a block id that stands for none in the tables of requests.
-        settle: called before loads begin. An engine that copies blocks on a stream of its own waits
-            for that here: a load may go into a block that such a copy still reads or fills.
+        settle: called before loads begin. An engine that copies blocks on a stream of its own
+            orders the calling thread's present stream behind it here: a load may go into a block
+            that such a copy still reads or fills.
         shares: whether the engine has a prefix cache in which other requests find what was loaded
             for one.
         ranks: of which this is one; none for an engine in one process. They are closed with it.
@@ -208,16 +209,22 @@ class Standalone:
         ``layer_written(name)`` after they have written it, in this step."""
         return self._loads_in_step or self._executor.moves_rows
 
-    def begin_step(self, progress: Sequence[tuple[str, int, int]]) -> None:
+    def begin_step(
+        self, progress: Sequence[tuple[str, int, int]], *, layers_call: bool = True
+    ) -> None:
         """The engine has scheduled a step: order what belongs to it. Call it right before the
         forward; in a step that runs nothing, too, for as long as there is work.
 
         Args:
             progress: for each request that runs, how many of its tokens are computed before the
                 step and when it is over.
+            layers_call: whether layers of the forward call ``wait_layer``. If it is a graph that is
+                replayed they cannot: then it has to come after what the calling thread has
+                submitted to the device by the end of this call.
 
         Raises:
             HandOffError: if a request runs that may not.
+            LoadFailed: if a load of the step has failed, and layers do not call.
             RanksError: if ranks have come to different plans.
         """
         plan = self.hand_off.plan(progress, forward=bool(progress))
@@ -227,7 +234,9 @@ class Standalone:
         self._in_step = True
         self._loads_in_step = any(order.mode is LoadMode.LAYERWISE for order in plan.loads)
         self._executor.begin_step(plan)
-        self._executor.start_loads()
+        self._executor.start_loads(layers_call=layers_call)
+        if not layers_call:
+            self.finish_loads()
 
     def end_step(self) -> None:
         """The forward is over: take in what has become of everything. Waits for no save; a step

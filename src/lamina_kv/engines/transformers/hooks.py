@@ -16,15 +16,17 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from lamina_kv.engines.standalone import Standalone
 from lamina_kv.engines.transformers.layout import layer_name
+from lamina_kv.engines.transformers.streams import ComputeStream
 
 
-def hook_layers(cache: PagedAttentionCache, lamina: Standalone) -> None:
+def hook_layers(cache: PagedAttentionCache, lamina: Standalone, stream: ComputeStream) -> None:
     """Have every layer of a forward that moves rows wait for its row, and say that it has written
     it.
 
     Args:
         cache: the library's cache.
         lamina: what is told.
+        stream: is told of each forward.
     """
     update: Callable[..., tuple[torch.Tensor, torch.Tensor]] = cache.update
     last = max(cache.layer_to_allocator)
@@ -36,7 +38,10 @@ def hook_layers(cache: PagedAttentionCache, lamina: Standalone) -> None:
         layer_idx: int,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not lamina.moves_rows:
+        stream.note()
+        # While a graph is captured the same forward has just run, and has told everything. What was
+        # said now would become a part of the graph.
+        if not lamina.moves_rows or stream.captures:
             return update(key_states, value_states, layer_idx, kwargs)
         name = layer_name(layer_idx)
         lamina.wait_layer(name)

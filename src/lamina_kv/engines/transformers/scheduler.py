@@ -19,7 +19,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
@@ -36,6 +35,7 @@ from lamina_kv.engines.transformers import layout
 from lamina_kv.engines.transformers.hooks import hook_layers
 from lamina_kv.engines.transformers.namespace import build_namespace
 from lamina_kv.engines.transformers.requests import LedgerPool, TransformersRequest
+from lamina_kv.engines.transformers.streams import ComputeStream
 
 IDLE_SECONDS = 0.05
 """How long a turn with nothing to run waits for loads and saves. The library looks for new requests
@@ -47,14 +47,6 @@ LOOKAHEAD = 64
 Scheduled = tuple[list[FutureRequestState] | None, bool, int, int]
 
 
-def wait_for_copies(device: torch.device) -> None:
-    """Wait for what the library copies on its own stream, which has no name here. Blocks of a
-    request that moves to host memory (``cpu_offload_space``) or forks (``num_children``) are free,
-    or taken, before they are copied. Otherwise nothing runs there between two turns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class WithLamina(Scheduler):
     """To be mixed into a scheduler of the library, before it.
 
@@ -62,6 +54,8 @@ class WithLamina(Scheduler):
         config: Lamina's configuration.
         shared_by: global ranks of the processes that run one engine together, each its share of the
             model's heads; this one alone, or several. None if nobody has said so.
+        graphs: whether the library may replay graphs of varlen forwards, and of those that decode
+            only. Such a forward comes after the loads of its step.
         cache: the library's cache.
         safety_margin: the library's.
         max_requests_per_batch: the library's; parked requests count.
@@ -79,6 +73,7 @@ class WithLamina(Scheduler):
         self,
         config: Config,
         shared_by: tuple[int, ...] | None,
+        graphs: tuple[bool, bool],
         cache: PagedAttentionCache,
         safety_margin: float | None,
         max_requests_per_batch: int,
@@ -89,6 +84,8 @@ class WithLamina(Scheduler):
         geometry = layout.geometry(cache, self._parts, config.chunk_tokens)
         self._chunk = geometry.chunk_tokens
         self._window = max(group.window for group in groups)
+        self._graphs = graphs
+        self._stream = ComputeStream(cache.cache_tensor.device)
         self._allocators = tuple(cache.cache_allocators.values())
         self._pool = LedgerPool(self._parts)
         ranks = Ranks.among(shared_by) if shared_by else Ranks.alone()
@@ -106,7 +103,7 @@ class WithLamina(Scheduler):
             self._pool,
             limit=max_requests_per_batch,
             null_block=layout.NO_BLOCK,
-            settle=lambda: wait_for_copies(cache.cache_tensor.device),
+            settle=self._stream.precede,
             shares=cache.use_prefix_sharing,
             ranks=ranks,
         )
@@ -114,7 +111,7 @@ class WithLamina(Scheduler):
         self._in_sight: list[str] = []
         self._loaded: dict[str, tuple[int, int]] = {}
         try:
-            hook_layers(cache, self.lamina)
+            hook_layers(cache, self.lamina, self._stream)
             super().__init__(cache, safety_margin, max_requests_per_batch)
         except BaseException:  # the error's traceback keeps this object, and with it the store
             self.lamina.close()
@@ -159,10 +156,13 @@ class WithLamina(Scheduler):
         while True:
             self._place_waiting()
             scheduled: Scheduled = super().schedule_batch(token_budget, cache_budget)
-            batch = scheduled[0]
+            batch, decodes = scheduled[:2]
             if batch:
-                lamina.begin_step([self._progress(future) for future in batch])
-                self._await_reads()
+                graph = self._graphs[1 if decodes else 0]
+                progress = [self._progress(future) for future in batch]
+                lamina.begin_step(progress, layers_call=not graph)
+                if graph or self._window:  # what it reads is there, what it overwrites was read
+                    self._stream.follow()
                 return scheduled
             if batch is None and not self._blocks_come_back:
                 return scheduled
@@ -171,14 +171,6 @@ class WithLamina(Scheduler):
             self._take_up_ready()
             if not lamina.hand_off.has_work or lamina.clock() > give_up:
                 return [], *scheduled[1:]
-
-    def _await_reads(self) -> None:
-        """What the forward overwrites has been read. A device orders that by itself for what is
-        submitted next to the present stream; the library's forward goes to another one, which has
-        nothing to do with this one (``model_runner.py``)."""
-        device = self.cache.cache_tensor.device
-        if self._window and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
 
     def add_waiting_request(self, state: RequestState) -> None:
         """A request waits; one that was reset has new tokens to wait with."""
