@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from lamina_kv.cli import top
 from lamina_kv.cli.main import app
 from lamina_kv.cli.scrape import Scrape, ScrapeError, metrics_url, parse
-from lamina_kv.cli.top_view import frame
+from lamina_kv.cli.top_view import SHOWN, frame
 
 SCRAPES = Path(__file__).parents[1] / "scrapes"
 PROXY = "# TYPE lamina_proxy_retries_total counter\nlamina_proxy_retries_total 0.0\n"
@@ -32,11 +32,11 @@ def scrape(name: str, at: float = 0.0) -> Scrape:
 
 
 def shown(*seen: Scrape, trouble: str = "") -> list[str]:
-    """The lines of a frame, on a terminal of 100 columns, with single spaces."""
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    """The lines of a frame, on a terminal of 80 columns, with single spaces."""
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(frame(seen, "http://server", trouble))
     lines = console.export_text().splitlines()
-    assert all(len(line.rstrip()) <= 100 for line in lines)
+    assert "…" not in "".join(lines), "there is room for all of it"
     return [" ".join(line.split()) for line in lines]
 
 
@@ -86,9 +86,11 @@ def test_a_frame_says_where_prompts_came_from_and_what_tiers_do() -> None:
 
 
 def test_rates_are_those_between_the_last_two_looks() -> None:
+    looks = [scrape("saved", at=at) for at in range(SHOWN - 1)]
     before, after = scrape("saved", at=100), scrape("hits", at=110)
     tokens = after.total("computed_tokens_total") - before.total("computed_tokens_total")
-    (line,) = [line for line in shown(before, after) if line.startswith("computed")]
+    lines = shown(*looks, before, after)
+    (line,) = [line for line in lines if line.startswith("computed")]
     assert f" {tokens / 10:,.0f} " in line
 
 
@@ -103,7 +105,7 @@ LABELS = 'engine="0",model_name="model"'
 
 
 def test_what_needs_somebody_is_on_the_screen() -> None:
-    text = "\n".join(
+    text = " ".join(
         shown(
             changed(
                 "hits",
@@ -117,7 +119,7 @@ def test_what_needs_somebody_is_on_the_screen() -> None:
             )
         )
     )
-    assert "disk 1.88 MiB 1.88 MiB ████████████████ 0 B 20 2.85 s not written" in text
+    assert "disk 1.88 MiB 1.88 MiB ██████████ 0 B 20 2.85 s not written" in text
     assert "failures fetch_corrupt 3" in text
     assert "for far tiers 7" in text
     assert "given_up 2; given up: lost 2; blocks quarantined 12; NOT USED: 10.0.0.1:9300" in text

@@ -285,5 +285,6 @@ def test_the_page_for_operators_has_every_metric_and_every_alert() -> None:
 
 
 def test_what_is_provisioned_is_yaml() -> None:
-    for file in DEPLOY.rglob("*.yml"):
-        assert yaml.safe_load(file.read_text()), file
+    for folder in ("grafana", "prometheus"):
+        for file in (DEPLOY / folder).rglob("*.yml"):
+            assert yaml.safe_load(file.read_text()), file

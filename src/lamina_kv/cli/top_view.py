@@ -17,10 +17,11 @@ from lamina_kv.cli.scrape import Scrape
 COMPUTED, ENGINE = "computed", "engine"
 """Where tokens come from that no tier had: the model, and the engine's own prefix cache."""
 
-SHOWN = 30
-"""Looks that a sparkline shows: a minute of them by default."""
+SHOWN = 16
+"""Looks that a sparkline shows: half a minute by default. With :data:`_BAR` a frame has room in the
+80 columns that every terminal has."""
 
-_BAR = 16
+_BAR = 10
 _SPARKS = " ▁▂▃▄▅▆▇█"
 _NOTHING = "-"
 
