@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kv.data.movers.batched_copy import Batch
 from lamina_kv.data.movers.device import Device, Event
 from lamina_kv.data.movers.row_table import RowRange
 from lamina_kv.data.near import Indices
@@ -204,6 +205,7 @@ class SimulatedDevice(Device[SimulatedStream]):
         memory: tensors that are its own. Nobody but its streams reads or writes them.
         random: decides.
         time: who lets time pass; None is a time of its own, which passes while somebody waits.
+        copy_engines: whether it has some.
 
     Attributes:
         compute: the stream of the engine.
@@ -217,10 +219,17 @@ class SimulatedDevice(Device[SimulatedStream]):
             begins, and when it ends.
         pins: what each call of :meth:`register` takes one of; None if it need not.
         pin_error: why nothing can be pinned; empty if it can.
+        batches: what the copy engines were given last, and in which stream.
+        refuses: whether its driver refuses what they are given.
     """
 
     def __init__(
-        self, memory: Sequence[torch.Tensor], random: Random, time: Time | None = None
+        self,
+        memory: Sequence[torch.Tensor],
+        random: Random,
+        time: Time | None = None,
+        *,
+        copy_engines: bool = False,
     ) -> None:
         self._memory = tuple(memory)
         self._random = random
@@ -241,6 +250,9 @@ class SimulatedDevice(Device[SimulatedStream]):
         self.check_load: Callable[[Indices, Indices], object] = lambda near, pages: None
         self.pins: threading.Semaphore | None = None
         self.pin_error = ""
+        self.copy_engines = copy_engines
+        self.batches: deque[tuple[SimulatedStream, Batch]] = deque(maxlen=1000)
+        self.refuses = False
 
     # -- what a mover calls ----------------------------------------------------------------------
 
@@ -336,6 +348,37 @@ class SimulatedDevice(Device[SimulatedStream]):
         with self._changed:
             early = self._random.randint(0, len(pairs))
             stream.append("copy", Copy(move, early, LAUNCH_SECONDS + size / BYTES_PER_SECOND))
+            self._changed.notify_all()
+
+    @property
+    def has_copy_engines(self) -> bool:
+        """See :class:`~lamina_kv.data.movers.device.Device`."""
+        return self.copy_engines
+
+    def copy_batch(self, stream: SimulatedStream, batch: Batch) -> None:
+        """See :class:`~lamina_kv.data.movers.device.Device`."""
+        if self.refuses:
+            raise RuntimeError("the simulated driver refuses this copy")
+        copies = list(
+            zip(batch.sources.tolist(), batch.targets.tolist(), batch.sizes.tolist(), strict=True)
+        )
+        for source, target, size in copies:
+            if not (self._owns_at_once(source, size) and self._owns_at_once(target, size)):
+                raise Violation(
+                    f"a copy of {size} bytes lies in memory that is not one range of the device's "
+                    "own, or that one call has pinned"
+                )
+
+        def move(moved: slice) -> None:
+            if moved.start is not None:
+                self.batches.append((stream, batch))
+            for source, target, size in copies[moved]:
+                ctypes.memmove(target, source, size)
+
+        with self._changed:
+            early = self._random.randint(0, len(copies))
+            seconds = LAUNCH_SECONDS + int(batch.sizes.sum()) / BYTES_PER_SECOND
+            stream.append("copy", Copy(move, early, seconds))
             self._changed.notify_all()
 
     def pinned(self, size: int) -> torch.Tensor:
@@ -479,6 +522,12 @@ class SimulatedDevice(Device[SimulatedStream]):
             )
         memory = np.frombuffer((ctypes.c_uint8 * (end - base)).from_address(base), np.uint8)
         return np.lib.stride_tricks.as_strided(memory, (last + 1, size), (stride, 1))
+
+    def _owns_at_once(self, begin: int, size: int) -> bool:
+        """Whether bytes are in one tensor of its own, or in one range that is pinned."""
+        ranges = [*self.registered.items()]
+        ranges += [(t.data_ptr(), t.nbytes) for t in (*self._memory, *self._pinned)]
+        return any(start <= begin and begin + size <= start + length for start, length in ranges)
 
     def _owns(self, begin: int, end: int) -> bool:
         for tensor in (*self._memory, *self._pinned):

@@ -3,23 +3,28 @@ do, what merely may hurt is a warning, and no input makes it stumble."""
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import socket
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from lamina_kv.bench.ports import free_port
-from lamina_kv.cli import checks
+from lamina_kv.cli import checks, device_checks
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.doctor import examine, transfer_config
 from lamina_kv.cli.main import app
 from lamina_kv.config import CONFIG_VARIABLE, Config, load_config
+from lamina_kv.data import numa
+from lamina_kv.data.movers import driver
 from lamina_kv.engines.vllm.concerns import concerns
 from lamina_kv.tiers.directory.store import DirectoryStore
 from lamina_kv.tiers.disk import file_system
@@ -44,6 +49,7 @@ def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the import of torch."""
     monkeypatch.setattr(checks, "software", lambda: iter(()))
+    monkeypatch.setattr(device_checks, "device", lambda: iter(()))
 
 
 def subjects(findings: list[Finding], verdict: Verdict) -> dict[str, Finding]:
@@ -405,3 +411,103 @@ def test_a_policy_that_fails_requests_whose_push_fails() -> None:
     assert '"kv_load_failure_policy": "recompute"' in str(concern)
     assert not [*concerns(load_config({}, {}), "kv_both", "fail")]
     assert not [*concerns(pushes, *USUAL)]
+
+
+# -- devices and host memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("enabled", "shmem", "verdict", "advice"),
+    [
+        ("always [madvise] never", "always [advise] never", Verdict.GOOD, ""),
+        ("[always] madvise never", "advise [never] deny", Verdict.GOOD, "MLA"),
+        ("always madvise [never]", "advise [never] deny", Verdict.WARNING, "echo madvise"),
+        (None, None, Verdict.WARNING, "echo madvise"),
+    ],
+)
+def test_huge_pages_are_named_as_they_are(
+    tmp_path: Path, enabled: str | None, shmem: str | None, verdict: Verdict, advice: str
+) -> None:
+    if enabled is not None and shmem is not None:
+        (tmp_path / "enabled").write_text(enabled)
+        (tmp_path / "shmem_enabled").write_text(shmem)
+    finding = device_checks.huge_pages(tmp_path)
+    assert finding.verdict is verdict
+    assert advice in finding.advice
+    assert bool(finding.advice) is bool(advice)
+
+
+@pytest.mark.parametrize(
+    ("refused", "reachable", "verdict", "said"),
+    [
+        (False, False, Verdict.GOOD, "comes from its node, 1"),
+        (True, True, Verdict.GOOD, "touch it first"),
+        (True, False, Verdict.WARNING, "between sockets"),
+    ],
+)
+def test_memory_far_from_the_gpu_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, refused: bool, reachable: bool, verdict: Verdict, said: str
+) -> None:
+    def prefer(address: int, length: int, node: int) -> None:
+        assert (length, node) == (mmap.PAGESIZE, 1)
+        if refused:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(numa, "prefer", prefer)
+    finding = device_checks.numa_node(0, 1, reachable)
+    assert finding.verdict is verdict
+    assert said in finding.found
+
+
+class FakeDriver:
+    """A driver that says what the test wants."""
+
+    pci_address = "0000:00:00.0"
+    shares_addresses = True
+    engines: object | None = object()
+
+    def __init__(self, ordinal: int) -> None:
+        assert ordinal == 3
+
+    def batched_copy(self) -> object | None:
+        return self.engines
+
+
+@pytest.mark.parametrize(
+    ("shares", "engines", "verdict", "said"),
+    [
+        (True, True, Verdict.GOOD, "copy engines"),
+        (True, False, Verdict.WARNING, "cuMemcpyBatchAsync"),
+        (False, True, Verdict.FAILED, "WSL"),
+    ],
+)
+def test_how_a_gpu_reaches_host_memory(
+    monkeypatch: pytest.MonkeyPatch, shares: bool, engines: bool, verdict: Verdict, said: str
+) -> None:
+    monkeypatch.setattr(driver, "Driver", FakeDriver)
+    monkeypatch.setattr(FakeDriver, "shares_addresses", shares)
+    monkeypatch.setattr(FakeDriver, "engines", object() if engines else None)
+    (finding,) = device_checks.bus(3)
+    assert finding.verdict is verdict
+    assert said in finding.found
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_pinning_is_tried_as_lamina_does_it(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    import torch
+
+    asked: list[str] = []
+
+    def check(code: int) -> None:
+        if code:
+            raise RuntimeError("out of memory")
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: asked.append("register") or code,
+        cudaHostUnregister=lambda address: asked.append("unregister") or 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    finding = device_checks.pinned_memory()
+    assert finding.verdict is (Verdict.FAILED if code else Verdict.GOOD)
+    assert asked == (["register"] if code else ["register", "unregister"])

@@ -59,11 +59,10 @@ class Finding:
 
 
 def software() -> Iterator[Finding]:
-    """Python, vLLM, torch, and whether vLLM will find the connector."""
+    """Python, vLLM, and whether vLLM will find the connector."""
     yield Finding("Python", Verdict.GOOD, platform.python_version())
     yield vllm_version(_distribution_of("vllm"))
     yield plugin(os.environ.get("VLLM_PLUGINS"))
-    yield from device()
 
 
 def vllm_version(distribution: str | None) -> Finding:
@@ -117,45 +116,6 @@ def plugin(allowed: str | None) -> Finding:
             "add lamina to VLLM_PLUGINS, or unset it",
         )
     return Finding(subject, Verdict.GOOD, "LaminaConnector is registered")
-
-
-def device() -> Iterator[Finding]:
-    """What torch computes on, and whether it can pin host memory there."""
-    try:
-        import torch
-    except ImportError as error:
-        yield Finding("torch", Verdict.FAILED, f"cannot be imported: {error}", "it comes with vLLM")
-        return
-    version: str = torch.__version__
-    if torch.version.cuda is None:
-        yield Finding("torch", Verdict.GOOD, f"{version}, on the CPU")
-    elif not torch.cuda.is_available():
-        yield Finding(
-            "torch",
-            Verdict.FAILED,
-            f"{version} is built for CUDA {torch.version.cuda} and finds no device",
-            "look at nvidia-smi; in a container, pass the GPU in (docker run --gpus all)",
-        )
-    else:
-        yield Finding("torch", Verdict.GOOD, f"{version}, on {torch.cuda.get_device_name()}")
-        yield _pinned_memory()
-
-
-def _pinned_memory() -> Finding:
-    import torch
-
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    limit = f"ulimit -l: {'unlimited' if locked == resource.RLIM_INFINITY else _size(locked)}"
-    try:
-        torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        return Finding(
-            "pinned memory",
-            Verdict.FAILED,
-            f"64 MiB cannot be pinned ({limit}): {error}",
-            "raise the limit on locked memory (ulimit -l; docker run --ulimit memlock=-1)",
-        )
-    return Finding("pinned memory", Verdict.GOOD, f"can be had ({limit})")
 
 
 def host_memory(config: Config, available: int | None = None) -> Finding:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lamina_kv.cli import checks
+from lamina_kv.cli import checks, device_checks
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.shared_tiers import shared_tier
 from lamina_kv.config import CONFIG_VARIABLE, Config, ConfigError, load_config
@@ -48,6 +48,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Every check, in the order in which the answers matter. Arguments as for :func:`run`."""
     yield from checks.software()
+    yield from device_checks.device()
     extra: Mapping[str, object] = {}
     if kv_transfer_config is not None:
         document, problem = _parse(kv_transfer_config)
@@ -70,6 +71,7 @@ def examine(
         source = environ.get(CONFIG_VARIABLE) or ("as given" if extra else "the defaults")
         yield Finding("configuration", Verdict.GOOD, source)
     yield checks.host_memory(config)
+    yield device_checks.huge_pages()
     yield from checks.limits()
     disks = [tier for tier in config.tiers if isinstance(tier, DiskConfig)]
     if path is not None:

@@ -1,4 +1,4 @@
-"""The CUDA mover: one kernel launch for many rows, on streams of its own, ordered by events.
+"""The CUDA mover: one launch for many rows, on streams of its own, ordered by events.
 
 **Not yet run on a GPU.** The kernel is tested with Triton's interpreter and by what it compiles
 to. The order of streams and events is tested on a simulated device; that torch's calls do what
@@ -11,14 +11,16 @@ torch's own pinned allocator would round a slab up to a power of two, and block 
 server until all of it is pinned. Slots are usable in the order in which they are pinned. Control
 orders nothing beyond; a copy that comes all the same waits, on the pipeline's thread.
 
-A kernel, not the copy engines: pages are scattered on both sides, and the copy engines want one
-descriptor per page. It takes few multiprocessors (see
+A kernel moves small pages and the copy engines large ones, see
+:mod:`~lamina_kv.data.movers.crossover`. Pages are scattered on both sides: the copy engines want a
+descriptor for each, and the kernel takes few multiprocessors (see
 :data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`). Loads of a step have a stream of their own:
 in that of other loads they would stand behind all that is queued there.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ import numpy as np
 import torch
 
 from lamina_kv.data.movers.base import Fence, Mover, Pairs
+from lamina_kv.data.movers.batched_copy import batch_of
+from lamina_kv.data.movers.crossover import Way, way_of
 from lamina_kv.data.movers.device import Device, Event, TorchDevice
 from lamina_kv.data.movers.device_fence import CopyStream, DeviceClock, TimedFence
 from lamina_kv.data.movers.host_memory import HostMemory
@@ -36,6 +40,8 @@ from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
 from lamina_kv.plan import NearSlots
+
+log = logging.getLogger("lamina_kv.data")
 
 STEP_PRIORITY, PRIORITY = 0, 0
 """Priorities of the stream for a step's loads, and of the others. 0 is the lowest one that CUDA
@@ -67,7 +73,8 @@ class DevicePairs(Pairs):
 
 
 class CudaMover(Mover):
-    """Copies with a Triton kernel on three streams: loads of a step, loads between steps, saves.
+    """Copies with a Triton kernel or the copy engines on three streams: loads of a step, loads
+    between steps, saves.
 
     Args:
         geometry: where pages are.
@@ -97,6 +104,7 @@ class CudaMover(Mover):
             self._rows = device.upload(stream, self._table.entries)
         device.synchronize(stream)  # all streams read them
         self._host: list[HostMemory] = []
+        self._has_copy_engines = device.has_copy_engines
         self._compile()
 
     def enter_thread(self) -> None:
@@ -184,13 +192,42 @@ class CudaMover(Mover):
         with copies.turn():
             if event is not None:
                 device.hold(stream, event)
-            indices = pairs.on(stream, device)
             began = device.record(stream, timed=True)
             for part in self._table.ranges(rows):
-                device.copy(
-                    stream, pairs.near.memory, self._rows, part, indices, to_engine=to_engine
-                )
+                way = way_of(part.shape.page_bytes, to_engine=to_engine)
+                if way is Way.COPY_ENGINE and self._has_copy_engines:
+                    self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
+                else:
+                    self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
             return copies.fence(began)
+
+    def _copy_by_kernel(
+        self, stream: Any, part: RowRange, pairs: DevicePairs, *, to_engine: bool
+    ) -> None:
+        indices = pairs.on(stream, self._device)
+        self._device.copy(stream, pairs.near.memory, self._rows, part, indices, to_engine=to_engine)
+
+    def _copy_by_engine(
+        self, stream: Any, part: RowRange, pairs: DevicePairs, *, to_engine: bool
+    ) -> None:
+        memory = self._memory_of(pairs.near)
+        base = memory.tensor.data_ptr()
+        batch = batch_of(
+            self._table.entries[part.first : part.first + part.count],
+            part.shape,
+            pairs.near.memory.data_ptr(),
+            pairs.near_pages,
+            pairs.pages,
+            [base + start for start in memory.pins],
+            to_engine=to_engine,
+        )
+        try:
+            self._device.copy_batch(stream, batch)
+        except RuntimeError as error:
+            self._has_copy_engines = False
+            log.warning("copies are made by kernels from now on, which are slower: %s", error)
+            # Whatever of it is in the stream copies the same bytes, before this.
+            self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
 
     def _compile(self) -> None:
         """Compile the kernel for every shape of row, so that no copy has to wait for that."""

@@ -18,6 +18,7 @@ import torch
 
 from lamina_kv.data import numa
 from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.batched_copy import Batch
 from lamina_kv.data.movers.driver import Driver
 from lamina_kv.data.movers.row_table import RowRange
 from lamina_kv.data.near import Indices
@@ -88,6 +89,19 @@ class Device(ABC, Generic[Stream]):
         """Copy pages by one launch in ``stream``, which is the current one; see
         :func:`~lamina_kv.data.movers.page_copy.copy_pages`."""
 
+    @property
+    @abstractmethod
+    def has_copy_engines(self) -> bool:
+        """Whether :meth:`copy_batch` can be called."""
+
+    @abstractmethod
+    def copy_batch(self, stream: Stream, batch: Batch) -> None:
+        """Have the device's copy engines make copies in ``stream``.
+
+        Raises:
+            RuntimeError: if the driver refuses one. Some of the others may be in ``stream``.
+        """
+
     @abstractmethod
     def pinned(self, size: int) -> torch.Tensor:
         """``size`` bytes of pinned host memory."""
@@ -155,6 +169,7 @@ class TorchDevice(Device[torch.cuda.Stream]):
         self._device = device
         self._runtime: Any = torch.cuda.cudart()
         self._driver = Driver(device.index or 0)
+        self._batched_copy = self._driver.batched_copy()
 
     def choose(self) -> None:
         """See :class:`Device`."""
@@ -204,6 +219,16 @@ class TorchDevice(Device[torch.cuda.Stream]):
     ) -> None:
         """See :class:`Device`."""
         self._copy_pages(near, rows, part, pairs, to_engine=to_engine)
+
+    @property
+    def has_copy_engines(self) -> bool:
+        """See :class:`Device`."""
+        return self._batched_copy is not None
+
+    def copy_batch(self, stream: torch.cuda.Stream, batch: Batch) -> None:
+        """See :class:`Device`."""
+        assert self._batched_copy is not None, "the driver has no such function"
+        self._batched_copy.submit(batch, stream.cuda_stream)
 
     def pinned(self, size: int) -> torch.Tensor:
         """See :class:`Device`."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from lamina_kv.data.movers.batched_copy import BatchedCopy, find
+
 LIBRARY = "libcuda.so.1"
 
 _RELAXED_CAPTURE = 2
@@ -58,6 +60,10 @@ class Driver:
         length = ctypes.c_int(_PCI_ADDRESS_BYTES)
         self._call("cuDeviceGetPCIBusId", text, length, self._device())
         return text.value.decode().lower()
+
+    def batched_copy(self) -> BatchedCopy | None:
+        """The function for copy engines; None in a driver that has none."""
+        return find(self._library)
 
     def _device(self) -> ctypes.c_int:
         device = ctypes.c_int()
