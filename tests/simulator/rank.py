@@ -177,7 +177,12 @@ class Rank:
 
     def _make_device(self, memory: torch.Tensor) -> SimulatedDevice:
         world = self._around.world
-        device = SimulatedDevice([memory], self._around.sky.random, world)
+        device = SimulatedDevice(
+            [memory],
+            self._around.sky.random,
+            world,
+            copy_engines=bool((self.number + self._options.rows) % 2),
+        )
         device.check_load = self._check_arrival
         if world is not None:
             world.devices.append(device)

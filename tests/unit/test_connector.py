@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from lamina_kv.engines.vllm import worker_side
 from lamina_kv.engines.vllm.connector import LaminaConnector
 from lamina_kv.engines.vllm.worker_side import WorkerSide
+from lamina_kv.plan import NearSlots, Receipt
 
 
 def connector_of(cache: object, role: KVConnectorRole = KVConnectorRole.WORKER) -> Any:
@@ -41,3 +42,13 @@ def test_a_worker_that_shuts_down_closes_its_tiers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(worker_side, "parent_process", lambda: "an API server")
     side.close()
     assert closed == [False, True]
+
+
+@pytest.mark.parametrize("near", [None, NearSlots(3, 8)])
+def test_a_rank_tells_how_many_near_slots_it_may_use(near: NearSlots | None) -> None:
+    side: Any = object.__new__(WorkerSide)
+    side._asked, side._report, side._receipt = False, None, Receipt(0, near=near)
+    words = side.words()
+    assert (words is None) is (near is None)
+    if words is not None:
+        assert [receipt.near for receipt in words.receipts] == [near]

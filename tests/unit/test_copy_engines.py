@@ -41,7 +41,7 @@ def test_every_byte_goes_where_it_should_and_no_piece_crosses_a_cut(seed: int) -
     random = Random(seed)
     size, slot_pages = random.choice([1, 7, 64]), random.choice([1, 3])
     stride = size + random.choice([0, 5])
-    rows, blocks, slots = random.randint(1, 3), 12, 8
+    rows, blocks, slots = random.randint(1, 3), 12, 12
     extents = [16 + row * slot_pages * size for row in range(rows)]
     slot_bytes = extents[-1] + slot_pages * size + random.choice([0, 9])
     shape = RowShape(stride, size, slot_bytes, slot_pages, 1)

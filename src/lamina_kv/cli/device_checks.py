@@ -45,7 +45,7 @@ def pinned_memory() -> Finding:
 
     sample = mmap.mmap(-1, _SAMPLE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = torch.frombuffer(sample, dtype=torch.uint8).data_ptr()
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()
     try:
         torch.cuda.check_error(int(runtime.cudaHostRegister(address, _SAMPLE, 0)))
         torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
