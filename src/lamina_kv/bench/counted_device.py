@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import torch
 
+from lamina_kv.data.movers.batched_copy import Batch
 from lamina_kv.data.movers.device import Device, Event
 from lamina_kv.data.movers.row_table import RowRange
 from lamina_kv.data.near import Indices
@@ -97,6 +98,15 @@ class CountedDevice(Device[None]):
         *,
         to_engine: bool,
     ) -> None:
+        """See :class:`~lamina_kv.data.movers.device.Device`."""
+        self.counts[Asked.LAUNCH] += 1
+
+    @property
+    def has_copy_engines(self) -> bool:
+        """See :class:`~lamina_kv.data.movers.device.Device`."""
+        return True
+
+    def copy_batch(self, stream: None, batch: Batch) -> None:
         """See :class:`~lamina_kv.data.movers.device.Device`."""
         self.counts[Asked.LAUNCH] += 1
 

@@ -38,10 +38,9 @@ ENGINE_LIMIT, LOCK_LIMIT = 50e-6, 0.3e-3
 """Seconds that a decode step which completes chunks may cost the engine's thread, and Lamina's
 threads while they hold the interpreter lock, whatever the number of rows."""
 
-DECODE_CALLS = {
-    Asked.LAUNCH: 1, Asked.UPLOAD: 1, Asked.EVENT: 2, Asked.WAIT: 1, Asked.JOB: 1
-}  # fmt: skip
-"""What such a step may ask of a device and of Lamina's threads, if its rows are alike."""
+DECODE_CALLS = {Asked.LAUNCH: 1, Asked.EVENT: 3, Asked.WAIT: 1, Asked.JOB: 1}
+"""What such a step may ask of a device and of Lamina's threads, if its rows are alike. Its copy
+engines get all pages in one launch. One event is the model's, and the copy is between two."""
 
 _PAGE_BYTES, _BLOCK_TOKENS, _CHUNK_TOKENS = 256, 16, 64
 _CHUNK_BLOCKS = _CHUNK_TOKENS // _BLOCK_TOKENS

@@ -197,8 +197,10 @@ class CudaMover(Mover):
                 pairs.on(stream, device)  # once for many copies: it is not this one's time
             began = device.record(stream, timed=True)
             for way, part in ways:
-                copy = self._copy_by_kernel if way is Way.KERNEL else self._copy_by_engine
-                copy(stream, part, pairs, to_engine=to_engine)
+                if way is Way.COPY_ENGINE and self._has_copy_engines:  # it may have refused one
+                    self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
+                else:
+                    self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
             return copies.fence(began)
 
     def _way_of(self, part: RowRange, *, to_engine: bool) -> Way:
