@@ -3,9 +3,9 @@
 A kernel takes multiprocessors from the model, and starts at once however many pages there are. A
 copy engine takes none, and a while for each page: with small ones it does not fill the link.
 
-The figures are vLLM's, on an H100 with PCIe 5 (``vllm/v1/kv_offload/cpu/swap_blocks_triton.py`` of
-vLLM 0.32). Into the GPU its kernel wins below 28 KiB a page; out of it the copy engine does, at
-every size. **Nothing of this was measured with Lamina**: ``bench/gpu/acceptance.py`` does.
+The figures are those that an engine's own offloading rests on (``swap_blocks_triton.py``, measured
+on an H100 with PCIe 5): into the GPU a kernel wins below 28 KiB a page; out of it the copy engine
+does, at every size. **Nothing of this was measured with Lamina**: ``bench/gpu/acceptance.py`` does.
 """
 
 from __future__ import annotations
