@@ -206,7 +206,7 @@ def a_wait_for_moves_has_no_end(patch: Patch) -> None:
 
 
 def a_wait_for_answers_has_no_end(patch: Patch) -> None:
-    patch.setattr("lamina_kv.control.answers.LEAST_PATIENCE", 1e9)
+    patch.setattr(MovePlanner, "_patience", lambda *_: 1e9)
 
 
 def those_who_have_ended_are_not_forgotten(patch: Patch) -> None:
