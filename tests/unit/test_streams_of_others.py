@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lamina_kv.data.executor import Executor
 from lamina_kv.engines.standalone import Standalone
@@ -44,14 +43,3 @@ def test_loads_begin_when_the_engines_copies_are_over(
     before = [earlier for earlier, now in pairwise(said) if now == "loads"]
     assert set(before) == {"settled"}
     assert said.count("settled") == said.count("loads"), "a step without loads waits for nobody"
-
-
-@pytest.mark.parametrize(("device", "waited"), [("cuda:1", ["cuda:1"]), ("cpu", [])])
-def test_transformers_waits_for_its_whole_device(
-    device: str, waited: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = pytest.importorskip("lamina_kv.engines.transformers.scheduler")
-    said: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(str(device)))
-    scheduler.wait_for_copies(torch.device(device))
-    assert said == waited

@@ -50,7 +50,7 @@ class FenceWatch:
             except Exception:  # who looks at the fence meets the same error
                 log.debug("a fence cannot be waited for", exc_info=True)
             self._watched.discard(fence)
-            pass
+            self._wake()
 
     def _died(self, error: BaseException) -> None:
         log.warning("nobody waits for the device, and what it has done is found late: %r", error)
