@@ -466,7 +466,7 @@ def test_nobody_looks_at_a_fence_until_it_has_passed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device is behind its host for a whole prefill: a row's fence wakes the wire."""
-    monkeypatch.setattr(push_wire, "IDLE_POLL", PATIENCE)
+    monkeypatch.setattr(push_wire, "IDLE_POLL", LONG)
     prefill, decode = world.engine("P", batch=1), world.engine(D)
     meet(prefill, decode)
     expect(decode[0])

@@ -160,7 +160,7 @@ class WithLamina(Scheduler):
             if batch:
                 graph = self._graphs[1 if decodes else 0]
                 progress = [self._progress(future) for future in batch]
-                lamina.begin_step(progress, layers_call=True)
+                lamina.begin_step(progress, layers_call=not graph)
                 if graph or self._window:  # what it reads is there, what it overwrites was read
                     self._stream.follow()
                 return scheduled
