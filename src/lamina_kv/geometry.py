@@ -201,13 +201,13 @@ class CacheGeometry:
         return tuple(map(tuple, alike.values()))
 
     @cached_property
-    def block_bytes(self) -> dict[int, int]:
-        """Per group, the bytes of one of its blocks, all rows."""
+    def block_bytes(self) -> Counter[int]:
+        """Per group, the bytes of one of its blocks, all rows; 0 if no row has any."""
         sizes: Counter[int] = Counter()
         for row in self.rows:
             for group in row.groups:
                 sizes[group] += row.page_bytes
-        return dict(sizes)
+        return sizes
 
 
 def chunk_tokens_for(block_tokens: int) -> int:
