@@ -9,6 +9,7 @@ import numpy as np
 from gpu.lab import Engine, Lab
 from gpu.pages import PER_SLOT, Ids, layer_outermost
 from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.near import NearSlab
 
 
@@ -50,6 +51,11 @@ class Cache:
         each = max(1, size // page)
         starts = range(0, len(self.ids), each)
         return [self.pairs(pages[at : at + each], blocks[at : at + each]) for at in starts]
+
+    @property
+    def ways(self) -> list[Way]:
+        """The ways that the device has."""
+        return [*Way] if self.engine.mover.has_copy_engines else [Way.KERNEL]
 
     def move(
         self, pieces: Sequence[Pairs], *, to_engine: bool, rows: Sequence[int] = (0,)

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kv.data.movers import cuda
+from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import Event, TorchDevice
 from lamina_kv.geometry import CacheGeometry
@@ -96,6 +98,10 @@ class Lab(ABC):
     @abstractmethod
     def programs(self, count: int) -> AbstractContextManager[object]:
         """Inside, the mover's kernel runs as that many programs."""
+
+    def way(self, way: Way) -> AbstractContextManager[object]:
+        """Inside, pages of every size take that way, where the device has both."""
+        return patch.object(cuda, "way_of", lambda page_bytes, *, to_engine: way)
 
 
 class WatchedDevice(TorchDevice):

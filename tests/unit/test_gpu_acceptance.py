@@ -25,6 +25,7 @@ from gpu.pages import Layout, PageModel, aliased, block_outermost, layer_outermo
 from gpu.plan import Bench, Section, run_sections
 from gpu.report import Bound, Outcome, Row, State, Verdict, table, write_json
 from gpu.sections import bandwidth, bytes_moved, fences, host_costs, overlap
+from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import Event
 from lamina_kv.geometry import CacheGeometry
@@ -44,7 +45,7 @@ class SimulatedEngine(Engine):
             torch.zeros(size, dtype=torch.uint8) for size in geometry.allocation_bytes
         ]
         kind = SimulatedDevice if ordered else Unordered
-        self.device = kind(self.allocations, Random(0))
+        self.device = kind(self.allocations, Random(0), copy_engines=True)
         self.mover = CudaMover(geometry, self.allocations, self.device)
 
     @property
@@ -265,7 +266,9 @@ def test_a_mover_that_copies_something_else_is_found(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(SimulatedDevice, "copy", nearly)
     layout = Layout("", layer_outermost(24, 12), 3)
-    assert bytes_moved.differing_bytes(SimulatedLab(), layout) > 0
+    (row,) = bytes_moved.check(bench(), [layout])  # by kernel and by copy engine
+    assert row.value > 0
+    assert row.verdict is Verdict.FAIL
 
 
 def test_layouts_are_checked_one_by_one() -> None:
@@ -331,6 +334,22 @@ def test_sections_of_times_run_and_have_bounds(
     rows = list(section(run))
     assert all(isinstance(row.value, float) and row.value >= 0 for row in rows)
     assert any(row.bound for row in rows)
+    if section is bandwidth.run:
+        assert sum("copy engine from" in row.figure for row in rows) == 2
+        assert sum("kernel" in row.figure for row in rows) == 16
+
+
+def test_the_crossover_is_where_the_copy_engine_stays_ahead() -> None:
+    rates: bandwidth.Rates = {}
+    for page, kernel, engine in ((8, 9.0, 9.5), (16, 9.0, 8.0), (32, 9.0, 9.0), (64, 8.0, 9.0)):
+        rates[Way.KERNEL, "H2D", page << 10] = kernel
+        rates[Way.COPY_ENGINE, "H2D", page << 10] = engine
+        rates[Way.KERNEL, "D2H", page << 10] = 10 * kernel
+        rates[Way.COPY_ENGINE, "D2H", page << 10] = engine
+    assert bandwidth.crossover(rates, "H2D") == 32
+    assert bandwidth.crossover(rates, "D2H") == math.inf
+    alone = {key: rate for key, rate in rates.items() if key[0] is Way.KERNEL}
+    assert math.isnan(bandwidth.crossover(alone, "H2D"))
 
 
 def test_bandwidth_without_ceilings_is_no_share() -> None:

@@ -1,4 +1,4 @@
-"""C: the mover on every layout, byte by byte against the model of pages."""
+"""C: the mover on every layout, by kernel and by copy engine, byte by byte against the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gpu.lab import Engine, Lab
 from gpu.pages import Ids, Layout, PageModel, layouts, pattern
 from gpu.plan import Bench
 from gpu.report import Bound, Row
+from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.near import NearSlab
 
 COPIES = 4
@@ -26,7 +27,10 @@ def run(bench: Bench[Lab]) -> Generator[Row, None, None]:
 def check(bench: Bench[Lab], which: Iterable[Layout]) -> Generator[Row, None, None]:
     """Check some layouts."""
     for layout in which:
-        wrong = differing_bytes(bench.lab, layout)
+        wrong = 0
+        for way in Way:
+            with bench.lab.way(way):
+                wrong += differing_bytes(bench.lab, layout)
         yield Row(f"wrong bytes: {layout.name}", wrong, "B", Bound(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,13 @@ from gpu.copies import Cache
 from gpu.lab import CudaLab
 from gpu.plan import Bench
 from gpu.report import Bound, Row
+from lamina_kv.data.movers.crossover import Way, way_of
 
 PAGE, SIZE, PIECE, WINDOW = 64 << 10, 256 << 20, 8 << 20, 4
 WIDTH, DECODE_BATCH, DECODE_LAYERS = 8192, 8, 64
 REPLAYS, PRODUCTS = 20, 20
 PROGRAMS = (12, 32)
-OWN = 12
-"""Programs of a load as the mover makes it: promised for these alone."""
+"""Of the kernel; 12 are a load's own."""
 
 
 def run(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
@@ -30,17 +31,22 @@ def run(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
                 work()
                 alone = _milliseconds(work)
             yield Row(f"{name} alone", alone, "ms")
-            for to_engine in (True, False):
-                for programs in PROGRAMS:
-                    with (
-                        bench.lab.programs(programs),
-                        _copying(cache, to_engine=to_engine),
-                        cache.engine.computing(),
-                    ):
-                        beside = _milliseconds(work)
-                    what = f"{name} beside {'loads' if to_engine else 'saves'}, {programs} programs"
-                    promised = bound if programs == OWN else None
-                    yield Row(what, (beside / alone - 1) * 100, "% slower", promised)
+            kinds: list[tuple[Way, int]] = [(Way.KERNEL, count) for count in PROGRAMS]
+            if Way.COPY_ENGINE in cache.ways:
+                kinds.append((Way.COPY_ENGINE, PROGRAMS[0]))
+            for to_engine, (way, programs) in itertools.product((True, False), kinds):
+                with (
+                    bench.lab.way(way),
+                    bench.lab.programs(programs),
+                    _copying(cache, to_engine=to_engine),
+                    cache.engine.computing(),
+                ):
+                    beside = _milliseconds(work)
+                how = f"{programs} programs" if way is Way.KERNEL else str(way)
+                what = f"{name} beside {'loads' if to_engine else 'saves'}, {how}"
+                taken = way_of(PAGE, to_engine=to_engine) if len(kinds) > len(PROGRAMS) else way
+                promised = bound if (way, programs) == (taken, PROGRAMS[0]) else None
+                yield Row(what, (beside / alone - 1) * 100, "% slower", promised)
     finally:
         cache.close()
 

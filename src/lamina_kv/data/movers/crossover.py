@@ -10,10 +10,10 @@ does, at every size. **Nothing of this was measured with Lamina**: ``bench/gpu/a
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Way(Enum):
+class Way(StrEnum):
     """What moves the pages."""
 
     KERNEL = "kernel"

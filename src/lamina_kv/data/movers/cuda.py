@@ -81,6 +81,9 @@ class CudaMover(Mover):
         allocations: as :class:`~lamina_kv.data.movers.base.Mover` says, all on one device.
         device: that device; None makes it from the allocations.
 
+    Attributes:
+        has_copy_engines: whether the copy engines are given what they move faster.
+
     Raises:
         ImportError: if Triton is not installed.
     """
@@ -104,7 +107,7 @@ class CudaMover(Mover):
             self._rows = device.upload(stream, self._table.entries)
         device.synchronize(stream)  # all streams read them
         self._host: list[HostMemory] = []
-        self._has_copy_engines = device.has_copy_engines
+        self.has_copy_engines = device.has_copy_engines
         self._compile()
 
     def enter_thread(self) -> None:
@@ -197,14 +200,14 @@ class CudaMover(Mover):
                 pairs.on(stream, device)  # once for many copies: it is not this one's time
             began = device.record(stream, timed=True)
             for way, part in ways:
-                if way is Way.COPY_ENGINE and self._has_copy_engines:  # it may have refused one
+                if way is Way.COPY_ENGINE and self.has_copy_engines:  # it may have refused one
                     self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
                 else:
                     self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
             return copies.fence(began)
 
     def _way_of(self, part: RowRange, *, to_engine: bool) -> Way:
-        if not self._has_copy_engines:
+        if not self.has_copy_engines:
             return Way.KERNEL
         return way_of(part.shape.page_bytes, to_engine=to_engine)
 
@@ -231,7 +234,7 @@ class CudaMover(Mover):
         try:
             self._device.copy_batch(stream, batch)
         except RuntimeError as error:
-            self._has_copy_engines = False
+            self.has_copy_engines = False
             log.warning("copies are made by kernels from now on, which are slower: %s", error)
             # Whatever of it is in the stream copies the same bytes, before this.
             self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
