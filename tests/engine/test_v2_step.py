@@ -237,6 +237,7 @@ def test_a_row_is_saved_when_both_micro_batches_have_written_it(start: Start) ->
 
     def copied() -> None:  # whoever copies now copies too early
         assert worker.lamina._on_worker.executor._saver.pool.await_idle(60)
+        worker.let_device_run()
 
     receipts = worker.step(
         StepPlan(0, saves=(save(),)),

@@ -158,7 +158,11 @@ class Busy(Simulator):
     def failures(self) -> dict[str, int]:
         """Transfers that have failed, by kind."""
         counters = self._watch._meter._counters
-        return {labels[-1]: int(n) for (name, labels), n in counters.items() if name == "failures"}
+        return {
+            labels[-1]: int(count)
+            for (name, labels), count in counters.items()
+            if name == "failures" and count
+        }
 
     def account(self) -> str:
         """How it went, in a line."""
