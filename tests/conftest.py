@@ -6,6 +6,8 @@ Nothing here starts anything until a test asks for it.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,25 @@ pytest_plugins = ["durations", "push_proxy.fixtures", "servers.fixtures"]
 
 LIVE_ENGINES = 4
 """Engines kept alive at a time: each holds a few hundred MiB."""
+
+
+ENDING = 30.0
+"""Seconds that threads of Lamina have to end after the last test of a file."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_end() -> Iterator[None]:
+    """What a file leaves behind is its own fault, and not that of the next file that counts."""
+    before = set(threading.enumerate())
+    yield
+    due = time.monotonic() + ENDING
+    while left := [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("lamina-") and thread not in before
+    ]:
+        assert time.monotonic() < due, f"nobody has closed what these belong to: {sorted(left)}"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

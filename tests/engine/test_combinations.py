@@ -39,7 +39,7 @@ def expect_same(
     assert after.total("lamina_leased_blocks") == after.total("lamina_transfers") == 0
 
 
-@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+@pytest.mark.parametrize("mode", ["layerwise", pytest.param("parked", marks=pytest.mark.slow)])
 def test_without_vllms_own_prefix_cache(llama: Path, fleet: Fleet, mode: str) -> None:
     """Every hit is then Lamina's."""
     options = {"enable_prefix_caching": False}

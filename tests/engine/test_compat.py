@@ -95,6 +95,7 @@ def expect_quiet(engine: Engine) -> None:
     assert metrics.total("lamina_leased_blocks") == metrics.total("lamina_transfers") == 0
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("mode", ["layerwise", pytest.param("parked", marks=LATER)])
 def test_from_each_tier_over_restarts_and_recomputed_where_damaged(
     llama: Path, start: Start, plain: Plain, runner: Runner, tmp_path: Path, mode: str
@@ -137,6 +138,7 @@ def test_from_each_tier_over_restarts_and_recomputed_where_damaged(
     expect_quiet(engine)
 
 
+@pytest.mark.soak
 def test_too_little_memory_and_aborts(
     llama: Path, start: Start, plain: Plain, runner: Runner
 ) -> None:

@@ -15,6 +15,7 @@ from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts, prompt
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [name for name in SHAPES if name != "mla"])
 def test_one_early_token_changes_the_answer(
     checkpoints: Checkpoints, fleet: Fleet, model: str

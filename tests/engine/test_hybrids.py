@@ -46,7 +46,7 @@ QUICK = {
 
 
 def _marks(model: str, mode: str) -> tuple[pytest.MarkDecorator, ...]:
-    if mode == "auto":
+    if mode == "auto" or (model, mode) == ("alternating-windows", "parked"):
         return (pytest.mark.soak,)
     return () if (model, mode) in QUICK else (pytest.mark.slow,)
 
@@ -155,6 +155,7 @@ def test_from_host_memory(
     assert metrics.total("lamina_leased_blocks") == metrics.total("lamina_transfers") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     ["short-convolution"]
@@ -214,6 +215,7 @@ def test_a_load_that_is_late_is_waited_for(checkpoints: Checkpoints, fleet: Flee
     assert again.cached > 0
 
 
+@pytest.mark.slow
 def test_states_of_another_type_do_not_mix(
     checkpoints: Checkpoints, start: Start, tmp_path: Path
 ) -> None:
@@ -277,13 +279,13 @@ def test_preempted_and_aborted(checkpoints: Checkpoints, fleet: Fleet, model: st
 @pytest.mark.parametrize(
     ("model", "policy"),
     [
-        ("interleaved-windows", "recompute"),
         ("short-convolution", "recompute"),
-        ("sliding-window", "fail"),
         *(
             pytest.param(model, policy, marks=pytest.mark.slow)
             for model, policy in (
+                ("interleaved-windows", "recompute"),
                 ("interleaved-windows", "fail"),
+                ("sliding-window", "fail"),
                 ("short-convolution", "fail"),
                 ("sliding-window", "recompute"),
             )

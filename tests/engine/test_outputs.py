@@ -73,7 +73,14 @@ def test_by_default(llama: Path, fleet: Fleet) -> None:
     expect_same_answers(fleet, llama, EAGER, {})
 
 
-@pytest.mark.parametrize("mode", ["layerwise", "parked", "auto"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "layerwise",
+        pytest.param("parked", marks=pytest.mark.slow),
+        pytest.param("auto", marks=pytest.mark.slow),
+    ],
+)
 def test_prefill_in_chunks(llama: Path, fleet: Fleet, mode: str) -> None:
     expect_same_answers(fleet, llama, CHUNKED, {"mode": mode})
 
@@ -84,8 +91,14 @@ def test_loads_slower_than_the_model(llama: Path, fleet: Fleet, mode: str) -> No
     expect_same_answers(fleet, llama, EAGER, load, {"slow_loads": 0.003})
 
 
-@pytest.mark.parametrize("options", [EAGER, CHUNKED], ids=["eager", "chunked"])
-@pytest.mark.parametrize("mode", ["layerwise", "parked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(EAGER, marks=pytest.mark.slow, id="eager"),
+        pytest.param(CHUNKED, id="chunked"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["layerwise", pytest.param("parked", marks=pytest.mark.slow)])
 def test_planned_when_the_last_step_has_ended(
     llama: Path, fleet: Fleet, mode: str, options: dict[str, object]
 ) -> None:

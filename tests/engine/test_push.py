@@ -253,7 +253,14 @@ def test_conversations(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mine", "theirs"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        (2, 1),
+        pytest.param(1, 2, marks=pytest.mark.soak),
+        pytest.param(2, 2, marks=pytest.mark.soak),
+    ],
+)
 def test_ranks(
     llama: Path, fleet: Fleet, start: Start, alone: Engine, mine: int, theirs: int
 ) -> None:

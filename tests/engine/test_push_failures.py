@@ -104,11 +104,10 @@ def test_decode_is_never_asked(pair: Pair, alone: Engine) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        replace(LONG, tokens=(*LONG.tokens[:-1], 0)),
-        replace(LONG, tokens=LONG.tokens[:-1]),
-        replace(LONG, salt="another"),
+        pytest.param(replace(LONG, tokens=(*LONG.tokens[:-1], 0)), id="token"),
+        pytest.param(replace(LONG, tokens=LONG.tokens[:-1]), marks=pytest.mark.slow, id="length"),
+        pytest.param(replace(LONG, salt="another"), marks=pytest.mark.slow, id="salt"),
     ],
-    ids=["token", "length", "salt"],
 )
 def test_prefill_is_asked_something_else(pair: Pair, alone: Engine, given: Ask) -> None:
     for first in ("prefill", "decode"):
@@ -186,7 +185,13 @@ def begin(pair: Pair, steps: int) -> tuple[list[str], list[str]]:
     return prefill, decode
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
+STEPS = pytest.mark.parametrize(
+    "steps",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
+)
+
+
+@STEPS
 def test_abort_on_decode(pair: Pair, alone: Engine, steps: int) -> None:
     """Its blocks are not used again before the prefill engine has stopped: what others are answered
     meanwhile is right."""
@@ -199,7 +204,7 @@ def test_abort_on_decode(pair: Pair, alone: Engine, steps: int) -> None:
     expect_usable(pair, alone)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
+@STEPS
 def test_abort_on_prefill(pair: Pair, alone: Engine, steps: int) -> None:
     names, waiting = begin(pair, steps)
     pair.abort(pair.prefill, names)

@@ -41,6 +41,7 @@ def ask(server: Server, push: str) -> Any:
         return json.load(answer)["choices"][0]
 
 
+@pytest.mark.slow
 def test_what_was_declined_is_aborted_and_answered(llama: Path, fleet: Fleet) -> None:
     address = f"127.0.0.1:{free_port()}"
     spec = EngineSpec(llama, {**SMALL, "push": {"listen": address}})

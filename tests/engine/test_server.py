@@ -23,6 +23,7 @@ CHUNK_BYTES = CHUNK * 4 * 2 * 2 * 32 * 4
 """Tokens, layers, keys and values, heads, head size, float32."""
 
 
+@pytest.mark.slow
 def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
     lamina = {
         "host": {"capacity": "16MiB"},

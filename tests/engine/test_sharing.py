@@ -89,6 +89,9 @@ SETTINGS = {
 }
 """By what is different."""
 
+QUICK = ("nothing", "weights", "dtype")
+"""Those that are tried whenever something has changed."""
+
 PROCESSORS = {
     "float32 without AMX": on("", "Zen 4", shares=True),
     "float32 without AVX-512": on("", "Haswell", shares=True),
@@ -126,7 +129,13 @@ def check(case: Case, checkpoints: Checkpoints, fleet: Fleet, start: Start, fold
     assert second.metrics().total("lamina_failures_total") == 0
 
 
-@pytest.mark.parametrize("different", SETTINGS)
+@pytest.mark.parametrize(
+    "different",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name in SETTINGS
+    ],
+)
 def test_settings(
     checkpoints: Checkpoints, fleet: Fleet, start: Start, tmp_path: Path, different: str
 ) -> None:

@@ -231,9 +231,14 @@ def reference(checkpoints: Checkpoints, fleet: Fleet) -> Callable[[str], Sequenc
             pytest.param(model, how, marks=pytest.mark.slow)
             for model, how in (
                 (HYBRID, "layerwise"),
+                ("state-space", "parked"),
+            )
+        ),
+        *(
+            pytest.param(model, how, marks=pytest.mark.soak)
+            for model, how in (
                 (HYBRID, "in-turn"),
                 ("state-space", "layerwise"),
-                ("state-space", "parked"),
                 ("linear-attention", "layerwise"),
             )
         ),
@@ -257,6 +262,7 @@ def test_from_host_memory(
     assert metrics.total("lamina_leased_blocks") == metrics.total("lamina_transfers") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [HYBRID, pytest.param("state-space", marks=pytest.mark.slow)])
 def test_from_disk_after_restarts(
     checkpoints: Checkpoints, start: Start, reference: Any, tmp_path: Path, model: str
@@ -297,6 +303,7 @@ def test_two_ranks(checkpoints: Checkpoints, start: Start, tmp_path: Path, model
     assert sum(answer.cached for answer in answers) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [HYBRID, pytest.param("state-space", marks=pytest.mark.soak)])
 def test_many_at_once_with_too_little_memory(

@@ -77,6 +77,7 @@ def test_two_ranks(llama: Path, start: Start, tmp_path: Path) -> None:
     assert metrics.total("lamina_leased_blocks") == 0
 
 
+@pytest.mark.soak
 def test_one_rank_has_lost_its_shard(llama: Path, start: Start, tmp_path: Path) -> None:
     """What one rank cannot deliver no rank delivers; what one rank finds damaged is recomputed
     by both."""

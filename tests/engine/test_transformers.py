@@ -21,7 +21,14 @@ MANY = int(os.environ.get("LAMINA_SOAK_CONVERSATIONS", "4"))
 simulator drives the same hand-off through many more histories."""
 
 
-@pytest.fixture(scope="module", params=["llama", "sliding-window", "interleaved-windows"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama",
+        pytest.param("sliding-window", marks=pytest.mark.slow),
+        pytest.param("interleaved-windows", marks=pytest.mark.slow),
+    ],
+)
 def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
     """All layers look at everything, all have a window, or some have."""
     return load_model(checkpoints.model(request.param))

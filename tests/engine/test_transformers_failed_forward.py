@@ -23,7 +23,14 @@ SETTINGS: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["llama", "sliding-window", "interleaved-windows"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "llama",
+        pytest.param("sliding-window", marks=pytest.mark.slow),
+        pytest.param("interleaved-windows", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_of_a_forward_that_failed_is_found(
     checkpoints: Checkpoints, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,10 @@ MODES = pytest.mark.parametrize(
 LENGTHS = (5, 63, 64, 65, 127, 128, 129, 191, 192, 193, 320, 700)
 
 
-@pytest.fixture(scope="module", params=["sliding-window", "interleaved-windows"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("sliding-window", marks=pytest.mark.slow), "interleaved-windows"],
+)
 def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
     return load_model(checkpoints.model(request.param))
 

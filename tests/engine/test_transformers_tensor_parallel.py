@@ -124,6 +124,7 @@ def live_through_in_ranks(model: Path, folder: Path, seeds: Sequence[int], most:
         assert left == [{}, {}]
 
 
+@pytest.mark.slow
 def test_conversations_on_two_ranks(llama: Path, tmp_path: Path) -> None:
     live_through_in_ranks(llama, tmp_path, [0], 0.2)
 

@@ -91,6 +91,7 @@ def start_a_slow_load(start: Start, llama: Path, mode: str) -> tuple[Engine, Seq
     return engine, names, free
 
 
+@pytest.mark.slow
 def test_abort_while_a_parked_load_is_under_way(llama: Path, fleet: Fleet, start: Start) -> None:
     expected = fleet.answers(EngineSpec(llama), CROWD)
     engine, (first, _), free = start_a_slow_load(start, llama, "parked")
@@ -105,6 +106,7 @@ def test_abort_while_a_parked_load_is_under_way(llama: Path, fleet: Fleet, start
     assert not differences(engine.generate(CROWD[:1]), expected[:1])
 
 
+@pytest.mark.slow
 def test_abort_of_everything(llama: Path, fleet: Fleet, start: Start) -> None:
     expected = fleet.answers(EngineSpec(llama), CROWD)
     engine, names, free = start_a_slow_load(start, llama, "parked")

@@ -112,6 +112,7 @@ def own() -> Iterator[Seaweed]:
         yield server
 
 
+@pytest.mark.slow
 def test_stopped_killed_and_restarted(own: Seaweed, caplog: pytest.LogCaptureFixture) -> None:
     bucket, tenant = Bucket(own), tenant_of()
     store: Store = bucket.open(tenant, timeout=1.0)

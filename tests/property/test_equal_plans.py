@@ -47,7 +47,7 @@ def plans_of_another_process(hash_seed: int, store: Path | None) -> list[str]:
     return subprocess.check_output(command, env=environment, text=True).split()
 
 
-@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("disk", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_equal_histories_have_equal_plans_in_every_process(tmp_path: Path, disk: bool) -> None:
     stores = [tmp_path / name if disk else None for name in "ab"]
     first = plans_of_another_process(1, stores[0])

@@ -595,11 +595,13 @@ UNLIKELY = (
 """Worlds in which much goes wrong: each has shown a fault."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", UNLIKELY, ids=named)
 def test_much_goes_wrong(options: Options) -> None:
     assert not finds(options, 400)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("options", dict.fromkeys(BREAKS.values()), ids=named)
 def test_nothing_is_seen_where_nothing_is_broken(options: Options) -> None:
     assert not finds(options, UNBROKEN)

@@ -70,7 +70,14 @@ def test_one_thing_goes_wrong_of_all_that_can() -> None:
     some(Options((CASE,), faults=FAULTS | HURRIES, budget=1, hurries=1))
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        (1, 2),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks(prefill: int, decode: int) -> None:
     kinds = faults("write_fails abort_decode break_prefill lag")
     some(Options((SHORT,), prefill, decode, faults=kinds, budget=1))
@@ -174,11 +181,11 @@ def test_one_thing_goes_wrong_in_one_of_two_chunks(kind: str) -> None:
     "kinds",
     [
         "crash_prefill silent write_fails",
-        "stop_prefill abort_decode lag",
-        "crash_decode break_decode break_prefill",
         *(
             pytest.param(kinds, marks=pytest.mark.soak)
             for kinds in (
+                "stop_prefill abort_decode lag",
+                "crash_decode break_decode break_prefill",
                 "crash_prefill break_decode",
                 "break_prefill break_decode abort_decode",
                 "preempt abort_prefill",
@@ -216,7 +223,13 @@ def test_two_pushes_of_which_one_goes_wrong(kinds: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.scaled
-@pytest.mark.parametrize("groups", [(FULL, STATE), (FULL, WINDOW)], ids=["state", "window"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pytest.param((FULL, STATE), id="state"),
+        pytest.param((FULL, WINDOW), marks=pytest.mark.soak, id="window"),
+    ],
+)
 def test_one_thing_goes_wrong_with_groups(groups: tuple[Group, ...]) -> None:
     more(Options((LONG,), groups=groups, faults=FAULTS, budget=1))
 
@@ -235,7 +248,7 @@ def test_one_thing_goes_wrong_with_ranks(prefill: int, decode: int) -> None:
     more(Options((SHORT,), prefill, decode, faults=FAULTS, budget=1))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.scaled
 def test_one_rank_is_stopped_while_a_write_of_the_other_fails() -> None:
     more(Options((SHORT,), 2, 2, faults=faults("write_fails deadline"), budget=2))

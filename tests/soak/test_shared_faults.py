@@ -201,6 +201,7 @@ def check_possessions(rig: Rig, before: Counter[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rig", "script"), [*cases()], indirect=["rig"])
 def test_whatever_happens_to_a_store(
     rig: Rig,

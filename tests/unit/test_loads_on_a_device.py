@@ -193,7 +193,11 @@ def test_nobody_waits_for_a_load_that_is_given_up(make: Callable[..., Rank]) -> 
 
 
 @pytest.mark.parametrize("mode", list(LoadMode))
-def test_times_are_those_of_the_device(make: Callable[..., Rank], mode: LoadMode) -> None:
+def test_times_are_those_of_the_device(
+    make: Callable[..., Rank], mode: LoadMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two threads either may be the first to launch.
+    monkeypatch.setattr("lamina_kv.data.executor.LOAD_THREADS", 1)
     rank = make()
     rank.run(load(1, mode))
     rank.device.settle()
@@ -204,7 +208,10 @@ def test_times_are_those_of_the_device(make: Callable[..., Rank], mode: LoadMode
     assert receipt.waited == pytest.approx(waits, rel=1e-2, abs=1e-6)
 
 
-def test_the_timeline_shows_what_the_device_did(make: Callable[..., Rank]) -> None:
+def test_the_timeline_shows_what_the_device_did(
+    make: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina_kv.data.executor.LOAD_THREADS", 1)
     rank = make()
     rank.run(load(1, LoadMode.LAYERWISE))
     rank.device.settle()

@@ -49,6 +49,7 @@ def test_what_is_changed() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["control", "data", "tiers", "push", "engines"])
 def test_every_fault_is_another_program(room: str) -> None:
     paths = sorted((Path(__file__).parents[2] / "src" / "lamina_kv" / room).rglob("*.py"))

@@ -143,6 +143,7 @@ def published(scrapes: tuple[str, str]) -> Published:
     return found
 
 
+@pytest.mark.slow
 def test_gauges_of_several_servers_are_one_series(scrapes: tuple[str, str]) -> None:
     said = [
         (sample.name, *sorted(sample.labels), sample.value)

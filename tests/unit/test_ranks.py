@@ -57,8 +57,11 @@ def ranks_of(threads: Gathering, rank: int) -> Ranks:
     return Ranks(rank, threads.of(rank), neighbours=threads.ranks)
 
 
-def lamina_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("lamina")]
+@pytest.fixture
+def left() -> Callable[[], set[threading.Thread]]:
+    """Threads that were not there before the test."""
+    before = set(threading.enumerate())
+    return lambda: set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("mode", ["parked", "layerwise", "auto"])
@@ -190,7 +193,9 @@ def test_ranks_that_are_at_different_places(threads: Gathering) -> None:
         assert "rank 0: after a step; rank 1: between steps" in str(error)
 
 
-def test_ranks_with_another_configuration(engine_of: Any, threads: Gathering) -> None:
+def test_ranks_with_another_configuration(
+    engine_of: Any, threads: Gathering, left: Callable[[], set[threading.Thread]]
+) -> None:
     capacity = "1MiB", "2MiB"
 
     def work(rank: int) -> Any:
@@ -200,11 +205,11 @@ def test_ranks_with_another_configuration(engine_of: Any, threads: Gathering) ->
         assert isinstance(error, RanksError)
         assert "at the start, rank 1 differs from rank 0" in str(error)
         assert "capacity" in str(error)
-    assert not lamina_threads()
+    assert not left()
 
 
 def test_a_rank_that_cannot_start_is_not_waited_for(
-    engine_of: Any, threads: Gathering, tmp_path: Path
+    engine_of: Any, threads: Gathering, tmp_path: Path, left: Callable[[], set[threading.Thread]]
 ) -> None:
     """Its shard is in use by somebody else."""
     settings = SETTINGS | {"tiers": [{"kind": "disk", "path": str(tmp_path), "capacity": "16MiB"}]}
@@ -218,7 +223,7 @@ def test_a_rank_that_cannot_start_is_not_waited_for(
     assert isinstance(second, RanksError)
     assert str(second).startswith("another rank has failed, opening its tiers: rank 0: StoreError")
     alone.lamina.close()
-    assert not lamina_threads()
+    assert not left()
 
 
 def test_a_shard_has_the_same_rank_in_every_job(
