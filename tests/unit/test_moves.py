@@ -417,13 +417,64 @@ def test_the_load_of_one_that_has_waited_has_less_time() -> None:
 # -- room near -----------------------------------------------------------------------------------
 
 
-def test_a_hit_larger_than_its_share_of_near_is_served_in_part() -> None:
-    tokens = prompt(9 * CHUNK + 1)
-    driven, view = engine(tokens), View("a", tokens)
-    assert driven.lookup(view).tokens == 6 * CHUNK, "half of the slots"
-    driven.planner.admitted("a", 6 * CHUNK)
-    (load,) = driven.step().loads
+def served(driven: Engine, view: View) -> int:
+    """Chunks of a hit that a request loads; nothing is leased when it has them."""
+    tokens = driven.lookup(view).tokens
+    driven.planner.admitted(view.request_id, tokens)
+    (load,) = driven.settle_moves().loads
     driven.answer(load.transfer)
+    return tokens // CHUNK
+
+
+def test_a_hit_that_fits_into_near_is_served_whole() -> None:
+    tokens = prompt(11 * CHUNK + 1)
+    driven = engine(tokens)
+    assert served(driven, View("a", tokens)) == 11
+    assert driven.leases == 0
+
+
+def test_a_hit_larger_than_near_is_served_in_part() -> None:
+    tokens = prompt(40 * CHUNK + 1)
+    driven = engine(tokens, near_slots=32)
+    assert served(driven, View("a", tokens)) == 30, "two slots are left for what is saved meanwhile"
+    assert driven.leases == 0
+
+
+def test_a_hit_is_served_in_part_if_others_use_the_rest_of_near() -> None:
+    tokens = prompt(11 * CHUNK + 1)
+    driven = engine(tokens)
+    for number in range(4):
+        key = ChunkKey(bytes([number]) * 32)
+        driven.near.room(key)
+        driven.near.filled(key)
+        driven.near.hold(key)
+    assert served(driven, View("a", tokens)) == 8
+    assert driven.near.leased == 4
+
+
+def test_a_large_hit_takes_what_came_early_for_others() -> None:
+    early, large = prompt(5 * CHUNK + 1), prompt(11 * CHUNK + 1, seed=1)
+    driven = engine(early, large)
+    driven.planner.arrived(View("early", early))
+    driven.settle_moves()
+    assert driven.leases == 5
+    assert served(driven, View("large", large)) == 11
+    assert served(driven, View("early", early)) == 5
+    assert driven.leases == 0
+
+
+def test_while_others_wait_a_large_hit_waits_for_its_turn() -> None:
+    """It was not the first, so that it takes nothing from the other, and is served whole then."""
+    first, large = prompt(5 * CHUNK + 1), prompt(11 * CHUNK + 1, seed=1)
+    driven = engine(first, large, far={"max_inflight": CHUNK_BYTES})
+    views = View("first", first), View("large", large)
+    for view in views:
+        assert asked(driven, view)
+    while asked(driven, views[0]):
+        assert asked(driven, views[1])
+        driven.settle_moves()
+    assert served(driven, views[0]) == 5
+    assert served(driven, views[1]) == 11
     assert driven.leases == 0
 
 

@@ -32,8 +32,12 @@ from lamina_kv.tiers.contract import Answer
 from lamina_kv.tiers.reuse import Standing
 
 LARGEST_SHARE = 2
-"""Chunks pinned for requests that wait take at most the near slots divided by this. The rest is for
-what is saved meanwhile."""
+"""Chunks pinned for several requests that wait take at most the near slots divided by this. The
+rest is for what is saved meanwhile."""
+
+SPARE_SHARE = 16
+"""One request for which all of that waits may take more, but for the near slots divided by this:
+what it does not find near it computes, which takes longer than what is not saved is worth."""
 
 LOOKS = 256
 """Chunks of waiting requests that are looked at for one plan: up to half a millisecond; one and a
@@ -78,7 +82,7 @@ class MovePlanner:
         self._fetches = Fetches(books)
         near = books.catalog.near
         near.lost_spared = self._lost
-        self._pins = Pins(near, LARGEST_SHARE)
+        self._pins = Pins(near, LARGEST_SHARE, SPARE_SHARE)
         self._longest = books.config.load.deadline
         self._turns = 0
         self._looks = 0  # that are left for the next plan
@@ -162,7 +166,7 @@ class MovePlanner:
         self._waiting.add(record.view.request_id)
         arrival.began = self._books.clock.now
         arrival.due = arrival.began + offer.timeout
-        end = self._hits.fitting(record, floor, floor + offer.loaded, self._pins.most)
+        end = self._hits.fitting(record, floor, floor + offer.loaded, self._pins.most_of_one)
         arrival.floor, arrival.end = floor, end
         arrival.wanted = deque(self._hits.needs(record, floor, end))
         arrival.sources = {k: name for k, name in arrival.sources.items() if k in self._fetches}
@@ -422,7 +426,7 @@ class MovePlanner:
                 return _Next.DONE
         elif key not in self._fetches:
             self._fetches.unexpect(key)  # it was saved meanwhile
-        if not self._pins.has_room(key) and not (makes_way and self._make_way(arrival, key)):
+        if not self._has_room(arrival, key) and not (makes_way and self._make_way(arrival, key)):
             return _Next.NEAR_FULL
         if name is not None:
             lane = self._lanes[name]
@@ -454,7 +458,7 @@ class MovePlanner:
         return name
 
     def _has_all(self, arrival: Arrival) -> bool:
-        """Whether a request alone has all that may be pinned, and all of it is near."""
+        """Whether a request alone has at least what several may have, and all of it is near."""
         self._take_arrived(arrival)
         alone = len(arrival.claimed) == len(self._pins) >= self._pins.most
         return alone and not arrival.awaited
@@ -478,8 +482,15 @@ class MovePlanner:
                 looks -= len(other.claimed)
                 if any(self._pins.is_wanted_once(each) for each in other.claimed):
                     self._take_back(other)
-                    return self._pins.has_room(key)
+                    if self._has_room(arrival, key):
+                        return True
         return False
+
+    def _has_room(self, arrival: Arrival, key: ChunkKey) -> bool:
+        """Whether a chunk may be pinned for a request. Only whose turn has come may take more than
+        the share of all."""
+        ahead = arrival.phase is Phase.AHEAD
+        return self._pins.has_room(key, -1 if ahead else len(arrival.claimed))
 
     def _take_back(self, arrival: Arrival) -> None:
         """What has come near for a request is not pinned any more, and is wanted again."""

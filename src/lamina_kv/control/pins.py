@@ -14,12 +14,15 @@ class Pins(Container[ChunkKey]):
 
     Args:
         near: the near tier.
-        share: pins take at most its slots divided by this, and one slot if there is any.
+        share: pins of several requests take at most its slots divided by this, and one slot if
+            there is any.
+        spare: those of a single request leave its slots divided by this.
     """
 
-    def __init__(self, near: SlotIndex, share: int) -> None:
+    def __init__(self, near: SlotIndex, share: int, spare: int) -> None:
         self._near = near
         self._share = share
+        self._spare = spare
         self._wants: dict[ChunkKey, int] = {}  # requests that want each chunk
         self._slots: dict[ChunkKey, int] = {}  # leased, of those that are near
 
@@ -32,13 +35,26 @@ class Pins(Container[ChunkKey]):
 
     @property
     def most(self) -> int:
-        """Slots that pins may take."""
+        """Slots that pins of several requests may take."""
         capacity = self._near.capacity
         return max(1, capacity // self._share) if capacity else 0
 
-    def has_room(self, key: ChunkKey) -> bool:
-        """Whether one more request may want a chunk."""
-        return key in self._wants or len(self._wants) < self.most
+    @property
+    def most_of_one(self) -> int:
+        """Slots that pins may take if a single request wants all of it: a prompt that fits into the
+        tier is to be served whole."""
+        capacity = self._near.capacity
+        return max(self.most, capacity - capacity // self._spare)
+
+    def has_room(self, key: ChunkKey, own: int) -> bool:
+        """Whether one more request may want a chunk.
+
+        Args:
+            key: the chunk.
+            own: how many that request wants already.
+        """
+        most = self.most_of_one if own == len(self._wants) else self.most
+        return key in self._wants or len(self._wants) < most
 
     def is_wanted_once(self, key: ChunkKey) -> bool:
         """Whether a chunk's slot would be free if one request did not want it any more."""
