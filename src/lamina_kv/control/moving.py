@@ -472,7 +472,7 @@ class MovePlanner:
         """
         looks = LOOKS
         for early in (True, False):
-            for other in reversed(self._holding.values()):
+            for other in [*reversed(self._holding.values())]:
                 if looks <= 0:
                     return False
                 looks -= 1
