@@ -64,6 +64,16 @@ def run(pipe: Connection, spec: EngineSpec) -> None:
                 return
 
 
+_EXTRA = (
+    "lora_name",
+    "extra_keys",
+    "kv_cache_spec_kind",
+    "kv_cache_spec_sliding_window",
+    "session_id",
+)
+"""Of stored blocks, what does not depend on where they are."""
+
+
 def plan_a_step_ahead() -> None:
     """Have vLLM schedule asynchronously wherever it would on a GPU. On a CPU, where it brings
     nothing, vLLM takes that back."""
@@ -241,8 +251,13 @@ class Service:
         return [
             CacheEvent(
                 type(event).__name__,
+                getattr(event, "medium", None),
+                getattr(event, "group_idx", None),
                 tuple(getattr(event, "block_hashes", ())),
                 getattr(event, "parent_block_hash", None),
+                tuple(getattr(event, "token_ids", ())),
+                getattr(event, "block_size", 0),
+                tuple(getattr(event, name, None) for name in _EXTRA),
             )
             for event in events
         ]

@@ -201,17 +201,27 @@ def differences(answers: Sequence[Answer], expected: Sequence[Answer]) -> list[s
 
 @dataclass(frozen=True)
 class CacheEvent:
-    """What vLLM publishes of its own prefix cache, with ``kv_events_config``.
+    """What vLLM publishes of its prefix cache, and of Lamina's tiers, with ``kv_events_config``.
 
     Attributes:
         kind: ``BlockStored``, ``BlockRemoved`` or ``AllBlocksCleared``.
+        medium: where the blocks are; ``GPU`` is vLLM's own cache, also on a CPU.
+        group: their cache group.
         blocks: hashes of the blocks.
         parent: of stored blocks, the hash of the one before them.
+        tokens: of stored blocks, their tokens.
+        block_tokens: of stored blocks, tokens of each.
+        extra: of stored blocks, all else that a router may need to know them.
     """
 
     kind: str
+    medium: str | None
+    group: int | None
     blocks: tuple[object, ...]
     parent: object
+    tokens: tuple[int, ...]
+    block_tokens: int
+    extra: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -409,7 +419,7 @@ class Engine:
         return Metrics(self._call("metrics"))
 
     def events(self) -> list[CacheEvent]:
-        """What vLLM has published of its prefix cache since the last call."""
+        """What vLLM has published since the last call."""
         return self._call("events")
 
     def free_blocks(self) -> int:

@@ -144,6 +144,6 @@ def test_a_router_that_follows_the_engines_events_knows_its_cache(
     for seed, document in enumerate(documents * 2, 200):
         asks = [Ask(document + prompt(120 + number, 5), max_tokens=3) for number in range(4)]
         ask_at_once(engine, asks, seed)
-    events = engine.events()
+    events = [event for event in engine.events() if event.medium in (None, "GPU")]
     assert {event.kind for event in events} >= {"BlockStored", "BlockRemoved"}
     assert not replay(events)

@@ -8,6 +8,6 @@ so that a wrong byte is seen when it is read, and named. Threads and time are vi
 history. The device may run behind the engine (``device.py``). Far tiers are stores in memory or on
 the real disk (``stores.py``), and outlive the engine. What goes wrong is decided by the weather
 (``faults.py``). What must hold all the same is checked as it runs and when it has drained: by
-``engine.py`` and ``watch.py``, for slots and moves by ``moves.py``, and by ``origins.py`` for which
-tier gets the credit for a chunk.
+``engine.py`` and ``watch.py``, for slots and moves by ``moves.py``, by ``origins.py`` for which
+tier gets the credit for a chunk, and by ``subscriber.py`` for what is told of tiers.
 """

@@ -145,6 +145,7 @@ class Simulator:
             meter := Meter(),
             leases_loads=options.hand_off,
             incarnation=self._incarnation,
+            describe=self._watch.subscriber.describe,
             clock=self._clock,
         )
         self._watch.attach(self._planner, self._ranks, self._leased, meter)

@@ -35,6 +35,7 @@ from simulator.pool import LeasedPool
 from simulator.rank import Rank
 from simulator.request import Blocks, Request, Run
 from simulator.stores import Past
+from simulator.subscriber import Subscriber
 
 _CHUNKS = 50_000
 
@@ -48,6 +49,7 @@ class Watch:
         past: what earlier engines have left behind.
 
     Attributes:
+        subscriber: who follows what is told of tiers.
         damaged: tiers that may fail to deliver what they show.
         spoiled: chunks that tiers may fail to deliver.
     """
@@ -72,6 +74,7 @@ class Watch:
         self._admissions: Counter[str] = Counter()
         self._given: set[ChunkKey] = set()  # chunks of requests that share what they compute
         self._moves = MoveWatch(options)
+        self.subscriber = Subscriber(options.chunk_tokens)
         self.damaged, self.spoiled = past.damaged, past.spoiled
 
     def attach(
@@ -83,6 +86,7 @@ class Watch:
         self._near: SlotIndex = catalog.near
         self._far = {name: far.index for name, far in catalog.far.items()}
         self._origins = Origins(self._near, planner._books.transfers)
+        self.subscriber.attach(planner)
         count = planner._prompts.count
         planner._prompts.count = partial(self._prompt, count)  # type: ignore[method-assign]
         planner.lookup = partial(self._lookup, planner.lookup)  # type: ignore[method-assign]
@@ -96,6 +100,7 @@ class Watch:
     def learn(self, request: Request) -> None:
         """The request's tokens are what they are: so are its chunks."""
         size = self._options.chunk_tokens
+        self.subscriber.learn(request)
         if len(self._chunks) > _CHUNKS:
             raise Violation("the history is too long to remember all of its chunks")
         if not request.chain.epoch.lasting:
@@ -378,7 +383,9 @@ class Watch:
         return [(NEAR, self._near), *far]
 
     def check_tiers(self) -> None:
-        """Every slot of every tier is in exactly one condition."""
+        """Every slot of every tier is in exactly one condition, and who listens knows what is
+        visible there."""
+        self.subscriber.check()
         for name, tier in self._slotted():
             conditions = [
                 *tier._visible.values(), *tier._filling.values(), *tier._orphans, *tier._free
@@ -432,6 +439,7 @@ class Watch:
         for what, value in left.items():
             if value:
                 raise Violation(f"at the end there are still {what}: {value}")
+        self.subscriber.check_end()
         self._check_contents()
 
     def _check_contents(self) -> None:

@@ -11,6 +11,7 @@ from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
 from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.residency import Describe
 from lamina_kv.control.transfers import Kind
 from lamina_kv.keys import CHECKPOINT, ChunkChain
 from lamina_kv.observe.metrics import Meter, Readings
@@ -116,6 +117,7 @@ class Engine:
         tiers: each rank's far tiers, where the configuration has other ones.
         clock: the planner's clock, where that is not ``now``.
         on_end: called with requests that have ended.
+        describe: labels of chunks, if somebody listens.
 
     Attributes:
         begun: what was published before anything had happened.
@@ -140,6 +142,7 @@ class Engine:
         shape: ChunkShape | None = None,
         clock: Callable[[], float] | None = None,
         on_end: Callable[[ServedRequest], None] | None = None,
+        describe: Describe | None = None,
     ) -> None:
         settings: dict[str, object] = dict(extra or {})
         if far_slots:
@@ -180,6 +183,7 @@ class Engine:
             saves=saves,
             card=card,
             on_end=on_end,
+            describe=describe,
             clock=clock or (lambda: self.now),
         )
         self.begun = self.meter.drain()

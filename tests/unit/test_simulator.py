@@ -61,6 +61,7 @@ from lamina_kv.control.loading import LoadEnd, LoadPlanner
 from lamina_kv.control.planner import Planner
 from lamina_kv.control.prompts import PromptMeter
 from lamina_kv.control.requests import RequestRecord
+from lamina_kv.control.residency import Residency
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.sharing import SharedLoads
 from lamina_kv.control.transfers import Transfer, TransferTable
@@ -69,7 +70,7 @@ from lamina_kv.data.executor import Executor, Outcomes
 from lamina_kv.data.load_pipeline import LoadRun
 from lamina_kv.geometry import Group
 from lamina_kv.keys import ChunkChain
-from lamina_kv.plan import Outcome, SaveOrder, StepPlan, TransferReceipt
+from lamina_kv.plan import ChunkKey, Outcome, SaveOrder, StepPlan, TransferReceipt
 from lamina_kv.tiers.slots import SlotIndex
 from simulator.content import Violation
 from simulator.engine import Simulator
@@ -313,6 +314,35 @@ def what_a_request_had_before_it_was_preempted_counts(patch: Patch) -> None:
     patch.setattr(PromptMeter, "interrupted", lambda prompts, record: None)
 
 
+def what_is_evicted_is_not_told(patch: Patch) -> None:
+    lose = SlotIndex._lose
+
+    def silently(index: SlotIndex, key: ChunkKey, *, remembered: bool = False) -> int:
+        told, index.on_change = index.on_change, None
+        slot = lose(index, key, remembered=remembered)
+        index.on_change = told
+        return slot
+
+    patch.setattr(SlotIndex, "_lose", silently)
+
+
+def what_other_weights_have_left_is_told(patch: Patch) -> None:
+    patch.setattr(Residency, "begin", lambda residency, epoch: None)
+
+
+def labels_end_with_their_requests(patch: Patch) -> None:
+    def forget(residency: Residency, entry: Any) -> None:
+        if not entry.users and not entry.tiers:  # it may still be on its way to a tier
+            residency._entries.pop(entry.key, None)
+            residency._told.pop(entry.label.name, None)
+
+    patch.setattr(Residency, "_forget_if_unused", forget)
+
+
+def labels_never_end(patch: Patch) -> None:
+    patch.setattr(Residency, "_forget_if_unused", lambda residency, entry: None)
+
+
 @dataclass(frozen=True)
 class Case:
     """How Lamina is broken, and what is to be said of it.
@@ -441,6 +471,11 @@ CASES = [
     Case(those_who_have_ended_are_not_forgotten, "there are still|step for ever", SLOTS),
     Case(what_is_far_is_loaded, "it should be|is credited with", SLOTS),
     Case(what_came_near_is_counted_twice, "is credited with", SLOTS),
+    # what is told of tiers
+    Case(what_is_evicted_is_not_told, "told of and not there", SLOTS),
+    Case(what_other_weights_have_left_is_told, "told of"),
+    Case(labels_end_with_their_requests, "there and not told of", SLOTS, SLOW),
+    Case(labels_never_end, "have labels that no tier holds"),
 ]
 
 

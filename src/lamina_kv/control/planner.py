@@ -37,6 +37,7 @@ from lamina_kv.control.requests import (
     RequestRecord,
     RequestView,
 )
+from lamina_kv.control.residency import Describe, Residency
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.second_uses import SecondUses
 from lamina_kv.control.sharing import SharedLoads, Sharing
@@ -82,10 +83,12 @@ class Planner:
             a planner.
         channel: a way to the ranks beside plans, for pushes; None if there is none.
         on_end: called with every request that had blocks and has ended. Must not wait.
+        describe: what the engine calls a chunk, if somebody listens to what tiers hold.
         clock: monotonic seconds.
 
     Attributes:
         costs: what was measured so far.
+        residency: what tiers hold, as it changes; None if nobody listens.
 
     Raises:
         ValueError: if ``reports`` is empty, or near is smaller than one chunk.
@@ -108,6 +111,7 @@ class Planner:
         incarnation: str = "",
         channel: RanksChannel | None = None,
         on_end: Callable[[ServedRequest], None] | None = None,
+        describe: Describe | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not reports:
@@ -143,6 +147,7 @@ class Planner:
             moved_bytes=sum(report.chunk_bytes for report in reports),
             keeping=len(keeping),
         )
+        self.residency = None if describe is None else Residency(books.catalog, describe)
         self._near_slots = {
             report.rank: report.near or NearSlots(report.near_slots, report.near_slots)
             for report in reports
@@ -258,8 +263,13 @@ class Planner:
     def _record_of(self, view: RequestView) -> RequestRecord:
         record = self._requests.get(view.request_id)
         if record is None or record.ended:
+            if record is not None:
+                self._forget(record)
             record = self._requests[view.request_id] = RequestRecord(
-                view, self._chain_of(view), self._clock()
+                view,
+                self._chain_of(view),
+                self._clock(),
+                follower=None if self.residency is None else self.residency.follow(),
             )
         elif not record.admitted and (
             record.chain.epoch is not self._epoch or record.view.root_extra != view.root_extra
@@ -449,7 +459,7 @@ class Planner:
         if record.moving:
             record.ended = True
         else:
-            del self._requests[request_id]
+            self._forget(record)
 
     def _mark_overdue(self) -> None:
         books = self._books
@@ -546,7 +556,13 @@ class Planner:
 
     def _forget_if_over(self, transfer: Transfer, record: RequestRecord | None) -> None:
         if record is not None and record.ended and not record.moving:
-            del self._requests[transfer.request_id]
+            self._forget(record)
+
+    def _forget(self, record: RequestRecord) -> None:
+        """A request has ended, and nothing is on its way to it."""
+        del self._requests[record.view.request_id]
+        if record.follower is not None:
+            record.follower.over()
 
     # -- other engines -----------------------------------------------------------------------
 
@@ -628,6 +644,8 @@ class Planner:
         """Other weights compute from now on. Chunks of the old ones are kept, and found again in
         their epoch only; a save that has not ended will not become visible in any."""
         self._epoch = epoch
+        if self.residency is not None:
+            self.residency.begin(epoch)
         self._saving.poison_saves_since(0)
         for record in self._requests.values():
             record.hit = Hit()
@@ -661,6 +679,7 @@ class Planner:
             or self._second_uses.pending
             or self._books.transfers.pending
             or self._push_pending
+            or (self.residency is not None and self.residency.behind)
         )
 
     @property

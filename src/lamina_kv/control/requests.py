@@ -197,6 +197,16 @@ class RequestView(Protocol):
         go on there."""
 
 
+class Follower(Protocol):
+    """Whoever wants to know which chunks a request has, for as long as that lives."""
+
+    def keys_known(self, view: RequestView, chain: ChunkChain) -> None:
+        """Keys of the request were asked for: these are known, perhaps the same as before."""
+
+    def over(self) -> None:
+        """The request is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class BoundaryState:
     """A recurrent state that a block holds when the step is over.
@@ -317,6 +327,7 @@ class RequestRecord:
         counted: whether its prompt has been counted.
         wait: whether and how it waits for another's load.
         use: its use of its prefix, once that was noted.
+        follower: who is told which chunks it has; None if nobody wants to know.
     """
 
     view: RequestView
@@ -346,6 +357,7 @@ class RequestRecord:
     counted: bool = False
     wait: Wait = field(default_factory=Wait)
     use: Use | None = None
+    follower: Follower | None = None
 
     def rename(self, chain: ChunkChain) -> None:
         """Its chunks are others from now on: weights, or an adapter, have changed. Only for a
@@ -422,4 +434,6 @@ class RequestRecord:
         """Per group, keys of all whole chunks whose tokens are known."""
         known = self.view.num_tokens
         self.chain.extend(self.view.tokens(), self.view.chunk_extra, end=known)
+        if self.follower is not None:
+            self.follower.keys_known(self.view, self.chain)
         return self.chain.groups

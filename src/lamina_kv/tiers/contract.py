@@ -10,7 +10,7 @@ nothing but the tier's name, and slots where the tier has any.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NamedTuple, Protocol
@@ -172,13 +172,19 @@ class Index(Protocol):
     Attributes:
         version: changes whenever a chunk that was here is not any more.
         arrivals: changes whenever more is known to be here or absent than before.
+        on_change: called with every chunk of which :meth:`has` or :meth:`holds` may say something
+            else than before; None while nobody listens.
     """
 
     version: int
     arrivals: int
+    on_change: Callable[[ChunkKey], None] | None
 
     def find(self, key: ChunkKey) -> Answer:
         """Whether the tier has a chunk; one that is unknown is asked for, see :meth:`asks`."""
+
+    def has(self, key: ChunkKey) -> bool:
+        """Whether a chunk is here, as far as was ever known. Asks nobody."""
 
     def holds(self, key: ChunkKey) -> bool:
         """Whether a chunk is here, or is being written, as far as is known. Asks nobody."""

@@ -70,11 +70,13 @@ class HintIndex:
     Attributes:
         version: chunks that were here and are not any more, so far.
         arrivals: answers, and chunks that were written, so far.
+        on_change: see :class:`~lamina_kv.tiers.contract.Index`.
     """
 
     def __init__(self, clock: Callable[[], float], bound: int = BOUND) -> None:
         self.version = 0
         self.arrivals = 0
+        self.on_change: Callable[[ChunkKey], None] | None = None
         self._clock = clock
         self._bound = bound
         self._hints: OrderedDict[ChunkKey, _Hint] = OrderedDict()  # least recently used first
@@ -114,6 +116,11 @@ class HintIndex:
             self._questions[key] = None
         return Answer.UNKNOWN
 
+    def has(self, key: ChunkKey) -> bool:
+        """Whether the store was last said to have a chunk, however long ago."""
+        hint = self._hints.get(key)
+        return hint is not None and hint.here
+
     def holds(self, key: ChunkKey) -> bool:
         """Whether the store is believed to have a chunk, or it is on its way there."""
         return key in self._filling or self._answer(key) is Answer.HERE
@@ -147,6 +154,7 @@ class HintIndex:
     def abandoned(self, key: ChunkKey) -> None:
         """A chunk was not written."""
         self._filling.discard(key)
+        self._changed(key)
 
     def lost(self, key: ChunkKey, place: int) -> None:
         """A chunk was promised and is gone, or damaged: it is absent for a while, whatever the
@@ -247,8 +255,16 @@ class HintIndex:
         self.version += was_here and not here
         self._hints[key] = _Hint(here, self._clock() + seconds)
         self._present += here
+        if was_here != here:
+            self._changed(key)
         if len(self._hints) > self._bound:
-            self._forget(next(iter(self._hints)))
+            oldest = next(iter(self._hints))
+            if self._forget(oldest):
+                self._changed(oldest)
+
+    def _changed(self, key: ChunkKey) -> None:
+        if self.on_change is not None:
+            self.on_change(key)
 
     def _forget(self, key: ChunkKey) -> bool:
         """Forget what is known of a chunk; returns whether that was its being here."""

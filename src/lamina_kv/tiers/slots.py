@@ -49,6 +49,7 @@ class SlotIndex:
         version: chunks lost for any reason, so far.
         arrivals: chunks that became visible, so far.
         lost_spared: called with every chunk that goes although it was to be spared.
+        on_change: see :class:`~lamina_kv.tiers.contract.Index`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SlotIndex:
         self.version = 0
         self.arrivals = 0
         self.lost_spared: Callable[[ChunkKey], None] = lambda key: None
+        self.on_change: Callable[[ChunkKey], None] | None = None
         self._slots = slots
         self._visible: dict[ChunkKey, int] = {}
         self._filling: dict[ChunkKey, int] = {}
@@ -121,6 +123,10 @@ class SlotIndex:
     def fills(self, key: ChunkKey) -> bool:
         """Whether the chunk is on its way."""
         return key in self._filling
+
+    def has(self, key: ChunkKey) -> bool:
+        """Whether the chunk is visible."""
+        return key in self._visible
 
     def holds(self, key: ChunkKey) -> bool:
         """Whether the chunk is visible or on its way."""
@@ -242,6 +248,8 @@ class SlotIndex:
         self._keys[slot] = key
         if slot in self._leases:
             self._pinned += 1
+        if self.on_change is not None:
+            self.on_change(key)
 
     def abandoned(self, key: ChunkKey) -> None:
         """Give back the slot of a chunk that will not be filled; what some ranks wrote is void."""
@@ -249,6 +257,8 @@ class SlotIndex:
         self._runs.forget(slot)
         self._forget_content(slot)
         self._retire(slot)
+        if self.on_change is not None:
+            self.on_change(key)
 
     def disowned(self, key: ChunkKey) -> None:
         """What a chunk's slot is filled with must not become visible, and may still be written: the
@@ -449,6 +459,8 @@ class SlotIndex:
         if slot in self._leases:
             self._pinned -= 1
         self._retire(slot)
+        if self.on_change is not None:
+            self.on_change(key)
         return slot
 
     def _retire(self, slot: int) -> None:

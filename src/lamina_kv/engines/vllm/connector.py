@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -47,6 +48,7 @@ from lamina_kv.engines.vllm.worker_side import WorkerSide
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -288,6 +290,10 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         """The same; a ``MultiConnector`` calls it if another of its connectors knows one cache
         group only."""
         return self.request_finished_all_groups(request, (block_ids,))
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What has become of chunks in tiers since the last call; nothing if nobody listens."""
+        return self._on_scheduler.take_events()
 
     def has_pending_push_work(self) -> bool:
         """Whether the engine must keep stepping so that saves and writes come to an end."""

@@ -122,6 +122,10 @@ class IdleScheduler:
     def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
         """Nothing of it is kept."""
 
+    def take_events(self) -> tuple[()]:
+        """None."""
+        return ()
+
     def stats(self) -> None:
         """None."""
 

@@ -65,6 +65,11 @@ class VllmRequest:
         self.root_extra = pack((request.cache_salt, adapter))
 
     @property
+    def vllm(self) -> Request:
+        """The request itself."""
+        return self._request
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose ids are known and final. Where a session waits for its next turn they are
         not: the turn takes back what was sampled and not computed."""

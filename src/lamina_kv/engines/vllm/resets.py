@@ -17,13 +17,18 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 
-def reset_despite_readers(manager: KVCacheManager, leaving: Callable[[], Collection[str]]) -> None:
+def reset_despite_readers(
+    manager: KVCacheManager,
+    leaving: Callable[[], Collection[str]],
+    done: Callable[[], None] = lambda: None,
+) -> None:
     """Have vLLM's pools reset their hashes whenever no request has blocks.
 
     Args:
         manager: vLLM's cache manager, whose pools are changed.
         leaving: gives requests that have ended, and whose blocks vLLM keeps until what is loaded
             into them has arrived. They never come under a hash.
+        done: called when a pool has been reset.
     """
     managers = manager.coordinator.single_type_managers
 
@@ -36,13 +41,15 @@ def reset_despite_readers(manager: KVCacheManager, leaving: Callable[[], Collect
         )
 
     for pool in dict.fromkeys(single.block_pool for single in managers):
-        _wrap(pool, requests_hold_blocks)
+        _wrap(pool, requests_hold_blocks, done)
 
 
-def _wrap(pool: BlockPool, requests_hold_blocks: Callable[[], bool]) -> None:
+def _wrap(
+    pool: BlockPool, requests_hold_blocks: Callable[[], bool], done: Callable[[], None]
+) -> None:
     reset = pool.reset_prefix_cache
 
-    def wrapped() -> bool:
+    def forget() -> bool:
         if requests_hold_blocks():
             return bool(reset())
         # All that the reset asks before it forgets the hashes; the null block is never free.
@@ -51,5 +58,11 @@ def _wrap(pool: BlockPool, requests_hold_blocks: Callable[[], bool]) -> None:
             return bool(reset())
         finally:
             del pool.get_num_free_blocks
+
+    def wrapped() -> bool:
+        forgotten = forget()
+        if forgotten:
+            done()
+        return forgotten
 
     pool.reset_prefix_cache = wrapped

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from vllm.config import VllmConfig
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -25,6 +26,7 @@ from lamina_kv.engines.vllm import layout
 from lamina_kv.engines.vllm.adapters import Adapters
 from lamina_kv.engines.vllm.concerns import BOTH, RECOMPUTE, concerns
 from lamina_kv.engines.vllm.core_loop import CoreLoop
+from lamina_kv.engines.vllm.events import KvEvents
 from lamina_kv.engines.vllm.messages import LaminaPlan, LaminaReport, LaminaWords
 from lamina_kv.engines.vllm.metrics import LaminaStats
 from lamina_kv.engines.vllm.namespace import arranged, build_namespace
@@ -115,6 +117,10 @@ class SchedulerSide:
             )
         self._namespace = build_namespace(config, vllm_config, cache)
         self._sources = hit_sources(config)
+        events = vllm_config.kv_events_config
+        self._events: KvEvents | None = None
+        if events is not None and events.enable_kv_cache_events:
+            self._events = KvEvents(config.tiers, chunk, self._shape.groups)
         speculative = vllm_config.speculative_config
         self._recompute = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._meter = Meter()
@@ -146,7 +152,11 @@ class SchedulerSide:
     def bind(self, manager: KVCacheManager) -> None:
         """VLLM's cache manager exists now."""
         self._manager = manager
-        reset_despite_readers(manager, self._leaving)
+        if self._events is None:
+            reset_despite_readers(manager, self._leaving)
+        else:
+            self._events.bind(manager)
+            reset_despite_readers(manager, self._leaving, self._events.pool_was_reset)
 
     def _leaving(self) -> Collection[str]:
         return () if self._planner is None else self._planner.leaving
@@ -183,6 +193,7 @@ class SchedulerSide:
             saves=self._saves,
             channel=self._caller,
             on_end=None if self._recorder is None else self._recorder.ended,
+            describe=None if self._events is None else self._events.describe,
         )
         if card is not None:
             self._link = self._open_link(card)
@@ -403,6 +414,12 @@ class SchedulerSide:
         self._moved = True  # its prompt is counted by now
         self._exchange()
         self._remind()
+
+    def take_events(self) -> Sequence[KVCacheEvent]:
+        """What has become of chunks in tiers since the last call, if anybody listens."""
+        if self._events is None or self._planner is None or self._planner.residency is None:
+            return ()
+        return self._events.take(self._planner.residency)
 
     def stats(self) -> LaminaStats | None:
         """Figures since the last call; None if nothing has moved."""
