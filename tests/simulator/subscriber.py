@@ -51,7 +51,11 @@ class Subscriber:
     def describe(self, view: RequestView, group: int, index: int) -> Prefix:
         """What the engine's adapter says of a chunk."""
         assert isinstance(view, Request)
-        return prefix_of(view, (index + 1) * self._chunk_tokens)
+        label = prefix_of(view, (index + 1) * self._chunk_tokens)
+        # What goes on under weights that were replaced has keys that it does not know of.
+        chain = self._planner._requests[view.request_id].chain
+        self._names.setdefault(chain.groups[group][index], (chain.epoch, label.name))
+        return label
 
     def attach(self, planner: Planner) -> None:
         """Look at these tiers. What they have by now nobody can name yet."""
