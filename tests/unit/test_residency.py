@@ -188,8 +188,6 @@ def test_an_answer_that_nobody_waits_for_is_not_told_of() -> None:
 def test_what_is_written_to_a_store_is_told_of_when_it_is_there() -> None:
     engine, listener = by_key()
     engine.save(View("a", prompt(CHUNK + 1)))
-    (ask,) = asks(engine.step())
-    engine.answer(ask.transfer, present=b"\0")
     (move,) = outward(engine.step())
     assert listener.hears() == [("stored", NEAR)]
     engine.answer(move.transfer)
