@@ -18,8 +18,9 @@ from pathlib import Path
 
 from lamina_kv.bench.settings import PromptSource
 from lamina_kv.bench.shapes import Dtype, LlamaShape
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import Pairs
 from lamina_kv.data.movers.cpu import CpuMover, PassedFence
+from lamina_kv.data.movers.fences import Fence
 from peers.protocol import Arrival, Start
 from peers.serving import PeerServing
 from peers.systems import Store, System
@@ -39,9 +40,11 @@ class Switch:
             rows: Sequence[int],
             pairs: Pairs,
             after: Fence,
+            *,
+            urgent: bool = False,
         ) -> Fence:
             if self.copies:
-                return copy(mover, rows, pairs, after)
+                return copy(mover, rows, pairs, after, urgent=urgent)
             return PassedFence()
 
         CpuMover.save = save

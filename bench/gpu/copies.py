@@ -8,8 +8,9 @@ import numpy as np
 
 from gpu.lab import Engine, Lab
 from gpu.pages import PER_SLOT, Ids, layer_outermost
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import Pairs
 from lamina_kv.data.movers.crossover import Way
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.near import NearSlab
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import Pairs
 from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.geometry import CacheGeometry
 
 PATIENCE = 60.0
@@ -140,7 +141,9 @@ class DeviceMover(CpuMover):
         self.loads.launch(lambda: copy(rows, pairs, after))
         return self.loads.record()
 
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         copy = super().save
         self.saves.hold(after)
         self.saves.launch(lambda: copy(rows, pairs, after))
@@ -152,7 +155,7 @@ class DeviceMover(CpuMover):
     def hold_compute(self, fence: Fence) -> None:
         self._compute.hold(fence)
 
-    def close(self, *, process_ends: bool = False) -> None:
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         for stream in (self.loads, self.saves):
             stream.close()
-        super().close(process_ends=process_ends)
+        return super().close(process_ends=process_ends, timeout=timeout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import threading
 import weakref
 from collections import deque
@@ -47,8 +48,9 @@ PACE_CHANGES = 0.1
 class Time(Protocol):
     """Who lets time pass, and the device run in it."""
 
-    def wait_for(self, done: Callable[[], bool]) -> None:
-        """Let time pass and the device run until ``done``."""
+    def wait_for(self, done: Callable[[], bool], seconds: float = math.inf) -> bool:
+        """Let time pass and the device run until ``done``, for ``seconds`` at most; returns
+        whether it is."""
 
 
 class SimulatedEvent(Event):
@@ -66,17 +68,29 @@ class SimulatedEvent(Event):
         self.host_waits = 0
 
     def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         self.host_waits += 1
         self._device.wait_for(self.passed)
 
     def passed(self) -> bool:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
+        self._device.check()
+        return self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether streams that wait for it may go on."""
         return self.passed_at < math.inf or self._device.dead
+
+    def passes_within(self, seconds: float) -> bool:
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
+        self.host_waits += 1
+        return self._device.wait_for(self.passed, seconds)
 
     def seconds_since(self, earlier: Event) -> float:
         """See :class:`~lamina_kv.data.movers.device.Event`."""
         assert isinstance(earlier, SimulatedEvent)
+        self._device.check()
         if not (self.timed and earlier.timed and self.passed() and earlier.passed()):
             raise Violation("the time between two events was asked, which are not timed or passed")
         return self.passed_at - earlier.passed_at
@@ -164,7 +178,7 @@ class SimulatedStream:
             if kind == "record":
                 event.passed_at = now
                 self._device.passed_events += 1
-            elif not event.passed():
+            elif not event.is_over:
                 return None
             self._queue.popleft()
         return None
@@ -219,6 +233,9 @@ class SimulatedDevice(Device[SimulatedStream]):
             begins, and when it ends.
         pins: what each call of :meth:`register` takes one of; None if it need not.
         pin_error: why nothing can be pinned; empty if it can.
+        most_pinned: the most bytes that one call of :meth:`register` can pin.
+        launches_left: kernels that can still be launched; the next one raises.
+        error: why every call fails from now on; empty while none does.
         batches: what the copy engines were given last, and in which stream.
         refuses: whether its driver refuses what they are given.
     """
@@ -250,6 +267,9 @@ class SimulatedDevice(Device[SimulatedStream]):
         self.check_load: Callable[[Indices, Indices], object] = lambda near, pages: None
         self.pins: threading.Semaphore | None = None
         self.pin_error = ""
+        self.most_pinned = sys.maxsize
+        self.launches_left = sys.maxsize
+        self.error = ""
         self.copy_engines = copy_engines
         self.batches: deque[tuple[SimulatedStream, Batch]] = deque(maxlen=1000)
         self.refuses = False
@@ -321,6 +341,9 @@ class SimulatedDevice(Device[SimulatedStream]):
     ) -> None:
         """See :class:`~lamina_kv.data.movers.device.Device`."""
         self._check_current(stream)
+        if not self.launches_left:
+            raise RuntimeError("the simulated device refuses this launch")
+        self.launches_left -= 1
         table, indices = self._reader(stream, rows), self._reader(stream, pairs)
 
         def move(moved: slice) -> None:
@@ -398,8 +421,8 @@ class SimulatedDevice(Device[SimulatedStream]):
             raise Violation("nobody lets this piece of memory be pinned")
         if threading.current_thread() not in self.chosen_by:
             raise Violation("a thread pins memory for a device that it has not chosen")
-        if self.pin_error:
-            raise RuntimeError(self.pin_error)
+        if self.pin_error or length > self.most_pinned:
+            raise RuntimeError(self.pin_error or "out of memory")
         with self._changed:
             self.registered[address] = length
 
@@ -453,19 +476,39 @@ class SimulatedDevice(Device[SimulatedStream]):
             self._random.choice(due).finish()
             return True
 
-    def wait_for(self, done: Callable[[], bool]) -> None:
-        """Let time pass until ``done``."""
+    def wait_for(self, done: Callable[[], bool], seconds: float = math.inf) -> bool:
+        """Let time pass until ``done``, but wait for ``seconds`` at most while nothing can run;
+        returns whether it is."""
         if self._time is not None:
-            self._time.wait_for(done)
-            return
+            return self._time.wait_for(done, seconds)
         with self._changed:
             while not done():
                 if self.run_one(self._now):
                     self._changed.notify_all()
                 elif (soonest := self.soonest(self._now)) < math.inf:
                     self._now = soonest
-                elif not done() and not self._changed.wait(PATIENCE):
+                elif not done() and not self._changed.wait(min(seconds, PATIENCE)):
+                    if seconds <= PATIENCE:
+                        return False
                     raise Violation("somebody waits for an event that never passes")
+        return True
+
+    def check(self) -> None:
+        """Raise the error of a device that has failed.
+
+        Raises:
+            RuntimeError: if it has.
+        """
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def fail(self, error: str) -> None:
+        """Nothing runs any more, and every question is answered with an error."""
+        with self._changed:
+            self.error = error
+            for stream in self.streams:
+                stream.clear()
+            self._changed.notify_all()
 
     def release(self, stream: SimulatedStream) -> None:
         """A stream that was held may run."""

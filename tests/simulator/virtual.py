@@ -33,7 +33,9 @@ _PATCHED = {
     "lamina_kv.data.load_pipeline.time": "time",
     "lamina_kv.data.loads.time": "time",
     "lamina_kv.data.moving.time": "time",
+    "lamina_kv.data.movers.device_fence.WorkerPool": "pool",
     "lamina_kv.data.movers.device_fence.time": "time",
+    "lamina_kv.data.row_fences.time": "time",
     "lamina_kv.data.save_pipeline.time": "time",
 }
 
@@ -41,7 +43,7 @@ _PATCHED = {
 STALLING = ("load", "read", "write")
 """Pools of these names have jobs that call :meth:`World.stall`; others stall before they begin."""
 
-ON_DEVICE = ("load", "land", "save")
+ON_DEVICE = ("load", "land", "save", "clock")
 """Pools of these names have jobs that wait for a device, if there is one."""
 
 
@@ -86,6 +88,8 @@ class World:
         with ExitStack() as stack:
             for target, part in _PATCHED.items():
                 stack.enter_context(patch(target, parts[part]))
+            # What a killed engine has left to the end of its process ends with the world.
+            stack.enter_context(patch("lamina_kv.data.movers.host_memory._kept", []))
             yield
 
     def read(self) -> float:
@@ -141,20 +145,27 @@ class World:
                 return done()
         return True
 
-    def wait_for(self, done: Callable[[], bool]) -> None:
+    def wait_for(self, done: Callable[[], bool], seconds: float = math.inf) -> bool:
         """Wait for a device: a job stalls, and others go on meanwhile.
+
+        Args:
+            done: whether the device is there.
+            seconds: how long the caller waits; no job does so with an end.
+
+        Returns:
+            Whether it is.
 
         Raises:
             Violation: if that would be for ever.
         """
         thread = self._running
         if thread is None or thread.strand is None:
-            self.wait(done, math.inf)
-            return
+            return self.wait(done, seconds)
         while not done():
             thread.until = done
             thread.strand.stall()
         thread.until = None
+        return True
 
     def stall(self, seconds: float | None = None) -> None:
         """Called inside a job, where it may take its time: others go on.

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from lamina_kv.data.movers import batched_copy, crossover, host_memory
+from lamina_kv.data.movers import batched_copy, crossover, pinning
 from lamina_kv.data.movers.batched_copy import Attributes, Batch, batch_of, find
 from lamina_kv.data.movers.crossover import Way, way_of
 from lamina_kv.data.movers.cuda import CudaMover
@@ -213,7 +213,7 @@ def engine() -> torch.Tensor:
 @pytest.fixture
 def device(engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     for step in ("FIRST_STEP", "LARGEST_STEP"):  # of which some lie in the middle of a page
-        monkeypatch.setattr(host_memory, step, 5 * mmap.PAGESIZE)
+        monkeypatch.setattr(pinning, step, 5 * mmap.PAGESIZE)
     return SimulatedDevice([engine], Random(0), copy_engines=True)
 
 

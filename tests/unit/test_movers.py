@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from lamina_kv.data import numa
-from lamina_kv.data.movers import Fence, Mover, host_memory, make_mover, populating
+from lamina_kv.data.movers import Fence, Mover, host_memory, make_mover, pinning, populating
 from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.near import NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
@@ -273,7 +273,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """Host memory is made resident and pinned in steps of a page."""
     monkeypatch.setattr(populating, "PIECE", mmap.PAGESIZE)
     for step in ("FIRST_STEP", "LARGEST_STEP"):
-        monkeypatch.setattr(host_memory, step, mmap.PAGESIZE)
+        monkeypatch.setattr(pinning, step, mmap.PAGESIZE)
     return mmap.PAGESIZE
 
 
@@ -356,9 +356,9 @@ def test_steps_grow_while_the_driver_is_quick_and_shrink_where_it_is_not(
             clock += seconds[length // page]
             super().register(address, length)
 
-    monkeypatch.setattr(host_memory, "FIRST_STEP", page)
-    monkeypatch.setattr(host_memory, "LARGEST_STEP", 4 * page)
-    monkeypatch.setattr(host_memory, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr(pinning, "FIRST_STEP", page)
+    monkeypatch.setattr(pinning, "LARGEST_STEP", 4 * page)
+    monkeypatch.setattr(pinning, "time", SimpleNamespace(perf_counter=lambda: clock))
     pins = Slow()
     memory = HostMemory(7 * page, pinner=pins)
     memory.wait()
@@ -439,6 +439,53 @@ def test_what_cannot_be_pinned_is_said_once_and_the_rest_stays_usable(
     assert re.search(says, record.message)
     memory.close()
     assert len(pins.let_go) == allowed
+
+
+def test_where_a_large_piece_cannot_be_pinned_smaller_ones_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = mmap.PAGESIZE
+    for step, size in (("FIRST_STEP", 8), ("LARGEST_STEP", 8), ("LEAST_STEP", 1)):
+        monkeypatch.setattr(pinning, step, size * page)
+
+    class Small(Pins):
+        def register(self, address: int, length: int) -> None:
+            if length > 2 * page or sum(self.held.values()) + length > 7 * page:
+                raise RuntimeError("out of memory")
+            super().register(address, length)
+
+    pins = Small()
+    memory = HostMemory(12 * page, pinner=pins)
+    with pytest.raises(RuntimeError, match=rf"only {7 * page} of .*out of memory"):
+        memory.wait()
+    assert [length // page for length in pins.held.values()] == [2, 2, 2, 1]
+    assert memory.ready == 7 * page
+    assert len(caplog.records) == 1
+    memory.close()
+    assert not pins.held
+
+
+def test_a_driver_that_hangs_is_said_once_and_holds_nobody_for_ever(
+    pieces: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pinning, "STUCK_SECONDS", 0.05)
+    monkeypatch.setattr(host_memory, "LOOK_SECONDS", 0.01)
+    pins = Pins(turns=threading.Semaphore(1))
+    memory = HostMemory(3 * pieces, pinner=pins)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="driver has not returned"):
+            memory.wait()
+        assert memory.say_if_stuck()
+    (record,) = caplog.records
+    assert f"stays at {pieces} of {3 * pieces} bytes" in record.message
+    assert "restart the engine" in record.message
+    assert not memory.close(timeout=0.01)
+    mapping = host_memory._kept.pop()
+    assert pins.held, "what the driver still works at is neither unpinned nor unmapped"
+    pins.turns.release(3)
+    memory._thread.join(30)
+    assert not memory.say_if_stuck()
+    del mapping
 
 
 def test_what_cannot_be_made_resident_is_said_and_not_pinned(

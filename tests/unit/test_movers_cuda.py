@@ -14,6 +14,7 @@ import importlib
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,11 +28,12 @@ import pytest
 import torch
 
 from lamina_kv.data import numa
-from lamina_kv.data.movers import host_memory
-from lamina_kv.data.movers.base import BothFences, Fence, Pairs
+from lamina_kv.data.movers import device_fence, host_memory, pinning
+from lamina_kv.data.movers.base import Pairs
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import TorchDevice, TorchEvent
 from lamina_kv.data.movers.device_fence import TimedFence
+from lamina_kv.data.movers.fences import BothFences, CopyFailed, Fence
 from lamina_kv.data.movers.row_table import RowRange, RowTable
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
@@ -59,8 +61,8 @@ def engine() -> torch.Tensor:
 
 @pytest.fixture
 def device(engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    monkeypatch.setattr(host_memory, "FIRST_STEP", 4096)
-    monkeypatch.setattr(host_memory, "LARGEST_STEP", 4096)
+    monkeypatch.setattr(pinning, "FIRST_STEP", 4096)
+    monkeypatch.setattr(pinning, "LARGEST_STEP", 4096)
     device = SimulatedDevice([engine], Random(0))
     device.changes_pace = False
     return device
@@ -185,6 +187,90 @@ def test_rows_that_are_alike_are_one_launch_and_one_fence(is_load: bool) -> None
     assert events(stream)[-5:] == ["wait", "record", "copy", "copy", "record"]
     assert [launch.rows for launch in device.copies][2:] == [2, 1]
     mover.close()
+
+
+@pytest.mark.parametrize("is_load", [True, False], ids=["load", "save"])
+def test_of_a_copy_that_fails_half_way_the_half_is_known(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab, is_load: bool
+) -> None:
+    """Its slots and blocks are used by the device until then."""
+    made, after = pairs(mover, near), mover.fence_compute()
+    device.launches_left = 1  # the rows differ: each has a launch of its own
+    with pytest.raises(CopyFailed) as failed:
+        (mover.load if is_load else mover.save)([0, 1], made, after)
+    assert failed.value.reason == "RuntimeError"
+    assert not failed.value.launched.passed()
+    failed.value.launched.wait()
+    assert [launch.rows for launch in device.copies] == [1]
+
+
+def test_a_save_that_a_step_waits_for_passes_those_that_none_does(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
+) -> None:
+    made, after = pairs(mover, near), mover.fence_compute()
+    saves = device.streams[4]
+    saves.held = True
+    other = mover.save([0], made, after)
+    mover.save([1], made, after, urgent=True).wait()
+    (copy,) = device.copies
+    assert copy.stream is not saves
+    assert not other.passed()
+    device.release(saves)
+    other.wait()
+
+
+def test_who_asks_what_time_it_was_does_not_wait_for_the_device(
+    device: SimulatedDevice, engine: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An anchor is taken anew on a thread of its own, and holds from then on."""
+    clock = 0.0
+    monkeypatch.setattr(device_fence, "time", SimpleNamespace(perf_counter=lambda: clock))
+    mover = CudaMover(GEOMETRY, [engine], device)
+    near = slab(mover)
+    fence = mover.load([0], pairs(mover, near), mover.fence_compute())
+    fence.wait()
+    first = fence.span()
+    assert first is not None
+    assert first[0] < 1.0
+    clock = 100.0  # the device's own time has stood still
+    anchors = device.streams[-5]
+    anchors.held = True
+    assert fence.span() == first
+    assert fence.span() == first
+    device.release(anchors)
+    due = time.monotonic() + 30
+    while fence.span() == first:
+        assert time.monotonic() < due
+    assert fence.span()[0] > 99.0  # type: ignore[index]
+    assert len([what for what in events(anchors) if what == "record"]) == 2
+    mover.close()
+
+
+def test_closing_waits_for_a_device_that_hangs_no_longer_than_it_may(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab
+) -> None:
+    """What it may still read and write stays where it is, pinned."""
+    mover.await_near(near, np.array([2 * SLOTS - 1]))
+    mover.save([0], pairs(mover, near), mover.fence_compute())
+    device.streams[4].held = True
+    kept = list(host_memory._kept)
+    assert not mover.close(timeout=0.01)
+    assert len(host_memory._kept) == len(kept) + 1
+    assert len(device.registered) == SLOTS
+    device.release(device.streams[4])
+    del host_memory._kept[len(kept) :]
+
+
+def test_closing_unpins_nothing_for_a_device_that_has_failed(
+    device: SimulatedDevice, mover: CudaMover, near: NearSlab, caplog: pytest.LogCaptureFixture
+) -> None:
+    mover.await_near(near, np.array([2 * SLOTS - 1]))
+    kept = list(host_memory._kept)
+    device.fail("an illegal address was met")
+    assert not mover.close(timeout=30.0)
+    assert len(device.registered) == SLOTS
+    assert "an illegal address was met" in caplog.text
+    del host_memory._kept[len(kept) :]
 
 
 def test_pairs_of_another_mover_are_refused(mover: CudaMover, near: NearSlab) -> None:

@@ -100,9 +100,9 @@ class DeviceMover(CpuMover):
         self.device.used("load")
         return super().load(*arguments, **how)
 
-    def save(self, *arguments: Any) -> Any:
+    def save(self, *arguments: Any, **how: Any) -> Any:
         self.device.used("save")
-        return super().save(*arguments)
+        return super().save(*arguments, **how)
 
 
 class Rank:

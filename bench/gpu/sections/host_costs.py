@@ -12,7 +12,7 @@ from gpu.lab import Lab
 from gpu.pages import PER_SLOT
 from gpu.plan import Bench
 from gpu.report import Bound, Row
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.fences import Fence
 
 LAYERS = 64
 LAYER_SECONDS = 150e-6

@@ -13,7 +13,8 @@ from gpu.copies import Cache, seconds
 from gpu.lab import Engine, Lab
 from gpu.plan import Bench
 from gpu.report import Bound, Row
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import Pairs
+from lamina_kv.data.movers.fences import Fence
 
 LAYERS, PAGE = 32, 64 << 10
 ROW_BYTES, SMALL_ROW_BYTES = 16 << 20, 64 << 10

@@ -37,12 +37,12 @@ class CountedEvent(Event):
         self._asked = False
 
     def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         self._counts[Asked.WAIT] += 1
         self._asked = True
 
     def passed(self) -> bool:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         passed, self._asked = self._asked, True
         return passed
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover, Pairs
+from lamina_kv.data.movers.base import Mover, Pairs
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry
@@ -104,9 +105,11 @@ class PacedMover(Mover):
         self._link.carry(pages * sum(self._page_bytes[row] for row in rows))
         return self._mover.load(rows, pairs, after, urgent=urgent)
 
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         """As the mover does."""
-        return self._mover.save(rows, pairs, after)
+        return self._mover.save(rows, pairs, after, urgent=urgent)
 
     def enter_thread(self) -> None:
         """As the mover does."""
@@ -132,6 +135,10 @@ class PacedMover(Mover):
         """As the mover does."""
         self._mover.hold_compute(fence)
 
-    def close(self, *, process_ends: bool = False) -> None:
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         """As the mover does."""
-        self._mover.close(process_ends=process_ends)
+        return self._mover.close(process_ends=process_ends, timeout=timeout)
+
+    def keep_memory(self) -> None:
+        """As the mover does."""
+        self._mover.keep_memory()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry, Place, Row
@@ -24,50 +25,6 @@ def pages_of(row: Row, group: int, blocks: Indices) -> Indices:
     """Which pages of ``row`` the blocks of one of its groups are."""
     place = place_of(row, group)
     return blocks if place is None else blocks * place.scale + place.shift
-
-
-class Fence(ABC):
-    """Proof that bytes are written. On a CPU it is always passed."""
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Block the calling thread until the fence has passed (releases the GIL)."""
-
-    @abstractmethod
-    def passed(self) -> bool:
-        """Whether the fence has passed, without blocking."""
-
-    def span(self) -> tuple[float, float] | None:
-        """When a device did what the fence is behind, once it has passed: begin and end, in seconds
-        on the host's clock (``time.perf_counter``); the same for a fence behind no copy. None if
-        copies are made in the call, and on a fence that was not to be timed."""
-        return None
-
-    def join(self, other: Fence) -> Fence:
-        """A fence that passes when both have, and that tells the time of both together."""
-        return BothFences(self, other)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BothFences(Fence):
-    """Two fences of which nobody knows which one passes last.
-
-    Attributes:
-        first: one.
-        second: the other.
-    """
-
-    first: Fence
-    second: Fence
-
-    def wait(self) -> None:
-        """See :class:`Fence`."""
-        self.first.wait()
-        self.second.wait()
-
-    def passed(self) -> bool:
-        """See :class:`Fence`."""
-        return self.first.passed() and self.second.passed()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,10 +160,13 @@ class Mover(ABC):
 
         Raises:
             IndexError: for a row outside the cache; nothing was copied.
+            CopyFailed: if the device refuses a part of it.
         """
 
     @abstractmethod
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         """Copy pages of the engine into near pages, in each of ``rows``.
 
         Args:
@@ -214,13 +174,16 @@ class Mover(ABC):
             pairs: which pages, from this mover's :meth:`pairs`.
             after: the fence behind which the bytes of all rows are written; a save cannot be
                 made without one.
+            urgent: whether a step waits for it. What is urgent does not stand behind what is not.
 
         Returns:
             A fence that passes when the engine's blocks have been read and the near pages are
-            filled, in all rows. Fences of saves pass in the order of their calls.
+            filled, in all rows. Of saves that are urgent, and of those that are not, fences pass in
+            the order of their calls.
 
         Raises:
             IndexError: for a row outside the cache; nothing was copied.
+            CopyFailed: if the device refuses a part of it.
         """
 
     @abstractmethod
@@ -237,13 +200,22 @@ class Mover(ABC):
         the device can order it itself."""
 
     @abstractmethod
-    def close(self, *, process_ends: bool = False) -> None:
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         """Wait for copies in flight and stop what runs in the background. Idempotent; host
         tensors stay readable until they are dropped, but take part in no more copies.
 
         Args:
             process_ends: leave to the end of the process what takes long and ends with it.
+            timeout: seconds that this may take; None for as long as it takes.
+
+        Returns:
+            Whether all has ended. If not, host memory is kept as :meth:`keep_memory` does.
         """
+
+    @abstractmethod
+    def keep_memory(self) -> None:
+        """Leave host memory to the end of the process, because something may use it until then.
+        Instead of :meth:`close`."""
 
     def _check(self, near: NearSlab, near_pages: Indices, pages: Indices) -> None:
         """Raise what :meth:`pairs` says."""

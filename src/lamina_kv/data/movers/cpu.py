@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover, Pairs
-from lamina_kv.data.movers.host_memory import HostMemory
+from lamina_kv.data.movers.base import Mover, Pairs
+from lamina_kv.data.movers.fences import Fence
+from lamina_kv.data.movers.host_memory import HostMemory, close_all
 from lamina_kv.data.near import Indices, NearRow, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import CacheGeometry, Row
@@ -124,7 +125,9 @@ class CpuMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         return self._copy(_load_course, rows, pairs, after)
 
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         return self._copy(_save_course, rows, pairs, after)
 
@@ -147,10 +150,14 @@ class CpuMover(Mover):
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         fence.wait()
 
-    def close(self, *, process_ends: bool = False) -> None:
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        while self._host:
-            self._host.pop().close(process_ends=process_ends)
+        return close_all(self._host, process_ends=process_ends, timeout=timeout)
+
+    def keep_memory(self) -> None:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        for memory in self._host:
+            memory.keep()
 
 
 def _row_pages(allocation: torch.Tensor, row: Row, num_blocks: int) -> Pages:

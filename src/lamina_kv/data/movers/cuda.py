@@ -14,14 +14,16 @@ orders nothing beyond; a copy that comes all the same waits, on the pipeline's t
 A kernel moves small pages and the copy engines large ones, see
 :mod:`~lamina_kv.data.movers.crossover`. Pages are scattered on both sides: the copy engines want a
 descriptor for each, and the kernel takes few multiprocessors (see
-:data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`). Loads of a step have a stream of their own:
-in that of other loads they would stand behind all that is queued there.
+:data:`~lamina_kv.data.movers.page_copy.LOAD_PROGRAMS`). Loads of a step have a stream of their own,
+and so have saves of what a step overwrites: in that of others they would stand behind all that is
+queued there.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,23 +31,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kv.data.movers.base import Fence, Mover, Pairs
+from lamina_kv.data.movers.base import Mover, Pairs
 from lamina_kv.data.movers.batched_copy import batch_of
 from lamina_kv.data.movers.crossover import Way, way_of
 from lamina_kv.data.movers.device import Device, Event, TorchDevice
 from lamina_kv.data.movers.device_fence import CopyStream, DeviceClock, TimedFence
-from lamina_kv.data.movers.host_memory import HostMemory
+from lamina_kv.data.movers.fences import CopyFailed, Fence
+from lamina_kv.data.movers.host_memory import NO_END, HostMemory, close_all
 from lamina_kv.data.movers.row_table import LONGEST_ACCESS, RowRange, RowTable
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
+from lamina_kv.data.threads import Threads
 from lamina_kv.geometry import CacheGeometry
 from lamina_kv.plan import NearSlots
 
 log = logging.getLogger("lamina_kv.data")
 
 STEP_PRIORITY, PRIORITY = 0, 0
-"""Priorities of the stream for a step's loads, and of the others. 0 is the lowest one that CUDA
-has, and the model's. Whether the model gains from loads that go before it (-1) is not measured."""
+"""Priorities of the streams for what a step waits for, and of the others. 0 is the lowest one that
+CUDA has, and the model's. Whether the model gains from what goes before it (-1) is not
+measured."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,8 +78,8 @@ class DevicePairs(Pairs):
 
 
 class CudaMover(Mover):
-    """Copies with a Triton kernel or the copy engines on three streams: loads of a step, loads
-    between steps, saves.
+    """Copies with a Triton kernel or the copy engines on four streams: loads and saves that a step
+    waits for, and those that none does.
 
     Args:
         geometry: where pages are.
@@ -99,10 +104,11 @@ class CudaMover(Mover):
         bases = [tensor.data_ptr() for tensor in self._allocations]
         addresses = [bases[row.allocation] + row.offset for row in geometry.rows]
         self._table = RowTable(geometry, addresses)
-        clock = self._clock = DeviceClock(device)
+        clock = self._clock = DeviceClock(device, Threads(self.enter_thread))
         self._step_loads = CopyStream(device, device.stream(STEP_PRIORITY), clock)
         self._other_loads = CopyStream(device, device.stream(PRIORITY), clock)
         self._saves = CopyStream(device, device.stream(PRIORITY), clock)
+        self._step_saves = CopyStream(device, device.stream(STEP_PRIORITY), clock)
         with device.on(stream := self._step_loads.stream):
             self._rows = device.upload(stream, self._table.entries)
         device.synchronize(stream)  # all streams read them
@@ -131,6 +137,7 @@ class CudaMover(Mover):
     def near_slots(self, near: NearSlab) -> NearSlots:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         memory, size = self._memory_of(near), near.geometry.object_bytes
+        memory.say_if_stuck()
         return NearSlots(memory.ready // size, memory.most // size)
 
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
@@ -156,9 +163,12 @@ class CudaMover(Mover):
         copies = self._step_loads if urgent else self._other_loads
         return self._copy(copies, rows, pairs, after, to_engine=True)
 
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        return self._copy(self._saves, rows, pairs, after, to_engine=False)
+        copies = self._step_saves if urgent else self._saves
+        return self._copy(copies, rows, pairs, after, to_engine=False)
 
     def fence_compute(self, *, timed: bool = False) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -170,12 +180,28 @@ class CudaMover(Mover):
         if (event := _event_of(fence)) is not None:
             self._device.hold(self._device.current_stream(), event)
 
-    def close(self, *, process_ends: bool = False) -> None:
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
-        for copies in (self._step_loads, self._other_loads, self._saves):
-            self._device.synchronize(copies.stream)
-        while self._host:
-            self._host.pop().close(process_ends=process_ends)
+        due = time.monotonic() + (NO_END if timeout is None else timeout)
+
+        def left() -> float:
+            return max(0.0, due - time.monotonic())
+
+        streams = (self._step_loads, self._other_loads, self._saves, self._step_saves)
+        try:
+            ended = all(copies.passes_within(left()) for copies in streams)
+        except RuntimeError as error:
+            log.warning("the device has failed, and unpins no memory any more: %s", error)
+            ended = False
+        if not (self._clock.close(left()) and ended):
+            self.keep_memory()
+            return False
+        return close_all(self._host, process_ends=process_ends, timeout=left())
+
+    def keep_memory(self) -> None:
+        """See :class:`~lamina_kv.data.movers.base.Mover`."""
+        for memory in self._host:
+            memory.keep()
 
     def _copy(
         self,
@@ -199,11 +225,14 @@ class CudaMover(Mover):
             if any(way is Way.KERNEL for way, _ in ways):
                 pairs.on(stream, device)  # once for many copies: it is not this one's time
             began = device.record(stream, timed=True)
-            for way, part in ways:
-                if way is Way.COPY_ENGINE and self.has_copy_engines:  # it may have refused one
-                    self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
-                else:
-                    self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
+            try:
+                for way, part in ways:
+                    if way is Way.COPY_ENGINE and self.has_copy_engines:  # it may have refused one
+                        self._copy_by_engine(stream, part, pairs, to_engine=to_engine)
+                    else:
+                        self._copy_by_kernel(stream, part, pairs, to_engine=to_engine)
+            except Exception as error:  # the parts before it are in the stream
+                raise CopyFailed(copies.fence(began)) from error
             return copies.fence(began)
 
     def _way_of(self, part: RowRange, *, to_engine: bool) -> Way:

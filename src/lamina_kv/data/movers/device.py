@@ -17,9 +17,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from lamina_kv.data import numa
-from lamina_kv.data.movers.base import Fence
 from lamina_kv.data.movers.batched_copy import Batch
 from lamina_kv.data.movers.driver import Driver
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.movers.row_table import RowRange
 from lamina_kv.data.near import Indices
 
@@ -137,11 +137,11 @@ class TorchEvent(Event):
         self.event.record(stream)
 
     def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         self.event.synchronize()
 
     def passed(self) -> bool:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         passed: bool = self.event.query()
         return passed
 

@@ -1,48 +1,88 @@
-"""Fences of copies on a device, and what its events say on the host's clock."""
+"""Fences of copies on a device, and what its events say on the host's clock.
+
+A device time becomes a host time by a moment that is known on both clocks, the *anchor*. Who takes
+one waits for the device. So the first is taken when nothing runs yet, and later ones on a thread of
+their own: whoever asks what time it was gets an answer at once.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lamina_kv.data.movers.base import BothFences, Fence
 from lamina_kv.data.movers.device import Device, Event
+from lamina_kv.data.movers.fences import BothFences, Fence
+from lamina_kv.data.threads import Threads
+from lamina_kv.data.worker_pool import WorkerPool
+
+log = logging.getLogger("lamina_kv.data")
 
 ANCHOR_SECONDS = 60.0
-"""Seconds for which a pair of a device time and a host time is used. torch gives the time between
-two events as a float of 32 bits: after a minute it is good for some microseconds."""
+"""Seconds after which a new anchor is taken. torch gives the time between two events as a float of
+32 bits: after a minute it is good for some microseconds, after an hour for a quarter of a
+millisecond."""
 
 
 class DeviceClock:
     """Says on the host's clock when events have passed. Thread safe.
 
     Args:
-        device: the device.
+        device: the device; waited for once.
+        threads: how the thread begins that takes later anchors. There is none before the first of
+            them.
     """
 
-    def __init__(self, device: Device[Any]) -> None:
+    def __init__(self, device: Device[Any], threads: Threads) -> None:
         self._device = device
+        self._threads = threads
         self._stream = device.stream(0)  # nothing else runs there
         self._lock = threading.Lock()
-        self._anchor: tuple[Event, float] | None = None
+        self._renewer: WorkerPool | None = None
+        self._renews = False
+        self._anchor = self._measure()
 
     def read(self, event: Event) -> float:
         """When ``event``, which is timed, has passed."""
-        anchor, host = self._newest()
-        return host + event.seconds_since(anchor)
+        event_at, host = anchor = self._anchor
+        if time.perf_counter() - host > ANCHOR_SECONDS:
+            self._renew(anchor)
+        return host + event.seconds_since(event_at)
 
-    def _newest(self) -> tuple[Event, float]:
+    def close(self, timeout: float) -> bool:
+        """Take no further anchor; False if one could not be taken within ``timeout`` seconds."""
         with self._lock:
-            began = time.perf_counter()
-            if self._anchor is None or began - self._anchor[1] > ANCHOR_SECONDS:
-                event = self._device.record(self._stream, timed=True)
-                event.wait()
-                self._anchor = event, (began + time.perf_counter()) / 2
-            return self._anchor
+            self._renews = True
+            renewer, self._renewer = self._renewer, None
+        return renewer is None or renewer.close(timeout)
+
+    def _measure(self) -> tuple[Event, float]:
+        began = time.perf_counter()
+        event = self._device.record(self._stream, timed=True)
+        event.wait()
+        return event, (began + time.perf_counter()) / 2
+
+    def _renew(self, old: tuple[Event, float]) -> None:
+        """Have a new anchor taken, unless that is under way or was done."""
+        with self._lock:
+            if self._renews or self._anchor is not old:
+                return
+            self._renews = True
+            if self._renewer is None:
+                self._renewer = WorkerPool("clock", 1, self._threads)
+            self._renewer.submit((0, 0), self._take_anchor, self._not_taken)
+
+    def _take_anchor(self) -> None:
+        self._anchor = self._measure()
+        self._renews = False
+
+    def _not_taken(self, error: BaseException) -> None:
+        """The old one stays: a device that has failed measures nothing more."""
+        log.debug("the time of the device is not known any better: %r", error)
 
 
 class CopyStream:
@@ -67,6 +107,14 @@ class CopyStream:
         """Inside, the stream is the calling thread's current one, and that thread's alone."""
         with self._lock, self._device.on(self.stream):
             yield
+
+    def passes_within(self, seconds: float) -> bool:
+        """Wait for what is in the stream now, ``seconds`` at most; returns whether it has run.
+
+        Raises:
+            RuntimeError: if the device has failed.
+        """
+        return self._device.record(self.stream).passes_within(seconds)
 
     def fence(self, began: Event) -> CopyFence:
         """A fence behind what is in the stream now; in a :meth:`turn`.
@@ -94,15 +142,19 @@ class TimedFence(Fence):
         self._clock = clock
 
     def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         self.event.wait()
 
     def passed(self) -> bool:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         return self.event.passed()
 
+    def passes_within(self, seconds: float) -> bool:
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
+        return self.event.passes_within(seconds)
+
     def span(self) -> tuple[float, float]:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         at = self._clock.read(self.event)
         return at, at
 
@@ -124,11 +176,11 @@ class CopyFence(TimedFence):
         self._began = began
 
     def span(self) -> tuple[float, float]:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         return self._clock.read(self._began), self._clock.read(self.event)
 
     def join(self, other: Fence) -> Fence:
-        """See :class:`~lamina_kv.data.movers.base.Fence`. A stream is in order: one event says of
+        """See :class:`~lamina_kv.data.movers.fences.Fence`. A stream is in order: one event says of
         both that they have passed."""
         if not isinstance(other, CopyFence) or other._stream is not self._stream:
             return BothFences(self, other)

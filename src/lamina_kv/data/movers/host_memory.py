@@ -16,23 +16,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from lamina_kv.data import numa
+from lamina_kv.data.movers.pinning import STUCK_SECONDS, Pinner, Pinning
 from lamina_kv.data.movers.populating import Populating
 from lamina_kv.data.shared_memory import MemoryFile, private_memory
 from lamina_kv.data.threads import Threads, usable_cores
 
 log = logging.getLogger("lamina_kv.data")
 
-FIRST_STEP, LARGEST_STEP = 64 << 20, 1 << 30
-"""Bytes to pin by one call, the first and the largest: few calls end sooner, at the close, too."""
+LOOK_SECONDS = 1.0
+"""Seconds between two looks whether the driver hangs, of who waits for memory."""
 
-LONGEST_CALL = 0.02
-"""Seconds that one call should take at most: what the engine launches meanwhile may have to wait
-for the driver. A faster call makes the next one larger, a slower one smaller."""
+NO_END = threading.TIMEOUT_MAX / 2
+"""Seconds of a wait that has no end."""
 
 _mappings: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _kept: list[mmap.mmap] = []
@@ -49,20 +48,6 @@ def _keep_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_in_child)
-
-
-class Pinner(Protocol):
-    """Pins host memory for a device. Its calls release the GIL."""
-
-    def register(self, address: int, length: int) -> None:
-        """Pin bytes that are mapped and not pinned.
-
-        Raises:
-            RuntimeError: if the system does not allow it.
-        """
-
-    def unregister(self, address: int) -> None:
-        """Undo the :meth:`register` of this address."""
 
 
 class HostMemory:
@@ -116,8 +101,7 @@ class HostMemory:
         self._mapping: mmap.mmap | None = mapping
         self._size = size
         self._base = self.tensor.data_ptr()
-        self._pinner = pinner
-        self._pins: list[int] = []
+        self._pinning = Pinning(self._base, pinner)
         self._progress = threading.Condition()
         self._ready = 0
         self._closing = self._ended = False
@@ -149,7 +133,7 @@ class HostMemory:
     def pins(self) -> Sequence[int]:
         """Where each range begins, in bytes, that one call has pinned; grows at its end. A copy
         engine takes no copy that lies in two of them."""
-        return self._pins
+        return self._pinning.starts
 
     def wait(self, end: int | None = None) -> None:
         """Block until the first bytes of the memory are ready.
@@ -158,37 +142,63 @@ class HostMemory:
             end: how many; all if None.
 
         Raises:
-            RuntimeError: if they never will be, or the memory was closed before they were.
+            RuntimeError: if they never will be, the driver hangs in a call that pins them, or the
+                memory was closed before they were.
         """
         wanted = self._size if end is None else end
         if self._ready >= wanted:
             return
         with self._progress:
-            self._progress.wait_for(lambda: self._ready >= wanted or self._ended)
+            while not self._progress.wait_for(
+                lambda: self._ready >= wanted or self._ended, LOOK_SECONDS
+            ):
+                if self.say_if_stuck():
+                    raise RuntimeError(self._describe_stuck(self._pinning.stuck()))
         if self._ready >= wanted:
             return
         if self._error is not None:
             raise RuntimeError(self._shortage()) from self._error
         raise RuntimeError("host memory was closed before it was ready")
 
-    def close(self, *, process_ends: bool = False) -> None:
+    def say_if_stuck(self) -> bool:
+        """Whether the driver hangs in a call that pins, and the memory grows no more until that
+        returns. Says so once for each such call."""
+        stuck = self._pinning.stuck()
+        if stuck:
+            self._pinning.say_once(self._describe_stuck(stuck))
+        return stuck > 0
+
+    def close(self, *, process_ends: bool = False, timeout: float | None = None) -> bool:
         """Stop what runs in the background, and undo the pinning. Idempotent.
 
         Args:
             process_ends: leave the pinning to the end of the process, which undoes all of it at
                 once. The mapping is kept until then.
+            timeout: seconds that the present calls of the system have to end; None for as long as
+                they take.
+
+        Returns:
+            Whether they have. If not, the mapping is kept until the process ends.
         """
+        due = time.monotonic() + (NO_END if timeout is None else timeout)
         self._closing = True
-        self._populating.stop()
-        self._thread.join()
+        ended = self._populating.stop(max(0.0, due - time.monotonic()))
+        self._thread.join(max(0.0, due - time.monotonic()))
+        ended &= not self._thread.is_alive()
+        if not ended or (process_ends and self._pinning.is_wanted):
+            self.keep()
+        elif self._mapping is not None:
+            self._mapping = None
+            self._pinning.undo()
+        return ended
+
+    def keep(self) -> None:
+        """Leave the memory, and its pinning, to the end of the process. It grows no more."""
+        self._closing = True
+        self._populating.end()
         mapping, self._mapping = self._mapping, None
-        if mapping is None or self._pinner is None:
-            return
-        if process_ends:
+        if mapping is not None:
             _kept.append(mapping)
-            return
-        for start in self._pins:
-            self._pinner.unregister(self._base + start)
 
     def _bind(self, node: int, cores: frozenset[int]) -> frozenset[int]:
         """Have pages come from a node.
@@ -203,29 +213,16 @@ class HostMemory:
         return cores & numa.cores_of(node) or cores
 
     def _run(self) -> None:
-        step = FIRST_STEP
         while self._ready < self._size:
-            end = self._populating.await_first(min(self._ready + step, self._size))
+            wanted = min(self._ready + self._pinning.step, self._size)
+            end = self._populating.await_first(wanted)
             if end == self._ready or self._closing:
                 break
-            seconds = self._pin(self._ready, end)
-            if seconds < LONGEST_CALL / 2:
-                step = min(2 * step, LARGEST_STEP)
-            elif seconds > LONGEST_CALL:
-                step = max(step // 2, FIRST_STEP)
-            with self._progress:
-                self._ready = end
-                self._progress.notify_all()
+            if self._pinning.pin(self._ready, end):
+                with self._progress:
+                    self._ready = end
+                    self._progress.notify_all()
         self._end(self._populating.error)
-
-    def _pin(self, start: int, end: int) -> float:
-        """Pin a range; returns how long that took, in seconds."""
-        if self._pinner is None:
-            return 0.0
-        began = time.perf_counter()
-        self._pinner.register(self._base + start, end - start)
-        self._pins.append(start)
-        return time.perf_counter() - began
 
     def _died(self, error: BaseException) -> None:
         self._populating.end()
@@ -239,8 +236,16 @@ class HostMemory:
             self._ended = True
             self._progress.notify_all()
 
+    def _describe_stuck(self, length: int) -> str:
+        return (
+            f"the driver has not returned for {STUCK_SECONDS:.0f} s from pinning {length} bytes of "
+            f"host memory: the host tier of this rank stays at {self._ready} of {self._size} bytes "
+            "until it does. Look at the kernel's log and at the driver, and restart the engine; a "
+            "lower host.capacity pins less"
+        )
+
     def _shortage(self) -> str:
-        if self._pinner is None:
+        if not self._pinning.is_wanted:
             return (
                 f"only {self._ready} of {self._size} bytes of host memory could be made resident "
                 f"({self._error}): the rest is slow at its first use, or ends the process: lower "
@@ -255,3 +260,23 @@ class HostMemory:
             f"only {self._ready} of {self._size} bytes of host memory could be pinned "
             f"({self._error}): the host tier of this rank is that much smaller: lower host.capacity"
         )
+
+
+def close_all(
+    memories: list[HostMemory], *, process_ends: bool = False, timeout: float | None = None
+) -> bool:
+    """Close host memory and forget it.
+
+    Args:
+        memories: emptied.
+        process_ends: see :meth:`HostMemory.close`.
+        timeout: seconds for all of them together; None for as long as it takes.
+
+    Returns:
+        Whether nothing of it is under way any more.
+    """
+    due, ended = time.monotonic() + (NO_END if timeout is None else timeout), True
+    while memories:
+        left = max(0.0, due - time.monotonic())
+        ended &= memories.pop().close(process_ends=process_ends, timeout=left)
+    return ended

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 
 from lamina_kv.data.threads import Threads
 
@@ -74,11 +75,14 @@ class Populating:
             self._over = True
             self._changed.notify_all()
 
-    def stop(self) -> None:
-        """Return when no piece is under way any more. Idempotent."""
+    def stop(self, timeout: float) -> bool:
+        """Begin no further piece; idempotent. Returns whether those under way have ended within
+        ``timeout`` seconds."""
         self.end()
+        due = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, due - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (start := self._take()) is not None:
