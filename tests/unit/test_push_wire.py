@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from lamina_kv.data import push_receives, push_streams, push_turns, push_wire
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.push_pipeline import PushRun
 from lamina_kv.data.push_receives import Receives
 from lamina_kv.data.push_wire import PushIdentity, PushWire
@@ -1091,13 +1091,34 @@ def test_ends_of_one_push_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 class StepMover:
     """Fences of one step, all of which have passed."""
 
+    def __init__(self) -> None:
+        self.fences = 0
+
     def fence_compute(self) -> Fence:
+        self.fences += 1
         return Gate()
 
 
-def run_of(rank: Rank, *orders: PushOrder, gathers: Sequence[int] = ()) -> PushRun:
-    mover, kept = StepMover(), [TransferId(transfer) for transfer in gathers]
+def run_of(
+    rank: Rank,
+    *orders: PushOrder,
+    gathers: Sequence[int] = (),
+    mover: StepMover | None = None,
+) -> PushRun:
+    mover, kept = mover or StepMover(), [TransferId(transfer) for transfer in gathers]
     return PushRun(orders, rank.geometry, mover, rank.wire, gathers=kept)  # type: ignore[arg-type]
+
+
+def test_rows_that_no_hook_announced_are_behind_one_fence(world: World, two: Two) -> None:
+    """The engine's thread makes an event of the device for each fence."""
+    prefill, decode = two
+    mover = StepMover()
+    run = run_of(prefill, order(1, pages((1,), (1,))), mover=mover)
+    run.sweep("")
+    world.until(decode.take_ended)
+    assert mover.fences == 1
+    for row in (0, 1):
+        assert decode.page(row, 1) == prefill.page(row, 1)
 
 
 def test_what_was_computed_before_leaves_at_once(world: World, two: Two) -> None:

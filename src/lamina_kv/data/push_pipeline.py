@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina_kv.data.movers.base import Mover
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.push_wire import OutgoingOrder, PushWire
 from lamina_kv.geometry import CacheGeometry
 from lamina_kv.plan import PushOrder, TransferId
@@ -57,21 +58,25 @@ class PushRun:
 
     def row_written(self, row: int) -> None:
         """The engine has submitted everything that writes ``row`` in this step."""
-        if not self._fresh or row not in self._unsent:
-            return
-        self._unsent.remove(row)
-        fence = self._mover.fence_compute()
+        if self._fresh and row in self._unsent:
+            self._unsent.remove(row)
+            self._send(row, self._mover.fence_compute())
+
+    def _send(self, row: int, written: Fence) -> None:
         for groups, outgoing in self._fresh:
             if groups.intersection(self._rows[row].groups):
-                outgoing.row_ready(row, fence)
+                outgoing.row_ready(row, written)
 
     def sweep(self, failure: str) -> None:
-        """The step is over: send the rows whose hook did not fire.
+        """The step is over: send the rows whose hook did not fire. One fence is behind them all.
 
         Args:
             failure: why nothing that the step computed may be believed; empty if it may.
         """
-        for row in sorted(self._unsent):
-            self.row_written(row)
+        if self._fresh and self._unsent:
+            written = self._mover.fence_compute()
+            for row in sorted(self._unsent):
+                self._send(row, written)
+            self._unsent.clear()
         for _, outgoing in self._fresh:
             outgoing.over(failure)
