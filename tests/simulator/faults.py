@@ -6,9 +6,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
-from lamina_kv.data.movers.base import Fence, Mover, Pairs
+from lamina_kv.data.movers.base import Mover, Pairs
+from lamina_kv.data.movers.fences import CopyFailed, Fence
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.plan import NearSlots, Receipt, TransferReceipt
 from simulator.content import Violation
@@ -29,7 +31,8 @@ class Weather:
     """Probabilities of what can go wrong.
 
     Attributes:
-        error: of a row of a load between steps, that its copy raises.
+        error: of a row of a load between steps, and of a save, that its copy raises; half of them
+            when the device has been given all of it.
         slow: of a load or save, that it takes up to a few deadlines.
         hang: of a save, that it takes for ever.
         far_slow: of a call of a far tier, that it takes up to a few deadlines.
@@ -177,7 +180,7 @@ class Growth:
 
 
 class RainyMover:
-    """A mover whose copies into the engine are slow and raise.
+    """A mover whose copies raise, and are slow into the engine.
 
     Args:
         inner: the mover; whatever is not defined here is its own.
@@ -224,14 +227,24 @@ class RainyMover:
         self._see(pairs)
         sky = self._sky
         self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
-        if self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error):
-            raise InjectedError("the copy has failed")
-        return self._inner.load(rows, pairs, after, urgent=urgent)
+        fails = self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error)
+        return self._fail_or(fails, partial(self._inner.load, rows, pairs, after, urgent=urgent))
 
-    def save(self, rows: Sequence[int], pairs: Pairs, after: Fence) -> Fence:
+    def save(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
+    ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._see(pairs)
-        return self._inner.save(rows, pairs, after)
+        fails = self._sky.strikes(self._sky.weather.error)
+        return self._fail_or(fails, partial(self._inner.save, rows, pairs, after, urgent=urgent))
+
+    def _fail_or(self, fails: bool, copy: Callable[[], Fence]) -> Fence:
+        if not fails:
+            return copy()
+        error = InjectedError("the copy has failed")
+        if self._sky.random.random() < 0.5:
+            raise error
+        raise CopyFailed(copy()) from error
 
     def _see(self, pairs: Pairs) -> None:
         if self._growth is not None:

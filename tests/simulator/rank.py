@@ -18,8 +18,9 @@ from lamina_kv.bench.faulty_store import FaultyStore
 from lamina_kv.data.executor import Executor, Outcomes, Tiers
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.movers import make_mover
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Mover
 from lamina_kv.data.movers.cuda import CudaMover
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
 from lamina_kv.geometry import DIRECT_IO_ALIGNMENT, OBJECT_HEADER_BYTES

@@ -24,6 +24,7 @@ from broken_devices import (
     a_save_is_over_when_it_is_launched,
     the_first_piece_of_a_row_is_as_good_as_the_last,
     the_model_does_not_wait_for_a_load,
+    what_a_copy_has_launched_before_it_failed_is_forgotten,
     what_was_launched_is_forgotten_when_a_load_is_given_up,
 )
 from broken_tiers import (
@@ -437,6 +438,12 @@ CASES = [
         what_was_launched_is_forgotten_when_a_load_is_given_up,
         "was reported as over",
         replace(DEVICE_PARKED, deadline=0.005),
+    ),
+    Case(
+        what_a_copy_has_launched_before_it_failed_is_forgotten,
+        "was reported as over|has lost it",
+        DEVICE_PARKED,
+        Weather(error=0.2),
     ),
     Case(
         the_first_piece_of_a_row_is_as_good_as_the_last,
