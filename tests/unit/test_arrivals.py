@@ -148,6 +148,21 @@ def test_slots_of_a_step_are_given_back_when_the_device_has_carried_it_out(rig: 
     assert len(rig.receipts) == 2
 
 
+def test_a_device_that_fails_under_what_the_model_has_read_stops_the_engine(rig: Rig) -> None:
+    run, told = Run("a"), Run("b")
+    told.loads[0].reason = "lost"
+    rig.finished(run)
+    rig.finished(told)
+    run.landed = told.landed = True
+    assert rig.collect() == (set(), {"b"}, set()), "it has not read that"
+    run = Run("a")
+    rig.finished(run)
+    run.landed, run.loads[0].reason = True, "RuntimeError"
+    with pytest.raises(LoadStuck, match="rows for a"):
+        rig.collect()
+    assert rig.receipts == ["a", "b", "a"]
+
+
 def test_a_failed_load_of_a_step_is_told_at_once(rig: Rig) -> None:
     run = Run("a", "b")
     run.loads[1].reason = "lost"

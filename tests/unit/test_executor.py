@@ -272,9 +272,9 @@ def test_rows_that_no_hook_announces_are_saved_all_the_same(rank: Rank) -> None:
 def test_what_the_forward_overwrites_is_saved_as_it_was_before(rank: Rank, hooks: bool) -> None:
     slow, copy = threading.Event(), rank.mover.save
 
-    def slowly(*arguments: Any) -> Fence:
+    def slowly(*arguments: Any, **how: Any) -> Fence:
         slow.wait(0.02)
-        return copy(*arguments)
+        return copy(*arguments, **how)
 
     rank.mover.save = slowly  # type: ignore[method-assign]
     before, beside = rank.pages((7, 2)), rank.pages((4, 9))
@@ -481,7 +481,7 @@ class LateFence(Fence):
     waits = 0
 
     def wait(self) -> None:
-        """See :class:`~lamina_kv.data.movers.base.Fence`."""
+        """See :class:`~lamina_kv.data.movers.fences.Fence`."""
         self.waits += 1
 
     def passed(self) -> bool:
@@ -597,10 +597,13 @@ def test_before_the_engines_memory_goes_the_device_has_carried_out_every_copy(
     fence = late_loads(rank, monkeypatch)
     rank.run(StepPlan(0, loads=(load(2, (11, 5)),)))
     assert rank.executor.collect().receipt.transfers == ()
-    waits = fence.waits
-    rank.executor.quiet()
-    assert fence.waits > waits
+    quiet = threading.Event()
+    thread = threading.Thread(target=lambda: (rank.executor.quiet(), quiet.set()))
+    thread.start()
+    assert not quiet.wait(0.05)
     fence.over = True
+    assert quiet.wait(60)
+    thread.join()
 
 
 # -- far tiers -----------------------------------------------------------------------------------

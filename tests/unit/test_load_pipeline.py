@@ -14,8 +14,9 @@ import torch
 from lamina_kv.data.copier import Copier
 from lamina_kv.data.load_pipeline import LoadRun, LoadStuck, window_rows
 from lamina_kv.data.loads import PIECE_BYTES, Load
-from lamina_kv.data.movers.base import Fence, Pairs
+from lamina_kv.data.movers.base import Pairs
 from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.data.movers.fences import CopyFailed, Fence
 from lamina_kv.data.near import Indices, NearSlab
 from lamina_kv.data.worker_pool import Job, Lost, WorkerPool
 from lamina_kv.geometry import CacheGeometry, Row
@@ -62,6 +63,7 @@ class RecordingMover(CpuMover):
         bad: copies that fail.
         pinning: near memory is not fit for copies before it is set.
         stall: a copy that has begun does not end before it is set.
+        fence: what copies end with; None for one that has passed.
         seen: set when a copy is wanted.
         begun: set when one has begun.
     """
@@ -72,6 +74,7 @@ class RecordingMover(CpuMover):
         self.bad: set[tuple[int, int]] = set()
         self.pinning: threading.Event | None = None
         self.stall: threading.Event | None = None
+        self.fence: Fence | None = None
         self.seen, self.begun = threading.Event(), threading.Event()
 
     def await_near(self, near: NearSlab, near_pages: Indices) -> None:
@@ -89,14 +92,15 @@ class RecordingMover(CpuMover):
         if self.bad.intersection(copies):
             raise OSError("a row is lost")
         self.copied += copies
-        return super().load(rows, pairs, after)
+        fence = super().load(rows, pairs, after)
+        return fence if self.fence is None else self.fence
 
 
 class Rig:
     """A pool and a mover, and loads on them."""
 
-    def __init__(self) -> None:
-        self.pool, self.mover = RecordingPool(), RecordingMover()
+    def __init__(self, mover: RecordingMover | None = None) -> None:
+        self.pool, self.mover = RecordingPool(), mover or RecordingMover()
         size = 50 * geometry().object_bytes
         self.copier = Copier(
             NearSlab(geometry(), size, self.mover.allocate_host), self.mover, self.pool
@@ -114,14 +118,17 @@ class Rig:
         for row in range(ROWS):
             run.wait(row)
 
+    def close(self) -> None:
+        assert self.pool.close(PATIENCE)
+        assert self.waiter.close(PATIENCE)
+        self.mover.close()
+
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     rig = Rig()
     yield rig
-    assert rig.pool.close(PATIENCE)
-    assert rig.waiter.close(PATIENCE)
-    rig.mover.close()
+    rig.close()
 
 
 def order(name: str, *blocks: int, timeout: float = PATIENCE, group: int = 0) -> LoadOrder:
@@ -298,6 +305,139 @@ def test_a_row_that_the_model_waits_for_has_its_time(rig: Rig) -> None:
     with pytest.raises(LoadStuck, match="row 0 of the loads for a"):
         run.wait(0)
     rig.mover.stall.set()
+
+
+class BrokenFence(Passed):
+    """A fence of a device that fails.
+
+    Args:
+        broken: the questions that are answered with an error.
+    """
+
+    def __init__(self, *broken: str) -> None:
+        self._broken = broken
+
+    def wait(self) -> None:
+        self._answer("wait")
+
+    def passed(self) -> bool:
+        self._answer("passed")
+        return "wait" not in self._broken
+
+    def span(self) -> tuple[float, float]:
+        self._answer("span")
+        return 0.0, 0.0
+
+    def _answer(self, question: str) -> None:
+        if question in self._broken:
+            raise RuntimeError("an illegal address was met")
+
+
+@pytest.mark.parametrize(
+    ("parked", "broken"),
+    [
+        (True, ("passed", "wait", "span")),
+        (False, ("passed", "wait", "span")),
+        (True, ("span",)),
+        (False, ("span",)),
+        (True, ("wait",)),
+    ],
+)
+def test_an_error_of_the_device_is_a_failed_load_and_nothing_is_kept(
+    rig: Rig, parked: bool, broken: tuple[str, ...]
+) -> None:
+    rig.mover.fence = BrokenFence(*broken)
+    over = threading.Event()
+    run = rig.start(2, order("a", 0), parked=parked, done=over.set)
+    if not parked:
+        rig.finish(run)
+    assert over.wait(PATIENCE)
+    assert run.landed
+    run.land(0.0)
+    (receipt,) = run.receipts()
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "RuntimeError")
+    run.check()
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_who_is_told_that_a_run_is_over_finds_that_it_has_landed(rig: Rig, parked: bool) -> None:
+    """Its receipts come with the step then, and not with the next one."""
+    landed: list[bool] = []
+    over = threading.Event()
+
+    def done() -> None:
+        landed.append(run.landed)
+        over.set()
+
+    pinned = rig.mover.pinning = threading.Event()  # until the run has a name
+    run = rig.start(ROWS, parked=parked, done=done)
+    pinned.set()
+    if not parked:
+        rig.finish(run)
+    assert over.wait(PATIENCE)
+    assert landed == [True]
+
+
+class HalfMover(RecordingMover):
+    """A device that has launched a part of each copy when it fails.
+
+    Attributes:
+        launched: passes when that part is copied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = Launched()
+
+    def load(
+        self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = True
+    ) -> Fence:
+        raise CopyFailed(self.launched) from OSError("out of memory")
+
+
+class Launched(Fence):
+    """A fence that a test lets pass."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def wait(self) -> None:
+        assert self.event.wait(PATIENCE)
+
+    def passed(self) -> bool:
+        return self.event.is_set()
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_a_copy_that_fails_half_way_is_over_when_its_half_is_copied(parked: bool) -> None:
+    rig = Rig(HalfMover())
+    assert isinstance(rig.mover, HalfMover)
+    over = threading.Event()
+    run = rig.start(1, order("a", 0), parked=parked, done=over.set)
+    if not parked:
+        rig.finish(run)
+    assert rig.pool.await_idle(PATIENCE)
+    assert not run.landed, "its blocks and slots may still be read and written"
+    with pytest.raises(LoadStuck):
+        run.land(0.0)
+    rig.mover.launched.event.set()
+    assert over.wait(PATIENCE)
+    assert run.landed
+    (receipt,) = run.receipts()
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "OSError")
+    assert receipt.moved_bytes == 0
+    rig.close()
+
+
+def test_a_device_that_hangs_holds_who_waits_for_it_no_longer_than_he_wants(rig: Rig) -> None:
+    rig.mover.fence = fence = Launched()
+    run = rig.start(1, order("a", 0))
+    rig.finish(run)
+    with pytest.raises(LoadStuck, match="blocks of a"):
+        run.land(0.01)
+    fence.event.set()
+    run.land(0.01)
+    assert run.landed
 
 
 def test_a_run_without_pages_is_over_at_once(rig: Rig) -> None:

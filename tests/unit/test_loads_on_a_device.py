@@ -1,11 +1,13 @@
-"""Loads where copies run behind the host: what has arrived has passed, what is queued is bounded,
-nobody who computes waits for what is parked, and times are the device's.
+"""Loads and saves where copies run behind the host: what has arrived has passed, what is queued is
+bounded, nobody who computes waits for what is parked, times are the device's, and a device that
+fails or hangs is no riddle.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 
 from lamina_kv.config import LoadConfig
 from lamina_kv.data.executor import Executor, Outcomes, Tiers
+from lamina_kv.data.load_pipeline import LoadStuck
+from lamina_kv.data.movers import device_fence, host_memory
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.near import NearSlab
 from lamina_kv.geometry import CacheGeometry, Row
@@ -25,6 +29,7 @@ from lamina_kv.plan import (
     LoadOrder,
     Outcome,
     PageMap,
+    SaveOrder,
     StepPlan,
     TransferId,
     TransferReceipt,
@@ -52,13 +57,13 @@ ROW_SECONDS = LAUNCH_SECONDS + 2 * PAGE / BYTES_PER_SECOND
 class Rank:
     """A rank on a simulated device that is never late by itself."""
 
-    def __init__(self, **config: object) -> None:
-        cache = torch.zeros(GEOMETRY.allocation_bytes[0], dtype=torch.uint8)
+    def __init__(self, shape: CacheGeometry = GEOMETRY, **config: object) -> None:
+        cache = torch.zeros(shape.allocation_bytes[0], dtype=torch.uint8)
         self.device = SimulatedDevice([cache], Random(0))
         self.device.changes_pace = False
-        mover = CudaMover(GEOMETRY, [cache], self.device)
-        self.step_loads, self.other_loads = self.device.streams[2:4]
-        near = NearSlab(GEOMETRY, 8 * GEOMETRY.object_bytes, mover.allocate_host)
+        mover = CudaMover(shape, [cache], self.device)
+        self.anchors, self.step_loads, self.other_loads, self.saves = self.device.streams[1:5]
+        near = NearSlab(shape, 8 * shape.object_bytes, mover.allocate_host)
         self.timeline = Timeline()
         self.executor = Executor(
             rank=0,
@@ -70,10 +75,10 @@ class Rank:
         self.step = 0
         self.receipts: list[TransferReceipt] = []
 
-    def run(self, *orders: LoadOrder) -> Outcomes:
+    def run(self, *orders: LoadOrder, saves: tuple[SaveOrder, ...] = ()) -> Outcomes:
         """A step of the engine, whose kernels take as long as a row of a load."""
         self.step += 1
-        self.executor.begin_step(StepPlan(self.step, loads=orders))
+        self.executor.begin_step(StepPlan(self.step, loads=orders, saves=saves))
         self.executor.start_loads()
         for row in range(ROWS):
             if self.executor.moves_rows:
@@ -105,8 +110,8 @@ class Rank:
 def make() -> Iterator[Callable[..., Rank]]:
     ranks: list[Rank] = []
 
-    def make(**config: object) -> Rank:
-        ranks.append(Rank(**config))
+    def make(shape: CacheGeometry = GEOMETRY, **config: object) -> Rank:
+        ranks.append(Rank(shape, **config))
         ranks[-1].device.settle()
         for stream in ranks[-1].device.streams:
             stream.log.clear()
@@ -123,6 +128,10 @@ def make() -> Iterator[Callable[..., Rank]]:
 def load(number: int, mode: LoadMode, *, timeout: float = 60.0) -> LoadOrder:
     pages = PageMap(0, np.array([2, 3], np.int32), np.array([number, number + 10], np.int32))
     return LoadOrder(TransferId(number), f"r{number}", mode, (pages,), timeout)
+
+
+def save(number: int, slot: int, *, overwritten: bool = False) -> SaveOrder:
+    return SaveOrder(TransferId(number), f"r{number}", slot, (1, 2), 0, overwritten)
 
 
 def eventually(done: Callable[[], bool]) -> None:
@@ -274,3 +283,138 @@ def test_a_load_is_reported_when_it_has_been_read_though_another_one_has_failed(
     found = {receipt.transfer: receipt.outcome for receipt in rank.receipts}
     assert found == {1: Outcome.DONE, 2: Outcome.FAILED}
     assert outcomes.failed == frozenset(), "it was said before"
+
+
+# -- a device that is busy ------------------------------------------------------------------------
+
+
+def test_what_the_forward_overwrites_is_read_before_all_other_saves(
+    make: Callable[..., Rank],
+) -> None:
+    rank = make()
+    rank.saves.held = True
+    rank.run(saves=(save(1, 4),))
+    eventually(lambda: rank.queued(rank.saves) == 1)
+    rank.run(saves=(save(2, 5, overwritten=True),))
+    rank.device.settle()
+    assert rank.device.compute.idle, "the model waits for saves that are nothing to it"
+    rank.device.release(rank.saves)
+    eventually(lambda: bool(rank.collect()) and len(rank.receipts) == 2)
+    assert {receipt.outcome for receipt in rank.receipts} == {Outcome.DONE}
+
+
+@pytest.mark.parametrize("mode", list(LoadMode))
+def test_nobody_waits_to_know_what_time_it_is_on_the_device(
+    make: Callable[..., Rank], mode: LoadMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make()
+    monkeypatch.setattr(device_fence, "ANCHOR_SECONDS", -1.0)  # always another one
+    rank.anchors.held = True
+    rank.run(load(1, mode))
+    rank.device.settle()
+    assert rank.settle().outcome is Outcome.DONE
+    rank.run()
+
+
+# -- a device that fails --------------------------------------------------------------------------
+
+
+def test_a_device_that_fails_under_a_parked_load_fails_it_with_a_reason(
+    make: Callable[..., Rank],
+) -> None:
+    rank = make(load_ahead=2)
+    rank.other_loads.held = True
+    rank.run(load(1, LoadMode.PARKED))
+    eventually(lambda: rank.queued(rank.other_loads) == 2)
+    rank.device.fail("an illegal address was met")
+    told: list[Outcomes] = []
+
+    def has_arrived() -> bool:
+        told.append(rank.collect())
+        return bool(told[-1].arrived)
+
+    eventually(has_arrived)
+    assert told[-1].arrived == told[-1].failed == {"r1"}
+    (receipt,) = rank.receipts
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "RuntimeError")
+    rank.executor.quiet()
+
+
+def test_a_device_that_fails_under_what_the_model_has_read_stops_the_engine(
+    make: Callable[..., Rank],
+) -> None:
+    rank = make()
+    rank.step_loads.held = True
+    rank.run(load(1, LoadMode.LAYERWISE))
+    assert not rank.receipts
+    rank.device.fail("an illegal address was met")
+    with pytest.raises(LoadStuck, match="device has failed while it copied rows for r1"):
+        rank.collect()
+    with pytest.raises(LoadStuck):
+        rank.executor.begin_step(StepPlan(9))
+
+
+UNEVEN = replace(
+    GEOMETRY,
+    rows=tuple(replace(row, page_bytes=PAGE // (1 + i % 2)) for i, row in enumerate(GEOMETRY.rows)),
+)
+"""Rows of two kinds: a save of all rows is two launches."""
+
+
+@pytest.mark.parametrize("overwritten", [True, False])
+def test_of_a_save_that_fails_half_way_the_half_is_waited_for(
+    make: Callable[..., Rank], overwritten: bool
+) -> None:
+    rank = make(UNEVEN)
+    for stream in rank.device.streams[4:]:
+        stream.held = True
+    rank.device.launches_left = 1
+    rank.run(saves=(save(1, 4, overwritten=overwritten),))
+    eventually(lambda: sum(map(rank.queued, rank.device.streams[4:])) == 1)
+    time.sleep(0.02)  # nothing comes
+    rank.collect()
+    assert not rank.receipts, "its slot may be given to another chunk, and is still written"
+    for stream in rank.device.streams[4:]:
+        rank.device.release(stream)
+    receipt = rank.settle()
+    assert (receipt.outcome, receipt.reason) == (Outcome.FAILED, "RuntimeError")
+
+
+# -- a device that hangs --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(make: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch) -> Rank:
+    rank = make()
+    rank.step_loads.held = True
+    rank.run(load(1, LoadMode.LAYERWISE))
+    monkeypatch.setattr(rank.executor, "_patience", 0.05)
+    return rank
+
+
+def test_the_wait_for_a_device_before_memory_goes_has_an_end(impatient: Rank) -> None:
+    with pytest.raises(LoadStuck, match="blocks of r1"):
+        impatient.executor.quiet()
+    impatient.device.release(impatient.step_loads)
+    impatient.executor.quiet()
+    assert impatient.settle().outcome is Outcome.DONE
+
+
+@pytest.mark.parametrize("hangs", ["a load", "a save"])
+def test_closing_beside_a_device_that_hangs_keeps_its_memory(
+    make: Callable[..., Rank], hangs: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = make(deadline=0.05)
+    kept = len(host_memory._kept)
+    if hangs == "a load":
+        rank.step_loads.held = True
+        rank.run(load(1, LoadMode.LAYERWISE))
+    else:
+        rank.saves.held = True
+        rank.run(saves=(save(1, 4),))
+        eventually(lambda: rank.queued(rank.saves) == 1)
+    rank.executor.close()
+    assert rank.device.registered, "what the device may still use is pinned"
+    assert len(host_memory._kept) == kept + 1, "and mapped"
+    assert "kept until the process ends" in caplog.text
+    del host_memory._kept[kept:]

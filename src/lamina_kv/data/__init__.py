@@ -7,6 +7,7 @@ near.py               Where are a chunk's bytes in host memory?
 movers/               How do pages get from host memory into the engine's cache, and back?
 loads.py              What is one load, and what has become of it?
 load_pipeline.py      In what order do the rows of loads come?
+row_fences.py         Which rows has the device still to copy?
 load_times.py         How long did rows take, and how long did the model wait?
 step_loads.py         When may a layer read its row?
 written_rows.py       Which rows has a step written?

@@ -39,7 +39,8 @@ class Arrivals:
     def __init__(self, report: Callable[[Iterable[TransferReceipt]], None]) -> None:
         self._report = report
         self._parked: list[LoadRun] = []
-        self._landing: list[LoadRun] = []
+        # Of a step that is over, with the requests that it was said of that their load has failed.
+        self._landing: list[tuple[LoadRun, frozenset[str]]] = []
         self._awaited: Counter[str] = Counter()
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
@@ -68,40 +69,49 @@ class Arrivals:
     def finished(self, run: LoadRun) -> None:
         """Every row of a step's loads has arrived or is launched, or never will be. That a load has
         failed is said at once; slots are used until a device that runs behind has read them."""
-        self._note_failed(run)
-        if run.landed:
+        landed = run.landed
+        self._failed.update(_failed(run))
+        if landed:
             self._report(run.receipts())
         else:
-            self._landing.append(run)
+            self._landing.append((run, _failed(run)))
 
     def collect(self) -> Arrived:
         """What has ended since the last call.
 
         Raises:
-            LoadStuck: if a load that is late cannot be given up. The engine has to stop.
+            LoadStuck: if a load that is late cannot be given up, or the device has failed in a load
+                whose rows the model may have read. The engine has to stop.
         """
         for run in self._parked:
             if run.expired and not run.landed:
                 run.give_up(TIMED_OUT)
             run.check()
-        for runs in (self._parked, self._landing):
-            for run in [run for run in runs if run.landed]:
-                runs.remove(run)
-                self._report(run.receipts())
-                if runs is self._parked:
-                    self._note_failed(run)
-                    for load in run.loads:
-                        self._one_ended(load.order.request_id)
+        for run in [run for run in self._parked if run.landed]:
+            self._parked.remove(run)
+            self._report(run.receipts())
+            self._failed.update(_failed(run))
+            for load in run.loads:
+                self._one_ended(load.order.request_id)
+        for run, said in [(run, said) for run, said in self._landing if run.landed]:
+            self._landing.remove((run, said))
+            self._report(run.receipts())
+            if late := _failed(run) - said:
+                raise LoadStuck(
+                    f"the device has failed while it copied rows for {', '.join(sorted(late))}, "
+                    "and the model may have read them. Nothing of it can be taken back, so the "
+                    "engine stops: look at the device, and restart the engine"
+                )
         # Of a parked request that waits for something else, too, nothing is said yet.
-        said = Arrived(
+        now = Arrived(
             frozenset(self._arrived),
             frozenset(request for request in self._failed if request not in self._awaited),
             frozenset(self._rejected & self._arrived),
         )
         self._arrived.clear()
-        self._failed -= said.failed
-        self._rejected -= said.rejected
-        return said
+        self._failed -= now.failed
+        self._rejected -= now.rejected
+        return now
 
     def give_up(self, reason: str, patience: Callable[[], float | None] = lambda: None) -> None:
         """Give up all parked loads, and wait until nobody writes for them any more.
@@ -125,16 +135,25 @@ class Arrivals:
         if stuck is not None:
             raise stuck
 
-    def land(self) -> None:
-        """Wait for the device to carry out the loads of steps that are over."""
-        for run in self._landing:
-            run.land()
+    def land(self, patience: Callable[[], float | None] = lambda: None) -> None:
+        """Wait for the device to carry out the loads of steps that are over.
 
-    def _note_failed(self, run: LoadRun) -> None:
-        self._failed.update(load.order.request_id for load in run.loads if load.reason)
+        Args:
+            patience: seconds that it has, asked before each load; see :meth:`give_up`.
+
+        Raises:
+            LoadStuck: if it has not carried out one.
+        """
+        for run, _ in self._landing:
+            run.land(patience())
 
     def _one_ended(self, request_id: str) -> None:
         self._awaited[request_id] -= 1
         if self._awaited[request_id] <= 0:
             del self._awaited[request_id]
             self._arrived.add(request_id)
+
+
+def _failed(run: LoadRun) -> frozenset[str]:
+    """Requests whose load has failed."""
+    return frozenset(load.order.request_id for load in run.loads if load.reason)

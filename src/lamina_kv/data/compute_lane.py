@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lamina_kv.data.movers.base import Fence, Mover
+from lamina_kv.data.movers.base import Mover
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.observe.timeline import Lane, Timeline
 
 

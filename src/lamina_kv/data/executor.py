@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lamina_kv.config import LoadConfig
 from lamina_kv.data.arrivals import Arrivals
@@ -399,8 +400,8 @@ class Executor:
             TimeoutError: if saves have not within ``load.deadline``.
             LoadStuck: if a copy does not end. The engine has to stop.
         """
-        self._arrivals.give_up("quiet")
-        self._arrivals.land()
+        self._arrivals.give_up("quiet", lambda: self._patience)
+        self._arrivals.land(lambda: self._patience)
         if not self._saver.pool.await_idle(self._config.deadline):
             raise TimeoutError(
                 f"saves have not ended within load.deadline, {self._config.deadline:g} s, and "
@@ -408,7 +409,8 @@ class Executor:
             )
 
     def close(self, *, process_ends: bool = False) -> None:
-        """Finish what is under way, within ``load.deadline``, and release what is held.
+        """Finish what is under way, within ``load.deadline``, and release what is held. Memory that
+        something may still use then is kept until the process ends.
 
         Args:
             process_ends: whether the process ends with it, see
@@ -420,11 +422,12 @@ class Executor:
             return max(LEAST_CLOSE, due - time.monotonic())
 
         ended = []
-        try:
-            self._arrivals.give_up("closed", left)
-        except LoadStuck as error:
-            log.warning("%s", error)
-            ended.append(False)
+        for end in (partial(self._arrivals.give_up, "closed"), self._arrivals.land):
+            try:
+                end(left)
+            except LoadStuck as error:
+                log.warning("%s", error)
+                ended.append(False)
         parts: list[WorkerPool | PushWire | MovePipeline] = [self._loader.pool, self._waiter]
         parts.append(self._saver.pool)
         if self._listener is not None:
@@ -433,10 +436,15 @@ class Executor:
             parts.append(self._wire)
         parts += self._moves.values()
         ended += [part.close(left()) for part in parts]
-        if all(ended):  # else memory that a thread still uses goes with the process
-            self._mover.close(process_ends=process_ends)
-        else:
-            log.warning("transfers under way did not end within %.0f s", self._config.deadline)
+        if not all(ended):
+            self._mover.keep_memory()  # a thread still uses it
+        elif not self._mover.close(process_ends=process_ends, timeout=left()):
+            ended.append(False)
+        if not all(ended):
+            log.warning(
+                "transfers under way did not end within load.deadline, %g s. Host memory that they "
+                "may still use is kept until the process ends", self._config.deadline,
+            )  # fmt: skip
         if self._timeline is not None:
             self._timeline.write()
 

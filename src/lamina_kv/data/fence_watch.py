@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.threads import Threads
 
 log = logging.getLogger("lamina_kv.data")

@@ -11,26 +11,34 @@ A row of a load between steps has arrived when its fence has passed, so the wind
 queued on a device. Such a load has a timeout, past which it is given up as a whole: rows that were
 not launched are refused, and it is over when those that were have passed. Nobody waits for that.
 
+An error of the device is the end of the load, with the error's name as its reason. What was
+launched before it is waited for all the same, where the device still answers.
+
 A load in the step is launched ahead of its layers, whose device waits for its fences. It cannot be
 taken back: a copy that does not end stops the engine.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
 from lamina_kv.data.copier import Copier
 from lamina_kv.data.load_times import LoadTimes
 from lamina_kv.data.loads import Load, Piece
-from lamina_kv.data.movers.base import Fence, Pairs, pages_of, place_of
+from lamina_kv.data.movers.base import Pairs, pages_of, place_of
+from lamina_kv.data.movers.fences import CopyFailed, Fence
+from lamina_kv.data.row_fences import RowFences
 from lamina_kv.data.worker_pool import WorkerPool
 from lamina_kv.geometry import Place, Row
-from lamina_kv.observe.timeline import Lane
+from lamina_kv.observe.timeline import Lane, Timeline
 from lamina_kv.plan import TransferReceipt
+
+log = logging.getLogger("lamina_kv.data")
 
 _IN_STEP, _BETWEEN_STEPS = 0.0, 1.0
 """Priorities of loads. The model waits for those in its step."""
@@ -94,8 +102,8 @@ class LoadRun:
         self._given_up = ""
         self._refuses_since = 0.0
         self._is_over = False
-        self._fences: dict[int, Fence] = {}
-        self._sizes = [0] * len(self._shapes)
+        self._note_passed = partial(_note_passed, self.times, copier.timeline, step)
+        self._fences = RowFences(self._note_passed, partial(_fail, self.loads))
         self._arrived = [threading.Event() for _ in self._shapes]
         self._missing = len(self._shapes)
 
@@ -108,6 +116,11 @@ class LoadRun:
         self._after = after
         for _ in range(self._window):
             self._submit_next()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether :meth:`start` was called."""
+        return self._after is not None
 
     def await_near(self) -> None:
         """Return when all near pages are fit for copies, however long that takes."""
@@ -130,17 +143,16 @@ class LoadRun:
         began, arrived = time.perf_counter(), self._arrived[row]
         while row >= self._submitted:
             self._submit_next()
-        there = arrived.is_set() and self._has_passed(row)
+        there = arrived.is_set() and self._fences.has_passed(row)
         reached = None if there else self._copier.mover.fence_compute(timed=True)
         if not arrived.wait(self._patience):
             raise LoadStuck(self._describe_stuck(row))
         self._waited_rows.add(row)
         self._submit_next()
         self.times.waited_for(row, time.perf_counter() - began, reached)
-        fence = self._fences.get(row)
-        if self._copier.timeline is not None and (fence is None or fence.passed()):
+        if self._copier.timeline is not None and self._fences.has_passed(row):
             self._copier.timeline.add(Lane.WAIT, self._step, row, began)
-        return fence
+        return self._fences.of(row)
 
     def give_up(self, reason: str) -> None:
         """Fail what has not arrived, and launch nothing more. Copies that were launched go on: the
@@ -173,11 +185,12 @@ class LoadRun:
             LoadStuck: if one has not ended. It may write whenever it goes on.
         """
         patience = self._patience if patience is None else patience
+        due = time.perf_counter() + patience
         with self._changed:
             if not self._changed.wait_for(lambda: not self._writing, patience):
                 raise self._stuck(patience)
-        for fence in list(self._fences.values()):
-            fence.wait()
+        if not self._fences.pass_within(max(0.0, due - time.perf_counter())):
+            raise self._stuck(patience)
 
     def check(self) -> None:
         """See that what was given up comes to its end.
@@ -210,20 +223,7 @@ class LoadRun:
     def landed(self) -> bool:
         """Whether every row has arrived or was given up, and the device has carried out every
         copy."""
-        if self._writing or self._missing:
-            return False
-        # In the order of the stream: of those that have not passed one is asked.
-        return all(self._has_passed(row) for row in sorted(self._fences))
-
-    def _has_passed(self, row: int) -> bool:
-        """Whether the fence of a row that has one has passed; it is asked no more then."""
-        if (fence := self._fences.get(row)) is None:
-            return True
-        if not fence.passed():
-            return False
-        del self._fences[row]
-        self._note_passed(row, fence, self._sizes[row])
-        return True
+        return not (self._writing or self._missing) and self._fences.all_passed
 
     def receipts(self) -> list[TransferReceipt]:
         """What to report of the loads now that the run has landed."""
@@ -281,13 +281,17 @@ class LoadRun:
             self._piece_over(row, load)
             return
         assert self._after is not None, "a row was submitted before the run was started"
+        size = len(piece.blocks) * shape.page_bytes
         try:
             fence = copier.mover.load([row], pairs, self._after, urgent=not self._parked)
+        except CopyFailed as error:
+            log.warning("a copy for %s has failed", load.order.request_id, exc_info=error)
+            load.fail(error.reason)
+            fence, size = error.launched, 0
         except BaseException:
             self._leave()
             raise
-        size = len(piece.blocks) * shape.page_bytes
-        if not self._parked or fence.passed():
+        if not self._parked or _passed(fence):
             self._copied(row, load, fence, size, began)
         else:
             job = partial(self._await, row, load, fence, size, began)
@@ -303,28 +307,25 @@ class LoadRun:
         load.fail(type(error).__name__)
         with suppress(Exception):  # a device that has failed copies no more
             fence.wait()
-        self._piece_over(row, load)
-        self._leave()
+        self._piece_over(row, load, wrote=True)
 
     def _copied(self, row: int, load: Load, fence: Fence, size: int, began: float) -> None:
         """A piece is copied; of a load in the step, copied or launched."""
+        try:
+            self._note_copied(row, load, fence, size, began)
+        except Exception as error:
+            _fail((load,), error)
+        self._piece_over(row, load, wrote=True)
+
+    def _note_copied(self, row: int, load: Load, fence: Fence, size: int, began: float) -> None:
         with self._changed:
             load.moved_bytes += size
             if self._parked:
                 self._note_passed(row, fence, size)
             else:
-                held = self._fences.get(row)
-                self._fences[row] = fence if held is None else held.join(fence)
-                self._sizes[row] += size
+                self._fences.add(row, fence, size)
         if self._copier.timeline is not None and fence.passed() and fence.span() is None:
             self._copier.timeline.add(Lane.LOAD, self._step, row, began, size)
-        self._piece_over(row, load)
-        self._leave()
-
-    def _note_passed(self, row: int, fence: Fence, size: int) -> None:
-        self.times.copied(row, fence)
-        if self._copier.timeline is not None and (span := fence.span()) is not None:
-            self._copier.timeline.add(Lane.LOAD, self._step, row, span[0], size, end=span[1])
 
     def _pairs_of(self, shape: Row, piece: Piece) -> Pairs:
         """The pages of a piece in a row, checked and uploaded once for all rows that are cut alike.
@@ -349,30 +350,40 @@ class LoadRun:
             return not self._given_up
 
     def _leave(self) -> None:
+        """A copy that was admitted has not begun, or has ended."""
         with self._changed:
             self._writing -= 1
             self._changed.notify_all()
-            over = self._note_over()
-        if over:
-            self._done()
 
-    def _piece_over(self, row: int, load: Load) -> None:
+    def _piece_over(self, row: int, load: Load, *, wrote: bool = False) -> None:
+        """A piece is over.
+
+        Args:
+            row: its row.
+            load: whose it is.
+            wrote: whether it was admitted to engine memory. Who is told that its row has arrived
+                finds that nobody writes for it any more.
+        """
         with self._changed:
             load.outstanding -= 1
             load.ended = time.perf_counter()
             self.times.over(load.ended)
             self._left[row] -= 1
+            if wrote:
+                self._leave()
         self._note_arrival(row)
 
     def _note_arrival(self, row: int) -> None:
         """Set the row's event once all of its pieces are over, or given up."""
         with self._changed:
-            if self._arrived[row].is_set() or (self._left[row] and not self._given_up):
-                return
-            self._arrived[row].set()
-            self._missing -= 1
+            arrives = not self._arrived[row].is_set() and (
+                not self._left[row] or bool(self._given_up)
+            )
+            if arrives:
+                self._arrived[row].set()
+                self._missing -= 1
             over = self._note_over()
-        if self._parked:
+        if arrives and self._parked:
             self._submit_next()
         if over:
             self._done()
@@ -383,6 +394,33 @@ class LoadRun:
             return False
         self._is_over = True
         return True
+
+
+def _note_passed(
+    times: LoadTimes, timeline: Timeline | None, step: int, row: int, fence: Fence, size: int
+) -> None:
+    """The fence of a row has passed."""
+    times.copied(row, fence)
+    if timeline is not None and (span := fence.span()) is not None:
+        timeline.add(Lane.LOAD, step, row, span[0], size, end=span[1])
+
+
+def _fail(loads: Iterable[Load], error: BaseException) -> None:
+    """The device has failed under loads."""
+    failing = [load for load in loads if not load.reason]
+    if failing:
+        names = ", ".join(sorted(load.order.request_id for load in failing))
+        log.error("the device failed in a load for %s", names, exc_info=error)
+    for load in failing:
+        load.fail(type(error).__name__)
+
+
+def _passed(fence: Fence) -> bool:
+    """Whether a fence is known to have passed. Who waits for it meets the error if there is one."""
+    try:
+        return fence.passed()
+    except Exception:
+        return False
 
 
 def window_rows(load_ahead: int | str, staging: int, row_bytes: int, rows: int) -> int:

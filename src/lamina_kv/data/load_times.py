@@ -6,7 +6,9 @@ launches copies, and the model waits on the device, where the host does not see 
 
 from __future__ import annotations
 
-from lamina_kv.data.movers.base import Fence
+from contextlib import suppress
+
+from lamina_kv.data.movers.fences import Fence
 
 Span = tuple[float, float]
 """Begin and end, in seconds on the host's clock (``time.perf_counter``)."""
@@ -89,10 +91,11 @@ class LoadTimes:
     def waits(self) -> dict[int, Span]:
         """By row, when the model waited on the device. Once all fences have passed."""
         waits = {}
-        for row, reached in self._reached.items():
-            # It is not there yet, and will find the row.
-            if row not in self.spans or not reached.passed() or (span := reached.span()) is None:
-                continue
-            if self.spans[row][1] > span[1]:
-                waits[row] = span[1], self.spans[row][1]
+        with suppress(Exception):  # of a device that has failed since nothing more is known
+            for row, reached in self._reached.items():
+                if row not in self.spans or not reached.passed():
+                    continue  # it is not there yet, and will find the row
+                span = reached.span()
+                if span is not None and self.spans[row][1] > span[1]:
+                    waits[row] = span[1], self.spans[row][1]
         return waits

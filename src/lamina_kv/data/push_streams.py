@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.push_pages import PageSpans
 from lamina_kv.data.push_turns import Destination, cut
 from lamina_kv.observe.timeline import Lane, Timeline

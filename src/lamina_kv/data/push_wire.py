@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 from lamina_kv.data.fence_watch import FenceWatch
-from lamina_kv.data.movers.base import Fence
+from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.push_gathers import Bound, Gathers
 from lamina_kv.data.push_receives import Receives
 from lamina_kv.data.push_streams import PushRoute, PushStream, Sending

@@ -20,7 +20,8 @@ from itertools import chain
 import numpy as np
 
 from lamina_kv.data.copier import Copier
-from lamina_kv.data.movers.base import Fence, Pairs, pages_of
+from lamina_kv.data.movers.base import Pairs, pages_of
+from lamina_kv.data.movers.fences import CopyFailed, Fence
 from lamina_kv.data.near import Indices
 from lamina_kv.data.worker_pool import Job, Lost
 from lamina_kv.geometry import Row
@@ -112,7 +113,7 @@ class SaveRun:
         """What there is to save is complete and the step overwrites it: have the forward run after
         it is read. A device that orders its work by itself does not stall the caller."""
         if rows := self._take(self._left):
-            self._copy(rows, self._copier.mover.fence_compute())
+            self._copy(rows, self._copier.mover.fence_compute(), urgent=True)
             if self._copies:
                 self._copier.mover.hold_compute(self._copies[-1].fence)
         self.sweep()
@@ -156,7 +157,7 @@ class SaveRun:
             copy.fence.wait()
             self._note(copy)
 
-    def _copy(self, rows: Set[int], written: Fence) -> None:
+    def _copy(self, rows: Set[int], written: Fence, *, urgent: bool = False) -> None:
         """Begin to copy rows, as few times as their blocks are cut differently."""
         try:
             for index, alike in enumerate(self._geometry.rows_alike):
@@ -165,19 +166,22 @@ class SaveRun:
                     continue
                 pairs = self._pairs_of(index)
                 if len(pairs.pages):
-                    self._begin(chosen, pairs, written)
+                    self._begin(chosen, pairs, written, urgent=urgent)
         except Exception as error:
             log.exception("rows %s could not be saved", sorted(rows))
-            self.poison(type(error).__name__)
+            is_known = isinstance(error, CopyFailed)
+            self.poison(error.reason if is_known else type(error).__name__)
 
-    def _begin(self, rows: tuple[int, ...], pairs: Pairs, written: Fence) -> None:
+    def _begin(self, rows: tuple[int, ...], pairs: Pairs, written: Fence, *, urgent: bool) -> None:
         began = time.perf_counter()
-        fence = self._copier.mover.save(rows, pairs, written)
-        copy = Copy(fence, rows, len(pairs.pages), began)
+        try:
+            fence = self._copier.mover.save(rows, pairs, written, urgent=urgent)
+        except CopyFailed as error:  # what was launched is waited for, as if it were all
+            self._copies.append(Copy(error.launched, rows, len(pairs.pages), began))
+            raise
+        self._copies.append(Copy(fence, rows, len(pairs.pages), began))
         if fence.passed():
-            self._note(copy)
-        else:
-            self._copies.append(copy)
+            self._note(self._copies.pop())
 
     def _pairs_of(self, index: int) -> Pairs:
         """The pages in rows that are alike, checked and uploaded once."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from enum import Enum
 
 from lamina_kv.data.load_pipeline import LoadRun, LoadStuck
 from lamina_kv.data.movers.base import Mover
@@ -21,6 +22,17 @@ log = logging.getLogger("lamina_kv.data")
 
 class LayersDidNotWait(RuntimeError):
     """Layers have read rows of a load without waiting for them."""
+
+
+class Waits(Enum):
+    """Who waits, in a step, for rows that it loads."""
+
+    LAYERS = "layers"
+    """Each layer, for its own row; one that does not is a mistake."""
+    FORWARD = "forward"
+    """The whole forward, for all rows: layers cannot call."""
+    NOBODY = "nobody"
+    """The step runs no model."""
 
 
 class StepLoads:
@@ -39,10 +51,7 @@ class StepLoads:
         self._mover = mover
         self._row_of_layer = geometry.row_of_layer
         self._run: LoadRun | None = None
-        self._is_started = False
-        self._forward = True
-        self._layers_wait = True
-        self._must_call = True
+        self._waits = self._model_waits = Waits.LAYERS
         self._order: Mapping[str, int] | None = None
         self._called: set[str] = set()
         self.stopped: RuntimeError | None = None
@@ -54,7 +63,7 @@ class StepLoads:
 
     def load_before_forward(self) -> None:
         """Some layers do not wait for their rows: :meth:`start` returns when all is there."""
-        self._layers_wait = False
+        self._model_waits = Waits.FORWARD
 
     def drafts_follow(self, order: Sequence[str]) -> None:
         """Layers at the end of ``order``, which has all of them, may be a draft model's. They run
@@ -72,13 +81,12 @@ class StepLoads:
         """
         if self.stopped is not None:
             raise self.stopped
-        self._forward = forward
-        self._must_call = True
+        self._waits = self._model_waits if forward else Waits.NOBODY
         self._called.clear()
 
     def add(self, run: LoadRun) -> None:
         """The step's loads."""
-        self._run, self._is_started = run, False
+        self._run = run
 
     def start(self, *, layers_call: bool = True) -> None:
         """Submit the first rows; right before the forward, because engines prepare blocks (zero,
@@ -93,14 +101,14 @@ class StepLoads:
             LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
             RuntimeError: if there is no host memory to load from.
         """
-        if self._run is not None and not self._is_started:
-            self._is_started = True
+        if self._run is not None and not self._run.is_started:
             # Of ranks that share a slab another one may have filled it while this one still pins
             # it. That takes its time, and no copy is late because of it.
             self._run.await_near()
             self._run.start(self._mover.fence_compute())
-        self._must_call = self._layers_wait and layers_call
-        if not self._must_call:
+        if not layers_call and self._waits is Waits.LAYERS:
+            self._waits = Waits.FORWARD
+        if self._waits is Waits.FORWARD:
             self._wait_all()
 
     def wait_layer(self, layer: str) -> None:
@@ -126,7 +134,7 @@ class StepLoads:
         Raises:
             LoadStuck: as :meth:`wait_layer` does.
         """
-        if self._run is not None and self._forward and self._must_call and not blameless:
+        if self._run is not None and self._waits is Waits.LAYERS and not blameless:
             self._check_called(self._run)
         self._wait_all()
         run, self._run = self._run, None
