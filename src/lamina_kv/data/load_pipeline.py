@@ -286,7 +286,7 @@ class LoadRun:
             fence = copier.mover.load([row], pairs, self._after, urgent=not self._parked)
         except CopyFailed as error:
             log.warning("a copy for %s has failed", load.order.request_id, exc_info=error)
-            load.fail(error.reason)
+            load.fail(type(error.__cause__).__name__)
             fence, size = error.launched, 0
         except BaseException:
             self._leave()

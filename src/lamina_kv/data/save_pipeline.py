@@ -169,8 +169,8 @@ class SaveRun:
                     self._begin(chosen, pairs, written, urgent=urgent)
         except Exception as error:
             log.exception("rows %s could not be saved", sorted(rows))
-            is_known = isinstance(error, CopyFailed)
-            self.poison(error.reason if is_known else type(error).__name__)
+            cause = error.__cause__ if isinstance(error, CopyFailed) else error
+            self.poison(type(cause).__name__)
 
     def _begin(self, rows: tuple[int, ...], pairs: Pairs, written: Fence, *, urgent: bool) -> None:
         began = time.perf_counter()

@@ -85,8 +85,3 @@ class CopyFailed(RuntimeError):
     def __init__(self, launched: Fence) -> None:
         super().__init__("a copy has failed, and a part of it may be under way")
         self.launched = launched
-
-    @property
-    def reason(self) -> str:
-        """Why, a word for logs and metrics."""
-        return type(self.__cause__ or self).__name__
