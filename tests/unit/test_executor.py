@@ -165,9 +165,9 @@ def test_before_the_engines_memory_goes_nobody_reads_or_writes_it(
     rank.save(3, (7, 2))
     slow, copy = threading.Event(), rank.mover.save
 
-    def slowly(*arguments: Any) -> Fence:
+    def slowly(*arguments: Any, **how: Any) -> Fence:
         slow.wait(60)
-        return copy(*arguments)
+        return copy(*arguments, **how)
 
     monkeypatch.setattr(rank.mover, "save", slowly)
     rank.mover.pinning = threading.Event()
@@ -191,9 +191,9 @@ def test_a_save_that_does_not_end_keeps_the_engines_memory_awake(
     rank = Rank(LoadConfig(deadline=0.1))
     hangs, copy = threading.Event(), rank.mover.save
 
-    def hanging(*arguments: Any) -> Fence:
+    def hanging(*arguments: Any, **how: Any) -> Fence:
         hangs.wait(60)
-        return copy(*arguments)
+        return copy(*arguments, **how)
 
     monkeypatch.setattr(rank.mover, "save", hanging)
     rank.run(StepPlan(0, saves=(save(2, 4, (4, 9)),)))
@@ -440,9 +440,9 @@ def test_a_small_save_is_one_copy_when_the_step_is_over(
     """No layer is asked, and no row has a job of its own."""
     copy, copied = rank.mover.save, []
 
-    def noted(rows: Sequence[int], *arguments: Any) -> Fence:
+    def noted(rows: Sequence[int], *arguments: Any, **how: Any) -> Fence:
         copied.append(list(rows))
-        return copy(rows, *arguments)
+        return copy(rows, *arguments, **how)
 
     monkeypatch.setattr(rank.mover, "save", noted)
     rank.executor.begin_step(StepPlan(1, saves=(save(1, 3, (7, 2)), save(2, 4, (4,)))))
@@ -462,7 +462,7 @@ def test_the_last_copy_of_a_save_is_waited_for_alone(
     """The device copies them in order, and each wait is a thread that wakes up."""
     fences: list[LateFence] = []
 
-    def late(*_: Any) -> Fence:
+    def late(*_: Any, **__: Any) -> Fence:
         fences.append(LateFence())
         return fences[-1]
 
