@@ -227,17 +227,25 @@ def sweep(
 @app.command()
 def push_proxy(
     prefill: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="URL,HOST:PORT",
             help="A prefill engine: its server, and its `push.listen`, where decode engines reach "
             "it. Repeat it for several.",
         ),
-    ],
+    ] = None,
     decode: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(metavar="URL", help="A decode engine's server. Repeat it for several."),
-    ],
+    ] = None,
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the engines are, in place of `--prefill` and `--decode`: YAML, read again "
+            "when it changes.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     token: Annotated[
@@ -252,6 +260,31 @@ def push_proxy(
             envvar="LAMINA_PUSH_ENGINE_KEY",
             help="What the engines are shown; without it and a token, what the client shows.",
         ),
+    ] = None,
+    admin_token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_PUSH_ADMIN_TOKEN",
+            help="What has to be shown to list and drain engines (`/admin`).",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The proxy's certificate: it then listens for HTTPS."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its key, if it is in another file.")
+    ] = None,
+    engines_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Authorities that engines' certificates must be of."),
+    ] = None,
+    engines_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A certificate that is shown to engines."),
+    ] = None,
+    engines_cert_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its key, if it is in another file.")
     ] = None,
     connect_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="For a connection to an engine.")
@@ -268,9 +301,16 @@ def push_proxy(
     health_interval: Annotated[
         float, typer.Option(metavar="SECONDS", help="Between two health checks of an engine.")
     ] = 3.0,
-    max_outstanding: Annotated[
-        int, typer.Option(metavar="REQUESTS", help="More at a time are turned away with a 503.")
-    ] = 1024,
+    max_held_bytes: Annotated[
+        int,
+        typer.Option(
+            metavar="BYTES",
+            help="Memory that requests may take, all together; more are turned away with a 503.",
+        ),
+    ] = 1 << 30,
+    max_body_bytes: Annotated[
+        int, typer.Option(metavar="BYTES", help="Size of a request's body at most.")
+    ] = 64 << 20,
     drain_seconds: Annotated[
         int,
         typer.Option(min=0, metavar="SECONDS", help="How long requests may go on after SIGTERM."),
@@ -282,12 +322,15 @@ def push_proxy(
     from one to the other. Publishes `/health` and `/metrics`.
     """
     from lamina_kv.cli import push_proxy as proxy
-    from lamina_kv.push.proxy.settings import Settings
+    from lamina_kv.push.proxy.settings import EngineTls, Settings
 
     with proxy.errors():
         settings = Settings(
-            prefill=proxy.prefill_addresses(prefill),
-            decode=tuple(decode),
+            prefill=proxy.prefill_addresses(prefill or []),
+            decode=tuple(decode or ()),
+            engines=engines,
+            engine_tls=EngineTls(engines_ca, engines_cert, engines_cert_key),
+            admin_token=admin_token,
             token=token,
             engine_key=engine_key,
             connect_timeout=connect_timeout,
@@ -295,9 +338,11 @@ def push_proxy(
             stall_timeout=stall_timeout,
             total_timeout=total_timeout,
             health_interval=health_interval,
-            max_outstanding=max_outstanding,
+            max_held_bytes=max_held_bytes,
+            max_body_bytes=max_body_bytes,
         )
-    proxy.run(settings, proxy.Listening(host, port, drain_seconds))
+        listening = proxy.Listening(host, port, drain_seconds, tls_cert, tls_key)
+    proxy.run(settings, listening)
 
 
 @app.command(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
@@ -25,11 +27,19 @@ class Listening:
         host: address of an interface.
         port: TCP's.
         drain_seconds: how long requests may go on once it is asked to end.
+        certificate: the server's, for ``https``; None for ``http``.
+        key: of it; None if it stands in the same file.
     """
 
     host: str
     port: int
     drain_seconds: int
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and self.certificate is None:
+            raise SettingsError(("--tls-key: there is no --tls-cert to which it could belong",))
 
 
 @contextmanager
@@ -68,9 +78,12 @@ def run(settings: Settings, listening: Listening) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.token is None and not _is_loopback(listening.host):
         log.warning("there is no token: whoever can reach %s may ask", listening.host)
+    with errors():
+        application = create_app(settings)
+        _check_certificate(listening)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings),
+            application,
             host=listening.host,
             port=listening.port,
             log_config=None,
@@ -78,9 +91,23 @@ def run(settings: Settings, listening: Listening) -> None:
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=listening.drain_seconds,
+            ssl_certfile=listening.certificate,
+            ssl_keyfile=listening.key,
         )
     )
     server.run()
+
+
+def _check_certificate(listening: Listening) -> None:
+    if listening.certificate is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            listening.certificate, listening.key
+        )
+    except OSError as error:
+        files = f"{listening.certificate}, {listening.key or 'no --tls-key'}"
+        raise SettingsError((f"--tls-cert: {files}: {error.strerror or error}",)) from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,27 +5,33 @@
 ``POST /v1/chat/completions``          the same
 ``GET /health``                        200 if a decode engine is usable; needs no token
 ``GET /metrics``                       for Prometheus; needs no token
-``GET`` anything else                  to a decode engine
+``/admin/…``                           see ``admin.py``
+anything else                          to a decode engine, as it came
 =====================================  ==============================================
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from lamina_kv.push.proxy.admin import admin_routes
 from lamina_kv.push.proxy.balancing import Balancer, LeastLoaded
+from lamina_kv.push.proxy.discovery.places import Place
+from lamina_kv.push.proxy.discovery.watch import Discovery
 from lamina_kv.push.proxy.dispatcher import Dispatcher
-from lamina_kv.push.proxy.engines import Engine, Role
+from lamina_kv.push.proxy.engines import Role
 from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.fleet import Fleet
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.relay import Relay
 from lamina_kv.push.proxy.roster import Roster
 from lamina_kv.push.proxy.settings import Settings
+from lamina_kv.push.proxy.tls import engine_context
 
 _FIRST_CHECKS = 3.0
 """Seconds that engines have to answer before the proxy lets requests in."""
@@ -39,38 +45,47 @@ def create_app(settings: Settings, balancer: Balancer | None = None) -> FastAPI:
     Args:
         settings: checked already.
         balancer: chooses engines; by default :class:`LeastLoaded`.
+
+    Raises:
+        SettingsError: if a file cannot be used that the settings name.
     """
-    engines = [
-        *(Engine(Role.PREFILL, place.url, place.push, settings) for place in settings.prefill),
-        *(Engine(Role.DECODE, url, "", settings) for url in settings.decode),
-    ]
-    roster = Roster(engines)
-    metrics = Metrics(engines)
-    dispatcher = Dispatcher(settings, engines, balancer or LeastLoaded(), metrics)
+    fleet = Fleet(settings, engine_context(settings.engine_tls))
+    discovery = None
+    if settings.engines is not None:
+        discovery = Discovery(settings.engines, settings.engines_interval)
+    roster = Roster(fleet)
+    metrics = Metrics(fleet)
+    fleet.tell(roster.changed, metrics.forget)
+    dispatcher = Dispatcher(settings, fleet, balancer or LeastLoaded(), metrics)
     relay = Relay(settings, dispatcher, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watches = [asyncio.create_task(engine.watch(roster.changed)) for engine in engines]
+        finding = None
+        if discovery is None:
+            fleet.update(_named(settings))
+        else:
+            finding = asyncio.create_task(discovery.run(fleet.update))
         # Whoever finds the proxy listening must not find it without engines that are there.
-        checks = [asyncio.create_task(engine.checked.wait()) for engine in engines]
-        await asyncio.wait(checks, timeout=_FIRST_CHECKS)
-        for check in checks:
-            check.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_CHECKS):
+                if discovery is not None:
+                    await discovery.settled.wait()
+                for engine in fleet:
+                    await engine.checked.wait()
         yield
         if relay.tasks:
             await asyncio.wait(relay.tasks, timeout=_LAST_WORDS)
-        for watch in watches:
-            watch.cancel()
-        await asyncio.wait(watches)
-        for engine in engines:
-            await engine.close()
+        if finding is not None:
+            finding.cancel()
+            await asyncio.wait({finding})
+        await fleet.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
     @app.get("/health")
     async def health() -> Response:
-        if any(engine.usable for engine in engines if engine.role is Role.DECODE):
+        if any(engine.usable for engine in fleet if engine.role is Role.DECODE):
             return Response()
         refusal = Refusal(503, "no decode engine can be used")
         return Response(refusal.body, refusal.status, refusal.headers)
@@ -79,7 +94,14 @@ def create_app(settings: Settings, balancer: Balancer | None = None) -> FastAPI:
     async def publish() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_route("/v1/completions", relay, methods=["POST"])  # type: ignore[arg-type]
-    app.add_route("/v1/chat/completions", relay, methods=["POST"])  # type: ignore[arg-type]
-    app.add_route("/{path:path}", relay, methods=["GET"])  # type: ignore[arg-type]
+    app.include_router(admin_routes(settings, fleet))
+    app.add_route("/{path:path}", relay)  # type: ignore[arg-type]
     return app
+
+
+def _named(settings: Settings) -> Iterator[Place]:
+    """The engines of the command line."""
+    for address in settings.prefill:
+        yield Place(Role.PREFILL, address.url, address.push)
+    for url in settings.decode:
+        yield Place(Role.DECODE, url)

@@ -11,20 +11,23 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import httpx
 import msgspec
 
 from lamina_kv.push.proxy.balancing import Balancer, weight
-from lamina_kv.push.proxy.engines import Engine, EngineError, Rank, Role
+from lamina_kv.push.proxy.engines import Engine, EngineBusy, EngineError, Rank, Role
 from lamina_kv.push.proxy.errors import EngineAnswer, Refusal
+from lamina_kv.push.proxy.headers import RANK, Pairs, of_answer
 from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina_kv.push.proxy.requests import ApiRequest
 from lamina_kv.push.proxy.settings import Settings
+from lamina_kv.push.proxy.usage import cached_by, corrected
 
 log = logging.getLogger("lamina_kv.push.proxy")
 
@@ -32,20 +35,16 @@ PREFILL_GRACE = 1.0
 """Seconds that a prefill engine has to say that it is done once the decode engine's answer has
 ended; after that the answer was computed without it."""
 
-REFUSAL_GRACE = 0.5
+REFUSAL_GRACE = 2.0
 """Seconds that a decode engine has to refuse a request that a prefill engine has refused: a mistake
-of the client's, which both find before they compute anything."""
+of the client's, which both find before they compute anything. More than a busy server takes to look
+at a request; a decode engine that needs no push computes meanwhile, as nobody prefills."""
 
 BUSY = 429
 """The status of an engine that has too much to do, while another one may have nothing."""
 
-_RANK_HEADER = "x-data-parallel-rank"
-"""By which vLLM's server is told which of its ranks computes a request."""
-
 _REASON_LENGTH = 300
 """Characters of an engine's reason that are logged."""
-
-_PASSED_ON = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +60,40 @@ class Answer:
     """
 
     status: int
-    headers: Mapping[str, str]
+    headers: Pairs
     events: bool
     pieces: AsyncIterator[bytes]
 
 
-class _Prefill(Enum):
+class _End(Enum):
     """How the prefill engine's part has ended."""
 
     DONE = "done"
     REFUSED = "refused"
     """It says that the request is wrong."""
+    BUSY = "busy"
+    """It has too much to do."""
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefilled:
+    """What a prefill engine has done.
+
+    Attributes:
+        end: how its part has ended.
+        cached: see :func:`cached_by`.
+    """
+
+    end: _End
+    cached: int | None = 0
+
+
+_WHY_LOST = {
+    _End.REFUSED: Unpushed.PREFILL_REFUSED,
+    _End.BUSY: Unpushed.PREFILL_BUSY,
+    _End.FAILED: Unpushed.PREFILL_FAILED,
+}
 
 
 class _PrefillLost(Exception):
@@ -87,7 +108,7 @@ class _PrefillLost(Exception):
         self.why = why
 
 
-async def _unless_lost(prefilling: asyncio.Task[_Prefill], decoding: Awaitable[Answer]) -> Answer:
+async def _unless_lost(prefilling: asyncio.Task[_Prefilled], decoding: Awaitable[Answer]) -> Answer:
     """The decode engine's answer.
 
     Raises:
@@ -98,13 +119,12 @@ async def _unless_lost(prefilling: asyncio.Task[_Prefill], decoding: Awaitable[A
     try:
         async with asyncio.timeout(None) as patience:
 
-            def ended(task: asyncio.Task[_Prefill]) -> None:
+            def ended(task: asyncio.Task[_Prefilled]) -> None:
                 nonlocal why
-                if not waiting or task.cancelled() or task.result() is _Prefill.DONE:
+                if not waiting or task.cancelled() or task.result().end is _End.DONE:
                     return
-                grace = 0.0
-                if task.result() is _Prefill.REFUSED:
-                    why, grace = Unpushed.PREFILL_REFUSED, REFUSAL_GRACE
+                why = _WHY_LOST[task.result().end]
+                grace = REFUSAL_GRACE if task.result().end is _End.REFUSED else 0.0
                 patience.reschedule(asyncio.get_running_loop().time() + grace)
 
             prefilling.add_done_callback(ended)
@@ -175,13 +195,13 @@ class Dispatcher:
 
     Args:
         settings: timeouts and tries.
-        engines: all, of both roles.
+        engines: all there are at the moment, of both roles.
         balancer: chooses among them.
         metrics: is told what happens.
     """
 
     def __init__(
-        self, settings: Settings, engines: Sequence[Engine], balancer: Balancer, metrics: Metrics
+        self, settings: Settings, engines: Iterable[Engine], balancer: Balancer, metrics: Metrics
     ) -> None:
         self._settings = settings
         self._engines = engines
@@ -252,15 +272,21 @@ class Dispatcher:
             last: whether no other engine is left to try, so that a busy one's answer is passed on.
         """
         prefill = self._choose_prefill(request)
+        refused = False
         if prefill is not None:
             try:
                 return await stack.enter_async_context(
                     self._pushed(request, prefill, decode, blame, last=last)
                 )
             except _PrefillLost as lost:
-                self._metrics.unpushed(lost.why)
+                refused = lost.why is Unpushed.PREFILL_REFUSED
+                if not refused:
+                    self._metrics.unpushed(lost.why)
         plain = self._decode(decode, request, request.for_decode(), blame, last=last)
-        return await stack.enter_async_context(plain)
+        answer = await stack.enter_async_context(plain)
+        if refused and answer.status < 400:  # or else it was the client's mistake
+            self._metrics.unpushed(Unpushed.PREFILL_REFUSED)
+        return answer
 
     @asynccontextmanager
     async def _pushed(
@@ -283,7 +309,8 @@ class Dispatcher:
                 body = request.for_decode(push_id, rank.push)
                 decoding = self._decode(decode, request, body, blame, last=last)
                 answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
-                yield answer
+                cached = partial(_cached, prefilling)
+                yield replace(answer, pieces=corrected(answer.pieces, cached, events=answer.events))
             if answer.status < 400:
                 await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
         finally:
@@ -303,11 +330,12 @@ class Dispatcher:
 
     async def _prefill(
         self, engine: Engine, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
-    ) -> _Prefill:
+    ) -> _Prefilled:
         outcome = Outcome.CANCELLED
+        request.entry.prefill.append(engine.url)
         body = request.for_prefill(push_id)
         # Or else its server chooses one, and the decode engine waits at another's address.
-        headers = {**request.headers, _RANK_HEADER: str(rank.index)}
+        headers = {**request.headers, RANK: str(rank.index)}
         try:
             async with (
                 engine.send(request.method, request.target, headers, body) as response,
@@ -315,13 +343,14 @@ class Dispatcher:
             ):
                 text = await response.aread()
             outcome = _outcome(response)
-            if outcome is Outcome.ANSWERED:
+            if outcome is Outcome.ANSWERED or response.status_code == BUSY:
                 engine.succeeded()
             else:
                 blame.suspect(engine, response.status_code, text)
         except EngineError as error:
             outcome = Outcome.FAILED
-            engine.failed(str(error))
+            if not isinstance(error, EngineBusy):
+                engine.failed(str(error))
             log.warning(
                 "request %s: %s failed: %s; the decode engine computes the prompt",
                 request.id,
@@ -331,8 +360,10 @@ class Dispatcher:
         finally:
             self._metrics.exchange(engine, outcome)
         if outcome is Outcome.ANSWERED:
-            return _Prefill.DONE
-        return _Prefill.REFUSED if outcome is Outcome.REFUSED else _Prefill.FAILED
+            return _Prefilled(_End.DONE, cached_by(text))
+        if outcome is Outcome.FAILED:
+            return _Prefilled(_End.FAILED)
+        return _Prefilled(_End.BUSY if response.status_code == BUSY else _End.REFUSED)
 
     @asynccontextmanager
     async def _decode(
@@ -340,6 +371,7 @@ class Dispatcher:
     ) -> AsyncIterator[Answer]:
         outcome = Outcome.CANCELLED
         begun = False
+        request.entry.decode.append(engine.url)
         try:
             with engine.visit(weight(request)):
                 async with engine.send(
@@ -363,21 +395,19 @@ class Dispatcher:
                         blame.answered()
                     yield Answer(
                         response.status_code,
-                        {
-                            name: response.headers[name]
-                            for name in _PASSED_ON
-                            if name in response.headers
-                        },
+                        of_answer(response.headers),
                         events,
                         _chain(first, pieces),
                     )
                     outcome = _outcome(response)
         except EngineError as error:
             outcome = Outcome.INTERRUPTED if begun else Outcome.FAILED
-            engine.failed(str(error))
+            if not isinstance(error, EngineBusy):
+                engine.failed(str(error))
             log.warning("request %s: %s %s: %s", request.id, engine, outcome.value, error)
             what = "was interrupted" if begun else "did not answer"
-            raise Refusal(502, f"the decode engine {what}: {error}") from error
+            status = 504 if isinstance(error, EngineBusy) else 502
+            raise Refusal(status, f"the decode engine {what}: {error}") from error
         finally:
             self._metrics.exchange(engine, outcome)
 
@@ -402,6 +432,7 @@ class Dispatcher:
                 piece = await anext(pieces, None)
             if piece is None:
                 break
+            engine.came()
             if events:
                 # Half an event could not be followed by one that says what happened.
                 whole, end, held = (held + piece).rpartition(b"\n\n")
@@ -411,6 +442,15 @@ class Dispatcher:
                 yield piece
         if held:
             yield held
+
+
+async def _cached(prefilling: asyncio.Task[_Prefilled]) -> int | None:
+    """See :func:`cached_by`. The decode engine's answer may end before that of the prefill engine
+    has come."""
+    await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
+    if not prefilling.done() or prefilling.cancelled():
+        return 0
+    return prefilling.result().cached
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import random
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -17,6 +18,7 @@ import httpx
 import msgspec
 
 from lamina_kv.push.proxy.breaker import BreakerState, CircuitBreaker
+from lamina_kv.push.proxy.headers import raw
 from lamina_kv.push.proxy.settings import Settings
 
 log = logging.getLogger("lamina_kv.push.proxy")
@@ -45,6 +47,11 @@ class Role(StrEnum):
 
 class EngineError(Exception):
     """An engine could not be reached, or has not answered in time, or in full. Says why."""
+
+
+class EngineBusy(EngineError):
+    """An engine has not answered in time, and others meanwhile: it has too much to do, and that is
+    no failure of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +100,14 @@ class Engine:
             empty for a decode engine.
         settings: timeouts, and how much failure is borne.
         clock: monotonic seconds.
+        server_name: whose certificate it shows, if that is not the host of its URL.
+        verify: how its certificate is checked; None as usual.
 
     Attributes:
         load: of the requests outstanding there, the sum of their weights.
         visits: requests sent there so far.
+        outstanding: requests there that have not ended.
+        drained: whether it gets no new requests.
         healthy: whether its last health checks went well; False until the first one has.
         checked: set when its first health check is over.
         trouble: while it is not healthy, why.
@@ -111,12 +122,17 @@ class Engine:
         push: str,
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        server_name: str = "",
+        verify: ssl.SSLContext | None = None,
     ) -> None:
         self.role = role
         self.url = url
         self.push = push
         self.load = 0
         self.visits = 0
+        self.outstanding = 0
+        self.drained = False
         self.healthy = False
         self.checked = asyncio.Event()
         self.trouble = ""
@@ -128,12 +144,16 @@ class Engine:
         self._breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_pause, clock)
         self._on_probation = False
         self._waiting: set[asyncio.Timeout] = set()
+        self._sent = 0
+        self._ended = asyncio.Event()
+        self._tls = {"sni_hostname": server_name} if server_name else {}
         self._base = httpx.URL(url)
         self._client = httpx.AsyncClient(
+            verify=True if verify is None else verify,
             timeout=httpx.Timeout(None, connect=settings.connect_timeout),
-            # Requests are counted where they are let in; one more for health checks.
+            # Requests are bounded where they are let in.
             limits=httpx.Limits(
-                max_connections=settings.max_outstanding + 1,
+                max_connections=None,
                 max_keepalive_connections=64,
                 keepalive_expiry=_KEEP_ALIVE,
             ),
@@ -147,7 +167,7 @@ class Engine:
     @property
     def usable(self) -> bool:
         """Whether a request may be sent there now."""
-        if not self.healthy or self._breaker.state is BreakerState.OPEN:
+        if self.drained or not self.healthy or self._breaker.state is BreakerState.OPEN:
             return False
         return self._breaker.state is BreakerState.CLOSED or not self._on_probation
 
@@ -165,13 +185,22 @@ class Engine:
         self._on_probation |= probation
         self.load += weight
         self.visits += 1
+        self.outstanding += 1
         try:
             yield rank
         finally:
+            self.outstanding -= 1
+            self._ended.set()
             load.weight -= weight
             self.load -= weight
             if probation:
                 self._on_probation = False
+
+    async def idle(self) -> None:
+        """Returns when no request is outstanding there."""
+        while self.outstanding:
+            self._ended.clear()
+            await self._ended.wait()
 
     def succeeded(self) -> None:
         """A request got an answer there."""
@@ -204,14 +233,23 @@ class Engine:
         # Never joined as URLs are: a path that looks like a host must stay a path.
         path = self._base.raw_path.rstrip(b"/") + target
         request = self._client.build_request(
-            method, self._base.copy_with(raw_path=path), headers=dict(headers), content=body
+            method,
+            self._base.copy_with(raw_path=path),
+            headers=raw(headers.items()),
+            content=body,
+            extensions=self._tls,
         )
         async with self.patience(self._settings.first_byte_timeout):
             response = await self._client.send(request, stream=True)
+        self.came()
         try:
             yield response
         finally:
             await response.aclose()
+
+    def came(self) -> None:
+        """The engine has sent something of an answer."""
+        self._sent += 1
 
     @asynccontextmanager
     async def patience(self, seconds: float) -> AsyncIterator[None]:
@@ -219,8 +257,10 @@ class Engine:
         say that it is dead.
 
         Raises:
+            EngineBusy: if it did not come, while something else did.
             EngineError: if it did not come.
         """
+        sent = self._sent
         try:
             async with asyncio.timeout(seconds) as timeout:
                 self._waiting.add(timeout)
@@ -229,8 +269,11 @@ class Engine:
                 finally:
                     self._waiting.discard(timeout)
         except TimeoutError as error:
-            why = f"nothing in {seconds:g} s" if self.healthy else "its health checks fail"
-            raise EngineError(why) from error
+            if not self.healthy:
+                raise EngineError("its health checks fail") from error
+            if self._sent > sent:
+                raise EngineBusy(f"it is busy with others for {seconds:g} s") from error
+            raise EngineError(f"nothing in {seconds:g} s") from error
         except httpx.HTTPError as error:
             raise EngineError(f"{type(error).__name__} {error}".rstrip()) from error
 
@@ -270,21 +313,25 @@ class Engine:
                 timeout.reschedule(now)
 
     async def _check(self) -> str:
-        """Returns what is wrong with it; empty if nothing is."""
+        """Returns what is wrong with it; empty if nothing is. A server may say that it is well and
+        serve nothing."""
         try:
             await self._ask(b"/health")
+            response = await self._get(b"/v1/models")
         except EngineError as error:
             return str(error)
-        return ""
+        if response.is_server_error:
+            return f"GET {response.url}: status {response.status_code}"
+        try:
+            answer = msgspec.json.decode(response.content, type=_Models)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            self.models = frozenset()  # it does not say, which is no mistake
+            return ""
+        self.models = frozenset(model.id for model in answer.data)
+        return "" if self.models else "it serves no model"
 
     async def _introduce(self) -> None:
-        """Ask it what it serves, and on which ranks. What it does not say is not known."""
-        self.models = frozenset()
-        try:
-            answer = msgspec.json.decode(await self._ask(b"/v1/models"), type=_Models)
-            self.models = frozenset(model.id for model in answer.data)
-        except (EngineError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            log.info("%s does not say which model it serves: %s", self, error)
+        """Ask it on which ranks it serves. What it does not say is not known."""
         try:
             text = (await self._ask(b"/metrics")).decode(errors="replace")
         except EngineError as error:
@@ -306,6 +353,17 @@ class Engine:
         Raises:
             EngineError: if that is no success.
         """
+        response = await self._get(path)
+        if not response.is_success:
+            raise EngineError(f"GET {response.url}: status {response.status_code}")
+        return response.content
+
+    async def _get(self, path: bytes) -> httpx.Response:
+        """The same, also if it is no success.
+
+        Raises:
+            EngineError: if there is no answer.
+        """
         url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path)
         headers = dict(_ITSELF)
         if self._settings.engine_key is not None:
@@ -313,12 +371,9 @@ class Engine:
         seconds = max(self._settings.health_interval, _CHECK_SECONDS)
         try:
             async with asyncio.timeout(seconds):
-                response = await self._client.get(url, headers=headers)
+                return await self._client.get(url, headers=headers, extensions=self._tls)
         except TimeoutError as error:
             raise EngineError(f"GET {url}: nothing in {seconds:g} s") from error
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__} {error}".rstrip()
             raise EngineError(f"GET {url}: {reason}") from error
-        if not response.is_success:
-            raise EngineError(f"GET {url}: status {response.status_code}")
-        return response.content

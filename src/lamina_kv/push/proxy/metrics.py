@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from enum import StrEnum
-from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from lamina_kv.push.proxy.engines import Engine
 
@@ -34,17 +36,53 @@ class Unpushed(StrEnum):
     """It cannot be pushed."""
     NO_PREFILL_ENGINE = "no_prefill_engine"
     """None is usable."""
+    PREFILL_BUSY = "prefill_busy"
+    """The one that was chosen has too much to do: 429."""
     PREFILL_FAILED = "prefill_failed"
     """The one that was chosen did not compute the prompt."""
     PREFILL_REFUSED = "prefill_refused"
     """The one that was chosen says that the request is wrong, and no decode engine says so."""
 
 
+class _EngineGauges(Collector):
+    """What engines are doing at the moment.
+
+    Args:
+        engines: see :class:`Metrics`.
+    """
+
+    def __init__(self, engines: Iterable[Engine]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """See :class:`Collector`."""
+        names = ("role", "engine")
+        usable = GaugeMetricFamily(
+            "lamina_proxy_engine_usable",
+            "0 while an engine is dead, drained or left alone",
+            labels=names,
+        )
+        load = GaugeMetricFamily(
+            "lamina_proxy_engine_load",
+            "Weight of the requests outstanding at an engine",
+            labels=names,
+        )
+        # One that leaves may have a successor at the same URL.
+        found: dict[tuple[str, str], list[Engine]] = {}
+        for engine in self._engines:
+            found.setdefault((engine.role.value, engine.url), []).append(engine)
+        for labels, engines in found.items():
+            usable.add_metric(labels, any(engine.usable for engine in engines))
+            load.add_metric(labels, sum(engine.load for engine in engines))
+        yield usable
+        yield load
+
+
 class Metrics:
     """See the module. Every proxy has its own registry.
 
     Args:
-        engines: every engine there is.
+        engines: every engine there is at the moment.
     """
 
     def __init__(self, engines: Iterable[Engine]) -> None:
@@ -57,6 +95,11 @@ class Metrics:
         )
         self.outstanding = Gauge(
             "lamina_proxy_outstanding", "Requests let in and not ended", registry=self._registry
+        )
+        self.held_bytes = Gauge(
+            "lamina_proxy_held_bytes",
+            "Memory that requests take, as it is counted for --max-held-bytes",
+            registry=self._registry,
         )
         self.first_byte_seconds = Histogram(
             "lamina_proxy_first_byte_seconds",
@@ -87,27 +130,17 @@ class Metrics:
             ("reason",),
             registry=self._registry,
         )
-        labels = ("role", "engine")
-        usable = Gauge(
-            "lamina_proxy_engine_usable",
-            "0 while an engine is dead or left alone",
-            labels,
-            registry=self._registry,
-        )
-        load = Gauge(
-            "lamina_proxy_engine_load",
-            "Weight of the requests outstanding at an engine",
-            labels,
-            registry=self._registry,
-        )
-        for engine in engines:
-            names = (engine.role.value, engine.url)
-            usable.labels(*names).set_function(partial(getattr, engine, "usable"))
-            load.labels(*names).set_function(partial(getattr, engine, "load"))
+        self._registry.register(_EngineGauges(engines))
 
     def exchange(self, engine: Engine, outcome: Outcome) -> None:
         """An engine is done with a request."""
         self._exchanges.labels(engine.role.value, engine.url, outcome.value).inc()
+
+    def forget(self, engine: Engine) -> None:
+        """An engine is gone: its series end."""
+        for outcome in Outcome:
+            with suppress(KeyError):
+                self._exchanges.remove(engine.role.value, engine.url, outcome.value)
 
     def unpushed(self, reason: Unpushed) -> None:
         """A request goes to a decode engine alone."""

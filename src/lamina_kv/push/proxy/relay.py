@@ -7,12 +7,11 @@ import asyncio
 import hmac
 import re
 import string
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from starlette.datastructures import Headers
@@ -20,13 +19,58 @@ from starlette.types import Receive, Scope, Send
 
 from lamina_kv.push.proxy.dispatcher import Dispatcher
 from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.headers import CREDENTIALS, Pairs, of_request, raw, shown_keys
+from lamina_kv.push.proxy.journal import Entry
+from lamina_kv.push.proxy.memory import COPIES, Memory, Share
 from lamina_kv.push.proxy.metrics import Metrics
-from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.requests import SPLIT, ApiRequest, harmless, parse_fields
 from lamina_kv.push.proxy.settings import Settings
 
 _CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_PASSED_ON = ("accept", "traceparent", "tracestate")
+
+_ROUTES: Final = SPLIT | {
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/score",
+    "/v1/rerank",
+    "/tokenize",
+    "/detokenize",
+}
+"""Paths that metrics tell apart. A client can ask for any path, and each would be a series."""
+
+_FOR_ONE_ENGINE: Final = frozenset(
+    {
+        "/abort_requests",
+        "/collective_rpc",
+        "/fault_tolerance/apply",
+        "/finish_weight_update",
+        "/init_weight_transfer_engine",
+        "/pause",
+        "/release_kv_cache_memory",
+        "/reset_encoder_cache",
+        "/reset_mm_cache",
+        "/reset_prefix_cache",
+        "/resume",
+        "/scale_elastic_ep",
+        "/shutdown_weight_transfer_engine",
+        "/sleep",
+        "/start_draft_weight_update",
+        "/start_profile",
+        "/start_weight_update",
+        "/stop_profile",
+        "/update_weight_version",
+        "/update_weights",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/wake_up",
+        "/weight_checker",
+    }
+)
+"""What changes an engine, of vLLM 0.33. Through the proxy it would change any one of them, and be
+there for every client."""
 
 
 class _ClientLeft(Exception):
@@ -49,18 +93,12 @@ class _Client:
         self._patience = patience
         self._events = False
 
-    async def begin(self, status: int, headers: Mapping[str, str], *, events: bool = False) -> None:
+    async def begin(self, status: int, headers: Pairs, *, events: bool = False) -> None:
         """Status and headers."""
         self.status = status
         self._events = events
-        pairs = {**headers, "x-request-id": self._request_id}.items()
-        await self._write(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
-            }
-        )
+        pairs = raw((*headers, ("x-request-id", self._request_id)))
+        await self._write({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def piece(self, body: bytes) -> None:
         """A part of the body; waits while the client is slow."""
@@ -75,7 +113,7 @@ class _Client:
         """The proxy's own answer, or end of one. What is neither can only be broken off, which the
         server does if it is not completed."""
         if self.status == _CLIENT_LEFT:
-            await self.begin(refusal.status, refusal.headers)
+            await self.begin(refusal.status, (*refusal.headers.items(),))
             await self.end(refusal.body)
         elif self._events and not self.complete:
             await self.end(refusal.event)
@@ -105,17 +143,19 @@ class Relay:
         self._settings = settings
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._memory = Memory(settings.max_held_bytes, metrics.held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id", ""))
         client = _Client(send, request_id, self._settings.stall_timeout)
-        began = time.perf_counter()
+        path = quote(scope["raw_path"], safe=string.punctuation)
+        entry = Entry(request_id, scope["method"], path)
         try:
-            self._check_token(headers)
-            with self._let_in():
-                await self._serve(scope, receive, headers, request_id, client)
+            self._check(scope, headers)
+            with self._let_in(), self._memory.share() as share:
+                await self._serve(scope, receive, headers, entry, share, client)
         except Refusal as refusal:
             await client.refuse(refusal)
         except _ClientLeft:
@@ -124,22 +164,32 @@ class Relay:
             # The server is ending, and nobody waits for this task: the client is to know why.
             await client.refuse(Refusal(503, "the proxy is shutting down: ask another one"))
         finally:
-            route = scope["path"] if scope["method"] == "POST" else "other"
+            route = scope["path"] if scope["path"] in _ROUTES else "other"
             self._metrics.requests.labels(route, str(int(client.status))).inc()
-            self._metrics.seconds.observe(time.perf_counter() - began)
+            self._metrics.seconds.observe(entry.seconds)
+            entry.write(client.status)
 
-    def _check_token(self, headers: Headers) -> None:
-        if self._settings.token is None:
-            return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(token.strip().encode(), self._settings.token.encode())
-        if scheme.lower() != "bearer" or not right:
-            raise Refusal(HTTPStatus.UNAUTHORIZED, "show the proxy's token: Authorization: Bearer")
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Whether a client may ask this.
+
+        Raises:
+            Refusal: if it may not.
+        """
+        # A browser asks without a key whether it may ask with one.
+        if self._settings.token is not None and scope["method"] != "OPTIONS":
+            token = self._settings.token.encode()
+            if not any(hmac.compare_digest(key.encode(), token) for key in shown_keys(headers)):
+                raise Refusal(
+                    HTTPStatus.UNAUTHORIZED, "show the proxy's token: Authorization: Bearer"
+                )
+        if scope["method"] != "GET" and scope["path"].rstrip("/") in _FOR_ONE_ENGINE:
+            raise Refusal(
+                HTTPStatus.FORBIDDEN,
+                "this changes one engine, and the proxy has several: ask each engine itself",
+            )
 
     @contextmanager
     def _let_in(self) -> Iterator[None]:
-        if len(self.tasks) >= self._settings.max_outstanding:
-            raise Refusal(503, f"{len(self.tasks)} requests are outstanding: ask again later")
         task = asyncio.current_task()
         assert task is not None
         self.tasks.add(task)
@@ -151,12 +201,18 @@ class Relay:
             self._metrics.outstanding.dec()
 
     async def _serve(
-        self, scope: Scope, receive: Receive, headers: Headers, request_id: str, client: _Client
+        self,
+        scope: Scope,
+        receive: Receive,
+        headers: Headers,
+        entry: Entry,
+        share: Share,
+        client: _Client,
     ) -> None:
         seconds = self._settings.total_timeout
         try:
             async with asyncio.timeout(seconds):
-                request = await self._read(scope, receive, headers, request_id)
+                request = await self._read(scope, receive, headers, entry, share)
                 passing = asyncio.create_task(self._pass(request, client))
                 leaving = asyncio.create_task(_left(receive))
                 try:
@@ -174,9 +230,10 @@ class Relay:
             raise Refusal(504, f"not done within {seconds:g} s") from error
 
     async def _pass(self, request: ApiRequest, client: _Client) -> None:
-        began = time.perf_counter()
+        began = request.entry.seconds
         async with self._dispatcher.answer(request) as answer:
-            self._metrics.first_byte_seconds.observe(time.perf_counter() - began)
+            self._metrics.first_byte_seconds.observe(request.entry.seconds - began)
+            request.entry.first_byte()
             await client.begin(answer.status, answer.headers, events=answer.events)
             async for piece in answer.pieces:
                 await client.piece(piece)
@@ -185,25 +242,35 @@ class Relay:
     # -- the request ---------------------------------------------------------------------------
 
     async def _read(
-        self, scope: Scope, receive: Receive, headers: Headers, request_id: str
+        self, scope: Scope, receive: Receive, headers: Headers, entry: Entry, share: Share
     ) -> ApiRequest:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         # As it came; only what may not stand in a URL at all is escaped.
         target = quote(scope["raw_path"] + query, safe=string.punctuation).encode()
-        passed = {name: headers[name] for name in _PASSED_ON if name in headers}
-        passed["x-request-id"] = request_id
-        if self._settings.engine_key is not None:
-            passed["authorization"] = f"Bearer {self._settings.engine_key}"
-        elif self._settings.token is None and "authorization" in headers:
-            passed["authorization"] = headers["authorization"]
-        if scope["method"] != "POST":
-            return ApiRequest(request_id, scope["method"], target, passed)
-        body = await self._read_body(receive, headers)
-        passed["content-type"] = "application/json"
-        fields = parse_fields(body)
-        return ApiRequest(request_id, "POST", target, passed, fields, len(body))
+        passed = {**of_request(headers), "x-request-id": entry.id}
+        self._show(passed)
+        split = scope["method"] == "POST" and scope["path"] in SPLIT
+        body = await self._read_body(receive, headers, share, copies=COPIES if split else 1)
+        if split:
+            passed["content-type"] = "application/json"
+            fields, rest = parse_fields(body), b""
+        else:
+            fields, rest = None, harmless(body, headers.get("content-type", ""))
+        return ApiRequest(entry.id, scope["method"], target, passed, fields, len(body), rest, entry)
 
-    async def _read_body(self, receive: Receive, headers: Headers) -> bytes:
+    def _show(self, passed: dict[str, str]) -> None:
+        """Put the keys right that engines are shown: the proxy's own token is none of theirs."""
+        if self._settings.engine_key is not None:
+            for name in CREDENTIALS:
+                passed.pop(name, None)
+            passed["authorization"] = f"Bearer {self._settings.engine_key}"
+        elif self._settings.token is not None:
+            for name in CREDENTIALS:
+                passed.pop(name, None)
+
+    async def _read_body(
+        self, receive: Receive, headers: Headers, share: Share, *, copies: int
+    ) -> bytes:
         limit = self._settings.max_body_bytes
         too_large = Refusal(413, f"the body has more than {limit} bytes")
         announced = headers.get("content-length", "")
@@ -222,6 +289,7 @@ class Relay:
             size += len(part)
             if size > limit:
                 raise too_large
+            share.grow(copies * len(part))
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)

@@ -1,16 +1,22 @@
 """A client's request, and what the two engines are sent of it.
 
-Values that the proxy has no business with are never parsed: they reach the engine byte for byte.
+Completions and chats are split between a prefill and a decode engine; everything else goes to a
+decode engine as it came. Values that the proxy has no business with are never parsed: they reach
+the engine byte for byte, and a body of megabytes is looked through once, without objects.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
 from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.journal import Entry
+
+SPLIT: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Paths of requests that a prefill engine can compute the prompt of."""
 
 Fields = dict[str, msgspec.Raw]
 """A JSON object: names, and values as they were written."""
@@ -40,7 +46,15 @@ _NOT_FOR_PREFILL = (
     "logprobs",
     "top_logprobs",
     "logprob_token_ids",
+    "return_token_ids",
+    "return_prompt_text",
+    # They restrict what is sampled, and a grammar takes seconds to compile. They are no part of the
+    # prompt: vLLM's chat templates are given tools and `tool_choice`, which therefore stay.
+    "response_format",
+    "structured_outputs",
 )
+_TRANSFERS = frozenset({"kv_transfer_params", "ec_transfer_params"})
+"""Parameters that name other engines."""
 _ONE = msgspec.Raw(b"1")
 _FOR_PREFILL = {"stream": msgspec.Raw(b"false"), "max_tokens": _ONE}
 
@@ -53,9 +67,11 @@ class ApiRequest:
         id: of the request, for every log; that of a push is another.
         method: HTTP's.
         target: path and query, as they came.
-        headers: those that every engine gets.
-        fields: the body's; None if there is none.
+        headers: those that every engine gets; names are in lower case.
+        fields: the body's, if it is one that may be split; None if a decode engine gets ``body``.
         size: of the body, in bytes.
+        body: as it came, if there are no fields.
+        entry: what the access log will say.
     """
 
     id: str
@@ -64,6 +80,8 @@ class ApiRequest:
     headers: dict[str, str]
     fields: Fields | None = None
     size: int = 0
+    body: bytes = b""
+    entry: Entry = field(default_factory=lambda: Entry("", "", ""))
 
     @property
     def pushable(self) -> bool:
@@ -94,7 +112,7 @@ class ApiRequest:
             prefill: the prefill engine's push address.
         """
         push = {"id": push_id, "prefill": prefill} if push_id else None
-        return b"" if self.fields is None else _encode(self.fields, push)
+        return self.body if self.fields is None else _encode(self.fields, push)
 
 
 def parse_fields(body: bytes) -> Fields:
@@ -109,6 +127,56 @@ def parse_fields(body: bytes) -> Fields:
         raise Refusal(400, f"the body is not a JSON object: {error}") from error
 
 
+def harmless(body: bytes, media_type: str) -> bytes:
+    """A body that is not to be split, without what could make an engine connect to wherever the
+    client likes. It is the same bytes if there is nothing of that in it.
+
+    Args:
+        body: any.
+        media_type: what the client calls it; empty if it does not.
+
+    Raises:
+        Refusal: 400, if an engine might find in it what the proxy does not: it is called JSON, and
+            is none.
+    """
+    kind = media_type.partition(";")[0].strip().lower()
+    is_json = not kind or kind.endswith(("/json", "+json"))
+    if not body or not (is_json or body.lstrip().startswith(b"{")):
+        return body
+    try:
+        fields = _DECODER.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if not is_json or _is_json(body):
+            return body
+        raise Refusal(400, f"the body is not JSON: {error}") from error
+    sampling = _without_transfers(fields.get("sampling_params"))
+    if fields.keys().isdisjoint(_TRANSFERS) and sampling is None:
+        return body
+    return _encode(fields if sampling is None else {**fields, "sampling_params": sampling}, None)
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _without_transfers(sampling: msgspec.Raw | None) -> msgspec.Raw | None:
+    """Parameters of sampling that would smuggle transfers in, without these; None if they do
+    not. ``/inference/v1/generate`` takes them as vLLM's engine does."""
+    try:
+        given = _DECODER.decode(sampling) if sampling is not None else {}
+        more = _DECODER.decode(given["extra_args"]) if "extra_args" in given else {}
+    except msgspec.ValidationError:  # no object: the engine would refuse the request
+        return None
+    if more.keys().isdisjoint(_TRANSFERS):
+        return None
+    kept = {name: value for name, value in more.items() if name not in _TRANSFERS}
+    return msgspec.Raw(msgspec.json.encode({**given, "extra_args": kept}))
+
+
 def _is_one_prompt(prompt: msgspec.Raw | None) -> bool:
     """Whether it is a text, a list of tokens, or a list of one of these."""
     text = bytes(prompt) if prompt is not None else b""
@@ -121,7 +189,7 @@ def _encode(fields: Fields, push: dict[str, str] | None) -> bytes:
     parameters = _harmless(fields.get("kv_transfer_params"))
     if push is not None:
         parameters["lamina_push"] = push
-    document: dict[str, object] = {k: v for k, v in fields.items() if k != "kv_transfer_params"}
+    document: dict[str, object] = {k: v for k, v in fields.items() if k not in _TRANSFERS}
     if parameters:
         document["kv_transfer_params"] = parameters
     return msgspec.json.encode(document)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 from lamina_kv.push.proxy.engines import Engine, Role
 
@@ -14,17 +15,17 @@ class Roster:
     """See the module.
 
     Args:
-        engines: all, of both roles.
+        engines: all there are at the moment, of both roles.
     """
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Iterable[Engine]) -> None:
         self._engines = engines
-        self._troubles: dict[Engine, set[str]] = {engine: set() for engine in engines}
+        self._troubles: WeakKeyDictionary[Engine, set[str]] = WeakKeyDictionary()
         self._differences: set[str] = set()
 
     def changed(self, engine: Engine) -> None:
         """An engine is healthy from now on, or is not, or for another reason."""
-        said = self._troubles[engine]
+        said = self._troubles.setdefault(engine, set())
         if engine.healthy:
             said.clear()
             log.info("%s %s", engine, _introduction(engine))

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 
@@ -39,6 +40,21 @@ class PrefillAddress:
         object.__setattr__(self, "url", server_url(self.url))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineTls:
+    """Files that secure connections to engines whose URL begins with ``https``.
+
+    Attributes:
+        ca: certificates of the authorities that are believed; None for those of this machine.
+        certificate: the proxy's own, if engines ask for one.
+        key: of it; None if it stands in the same file.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Checked when made. Times are seconds.
@@ -46,6 +62,11 @@ class Settings:
     Attributes:
         prefill: the prefill engines.
         decode: URLs of the decode engines' OpenAI servers; as :func:`server_url` makes them.
+        engines: file that says where they are, in place of ``prefill`` and ``decode``; it may
+            change.
+        engines_interval: between two looks at it.
+        engine_tls: how connections to engines are secured.
+        admin_token: what must be shown by who drains engines; None lets nobody.
         token: what clients must show as ``Authorization: Bearer``; None lets everyone in.
         engine_key: what the engines are shown; None shows them what the client shows, unless that
             is the proxy's own token.
@@ -55,7 +76,8 @@ class Settings:
         total_timeout: for a request as a whole.
         tries: decode engines that a request is sent to at most, one after the other.
         backoff: before the second try; doubled for each further one.
-        max_outstanding: requests at a time; more are turned away.
+        max_held_bytes: what requests may take of the proxy's memory, all together; those that
+            would need more are turned away.
         max_body_bytes: of a request.
         health_interval: between two health checks of an engine, and how long one may take.
         breaker_failures: failures in a row after which an engine is left alone.
@@ -65,8 +87,12 @@ class Settings:
         SettingsError: if they cannot work.
     """
 
-    prefill: tuple[PrefillAddress, ...]
-    decode: tuple[str, ...]
+    prefill: tuple[PrefillAddress, ...] = ()
+    decode: tuple[str, ...] = ()
+    engines: Path | None = None
+    engines_interval: float = 2.0
+    engine_tls: EngineTls = EngineTls()
+    admin_token: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
     engine_key: str | None = field(default=None, repr=False)
     connect_timeout: float = 3.0
@@ -75,7 +101,7 @@ class Settings:
     total_timeout: float = 3600.0
     tries: int = 3
     backoff: float = 0.1
-    max_outstanding: int = 1024
+    max_held_bytes: int = 1 << 30
     max_body_bytes: int = 64 << 20
     health_interval: float = 3.0
     breaker_failures: int = 3
@@ -88,13 +114,17 @@ class Settings:
 
     def _problems(self) -> Iterator[str]:
         for name, given in (("prefill", self.prefill), ("decode", self.decode)):
-            if not given:
-                yield f"there is no {name} engine: give at least one --{name}"
+            if self.engines is not None and given:
+                yield f"--{name}: --engines says where the engines are: give one of the two"
+            elif self.engines is None and not given:
+                yield f"there is no {name} engine: give at least one --{name}, or --engines"
+        if self.engine_tls.key is not None and self.engine_tls.certificate is None:
+            yield "--engines-cert-key: there is no --engines-cert to which it could belong"
         for address in self.prefill:
-            yield from (f"--prefill: {problem}" for problem in _url_problems(address.url))
-            yield from (f"--prefill: {problem}" for problem in _push_problems(address.push))
+            yield from (f"--prefill: {problem}" for problem in url_problems(address.url))
+            yield from (f"--prefill: {problem}" for problem in push_problems(address.push))
         for url in self.decode:
-            yield from (f"--decode: {problem}" for problem in _url_problems(url))
+            yield from (f"--decode: {problem}" for problem in url_problems(url))
         urls = [*(address.url for address in self.prefill), *self.decode]
         given_twice = Counter([*urls, *(address.push for address in self.prefill)])
         yield from (
@@ -104,6 +134,7 @@ class Settings:
         )
         for secret, name, where in (
             (self.token, "token", "--token or LAMINA_PUSH_TOKEN"),
+            (self.admin_token, "admin token", "--admin-token or LAMINA_PUSH_ADMIN_TOKEN"),
             (self.engine_key, "engine key", "--engine-key or LAMINA_PUSH_ENGINE_KEY"),
         ):
             if secret is not None and not (secret.isascii() and secret.isprintable() and secret):
@@ -120,7 +151,7 @@ def server_url(given: str) -> str:
     return re.sub(r"(?<=[^/])/v1$", "", given.rstrip("/")).rstrip("/")
 
 
-def _url_problems(url: str) -> Iterator[str]:
+def url_problems(url: str) -> Iterator[str]:
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -133,7 +164,7 @@ def _url_problems(url: str) -> Iterator[str]:
         yield f"the URL of {parts.hostname} may have a scheme, a host, a port and a path only"
 
 
-def _push_problems(address: str) -> Iterator[str]:
+def push_problems(address: str) -> Iterator[str]:
     try:
         parts = urlsplit(f"//{address}")
         plain = parts.port and parts.hostname and parts == SplitResult("", parts.netloc, "", "", "")

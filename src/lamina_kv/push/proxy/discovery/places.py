@@ -1,0 +1,45 @@
+"""What is known of an engine before it is asked anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lamina_kv.push.proxy.engines import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is. Two are equal if they are the same engine, drained or not.
+
+    Attributes:
+        role: what it is asked for.
+        url: of its OpenAI server; as :func:`server_url` makes it.
+        push: ``HOST:PORT`` of its rank 0 for pushes; empty for a decode engine.
+        server_name: whose certificate it shows, if ``url`` has an address in place of a name.
+        drain: whether it is to get no new requests.
+    """
+
+    role: Role
+    url: str
+    push: str = ""
+    server_name: str = ""
+    drain: bool = field(default=False, compare=False)
+
+
+Found = Callable[[tuple[Place, ...]], None]
+"""Called with all places that a source knows now."""
+
+
+class Source(Protocol):
+    """Finds engines. Equal sources find the same ones."""
+
+    async def watch(self, found: Found) -> None:
+        """Report all places as soon as they are known, and whenever they change, until cancelled.
+        What is known stays known while the source cannot be asked."""
+
+
+def host_and_port(host: str, port: int) -> str:
+    """Both as they stand in an address: that of IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

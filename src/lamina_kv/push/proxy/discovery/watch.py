@@ -1,0 +1,124 @@
+"""All engines that the file of ``--engines`` names, and those that are found as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from lamina_kv.push.proxy.discovery.listing import Listing, read_listing
+from lamina_kv.push.proxy.discovery.places import Found, Place, Source
+from lamina_kv.push.proxy.settings import SettingsError
+
+log = logging.getLogger("lamina_kv.push.proxy")
+
+_SETTLE_SECONDS = 0.1
+
+
+class Discovery:
+    """See the module. Belongs to one event loop.
+
+    Args:
+        file: of ``--engines``.
+        interval: seconds between two looks at it. It is read as a whole and not watched: a mounted
+            ConfigMap is replaced by a link, which no watch of a file sees.
+
+    Attributes:
+        settled: set when every source has said something.
+
+    Raises:
+        SettingsError: if the file cannot be used.
+    """
+
+    def __init__(self, file: Path, interval: float) -> None:
+        self.settled = asyncio.Event()
+        self._file = file
+        self._interval = interval
+        self._text = _read(file)
+        self._listing = _understand(file, self._text)
+        self._watches: dict[Source, asyncio.Task[None]] = {}
+        self._known: dict[Source, tuple[Place, ...]] = {}
+        self._said = ""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All that are known. What the file says of an engine itself goes before what a source
+        says of it, so that one that was found can be drained."""
+        named = dict.fromkeys(self._listing.places)
+        urls = {place.url for place in named}
+        for places in self._known.values():
+            named.update((place, None) for place in places if place.url not in urls)
+        return (*named,)
+
+    async def run(self, found: Found) -> None:
+        """Report all places whenever they may have changed, until cancelled.
+
+        Args:
+            found: called at once, and then again.
+        """
+        try:
+            self._follow(found)
+            while True:
+                await asyncio.sleep(self._interval)
+                if await self._reread():
+                    self._follow(found)
+        finally:
+            for watch in self._watches.values():
+                watch.cancel()
+
+    def _follow(self, found: Found) -> None:
+        """Watch the sources that the file names now, and no others."""
+        for source in self._watches.keys() - self._listing.sources:
+            self._watches.pop(source).cancel()
+            self._known.pop(source, None)
+        for source in self._listing.sources - self._watches.keys():
+
+            def came(places: tuple[Place, ...], source: Source = source) -> None:
+                if source in self._watches:
+                    self._known[source] = places
+                    self._report(found)
+
+            self._watches[source] = asyncio.create_task(source.watch(came))
+        self._report(found)
+
+    def _report(self, found: Found) -> None:
+        found(self.places)
+        if self._known.keys() >= self._listing.sources:
+            self.settled.set()
+
+    async def _reread(self) -> bool:
+        """Whether the file says something else. One that cannot be used changes nothing."""
+        try:
+            text = await asyncio.to_thread(_read, self._file)
+            if text == self._text:
+                self._said = ""
+                return False
+            # It may be half written.
+            await asyncio.sleep(_SETTLE_SECONDS)
+            if text != await asyncio.to_thread(_read, self._file):
+                return False
+            self._listing = _understand(self._file, text)
+        except SettingsError as error:
+            if str(error) != self._said:
+                log.warning("%s. The engines stay as they were: mend the file", error)
+            self._said = str(error)
+            return False
+        self._text, self._said = text, ""
+        return True
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise SettingsError((f"--engines: {file}: {error.strerror}",)) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError((f"--engines: {file}: not text: {error}",)) from error
+
+
+def _understand(file: Path, text: str) -> Listing:
+    try:
+        return read_listing(text)
+    except SettingsError as error:
+        problems = (f"--engines: {file}: {problem}" for problem in error.problems)
+        raise SettingsError((*problems,)) from error

@@ -1,0 +1,95 @@
+"""What an answer says of cached tokens. A decode engine takes a prompt that was pushed to it for
+one that it had in its cache, and clients are billed by that; what was cached is what the prefill
+engine has not computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+
+_SAID = re.compile(rb'(?<!\\)("cached_tokens":\s*)(\d+)(?![\d.eE])')
+"""A key of JSON, never text inside a string: there the closing quote would be escaped."""
+_NAME = b'"cached_tokens"'
+_LONGEST = 64
+"""Bytes that the name and its number have at most."""
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _Details | None = None
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+
+
+def cached_by(answer: bytes) -> int | None:
+    """Tokens of the prompt that a prefill engine had in its cache.
+
+    Args:
+        answer: the prefill engine's, to its part of a request.
+
+    Returns:
+        0 if it does not say (``--enable-prompt-tokens-details``): what nobody knows is not called
+        cached. None if the decode engine needed no push, so that its own number is right.
+    """
+    try:
+        said = msgspec.json.decode(answer, type=_Answer)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return 0
+    if any(choice.finish_reason == "abort" for choice in said.choices):
+        return None
+    details = said.usage.prompt_tokens_details if said.usage else None
+    return (details.cached_tokens if details else None) or 0
+
+
+async def corrected(
+    pieces: AsyncIterator[bytes], cached: Callable[[], Awaitable[int | None]], *, events: bool
+) -> AsyncIterator[bytes]:
+    """An answer in which ``cached_tokens`` is right. No byte more and no byte less, as its length
+    was told before: a shorter number stands behind blanks, which JSON allows there.
+
+    Args:
+        pieces: the decode engine's answer.
+        cached: tokens that were not computed, when that is known; None leaves the number as it is.
+        events: whether each piece consists of whole events, which are not held back.
+    """
+    held = b""
+    async for piece in pieces:
+        held += piece
+        end = len(held) if events else _safe_end(held)
+        right, held = await _correct(held[:end], cached), held[end:]
+        if right:
+            yield right
+    if held:
+        yield await _correct(held, cached)
+
+
+def _safe_end(text: bytes) -> int:
+    """How much of a text can be passed on while what follows is not known."""
+    end = max(0, len(text) - _LONGEST)
+    return next((m.start() for m in _SAID.finditer(text) if m.start() < end <= m.end()), end)
+
+
+async def _correct(text: bytes, cached: Callable[[], Awaitable[int | None]]) -> bytes:
+    if _NAME not in text or not _SAID.search(text):
+        return text
+    tokens = await cached()
+    if tokens is None:
+        return text
+
+    def right(match: re.Match[bytes]) -> bytes:
+        digits = match[2]
+        return match[1] + str(min(tokens, int(digits))).encode().rjust(len(digits))
+
+    return _SAID.sub(right, text)
