@@ -62,7 +62,7 @@ class Proxy:
         prefill: servers that push.
         decode: servers that are pushed to.
         log: what it says.
-        options: more of its command line.
+        options: more of its command line. Unless it says otherwise, every prompt is pushed.
 
     Attributes:
         url: where it answers.
@@ -79,6 +79,7 @@ class Proxy:
             *(f"--prefill={server.url},{listen_address(server)}" for server in prefill),
             *(f"--decode={server.url}" for server in decode),
             f"--port={port}",
+            *("--disaggregate=always", "--policy=least_loaded"),
             *options,
         ]
 

@@ -132,6 +132,7 @@ class FakeEngine:
         musing: seconds that it thinks before it says so.
         models: names of the models that it says that it serves; None if it does not say.
         ranks: numbers of its data-parallel ranks; None if it does not say.
+        published: more lines of its metrics.
     """
 
     def __init__(self, script: Script = obey) -> None:
@@ -141,6 +142,7 @@ class FakeEngine:
         self.musing = 0.0
         self.models: list[str] | None = ["model"]
         self.ranks: list[int] | None = [0]
+        self.published: list[str] = []
         self._running = Running(self, lifespan=False)
         self.url = self._running.url
 
@@ -163,7 +165,7 @@ class FakeEngine:
         until(lambda: all(call.ended.is_set() for call in self.calls))
         self.calls.clear()
         self.script, self.healthy = obey, True
-        self.models, self.ranks = ["model"], [0]
+        self.models, self.ranks, self.published = ["model"], [0], []
         return self
 
     def asked(self, count: int) -> list[Call]:
@@ -204,6 +206,7 @@ class FakeEngine:
             await call.begin(200, "text/plain")
             labels = '{engine="%d",model_name="a, {b}"} 0.0\n'
             lines = [f"vllm:num_requests_running{labels}" % rank for rank in self.ranks]
+            lines += [f"{line}\n" for line in self.published]
             await call.end(("# HELP vllm:num_requests_running x\n" + "".join(lines)).encode())
         else:
             await call.answer(401, {"error": "Unauthorized"})
@@ -228,7 +231,7 @@ class Program(FakeEngine):
 
     def __init__(self, script: Script) -> None:
         self.calls, self.script, self.healthy, self.musing = [], script, True, 0.0
-        self.models, self.ranks = ["model"], [0]
+        self.models, self.ranks, self.published = ["model"], [0], []
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamina_kv.push.proxy.app import create_app
-from lamina_kv.push.proxy.balancing import Balancer
+from lamina_kv.push.proxy.routing.policies import PolicyName
+from lamina_kv.push.proxy.routing.words import Disaggregate, RoutingPolicy
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import FakeEngine
 from push_proxy.running import PATIENCE, Running, until
 
 QUICK: dict[str, Any] = {"health_interval": 0.2, "backoff": 0.01, "connect_timeout": 2.0}
+PLAIN: dict[str, Any] = {"policy": PolicyName.LEAST_LOADED, "disaggregate": Disaggregate.ALWAYS}
+"""Routing that depends on load alone, so that tests of everything else know where requests go."""
 COMPLETION = {"model": "model", "prompt": "Once upon", "max_tokens": 7}
 CHAT = {"model": "model", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -61,7 +64,7 @@ def proxied(
     decode: Sequence[FakeEngine | str],
     *,
     push: Sequence[str] | None = None,
-    balancer: Balancer | None = None,
+    chooses: RoutingPolicy | None = None,
     usable: int | None = None,
     patient: bool = True,
     **settings: Any,
@@ -72,7 +75,7 @@ def proxied(
         prefill: engines, or URLs of such as there are none.
         decode: the same.
         push: addresses of the prefill engines; by default nobody's.
-        balancer: the proxy's.
+        chooses: a policy of the test's own.
         usable: how many engines to wait for; by default those that are more than a URL.
         patient: whether to wait for them, on a machine that may be too busy for the proxy to have
             them all when it begins to listen.
@@ -84,9 +87,9 @@ def proxied(
         Settings(
             prefill=tuple(map(PrefillAddress, urls, addresses)),
             decode=tuple(_url(engine) for engine in decode),
-            **{**QUICK, **settings},
+            **{**QUICK, **PLAIN, **settings},
         ),
-        balancer,
+        chooses,
     )
     running = Running(app)
     proxy = Proxy(running)

@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from lamina_kv.push.proxy.balancing import LeastLoaded
 from lamina_kv.push.proxy.dispatcher import Dispatcher
 from lamina_kv.push.proxy.engines import Engine, Role
 from lamina_kv.push.proxy.errors import Refusal
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
+from lamina_kv.push.proxy.routing.prompt import Prompt
+from lamina_kv.push.proxy.routing.router import Router
+from lamina_kv.push.proxy.routing.words import Candidate, Choice, Disaggregate, Reason
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import ANSWER, EVENTS, Call, FakeEngine, hang, obey, says
 from push_proxy.proxies import CHAT, COMPLETION, Proxy, ask, proxied, push_address
@@ -291,19 +294,19 @@ def test_a_request_goes_to_the_least_loaded_engines() -> None:
         until(lambda: proxy.metric("engine_load") == 0)
 
 
-def test_a_balancer_of_ones_own_chooses_both_engines() -> None:
-    class ByPrompt:
-        def choose(self, engines: Sequence[Engine], request: ApiRequest) -> Engine:
-            assert request.fields is not None
-            number = int(bytes(request.fields["prompt"]).strip(b'"'))
-            return sorted(engines, key=lambda engine: engine.url)[number]
+def test_a_policy_of_ones_own_chooses_both_engines() -> None:
+    class ByLength:
+        def choose(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Choice:
+            there = sorted(candidates, key=lambda candidate: candidate.rank.engine.url)
+            return Choice(there[prompt.tokens > 100], Reason.LOAD)
 
     with FakeEngine() as p0, FakeEngine() as p1, FakeEngine() as d0, FakeEngine() as d1:
         prefill = sorted([p0, p1], key=lambda engine: engine.url)
         decode = sorted([d0, d1], key=lambda engine: engine.url)
-        with proxied(prefill, decode, balancer=ByPrompt()) as proxy:
-            for number in ("0", "1", "1"):
-                assert proxy.post("/v1/completions", COMPLETION | {"prompt": number}).is_success
+        with proxied(prefill, decode, chooses=ByLength()) as proxy:
+            for length in (1, 1000, 2000):
+                answer = proxy.post("/v1/completions", COMPLETION | {"prompt": "x" * length})
+                assert answer.is_success
         assert [len(engine.calls) for engine in (*prefill, *decode)] == [1, 2, 1, 2]
         assert [call.push["prefill"] for call in decode[1].calls] == [push_address(1)] * 2
 
@@ -315,7 +318,9 @@ def test_requests_that_come_at_the_same_time_go_to_different_engines() -> None:
         settings = Settings(prefill=places, decode=decode, tries=1)
         engines = [Engine(Role.PREFILL, place.url, place.push, settings) for place in places]
         engines += [Engine(Role.DECODE, url, "", settings) for url in decode]
-        dispatcher = Dispatcher(settings, engines, LeastLoaded(), Metrics(engines))
+        metrics = Metrics(engines)
+        router = Router(LeastLoaded(), Disaggregate.ALWAYS, metrics)
+        dispatcher = Dispatcher(settings, engines, router, metrics)
 
         async def ask() -> None:
             request = ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(b"{}"))

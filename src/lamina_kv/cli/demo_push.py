@@ -113,7 +113,7 @@ def _proxy(prefill: Server, address: str, decode: Server, log: Path) -> Server:
     command = [
         *(sys.executable, "-c", "from lamina_kv.cli.main import main; main()", "push-proxy"),
         *("--prefill", f"{prefill.url},{address}", "--decode", decode.url),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", "127.0.0.1", "--port", str(port), "--disaggregate", "always"),
     ]
     return Server(command, port, {}, log)
 

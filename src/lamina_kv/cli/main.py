@@ -311,6 +311,20 @@ def push_proxy(
     max_body_bytes: Annotated[
         int, typer.Option(metavar="BYTES", help="Size of a request's body at most.")
     ] = 64 << 20,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="How engines are chosen: `cache_aware` (by the longest prefix that they hold, and "
+            "by load), `power_of_two` or `least_loaded`."
+        ),
+    ] = "cache_aware",
+    disaggregate: Annotated[
+        str,
+        typer.Option(
+            help="Which prompts a prefill engine computes: `auto` (those that it pays for), "
+            "`always` or `never`."
+        ),
+    ] = "auto",
     drain_seconds: Annotated[
         int,
         typer.Option(min=0, metavar="SECONDS", help="How long requests may go on after SIGTERM."),
@@ -322,6 +336,8 @@ def push_proxy(
     from one to the other. Publishes `/health` and `/metrics`.
     """
     from lamina_kv.cli import push_proxy as proxy
+    from lamina_kv.push.proxy.routing.policies import PolicyName
+    from lamina_kv.push.proxy.routing.words import Disaggregate
     from lamina_kv.push.proxy.settings import EngineTls, Settings
 
     with proxy.errors():
@@ -340,6 +356,8 @@ def push_proxy(
             health_interval=health_interval,
             max_held_bytes=max_held_bytes,
             max_body_bytes=max_body_bytes,
+            policy=proxy.word(PolicyName, "policy", policy),
+            disaggregate=proxy.word(Disaggregate, "disaggregate", disaggregate),
         )
         listening = proxy.Listening(host, port, drain_seconds, tls_cert, tls_key)
     proxy.run(settings, listening)

@@ -8,7 +8,9 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 
@@ -57,6 +59,22 @@ def prefill_addresses(options: list[str]) -> tuple[PrefillAddress, ...]:
     """What ``--prefill`` was given: a URL, a comma and a push address each."""
     pairs = [option.partition(",") for option in options]
     return tuple(PrefillAddress(url.strip(), push.strip()) for url, _, push in pairs)
+
+
+Word = TypeVar("Word", bound=StrEnum)
+
+
+def word(kind: type[Word], option: str, given: str) -> Word:
+    """What an option that takes one of several words was given; underscores may be dashes.
+
+    Raises:
+        SettingsError: if it is none of them.
+    """
+    try:
+        return kind(given.replace("-", "_"))
+    except ValueError as error:
+        words = ", ".join(kind)
+        raise SettingsError((f"--{option}: {given!r} is none of {words}",)) from error
 
 
 def run(settings: Settings, listening: Listening) -> None:

@@ -20,7 +20,6 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lamina_kv.push.proxy.admin import admin_routes
-from lamina_kv.push.proxy.balancing import Balancer, LeastLoaded
 from lamina_kv.push.proxy.discovery.places import Place
 from lamina_kv.push.proxy.discovery.watch import Discovery
 from lamina_kv.push.proxy.dispatcher import Dispatcher
@@ -30,6 +29,9 @@ from lamina_kv.push.proxy.fleet import Fleet
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.relay import Relay
 from lamina_kv.push.proxy.roster import Roster
+from lamina_kv.push.proxy.routing.policies import make_policy
+from lamina_kv.push.proxy.routing.router import Router
+from lamina_kv.push.proxy.routing.words import RoutingPolicy
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.push.proxy.tls import engine_context
 
@@ -39,12 +41,12 @@ _LAST_WORDS = 5.0
 """Seconds that requests have to end once the server has cancelled them."""
 
 
-def create_app(settings: Settings, balancer: Balancer | None = None) -> FastAPI:
+def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastAPI:
     """The application, for an ASGI server. Everything of it lives in the server's event loop.
 
     Args:
         settings: checked already.
-        balancer: chooses engines; by default :class:`LeastLoaded`.
+        policy: chooses engines; by default the one that ``settings`` names.
 
     Raises:
         SettingsError: if a file cannot be used that the settings name.
@@ -56,7 +58,8 @@ def create_app(settings: Settings, balancer: Balancer | None = None) -> FastAPI:
     roster = Roster(fleet)
     metrics = Metrics(fleet)
     fleet.tell(roster.changed, metrics.forget)
-    dispatcher = Dispatcher(settings, fleet, balancer or LeastLoaded(), metrics)
+    router = Router(policy or make_policy(settings.policy), settings.disaggregate, metrics)
+    dispatcher = Dispatcher(settings, fleet, router, metrics)
     relay = Relay(settings, dispatcher, metrics)
 
     @asynccontextmanager

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -20,12 +20,14 @@ from functools import partial
 import httpx
 import msgspec
 
-from lamina_kv.push.proxy.balancing import Balancer, weight
-from lamina_kv.push.proxy.engines import Engine, EngineBusy, EngineError, Rank, Role
+from lamina_kv.push.proxy.engines import Engine, EngineBusy, EngineError, Role
 from lamina_kv.push.proxy.errors import EngineAnswer, Refusal
 from lamina_kv.push.proxy.headers import RANK, Pairs, of_answer
 from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina_kv.push.proxy.requests import ApiRequest
+from lamina_kv.push.proxy.routing.ranks import Rank
+from lamina_kv.push.proxy.routing.router import Router, Trip
+from lamina_kv.push.proxy.routing.words import Why
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.push.proxy.usage import cached_by, corrected
 
@@ -63,6 +65,12 @@ class Answer:
     headers: Pairs
     events: bool
     pieces: AsyncIterator[bytes]
+
+
+_UNPUSHED = {
+    Why.REQUEST: Unpushed.REQUEST,
+    Why.NO_PREFILL_ENGINE: Unpushed.NO_PREFILL_ENGINE,
+}
 
 
 class _End(Enum):
@@ -196,16 +204,16 @@ class Dispatcher:
     Args:
         settings: timeouts and tries.
         engines: all there are at the moment, of both roles.
-        balancer: chooses among them.
+        router: chooses among them.
         metrics: is told what happens.
     """
 
     def __init__(
-        self, settings: Settings, engines: Iterable[Engine], balancer: Balancer, metrics: Metrics
+        self, settings: Settings, engines: Iterable[Engine], router: Router, metrics: Metrics
     ) -> None:
         self._settings = settings
         self._engines = engines
-        self._balancer = balancer
+        self._router = router
         self._metrics = metrics
 
     @asynccontextmanager
@@ -222,31 +230,27 @@ class Dispatcher:
         failure = Refusal(503, "no decode engine can be used at the moment: ask again")
         tried: set[Engine] = set()
         blame = _Blame(request)
+        prompt = self._router.read(request)
         for attempt in range(self._settings.tries):
             if attempt and failure.status != BUSY:
                 pause = self._settings.backoff * 2 ** (attempt - 1)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            decode = self._choose(Role.DECODE, request, tried)
-            if decode is None:
+            usable = self._usable(Role.DECODE)
+            decode = [engine for engine in usable if engine not in tried] or usable
+            if not decode:
                 break
+            trip = self._router.begin(prompt, self._usable(Role.PREFILL), decode)
             if attempt:
                 self._metrics.retries.inc()
-            tried.add(decode)
+            tried.add(trip.route.decode.rank.engine)
             last = attempt == self._settings.tries - 1 or tried.issuperset(
                 self._usable(Role.DECODE)
             )
             try:
-                return await self._attempt(request, decode, blame, stack, last=last)
+                return await self._attempt(request, trip, blame, stack, last=last)
             except Refusal as refusal:
                 failure = refusal
         raise failure
-
-    def _choose(
-        self, role: Role, request: ApiRequest, tried: Collection[Engine] = ()
-    ) -> Engine | None:
-        usable = self._usable(role)
-        engines = [engine for engine in usable if engine not in tried] or usable
-        return self._balancer.choose(engines, request) if engines else None
 
     def _usable(self, role: Role) -> list[Engine]:
         return [engine for engine in self._engines if engine.role is role and engine.usable]
@@ -256,7 +260,7 @@ class Dispatcher:
     async def _attempt(
         self,
         request: ApiRequest,
-        decode: Engine,
+        trip: Trip,
         blame: _Blame,
         stack: AsyncExitStack,
         *,
@@ -266,23 +270,25 @@ class Dispatcher:
 
         Args:
             request: the request.
-            decode: the engine.
+            trip: where it goes.
             blame: collects what engines answer.
             stack: closes the exchange.
             last: whether no other engine is left to try, so that a busy one's answer is passed on.
         """
-        prefill = self._choose_prefill(request)
         refused = False
-        if prefill is not None:
+        if request.fields is not None and trip.route.why in _UNPUSHED:
+            self._metrics.unpushed(_UNPUSHED[trip.route.why])
+        if trip.pushed:
             try:
                 return await stack.enter_async_context(
-                    self._pushed(request, prefill, decode, blame, last=last)
+                    self._pushed(request, trip, blame, last=last)
                 )
             except _PrefillLost as lost:
                 refused = lost.why is Unpushed.PREFILL_REFUSED
                 if not refused:
                     self._metrics.unpushed(lost.why)
-        plain = self._decode(decode, request, request.for_decode(), blame, last=last)
+            trip = self._router.unpushed(trip)
+        plain = self._decode(trip, request, request.for_decode(), blame, last=last)
         answer = await stack.enter_async_context(plain)
         if refused and answer.status < 400:  # or else it was the client's mistake
             self._metrics.unpushed(Unpushed.PREFILL_REFUSED)
@@ -290,7 +296,7 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _pushed(
-        self, request: ApiRequest, prefill: Engine, decode: Engine, blame: _Blame, *, last: bool
+        self, request: ApiRequest, trip: Trip, blame: _Blame, *, last: bool
     ) -> AsyncIterator[Answer]:
         """Both engines, and a push between them.
 
@@ -301,13 +307,15 @@ class Dispatcher:
         push_id = uuid.uuid4().hex
         # Before anybody else chooses, and until the end, even if the task never begins.
         visit = ExitStack()
-        rank = visit.enter_context(prefill.visit(weight(request)))
-        prefilling = asyncio.create_task(self._prefill(prefill, rank, request, push_id, blame))
+        assert trip.route.prefill is not None
+        rank = trip.route.prefill.rank
+        visit.enter_context(rank.engine.visit(rank, trip.at_prefill))
+        prefilling = asyncio.create_task(self._prefill(trip, rank, request, push_id, blame))
         prefilling.add_done_callback(lambda _: visit.close())
         try:
             async with AsyncExitStack() as exchange:
                 body = request.for_decode(push_id, rank.push)
-                decoding = self._decode(decode, request, body, blame, last=last)
+                decoding = self._decode(trip, request, body, blame, last=last)
                 answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
                 cached = partial(_cached, prefilling)
                 yield replace(answer, pieces=corrected(answer.pieces, cached, events=answer.events))
@@ -317,20 +325,10 @@ class Dispatcher:
             prefilling.cancel()
             await asyncio.wait({prefilling})
 
-    def _choose_prefill(self, request: ApiRequest) -> Engine | None:
-        if request.fields is None:
-            return None
-        if not request.pushable:
-            self._metrics.unpushed(Unpushed.REQUEST)
-            return None
-        prefill = self._choose(Role.PREFILL, request)
-        if prefill is None:
-            self._metrics.unpushed(Unpushed.NO_PREFILL_ENGINE)
-        return prefill
-
     async def _prefill(
-        self, engine: Engine, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
+        self, trip: Trip, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
     ) -> _Prefilled:
+        engine = rank.engine
         outcome = Outcome.CANCELLED
         request.entry.prefill.append(engine.url)
         body = request.for_prefill(push_id)
@@ -345,6 +343,7 @@ class Dispatcher:
             outcome = _outcome(response)
             if outcome is Outcome.ANSWERED or response.status_code == BUSY:
                 engine.succeeded()
+                self._router.prefilled(trip, text)
             else:
                 blame.suspect(engine, response.status_code, text)
         except EngineError as error:
@@ -367,16 +366,19 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _decode(
-        self, engine: Engine, request: ApiRequest, body: bytes, blame: _Blame, *, last: bool
+        self, trip: Trip, request: ApiRequest, body: bytes, blame: _Blame, *, last: bool
     ) -> AsyncIterator[Answer]:
+        rank = trip.route.decode.rank
+        engine = rank.engine
+        headers = dict(request.headers)
+        if len(engine.ranks) > 1:
+            headers.setdefault(RANK, str(rank.index))
         outcome = Outcome.CANCELLED
         begun = False
         request.entry.decode.append(engine.url)
         try:
-            with engine.visit(weight(request)):
-                async with engine.send(
-                    request.method, request.target, request.headers, body
-                ) as response:
+            with engine.visit(rank, trip.at_decode) as visit:
+                async with engine.send(request.method, request.target, headers, body) as response:
                     if response.status_code >= 500:
                         outcome = Outcome.FAILED
                         raise await self._failure(engine, request, response, blame)
@@ -390,14 +392,18 @@ class Dispatcher:
                     pieces = self._pieces(engine, response, events)
                     first = await anext(pieces, b"")
                     begun = True
+                    visit.computed()
                     engine.succeeded()
                     if response.status_code < 400:
                         blame.answered()
+                        pieces = self._router.answers(trip, _chain(first, pieces), events=events)
+                    else:
+                        pieces = _chain(first, pieces)
                     yield Answer(
                         response.status_code,
                         of_answer(response.headers),
                         events,
-                        _chain(first, pieces),
+                        pieces,
                     )
                     outcome = _outcome(response)
         except EngineError as error:

@@ -1,24 +1,25 @@
-"""One engine as the proxy sees it: a pool of connections, its health, its breaker and its load, and
-what it says of itself."""
+"""One engine as the proxy sees it: a pool of connections, its health and its breaker, and what it
+says of itself. What its ranks are doing is in :mod:`lamina_kv.push.proxy.routing.ranks`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 
 import httpx
 import msgspec
 
+from lamina_kv.push.addresses import normalise
 from lamina_kv.push.proxy.breaker import BreakerState, CircuitBreaker
 from lamina_kv.push.proxy.headers import raw
+from lamina_kv.push.proxy.reports import EngineReport, read_report
+from lamina_kv.push.proxy.routing.ranks import Rank, Visit, Work
 from lamina_kv.push.proxy.settings import Settings
 
 log = logging.getLogger("lamina_kv.push.proxy")
@@ -34,8 +35,9 @@ _KEEP_ALIVE = 3.0
 engine is just closing."""
 _ITSELF = {"user-agent": "lamina-push-proxy"}
 """Tells the proxy's own questions from those of its clients."""
-_RANK = re.compile(r'^vllm:num_requests_running\{.*?\bengine="(\d+)"', re.MULTILINE)
-"""vLLM publishes this of each of its data-parallel ranks, from its start."""
+PROBE_SECONDS = 10.0
+"""How often a decode engine that leaves a prefill engine alone is sent a push from there all the
+same: it does not try again by itself."""
 
 
 class Role(StrEnum):
@@ -52,34 +54,6 @@ class EngineError(Exception):
 class EngineBusy(EngineError):
     """An engine has not answered in time, and others meanwhile: it has too much to do, and that is
     no failure of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A data-parallel rank of an engine: one scheduler, with a cache of its own.
-
-    Attributes:
-        number: its number among all of the deployment.
-        index: how a request asks for it: its place among those behind the engine's server.
-        push: address at which decode engines reach it; empty for a decode engine.
-    """
-
-    number: int
-    index: int
-    push: str
-
-
-@dataclass(slots=True)
-class _Load:
-    """What is outstanding at a rank.
-
-    Attributes:
-        weight: sum over the requests.
-        visits: requests sent there so far.
-    """
-
-    weight: int = 0
-    visits: int = 0
 
 
 class _Model(msgspec.Struct):
@@ -104,8 +78,6 @@ class Engine:
         verify: how its certificate is checked; None as usual.
 
     Attributes:
-        load: of the requests outstanding there, the sum of their weights.
-        visits: requests sent there so far.
         outstanding: requests there that have not ended.
         drained: whether it gets no new requests.
         healthy: whether its last health checks went well; False until the first one has.
@@ -129,8 +101,6 @@ class Engine:
         self.role = role
         self.url = url
         self.push = push
-        self.load = 0
-        self.visits = 0
         self.outstanding = 0
         self.drained = False
         self.healthy = False
@@ -138,7 +108,8 @@ class Engine:
         self.trouble = ""
         self.models: frozenset[str] = frozenset()
         self.ranks: tuple[Rank, ...] = ()
-        self._loads: dict[Rank, _Load] = {}
+        self._clock = clock
+        self._away: dict[str, float] = {}
         self._have_ranks([0])
         self._settings = settings
         self._breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_pause, clock)
@@ -171,28 +142,33 @@ class Engine:
             return False
         return self._breaker.state is BreakerState.CLOSED or not self._on_probation
 
+    @property
+    def load(self) -> int:
+        """Tokens of the requests outstanding there."""
+        return sum(rank.load for rank in self.ranks)
+
+    @property
+    def visits(self) -> int:
+        """Requests sent there so far, since it began."""
+        return sum(rank.visits for rank in self.ranks)
+
     @contextmanager
-    def visit(self, weight: int) -> Iterator[Rank]:
-        """A request is outstanding there, at the least loaded rank, if it can be sent to one.
+    def visit(self, rank: Rank, work: Work) -> Iterator[Visit]:
+        """A request is outstanding there.
 
         Args:
-            weight: what it adds to the load.
+            rank: one of its ranks.
+            work: what the request means there.
         """
-        rank, load = min(self._loads.items(), key=lambda item: (item[1].weight, item[1].visits))
-        load.weight += weight
-        load.visits += 1
         probation = self._breaker.state is BreakerState.PROBATION
         self._on_probation |= probation
-        self.load += weight
-        self.visits += 1
         self.outstanding += 1
         try:
-            yield rank
+            with rank.visit(work) as visit:
+                yield visit
         finally:
             self.outstanding -= 1
             self._ended.set()
-            load.weight -= weight
-            self.load -= weight
             if probation:
                 self._on_probation = False
 
@@ -201,6 +177,19 @@ class Engine:
         while self.outstanding:
             self._ended.clear()
             await self._ended.wait()
+
+    def takes_pushes_from(self, push: str) -> bool:
+        """Whether a decode engine takes pushes from there, or is to be asked to try.
+
+        Args:
+            push: a prefill engine's address.
+        """
+        return self._clock() >= self._away.get(normalise(push), 0.0)
+
+    def sent_push_from(self, push: str) -> None:
+        """A decode engine is sent a request that is pushed from there."""
+        if (address := normalise(push)) in self._away:
+            self._away[address] = self._clock() + PROBE_SECONDS
 
     def succeeded(self) -> None:
         """A request got an answer there."""
@@ -297,6 +286,8 @@ class Engine:
                     self._give_up()
                 self.trouble = trouble
                 changed(self)
+            elif not trouble:
+                self._reported(await self._report())
             self.checked.set()
             jitter = random.uniform(1 - _JITTER, 1 + _JITTER)
             await asyncio.sleep(self._settings.health_interval * jitter)
@@ -332,20 +323,40 @@ class Engine:
 
     async def _introduce(self) -> None:
         """Ask it on which ranks it serves. What it does not say is not known."""
+        report = await self._report()
+        if report is None:
+            log.info("%s does not say which ranks it has, nor what it is doing", self)
+        self._have_ranks(list(report.ranks) if report is not None and report.ranks else [0])
+        self._reported(report)
+
+    async def _report(self) -> EngineReport | None:
+        """What it is doing; None if it does not say."""
         try:
-            text = (await self._ask(b"/metrics")).decode(errors="replace")
-        except EngineError as error:
-            log.info("%s does not say which ranks it has: %s", self, error)
-            text = ""
-        self._have_ranks(sorted({int(rank) for rank in _RANK.findall(text)}) or [0])
+            return read_report((await self._ask(b"/metrics")).decode(errors="replace"))
+        except EngineError:
+            return None
+
+    def _reported(self, report: EngineReport | None) -> None:
+        for rank in self.ranks:
+            rank.reported(None if report is None else report.ranks.get(rank.number))
+        if report is not None:
+            now = self._clock()
+            self._away = {
+                address: self._away.get(address, now + PROBE_SECONDS) for address in report.away
+            }
 
     def _have_ranks(self, numbers: list[int]) -> None:
         host, _, port = self.push.rpartition(":")
         self.ranks = tuple(
-            Rank(number, index, f"{host}:{int(port) + number}" if self.push else "")
+            Rank(
+                self,
+                number,
+                index,
+                f"{host}:{int(port) + number}" if self.push else "",
+                self._clock,
+            )
             for index, number in enumerate(numbers)
         )
-        self._loads = {rank: _Load() for rank in self.ranks}
 
     async def _ask(self, path: bytes) -> bytes:
         """What it answers to a question of the proxy's own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from enum import StrEnum
 
@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lamina_kv.push.proxy.engines import Engine
+from lamina_kv.push.proxy.routing.words import Reason, Why
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1000.0)
 
@@ -131,6 +132,24 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(_EngineGauges(engines))
+        self._routes = Counter(
+            "lamina_proxy_routes",
+            "Prompts by who computes them and why, and by why their decode engine was chosen",
+            ("why", "chosen"),
+            registry=self._registry,
+        )
+        self._hits = Counter(
+            "lamina_proxy_hit_tokens",
+            "Prompt tokens that an engine had: as the proxy expected, and as the engine has found",
+            ("role", "kind"),
+            registry=self._registry,
+        )
+        self._pace = Gauge(
+            "lamina_proxy_prefill_tokens_per_second",
+            "At which engines compute prompts, as far as is learnt; 0 while it is not",
+            ("role",),
+            registry=self._registry,
+        )
 
     def exchange(self, engine: Engine, outcome: Outcome) -> None:
         """An engine is done with a request."""
@@ -145,6 +164,19 @@ class Metrics:
     def unpushed(self, reason: Unpushed) -> None:
         """A request goes to a decode engine alone."""
         self._unpushed.labels(reason.value).inc()
+
+    def routed(self, why: Why, chosen: Reason) -> None:
+        """A try of a request goes somewhere."""
+        self._routes.labels(why.value, chosen.value).inc()
+
+    def hit(self, role: str, expected: int, found: int) -> None:
+        """An engine has said how many tokens of a prompt it had."""
+        self._hits.labels(role, "expected").inc(expected)
+        self._hits.labels(role, "found").inc(found)
+
+    def pace(self, role: str, tokens_per_second: Callable[[], float]) -> None:
+        """Publish how fast prompts are computed."""
+        self._pace.labels(role).set_function(tokens_per_second)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
+from lamina_kv.push.proxy.routing.policies import PolicyName
+from lamina_kv.push.proxy.routing.words import Disaggregate
+
 
 class SettingsError(ValueError):
     """Settings that cannot work.
@@ -82,6 +85,8 @@ class Settings:
         health_interval: between two health checks of an engine, and how long one may take.
         breaker_failures: failures in a row after which an engine is left alone.
         breaker_pause: for how long; doubled every time it fails again.
+        policy: how engines are chosen.
+        disaggregate: which prompts are pushed.
 
     Raises:
         SettingsError: if they cannot work.
@@ -106,6 +111,8 @@ class Settings:
     health_interval: float = 3.0
     breaker_failures: int = 3
     breaker_pause: float = 2.0
+    policy: PolicyName = PolicyName.CACHE_AWARE
+    disaggregate: Disaggregate = Disaggregate.AUTO
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decode", tuple(server_url(url) for url in self.decode))

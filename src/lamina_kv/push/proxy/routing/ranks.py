@@ -1,0 +1,187 @@
+"""One data-parallel rank of an engine: what it is doing, and what it holds, as far as is known.
+
+Known are the requests that this proxy has outstanding there, to the token, and what the engine
+publishes now and then. What it publishes beyond the proxy's own are strangers': requests of other
+proxies, or of clients that ask the engine itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lamina_kv.push.proxy.reports import RankReport
+from lamina_kv.push.proxy.routing.pace import Line
+from lamina_kv.push.proxy.routing.prefixes import PrefixCache
+from lamina_kv.push.proxy.routing.prompt import Prompt
+from lamina_kv.push.proxy.routing.words import REQUEST_TOKENS, Candidate
+
+if TYPE_CHECKING:
+    from lamina_kv.push.proxy.engines import Engine
+
+STRANGER_TOKENS = 1024
+"""Tokens that a stranger's request holds, of which nobody has said how many it has."""
+
+CROWD_SECONDS = 60.0
+"""Time constant of the mean number of answers in the making."""
+
+FULL = 0.95
+"""Share of an engine's blocks in use beyond which the next request waits for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request means for a rank.
+
+    Attributes:
+        compute: tokens that it has to compute before its first one.
+        hold: tokens whose KV cache it holds until it ends.
+        decodes: whether it then makes an answer there.
+    """
+
+    compute: int
+    hold: int
+    decodes: bool = False
+
+
+class Visit:
+    """One request that is outstanding at a rank.
+
+    Args:
+        rank: where.
+        work: what it means there.
+
+    Attributes:
+        rank: where.
+    """
+
+    def __init__(self, rank: Rank, work: Work) -> None:
+        self.rank = rank
+        self._work = work
+        self._computing = True
+        rank.queued += work.compute
+        rank.held += work.hold
+        rank.requests += 1
+        rank.visits += 1
+
+    def computed(self) -> None:
+        """The prompt is: the first byte is there."""
+        if self._computing:
+            self._computing = False
+            self.rank.queued -= self._work.compute
+            if self._work.decodes:
+                self.rank.crowds(+1)
+
+    def end(self) -> None:
+        """It is over."""
+        if self._computing:
+            self.rank.queued -= self._work.compute
+        elif self._work.decodes:
+            self.rank.crowds(-1)
+        self.rank.held -= self._work.hold
+        self.rank.requests -= 1
+
+
+class Rank:
+    """See the module. One scheduler, with a cache of its own.
+
+    Args:
+        engine: whose it is.
+        number: its number among all of the deployment.
+        index: how a request asks for it: its place among those behind the engine's server.
+        push: address at which decode engines reach it; empty for a decode engine.
+        clock: monotonic seconds.
+
+    Attributes:
+        queued: tokens of ours that are to be computed there before their first one.
+        held: tokens of ours whose KV cache is held there.
+        requests: of ours that are outstanding.
+        visits: requests sent there so far.
+        prefixes: what it holds.
+        pace: how long prompts take there.
+        usage: share of its KV cache in use when it last said so.
+        waiting: requests that waited there then.
+    """
+
+    def __init__(
+        self, engine: Engine, number: int, index: int, push: str, clock: Callable[[], float]
+    ) -> None:
+        self.engine = engine
+        self.number = number
+        self.index = index
+        self.push = push
+        self.queued = 0
+        self.held = 0
+        self.requests = 0
+        self.visits = 0
+        self.usage = 0.0
+        self.waiting = 0
+        self.prefixes = PrefixCache(clock)
+        self.pace = Line(clock)
+        self._clock = clock
+        self._extra = (0, 0)
+        self._decoding = 0
+        self._mean = 0.0
+        self._since = clock()
+
+    @property
+    def load(self) -> int:
+        """Tokens of ours, to be computed or held, and what each request costs besides."""
+        return self.queued + self.held + REQUEST_TOKENS * self.requests
+
+    @property
+    def strangers(self) -> int:
+        """Requests there that are not ours. The fewer of what two reports in a row say: one of
+        ours may have ended, or begun, while a report was on its way."""
+        return min(self._extra)
+
+    @contextmanager
+    def visit(self, work: Work) -> Iterator[Visit]:
+        """A request is outstanding there."""
+        visit = Visit(self, work)
+        try:
+            yield visit
+        finally:
+            visit.end()
+
+    def reported(self, report: RankReport | None) -> None:
+        """What the engine says of it now; None if it says nothing."""
+        extra = 0 if report is None else max(0, report.running + report.waiting - self.requests)
+        self._extra = (self._extra[1], extra)
+        self.usage = 0.0 if report is None else report.usage
+        self.waiting = 0 if report is None else report.waiting
+        self.prefixes.capacity = None if report is None else report.capacity
+
+    def crowds(self, change: int) -> None:
+        """So many more answers are in the making there."""
+        self._mean, self._since = self._crowd(), self._clock()
+        self._decoding += change
+
+    def candidate(self, prompt: Prompt, *, sticky: bool, decodes: bool) -> Candidate:
+        """What a policy is told of it.
+
+        Args:
+            prompt: what is to be sent there.
+            sticky: whether it has answered the session before.
+            decodes: whether it makes answers, and so holds those that it has made.
+        """
+        others = self.strangers
+        return Candidate(
+            self,
+            min(self.prefixes.hit(prompt.marks, answers=decodes), max(0, prompt.tokens - 1)),
+            self.queued,
+            self.held + STRANGER_TOKENS * others,
+            self.requests + others,
+            max(self._crowd(), float(self._decoding + others)) if decodes else 0.0,
+            self.usage > FULL and self.waiting > 0,
+            self.visits,
+            sticky,
+        )
+
+    def _crowd(self) -> float:
+        """The mean number of answers in the making, fading."""
+        part = math.exp((self._since - self._clock()) / CROWD_SECONDS)
+        return part * self._mean + (1 - part) * self._decoding

@@ -1,0 +1,220 @@
+"""Routing as the dispatcher uses it: where a request goes, and what is learnt of how it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lamina_kv.push.proxy.engines import Engine
+from lamina_kv.push.proxy.metrics import Metrics
+from lamina_kv.push.proxy.requests import ApiRequest
+from lamina_kv.push.proxy.routing.placement import Placement
+from lamina_kv.push.proxy.routing.prompt import Prompt, read_prompt
+from lamina_kv.push.proxy.routing.ranks import Work
+from lamina_kv.push.proxy.routing.sessions import Sessions
+from lamina_kv.push.proxy.routing.usage import MAX_BYTES, Usage, read_usage
+from lamina_kv.push.proxy.routing.words import Candidate, Disaggregate, Route, RoutingPolicy, Why
+
+BYTES_PER_TOKEN = 4.0
+"""Of text, until engines have said how many tokens their prompts have."""
+ABORTED = b'"finish_reason":"abort"'
+"""In the answer of a prefill engine that was told that the decode engine needs no push."""
+_LEARNT_FROM = 400
+"""Bytes of text from which a prompt says something about that: of a short one, most tokens are the
+chat template's."""
+
+
+@dataclass(slots=True)
+class Trip:
+    """One try of a request, on its way.
+
+    Attributes:
+        prompt: the request's.
+        route: where it goes.
+        begun: monotonic seconds at which it was sent.
+        at_decode: what it means for the decode engine.
+        at_prefill: what it means for the prefill engine, if there is one.
+        prefill_seconds: that the prefill engine took; None until it has said that it is done.
+    """
+
+    prompt: Prompt
+    route: Route
+    begun: float
+    at_decode: Work
+    at_prefill: Work
+    prefill_seconds: float | None = None
+
+    @property
+    def pushed(self) -> bool:
+        """Whether a prefill engine takes part."""
+        return self.route.prefill is not None
+
+
+class Router:
+    """See the module. Belongs to one event loop.
+
+    Args:
+        policy: chooses among engines.
+        mode: which prompts are pushed.
+        metrics: is told what was decided, and how right it was.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        policy: RoutingPolicy,
+        mode: Disaggregate,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._policy = policy
+        self._metrics = metrics
+        self._clock = clock
+        self._placement = Placement(mode, clock)
+        self._sessions = Sessions(clock)
+        self._bytes_per_token: dict[str, float] = {}
+        metrics.pace("prefill", lambda: self._placement.prefill.tokens_per_second)
+        metrics.pace("decode", lambda: self._placement.local.tokens_per_second)
+
+    def read(self, request: ApiRequest) -> Prompt:
+        """What is known of a request before it is sent anywhere."""
+        return read_prompt(request, lambda model: self._bytes_per_token.get(model, BYTES_PER_TOKEN))
+
+    def begin(self, prompt: Prompt, prefill: Sequence[Engine], decode: Sequence[Engine]) -> Trip:
+        """Where one try goes; the engines are believed to hold the prompt from now on.
+
+        Args:
+            prompt: the request's.
+            prefill: usable prefill engines.
+            decode: usable decode engines, at least one.
+        """
+        answered = self._sessions.rank(prompt.session) if prompt.session else None
+        ranks = [rank for engine in decode for rank in engine.ranks]
+        if prompt.rank is not None:
+            ranks = [rank for rank in ranks if rank.index == prompt.rank] or ranks
+        choice = self._policy.choose(
+            prompt,
+            [rank.candidate(prompt, sticky=rank is answered, decodes=True) for rank in ranks],
+        )
+        there = choice.candidate
+        source = self._choose_prefill(prompt, prefill, there)
+        why = self._placement.place(prompt, there, source)
+        if why is not Why.PUSHED:
+            source = None
+        self._sessions.answered(prompt.session, there.rank)
+        there.rank.prefixes.add(prompt.marks)
+        if source is not None:
+            source.rank.prefixes.add(prompt.marks)
+            there.rank.engine.sent_push_from(source.rank.push)
+        if prompt.tokens:
+            self._metrics.routed(why, choice.reason)
+        new = prompt.tokens - there.hit
+        return Trip(
+            prompt,
+            Route(there, source, why, choice.reason),
+            self._clock(),
+            Work(0 if source else new, prompt.tokens + prompt.answer, decodes=True),
+            Work(prompt.tokens - source.hit if source else 0, prompt.tokens),
+        )
+
+    def unpushed(self, trip: Trip) -> Trip:
+        """The same try once more, after its push has failed: the decode engine computes it."""
+        there = trip.route.decode
+        new = trip.prompt.tokens - there.hit
+        return replace(
+            trip,
+            route=replace(trip.route, prefill=None),
+            begun=self._clock(),
+            at_decode=replace(trip.at_decode, compute=new),
+        )
+
+    def prefilled(self, trip: Trip, answer: bytes) -> None:
+        """The prefill engine has computed the prompt.
+
+        Args:
+            trip: the try.
+            answer: what it has answered.
+        """
+        source = trip.route.prefill
+        usage = read_usage(answer)
+        if source is None or usage is None or ABORTED in answer:
+            return
+        self._learn_tokens(trip.prompt, usage)
+        self._learn_hit("prefill", source, usage)
+        trip.prefill_seconds = self._clock() - trip.begun
+        cached = source.hit if usage.cached is None else usage.cached
+        tokens = source.queued + max(0, usage.prompt - cached)
+        source.rank.pace.learn(tokens, trip.prefill_seconds)
+        self._placement.prefill.learn(tokens, trip.prefill_seconds)
+
+    def answers(
+        self, trip: Trip, pieces: AsyncIterator[bytes], *, events: bool
+    ) -> AsyncIterator[bytes]:
+        """A decode engine begins to answer. Returns the same pieces, having learnt from them.
+
+        Args:
+            trip: the try.
+            pieces: its answer.
+            events: whether it is a stream, whose first byte comes when the prompt is computed; of
+                others it comes with the last one.
+        """
+        if events and trip.prompt.tokens:
+            self._learn_seconds(trip)
+        return self._read_along(trip, pieces, events=events)
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _choose_prefill(
+        self, prompt: Prompt, engines: Sequence[Engine], there: Candidate
+    ) -> Candidate | None:
+        if not prompt.pushable:
+            return None
+        candidates = [
+            rank.candidate(prompt, sticky=False, decodes=False)
+            for engine in engines
+            for rank in engine.ranks
+            if there.rank.engine.takes_pushes_from(rank.push)
+        ]
+        return self._policy.choose(prompt, candidates).candidate if candidates else None
+
+    def _learn_seconds(self, trip: Trip) -> None:
+        seconds = self._clock() - trip.begun
+        there = trip.route.decode
+        if trip.pushed:
+            if trip.prefill_seconds is not None:
+                self._placement.pushed(seconds, trip.prefill_seconds)
+            return
+        tokens = there.queued + trip.prompt.tokens - there.hit
+        there.rank.pace.learn(tokens, seconds)
+        self._placement.local.learn(tokens, seconds)
+
+    async def _read_along(
+        self, trip: Trip, pieces: AsyncIterator[bytes], *, events: bool
+    ) -> AsyncIterator[bytes]:
+        usage: Usage | None = None
+        read = b""
+        async for piece in pieces:
+            if events:
+                usage = read_usage(piece) or usage
+            elif len(read) <= MAX_BYTES:
+                read += piece
+            yield piece
+        usage = usage or read_usage(read)
+        if usage is not None:
+            self._learn_tokens(trip.prompt, usage)
+            if not trip.pushed:  # of a pushed prompt it says that all was there
+                self._learn_hit("decode", trip.route.decode, usage)
+
+    def _learn_tokens(self, prompt: Prompt, usage: Usage) -> None:
+        if prompt.text < _LEARNT_FROM or usage.prompt <= 0:
+            return
+        old = self._bytes_per_token.get(prompt.model, BYTES_PER_TOKEN)
+        # What is no text was counted at a flat rate, and is taken off again.
+        other = prompt.tokens - round(prompt.text / old)
+        seen = prompt.text / max(1, usage.prompt - other)
+        self._bytes_per_token[prompt.model] = old + 0.1 * (min(max(seen, 0.5), 16.0) - old)
+
+    def _learn_hit(self, role: str, where: Candidate, usage: Usage) -> None:
+        if usage.cached is not None:
+            self._metrics.hit(role, where.hit, usage.cached)
