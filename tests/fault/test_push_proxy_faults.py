@@ -321,6 +321,13 @@ async def refuse_without_words(call: Call) -> None:
     await call.end(b"\xff" * 1000)
 
 
+@pytest.fixture
+def little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode engines that wait for a push for ever are to be asked again soon."""
+    monkeypatch.setattr(dispatcher, "REFUSAL_GRACE", 0.2)
+
+
+@pytest.mark.usefixtures("little_grace")
 def test_a_refusal_that_nobody_understands_is_one(
     prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -359,6 +366,7 @@ def test_a_mistake_of_the_client_is_passed_on_once_and_is_nobodys_failure(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.usefixtures("little_grace")
 def test_a_prefill_engine_that_refuses_what_others_answer_is_left_alone(
     prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -385,6 +393,67 @@ def test_a_prefill_engine_that_refuses_now_and_then_stays_in_use(
             assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
             until(lambda: proxy.metric("engine_load") == 0)
             assert len(prefill.calls) == count
+
+
+@pytest.mark.usefixtures("little_grace")
+def test_a_mistake_that_a_slow_decode_engine_finds_late_is_nobodys_failure(
+    prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked twice, as the first time it may have waited for a push."""
+
+    async def find_it_the_second_time(call: Call) -> None:
+        await (hang if call.push else REFUSAL)(call)
+
+    prefill.script, decode.script = REFUSAL, find_it_the_second_time
+    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=300) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 400
+        assert proxy.metric("unpushed_total") == 0
+        assert proxy.metric("engine_usable") == 2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_prefill_engine_that_has_too_much_to_do_is_not_waited_for_nor_at_fault(
+    prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefill.script, decode.script = says(429, {"error": {"message": "busy"}}), waits_for_a_push
+    with proxied([prefill], [decode], breaker_failures=1, breaker_pause=300) as proxy:
+        for _ in range(3):
+            assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
+        assert len(prefill.calls) == 3
+        assert proxy.metric("unpushed_total", reason="prefill_busy") == 3
+        assert proxy.metric("engine_usable") == 2
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+# -- engines that have too much to do ----------------------------------------------------------
+
+
+def test_an_engine_that_is_busy_with_others_has_not_failed(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """One request waits in its queue for longer than it may, another one is answered meanwhile."""
+
+    async def serve_streams_first(call: Call) -> None:
+        if not call.body.get("stream"):
+            await hang(call)
+        await call.begin(200, "text/event-stream")
+        while not all(other.gone.is_set() for other in decode.calls if other is not call):
+            await call.piece(EVENTS[0])
+            await asyncio.sleep(0.05)
+        await call.end(EVENTS[-1])
+
+    decode.script = serve_streams_first
+    settings = {"first_byte_timeout": 2.0, "breaker_failures": 1, "breaker_pause": 300, "tries": 1}
+    with proxied([prefill], [decode], **settings) as proxy:
+        waiting = ask(proxy)
+        decode.asked(1)
+        answer = proxy.post("/v1/completions", STREAM)
+        assert answer.content.endswith(EVENTS[-1])
+        said = waiting.recv(4096)
+        waiting.close()
+        assert said.startswith(b"HTTP/1.1 504")
+        assert b"busy with others" in said
+        assert proxy.metric("engine_usable", engine=decode.url) == 1
 
 
 def test_a_prefill_that_is_not_needed_any_more_is_cancelled(

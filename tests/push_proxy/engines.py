@@ -125,6 +125,10 @@ def errors(stream: bytes) -> list[dict[str, object]]:
 class FakeEngine:
     """See the module. Serves while the ``with`` block runs.
 
+    Args:
+        script: see the attribute.
+        port: where it listens; by default any that is free.
+
     Attributes:
         calls: what it was asked, by others than the proxy itself.
         script: what it does about it.
@@ -135,7 +139,7 @@ class FakeEngine:
         published: more lines of its metrics.
     """
 
-    def __init__(self, script: Script = obey) -> None:
+    def __init__(self, script: Script = obey, port: int | None = None) -> None:
         self.calls: list[Call] = []
         self.script = script
         self.healthy = True
@@ -143,8 +147,9 @@ class FakeEngine:
         self.models: list[str] | None = ["model"]
         self.ranks: list[int] | None = [0]
         self.published: list[str] = []
-        self._running = Running(self, lifespan=False)
+        self._running = Running(self, lifespan=False, port=port)
         self.url = self._running.url
+        self.port = self._running.port
 
     def __enter__(self) -> FakeEngine:
         return self

@@ -6,9 +6,11 @@ import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamina_kv.push.proxy.app import create_app
@@ -91,12 +93,60 @@ def proxied(
         ),
         chooses,
     )
+    there = [engine for engine in (*prefill, *decode) if isinstance(engine, FakeEngine)]
+    with _running(app) as proxy:
+        if patient:
+            proxy.wait_usable(len(there) if usable is None else usable)
+        yield proxy
+
+
+def write_engines(
+    file: Path,
+    prefill: Sequence[FakeEngine],
+    decode: Sequence[FakeEngine],
+    drained: Sequence[FakeEngine] = (),
+) -> Path:
+    """The file of ``--engines``, replaced as a whole. JSON is YAML.
+
+    Args:
+        file: is written, and returned.
+        prefill: engines that it names.
+        decode: the same.
+        drained: those of them that get no new requests.
+    """
+    listing = {
+        "prefill": [
+            {"url": engine.url, "push": push_address(index), "drain": engine in drained}
+            for index, engine in enumerate(prefill)
+        ],
+        "decode": [{"url": engine.url, "drain": engine in drained} for engine in decode],
+    }
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(listing))
+    new.replace(file)
+    return file
+
+
+@contextmanager
+def listed(file: Path, usable: int, **settings: Any) -> Iterator[Proxy]:
+    """A proxy whose engines stand in a file.
+
+    Args:
+        file: see ``--engines``.
+        usable: how many engines to wait for.
+        settings: that differ from the defaults.
+    """
+    app = create_app(Settings(engines=file, **{**QUICK, "engines_interval": 0.05, **settings}))
+    with _running(app) as proxy:
+        proxy.wait_usable(usable)
+        yield proxy
+
+
+@contextmanager
+def _running(app: FastAPI) -> Iterator[Proxy]:
     running = Running(app)
     proxy = Proxy(running)
     try:
-        there = [engine for engine in (*prefill, *decode) if isinstance(engine, FakeEngine)]
-        if patient:
-            proxy.wait_usable(len(there) if usable is None else usable)
         yield proxy
     finally:
         proxy.client.close()

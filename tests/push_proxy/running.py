@@ -36,10 +36,13 @@ class Running:
         app: to be served.
         drain: seconds that requests may go on once it is to end.
         lifespan: whether the application wants to know when it begins and ends.
+        port: where; by default any that is free.
     """
 
-    def __init__(self, app: Any, drain: float = 0.3, *, lifespan: bool = True) -> None:
-        self.port = free_port()
+    def __init__(
+        self, app: Any, drain: float = 0.3, *, lifespan: bool = True, port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
             app,

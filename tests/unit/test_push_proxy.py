@@ -13,6 +13,7 @@ import pytest
 from lamina_kv.push.proxy.dispatcher import Dispatcher
 from lamina_kv.push.proxy.engines import Engine, Role
 from lamina_kv.push.proxy.errors import Refusal
+from lamina_kv.push.proxy.memory import COPIES, REQUEST_BYTES
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
@@ -200,12 +201,6 @@ def test_a_body_that_is_no_json_object_is_refused(
     assert not decode.calls
 
 
-def test_other_verbs_are_not_allowed(proxy: Proxy, decode: FakeEngine) -> None:
-    assert proxy.client.put("/v1/completions", json=COMPLETION).status_code == 405
-    assert proxy.client.post("/v1/embeddings", json=COMPLETION).status_code == 405
-    assert not decode.calls
-
-
 def test_a_body_that_is_too_large_is_refused(prefill: FakeEngine, decode: FakeEngine) -> None:
     with proxied([prefill], [decode], max_body_bytes=1000) as proxy:
         assert proxy.post("/v1/completions", COMPLETION | {"prompt": "x" * 900}).is_success
@@ -259,20 +254,27 @@ def test_what_the_engines_are_shown(
     assert asked.headers.get("authorization") == told.headers.get("authorization") == shown
 
 
-def test_more_requests_than_it_bears_are_turned_away(
+def test_more_requests_than_there_is_memory_for_are_turned_away(
     prefill: FakeEngine, decode: FakeEngine
 ) -> None:
     decode.script = prefill.script = hang
-    with proxied([prefill], [decode], max_outstanding=2) as proxy:
-        connections = [ask(proxy) for _ in range(2)]
-        until(lambda: proxy.metric("outstanding") == 2)
+    room = 2 * REQUEST_BYTES + 2 * COPIES * 20_000
+    with proxied([prefill], [decode], max_held_bytes=room) as proxy:
+        connections = [ask(proxy, {"prompt": "x" * 15_000}) for _ in range(2)]
+        until(lambda: len(decode.calls) == 2)
+        assert room - REQUEST_BYTES < proxy.metric("held_bytes") <= room
         answer = proxy.post("/v1/completions", COMPLETION)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         for connection in connections:
             connection.close()
         until(lambda: proxy.metric("outstanding") == 0)
-        decode.script = obey
+        assert proxy.metric("held_bytes") == 0
+        decode.script = prefill.script = obey
         assert proxy.post("/v1/completions", COMPLETION).is_success
+        # Few requests with large bodies are as much.
+        answer = proxy.post("/v1/completions", COMPLETION | {"prompt": "x" * 70_000})
+        assert answer.status_code == 503
+        assert proxy.metric("held_bytes") == 0
 
 
 # -- where requests go -------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, Listening]]
 def test_the_command_line_reaches_the_proxy(started: list[tuple[Settings, Listening]]) -> None:
     more = ("--prefill", "https://q/base, [::1]:7001", "--decode", "http://e:2")
     place = ("--host", "::", "--port", "9", "--drain-seconds", "5")
-    limits = ("--total-timeout", "60", "--max-outstanding", "7", "--engine-key", "inner")
+    limits = ("--total-timeout", "60", "--max-held-bytes", "7000", "--engine-key", "inner")
     result = invoke(*ENGINES, *more, *place, *limits, env={"LAMINA_PUSH_TOKEN": "sesame"})
     assert result.exit_code == 0, result.output
     ((settings, listening),) = started
@@ -46,7 +46,7 @@ def test_the_command_line_reaches_the_proxy(started: list[tuple[Settings, Listen
         token="sesame",
         engine_key="inner",
         total_timeout=60,
-        max_outstanding=7,
+        max_held_bytes=7000,
     )
 
 

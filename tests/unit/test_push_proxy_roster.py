@@ -221,7 +221,8 @@ def test_the_proxy_shows_its_engine_key(decode: FakeEngine) -> None:
         prefill._introduce = note  # type: ignore[method-assign]
         with proxied([prefill], [decode], engine_key="inner"):
             pass
-    assert keys == ["Bearer inner"] * 2
+    assert len(keys) >= 2
+    assert {*keys} == {"Bearer inner"}
 
 
 # -- URLs --------------------------------------------------------------------------------------

@@ -343,7 +343,6 @@ class Dispatcher:
             outcome = _outcome(response)
             if outcome is Outcome.ANSWERED or response.status_code == BUSY:
                 engine.succeeded()
-                self._router.prefilled(trip, text)
             else:
                 blame.suspect(engine, response.status_code, text)
         except EngineError as error:
@@ -359,6 +358,7 @@ class Dispatcher:
         finally:
             self._metrics.exchange(engine, outcome)
         if outcome is Outcome.ANSWERED:
+            self._router.prefilled(trip, text)
             return _Prefilled(_End.DONE, cached_by(text))
         if outcome is Outcome.FAILED:
             return _Prefilled(_End.FAILED)

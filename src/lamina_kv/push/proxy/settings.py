@@ -159,6 +159,7 @@ def server_url(given: str) -> str:
 
 
 def url_problems(url: str) -> Iterator[str]:
+    """What is wrong with the URL of an engine's server."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -172,6 +173,7 @@ def url_problems(url: str) -> Iterator[str]:
 
 
 def push_problems(address: str) -> Iterator[str]:
+    """What is wrong with the address that decode engines are to reach for pushes."""
     try:
         parts = urlsplit(f"//{address}")
         plain = parts.port and parts.hostname and parts == SplitResult("", parts.netloc, "", "", "")

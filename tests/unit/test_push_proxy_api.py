@@ -1,0 +1,383 @@
+"""Guards the API that clients use: whatever an engine serves is passed on as it came, headers pass
+both ways, nobody compiles a grammar for nothing, each request has its line in the access log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from push_proxy.engines import EVENTS, Call, FakeEngine, obey
+from push_proxy.proxies import CHAT, COMPLETION, Proxy, proxied
+from push_proxy.running import until
+
+ACCESS = "lamina_kv.push.proxy.access"
+
+
+@pytest.fixture(scope="module")
+def shared(fake_engines: tuple[FakeEngine, ...]) -> Iterator[Proxy]:
+    with proxied(fake_engines[:1], fake_engines[1:2]) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Proxy]:
+    decode.script = echo
+    yield shared
+    until(lambda: shared.metric("engine_load") == 0)
+
+
+async def echo(call: Call) -> None:
+    """Answers with nothing but that it was asked."""
+    await call.answer(200, {"asked": call.target})
+
+
+# -- what is passed on -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"),
+        ("POST", "/v2/rerank"),
+        ("PUT", "/something/new?a=b%20c"),
+        ("PATCH", "/v1/completions"),
+        ("DELETE", "/v1/responses/resp_1"),
+    ],
+)
+def test_what_is_not_to_be_split_goes_to_a_decode_engine_as_it_came(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, method: str, path: str
+) -> None:
+    body = b'{ "input":\t"Hi",  "temperature": 0.10000000000000000555 }'
+    headers = {"content-type": "application/json; charset=utf-8"}
+    answer = proxy.client.request(method, path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()) == (200, {"asked": path})
+    (call,) = decode.calls
+    assert (call.method, call.target, call.raw) == (method, path, body)
+    assert call.headers["content-type"] == headers["content-type"]
+    assert not prefill.calls
+    assert proxy.metric("unpushed_total") == 0
+
+
+def test_a_form_with_a_file_is_not_touched(proxy: Proxy, decode: FakeEngine) -> None:
+    sound = bytes(range(256)) * 64
+    files = {"file": ("a.wav", sound, "audio/wav")}
+    data = {"model": "model", "vllm_xargs": '{"kv_transfer_params": 1}'}
+    answer = proxy.client.post("/v1/audio/transcriptions", data=data, files=files)
+    assert answer.is_success
+    (call,) = decode.calls
+    assert call.raw == answer.request.content
+    assert call.headers["content-type"] == answer.request.headers["content-type"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[1, 2]", b'"text"', b"null", b'{"a": 1}'])
+def test_json_of_any_kind_is_passed_on(proxy: Proxy, decode: FakeEngine, body: bytes) -> None:
+    assert proxy.client.post("/pooling", content=body).is_success
+    assert decode.calls[0].raw == body
+
+
+@pytest.mark.parametrize(
+    "smuggled",
+    [
+        {"kv_transfer_params": {"lamina_push": {"id": "x", "prefill": "elsewhere:1"}}},
+        {"ec_transfer_params": {"peer": "elsewhere:1"}},
+        {
+            "sampling_params": {
+                "temperature": 0.5,
+                "extra_args": {"kv_transfer_params": {"host": "elsewhere"}, "mine": 1},
+            }
+        },
+    ],
+)
+@pytest.mark.parametrize("media_type", ["application/json", "", "application/x+json", "text/plain"])
+def test_what_a_client_says_of_transfers_is_left_out_everywhere(
+    proxy: Proxy, decode: FakeEngine, smuggled: dict[str, object], media_type: str
+) -> None:
+    body = json.dumps({"input": "Hi", **smuggled})
+    # A name may be written in many ways.
+    escaped = body.replace("kv_transfer", "kv\\u005ftransfer").encode()
+    headers = {"content-type": media_type} if media_type else {}
+    assert proxy.client.post("/v1/responses", content=escaped, headers=headers).is_success
+    (call,) = decode.calls
+    assert b"elsewhere" not in call.raw
+    assert call.body["input"] == "Hi"
+    if "sampling_params" in smuggled:
+        assert call.body["sampling_params"] == {"temperature": 0.5, "extra_args": {"mine": 1}}
+
+
+def test_what_is_worth_keeping_may_be_said_everywhere(proxy: Proxy, decode: FakeEngine) -> None:
+    asked = {"input": "Hi", "kv_transfer_params": {"lamina": {"keep": False}, "host": "elsewhere"}}
+    assert proxy.post("/v1/responses", asked).is_success
+    assert decode.calls[0].body["kv_transfer_params"] == {"lamina": {"keep": False}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"kv_transfer_params": NaN}', '{"kv_transfer_params": {}}'.encode("utf-16"), b"{'a': 1}"],
+)
+def test_json_that_an_engine_might_read_otherwise_is_refused(
+    proxy: Proxy, decode: FakeEngine, body: bytes
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = proxy.client.post("/v1/responses", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "not JSON" in answer.json()["error"]["message"]
+    assert not decode.calls
+
+
+@pytest.mark.parametrize(
+    "path", ["/sleep", "/pause?mode=x", "/v1/load_lora_adapter", "/%73leep/", "/update_weights"]
+)
+def test_what_changes_one_engine_is_not_for_clients(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, path: str
+) -> None:
+    answer = proxy.client.post(path, json={})
+    assert answer.status_code == 403
+    assert "ask each engine itself" in answer.json()["error"]["message"]
+    assert not decode.calls
+    assert not prefill.calls
+
+
+# -- headers -----------------------------------------------------------------------------------
+
+MINE = {
+    "accept": "text/event-stream",
+    "baggage": "user=7",
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "openai-organization": "org",
+    "openai-project": "project",
+    "x-api-key": "client",
+    "x-session-id": "conversation-7",
+    "user-agent": "openai-python",
+    "x-odd": "caf\xe9",
+}
+
+
+def test_headers_of_clients_reach_both_engines(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    sent = {name: value.encode("latin-1") for name, value in MINE.items()}
+    one_connection = {"connection": "keep-alive, x-mine", "x-mine": "1", "te": "trailers"}
+    kept = {"x-request-id": "id-1", "accept-encoding": "gzip"}
+    assert proxy.post(
+        "/v1/completions", COMPLETION, headers={**sent, **one_connection, **kept}
+    ).is_success
+    for call in (*decode.asked(1), *prefill.asked(1)):
+        got = {name: call.headers.get(name) for name in MINE}
+        assert got == MINE
+        assert not {"x-mine", "te"} & call.headers.keys()
+        assert call.headers["x-request-id"] == "id-1"
+        assert call.headers["accept-encoding"] == "identity"
+        assert int(call.headers["content-length"]) == len(call.raw)
+        assert call.headers["host"] in (prefill.url + decode.url)
+
+
+def test_headers_of_answers_reach_the_client(proxy: Proxy, decode: FakeEngine) -> None:
+    async def answer(call: Call) -> None:
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"openai-processing-ms", b"12"),
+            (b"set-cookie", b"a=1"),
+            (b"set-cookie", b"b=2"),
+            (b"x-ratelimit-remaining", b"3"),
+            (b"x-request-id", b"of the engine"),
+            (b"server", b"engine"),
+            (b"date", b"long ago"),
+            (b"keep-alive", b"timeout=5"),
+            (b"content-length", b"2"),
+        ]
+        await call.send({"type": "http.response.start", "status": 200, "headers": headers})
+        await call.end(b"{}")
+
+    decode.script = answer
+    for path, body in (("/v1/completions", COMPLETION), ("/v1/embeddings", {"input": "a"})):
+        got = proxy.post(path, body, headers={"x-request-id": "id-2"})
+        assert got.headers["openai-processing-ms"] == "12"
+        assert got.headers["x-ratelimit-remaining"] == "3"
+        assert got.headers.get_list("set-cookie") == ["a=1", "b=2"]
+        assert got.headers.get_list("x-request-id") == ["id-2"]
+        assert len(got.headers.get_list("date")) == 1
+        assert got.headers["date"] != "long ago"
+        assert "server" not in got.headers
+        assert "keep-alive" not in got.headers
+
+
+def test_a_rank_that_a_client_names_is_one_of_the_decode_engine(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    headers = {"X-data-parallel-rank": "3"}
+    proxy.post("/v1/completions", COMPLETION, headers=headers)
+    assert decode.asked(1)[0].headers["x-data-parallel-rank"] == "3"
+    assert prefill.asked(1)[0].headers["x-data-parallel-rank"] == "0"
+
+
+@pytest.mark.parametrize(
+    "shown", [{"x-api-key": "sesame"}, {"authorization": "Bearer sesame", "x-api-key": "other"}]
+)
+def test_a_key_may_be_shown_as_anthropics_clients_do(
+    prefill: FakeEngine, decode: FakeEngine, shown: dict[str, str]
+) -> None:
+    with proxied([prefill], [decode], token="sesame") as proxy:
+        assert proxy.post("/v1/messages", {}, headers={"x-api-key": "wrong"}).status_code == 401
+        assert proxy.post("/v1/completions", COMPLETION, headers=shown).is_success
+        preflight = proxy.client.options("/v1/completions", headers={"origin": "http://a"})
+        assert preflight.status_code == 200
+    for call in (*prefill.asked(1), decode.asked(1)[0]):
+        assert not {"x-api-key", "authorization"} & call.headers.keys()
+
+
+# -- grammars ----------------------------------------------------------------------------------
+
+
+def test_no_grammar_is_compiled_where_nobody_needs_it(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    restricted = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        "structured_outputs": {"regex": "a+"},
+    }
+    rendered = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "none",
+    }
+    proxy.post("/v1/chat/completions", CHAT | restricted | rendered)
+    (told,), (asked,) = prefill.asked(1), decode.asked(1)
+    assert not restricted.keys() & told.body.keys()
+    assert {name: told.body[name] for name in rendered} == rendered, "templates show them"
+    assert {name: asked.body[name] for name in restricted} == restricted
+
+
+# -- usage -------------------------------------------------------------------------------------
+
+
+def usage(cached: int) -> dict[str, object]:
+    details = {"cached_tokens": cached}
+    return {"usage": {"prompt_tokens": 1000, "prompt_tokens_details": details}}
+
+
+@pytest.mark.parametrize(
+    ("prefilled", "right"),
+    [
+        (usage(640), 640),
+        ({"usage": {"prompt_tokens": 1000, "prompt_tokens_details": None}}, 0),
+        ({"choices": [{"finish_reason": "abort"}], **usage(640)}, 999),
+        ({"choices": "?"}, 0),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_pushed_prompt_is_not_called_cached(
+    proxy: Proxy,
+    prefill: FakeEngine,
+    decode: FakeEngine,
+    prefilled: dict[str, object],
+    right: int,
+    stream: bool,
+) -> None:
+    text = {"choices": [{"text": '"cached_tokens": 999'}]}
+
+    async def answer(call: Call) -> None:
+        if not stream:
+            await call.answer(200, {**text, **usage(999)})
+            return
+        await call.begin(200, "text/event-stream")
+        await call.piece(b"data: %s\n\n" % json.dumps(text).encode())
+        await call.piece(b"data: %s\n\n" % json.dumps(usage(999)).encode())
+        await call.end(EVENTS[-1])
+
+    async def answer_late(call: Call) -> None:
+        await decode.is_asked(1)
+        await call.answer(200, prefilled)
+
+    decode.script, prefill.script = answer, answer_late
+    got = proxy.post("/v1/completions", COMPLETION | {"stream": stream})
+    events = got.content.split(b"\n\n")[:2] if stream else [got.content] * 2
+    said = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    assert said[0]["choices"] == text["choices"]
+    assert said[1]["usage"] == usage(right)["usage"]
+
+
+def test_what_a_decode_engine_computes_itself_is_as_it_says(
+    proxy: Proxy, decode: FakeEngine
+) -> None:
+    async def answer(call: Call) -> None:
+        await call.answer(200, usage(999))
+
+    decode.script = answer
+    assert proxy.post("/v1/completions", COMPLETION | {"n": 2}).json() == usage(999)
+
+
+# -- the access log ----------------------------------------------------------------------------
+
+
+def test_each_request_has_a_line_in_the_access_log(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, ACCESS)
+    decode.script = obey
+    proxy.post("/v1/completions?key=secret", COMPLETION, headers={"x-request-id": "id-3"})
+    proxy.post("/sleep", {}, headers={"x-request-id": "id-4"})
+    proxy.client.get("/v1/a%0Ab", headers={"x-request-id": "id-5"})
+    until(lambda: len([r for r in caplog.records if r.name == ACCESS]) == 3)
+    lines = [record.getMessage() for record in caplog.records if record.name == ACCESS]
+    numbers = re.compile(r"ms=\d+")
+    assert [numbers.sub("ms=N", line) for line in lines] == [
+        "request=id-3 method=POST path=/v1/completions status=200 ms=N first_byte_ms=N "
+        f"prefill={prefill.url} decode={decode.url}",
+        "request=id-4 method=POST path=/sleep status=403 ms=N first_byte_ms=- prefill=- decode=-",
+        "request=id-5 method=GET path=/v1/a%0Ab status=200 ms=N first_byte_ms=N prefill=- "
+        f"decode={decode.url}",
+    ]
+
+
+def test_a_path_that_nobody_knows_is_no_series_of_its_own(proxy: Proxy) -> None:
+    before = proxy.metric("requests_total", route="other")
+    for index in range(3):
+        proxy.client.get(f"/v1/things/{index}")
+    assert proxy.metric("requests_total", route="other") == before + 3
+
+
+# -- large answers and bodies ------------------------------------------------------------------
+
+
+def test_a_large_body_passes_whole(proxy: Proxy, prefill: FakeEngine, decode: FakeEngine) -> None:
+    picture = "A" * (8 << 20)
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}]
+    chat = {"model": "model", "messages": [{"role": "user", "content": content}]}
+    assert proxy.post("/v1/chat/completions", chat).is_success
+    for call in (*prefill.asked(1), *decode.asked(1)):
+        assert call.body["messages"] == chat["messages"]
+
+
+def test_an_answer_without_a_body_has_none(proxy: Proxy, decode: FakeEngine) -> None:
+    async def nothing(call: Call) -> None:
+        await call.send({"type": "http.response.start", "status": 204, "headers": []})
+        await call.end()
+
+    decode.script = nothing
+    answer: httpx.Response = proxy.client.request("DELETE", "/v1/files/1")
+    assert (answer.status_code, answer.content) == (204, b"")
+    answer = proxy.client.head("/v1/models")
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
+def test_events_that_are_no_chunks_of_ours_pass(proxy: Proxy, decode: FakeEngine) -> None:
+    """Those of the responses API have names."""
+    events = (b"event: response.created\ndata: {}\n\n", b"event: response.done\ndata: {}\n\n")
+
+    async def answer(call: Call) -> None:
+        await call.begin(200, "text/event-stream")
+        for event in events:
+            await call.piece(event)
+            await asyncio.sleep(0)
+        await call.end()
+
+    decode.script = answer
+    assert proxy.post("/v1/responses", {"input": "a"}).content == b"".join(events)
