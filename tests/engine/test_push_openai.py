@@ -69,14 +69,9 @@ def served(llama: Path, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) 
     model = make_spoken(llama, tmp_path_factory.mktemp("spoken") / "model")
     prefill = Server(prefill_spec(model, SPOKEN), fleet.next_log(), forked=True)
     decode = Server(decode_spec(model, SPOKEN, {"min_tokens": 0}), fleet.next_log(), forked=True)
-    options = (f"--token={TOKEN}", *DISAGGREGATE)
-    with Deployment([prefill], [decode], fleet.next_log(), *options) as deployment:
+    with Deployment([prefill], [decode], fleet.next_log(), f"--token={TOKEN}") as deployment:
         proxy = deployment.proxy.url
         yield Served(client(proxy), client(decode.url), decode, proxy)
-
-
-DISAGGREGATE = ("--disaggregate=always",)
-"""Whatever the router would choose for models so small."""
 
 
 def question(seed: int, length: int = LONG) -> list[Any]:

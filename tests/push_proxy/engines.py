@@ -128,6 +128,7 @@ class FakeEngine:
     Args:
         script: see the attribute.
         port: where it listens; by default any that is free.
+        tls: see :class:`Running`.
 
     Attributes:
         calls: what it was asked, by others than the proxy itself.
@@ -139,7 +140,7 @@ class FakeEngine:
         published: more lines of its metrics.
     """
 
-    def __init__(self, script: Script = obey, port: int | None = None) -> None:
+    def __init__(self, script: Script = obey, port: int | None = None, **tls: Any) -> None:
         self.calls: list[Call] = []
         self.script = script
         self.healthy = True
@@ -147,7 +148,7 @@ class FakeEngine:
         self.models: list[str] | None = ["model"]
         self.ranks: list[int] | None = [0]
         self.published: list[str] = []
-        self._running = Running(self, lifespan=False, port=port)
+        self._running = Running(self, lifespan=False, port=port, **tls)
         self.url = self._running.url
         self.port = self._running.port
 

@@ -116,8 +116,8 @@ def write_engines(
     """
     listing = {
         "prefill": [
-            {"url": engine.url, "push": push_address(index), "drain": engine in drained}
-            for index, engine in enumerate(prefill)
+            {"url": engine.url, "push": f"10.0.0.1:{engine.port}", "drain": engine in drained}
+            for engine in prefill
         ],
         "decode": [{"url": engine.url, "drain": engine in drained} for engine in decode],
     }
@@ -136,7 +136,8 @@ def listed(file: Path, usable: int, **settings: Any) -> Iterator[Proxy]:
         usable: how many engines to wait for.
         settings: that differ from the defaults.
     """
-    app = create_app(Settings(engines=file, **{**QUICK, "engines_interval": 0.05, **settings}))
+    quick = {**QUICK, **PLAIN, "engines_interval": 0.05}
+    app = create_app(Settings(engines=file, **{**quick, **settings}))
     with _running(app) as proxy:
         proxy.wait_usable(usable)
         yield proxy

@@ -37,13 +37,20 @@ class Running:
         drain: seconds that requests may go on once it is to end.
         lifespan: whether the application wants to know when it begins and ends.
         port: where; by default any that is free.
+        tls: uvicorn's ``ssl_…``; its certificate is one of ``localhost``.
     """
 
     def __init__(
-        self, app: Any, drain: float = 0.3, *, lifespan: bool = True, port: int | None = None
+        self,
+        app: Any,
+        drain: float = 0.3,
+        *,
+        lifespan: bool = True,
+        port: int | None = None,
+        **tls: Any,
     ) -> None:
         self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
             app,
             port=self.port,
@@ -51,6 +58,7 @@ class Running:
             access_log=False,
             lifespan="on" if lifespan else "off",
             timeout_graceful_shutdown=drain,
+            **tls,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
