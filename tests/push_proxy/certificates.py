@@ -11,6 +11,20 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+_NO_USE = dict.fromkeys(
+    (
+        "content_commitment",
+        "crl_sign",
+        "data_encipherment",
+        "decipher_only",
+        "digital_signature",
+        "encipher_only",
+        "key_agreement",
+        "key_cert_sign",
+        "key_encipherment",
+    ),
+    False,
+)
 _DAY = datetime.timedelta(days=1)
 
 
@@ -42,8 +56,11 @@ class Authority:
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        own = self._build(self._name, self._key.public_key()).add_extension(
-            x509.BasicConstraints(ca=True, path_length=None), critical=True
+        signs = {"key_cert_sign": True, "crl_sign": True}
+        own = (
+            self._build(self._name, self._key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**{**_NO_USE, **signs}), critical=True)
         )
         self.file = folder / f"{name}.pem"
         self.file.write_bytes(_pem(own.sign(self._key, hashes.SHA256())))

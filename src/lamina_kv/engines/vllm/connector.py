@@ -281,8 +281,7 @@ class LaminaConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended. Its blocks may be freed: those still to be read are leased."""
-        self._on_scheduler.finished(request, block_ids)
-        return False, None
+        return False, self._on_scheduler.finished(request, block_ids)
 
     def request_finished(
         self, request: Request, block_ids: list[int]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from itertools import islice
+from typing import Any
 
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.block_pool import BlockPool as VllmPool
@@ -22,6 +24,14 @@ from lamina_kv.tiers.regard import Regard
 
 PUSH_PARAMETER = "lamina_push"
 """The key of ``kv_transfer_params`` that is Lamina's."""
+
+_ASKED_FIRST = "do_remote_decode"
+"""By which routers that speak to vLLM's NixlConnector ask a prefill engine, before the decode
+engine, to say what the latter is to be told."""
+
+_PREFILLED = "do_remote_prefill"
+"""What they expect in the answer. vLLM reports the prefill engine's cached tokens by it, and tells
+the connector if the decode engine refuses the request."""
 
 
 _NAMELESS = re.compile(r"renderer\d+-mm-\d+-.*|[0-9a-f]{32,}", re.DOTALL)
@@ -126,7 +136,7 @@ def _name(feature: MultiModalFeatureSpec) -> str:
 
 def push_parameters(request: Request) -> PushParameters | None:
     """What the router says of a request: ``{"lamina_push": {"id": …, "prefill": …}}`` in vLLM's
-    ``kv_transfer_params``.
+    ``kv_transfer_params``. One that asks the prefill engine first has it name the push.
 
     Raises:
         ValueError: if it says something else under that name, or the parameters are no object.
@@ -139,6 +149,8 @@ def push_parameters(request: Request) -> PushParameters | None:
         case other:
             raise ValueError(f"kv_transfer_params must be an object, got {shown(other)}")
     match given:
+        case None if is_asked_first(request):
+            return PushParameters(_own_name(request), None)
         case None:
             return None
         case {"id": str(name), "prefill": str(address)} if _is_id(name) and len(given) == 2:
@@ -149,6 +161,36 @@ def push_parameters(request: Request) -> PushParameters | None:
         f'must be {{"id": text}} or {{"id": text, "prefill": "HOST:PORT"}}, with an id of 1 to '
         f"{MAX_ID} printable ASCII characters, got {shown(given)}"
     )
+
+
+def is_asked_first(request: Request) -> bool:
+    """Whether a router wants to be told by a prefill engine what to tell the decode engine."""
+    parameters = request.kv_transfer_params
+    return (
+        isinstance(parameters, dict)
+        and parameters.get(_ASKED_FIRST) is True
+        and PUSH_PARAMETER not in parameters
+    )
+
+
+def handed_on(request: Request, address: str) -> dict[str, Any] | None:
+    """What such a router is told when the prefill engine has computed the prompt; None if it has
+    not.
+
+    Args:
+        request: has ended.
+        address: where decode engines reach this engine.
+    """
+    if request.status not in {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}:
+        return None
+    push = {"id": _own_name(request), "prefill": address}
+    return {_PREFILLED: True, _ASKED_FIRST: False, PUSH_PARAMETER: push}
+
+
+def _own_name(request: Request) -> str:
+    """A push's name that no other request has: vLLM ends a request's with a random part."""
+    name = request.request_id
+    return name if _is_id(name) else sha256(name.encode()).hexdigest()
 
 
 def shown(given: object) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -36,6 +38,8 @@ from lamina_kv.engines.vllm.requests import (
     PUSH_PARAMETER,
     VllmBlockPool,
     VllmRequest,
+    handed_on,
+    is_asked_first,
     push_parameters,
 )
 from lamina_kv.engines.vllm.resets import reset_despite_readers
@@ -238,13 +242,33 @@ class SchedulerSide:
             check_cipher()
         if config is None or config.listen is None:
             return []
-        host, port = split_address(config.listen)
-        port += self._index
-        listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        listen = self._listens_at(config.listen)
         try:
             return listen_at(listen)
         except OSError as error:
             raise ValueError(f"push.listen: cannot listen at {listen}: {error}") from error
+
+    def _listens_at(self, first: str) -> str:
+        """This engine's own address, of several engines of one server.
+
+        Args:
+            first: that of the first one.
+        """
+        host, port = split_address(first)
+        port += self._index
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _address(self) -> str:
+        """Where decode engines reach this engine; empty if it does not know."""
+        config = self._config.push
+        if config is None or config.listen is None:
+            return ""
+        host, _ = split_address(config.listen)
+        try:
+            anywhere = ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            anywhere = False
+        return "" if anywhere else self._listens_at(config.listen)
 
     def _exchange(self) -> None:
         """Say what the planner has to say to other engines, and hear what they say."""
@@ -402,18 +426,25 @@ class SchedulerSide:
         assert self._manager is not None
         return len(self._manager.block_pool.cached_block_hash_to_block) > 0
 
-    def finished(self, request: Request, blocks: tuple[list[int], ...]) -> None:
-        """A request has ended and its blocks are about to be freed."""
+    def finished(self, request: Request, blocks: tuple[list[int], ...]) -> dict[str, Any] | None:
+        """A request has ended and its blocks are about to be freed.
+
+        Returns:
+            what the router is to tell a decode engine, if it wants to know.
+        """
         self._adapters.finished(request)
         if self._planner is None:
             self._opening.finished(request)
-            return
+            return None
         computed = request.num_computed_tokens
         push = self._push(request)
         self._planner.finished(request.request_id, computed, blocks, push=push)
         self._moved = True  # its prompt is counted by now
         self._exchange()
         self._remind()
+        if push is None or not is_asked_first(request):
+            return None
+        return handed_on(request, self._address())
 
     def take_events(self) -> Sequence[KVCacheEvent]:
         """What has become of chunks in tiers since the last call, if anybody listens."""
@@ -496,6 +527,11 @@ class SchedulerSide:
             return None, None
         if self._link is None:
             return None, "this engine takes no part in pushes: give it a `push` section"
+        if is_asked_first(request) and not self._address():
+            return None, (
+                "the router asks this engine first, which cannot say where it is: set push.listen "
+                "to an address that decode engines reach"
+            )
         if push.prefill is None or self._peers.allow(push.prefill):
             return push, None
         return None, (

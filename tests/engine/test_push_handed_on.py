@@ -1,0 +1,97 @@
+"""Routers that speak to vLLM's NixlConnector work with Lamina as they are: they ask a prefill
+server first, and tell the decode server what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.deployment import decode_spec, prefill_spec
+from engine.driver import Ask, EngineSpec, Fleet
+from engine.server import MODEL, Server
+from engine.workload import BLOCK, prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+
+AS_ROUTERS_DO: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+def ask(server: Server, ask: Ask, **more: Any) -> dict[str, Any]:
+    body = {
+        "model": MODEL,
+        "prompt": list(ask.tokens),
+        "max_tokens": ask.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **more,
+    }
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, trust_env=False, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def prefilled(server: Server, asked: Ask) -> dict[str, Any]:
+    """What the prefill server wants the decode server to be told."""
+    first = ask(server, asked, max_tokens=1, kv_transfer_params=AS_ROUTERS_DO)
+    parameters = first["kv_transfer_params"]
+    assert isinstance(parameters, dict)
+    return parameters
+
+
+def test_a_router_that_asks_the_prefill_server_first(llama: Path, fleet: Fleet) -> None:
+    asks = [Ask(prompt(seed, 400), max_tokens=6) for seed in range(60, 64)]
+    expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
+    options = {"enable_prompt_tokens_details": True}
+    spec = prefill_spec(llama, options)
+    with (
+        Server(spec, fleet.next_log(), forked=True) as prefill,
+        Server(decode_spec(llama, options, {"min_tokens": 0}), fleet.next_log(), forked=True) as decode,
+    ):  # fmt: skip
+        for asked, right in zip(asks, expected, strict=True):
+            told = prefilled(prefill, asked)
+            assert spec.lamina is not None
+            assert told["lamina_push"]["prefill"] == spec.lamina["push"]["listen"]
+            assert told["do_remote_prefill"] is True
+            answer = ask(decode, asked, kv_transfer_params=told)
+            assert tuple(answer["choices"][0]["token_ids"]) == right
+            details = answer["usage"]["prompt_tokens_details"]
+            assert details["cached_tokens"] == 0, "what was pushed is not called cached"
+        assert decode.metrics().total("lamina_pushes_total", outcome="received") == len(asks)
+        half = asks[0].tokens[:200] + prompt(70, 200)
+        told = prefilled(prefill, Ask(half))
+        answer = ask(decode, Ask(half), kv_transfer_params=told)
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == 200 // BLOCK * BLOCK, "what the prefill server had is"
+        prefill.wait_until_empty(30)
+        decode.wait_until_empty(30)
+
+
+def test_a_decode_server_that_refuses_lets_the_prefill_server_go(llama: Path, fleet: Fleet) -> None:
+    """It never hears of the request otherwise, and its prompt would be held for a minute."""
+    asked = Ask(prompt(80, 400))
+    with (
+        Server(prefill_spec(llama, push={"deadline": 600.0}), fleet.next_log(), forked=True) as prefill,
+        Server(decode_spec(llama), fleet.next_log(), forked=True) as decode,
+    ):  # fmt: skip
+        told = prefilled(prefill, asked)
+        assert prefill.held().leased > 0
+        body = {"model": MODEL, "prompt": "no tokenizer", "max_tokens": -1}
+        refused = httpx.post(
+            f"{decode.url}/v1/completions",
+            json={**body, "kv_transfer_params": told},
+            trust_env=False,
+            timeout=120,
+        )
+        assert refused.status_code == 400
+        prefill.wait_until_empty(60)
