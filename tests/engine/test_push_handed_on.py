@@ -53,11 +53,11 @@ def test_a_router_that_asks_the_prefill_server_first(llama: Path, fleet: Fleet) 
     asks = [Ask(prompt(seed, 400), max_tokens=6) for seed in range(60, 64)]
     expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
     options = {"enable_prompt_tokens_details": True}
-    spec = prefill_spec(llama, options)
+    spec, other = prefill_spec(llama, options), decode_spec(llama, options, {"min_tokens": 0})
     with (
         Server(spec, fleet.next_log(), forked=True) as prefill,
-        Server(decode_spec(llama, options, {"min_tokens": 0}), fleet.next_log(), forked=True) as decode,
-    ):  # fmt: skip
+        Server(other, fleet.next_log(), forked=True) as decode,
+    ):
         for asked, right in zip(asks, expected, strict=True):
             told = prefilled(prefill, asked)
             assert spec.lamina is not None
@@ -80,10 +80,11 @@ def test_a_router_that_asks_the_prefill_server_first(llama: Path, fleet: Fleet) 
 def test_a_decode_server_that_refuses_lets_the_prefill_server_go(llama: Path, fleet: Fleet) -> None:
     """It never hears of the request otherwise, and its prompt would be held for a minute."""
     asked = Ask(prompt(80, 400))
+    patient = prefill_spec(llama, push={"deadline": 600.0, "quarantine": 700.0})
     with (
-        Server(prefill_spec(llama, push={"deadline": 600.0}), fleet.next_log(), forked=True) as prefill,
+        Server(patient, fleet.next_log(), forked=True) as prefill,
         Server(decode_spec(llama), fleet.next_log(), forked=True) as decode,
-    ):  # fmt: skip
+    ):
         told = prefilled(prefill, asked)
         assert prefill.held().leased > 0
         body = {"model": MODEL, "prompt": "no tokenizer", "max_tokens": -1}
