@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from lamina_kv.cli.main import app
 from lamina_kv.cli.push_proxy import Listening
-from lamina_kv.push.proxy.settings import PrefillAddress, Settings, SettingsError
+from lamina_kv.push.proxy.settings import EngineTls, PrefillAddress, Settings, SettingsError
 
 ENGINES = ("--prefill", "http://p:1,p:7000", "--decode", "http://d:1")
 
@@ -50,6 +51,36 @@ def test_the_command_line_reaches_the_proxy(started: list[tuple[Settings, Listen
     )
 
 
+def test_files_reach_the_proxy(started: list[tuple[Settings, Listening]]) -> None:
+    tls = ("--tls-cert", "c", "--tls-key", "k", "--engines-ca", "ca", "--engines-cert", "ec")
+    result = invoke(
+        "--engines", "engines.yaml", *tls, "--engines-cert-key", "ek",
+        env={"LAMINA_PUSH_ADMIN_TOKEN": "operator"},
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ((settings, listening),) = started
+    assert settings == Settings(
+        engines=Path("engines.yaml"),
+        engine_tls=EngineTls(Path("ca"), Path("ec"), Path("ek")),
+        admin_token="operator",
+    )
+    assert (listening.certificate, listening.key) == (Path("c"), Path("k"))
+    assert "operator" not in repr(settings)
+
+
+def test_a_file_of_engines_that_cannot_be_used_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "engines.yaml"
+    for text, said in (
+        (None, "No such file"),
+        ("decode: [nowhere]", "decode[0]: 'nowhere' is not"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        result = invoke("--engines", str(file))
+        assert result.exit_code == 2
+        assert f"--engines: {file}: {said}" in result.output
+
+
 def test_without_options_it_has_the_defaults(started: list[tuple[Settings, Listening]]) -> None:
     assert invoke(*ENGINES).exit_code == 0
     ((settings, listening),) = started
@@ -74,6 +105,9 @@ def test_without_options_it_has_the_defaults(started: list[tuple[Settings, Liste
         (("--prefill", "http://p,p:7", "--decode", "http://p"), "http://p is given twice"),
         ((*ENGINES, "--prefill", "http://q,p:7000"), "p:7000 is given twice"),
         ((*ENGINES, "--total-timeout", "0"), "total_timeout is 0"),
+        ((*ENGINES, "--engines", "e"), "--prefill: --engines says where the engines are"),
+        (("--prefill", "http://p,p:7"), "there is no decode engine: give at least one --decode"),
+        ((*ENGINES, "--admin-token", ""), "--admin-token or LAMINA_PUSH_ADMIN_TOKEN"),
         ((*ENGINES, "--token", "two\nlines"), "the token"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from documented import blocks
 from lamina_kv.push.proxy.discovery.kubernetes import Api, KubernetesService, PodPort
 from lamina_kv.push.proxy.discovery.listing import read_listing
 from lamina_kv.push.proxy.discovery.names import Names
@@ -90,6 +91,13 @@ def test_all_that_a_file_may_say() -> None:
         KubernetesService(Role.PREFILL, "lamina-prefill", "serving", PodPort("http", "http", 9500)),
         KubernetesService(Role.DECODE, "lamina-decode", "", PodPort(8000, "https")),
     }
+
+
+def test_the_file_of_the_documentation() -> None:
+    (text,) = blocks("docs/push-proxy.md", "yaml")
+    listing = read_listing(text)
+    assert (len(listing.places), len(listing.sources)) == (3, 4)
+    assert [place.drain for place in listing.places] == [False, False, True]
 
 
 @pytest.mark.parametrize(
