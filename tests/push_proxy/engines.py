@@ -190,14 +190,14 @@ class FakeEngine:
             await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        if headers.get("user-agent") == "lamina-push-proxy":
-            await self._introduce(Call("GET", scope["path"], headers, b"", send))
-            return
         raw = b""
         while (message := await receive()).get("more_body") or message.get("body"):
             raw += message["body"]
             if not message["more_body"]:
                 break
+        if headers.get("user-agent") == "lamina-push-proxy":
+            await self._introduce(Call(scope["method"], scope["path"], headers, raw, send))
+            return
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         target = (scope["raw_path"] + query).decode()
         call = Call(scope["method"], target, headers, raw, send)
@@ -214,6 +214,8 @@ class FakeEngine:
             lines = [f"vllm:num_requests_running{labels}" % rank for rank in self.ranks]
             lines += [f"{line}\n" for line in self.published]
             await call.end(("# HELP vllm:num_requests_running x\n" + "".join(lines)).encode())
+        elif call.target == "/tokenize":
+            await call.answer(200, {"tokens": [*call.body["prompt"].encode()]})
         else:
             await call.answer(401, {"error": "Unauthorized"})
 

@@ -318,6 +318,14 @@ def push_proxy(
             "by load), `power_of_two` or `least_loaded`."
         ),
     ] = "cache_aware",
+    kv_events: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PORT | URL,HOST:PORT",
+            help="Where engines publish KV events (vLLM's `--kv-events-config`): the port of all "
+            "of them, or of the engine at URL its own address. Repeat it for several.",
+        ),
+    ] = None,
     disaggregate: Annotated[
         str,
         typer.Option(
@@ -357,6 +365,7 @@ def push_proxy(
             max_held_bytes=max_held_bytes,
             max_body_bytes=max_body_bytes,
             policy=proxy.word(PolicyName, "policy", policy),
+            kv_events=proxy.event_places(kv_events or []),
             disaggregate=proxy.word(Disaggregate, "disaggregate", disaggregate),
         )
         listening = proxy.Listening(host, port, drain_seconds, tls_cert, tls_key)

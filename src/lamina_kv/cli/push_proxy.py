@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import typer
 
-from lamina_kv.push.proxy.settings import PrefillAddress, Settings, SettingsError
+from lamina_kv.push.proxy.routing.events.places import EventPlaces, read_event_places
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings, SettingsError, server_url
 
 log = logging.getLogger("lamina_kv.push.proxy")
 
@@ -59,6 +60,19 @@ def prefill_addresses(options: list[str]) -> tuple[PrefillAddress, ...]:
     """What ``--prefill`` was given: a URL, a comma and a push address each."""
     pairs = [option.partition(",") for option in options]
     return tuple(PrefillAddress(url.strip(), push.strip()) for url, _, push in pairs)
+
+
+def event_places(options: list[str]) -> EventPlaces:
+    """What ``--kv-events`` was given.
+
+    Raises:
+        SettingsError: if one is not as it must be.
+    """
+    try:
+        places = read_event_places(options)
+    except ValueError as error:
+        raise SettingsError((f"--kv-events: {error}",)) from error
+    return EventPlaces(places.port, {server_url(url): at for url, at in places.hosts.items()})
 
 
 Word = TypeVar("Word", bound=StrEnum)

@@ -23,12 +23,13 @@ from lamina_kv.push.proxy.admin import admin_routes
 from lamina_kv.push.proxy.discovery.places import Place
 from lamina_kv.push.proxy.discovery.watch import Discovery
 from lamina_kv.push.proxy.dispatcher import Dispatcher
-from lamina_kv.push.proxy.engines import Role
+from lamina_kv.push.proxy.engines import Engine, Role
 from lamina_kv.push.proxy.errors import Refusal
 from lamina_kv.push.proxy.fleet import Fleet
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.relay import Relay
 from lamina_kv.push.proxy.roster import Roster
+from lamina_kv.push.proxy.routing.events.followers import Followers
 from lamina_kv.push.proxy.routing.policies import make_policy
 from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import RoutingPolicy
@@ -57,7 +58,17 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
         discovery = Discovery(settings.engines, settings.engines_interval)
     roster = Roster(fleet)
     metrics = Metrics(fleet)
-    fleet.tell(roster.changed, metrics.forget)
+    followers = Followers(settings.kv_events)
+
+    def changed(engine: Engine) -> None:
+        roster.changed(engine)
+        followers.changed(engine)
+
+    def gone(engine: Engine) -> None:
+        metrics.forget(engine)
+        followers.gone(engine)
+
+    fleet.tell(changed, gone)
     router = Router(policy or make_policy(settings.policy), settings.disaggregate, metrics)
     dispatcher = Dispatcher(settings, fleet, router, metrics)
     relay = Relay(settings, dispatcher, metrics)
@@ -83,6 +94,7 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
             finding.cancel()
             await asyncio.wait({finding})
         await fleet.close()
+        await followers.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 

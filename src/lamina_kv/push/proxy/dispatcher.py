@@ -230,7 +230,7 @@ class Dispatcher:
         failure = Refusal(503, "no decode engine can be used at the moment: ask again")
         tried: set[Engine] = set()
         blame = _Blame(request)
-        prompt = self._router.read(request)
+        prompt = await self._router.read(request, self._usable(Role.DECODE))
         for attempt in range(self._settings.tries):
             if attempt and failure.status != BUSY:
                 pause = self._settings.backoff * 2 ** (attempt - 1)

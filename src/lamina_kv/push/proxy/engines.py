@@ -35,6 +35,8 @@ _KEEP_ALIVE = 3.0
 engine is just closing."""
 _ITSELF = {"user-agent": "lamina-push-proxy"}
 """Tells the proxy's own questions from those of its clients."""
+_TOKENIZE_SECONDS = 1.0
+"""What an engine may take to say which tokens a prompt has; a request waits for it."""
 PROBE_SECONDS = 10.0
 """How often a decode engine that leaves a prefill engine alone is sent a push from there all the
 same: it does not try again by itself."""
@@ -146,6 +148,11 @@ class Engine:
     def load(self) -> int:
         """Tokens of the requests outstanding there."""
         return sum(rank.load for rank in self.ranks)
+
+    @property
+    def announced(self) -> int:
+        """Blocks that it holds, by what it has announced."""
+        return sum(len(rank.blocks) for rank in self.ranks if rank.blocks is not None)
 
     @property
     def visits(self) -> int:
@@ -369,22 +376,43 @@ class Engine:
             raise EngineError(f"GET {response.url}: status {response.status_code}")
         return response.content
 
+    async def tokenize(self, body: bytes) -> bytes | None:
+        """What it answers to ``/tokenize``; None if it does not, or not soon.
+
+        Args:
+            body: the question.
+        """
+        try:
+            response = await self._send("POST", b"/tokenize", body, _TOKENIZE_SECONDS)
+        except EngineError as error:
+            log.info("%s does not say which tokens a prompt has: %s", self, error)
+            return None
+        return response.content if response.is_success else None
+
     async def _get(self, path: bytes) -> httpx.Response:
         """The same, also if it is no success.
 
         Raises:
             EngineError: if there is no answer.
         """
+        return await self._send(
+            "GET", path, b"", max(self._settings.health_interval, _CHECK_SECONDS)
+        )
+
+    async def _send(self, method: str, path: bytes, body: bytes, seconds: float) -> httpx.Response:
         url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path)
         headers = dict(_ITSELF)
+        if body:
+            headers["content-type"] = "application/json"
         if self._settings.engine_key is not None:
             headers["authorization"] = f"Bearer {self._settings.engine_key}"
-        seconds = max(self._settings.health_interval, _CHECK_SECONDS)
         try:
             async with asyncio.timeout(seconds):
-                return await self._client.get(url, headers=headers, extensions=self._tls)
+                return await self._client.request(
+                    method, url, headers=headers, content=body, extensions=self._tls
+                )
         except TimeoutError as error:
-            raise EngineError(f"GET {url}: nothing in {seconds:g} s") from error
+            raise EngineError(f"{method} {url}: nothing in {seconds:g} s") from error
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__} {error}".rstrip()
-            raise EngineError(f"GET {url}: {reason}") from error
+            raise EngineError(f"{method} {url}: {reason}") from error

@@ -65,7 +65,12 @@ class _EngineGauges(Collector):
         )
         load = GaugeMetricFamily(
             "lamina_proxy_engine_load",
-            "Weight of the requests outstanding at an engine",
+            "Tokens of the requests outstanding at an engine",
+            labels=names,
+        )
+        announced = GaugeMetricFamily(
+            "lamina_proxy_announced_blocks",
+            "Blocks that an engine holds by its KV events; shared stores are not counted",
             labels=names,
         )
         # One that leaves may have a successor at the same URL.
@@ -75,8 +80,10 @@ class _EngineGauges(Collector):
         for labels, engines in found.items():
             usable.add_metric(labels, any(engine.usable for engine in engines))
             load.add_metric(labels, sum(engine.load for engine in engines))
+            announced.add_metric(labels, sum(engine.announced for engine in engines))
         yield usable
         yield load
+        yield announced
 
 
 class Metrics:

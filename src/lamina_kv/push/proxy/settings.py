@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
+from lamina_kv.push.proxy.routing.events.places import EventPlaces
 from lamina_kv.push.proxy.routing.policies import PolicyName
 from lamina_kv.push.proxy.routing.words import Disaggregate
 
@@ -87,6 +88,7 @@ class Settings:
         breaker_pause: for how long; doubled every time it fails again.
         policy: how engines are chosen.
         disaggregate: which prompts are pushed.
+        kv_events: where engines publish what they hold.
 
     Raises:
         SettingsError: if they cannot work.
@@ -113,6 +115,7 @@ class Settings:
     breaker_pause: float = 2.0
     policy: PolicyName = PolicyName.CACHE_AWARE
     disaggregate: Disaggregate = Disaggregate.AUTO
+    kv_events: EventPlaces = field(default_factory=EventPlaces)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decode", tuple(server_url(url) for url in self.decode))

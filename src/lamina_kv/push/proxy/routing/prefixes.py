@@ -45,14 +45,15 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._held)
 
-    def hit(self, marks: Sequence[Mark], *, answers: bool) -> int:
+    def hit(self, marks: Sequence[Mark], *, answers: bool, age: float = MAX_AGE) -> int:
         """Tokens of a prompt that it holds.
 
         Args:
             marks: the prompt's.
             answers: whether it holds the answers to prompts it was sent, too.
+            age: seconds; what it was not sent since does not count.
         """
-        oldest = self._clock() - MAX_AGE
+        oldest = self._clock() - age
         reach = 0
         for mark in marks:
             held = self._held.get(mark.digest)

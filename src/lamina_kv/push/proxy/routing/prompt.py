@@ -85,6 +85,9 @@ class Prompt:
         session: what later requests of the same conversation name, too; empty if none.
         model: the name of the model, as the request has it.
         pushable: whether a prefill engine can compute it.
+        ids: the tokens themselves, if the request has them or an engine has told them, and if
+            nothing else makes blocks of them other ones.
+        parts: pictures and the like in it.
         rank: index of the decode engine's data-parallel rank that the client asks for; None if it
             does not.
     """
@@ -97,6 +100,8 @@ class Prompt:
     model: str = ""
     pushable: bool = False
     rank: int | None = None
+    ids: tuple[int, ...] = ()
+    parts: int = 0
 
 
 def read_prompt(request: ApiRequest, bytes_per_token: Callable[[str], float]) -> Prompt:
@@ -128,6 +133,8 @@ def read_prompt(request: ApiRequest, bytes_per_token: Callable[[str], float]) ->
         model,
         request.pushable,
         _rank(request),
+        stream.given if "cache_salt" not in fields else (),
+        stream.parts,
     )
 
 
@@ -155,6 +162,8 @@ class _Stream:
 
     def __init__(self, bytes_per_token: float) -> None:
         self.text_bytes = 0
+        self.parts = 0
+        self.given: tuple[int, ...] = ()
         self._per_token = bytes_per_token
         self._exact = 0
         self._hash = hashlib.blake2b(digest_size=8)
@@ -183,6 +192,7 @@ class _Stream:
 
     def ids(self, tokens: list[int]) -> None:
         """The same as tokens."""
+        self.given = tuple(tokens)
         start = 0
         while start < len(tokens):
             piece = tokens[start : start + -(-self._room // _NOMINAL)]
@@ -192,6 +202,7 @@ class _Stream:
 
     def part(self, data: bytes) -> None:
         """A picture, or something else that is no text."""
+        self.parts += 1
         self._exact += PART_TOKENS
         self._read(hashlib.blake2b(data, digest_size=8).digest(), _NOMINAL * PART_TOKENS)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lamina_kv.push.proxy.reports import RankReport
+from lamina_kv.push.proxy.routing.events.blocks import Blocks
 from lamina_kv.push.proxy.routing.pace import Line
 from lamina_kv.push.proxy.routing.prefixes import PrefixCache
 from lamina_kv.push.proxy.routing.prompt import Prompt
@@ -27,6 +28,10 @@ STRANGER_TOKENS = 1024
 
 CROWD_SECONDS = 60.0
 """Time constant of the mean number of answers in the making."""
+
+UNTOLD = 3.0
+"""Seconds in which a prompt may be computed without having been announced: what was sent to a rank
+so lately is expected there, whatever it announces."""
 
 FULL = 0.95
 """Share of an engine's blocks in use beyond which the next request waits for room."""
@@ -104,6 +109,7 @@ class Rank:
         pace: how long prompts take there.
         usage: share of its KV cache in use when it last said so.
         waiting: requests that waited there then.
+        blocks: what it announces that it holds; None if nobody listens.
     """
 
     def __init__(
@@ -119,6 +125,7 @@ class Rank:
         self.visits = 0
         self.usage = 0.0
         self.waiting = 0
+        self.blocks: Blocks | None = None
         self.prefixes = PrefixCache(clock)
         self.pace = Line(clock)
         self._clock = clock
@@ -171,7 +178,7 @@ class Rank:
         others = self.strangers
         return Candidate(
             self,
-            min(self.prefixes.hit(prompt.marks, answers=decodes), max(0, prompt.tokens - 1)),
+            min(self._hit(prompt, answers=decodes), max(0, prompt.tokens - 1)),
             self.queued,
             self.held + STRANGER_TOKENS * others,
             self.requests + others,
@@ -180,6 +187,12 @@ class Rank:
             self.visits,
             sticky,
         )
+
+    def _hit(self, prompt: Prompt, *, answers: bool) -> int:
+        if self.blocks is None or not self.blocks.told or not prompt.ids:
+            return self.prefixes.hit(prompt.marks, answers=answers)
+        sent = self.prefixes.hit(prompt.marks, answers=False, age=UNTOLD)
+        return max(sent, self.blocks.hit(prompt.ids, prompt.model))
 
     def _crowd(self) -> float:
         """The mean number of answers in the making, fading."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from lamina_kv.push.proxy.engines import Engine
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.requests import ApiRequest
+from lamina_kv.push.proxy.routing.events.tokens import Tokens
 from lamina_kv.push.proxy.routing.placement import Placement
 from lamina_kv.push.proxy.routing.prompt import Prompt, read_prompt
 from lamina_kv.push.proxy.routing.ranks import Work
@@ -73,13 +74,27 @@ class Router:
         self._clock = clock
         self._placement = Placement(mode, clock)
         self._sessions = Sessions(clock)
+        self._tokens = Tokens()
         self._bytes_per_token: dict[str, float] = {}
         metrics.pace("prefill", lambda: self._placement.prefill.tokens_per_second)
         metrics.pace("decode", lambda: self._placement.local.tokens_per_second)
 
-    def read(self, request: ApiRequest) -> Prompt:
-        """What is known of a request before it is sent anywhere."""
-        return read_prompt(request, lambda model: self._bytes_per_token.get(model, BYTES_PER_TOKEN))
+    async def read(self, request: ApiRequest, engines: Sequence[Engine]) -> Prompt:
+        """What is known of a request before it is sent anywhere.
+
+        Args:
+            request: the client's.
+            engines: usable decode engines. If some of them announce what they hold, one is asked
+                for the prompt's tokens.
+        """
+        prompt = read_prompt(
+            request, lambda model: self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+        )
+        told = (rank.blocks for engine in engines for rank in engine.ranks)
+        if not any(blocks is not None and blocks.told for blocks in told):
+            return prompt
+        ids = await self._tokens.of(request, prompt, engines[0].tokenize)
+        return replace(prompt, ids=ids, tokens=len(ids) or prompt.tokens)
 
     def begin(self, prompt: Prompt, prefill: Sequence[Engine], decode: Sequence[Engine]) -> Trip:
         """Where one try goes; the engines are believed to hold the prompt from now on.

@@ -1,0 +1,276 @@
+"""Guards what the proxy makes of KV events: which blocks an engine holds, which are in a store for
+all, and that a request goes where it is announced to be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from lamina_kv.bench.ports import free_port
+from lamina_kv.push.proxy.routing.events.blocks import Blocks
+from lamina_kv.push.proxy.routing.events.follow import follow
+from lamina_kv.push.proxy.routing.events.messages import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    read_batch,
+)
+from lamina_kv.push.proxy.routing.events.places import EventPlaces, read_event_places
+from lamina_kv.push.proxy.routing.events.stores import SharedStores
+from lamina_kv.push.proxy.routing.policies import PolicyName
+from push_proxy.engines import FakeEngine
+from push_proxy.proxies import COMPLETION, proxied
+from push_proxy.running import until
+
+SIZE = 16
+TOKENS = tuple(range(100, 100 + 10 * SIZE))
+
+
+def stored(
+    first: int, count: int, tokens: Sequence[int] = TOKENS, engine: str = "a", **fields: Any
+) -> BlockStored:
+    """Blocks ``first`` and so on of a prompt, as an engine names them."""
+    return BlockStored(
+        block_hashes=[f"{engine}{index}".encode() for index in range(first, first + count)],
+        parent_block_hash=f"{engine}{first - 1}".encode() if first else None,
+        token_ids=list(tokens[first * SIZE : (first + count) * SIZE]),
+        block_size=SIZE,
+        **fields,
+    )
+
+
+def removed(first: int, count: int, engine: str = "a", **fields: Any) -> BlockRemoved:
+    hashes = [f"{engine}{index}".encode() for index in range(first, first + count)]
+    return BlockRemoved(block_hashes=hashes, **fields)
+
+
+def told(*events: Any, stores: SharedStores | None = None) -> Blocks:
+    blocks = Blocks(stores or SharedStores())
+    for event in events:
+        blocks.take(event)
+    return blocks
+
+
+def hit(blocks: Blocks, tokens: Sequence[int] = TOKENS, model: str = "m") -> int:
+    return blocks.hit(tokens, model) // SIZE
+
+
+def test_the_longest_prefix() -> None:
+    blocks = told(stored(0, 4, medium="GPU"), stored(4, 2, medium="GPU"))
+    assert hit(blocks) == 6
+    assert hit(blocks, TOKENS[: 3 * SIZE + 5]) == 3
+    assert hit(blocks, TOKENS[1:]) == 0
+    blocks.take(removed(2, 1, medium="GPU"))
+    assert hit(blocks) == 2
+
+
+def test_a_block_counts_as_long_as_it_is_somewhere() -> None:
+    blocks = told(stored(0, 4, medium="GPU"), stored(0, 4, medium="CPU"))
+    blocks.take(removed(0, 4, medium="GPU"))
+    assert hit(blocks) == 4
+    blocks.take(removed(1, 1, medium="STORAGE", ownership="disk"))
+    assert hit(blocks) == 4
+    blocks.take(removed(1, 1, medium="CPU"))
+    assert hit(blocks) == 1
+
+
+def test_a_block_may_come_before_its_parent() -> None:
+    blocks = told(stored(4, 2), stored(2, 2), stored(0, 2))
+    assert hit(blocks) == 6
+
+
+def test_all_cleared_and_told_again() -> None:
+    blocks = told(stored(0, 4, medium="GPU"), AllBlocksCleared())
+    assert hit(blocks) == 0
+    blocks.take(stored(2, 2, medium="CPU"))
+    blocks.take(stored(0, 2, medium="CPU"))
+    assert hit(blocks) == 4
+
+
+def test_one_group_counts() -> None:
+    """Windows and states hold the end of a prompt only."""
+    window = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window"}
+    full = {"group_idx": 0, "kv_cache_spec_kind": "full_attention"}
+    blocks = told(stored(0, 4, engine="w", **window), stored(0, 2, **full))
+    assert hit(blocks) == 2
+    blocks.take(removed(0, 2, group_idx=1))
+    assert hit(blocks) == 2
+    blocks.take(removed(0, 2, group_idx=0))
+    assert hit(blocks) == 0
+
+
+def test_what_has_another_salt_or_picture_is_another_block() -> None:
+    assert hit(told(stored(0, 2, extra_keys=[["salt"], None]))) == 0
+
+
+def test_an_adapter_is_asked_for_by_its_name() -> None:
+    blocks = told(stored(0, 2, lora_name="ours", extra_keys=[["ours"], ["ours"]]))
+    assert hit(blocks, model="ours") == 2
+    assert hit(blocks, model="m") == 0
+
+
+def test_a_store_is_there_for_all_who_use_it() -> None:
+    stores = SharedStores()
+    remote = {"medium": "STORAGE", "ownership": "valkey", "locality": "REMOTE"}
+    first = told(stored(0, 4, engine="a", **remote), stores=stores)
+    second = told(stored(0, 1, engine="b", **remote), stores=stores)
+    third = told(stored(9, 1, engine="c"), stored(0, 1, engine="c", medium="GPU"), stores=stores)
+    assert (hit(first), hit(second), hit(third)) == (4, 4, 1)
+    second.take(stored(0, 4, engine="b", medium="GPU"))
+    second.take(removed(3, 1, engine="b", **remote))
+    assert (hit(first), hit(second)) == (3, 4)
+    first.forget()
+    assert (hit(first), hit(second)) == (0, 4)
+    assert hit(told(stored(0, 1, engine="d", **remote), stores=stores)) == 1
+
+
+# -- as they come ------------------------------------------------------------------------------
+
+
+def payload(*events: Any) -> bytes:
+    return msgspec.msgpack.encode([1.5, [*events], 0])
+
+
+def test_a_batch_as_vllm_sends_it() -> None:
+    events = pytest.importorskip("vllm.distributed.kv_events")
+    sent = events.KVEventBatch(
+        ts=1.0,
+        data_parallel_rank=0,
+        events=[
+            events.BlockStored(
+                block_hashes=[b"x", 7],
+                parent_block_hash=None,
+                token_ids=[1, 2],
+                block_size=1,
+                lora_id=None,
+                medium="GPU",
+                lora_name=None,
+                extra_keys=[None, ("salt",)],
+                group_idx=0,
+                session_id="s",
+            ),
+            events.BlockRemoved(block_hashes=[7], medium="CPU", ownership="t"),
+            events.AllBlocksCleared(),
+        ],
+    )
+    assert read_batch(msgspec.msgpack.encode(sent)) == [
+        BlockStored(
+            [b"x", 7], None, [1, 2], 1, medium="GPU", extra_keys=[None, ["salt"]], group_idx=0
+        ),
+        BlockRemoved([7], medium="CPU", ownership="t"),
+        AllBlocksCleared(),
+    ]
+
+
+def test_an_event_of_another_kind_is_passed_over() -> None:
+    batch = payload({"type": "BlockMoved", "x": 1}, {"type": "AllBlocksCleared"})
+    assert read_batch(batch) == [AllBlocksCleared()]
+    with pytest.raises(msgspec.MsgspecError):
+        read_batch(b"\xc1")
+
+
+class Publisher:
+    """As vLLM's, on a port of this machine."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._socket = zmq.Context.instance().socket(zmq.XPUB)
+        self._socket.bind(f"tcp://127.0.0.1:{self.port}")
+
+    def wait(self) -> None:
+        """For a subscriber."""
+        assert self._socket.poll(60_000)
+        assert self._socket.recv() == b"\x01"
+
+    def publish(self, number: int, body: bytes) -> None:
+        self._socket.send_multipart([b"", number.to_bytes(8, "big"), body])
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+@contextmanager
+def publishing() -> Iterator[Publisher]:
+    publisher = Publisher()
+    try:
+        yield publisher
+    finally:
+        publisher.close()
+
+
+def test_what_is_missed_is_not_believed_any_more() -> None:
+    async def scenario(publisher: Publisher) -> None:
+        blocks = Blocks(SharedStores())
+        following = asyncio.create_task(follow(f"tcp://127.0.0.1:{publisher.port}", blocks))
+
+        async def holds(count: int) -> None:
+            async with asyncio.timeout(60):
+                while hit(blocks) != count:
+                    await asyncio.sleep(0.01)
+
+        await asyncio.to_thread(publisher.wait)
+        publisher.publish(7, payload(stored(0, 2)))
+        await holds(2)
+        publisher.publish(8, payload(stored(2, 2)))
+        await holds(4)
+        publisher.publish(10, payload(stored(0, 1)))  # 9 never came
+        await holds(1)
+        publisher.publish(0, payload(stored(0, 3)))  # another process
+        await holds(3)
+        publisher.publish(1, b"\xc1")
+        await holds(0)
+        publisher.publish(2, payload(stored(0, 5)))
+        await holds(5)
+        following.cancel()
+        await asyncio.wait({following})
+
+    with publishing() as publisher:
+        asyncio.run(scenario(publisher))
+
+
+# -- where they come from ----------------------------------------------------------------------
+
+
+def test_where_engines_publish() -> None:
+    places = read_event_places(["5557", "http://10.0.0.1:8000,10.9.9.9:6000"])
+    assert places.endpoint("http://10.0.0.1:8000", 0) == "tcp://10.9.9.9:6000"
+    assert places.endpoint("http://10.0.0.2:8000", 3) == "tcp://10.0.0.2:5560"
+    assert places.endpoint("http://[::1]:8000", 0) == "tcp://[::1]:5557"
+    assert EventPlaces().endpoint("http://10.0.0.2:8000", 0) == ""
+
+
+@pytest.mark.parametrize(
+    "given", ["", "x", "0", "99999", "10.0.0.1:5557", "http://a,5557", "http://a,b:x", ",", "-1"]
+)
+def test_what_is_no_such_place(given: str) -> None:
+    with pytest.raises(ValueError, match="is neither PORT nor URL,HOST:PORT"):
+        read_event_places([given])
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_request_goes_where_its_prompt_is_announced(text: bool) -> None:
+    prompt: Any = "y" * 4000 if text else [ord("y")] * 4000
+    with (
+        publishing() as announces, FakeEngine() as p0, FakeEngine() as d0, FakeEngine() as d1,
+        proxied(
+            [p0],
+            [d0, d1],
+            policy=PolicyName.CACHE_AWARE,
+            kv_events=EventPlaces(hosts={d1.url: f"127.0.0.1:{announces.port}"}),
+        ) as proxy,
+    ):  # fmt: skip
+        announces.wait()
+        announces.publish(0, payload(stored(0, 250, [ord("y")] * 4000)))
+        until(lambda: proxy.metric("announced_blocks", engine=d1.url) == 250)
+        for _ in range(3):
+            assert proxy.post("/v1/completions", COMPLETION | {"prompt": prompt}).is_success
+        assert (len(d0.calls), len(d1.calls)) == (0, 3)
+        assert proxy.metric("routes_total", chosen="prefix") == 3
+        announces.publish(1, payload({"type": "AllBlocksCleared"}))
+        until(lambda: proxy.metric("announced_blocks") == 0)
