@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
 
 import msgspec
 
 from lamina_kv.push.proxy.engines import Engine, Role
 from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.routing.prompt import Prompt
 from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import Disaggregate, RoutingPolicy
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
@@ -53,6 +54,10 @@ class Pools:
         self.metrics = Metrics([*self.prefill, *self.decode])
         self.router = Router(policy, mode, self.metrics, self.clock)
 
+    def read(self, asked: ApiRequest) -> Prompt:
+        """What the router knows of a request."""
+        return asyncio.run(self.router.read(asked, self.decode))
+
 
 def completion(prompt: object, **fields: object) -> ApiRequest:
     """A request for a completion."""
@@ -70,8 +75,3 @@ def request(body: object, **headers: str) -> ApiRequest:
     raw = msgspec.json.encode(body)
     path = b"/v1/chat/completions" if b'"messages"' in raw else b"/v1/completions"
     return ApiRequest("id", "POST", path, dict(headers), parse_fields(raw), len(raw))
-
-
-def names(engines: Sequence[Engine]) -> list[str]:
-    """Of the hosts."""
-    return [engine.url.split("/")[2].split(":")[0] for engine in engines]

@@ -47,7 +47,8 @@ def test_text_has_as_many_tokens_as_its_bytes_say(length: int) -> None:
 def test_tokens_are_counted() -> None:
     prompt = read(completion([7] * 1000))
     assert (prompt.tokens, prompt.text) == (1000, 0)
-    assert read(completion([[7] * 1000])).text > 0, "one prompt in a list is read as text"
+    assert read(completion([[7] * 1000])) == prompt
+    assert read(completion([text(900)])) == read(completion(text(900)))
 
 
 def test_a_picture_is_no_text() -> None:

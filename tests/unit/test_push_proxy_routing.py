@@ -14,6 +14,7 @@ from lamina_kv.push.proxy.reports import EngineReport, RankReport
 from lamina_kv.push.proxy.requests import ApiRequest
 from lamina_kv.push.proxy.routing.cache_aware import FAITHFUL, SLACK, CacheAware
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
+from lamina_kv.push.proxy.routing.pace import HALF_LIFE
 from lamina_kv.push.proxy.routing.placement import FEW, UNKNOWN
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.ranks import Work
@@ -30,7 +31,7 @@ def pools(mode: Disaggregate = Disaggregate.AUTO, **counts: int) -> Pools:
 
 
 def route(pool: Pools, asked: ApiRequest) -> Trip:
-    return pool.router.begin(pool.router.read(asked), pool.prefill, pool.decode)
+    return pool.router.begin(pool.read(asked), pool.prefill, pool.decode)
 
 
 def host(trip: Trip) -> str:
@@ -74,14 +75,14 @@ def test_a_session_stays_until_its_engine_has_much_more_to_do() -> None:
     pool = pools()
     asked = completion(LONG, user="ann")
     home = route(pool, asked).route.decode.rank
-    tokens = pool.router.read(asked).tokens
+    tokens = pool.read(asked).tokens
     for _ in range(5):
         trip = route(pool, completion(SHORT, user="ann"))
         assert (trip.route.decode.rank, trip.route.reason) == (home, Reason.SESSION)
-    bearable = Work(0, int(FAITHFUL * tokens + SLACK) - 1000)
-    with home.visit(bearable):
+    bearable = int(FAITHFUL * tokens + SLACK) - 1000
+    with home.visit(Work(bearable, 0)):
         assert route(pool, asked).route.decode.rank is home
-    with home.visit(Work(0, bearable.hold + 2000)):
+    with home.visit(Work(bearable + 2000, 0)):
         moved = route(pool, asked).route.decode.rank
         assert moved is not home
     assert route(pool, asked).route.decode.rank is moved, "its cache is there now"
@@ -92,7 +93,7 @@ def test_a_session_whose_engine_is_gone_moves() -> None:
     asked = completion(SHORT, session_id="s")
     home = route(pool, asked).route.decode.rank
     rest = [engine for engine in pool.decode if engine is not home.engine]
-    prompt = pool.router.read(asked)
+    prompt = pool.read(asked)
     moved = pool.router.begin(prompt, pool.prefill, rest)
     assert moved.route.decode.rank.engine is rest[0]
     assert route(pool, asked).route.decode.rank.engine is rest[0]
@@ -178,7 +179,7 @@ def test_what_the_operator_says_and_what_cannot_be(
 
 def test_without_a_prefill_engine_decode_computes() -> None:
     pool = pools(Disaggregate.ALWAYS)
-    trip = pool.router.begin(pool.router.read(completion(LONG)), [], pool.decode)
+    trip = pool.router.begin(pool.read(completion(LONG)), [], pool.decode)
     assert trip.route.why is Why.NO_PREFILL_ENGINE
 
 
@@ -232,11 +233,12 @@ def test_a_decode_engine_with_answers_in_the_making_is_not_disturbed(learnt: Poo
     with ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(rank.visit(Work(0, 10, decodes=True))).computed()
+        learnt.clock.now += 60
         assert route(learnt, completion([1000] * 2000)).route.why is Why.PUSHED
         assert route(learnt, completion([1001] * FEW)).route.why is Why.SHORT
     assert route(learnt, completion([1002] * 2000)).route.why is Why.PUSHED, "a moment ago"
-    learnt.clock.now += 1000
-    # What was learnt has faded with it.
+    learnt.clock.now += 10 * HALF_LIFE
+    # All that was learnt has faded.
     assert route(learnt, completion([1003] * UNKNOWN)).route.why is Why.SHORT
 
 
@@ -280,8 +282,8 @@ def test_tokens_of_a_text_are_learnt() -> None:
     for n in range(60):
         trip = route(pool, completion(f"{n:03}" * 1000))
         pool.router.prefilled(trip, b'{"usage": {"prompt_tokens": 1500}}')
-    assert pool.router.read(completion("x" * 3000)).tokens == pytest.approx(1500, rel=0.02)
-    assert pool.router.read(completion("x" * 3000, model="another")).tokens == 750
+    assert pool.read(completion("x" * 3000)).tokens == pytest.approx(1500, rel=0.02)
+    assert pool.read(completion("x" * 3000, model="another")).tokens == 750
 
 
 def test_hits_are_compared_with_what_engines_find() -> None:

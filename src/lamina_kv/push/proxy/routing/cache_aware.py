@@ -1,9 +1,8 @@
 """A policy: where most of the prompt is, as long as that rank has not much more to do.
 
-Everything is weighed in tokens. A rank costs what it would still have to compute of the prompt,
-what it has to compute before, and a part of what it holds: each of its answers makes every step a
-little longer. So a prefix that everybody shares draws requests to one rank only until that rank's
-load outweighs computing the prefix somewhere else, and no rank is left without work for long.
+A rank costs its load, and the tokens of the prompt that it would still have to compute. So a prefix
+that everybody shares draws requests to one rank only until that rank's load outweighs computing the
+prefix somewhere else, and no rank is left without work for long.
 
 A session stays where it is longer than that: its next turn is worth more there than this one.
 """
@@ -16,11 +15,7 @@ from collections.abc import Sequence
 from lamina_kv.push.proxy.routing.least_loaded import by_load
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.prompt import Prompt
-from lamina_kv.push.proxy.routing.words import REQUEST_TOKENS, Candidate, Choice, Reason
-
-HELD = 0.1
-"""Cost of a token that is held, beside one that is to be computed. A step of decoding reads what is
-held at the speed of memory; what is computed costs a pass of the model."""
+from lamina_kv.push.proxy.routing.words import Candidate, Choice, Reason
 
 FAITHFUL = 2.0
 """A session's rank may have so many times the prompt more load than the least loaded one: leaving
@@ -55,9 +50,7 @@ class CacheAware:
 
 def _cost(prompt: Prompt, candidate: Candidate) -> tuple[float, int]:
     """Tokens; among equals, visits."""
-    new = prompt.tokens - candidate.hit
-    busy = candidate.queued + HELD * candidate.held + REQUEST_TOKENS * candidate.requests
-    return new + busy, candidate.visits
+    return prompt.tokens - candidate.hit + candidate.load, candidate.visits
 
 
 def _is_bearable(prompt: Prompt, stay: Candidate, candidates: Sequence[Candidate]) -> bool:

@@ -18,6 +18,6 @@ class LeastLoaded:
         return Choice(min(candidates, key=by_load), Reason.LOAD)
 
 
-def by_load(candidate: Candidate) -> tuple[bool, int, int]:
+def by_load(candidate: Candidate) -> tuple[bool, float, int]:
     """A key that sorts the least loaded first, and full ones last."""
     return candidate.full, candidate.load, candidate.visits

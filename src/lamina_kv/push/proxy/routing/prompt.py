@@ -51,7 +51,8 @@ _LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 _MESSAGES = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_TOKENS = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]])
+_TOKENS = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _TEXT = msgspec.json.Decoder(str)
 _NUMBER = msgspec.json.Decoder(int)
 _MALFORMED = (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError)
@@ -237,11 +238,23 @@ class _Stream:
 
 
 def _read_body(stream: _Stream, body: msgspec.Raw) -> None:
-    raw = bytes(body)
+    raw = _the_only_one(bytes(body))
     for read in (_read_tokens, _read_text, _read_messages):
         if read(stream, raw):
             return
     stream.text(raw)
+
+
+def _the_only_one(raw: bytes) -> bytes:
+    """A prompt may stand in a list of its own."""
+    if raw.startswith(b"["):
+        try:
+            items = _LIST.decode(raw)
+        except _MALFORMED:
+            return raw
+        if len(items) == 1 and bytes(items[0])[:1] in {b'"', b"["}:
+            return bytes(items[0])
+    return raw
 
 
 def _read_tokens(stream: _Stream, raw: bytes) -> bool:
@@ -288,7 +301,7 @@ def _parts(content: msgspec.Raw | None) -> Iterator[bytes]:
         yield raw
         return
     try:
-        parts = msgspec.json.decode(raw, type=list[msgspec.Raw])
+        parts = _LIST.decode(raw)
     except _MALFORMED:
         yield raw
         return

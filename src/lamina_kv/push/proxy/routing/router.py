@@ -222,7 +222,7 @@ class Router:
                 self._learn_hit("decode", trip.route.decode, usage)
 
     def _learn_tokens(self, prompt: Prompt, usage: Usage) -> None:
-        if prompt.text < _LEARNT_FROM or usage.prompt <= 0:
+        if prompt.ids or prompt.text < _LEARNT_FROM or usage.prompt <= 0:
             return
         old = self._bytes_per_token.get(prompt.model, BYTES_PER_TOKEN)
         # What is no text was counted at a flat rate, and is taken off again.

@@ -79,10 +79,14 @@ class Candidate:
     sticky: bool = False
 
     @property
-    def load(self) -> int:
-        """Tokens, so that ranks can be compared."""
-        return self.queued + self.held + REQUEST_TOKENS * self.requests
+    def load(self) -> float:
+        """Tokens that are to be computed, and what all else costs beside these."""
+        return self.queued + HELD * self.held + REQUEST_TOKENS * self.requests
 
+
+HELD = 0.1
+"""Cost of a token that is held, beside one that is to be computed. A step of decoding reads what is
+held at the speed of memory; what is computed costs a pass of the model."""
 
 REQUEST_TOKENS = 128
 """What a request costs an engine besides its tokens: its turn in every step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
 import msgspec
 
@@ -33,7 +34,7 @@ Asks = Callable[[bytes], Awaitable[bytes | None]]
 
 
 class _Tokenized(msgspec.Struct):
-    tokens: list[int]
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]]
 
 
 _TOKENIZED = msgspec.json.Decoder(_Tokenized)
