@@ -6,21 +6,28 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 
 import pytest
 
+from lamina_kv.push.proxy import engines
 from lamina_kv.push.proxy.reports import EngineReport, RankReport
 from lamina_kv.push.proxy.requests import ApiRequest
 from lamina_kv.push.proxy.routing.cache_aware import FAITHFUL, SLACK, CacheAware
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
 from lamina_kv.push.proxy.routing.pace import HALF_LIFE
 from lamina_kv.push.proxy.routing.placement import FEW, UNKNOWN
+from lamina_kv.push.proxy.routing.policies import PolicyName
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.ranks import Work
 from lamina_kv.push.proxy.routing.router import Trip
 from lamina_kv.push.proxy.routing.words import Disaggregate, Reason, Why
+from push_proxy.engines import FakeEngine
 from push_proxy.pools import Pools, chat, completion, request
+from push_proxy.proxies import COMPLETION, Proxy, proxied, push_address
+from push_proxy.running import until
 
 LONG = "Once upon a time there was a king who had three daughters. " * 100
 SHORT = "Hello"
@@ -299,3 +306,77 @@ def test_hits_are_compared_with_what_engines_find() -> None:
     assert 'lamina_proxy_hit_tokens_total{kind="found",role="prefill"} 600.0' in page
     assert 'lamina_proxy_routes_total{chosen="load",why="pushed"} 1.0' in page
     assert 'lamina_proxy_routes_total{chosen="prefix",why="pushed"} 1.0' in page
+
+
+# -- over HTTP ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def routed() -> Iterator[tuple[Proxy, list[FakeEngine], list[FakeEngine]]]:
+    """A proxy as it comes, and two engines of each kind."""
+    with FakeEngine() as p0, FakeEngine() as p1, FakeEngine() as d0, FakeEngine() as d1:
+        usual = {"policy": PolicyName.CACHE_AWARE, "disaggregate": Disaggregate.AUTO}
+        with proxied([p0, p1], [d0, d1], **usual) as proxy:
+            yield proxy, [p0, p1], [d0, d1]
+
+
+Routed = tuple[Proxy, list[FakeEngine], list[FakeEngine]]
+
+
+def post(proxy: Proxy, prompt: str, **headers: str) -> None:
+    body = COMPLETION | {"prompt": prompt}
+    assert proxy.post("/v1/completions", body, headers=headers).is_success
+    until(lambda: proxy.metric("engine_load") == 0)
+
+
+def test_a_short_prompt_is_sent_to_decode_alone(routed: Routed) -> None:
+    proxy, prefill, decode = routed
+    post(proxy, SHORT)
+    assert not [call for engine in prefill for call in engine.calls]
+    (call,) = (call for engine in decode for call in engine.calls)
+    assert call.push is None
+    assert proxy.metric("routes_total", why="short") == 1
+    assert proxy.metric("unpushed_total") == 0
+    post(proxy, LONG)
+    assert len([call for engine in prefill for call in engine.calls]) == 1
+    assert proxy.metric("routes_total", why="pushed") == 1
+
+
+def test_a_session_stays_where_it_is(routed: Routed) -> None:
+    proxy, _, decode = routed
+    for n in range(6):
+        post(proxy, f"{n}", **{"x-session-id": "s"})
+    assert sorted(len(engine.calls) for engine in decode) == [0, 6]
+
+
+def test_what_an_engine_publishes_moves_requests(routed: Routed) -> None:
+    proxy, _, decode = routed
+    decode[0].published = ['vllm:num_requests_waiting{engine="0"} 9.0']
+
+    def is_spared() -> bool:
+        before = len(decode[0].calls)
+        for n in range(4):
+            post(proxy, f"{n}")
+        return len(decode[0].calls) == before
+
+    until(is_spared)
+
+
+def test_what_decode_says_of_a_prefill_engine_moves_pushes(
+    routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "PROBE_SECONDS", 1000.0)
+    proxy, prefill, decode = routed
+    peer = f'lamina_push_peer_in_use{{engine="0",peer="{push_address(0)}"}} 0.0'
+    for engine in decode:
+        engine.published = [peer]
+    numbers = count()
+
+    def is_spared() -> bool:
+        before = len(prefill[0].calls)
+        for _ in range(4):
+            post(proxy, f"{next(numbers)} " * 2000)
+        return len(prefill[0].calls) == before
+
+    until(is_spared)
+    assert prefill[1].calls
