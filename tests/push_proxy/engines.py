@@ -189,7 +189,7 @@ class FakeEngine:
             await asyncio.sleep(self.musing)
             await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
             return
-        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         raw = b""
         while (message := await receive()).get("more_body") or message.get("body"):
             raw += message["body"]

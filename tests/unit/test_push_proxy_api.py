@@ -56,6 +56,7 @@ async def echo(call: Call) -> None:
 def test_what_is_not_to_be_split_goes_to_a_decode_engine_as_it_came(
     proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, method: str, path: str
 ) -> None:
+    before = proxy.metric("unpushed_total")
     body = b'{ "input":\t"Hi",  "temperature": 0.10000000000000000555 }'
     headers = {"content-type": "application/json; charset=utf-8"}
     answer = proxy.client.request(method, path, content=body, headers=headers)
@@ -64,7 +65,7 @@ def test_what_is_not_to_be_split_goes_to_a_decode_engine_as_it_came(
     assert (call.method, call.target, call.raw) == (method, path, body)
     assert call.headers["content-type"] == headers["content-type"]
     assert not prefill.calls
-    assert proxy.metric("unpushed_total") == 0
+    assert proxy.metric("unpushed_total") == before
 
 
 def test_a_form_with_a_file_is_not_touched(proxy: Proxy, decode: FakeEngine) -> None:
@@ -206,7 +207,7 @@ def test_headers_of_answers_reach_the_client(proxy: Proxy, decode: FakeEngine) -
         assert got.headers.get_list("x-request-id") == ["id-2"]
         assert len(got.headers.get_list("date")) == 1
         assert got.headers["date"] != "long ago"
-        assert "server" not in got.headers
+        assert "engine" not in got.headers.get("server", "")
         assert "keep-alive" not in got.headers
 
 
@@ -225,6 +226,7 @@ def test_a_rank_that_a_client_names_is_one_of_the_decode_engine(
 def test_a_key_may_be_shown_as_anthropics_clients_do(
     prefill: FakeEngine, decode: FakeEngine, shown: dict[str, str]
 ) -> None:
+    decode.script = echo
     with proxied([prefill], [decode], token="sesame") as proxy:
         assert proxy.post("/v1/messages", {}, headers={"x-api-key": "wrong"}).status_code == 401
         assert proxy.post("/v1/completions", COMPLETION, headers=shown).is_success
@@ -326,7 +328,7 @@ def test_each_request_has_a_line_in_the_access_log(
     proxy.post("/sleep", {}, headers={"x-request-id": "id-4"})
     proxy.client.get("/v1/a%0Ab", headers={"x-request-id": "id-5"})
     until(lambda: len([r for r in caplog.records if r.name == ACCESS]) == 3)
-    lines = [record.getMessage() for record in caplog.records if record.name == ACCESS]
+    lines = sorted(record.getMessage() for record in caplog.records if record.name == ACCESS)
     numbers = re.compile(r"ms=\d+")
     assert [numbers.sub("ms=N", line) for line in lines] == [
         "request=id-3 method=POST path=/v1/completions status=200 ms=N first_byte_ms=N "
@@ -341,7 +343,7 @@ def test_a_path_that_nobody_knows_is_no_series_of_its_own(proxy: Proxy) -> None:
     before = proxy.metric("requests_total", route="other")
     for index in range(3):
         proxy.client.get(f"/v1/things/{index}")
-    assert proxy.metric("requests_total", route="other") == before + 3
+    until(lambda: proxy.metric("requests_total", route="other") == before + 3)
 
 
 # -- large answers and bodies ------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_an_engine_that_is_left_out_ends_its_requests_and_is_gone(
         gate.open = True
         assert came + b"".join(pieces) == EVENTS[0] + EVENTS[-1]
         until(lambda: outstanding(proxy, decode) is None)
-        assert decode.url not in proxy.client.get("/metrics").text
+        until(lambda: decode.url not in proxy.client.get("/metrics").text)
         assert other.url in proxy.client.get("/metrics").text
 
 
