@@ -41,6 +41,9 @@ from lamina_kv.engines.vllm.version import REQUIREMENT
 from lamina_kv.keys import KEY_BYTES
 from lamina_kv.plan import ChunkKey
 from lamina_kv.push.addresses import split_address
+from lamina_kv.push.proxy.discovery.kubernetes import KubernetesService
+from lamina_kv.push.proxy.discovery.listing import read_listing
+from lamina_kv.push.proxy.engines import Role
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.tiers import KINDS
 from lamina_kv.tiers.contract import Fate, Piece, Tenant
@@ -230,10 +233,11 @@ def _found_in(
     return Surroundings(_bytes(memory), sizes, files)
 
 
-def test_the_proxy_knows_every_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name below a headless Service, at the ports that it listens at."""
+def test_the_proxy_finds_every_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Services of its ConfigMap, at the ports that pods listen at, as its service account
+    may."""
     name = "prefill-decode.yaml"
-    container = container_of(name, "lamina-proxy")
+    container, pod = container_of(name, "lamina-proxy"), pod_of(name, "lamina-proxy")
     program, *words = [*container["command"], *container["args"]]
     assert program == "lamina-kv"
     started: list[tuple[Settings, Listening]] = []
@@ -242,16 +246,27 @@ def test_the_proxy_knows_every_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.exit_code == 0, done.output
     ((settings, listening),) = started
     assert (listening.host, listening.port) == ("0.0.0.0", container["ports"][0]["containerPort"])
-
-    def pods(workload: str) -> list[str]:
-        workloads = objects(name, "StatefulSet")[workload]["spec"]
-        service = workloads["serviceName"]
-        assert objects(name, "Service")[service]["spec"]["clusterIP"] == "None"
-        return [f"{workload}-{index}.{service}" for index in range(workloads["replicas"])]
-
-    prefills = {prefill.url: split_address(prefill.push) for prefill in settings.prefill}
-    assert prefills == {f"http://{pod}:8000": (pod, 9300) for pod in pods("lamina-prefill")}
-    assert list(settings.decode) == [f"http://{pod}:8000" for pod in pods("lamina-decode")]
+    assert settings.engines is not None
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert settings.engines.parent == Path(mount["mountPath"])
+    listed = objects(name, "ConfigMap")[volume["configMap"]["name"]]["data"]
+    listing = read_listing(listed[settings.engines.name])
+    assert not listing.places
+    found = {source.role: source for source in listing.sources}
+    assert len(found) == len(listing.sources) == 2
+    for role, source in found.items():
+        assert isinstance(source, KubernetesService)
+        ports = objects(name, "Service")[source.service]["spec"]["ports"]
+        assert source.port.port in {port["name"] for port in ports}
+        assert source.service in objects(name, "StatefulSet")
+        assert source.port.push_port == (9300 if role is Role.PREFILL else None)
+    account = objects(name, "ServiceAccount")[pod["serviceAccountName"]]
+    (binding,) = objects(name, "RoleBinding").values()
+    assert [each["name"] for each in binding["subjects"]] == [account["metadata"]["name"]]
+    (rule,) = objects(name, "Role")[binding["roleRef"]["name"]]["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["discovery.k8s.io"], ["endpointslices"])
+    assert {"list", "watch"} == {*rule["verbs"]}
+    assert pod.get("automountServiceAccountToken", True)
     pushes = {}
     for each in servers():
         if each.where.startswith(name):
