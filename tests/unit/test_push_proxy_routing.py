@@ -4,6 +4,7 @@ engines say changes it."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -306,6 +307,21 @@ def test_hits_are_compared_with_what_engines_find() -> None:
     assert 'lamina_proxy_hit_tokens_total{kind="found",role="prefill"} 600.0' in page
     assert 'lamina_proxy_routes_total{chosen="load",why="pushed"} 1.0' in page
     assert 'lamina_proxy_routes_total{chosen="prefix",why="pushed"} 1.0' in page
+
+
+def test_an_engine_that_does_not_find_what_is_expected_is_believed_less() -> None:
+    pool = pools(Disaggregate.ALWAYS, prefill=1)
+
+    def expect(cached: int) -> int:
+        trip = route(pool, completion([1] * 640))
+        details = {"prompt_tokens": 640, "prompt_tokens_details": {"cached_tokens": cached}}
+        pool.router.prefilled(trip, json.dumps({"usage": details}).encode())
+        assert trip.route.prefill is not None
+        return trip.route.prefill.hit
+
+    assert (expect(0), expect(639)) == (0, 639)
+    assert [expect(0) for _ in range(40)][-1] < 100
+    assert [expect(639) for _ in range(60)][-1] > 600
 
 
 # -- over HTTP ---------------------------------------------------------------------------------

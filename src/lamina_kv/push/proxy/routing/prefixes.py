@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lamina_kv.push.proxy.routing.prompt import BLOCK, Mark
+from lamina_kv.push.proxy.routing.prompt import Mark
 
 MAX_MARKS = 50_000
 """Marks that are remembered of a rank, which is some 10 MB: three million tokens of different
@@ -70,7 +70,7 @@ class PrefixCache:
         # The beginning last, so that it is forgotten last.
         for mark, behind in zip(reversed(marks), reversed(ends[:-1]), strict=True):
             self._forget(mark.digest)
-            held = _Held(min(BLOCK, mark.at - behind), now)
+            held = _Held(mark.at - behind, now)
             self._held[mark.digest] = held
             self.tokens += held.tokens
         while self._held and self._is_too_much(now):

@@ -17,7 +17,7 @@ from lamina_kv.push.proxy.reports import RankReport
 from lamina_kv.push.proxy.routing.events.blocks import Blocks
 from lamina_kv.push.proxy.routing.pace import Line
 from lamina_kv.push.proxy.routing.prefixes import PrefixCache
-from lamina_kv.push.proxy.routing.prompt import Prompt
+from lamina_kv.push.proxy.routing.prompt import BLOCK, Prompt
 from lamina_kv.push.proxy.routing.words import REQUEST_TOKENS, Candidate
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ CROWD_SECONDS = 60.0
 UNTOLD = 3.0
 """Seconds in which a prompt may be computed without having been announced: what was sent to a rank
 so lately is expected there, whatever it announces."""
+
+TRUST_STEP = 0.1
+"""How much one answer changes how far hits are believed."""
+LEAST_TRUST = 0.05
+"""Hits are never quite given up, or nobody would notice that they are found again."""
 
 FULL = 0.95
 """Share of an engine's blocks in use beyond which the next request waits for room."""
@@ -129,6 +134,7 @@ class Rank:
         self.prefixes = PrefixCache(clock)
         self.pace = Line(clock)
         self._clock = clock
+        self._trust = 1.0
         self._extra = (0, 0)
         self._decoding = 0
         self._mean = 0.0
@@ -162,6 +168,18 @@ class Rank:
         self.waiting = 0 if report is None else report.waiting
         self.prefixes.capacity = None if report is None else report.capacity
 
+    def found(self, expected: int, cached: int) -> None:
+        """The engine has said how much of a prompt it had. If it is mostly less than expected, its
+        cache is too small, or others use it, too: then a hit counts for less.
+
+        Args:
+            expected: tokens, as the candidate had it.
+            cached: tokens that it had.
+        """
+        if expected >= BLOCK * self._trust:
+            share = min(1.0, self._trust * cached / expected)
+            self._trust = max(LEAST_TRUST, self._trust + TRUST_STEP * (share - self._trust))
+
     def crowds(self, change: int) -> None:
         """So many more answers are in the making there."""
         self._mean, self._since = self._crowd(), self._clock()
@@ -190,7 +208,7 @@ class Rank:
 
     def _hit(self, prompt: Prompt, *, answers: bool) -> int:
         if self.blocks is None or not self.blocks.told or not prompt.ids:
-            return self.prefixes.hit(prompt.marks, answers=answers)
+            return int(self._trust * self.prefixes.hit(prompt.marks, answers=answers))
         sent = self.prefixes.hit(prompt.marks, answers=False, age=UNTOLD)
         return max(sent, self.blocks.hit(prompt.ids, prompt.model))
 

@@ -232,4 +232,5 @@ class Router:
 
     def _learn_hit(self, role: str, where: Candidate, usage: Usage) -> None:
         if usage.cached is not None:
+            where.rank.found(where.hit, usage.cached)
             self._metrics.hit(role, where.hit, usage.cached)
