@@ -13,7 +13,7 @@ from engine.server import MODEL, Server
 from engine.workload import BLOCK, prompt
 from lamina_kv.bench.ports import free_port
 from lamina_kv.push.proxy.routing.events.places import EventPlaces
-from lamina_kv.push.proxy.routing.policies import PolicyName
+from lamina_kv.push.proxy.routing.words import PolicyName
 from push_proxy.proxies import proxied
 from push_proxy.running import until
 

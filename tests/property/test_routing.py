@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from lamina_kv.push.proxy.routing.cache_aware import FAITHFUL, SLACK, CacheAware
 from lamina_kv.push.proxy.routing.pace import Line
 from lamina_kv.push.proxy.routing.placement import FEW, Placement
-from lamina_kv.push.proxy.routing.policies import PolicyName, make_policy
+from lamina_kv.push.proxy.routing.policies import make_policy
 from lamina_kv.push.proxy.routing.prompt import Prompt
 from lamina_kv.push.proxy.routing.words import (
     HELD,
     REQUEST_TOKENS,
     Candidate,
     Disaggregate,
+    PolicyName,
     Reason,
     Why,
 )

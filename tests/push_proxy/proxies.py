@@ -14,8 +14,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamina_kv.push.proxy.app import create_app
-from lamina_kv.push.proxy.routing.policies import PolicyName
-from lamina_kv.push.proxy.routing.words import Disaggregate, RoutingPolicy
+from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName, RoutingPolicy
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import FakeEngine
 from push_proxy.running import PATIENCE, Running, until

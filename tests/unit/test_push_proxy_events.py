@@ -23,7 +23,7 @@ from lamina_kv.push.proxy.routing.events.messages import (
 )
 from lamina_kv.push.proxy.routing.events.places import EventPlaces, read_event_places
 from lamina_kv.push.proxy.routing.events.stores import SharedStores
-from lamina_kv.push.proxy.routing.policies import PolicyName
+from lamina_kv.push.proxy.routing.words import PolicyName
 from push_proxy.engines import FakeEngine
 from push_proxy.proxies import COMPLETION, proxied
 from push_proxy.running import until

@@ -20,11 +20,10 @@ from lamina_kv.push.proxy.routing.cache_aware import FAITHFUL, SLACK, CacheAware
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
 from lamina_kv.push.proxy.routing.pace import HALF_LIFE
 from lamina_kv.push.proxy.routing.placement import FEW, UNKNOWN
-from lamina_kv.push.proxy.routing.policies import PolicyName
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.ranks import Work
 from lamina_kv.push.proxy.routing.router import Trip
-from lamina_kv.push.proxy.routing.words import Disaggregate, Reason, Why
+from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName, Reason, Why
 from push_proxy.engines import FakeEngine
 from push_proxy.pools import Pools, chat, completion, request
 from push_proxy.proxies import COMPLETION, Proxy, proxied, push_address

@@ -344,8 +344,7 @@ def push_proxy(
     from one to the other. Publishes `/health` and `/metrics`.
     """
     from lamina_kv.cli import push_proxy as proxy
-    from lamina_kv.push.proxy.routing.policies import PolicyName
-    from lamina_kv.push.proxy.routing.words import Disaggregate
+    from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName
     from lamina_kv.push.proxy.settings import EngineTls, Settings
 
     with proxy.errors():

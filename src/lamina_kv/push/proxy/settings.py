@@ -11,8 +11,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from lamina_kv.push.proxy.routing.events.places import EventPlaces
-from lamina_kv.push.proxy.routing.policies import PolicyName
-from lamina_kv.push.proxy.routing.words import Disaggregate
+from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName
 
 
 class SettingsError(ValueError):

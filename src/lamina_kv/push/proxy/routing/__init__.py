@@ -13,5 +13,6 @@
 ``router``           all of it together, as the dispatcher uses it
 ===================  ===============================================================
 
-A policy is a file of a page, and has a line in ``policies``.
+A policy is a file of a page, and has a name in ``words`` and a line in ``policies``. What engines
+announce of their caches is in ``events``.
 """

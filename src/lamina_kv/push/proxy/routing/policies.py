@@ -1,21 +1,11 @@
-"""The policies there are, by their names. A new one is a file of its own, and a line here."""
+"""The policies there are. A new one is a file of its own, a name in ``words``, and a line here."""
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 from lamina_kv.push.proxy.routing.cache_aware import CacheAware
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
-from lamina_kv.push.proxy.routing.words import RoutingPolicy
-
-
-class PolicyName(StrEnum):
-    """As ``--policy`` has it."""
-
-    CACHE_AWARE = "cache_aware"
-    POWER_OF_TWO = "power_of_two"
-    LEAST_LOADED = "least_loaded"
+from lamina_kv.push.proxy.routing.words import PolicyName, RoutingPolicy
 
 
 def make_policy(name: PolicyName) -> RoutingPolicy:

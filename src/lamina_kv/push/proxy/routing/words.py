@@ -22,6 +22,14 @@ class Disaggregate(StrEnum):
     NEVER = "never"
 
 
+class PolicyName(StrEnum):
+    """As ``--policy`` has it."""
+
+    CACHE_AWARE = "cache_aware"
+    POWER_OF_TWO = "power_of_two"
+    LEAST_LOADED = "least_loaded"
+
+
 class Why(StrEnum):
     """Who computes a prompt, and why."""
 
