@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
+from typing import Any
 
 import httpx
 import msgspec
@@ -119,7 +120,7 @@ class Engine:
         self._waiting: set[asyncio.Timeout] = set()
         self._sent = 0
         self._ended = asyncio.Event()
-        self._tls = {"sni_hostname": server_name} if server_name else {}
+        self._tls: dict[str, Any] = {"sni_hostname": server_name} if server_name else {}
         self._base = httpx.URL(url)
         self._client = httpx.AsyncClient(
             verify=True if verify is None else verify,

@@ -207,6 +207,8 @@ class KubernetesService:
             if not events.is_success:
                 raise _ApiError(f"GET {path} as a watch: status {events.status_code}")
             async for line in events.aiter_lines():
+                if not line:
+                    continue
                 event = msgspec.json.decode(line, type=_Event)
                 if event.type == "ERROR":  # what was listed is too old: list it again
                     return
