@@ -12,6 +12,7 @@ from pathlib import Path
 from string import ascii_letters
 from typing import Any, Literal
 
+import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
@@ -227,16 +228,30 @@ def test_a_completion(served: Served) -> None:
 
 
 def test_a_response(served: Served) -> None:
-    """Not split: the decode server has it as it came."""
     asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
     text = question(11)[1]["content"]
-    got = served.pushed.responses.create(input=text, **asked)
+    with served.pushes():
+        got = served.pushed.responses.create(input=text, **asked)
     alone = served.alone.responses.create(input=text, **asked)
     assert got.output_text
     assert got.output_text == alone.output_text
-    events = [*served.pushed.responses.create(input=text, stream=True, **asked)]
+    assert got.usage is not None
+    assert got.usage.input_tokens_details.cached_tokens == 0
+    with served.pushes():
+        events = [*served.pushed.responses.create(input=text[::-1], stream=True, **asked)]
     assert events[0].type == "response.created"
     assert events[-1].type in {"response.completed", "response.incomplete"}
+
+
+def test_a_message(served: Served) -> None:
+    """As Anthropic's clients ask."""
+    asked = {**GREEDY, "messages": question(15)[1:]}
+    with served.pushes():
+        got = served.pushed.post("/messages", body=asked, cast_to=httpx2.Response).json()
+    alone = served.alone.post("/messages", body=asked, cast_to=httpx2.Response).json()
+    assert got["content"] == alone["content"] != []
+    assert got["usage"]["input_tokens"] > LONG, "none of them is called cached"
+    assert not got["usage"].get("cache_read_input_tokens")
 
 
 def test_models(served: Served) -> None:

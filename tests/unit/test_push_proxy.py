@@ -42,7 +42,13 @@ def proxy(shared: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Pr
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
+    ("path", "body"),
+    [
+        ("/v1/completions", COMPLETION),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", {"model": "model", "input": "Hello"}),
+        ("/v1/messages", CHAT | {"max_tokens": 7}),
+    ],
 )
 def test_both_engines_are_told_of_one_push(
     proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, path: str, body: dict[str, object]

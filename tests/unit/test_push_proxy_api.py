@@ -43,9 +43,9 @@ async def echo(call: Call) -> None:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/v1/responses"),
-        ("POST", "/v1/messages"),
         ("POST", "/v1/embeddings"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/inference/v1/generate"),
         ("POST", "/tokenize"),
         ("POST", "/v2/rerank"),
         ("PUT", "/something/new?a=b%20c"),
@@ -106,7 +106,7 @@ def test_what_a_client_says_of_transfers_is_left_out_everywhere(
     # A name may be written in many ways.
     escaped = body.replace("kv_transfer", "kv\\u005ftransfer").encode()
     headers = {"content-type": media_type} if media_type else {}
-    assert proxy.client.post("/v1/responses", content=escaped, headers=headers).is_success
+    assert proxy.client.post("/inference/v1/generate", content=escaped, headers=headers).is_success
     (call,) = decode.calls
     assert b"elsewhere" not in call.raw
     assert call.body["input"] == "Hi"
@@ -116,7 +116,7 @@ def test_what_a_client_says_of_transfers_is_left_out_everywhere(
 
 def test_what_is_worth_keeping_may_be_said_everywhere(proxy: Proxy, decode: FakeEngine) -> None:
     asked = {"input": "Hi", "kv_transfer_params": {"lamina": {"keep": False}, "host": "elsewhere"}}
-    assert proxy.post("/v1/responses", asked).is_success
+    assert proxy.post("/inference/v1/generate", asked).is_success
     assert decode.calls[0].body["kv_transfer_params"] == {"lamina": {"keep": False}}
 
 
@@ -128,7 +128,7 @@ def test_json_that_an_engine_might_read_otherwise_is_refused(
     proxy: Proxy, decode: FakeEngine, body: bytes
 ) -> None:
     headers = {"content-type": "application/json"}
-    answer = proxy.client.post("/v1/responses", content=body, headers=headers)
+    answer = proxy.client.post("/inference/v1/generate", content=body, headers=headers)
     assert answer.status_code == 400
     assert "not JSON" in answer.json()["error"]["message"]
     assert not decode.calls

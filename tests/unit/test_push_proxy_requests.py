@@ -83,7 +83,7 @@ def test_a_prefill_engine_is_asked_the_same_of_a_chat() -> None:
         "logprobs": True,
         "top_logprobs": 5,
     }
-    assert json.loads(request(chat).for_prefill("abc")) == {
+    assert json.loads(request(chat, b"/v1/chat/completions").for_prefill("abc")) == {
         "messages": chat["messages"],
         "tools": chat["tools"],
         "stream": False,
@@ -91,6 +91,70 @@ def test_a_prefill_engine_is_asked_the_same_of_a_chat() -> None:
         "max_completion_tokens": 1,
         "kv_transfer_params": {"lamina_push": {"id": "abc"}},
     }
+
+
+def test_a_prefill_engine_is_asked_the_same_of_a_response() -> None:
+    asked = request(
+        {"input": "Hi", "stream": True, "max_output_tokens": 500, "background": False},
+        b"/v1/responses?a=b",
+    )
+    assert asked.pushable
+    assert json.loads(asked.for_prefill("abc")) == {
+        "input": "Hi",
+        "stream": False,
+        "store": False,
+        "max_output_tokens": 1,
+        "kv_transfer_params": {"lamina_push": {"id": "abc"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("background", True),
+        ("truncation", "auto"),
+        ("truncation", None),
+    ],
+)
+def test_what_a_response_depends_on_beyond_its_request(field: str, value: object) -> None:
+    assert not request({"input": "Hi", field: value}, b"/v1/responses").pushable
+
+
+def test_both_engines_are_asked_for_a_message() -> None:
+    """Whose usage vLLM has to put right, and whose thinking may be longer than one token."""
+    asked = request(
+        {
+            "messages": [],
+            "max_tokens": 500,
+            "thinking": {"type": "enabled", "budget_tokens": 400},
+            "kv_transfer_params": {"lamina": {"keep": False}},
+        },
+        b"/v1/messages",
+    )
+    told, prefill = (json.loads(b) for b in (asked.for_decode("a", "h:1"), asked.for_prefill("a")))
+    assert told["max_tokens"] == 500
+    assert told["kv_transfer_params"] == {
+        "lamina": {"keep": False},
+        "do_remote_prefill": True,
+        "remote_prefill_cached_tokens": 0,
+        "lamina_push": {"id": "a", "prefill": "h:1"},
+    }
+    assert prefill["max_tokens"] == 1
+    assert prefill["thinking"] == {"type": "enabled", "budget_tokens": 400}
+    assert prefill["kv_transfer_params"] == {
+        "lamina": {"keep": False},
+        "do_remote_decode": True,
+        "lamina_push": {"id": "a"},
+    }
+    assert json.loads(asked.for_decode())["kv_transfer_params"] == {"lamina": {"keep": False}}
+
+
+def test_nothing_else_is_split() -> None:
+    for method, path in (("POST", b"/v1/embeddings"), ("PATCH", b"/v1/completions")):
+        assert not ApiRequest("id", method, path, {}, parse_fields(b"{}")).pushable
+    assert ApiRequest("id", "POST", b"/v1/%63ompletions", {}, parse_fields(b"{}")).pushable
 
 
 @pytest.mark.parametrize(

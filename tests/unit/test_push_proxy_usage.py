@@ -80,6 +80,7 @@ def test_events_are_not_held_back() -> None:
         (b'{"usage": {"prompt_tokens_details": {"cached_tokens": 12}}}', 12),
         (b'{"usage": {"prompt_tokens_details": {"cached_tokens": null}}}', 0),
         (b'{"choices": [{"finish_reason": "length"}], "usage": null}', 0),
+        (b'{"output": [], "usage": {"input_tokens_details": {"cached_tokens": 12}}}', 12),
         (b'{"choices": [{"finish_reason": "abort"}], "usage": null}', None),
         (b"no json", 0),
         (b"\xff", 0),

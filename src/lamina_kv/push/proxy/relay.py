@@ -23,15 +23,15 @@ from lamina_kv.push.proxy.headers import CREDENTIALS, Pairs, of_request, raw, sh
 from lamina_kv.push.proxy.journal import Entry
 from lamina_kv.push.proxy.memory import COPIES, Memory, Share
 from lamina_kv.push.proxy.metrics import Metrics
-from lamina_kv.push.proxy.requests import SPLIT, ApiRequest, harmless, parse_fields
+from lamina_kv.push.proxy.requests import ApiRequest, harmless, parse_fields, split_of
 from lamina_kv.push.proxy.settings import Settings
+from lamina_kv.push.proxy.splits import SPLITS
 
 _CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
-_ROUTES: Final = SPLIT | {
-    "/v1/responses",
-    "/v1/messages",
+_ROUTES: Final = {
+    *SPLITS,
     "/v1/embeddings",
     "/v1/models",
     "/v1/score",
@@ -249,9 +249,9 @@ class Relay:
         target = quote(scope["raw_path"] + query, safe=string.punctuation).encode()
         passed = {**of_request(headers), "x-request-id": entry.id}
         self._show(passed)
-        split = scope["method"] == "POST" and scope["path"] in SPLIT
+        split = split_of(scope["method"], scope["path"])
         body = await self._read_body(receive, headers, share, copies=COPIES if split else 1)
-        if split:
+        if split is not None:
             passed["content-type"] = "application/json"
             fields, rest = parse_fields(body), b""
         else:

@@ -1,6 +1,6 @@
 """A client's request, and what the two engines are sent of it.
 
-Completions and chats are split between a prefill and a decode engine; everything else goes to a
+What ``splits.py`` names is split between a prefill and a decode engine; everything else goes to a
 decode engine as it came. Values that the proxy has no business with are never parsed: they reach
 the engine byte for byte, and a body of megabytes is looked through once, without objects.
 """
@@ -8,15 +8,13 @@ the engine byte for byte, and a body of megabytes is looked through once, withou
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from urllib.parse import unquote
 
 import msgspec
 
 from lamina_kv.push.proxy.errors import Refusal
 from lamina_kv.push.proxy.journal import Entry
-
-SPLIT: Final = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""Paths of requests that a prefill engine can compute the prompt of."""
+from lamina_kv.push.proxy.splits import SPLITS, Split
 
 Fields = dict[str, msgspec.Raw]
 """A JSON object: names, and values as they were written."""
@@ -24,39 +22,8 @@ Fields = dict[str, msgspec.Raw]
 _DECODER = msgspec.json.Decoder(Fields)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
-_PUSHED_ONLY_IF: Final[dict[str, tuple[bytes, ...]]] = {
-    "n": (b"1", b"null"),
-    "best_of": (b"1", b"null"),
-    "use_beam_search": (b"false", b"null"),
-    "prompt_embeds": (b"null",),
-    # The decode engine has to compute the whole prompt for its probabilities.
-    "prompt_logprobs": (b"null",),
-    "echo": (b"false", b"null"),
-    # May depend on max_tokens, which the prefill engine is not given.
-    "truncate_prompt_tokens": (b"null",),
-}
-"""Values with which a request is one prompt, with one answer, of tokens that both engines count
-alike; a field that is absent is as good."""
-
-_NOT_FOR_PREFILL = (
-    "stream_options",
-    "min_tokens",
-    "n",
-    "best_of",
-    "logprobs",
-    "top_logprobs",
-    "logprob_token_ids",
-    "return_token_ids",
-    "return_prompt_text",
-    # They restrict what is sampled, and a grammar takes seconds to compile. They are no part of the
-    # prompt: vLLM's chat templates are given tools and `tool_choice`, which therefore stay.
-    "response_format",
-    "structured_outputs",
-)
 _TRANSFERS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """Parameters that name other engines."""
-_ONE = msgspec.Raw(b"1")
-_FOR_PREFILL = {"stream": msgspec.Raw(b"false"), "max_tokens": _ONE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +51,32 @@ class ApiRequest:
     entry: Entry = field(default_factory=lambda: Entry("", "", ""))
 
     @property
+    def split(self) -> Split | None:
+        """How it can be split; None if it goes to a decode engine as it came."""
+        return split_of(self.method, unquote(self.target.partition(b"?")[0].decode()))
+
+    @property
     def pushable(self) -> bool:
         """Whether a prefill engine can compute the prompt. Several prompts or answers in one
         request, and what only a decode engine can say about its prompt, go to a decode engine
         alone, which computes everything itself."""
-        if self.fields is None:
+        fields, split = self.fields, self.split
+        if fields is None or split is None:
             return False
-        return _is_one_prompt(self.fields.get("prompt")) and all(
-            name not in self.fields or bytes(self.fields[name]) in values
-            for name, values in _PUSHED_ONLY_IF.items()
+        return _is_one_prompt(fields.get("prompt")) and all(
+            name not in fields or bytes(fields[name]) in values
+            for name, values in split.only_if.items()
         )
 
     def for_prefill(self, push_id: str) -> bytes:
         """The body for a prefill engine: the same prompt, and one token that nobody looks at."""
-        fields = {**(self.fields or {}), **_FOR_PREFILL}
-        for name in _NOT_FOR_PREFILL:
+        split = self.split
+        assert split is not None, "a request that is not split is not pushed"
+        instead = {name: msgspec.Raw(value) for name, value in split.prefill.items()}
+        fields = {**(self.fields or {}), **instead}
+        for name in split.left_out:
             fields.pop(name, None)
-        if "messages" in fields:
-            fields["max_completion_tokens"] = _ONE
-        return _encode(fields, {"id": push_id})
+        return _encode(fields, {**split.prefill_told, "lamina_push": {"id": push_id}})
 
     def for_decode(self, push_id: str = "", prefill: str = "") -> bytes:
         """The body for a decode engine; without arguments, one that is to compute everything.
@@ -111,8 +85,22 @@ class ApiRequest:
             push_id: names the push.
             prefill: the prefill engine's push address.
         """
-        push = {"id": push_id, "prefill": prefill} if push_id else None
-        return self.body if self.fields is None else _encode(self.fields, push)
+        if self.fields is None:
+            return self.body
+        told: dict[str, object] = {}
+        if push_id and (split := self.split) is not None:
+            told = {**split.decode_told, "lamina_push": {"id": push_id, "prefill": prefill}}
+        return _encode(self.fields, told)
+
+
+def split_of(method: str, path: str) -> Split | None:
+    """How such requests can be split; None if they go to a decode engine as they come.
+
+    Args:
+        method: HTTP's.
+        path: with nothing escaped.
+    """
+    return SPLITS.get(path) if method == "POST" else None
 
 
 def parse_fields(body: bytes) -> Fields:
@@ -152,7 +140,7 @@ def harmless(body: bytes, media_type: str) -> bytes:
     sampling = _without_transfers(fields.get("sampling_params"))
     if fields.keys().isdisjoint(_TRANSFERS) and sampling is None:
         return body
-    return _encode(fields if sampling is None else {**fields, "sampling_params": sampling}, None)
+    return _encode(fields if sampling is None else {**fields, "sampling_params": sampling}, {})
 
 
 def _is_json(body: bytes) -> bool:
@@ -185,10 +173,8 @@ def _is_one_prompt(prompt: msgspec.Raw | None) -> bool:
     return len(_LIST.decode(text)) == 1
 
 
-def _encode(fields: Fields, push: dict[str, str] | None) -> bytes:
-    parameters = _harmless(fields.get("kv_transfer_params"))
-    if push is not None:
-        parameters["lamina_push"] = push
+def _encode(fields: Fields, told: dict[str, object]) -> bytes:
+    parameters = {**_harmless(fields.get("kv_transfer_params")), **told}
     document: dict[str, object] = {k: v for k, v in fields.items() if k not in _TRANSFERS}
     if parameters:
         document["kv_transfer_params"] = parameters

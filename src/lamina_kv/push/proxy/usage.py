@@ -22,6 +22,7 @@ class _Details(msgspec.Struct):
 
 class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -49,8 +50,9 @@ def cached_by(answer: bytes) -> int | None:
         return 0
     if any(choice.finish_reason == "abort" for choice in said.choices):
         return None
-    details = said.usage.prompt_tokens_details if said.usage else None
-    return (details.cached_tokens if details else None) or 0
+    usage = said.usage or _Usage()
+    details = usage.prompt_tokens_details or usage.input_tokens_details or _Details()
+    return details.cached_tokens or 0
 
 
 async def corrected(
