@@ -168,6 +168,12 @@ def test_an_operator_drains_an_engine(
         assert order("drain", other)["drained"]
         assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
         assert len(decode.calls) == 1
+        assert proxy.metric("engine_drained") == 1
+        assert proxy.metric("engine_drained", engine=other.url) == 1
+        lines = proxy.client.get("/metrics").text.splitlines()
+        usable = [line for line in lines if line.startswith("lamina_proxy_engine_usable{")]
+        assert len(usable) == 2
+        assert not any(other.url in line for line in usable), "nobody is woken for what is wanted"
         assert order("drain", prefill)["push"] == push_address(0)
         assert proxy.post("/v1/completions", COMPLETION).json() == ANSWER
         assert decode.calls[-1].push is None

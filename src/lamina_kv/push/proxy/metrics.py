@@ -60,7 +60,12 @@ class _EngineGauges(Collector):
         names = ("role", "engine")
         usable = GaugeMetricFamily(
             "lamina_proxy_engine_usable",
-            "0 while an engine is dead, drained or left alone",
+            "0 while an engine is dead or left alone; nothing while it is drained",
+            labels=names,
+        )
+        drained = GaugeMetricFamily(
+            "lamina_proxy_engine_drained",
+            "1 while an engine gets no new requests because somebody wants it so",
             labels=names,
         )
         load = GaugeMetricFamily(
@@ -78,10 +83,14 @@ class _EngineGauges(Collector):
         for engine in self._engines:
             found.setdefault((engine.role.value, engine.url), []).append(engine)
         for labels, engines in found.items():
-            usable.add_metric(labels, any(engine.usable for engine in engines))
+            out = all(engine.drained for engine in engines)
+            drained.add_metric(labels, out)
+            if not out:
+                usable.add_metric(labels, any(engine.usable for engine in engines))
             load.add_metric(labels, sum(engine.load for engine in engines))
             announced.add_metric(labels, sum(engine.announced for engine in engines))
         yield usable
+        yield drained
         yield load
         yield announced
 
