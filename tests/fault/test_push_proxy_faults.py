@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from lamina_kv.push.proxy import dispatcher
+from lamina_kv.push.proxy.engines import MISSES
 from push_proxy.engines import (
     ANSWER,
     EVENTS,
@@ -454,6 +455,35 @@ def test_an_engine_that_is_busy_with_others_has_not_failed(
         assert said.startswith(b"HTTP/1.1 504")
         assert b"busy with others" in said
         assert proxy.metric("engine_usable", engine=decode.url) == 1
+
+
+def test_an_engine_too_busy_to_say_that_it_is_well_is_well(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """As long as it answers requests."""
+    enough = False
+
+    async def answer_until_enough(call: Call) -> None:
+        await call.begin(200, "text/event-stream")
+        while not enough:
+            await call.piece(EVENTS[0])
+            await asyncio.sleep(0.05)
+        await call.end(EVENTS[-1])
+
+    decode.script = answer_until_enough
+    with (
+        proxied([prefill], [decode]) as proxy,
+        proxy.client.stream("POST", "/v1/completions", json=STREAM) as answer,
+    ):
+        pieces = answer.iter_raw()
+        next(pieces)
+        decode.musing = 600.0
+        checks = decode.checks
+        until(lambda: decode.checks > checks + MISSES + 1)
+        assert proxy.metric("engine_usable", engine=decode.url) == 1
+        enough = True
+        assert b"".join(pieces).endswith(EVENTS[-1])
+        until(lambda: proxy.metric("engine_usable", engine=decode.url) == 0)
 
 
 def test_a_prefill_that_is_not_needed_any_more_is_cancelled(

@@ -135,6 +135,7 @@ class FakeEngine:
         script: what it does about it.
         healthy: what it says about itself.
         musing: seconds that it thinks before it says so.
+        checks: how often it was asked whether it is well.
         models: names of the models that it says that it serves; None if it does not say.
         ranks: numbers of its data-parallel ranks; None if it does not say.
         published: more lines of its metrics.
@@ -145,6 +146,7 @@ class FakeEngine:
         self.script = script
         self.healthy = True
         self.musing = 0.0
+        self.checks = 0
         self.models: list[str] | None = ["model"]
         self.ranks: list[int] | None = [0]
         self.published: list[str] = []
@@ -186,6 +188,7 @@ class FakeEngine:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/health":
+            self.checks += 1
             await asyncio.sleep(self.musing)
             await Call("GET", "/health", {}, b"", send).answer(200 if self.healthy else 503, {})
             return
@@ -239,6 +242,7 @@ class Program(FakeEngine):
 
     def __init__(self, script: Script) -> None:
         self.calls, self.script, self.healthy, self.musing = [], script, True, 0.0
+        self.checks = 0
         self.models, self.ranks, self.published = ["model"], [0], []
 
 

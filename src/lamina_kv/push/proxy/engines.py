@@ -317,6 +317,8 @@ class Engine:
         try:
             await self._ask(b"/health")
             response = await self._get(b"/v1/models")
+        except EngineBusy:
+            return ""  # it answers requests, if not this one
         except EngineError as error:
             return str(error)
         if response.is_server_error:
@@ -394,6 +396,7 @@ class Engine:
         """The same, also if it is no success.
 
         Raises:
+            EngineBusy: if there is no answer in time, and it has answered requests meanwhile.
             EngineError: if there is no answer.
         """
         return await self._send(
@@ -407,13 +410,15 @@ class Engine:
             headers["content-type"] = "application/json"
         if self._settings.engine_key is not None:
             headers["authorization"] = f"Bearer {self._settings.engine_key}"
+        sent = self._sent
         try:
             async with asyncio.timeout(seconds):
                 return await self._client.request(
                     method, url, headers=headers, content=body, extensions=self._tls
                 )
         except TimeoutError as error:
-            raise EngineError(f"{method} {url}: nothing in {seconds:g} s") from error
+            kind = EngineBusy if self._sent > sent else EngineError
+            raise kind(f"{method} {url}: nothing in {seconds:g} s") from error
         except httpx.HTTPError as error:
             reason = f"{type(error).__name__} {error}".rstrip()
             raise EngineError(f"{method} {url}: {reason}") from error
