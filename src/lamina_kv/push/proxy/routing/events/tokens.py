@@ -17,6 +17,8 @@ save."""
 MAX_KNOWN = 512
 """Prompts whose tokens are remembered, for another try and for clients that repeat themselves."""
 
+_UNDERSTOOD = (b"/v1/completions", b"/v1/chat/completions")
+"""Requests that ``/tokenize`` reads as the engine does."""
 _FIELDS = (
     "model",
     "prompt",
@@ -54,7 +56,8 @@ class Tokens:
             prompt: what was read of it.
             ask: whom to ask.
         """
-        if prompt.ids or prompt.parts or prompt.tokens < WORTH or not request.pushable:
+        path = request.target.partition(b"?")[0]
+        if prompt.ids or prompt.parts or prompt.tokens < WORTH or path not in _UNDERSTOOD:
             return prompt.ids
         name = prompt.marks[-1].digest
         if name not in self._known:
