@@ -132,7 +132,7 @@ def test_another_turn_is_not_found_behind_an_answer_to_something_else() -> None:
         {"messages": [{"role": 5, "content": {"text": 4}}]},
         {"messages": [{"role": "user", "content": [1, None, {"text": {}}, {"type": "x"}]}]},
         {"model": 4, "user": 5, "max_tokens": "many", "prompt": "x"},
-        {"max_tokens": -4, "prompt": "\ud800"},
+        {"max_tokens": -4, "prompt": ""},
     ],
 )
 def test_a_request_that_makes_no_sense_is_read_all_the_same(body: object) -> None:

@@ -216,18 +216,15 @@ async def finish(pool: Pools, trip: Trip, *, prefill: float, first: float) -> No
 @pytest.fixture
 def learnt() -> Pools:
     """Prompts take 1 ms a token on both sides, and a push 50 ms more."""
-
-    async def learn() -> Pools:
-        pool = pools(prefill=1, decode=1)
-        rng = random.Random(5)
-        for n in range(60):
-            length = rng.randrange(300, 3000)
-            trip = route(pool, completion([n] * length))
-            seconds = length / 1000
-            await finish(pool, trip, prefill=seconds, first=seconds + 0.05 * trip.pushed)
-        return pool
-
-    return asyncio.run(learn())
+    pool = pools(prefill=1, decode=1)
+    rng = random.Random(5)
+    for n in range(60):
+        length = rng.randrange(300, 3000)
+        trip = route(pool, completion([n] * length))
+        seconds = length / 1000
+        first = seconds + 0.05 * trip.pushed
+        asyncio.run(finish(pool, trip, prefill=seconds, first=first))
+    return pool
 
 
 def test_at_low_load_nothing_is_pushed_that_would_come_later(learnt: Pools) -> None:
