@@ -72,7 +72,7 @@ def test_of_an_engine_that_does_not_say_the_first_rank_is_used(
         proxy.post("/v1/completions", COMPLETION, headers={RANK: "7"})
     (asked,), (told,) = decode.asked(1), prefill.asked(1)
     assert (told.headers[RANK], asked.push["prefill"]) == ("0", "10.0.0.1:7000")
-    assert RANK not in asked.headers
+    assert asked.headers[RANK] == "7", "a client's rank is one of the decode engine"
 
 
 def test_the_only_rank_of_a_server_is_where_it_listens(
