@@ -64,6 +64,38 @@ def test_inspect_says_what_is_there(filled: Path) -> None:
     assert "0 of 10" in output  # rank 1
 
 
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+@pytest.mark.parametrize("how", ["file", "variable", "inline"])
+def test_a_tier_of_the_configuration_is_looked_into_by_its_name(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, how: str
+) -> None:
+    tiers = {"tiers": [{"kind": "disk", "name": "local", "path": str(filled), "capacity": "1MiB"}]}
+    file = tmp_path / "lamina.yaml"
+    file.write_text(json.dumps(tiers))
+    monkeypatch.delenv("LAMINA_CONFIG", raising=False)
+    given = ["--config", str(file)] if how == "file" else []
+    if how == "variable":
+        monkeypatch.setenv("LAMINA_CONFIG", str(file))
+    elif how == "inline":
+        given = ["--kv-transfer-config", json.dumps({"kv_connector_extra_config": tiers})]
+    code, output = run(verb, Path("local"), *given)
+    assert code == 0, output
+    code, output = run(verb, Path("remote"), *given)
+    assert code == 1
+    assert "neither a Lamina store nor a tier that is configured: local" in output
+
+
+def test_a_configuration_that_is_wrong_is_said(filled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lamina.yaml"
+    file.write_text("tiers: [{kind: s3, url: nowhere}]")
+    code, output = run("inspect", filled, "--config", str(file))
+    assert code == 1
+    assert "tiers[0].url" in output
+    code, output = run("inspect", filled, "--kv-transfer-config", "no JSON")
+    assert code == 1
+    assert "is not valid JSON" in output
+
+
 def test_inspect_works_while_a_server_runs_and_names_it(filled: Path) -> None:
     tier = open_tier(filled)
     code, output = run("inspect", filled)

@@ -249,6 +249,17 @@ def test_a_question_that_is_refused_has_no_answer(
     assert store.find([key(1), key(2)], TIMEOUT) == [True, False]
 
 
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_a_probe_fails_while_the_store_does(
+    server: ScriptedS3, opened: OpenHere, status: int
+) -> None:
+    store = opened()
+    server.faults["HEAD"] = Fault(status)
+    assert not store.probe(TIMEOUT)
+    server.faults.clear()
+    assert store.probe(TIMEOUT)
+
+
 def test_the_library_tries_again_what_passes(server: ScriptedS3, opened: OpenHere) -> None:
     store = opened()
     server.seen.clear()
@@ -569,6 +580,26 @@ def test_who_may_not_look_is_told(server: ScriptedS3, filled: str) -> None:
     server.faults["LIST"] = Fault(403, "AccessDenied")
     with pytest.raises(StoreError, match=r"^s3://bucket/kv: .*AccessDenied.*AWS_REGION"):
         open_audit(filled).parts()
+
+
+def test_a_configured_bucket_is_looked_into_as_engines_reach_it(
+    server: ScriptedS3, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its endpoint is in the configuration and nowhere else."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    options = {"endpoint": server.endpoint, "region": "here"}
+    tiers = [S3Config(name="cold", url=filled, options=options)]
+    for place in ("cold", filled, f"{filled}/"):
+        with closing(open_audit(place, tiers)) as audit:
+            assert sum(part.chunks or 0 for part in audit.parts()) == 4
+            assert [*audit.check()] == [(OBJECT, [])] * 4
+
+
+def test_an_option_of_a_configured_bucket_that_is_wrong_is_named() -> None:
+    tiers = [S3Config(name="cold", url="s3://bucket", options={"nonsense": "x"})]
+    with pytest.raises(StoreError, match="nonsense"):
+        open_audit("cold", tiers)
 
 
 def test_a_place_that_is_no_bucket() -> None:

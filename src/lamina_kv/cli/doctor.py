@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lamina_kv.cli import checks, device_checks
 from lamina_kv.cli.checks import Finding, Verdict
+from lamina_kv.cli.configured import TRANSFER_CONFIG, extra_of, parse_transfer_config
 from lamina_kv.cli.shared_tiers import shared_tier
 from lamina_kv.config import CONFIG_VARIABLE, Config, ConfigError, load_config
 from lamina_kv.engines.vllm.concerns import BOTH, CONSUMER, PRODUCER, RECOMPUTE, of_role
@@ -51,13 +52,14 @@ def examine(
     yield from device_checks.device()
     extra: Mapping[str, object] = {}
     if kv_transfer_config is not None:
-        document, problem = _parse(kv_transfer_config)
-        if problem is not None:
-            yield problem
+        try:
+            document = parse_transfer_config(kv_transfer_config)
+        except ConfigError as error:
+            found = str(error).removeprefix(f"{TRANSFER_CONFIG}: ")
+            yield Finding(TRANSFER_CONFIG, Verdict.FAILED, found)
         else:
             yield from transfer_config(document)
-            given = document.get("kv_connector_extra_config")
-            extra = given if isinstance(given, dict) else {}
+            extra = extra_of(document)
     environ = dict(os.environ)
     if config_file is not None:
         environ[CONFIG_VARIABLE] = str(config_file)
@@ -125,18 +127,6 @@ def _failure_policy(policy: object) -> Finding:
 def _wrong(key: str, value: object, right: str) -> Finding:
     found = "not set" if value is None else json.dumps(value)
     return Finding(key, Verdict.FAILED, found, f"must be {right}")
-
-
-def _parse(text: str) -> tuple[dict[str, object], Finding | None]:
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        reason, advice = f"is not valid JSON: {error}", "quote it for the shell: '{\"kv_…\": …}'"
-    else:
-        if isinstance(document, dict):
-            return document, None
-        reason, advice = f"is not a JSON object: {json.dumps(document)}", "it is {…}"
-    return {}, Finding("--kv-transfer-config", Verdict.FAILED, reason, advice)
 
 
 def _show(console: Console, findings: list[Finding]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lamina_kv import __version__
+from lamina_kv.cli.arguments import ConfigFile, Place, StorePlace, TransferConfig
 
 app = typer.Typer(
     name="lamina-kv",
@@ -27,7 +28,6 @@ ModelDir = Annotated[
 Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Draw the plot, too; needs matplotlib.")
 ]
-Place = Annotated[str, typer.Argument(metavar="PATH|URL", help="A store: its directory, or URL.")]
 
 
 def main() -> None:
@@ -123,14 +123,8 @@ def doctor(
         Path | None,
         typer.Option(metavar="DIR", help="A directory that is to hold a disk store."),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A configuration file to check (`LAMINA_CONFIG`)."),
-    ] = None,
-    kv_transfer_config: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="What vLLM is given as `--kv-transfer-config`."),
-    ] = None,
+    config: ConfigFile = None,
+    kv_transfer_config: TransferConfig = None,
 ) -> None:
     """Check this machine and a configuration, and say what to do.
 
@@ -173,19 +167,33 @@ def top(
 
 
 @app.command()
-def inspect(place: Place) -> None:
-    """Say what is in a store: size, entries, age, models."""
+def inspect(
+    place: StorePlace,
+    config: ConfigFile = None,
+    kv_transfer_config: TransferConfig = None,
+) -> None:
+    """Say what is in a store: size, entries, age, models.
+
+    A store that is a tier of the configuration is reached as an engine reaches it.
+    """
     from lamina_kv.cli import store
 
-    store.inspect(place)
+    store.inspect(place, config, kv_transfer_config)
 
 
 @app.command()
-def verify(place: Place) -> None:
-    """Read a store back and check it against its checksums."""
+def verify(
+    place: StorePlace,
+    config: ConfigFile = None,
+    kv_transfer_config: TransferConfig = None,
+) -> None:
+    """Read a store back and check it against its checksums.
+
+    A store that is a tier of the configuration is reached as an engine reaches it.
+    """
     from lamina_kv.cli import store
 
-    store.verify(place)
+    store.verify(place, config, kv_transfer_config)
 
 
 @app.command()

@@ -23,26 +23,34 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lamina_kv.cli.arguments import ConfigFile, Place, StorePlace, TransferConfig
+from lamina_kv.cli.configured import configured
 from lamina_kv.cli.quantities import duration, size_of
+from lamina_kv.config import ConfigError
 from lamina_kv.tiers import open_audit
 from lamina_kv.tiers.audit import Audit, Part
 from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.disk import directory
 
-Place = Annotated[str, typer.Argument(metavar="PATH|URL", help="A store: its directory, or URL.")]
-
 _SHOWN = 20
 _DIFFERENCES = 8
 
 
-def inspect(place: Place) -> None:
+def inspect(
+    place: StorePlace, config: ConfigFile = None, kv_transfer_config: TransferConfig = None
+) -> None:
     """Say what is in a store: models, size, entries, age."""
     console = Console()
-    with _errors(console), closing(open_audit(place)) as audit:
+    with (
+        _errors(console),
+        closing(open_audit(place, configured(config, kv_transfer_config).tiers)) as audit,
+    ):
         _inspect(console, audit)
 
 
-def verify(place: Place) -> None:
+def verify(
+    place: StorePlace, config: ConfigFile = None, kv_transfer_config: TransferConfig = None
+) -> None:
     """Read a store back and check it against its checksums.
 
     Exits with 1 if anything is damaged. No server may be using a disk store; a shared one may be in
@@ -51,7 +59,10 @@ def verify(place: Place) -> None:
     console = Console()
     # What is damaged is said once, in full, after the progress bar.
     logging.getLogger("lamina_kv").addHandler(logging.NullHandler())
-    with _errors(console), closing(open_audit(place)) as audit:
+    with (
+        _errors(console),
+        closing(open_audit(place, configured(config, kv_transfer_config).tiers)) as audit,
+    ):
         damage = _verify_all(console, audit)
         damage_means = audit.damage_means
     for line in damage[:_SHOWN]:
@@ -90,7 +101,7 @@ def clear(
 def _errors(console: Console) -> Iterator[None]:
     try:
         yield
-    except (StoreError, OSError) as error:
+    except (StoreError, ConfigError, OSError) as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
 

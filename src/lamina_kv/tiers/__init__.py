@@ -25,7 +25,7 @@ message about the former ``disk`` section, name a kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,8 @@ class Kind:
             :class:`~lamina_kv.tiers.contract.Tenant`, and returns a
             :class:`~lamina_kv.tiers.contract.Store`. Only a rank that opens the tier imports it.
         auditor: ``module:function``; empty if such a store cannot list what it holds. The function
-            takes the place of a store, and returns an :class:`~lamina_kv.tiers.audit.Audit`, or
-            None if no store of this kind is there.
+            takes the place of a store, and its entry in a configuration or None. It returns an
+            :class:`~lamina_kv.tiers.audit.Audit`, or None if no store of this kind is there.
         schemes: of URLs that are places of such stores. Without any, places are paths.
     """
 
@@ -61,6 +61,20 @@ class Kind:
     opener: str
     auditor: str = ""
     schemes: tuple[str, ...] = ()
+
+    def audit(self, place: str, tier: TierConfig | None = None) -> Audit | None:
+        """Look into a store; None if no store of this kind is there.
+
+        Args:
+            place: a path or a URL.
+            tier: the store's entry in a configuration; of this kind. None: there is none, and what
+                is needed beside the place comes from the environment.
+
+        Raises:
+            StoreError: if it cannot be looked into.
+        """
+        auditor: Callable[[str, TierConfig | None], Audit | None] = _imported(self.auditor)
+        return auditor(place, tier)
 
     def open(self, config: TierConfig, tenant: Tenant) -> Store:
         """Open the store of one rank.
@@ -109,33 +123,54 @@ KINDS: dict[str, Kind] = {
 """The kinds of tiers that a configuration may name."""
 
 
-def open_audit(place: str) -> Audit:
+def open_audit(place: str, tiers: Sequence[TierConfig] = ()) -> Audit:
     """Look into the store that is at a place, whatever kind it is.
 
     Args:
-        place: a path or a URL.
+        place: a path, a URL, or the name of one of ``tiers``.
+        tiers: of a configuration. The store of one of these is reached as an engine reaches it,
+            with the tier's options and credentials.
 
     Raises:
         StoreError: if there is none, or it cannot be looked into.
     """
     from lamina_kv.tiers.contract import StoreError
 
+    for tier in tiers:
+        if place == tier.name or tier.is_at(place):
+            return _audit_of(tier)
     scheme, separator, _ = place.partition("://")
-    auditors = [
-        kind.auditor
+    kinds = [
+        kind
         for kind in KINDS.values()
         if kind.auditor and (scheme in kind.schemes if separator else not kind.schemes)
     ]
-    for auditor in auditors:
-        audit: Audit | None = _imported(auditor)(place)
-        if audit is not None:
+    for kind in kinds:
+        if (audit := kind.audit(place)) is not None:
             return audit
     if separator:
         known = sorted(each for kind in KINDS.values() if kind.auditor for each in kind.schemes)
-        if not auditors:
+        if not kinds:
             raise StoreError(
                 f"{scheme}:// is no place of stores that can list what they hold: use a path"
                 + "".join(f", {each}://" for each in known)
             )
         place = f"what this {scheme}:// URL leads to"  # it may have a password
+    elif tiers:
+        names = ", ".join(tier.name for tier in tiers)
+        raise StoreError(
+            f"{place} is neither a Lamina store nor a tier that is configured: {names}"
+        )
     raise StoreError(f"{place} is not a Lamina store")
+
+
+def _audit_of(tier: TierConfig) -> Audit:
+    from lamina_kv.tiers.contract import StoreError
+
+    kind = KINDS[tier.kind]
+    if not kind.auditor:
+        raise StoreError(f"tier {tier.name}: stores of kind {tier.kind} cannot list what they hold")
+    audit = kind.audit(tier.place, tier)
+    if audit is None:
+        raise StoreError(f"tier {tier.name}: {tier.place} is not a store of kind {tier.kind} yet")
+    return audit

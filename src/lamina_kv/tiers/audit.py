@@ -1,11 +1,13 @@
 """A look into a store from outside, by a person: what is there, and is all of it whole?
 
-No configuration and no engine is needed, only the place: a path or a URL. Nothing is changed.
+No engine is needed, only the place: a path or a URL. Where a store needs more to be reached, that
+comes from the tier's entry in a configuration, or from the environment. Nothing is changed.
 
 A kind of tier names a function in :attr:`~lamina_kv.tiers.Kind.auditor`, which takes the place and
-returns an :class:`Audit`. A store by key has one for the price of a :class:`Listing`::
+that entry, or None, and returns an :class:`Audit`. A store by key has one for the price of a
+:class:`Listing`::
 
-    def open_audit(place: str) -> Audit | None:
+    def open_audit(place: str, tier: TierConfig | None) -> Audit | None:
         return ListingAudit(ShelfListing(place))
 """
 

@@ -54,6 +54,16 @@ class TierConfig(Section):
         "`nothing`: none, the tier is only read.",
     )
 
+    @property
+    def place(self) -> str:
+        """Where its store is, as ``lamina-kv inspect`` takes it; empty if such stores cannot be
+        looked into. Has no password."""
+        return ""
+
+    def is_at(self, place: str) -> bool:
+        """Whether a path or URL is the place of its store."""
+        return bool(self.place) and place.rstrip("/") == self.place
+
     def key(self, field: str) -> str:
         """How a message about a running tier names one of its keys: ``tiers.disk.path``."""
         return f"tiers.{self.name}.{field}"

@@ -24,3 +24,8 @@ class DirectoryConfig(SharedConfig):
         default=False,
         description="Whether to bypass the page cache, where the file system can.",
     )
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        return str(self.path)

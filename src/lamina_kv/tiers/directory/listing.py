@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lamina_kv.tiers.audit import Listed, ListingAudit
+from lamina_kv.tiers.config import TierConfig
 from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.directory.files import read_whole
 from lamina_kv.tiers.directory.layout import MARKER
@@ -16,8 +17,8 @@ from lamina_kv.tiers.directory.walk import files, folders, namespaces
 from lamina_kv.tiers.names import ABOUT, object_path, parse_about
 
 
-def open_audit(place: str) -> ListingAudit | None:
-    """Look into a shared directory; None if ``place`` is none.
+def open_audit(place: str, tier: TierConfig | None = None) -> ListingAudit | None:
+    """Look into a shared directory; None if ``place`` is none. No more than the path is needed.
 
     Raises:
         StoreError: if this user may not read it, or this Lamina does not know its format.

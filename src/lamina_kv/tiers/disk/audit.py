@@ -14,6 +14,7 @@ import numpy as np
 
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.audit import Part
+from lamina_kv.tiers.config import TierConfig
 from lamina_kv.tiers.disk import directory, lock
 from lamina_kv.tiers.disk.aio import Operation
 from lamina_kv.tiers.disk.data import Slab, read_label
@@ -25,8 +26,8 @@ from lamina_kv.tiers.objects import aligned_memory, is_whole, shard_of
 _BATCH_BYTES = 16 << 20
 
 
-def open_audit(place: str) -> DiskAudit | None:
-    """Look into a store; None if ``place`` is none.
+def open_audit(place: str, tier: TierConfig | None = None) -> DiskAudit | None:
+    """Look into a store; None if ``place`` is none. No more than the path is needed.
 
     Raises:
         StoreError: if it is one that this user or this Lamina cannot read.

@@ -27,3 +27,8 @@ class DiskConfig(TierConfig):
         default="auto",
         description="Whether to bypass the page cache. `auto`: where the file system can.",
     )
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        return str(self.path)

@@ -110,3 +110,8 @@ class S3Config(SharedConfig):
         description="Options of obstore by their names there: `region`, `endpoint`, "
         "`virtual_hosted_style_request`, `proxy_url` and so on.",
     )
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        return self.url

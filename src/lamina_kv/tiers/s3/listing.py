@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lamina_kv.tiers.audit import Listed, ListingAudit
+from lamina_kv.tiers.config import TierConfig
 from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.names import ABOUT, object_path, parse_about, parse_object_path
 from lamina_kv.tiers.s3.client import BaseError, connect, obstore
-from lamina_kv.tiers.s3.config import parse_url
+from lamina_kv.tiers.s3.config import Option, S3Config, parse_url
 from lamina_kv.tiers.s3.errors import say
 from lamina_kv.values import WrongValueError
 
@@ -20,13 +21,18 @@ PAGE = 1000
 """Names that a store lists in one request."""
 
 
-def open_audit(place: str) -> ListingAudit:
-    """Look into a bucket. Endpoint, region and credentials come from the environment.
+def open_audit(place: str, tier: TierConfig | None = None) -> ListingAudit:
+    """Look into a bucket.
+
+    Args:
+        place: its URL.
+        tier: its entry in a configuration, with `options` such as endpoint and region. What is not
+            there comes from the environment, and credentials always do.
 
     Raises:
-        StoreError: if the URL is none of a bucket.
+        StoreError: if the URL is none of a bucket, or an option is wrong.
     """
-    return ListingAudit(BucketListing(place))
+    return ListingAudit(BucketListing(place, tier.options if isinstance(tier, S3Config) else {}))
 
 
 class BucketListing:
@@ -34,6 +40,7 @@ class BucketListing:
 
     Args:
         url: the bucket, and what all names in it begin with.
+        options: of the library; what is not there comes from the environment.
 
     Attributes:
         place: see the protocol.
@@ -41,7 +48,7 @@ class BucketListing:
         clearing: see there.
 
     Raises:
-        StoreError: if the URL is none of a bucket.
+        StoreError: if the URL is none of a bucket, or an option is wrong.
     """
 
     damage_means = (
@@ -49,14 +56,14 @@ class BucketListing:
         "it has computed the chunk again. Many mean that something else writes there."
     )
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, Option]) -> None:
         try:
             self.place = parse_url(url)
-            self._client = connect(self.place, {}, TIMEOUT)
+            self._client = connect(self.place, options, TIMEOUT)
         except WrongValueError as error:
             words = str(error) or "the URL of a bucket"
             raise StoreError(f"the place of an object store must be {words}") from None
-        except (BaseError, ValueError) as error:
+        except (BaseError, ValueError, TypeError) as error:
             raise StoreError(f"{self.place}: {say(error)}") from None
         self.clearing = (
             f"{self.place} is shared by engines, and nobody deletes what others use: a lifecycle "
@@ -97,6 +104,8 @@ class BucketListing:
             yield
         except (BaseError, OSError) as error:
             raise StoreError(
-                f"{self.place}: {say(error)}. Endpoint, region and credentials come from the "
-                "environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+                f"{self.place}: {say(error)}. Endpoint and region come from the tier's `options` "
+                "in a configuration (--config, LAMINA_CONFIG) that has this tier, or from the "
+                "environment (AWS_ENDPOINT_URL, AWS_REGION); credentials come from there, or from "
+                "the machine's role (AWS_ACCESS_KEY_ID, ...)"
             ) from None

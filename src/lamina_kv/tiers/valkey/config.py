@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from lamina_kv.tiers.config import SharedConfig
 from lamina_kv.tiers.valkey.address import WORDS, Address, parse
-from lamina_kv.values import ABSOLUTE_PATH, FLAG, TEXT, Kind, choice, integer
+from lamina_kv.values import ABSOLUTE_PATH, FLAG, TEXT, Kind, WrongValueError, choice, integer
 
 URL = Kind(WORDS, parse, secret=True)
 
@@ -57,6 +57,18 @@ class ValkeyConfig(SharedConfig):
         description="Seconds after its last use at which the server forgets a chunk. null: it "
         "evicts chunks only when it needs the memory.",
     )
+
+    @property
+    def place(self) -> str:
+        """See the base class."""
+        return str(self.url)
+
+    def is_at(self, place: str) -> bool:
+        """See the base class. Who asks, and how, does not matter."""
+        try:
+            return str(parse(place)) == self.place
+        except WrongValueError:
+            return place == self.place
 
     @model_validator(mode="after")
     def _fits_together(self) -> ValkeyConfig:

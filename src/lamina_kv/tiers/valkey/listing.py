@@ -42,7 +42,7 @@ class ValkeyListing:
     ``prefix`` is.
 
     Args:
-        place: its URL. A password may be in :data:`PASSWORD_VARIABLES` instead.
+        config: how it is reached.
 
     Attributes:
         place: see the protocol.
@@ -50,7 +50,7 @@ class ValkeyListing:
         clearing: see there.
 
     Raises:
-        StoreError: if the URL is wrong, or the server does not let us look.
+        StoreError: if the server does not let us look.
     """
 
     damage_means = (
@@ -62,24 +62,9 @@ class ValkeyListing:
         "engines and use FLUSHDB, or UNLINK on what `valkey-cli --scan --pattern 'lamina:*'` lists"
     )
 
-    def __init__(self, place: str) -> None:
-        try:
-            address = parse(place)
-        except WrongValueError as error:
-            raise StoreError(f"a place on a server must be {str(error) or WORDS}") from None
-        self.place = str(address)
-        variable = next((name for name in PASSWORD_VARIABLES if os.environ.get(name)), None)
-        keys = {
-            "url": place,
-            "timeout": TIMEOUT,
-            "cluster": len(address.hosts) > 1,
-            "password_env": None if address.password else variable,
-        }
-        try:
-            self._config = ValkeyConfig.model_validate(keys)
-        except ValidationError as error:  # its text has the password
-            said = "; ".join(each["msg"] for each in error.errors(include_input=False))
-            raise StoreError(f"{self.place}: {said}") from None
+    def __init__(self, config: ValkeyConfig) -> None:
+        self.place = config.place
+        self._config = config.model_copy(update={"timeout": TIMEOUT})
         self._connection = Connection(self._config, _leave_no_trace)
         self._prefixes: dict[str, bytes] = {}
         if not self._config.cluster and "mode:cluster" in self._server():
@@ -161,6 +146,32 @@ class ValkeyListing:
         full = self._prefixes.get(namespace, b"") + f"{namespace}:{name}".encode()
         with self._client() as client:
             return client.get(full)
+
+
+def config_of(place: str) -> ValkeyConfig:
+    """How the server at a URL is reached that is in no configuration.
+
+    Args:
+        place: the URL. A password may be in :data:`PASSWORD_VARIABLES` instead.
+
+    Raises:
+        StoreError: if the URL is wrong.
+    """
+    try:
+        address = parse(place)
+    except WrongValueError as error:
+        raise StoreError(f"a place on a server must be {str(error) or WORDS}") from None
+    variable = next((name for name in PASSWORD_VARIABLES if os.environ.get(name)), None)
+    keys = {
+        "url": place,
+        "cluster": len(address.hosts) > 1,
+        "password_env": None if address.password else variable,
+    }
+    try:
+        return ValkeyConfig.model_validate(keys)
+    except ValidationError as error:  # its text has the password
+        said = "; ".join(each["msg"] for each in error.errors(include_input=False))
+        raise StoreError(f"{address}: {said}") from None
 
 
 def _is_over(cursor: Any) -> bool:

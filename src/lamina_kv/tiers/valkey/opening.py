@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lamina_kv.tiers.audit import ListingAudit
+from lamina_kv.tiers.config import TierConfig
 from lamina_kv.tiers.contract import Fate, Store, StoreError, Tenant
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.values import GIB
@@ -59,19 +60,21 @@ def open_store(config: ValkeyConfig, tenant: Tenant) -> Store:
     return store
 
 
-def open_audit(place: str) -> ListingAudit:
+def open_audit(place: str, tier: TierConfig | None = None) -> ListingAudit:
     """Look into a server.
 
     Args:
         place: its URL.
+        tier: its entry in a configuration, with all that it takes to be let in.
 
     Raises:
         StoreError: if the client library is missing, the URL is wrong, or the server does not let
             us look.
     """
     with _library(place.partition(":")[0]):
-        from lamina_kv.tiers.valkey.listing import ValkeyListing
-    return ListingAudit(ValkeyListing(place))
+        from lamina_kv.tiers.valkey.listing import ValkeyListing, config_of
+    config = tier if isinstance(tier, ValkeyConfig) else config_of(place)
+    return ListingAudit(ValkeyListing(config))
 
 
 @contextmanager
