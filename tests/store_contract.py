@@ -215,6 +215,12 @@ class StoreContract:
             assert one.read(numbers) == [Fate.DONE] * count
         assert engine().read(range(start)) == [Fate.DONE] * start
 
+    def test_a_store_that_works_says_so_to_a_probe(self, engine: Open) -> None:
+        one = engine()
+        assert one.store.probe(TIMEOUT), "an empty one, too"
+        one.put(1)
+        assert one.store.probe(TIMEOUT)
+
     def test_empty_calls(self, engine: Open) -> None:
         one = engine()
         assert list(one.store.read([], TIMEOUT)) == []

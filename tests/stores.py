@@ -131,6 +131,11 @@ class MemoryStore:
             held = {key for key, _ in self.shelf.held.values()}
         return [key in held for key in keys]
 
+    def probe(self, timeout: float) -> bool:
+        """See :class:`~lamina_kv.tiers.contract.Store`."""
+        self.faults.pause("probe")
+        return self.faults.fate("probe", ChunkKey(b"")) is Fate.DONE
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         """See :class:`~lamina_kv.tiers.contract.Store`."""
         self.faults.pause("read")

@@ -47,10 +47,11 @@ class Outcome(StrEnum):
 
     DONE = "done"
     """A load, or a push from elsewhere, is in the engine. A save has read its blocks and can be
-    loaded. A move is whole at its target. An ask is answered. A push to elsewhere has drained."""
+    loaded. A move is whole at its target. An ask is answered. A probed tier works. A push to
+    elsewhere has drained."""
     FAILED = "failed"
     """Nothing of a save or move may become visible. A load or push did not deliver everything. An
-    ask was not answered."""
+    ask was not answered. A probed tier does not work."""
 
 
 LOAD_FAILED = "load_failed"
@@ -183,6 +184,7 @@ class TierOrders:
         asks: questions.
         touches: chunks that were of use wherever they were used from, with their places; a store
             that orders its chunks by use is to know. Best effort.
+        probe: identity of a call that finds out whether the tier works; None for none.
     """
 
     tier: TierName
@@ -191,6 +193,7 @@ class TierOrders:
     inward: tuple[Move, ...] = ()
     asks: tuple[Ask, ...] = ()
     touches: tuple[tuple[ChunkKey, int], ...] = ()
+    probe: TransferId | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -666,6 +666,7 @@ def test_what_goes_away_under_a_server_is_said_once_and_nothing_is_written_any_m
     tier.touch([(key(2), 2)])
     assert sound(tier, {0: 7, 1: 1}) == {0: False, 1: False}
     assert sound(tier, {2: 2}) == {2: True}
+    assert not tier.probe(10.0), "it will not be written to again"
     tier.close()
     (warning,) = [r for r in caplog.records if "while this server uses" in r.getMessage()]
     assert name in warning.getMessage()

@@ -135,6 +135,12 @@ class RainyStore(FaultyStore):
         self._stall()
         return super().find(keys, timeout)
 
+    def probe(self, timeout: float) -> bool:
+        """See :class:`~lamina_kv.tiers.contract.Store`."""
+        self._look_up()
+        self._stall()
+        return super().probe(timeout)
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         """See :class:`~lamina_kv.tiers.contract.Store`. It takes its time in the middle of them."""
         self._look_up()

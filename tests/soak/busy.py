@@ -43,11 +43,12 @@ HOST_SLOTS = 64
 """A third of the documents' chunks."""
 
 
-def options_of(entry: Mapping[str, object]) -> Options:
+def options_of(entry: Mapping[str, object], pause: float) -> Options:
     """An engine whose only far tier is a store that others share.
 
     Args:
         entry: what ``tiers`` holds for it.
+        pause: ``breaker.pause``, seconds.
     """
     tier = Far(TIER, Sort.KEYS, in_flight=48, entry={"keep": "all", "timeout": TIMEOUT, **entry})
     return Options(
@@ -61,7 +62,7 @@ def options_of(entry: Mapping[str, object]) -> Options:
         when="auto",
         deadline=DEADLINE,
         breaker_failures=3,
-        breaker_pause=0.2,
+        breaker_pause=pause,
         save_tokens="prompt",
     )
 
@@ -73,6 +74,7 @@ class Busy(Simulator):
         seed: of its clients.
         entry: what ``tiers`` holds for its store.
         store: a directory for it.
+        pause: ``breaker.pause``, seconds.
 
     Attributes:
         asked: tokens of all prompts that were served.
@@ -81,10 +83,12 @@ class Busy(Simulator):
         slowest: seconds that the slowest request took.
     """
 
-    def __init__(self, seed: int, entry: Mapping[str, object], store: Path) -> None:
+    def __init__(
+        self, seed: int, entry: Mapping[str, object], store: Path, *, pause: float = 0.2
+    ) -> None:
         # Whether a store that may fail has what it shows is not looked at behind its back.
         past = Past(damaged={TIER})
-        super().__init__(seed, options_of(entry), store, past=past, virtual=False)
+        super().__init__(seed, options_of(entry, pause), store, past=past, virtual=False)
         self.asked = self.computed = 0
         self.idle = 0.0
         self.slowest = 0.0

@@ -10,6 +10,7 @@ from typing import Any
 from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
+from lamina_kv.control.probes import LEAST_PAUSE
 from lamina_kv.control.requests import ChunkShape, PushParameters
 from lamina_kv.control.residency import Describe
 from lamina_kv.control.transfers import Kind
@@ -270,6 +271,12 @@ class Engine:
             self.answer(ask.transfer, present=bytes(len(ask.keys)))
         return plan
 
+    def probe(self, *, well: bool) -> None:
+        """Wait until the far tier is probed, and answer."""
+        while not (asked := probes(self.step())):
+            self.now += LEAST_PAUSE
+        self.answer(*asked, outcome=Outcome.DONE if well else Outcome.FAILED, reason="no_answer")
+
     def write_all(self) -> None:
         """Let everything that was saved reach the far tiers, which say that they lack it."""
         for _ in range(1000):
@@ -362,6 +369,11 @@ def keys_of(tokens: list[int]) -> list[ChunkKey]:
 def asks(plan: StepPlan) -> tuple[Ask, ...]:
     """Questions of a plan to far tiers."""
     return tuple(ask for orders in plan.tiers for ask in orders.asks)
+
+
+def probes(plan: StepPlan) -> tuple[TransferId, ...]:
+    """Probes of a plan, of far tiers that are out of use."""
+    return tuple(orders.probe for orders in plan.tiers if orders.probe is not None)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

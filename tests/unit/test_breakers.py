@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -17,11 +18,15 @@ from driven_planner import (
     inward,
     keys_of,
     outward,
+    probes,
     prompt,
 )
 
 from lamina_kv.config import BreakerConfig
+from lamina_kv.control.answers import LEAST_PATIENCE
 from lamina_kv.control.breakers import MAX_PAUSE, Breakers, CircuitBreaker
+from lamina_kv.control.moving import LOOK_PLANS
+from lamina_kv.control.probes import LEAST_PAUSE, LONGEST_PAUSE, MOST_WAITED
 from lamina_kv.control.transfers import Kind, Transfer, TransferTable
 from lamina_kv.plan import (
     LOAD_FAILED,
@@ -237,18 +242,167 @@ def kept(engine: Engine, seeds: Iterable[int]) -> list[bool]:
     return answers
 
 
-def test_a_tier_that_keeps_failing_is_not_read_any_more_until_a_try_succeeds() -> None:
-    engine = Engine(far_slots=20)
-    far_only(engine, *range(8))
+def broken(*, seeds: int = 8, **more: object) -> Engine:
+    """An engine whose far tier has a chunk of some prompts, and has failed to deliver three."""
+    engine = Engine(far_slots=20, **more)  # type: ignore[arg-type]
+    far_only(engine, *range(seeds))
     assert [fetch(engine, seed, Outcome.FAILED) for seed in range(3)] == [0, 0, 0]
+    return engine
+
+
+def test_a_tier_that_keeps_failing_is_not_read_until_a_probe_goes_well() -> None:
+    engine = broken()
     assert kept(engine, [3]) == [False]
+    for _ in range(30):
+        engine.probe(well=False)
+        assert kept(engine, [3, 4]) == [False, False], "however long that takes"
+    began = engine.now
+    engine.probe(well=True)
+    assert engine.now <= began + LONGEST_PAUSE
+    assert [fetch(engine, seed, Outcome.DONE) for seed in (5, 6)] == [32, 32]
+
+
+def test_whether_a_probe_is_needed_is_seen_before_anything_was_probed() -> None:
+    """An engine that gets no answer tries when the pause is over."""
+    engine = broken()
     engine.now += 10
-    assert kept(engine, [4]) == [True]
-    assert fetch(engine, 4, Outcome.FAILED) == 0  # the try
-    assert kept(engine, [5]) == [False]
+    assert fetch(engine, 4, Outcome.FAILED) == 0
+    engine.step()
     engine.now += 20
     assert fetch(engine, 5, Outcome.DONE) == 32
     assert fetch(engine, 6, Outcome.DONE) == 32
+
+
+def test_one_failure_is_enough_after_a_probe_and_good_probes_are_believed_once() -> None:
+    """The store answers, and does not deliver: requests must not wait for it once a second."""
+    engine, tried = broken(seeds=18), []
+    for _ in range(100):
+        engine.probe(well=True)
+        if kept(engine, [3]) == [True]:
+            tried.append(engine.now)
+            assert fetch(engine, 4, Outcome.FAILED, f"load {engine.now}") == 0
+        engine.now += 1
+    pauses = [after - before for before, after in pairwise(tried)]
+    assert pauses[0] >= 20
+    assert pauses == sorted(pauses)
+    assert len(tried) <= 4
+
+
+def test_a_tier_that_failed_after_a_probe_is_believed_when_a_probe_has_failed_too() -> None:
+    engine = broken()
+    engine.probe(well=True)
+    assert fetch(engine, 4, Outcome.FAILED) == 0
+    engine.probe(well=True)
+    assert kept(engine, [5]) == [False]
+    engine.probe(well=False)
+    engine.probe(well=True)
+    assert fetch(engine, 5, Outcome.DONE) == 32
+
+
+def test_once_a_chunk_has_moved_it_takes_as_many_failures_as_ever() -> None:
+    engine = broken(seeds=12)
+    engine.probe(well=True)
+    assert fetch(engine, 4, Outcome.DONE) == 32
+    assert [fetch(engine, seed, Outcome.FAILED) for seed in (5, 6)] == [0, 0]
+    assert kept(engine, [7]) == [True]
+
+
+def test_a_tier_in_use_is_not_probed() -> None:
+    engine = Engine(far_slots=20)
+    far_only(engine, *range(4))
+    for _ in range(20):
+        engine.now += 1
+        assert probes(engine.step()) == ()
+
+
+def test_one_probe_is_under_way_however_long_it_takes_and_it_keeps_nobody_awake() -> None:
+    engine = broken()
+    asked = []
+    for _ in range(1000):
+        asked += probes(engine.step())
+        engine.now += 1
+        assert not engine.planner.has_work
+    assert len(asked) == 1
+    engine.answer(*asked)
+    assert fetch(engine, 5, Outcome.DONE) == 32
+
+
+def test_probes_become_rarer_up_to_one_a_second() -> None:
+    engine, moments = broken(), []
+    for _ in range(8):
+        engine.probe(well=False)
+        moments.append(engine.now)
+    pauses = [after - before for before, after in pairwise(moments)]
+    assert (pauses[0], max(pauses)) == (LEAST_PAUSE, LONGEST_PAUSE)
+    assert pauses == sorted(pauses)
+
+
+def test_a_tier_is_well_when_it_is_for_every_rank() -> None:
+    engine = broken(ranks=2)
+    (probe,) = probes(engine.step())
+    engine.answer(probe, ranks=[0])
+    assert kept(engine, [3]) == [False]
+    engine.answer(probe, ranks=[1])
+    assert kept(engine, [3]) == [True]
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_the_first_request_of_an_engine_that_was_idle_waits_for_a_probe(well: bool) -> None:
+    """Nobody has probed while nothing ran."""
+    engine = broken()
+    engine.probe(well=False)
+    engine.now += 60
+    view = View("first", prompt(40, 5))
+    assert engine.planner.lookup(view, 0).ask_again
+    (probe,) = probes(engine.step())
+    engine.answer(probe, outcome=Outcome.DONE if well else Outcome.FAILED)
+    offer = engine.planner.lookup(view, 0)
+    assert (offer.ask_again, offer.reason) == (
+        (True, "miss") if well else (False, "tier_out_of_use")
+    )
+    assert len(inward(engine.step())) == well
+    assert kept(engine, [6]) == [well]
+
+
+def test_nobody_waits_long_for_a_probe_of_a_store_that_hangs() -> None:
+    engine = broken()
+    engine.probe(well=False)
+    engine.now += 60
+    view = View("first", prompt(40, 5))
+    for _ in range(LOOK_PLANS):
+        assert engine.planner.lookup(view, 0).ask_again
+        engine.step()
+    engine.now += LEAST_PATIENCE
+    assert not engine.planner.lookup(view, 0).ask_again
+    engine.now += MOST_WAITED
+    assert kept(engine, [6]) == [False], "it hangs, as is known by now"
+
+
+def test_a_question_that_is_answered_does_not_make_up_for_chunks_that_are_not_delivered() -> None:
+    tier = {"kind": "disk", "name": FAR, "path": "/store", "capacity": "1GiB"}
+    settings: dict[str, object] = {"tiers": [tier], "load": {"when": "always"}}
+    engine = Engine(settings, tiers=[TierReport(FAR)])
+    for seed in range(4):
+        view = View(f"request {seed}", prompt(40, seed))
+        offer = engine.planner.lookup(view, 0)
+        assert offer.ask_again == (seed < 3)
+        for ask in asks(engine.step()):
+            engine.answer(ask.transfer, present=b"\1" * len(ask.keys))
+        engine.planner.lookup(view, 0)
+        moves = inward(engine.step())
+        engine.answer(*(move.transfer for move in moves), outcome=Outcome.FAILED, reason=Fate.LATE)
+        engine.planner.finished(view.request_id, 0, [])
+
+
+def test_who_waits_for_chunks_of_a_tier_that_is_taken_out_of_use_waits_no_longer() -> None:
+    engine = Engine({"breaker": {"failures": 1}}, far_slots=20)
+    far_only(engine, *range(2))
+    views = [View(f"request {seed}", prompt(40, seed)) for seed in range(2)]
+    assert all(engine.planner.lookup(view, 0).ask_again for view in views)
+    first, _ = inward(engine.step())
+    engine.answer(first.transfer, outcome=Outcome.FAILED, reason=Fate.LATE)
+    engine.step()
+    assert [engine.planner.lookup(view, 0).ask_again for view in views] == [False, False]
 
 
 def test_a_try_is_one_move() -> None:
@@ -351,9 +505,12 @@ def test_an_idle_engine_is_told_when_to_try_again_what_waits_to_be_written() -> 
     engine = Engine(far_slots=20)
     assert engine.planner.write_wait == inf
     fail_writes(engine, range(6))
-    assert (engine.planner.has_work, engine.planner.write_wait) == (False, 10.0)
-    engine.now += 10
+    assert (engine.planner.has_work, engine.planner.write_wait) == (False, LEAST_PAUSE)
+    engine.now += LEAST_PAUSE
     assert (engine.planner.has_work, engine.planner.write_wait) == (True, 0.0)
+    engine.step()
+    assert not engine.planner.has_work, "a probe is under way"
+    assert engine.planner.write_wait == LONGEST_PAUSE, "when to look what became of it"
 
 
 @pytest.mark.parametrize("well", [True, False])

@@ -95,6 +95,32 @@ class TestRates:
         costs.loaded(NEAR, 512 * MIB, 0.05)
         assert costs.load_seconds(NEAR, 512 * MIB) == pytest.approx(0.06)
 
+    def test_where_nothing_came_a_chunk_takes_longer_than_that_and_no_byte_as_long(self) -> None:
+        """A byte that took a second would keep the tier out of use for a quarter of an hour."""
+        costs = Costs()
+        costs.given_up(FAR, 0, 1.0, least=MIB)
+        assert costs.load_seconds(FAR, MIB) == pytest.approx(1.0)
+        costs.given_up(FAR, 0, 0.1, least=MIB)
+        assert costs.load_seconds(FAR, MIB) == pytest.approx(1.0), "as was thought"
+
+    @pytest.mark.parametrize("measured", [True, False])
+    def test_a_tier_that_works_again_is_as_fast_as_before_it_was_given_up(
+        self, measured: bool
+    ) -> None:
+        costs = known(far=1e-9) if measured else Costs()
+        before = costs.load_seconds(FAR, MIB)
+        for _ in range(3):
+            costs.given_up(FAR, 0, 1.0, least=MIB)
+        costs.recovered(FAR)
+        assert costs.load_seconds(FAR, MIB) == before
+
+    def test_what_a_tier_has_done_since_it_was_given_up_is_believed(self) -> None:
+        costs = known(far=1e-9)
+        costs.given_up(FAR, 0, 1.0, least=MIB)
+        costs.loaded(FAR, MIB, 1.0)
+        costs.recovered(FAR)
+        assert costs.load_seconds(FAR, MIB) == pytest.approx(1.0)
+
     def test_a_wait_that_was_short_does_not_make_a_tier_fast(self) -> None:
         costs = known(far=1e-7)
         costs.given_up(FAR, MIB, 0.01)

@@ -121,6 +121,18 @@ def test_find_says_nothing_where_it_cannot_tell(tmp_path: Path) -> None:
     engine.store.close()
 
 
+def test_a_probe_fails_while_the_directory_is_not_there(tmp_path: Path) -> None:
+    root = tmp_path / "mounted"
+    engine = open_engine(root)
+    engine.put(1)
+    assert engine.store.probe(TIMEOUT)
+    root.rename(tmp_path / "elsewhere")
+    assert not engine.store.probe(TIMEOUT)
+    (tmp_path / "elsewhere").rename(root)
+    assert engine.store.probe(TIMEOUT)
+    engine.store.close()
+
+
 def fail(patch: pytest.MonkeyPatch, number: int, *, makes: str) -> None:
     """Let all calls that make something fail: files (``open``), folders (``mkdir``), links."""
     real = getattr(os, makes)

@@ -132,6 +132,17 @@ def test_where_a_chunk_is_filed() -> None:
     assert list(library.script.objects) == [f"lamina:{'ab' * 16}:{key(3).hex()}.1"]
 
 
+def test_a_probe_fails_while_the_master_does_not_answer_and_joins_when_it_does() -> None:
+    library = Scripted(error=Unreachable("nobody answers"))
+    store = store_on(library)
+    assert not store.probe(1.0)
+    library.error = None
+    assert store.probe(1.0)
+    library.script.answers = [Code.RPC_FAIL]
+    assert not store.probe(1.0)
+    assert store.probe(1.0)
+
+
 @pytest.mark.parametrize(
     ("code", "fate"),
     [

@@ -67,6 +67,10 @@ class Store(MemoryStore):
         self._note("find", map(number, keys))
         return super().find(keys, timeout)
 
+    def probe(self, timeout: float) -> bool:
+        self._note("probe", ())
+        return super().probe(timeout)
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         self._note("read", (number(piece.key) for piece in pieces))
         return super().read(pieces, timeout)
@@ -138,8 +142,9 @@ class Rig:
         inward: tuple[Move, ...] = (),
         asks: tuple[Ask, ...] = (),
         touches: tuple[tuple[ChunkKey, int], ...] = (),
+        probe: TransferId | None = None,
     ) -> None:
-        orders = TierOrders(FAR, drops, outward, inward, asks, touches)
+        orders = TierOrders(FAR, drops, outward, inward, asks, touches, probe)
         self.pipeline.carry_out(orders, step=1)
 
     def settle(self, count: int) -> dict[int, TransferReceipt]:
@@ -195,6 +200,17 @@ def test_a_question_has_one_answer_a_chunk(rig: Rig) -> None:
     assert [r.outcome for r in receipts.values()] == [Outcome.DONE] * 2
     assert receipts[9].present == b"\1\0\1"
     assert receipts[8].present == b""
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_probe_says_whether_the_store_works(
+    rig: Rig, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rig.store, "probe", lambda timeout: works)
+    rig.order(probe=TransferId(9))
+    (receipt,) = rig.settle(1).values()
+    assert receipt.outcome is (Outcome.DONE if works else Outcome.FAILED)
+    assert receipt.reason == ("" if works else "no_answer")
 
 
 def test_batches_are_no_larger_than_a_store_likes_and_readers_share(rig: Rig) -> None:
@@ -317,15 +333,16 @@ def test_a_store_that_raises_fails_what_it_was_given_and_says_so_once(
         raise error
 
     rig.write(1)
-    rig.store.on = dict.fromkeys(("find", "read", "write", "drop"), fail)
+    rig.store.on = dict.fromkeys(("find", "read", "write", "drop", "probe"), fail)
     for _ in range(2):
         rig.order(
             drops=(3,),
             outward=(move(2, near=2),),
             inward=(move(1, near=9),),
             asks=(Ask(TransferId(5), (key(1),)),),
+            probe=TransferId(6),
         )
-        receipts = rig.settle(3)
+        receipts = rig.settle(4)
         assert {r.outcome for r in receipts.values()} == {Outcome.FAILED}
         assert {r.reason for r in receipts.values()} == {type(error).__name__}
         assert not any(r.lost for r in receipts.values())
@@ -333,7 +350,7 @@ def test_a_store_that_raises_fails_what_it_was_given_and_says_so_once(
     rig.order(inward=(move(1, near=9),), outward=(move(2, near=2),))
     assert {r.outcome for r in rig.settle(2).values()} == {Outcome.DONE}
     said = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert len(said) == 4, "once for each verb"
+    assert len(said) == 5, "once for each verb"
     assert all("tier far" in record.getMessage() for record in said)
 
 

@@ -10,10 +10,11 @@ from math import ceil
 from random import Random
 
 import pytest
-from driven_planner import CHUNK, CHUNK_BYTES, Engine, View, inward, keys_of, outward, prompt
+from driven_planner import CHUNK, CHUNK_BYTES, FAR, Engine, View, inward, keys_of, outward, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina_kv.control.policy import LEAST_TIMEOUT
 from lamina_kv.plan import TIMED_OUT, LoadMode, LoadOrder, Outcome, StepPlan, TransferId
 
 TOKEN = 1 / 512
@@ -143,6 +144,55 @@ def test_a_tier_that_is_slower_than_computing_costs_five_percent_at_most(
         took.append(machine.serve())
     assert max(took) <= 1.05
     assert sum(took) / len(took) <= 1.02
+
+
+def waits(engine: Engine, view: View, *, most: int = 1000) -> float:
+    """Seconds for which a request is told to ask again, step by step."""
+    began = engine.now
+    for _ in range(most):
+        if not engine.planner.lookup(view, 0).ask_again:
+            return engine.now - began
+        engine.step()
+        engine.now += 0.01
+    raise AssertionError("it waits for ever")
+
+
+@pytest.mark.parametrize("brought", [0, 3])
+def test_an_engine_that_has_computed_nothing_gives_up_a_store_that_hangs(brought: int) -> None:
+    """Nobody knows what computing takes, and the store may hang until ``load.deadline``."""
+    engine = Engine(near_slots=300, far_slots=500, stored=dict(enumerate(keys_of(DOCUMENT))))
+    view = View("first", [*DOCUMENT, 1])
+    assert engine.planner.lookup(view, 0).ask_again
+    moves = inward(engine.step())
+    for move in moves[:brought]:
+        engine.now += 0.6 * LEAST_TIMEOUT
+        engine.answer(move.transfer, seconds=0.6 * LEAST_TIMEOUT)
+        assert engine.planner.lookup(view, 0).ask_again, "it brings something"
+    assert waits(engine, view) == pytest.approx(LEAST_TIMEOUT, abs=0.02)
+    assert engine.planner.lookup(view, 0).tokens == brought * CHUNK
+
+
+def test_a_store_that_was_given_up_and_works_again_is_loaded_from_at_once() -> None:
+    """Else nobody tries it before it is hoped to be faster than computing: minutes."""
+    machine = Machine(far=0.1 * CHUNK_SECONDS)
+    engine = machine.engine
+    machine.serve(document=prompt(40 * CHUNK, seed=2))
+    machine.forget_near()
+    assert machine.serve() < 0.2
+    for number in range(3):  # it hangs
+        machine.forget_near()
+        view = View(f"in vain {number}", [*DOCUMENT, 1])
+        assert engine.planner.lookup(view, 0).ask_again == (number == 0)
+        moves = inward(engine.step())
+        waits(engine, view)
+        engine.answer(*(each.transfer for each in moves), outcome=Outcome.FAILED, reason="late")
+        engine.planner.finished(view.request_id, 0, [()])
+    for _ in range(3):
+        engine.planner._books.breakers.reads(FAR).judge(good=False)
+    machine.forget_near()
+    engine.probe(well=False)
+    engine.probe(well=True)
+    assert machine.serve() < 0.2
 
 
 @pytest.mark.parametrize("tier", ["near", "far"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from driven_planner import CHUNK, Engine, View, asks, inward, keys_of, outward, prompt
+from driven_planner import CHUNK, Engine, View, asks, inward, keys_of, outward, probes, prompt
 
 from lamina_kv.control.lanes import ANSWER_TIMEOUT
 from lamina_kv.plan import Ask, Outcome, StepPlan, TierName, TierReport
@@ -152,13 +152,13 @@ def test_every_chunk_that_a_store_was_asked_for_is_counted_by_its_answer() -> No
 # -- when it does not answer ---------------------------------------------------------------------
 
 
-def test_a_tier_that_fails_to_answer_is_tried_at_growing_intervals() -> None:
+def test_a_tier_that_answers_probes_only_is_tried_at_growing_intervals() -> None:
     driven = keyed()
     waits = []
     for seed in range(40):
         waits.append(serve(driven, seed, fails=True))
         driven.now += 30
-        driven.step()
+        driven.answer(*probes(driven.step()))
     assert all(waits[:3])
     asked = [seed for seed, (_, questions) in enumerate(waits) if questions]
     assert len(asked) <= 12, "an engine that asks every request asks forty times"

@@ -241,6 +241,7 @@ MOVES = TierOrders(
     TierName("far"),
     outward=(Move(TransferId(2), key(1), near=2, far=3),),
     asks=(Ask(TransferId(4), (key(1), key(2))),),
+    probe=TransferId(5),
 )
 
 
@@ -260,7 +261,7 @@ def test_a_follower_answers_and_its_leader_moves(running: list[Running]) -> None
         assert saved.moved_bytes == (GEOMETRY.chunk_bytes if each is leader else 0)
         assert follower.rank.held(2) == (1 if each is leader else 0)
     for each in reversed(running):
-        receipts = each.run(StepPlan(0, tiers=(MOVES,)), 2)
+        receipts = each.run(StepPlan(0, tiers=(MOVES,)), 3)
         assert {receipt.outcome for receipt in receipts.values()} == {Outcome.DONE}
         assert receipts[2].moved_bytes == (GEOMETRY.chunk_bytes if each is leader else 0)
         assert len(receipts[4].present) == 2

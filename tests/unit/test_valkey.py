@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,32 @@ def test_no_byte_comes_late_from_a_server_that_hung(opened: Opened) -> None:
         eventually(lambda: engine.read([1, 2, 3]), [Fate.DONE] * 3)
         eventually(lambda: engine.store.find([key(1)], 30.0), [True])
         assert all((piece.buffer == 7).all() for piece in asked)
+
+
+def test_a_probe_fails_while_the_server_hangs_or_is_away(opened: Opened) -> None:
+    with ValkeyServer() as server:
+        engine = opened(server)
+        probe = partial(engine.store.probe, 30.0)
+        assert probe()
+        server.stop()
+        assert not probe()
+        server.resume()
+        eventually(probe, True)
+        server.kill()
+        assert not probe()
+        server.start()
+        eventually(probe, True)
+
+
+def test_after_a_probe_nothing_has_to_be_connected(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ValkeyServer() as server:
+        engine = opened(server)
+        eventually(lambda: engine.store.probe(30.0), True)
+        monkeypatch.setattr(Connection, "_make", None)
+        assert engine.find([1]) == [False]
+        assert engine.read([1]) == [Fate.GONE]
 
 
 def test_a_call_ends_by_the_shorter_of_its_timeouts(opened: Opened) -> None:
@@ -383,6 +410,18 @@ def test_a_look_with_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
         server.kill()
         with pytest.raises(StoreError, match="cannot connect"):
             open_audit(bare)
+
+
+def test_a_look_as_the_engine_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VALKEYCLI_AUTH", raising=False)
+    secret = tmp_path / "password"
+    secret.write_text("geheim")
+    with ValkeyServer(password="geheim") as server:
+        bare = f"unix://{server.socket}"
+        tier = ValkeyConfig.model_validate({"url": bare, "password_file": secret, "name": "warm"})
+        for place in ("warm", bare, str(server.socket)):
+            with closing(open_audit(place, [tier])) as audit:
+                assert audit.parts() == []
 
 
 @pytest.mark.parametrize("place", ["valkey://:geheim@", "unix://geheim", "redis://a:geheim"])

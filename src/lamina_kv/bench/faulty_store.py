@@ -45,6 +45,9 @@ _MOST_REMEMBERED = 4
 _UNSURE = (Fate.LATE, Fate.DOWN, Fate.REFUSED)
 """What a store may say of a chunk that it has written all the same."""
 
+_NO_KEY = ChunkKey(b"")
+"""What the faults of a probe are drawn for."""
+
 _SCRIBBLE = 0x99
 """What a failed read leaves in a buffer."""
 
@@ -214,6 +217,14 @@ class FaultyStore:
             (bool(here) and key not in self._gone) != self._strikes("lies", key)
             for key, here in zip(keys, found, strict=True)
         ]
+
+    def probe(self, timeout: float) -> bool:
+        """See :class:`~lamina_kv.tiers.contract.Store`. Fails as a question does."""
+        delay = self._begin("probe", _NO_KEY)
+        self._pause(min(delay, timeout))
+        if delay > timeout or self._strikes("unanswered", _NO_KEY):
+            return False
+        return self.inner.probe(timeout - delay)
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         """See :class:`~lamina_kv.tiers.contract.Store`."""

@@ -387,6 +387,8 @@ class _Engine:
             store.used(key)
         for ask in orders.asks:
             self._fleet.at(self._fleet.now + store.latency, partial(self._answered, ask))
+        if orders.probe is not None:
+            self._hears(TransferReceipt(orders.probe, Outcome.DONE))
         self._outward += orders.outward
         self._inward += orders.inward
         self._begin_moves()

@@ -54,5 +54,17 @@ class Answers:
         Args:
             prefill: seconds to compute what the tier may have of its prompt; None if nobody knows.
         """
-        worth = 0.0 if prefill is None else prefill * max(LEAST_CHANCE, self._chance)
-        return max(LEAST_PATIENCE, min(SLACK * self._seconds, worth, MOST_PATIENCE))
+        most = min(SLACK * self._seconds, MOST_PATIENCE)
+        return patience_for(most, prefill, max(LEAST_CHANCE, self._chance))
+
+
+def patience_for(most: float, prefill: float | None, chance: float = LEAST_CHANCE) -> float:
+    """Seconds that a request waits for a word from a tier.
+
+    Args:
+        most: seconds after which no word comes.
+        prefill: seconds that a good word may save; None if nobody knows.
+        chance: the chance that it is good.
+    """
+    worth = 0.0 if prefill is None else prefill * chance
+    return max(LEAST_PATIENCE, min(most, worth))

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from lamina_kv.control.fetches import Fetch
 from lamina_kv.control.offers import HitPart
@@ -38,6 +39,8 @@ class Arrival:
         asked: control's clock, and the plan's number, when an answer was first waited for; None
             while none was.
         patience: seconds from then on for which it is waited for.
+        probed: likewise, of the answer to a probe of a tier that is out of use.
+        probe_patience: likewise.
         phase: how far its wait is.
         turn: its place among requests that began to wait; higher ones began later.
         wanted: chunks that are to come near, in prefix order.
@@ -51,6 +54,7 @@ class Arrival:
         end: the first token behind what is brought near.
         began: control's clock when :meth:`MovePlanner.bring` was called.
         due: control's clock after which nothing is waited for any more.
+        stall: seconds after which a tier has stalled that brings nothing to anybody.
         ended: control's clock when the last move was over, or when the wait was given up.
         held_up: whether near had no room for it meanwhile, so that the wait says nothing of a tier.
         behind: the busy tier for which the search ahead has put it aside; None if none.
@@ -61,6 +65,8 @@ class Arrival:
     question: ChunkKey | None = None
     asked: tuple[float, int] | None = None
     patience: float = 0.0
+    probed: tuple[float, int] | None = None
+    probe_patience: float = 0.0
     phase: Phase = Phase.AHEAD
     turn: int = 0
     wanted: deque[ChunkKey] = field(default_factory=deque)
@@ -73,6 +79,7 @@ class Arrival:
     end: int = 0
     began: float = 0.0
     due: float = 0.0
+    stall: float = inf
     ended: float = 0.0
     held_up: bool = False
     behind: TierName | None = None

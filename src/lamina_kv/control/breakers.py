@@ -1,15 +1,23 @@
-"""Taking a tier out of use while it keeps failing, and trying it again now and then.
+"""Taking a tier out of use while it keeps failing, and using it again when it works.
 
 ::
 
-    CLOSED ── failures in a row ──▶ OPEN ── pause ──▶ one try ── it works ──▶ CLOSED
-                                     ▲                   │
-                                     └─ it fails: twice ─┘
-                                        the pause
+                             ┌─────────── a probe goes well ───────────┐
+                             │                                         ▼
+    CLOSED ── failures ──▶ OPEN ── pause ──▶ one try ── works ──▶ CLOSED, on probation
+       ▲       in a row     ▲  ▲                │                  │           │
+       │                    │  └───── fails ────┘                  │           │
+       │                    └───────── the next failure ───────────┘           │
+       └──────────────────────── a chunk is read, or written ──────────────────┘
 
-A far tier has two, by its name in the configuration: one for reads and one for writes. So a tier
-that is full still serves what it holds, and one that cannot be read is still written to. Near has
-one, for saves: a load from near says nothing about any tier.
+A far tier has two breakers, by its name in the configuration: one for reads and one for writes. So
+a tier that is full still serves what it holds, and one that cannot be read is still written to.
+While either is open the tier is probed (:mod:`lamina_kv.control.probes`). Near has one breaker, for
+saves: a load from near says nothing about any tier. Neither near nor a peer of a push is probed.
+
+A store may answer probes and questions and still not deliver. So only a chunk that has moved proves
+that it works. A tier that fails on probation is not believed again: it waits for the pause, which
+doubles, unless a probe has failed first and gone well later.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from enum import Enum
 from math import inf
 
 from lamina_kv.config import BreakerConfig
+from lamina_kv.control.probes import Probe
 from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import LOAD_FAILED, NEAR, TierName
@@ -40,7 +49,7 @@ class BreakerState(Enum):
     CLOSED = "closed"
     """Everything."""
     OPEN = "open"
-    """Nothing until the pause is over, and then one try."""
+    """Nothing until a probe goes well; or one try when the pause is over."""
     TRYING = "trying"
     """Nothing: a try is on its way."""
 
@@ -64,8 +73,13 @@ class CircuitBreaker:
         self._clock = clock
         self._state = BreakerState.CLOSED
         self._failures = 0
-        self._pause = config.pause
+        self._needs_proof = False  # a chunk has to move before failures are forgotten
+        self._proved = True  # a chunk has moved since it was open last
+        self._pause = config.pause  # of the next time that it opens
+        # While it is open:
         self._until = 0.0
+        self._doubtful = False  # it was closed, and no chunk has moved
+        self._unwell = False  # the last probe has failed
 
     @property
     def closed(self) -> bool:
@@ -73,22 +87,26 @@ class CircuitBreaker:
         return self._state is BreakerState.CLOSED
 
     @property
+    def open(self) -> bool:
+        """Whether it is out of use, and nothing is on its way that tries it."""
+        return self._state is BreakerState.OPEN
+
+    @property
     def allows(self) -> bool:
         """Whether something may be ordered now."""
-        if self._state is BreakerState.CLOSED:
-            return True
-        return self._state is BreakerState.OPEN and self._clock() >= self._until
+        return self._state is BreakerState.CLOSED or self.pause_left <= 0
 
     @property
     def pause_left(self) -> float:
         """Seconds until a try is allowed; infinite while it is no pause that is waited for."""
-        if self._state is not BreakerState.OPEN:
+        if self._state is not BreakerState.OPEN or self._unwell:
             return inf
         return max(0.0, self._until - self._clock())
 
     def cut_short(self) -> None:
         """Allow the one try now, because there will be no later."""
         self._until = min(self._until, self._clock())
+        self._unwell = False
 
     def ordered(self) -> bool:
         """Something is ordered. Returns whether it is the one try, which must be judged as such."""
@@ -98,7 +116,9 @@ class CircuitBreaker:
         self.refusals += 1
         return True
 
-    def judge(self, good: bool, reason: str = "", *, trying: bool = False) -> None:
+    def judge(
+        self, good: bool, reason: str = "", *, trying: bool = False, proof: bool = True
+    ) -> None:
         """Something that was ordered has worked, or failed, or not ended in time.
 
         Args:
@@ -106,25 +126,28 @@ class CircuitBreaker:
             reason: why not.
             trying: whether it was the one try. While the tier is out of use nothing else counts:
                 it was ordered before.
+            proof: whether a chunk moved, or was to. A question moves none.
         """
         if self._state is BreakerState.CLOSED:
-            self._failures = 0 if good else self._failures + 1
+            if good:
+                self._worked(proof)
+                return
+            self._failures += 1
+            self._needs_proof |= proof
             if self._failures >= self._config.failures:
                 self.refusals += 1
                 self._open()
                 log.warning(
                     "%s are stopped after %d failures in a row, the last one: %s. Serving goes on "
-                    "without; one will be tried in %.0f s, and then at growing intervals",
+                    "without, and they are used again when they work",
                     self._name,
                     self._failures,
                     reason,
-                    self._pause,
                 )
         elif trying and good:
-            self._state, self._failures, self._pause = BreakerState.CLOSED, 0, self._config.pause
-            log.warning("%s work again", self._name)
+            self._close()
+            self._worked(proof)
         elif trying:
-            self._pause = min(2 * self._pause, max(MAX_PAUSE, self._config.pause))
             self._open()
             log.info("%s still fail (%s)", self._name, reason)
 
@@ -132,9 +155,38 @@ class CircuitBreaker:
         """The one try has ended without saying anything about the tier."""
         self._state = BreakerState.OPEN
 
+    def probed(self, well: bool) -> bool:
+        """The tier was probed. Changes nothing unless it is out of use.
+
+        Returns:
+            Whether it is in use again because of that.
+        """
+        if self._state is not BreakerState.OPEN:
+            return False
+        recovered, self._unwell = self._unwell, not well
+        if not well or (self._doubtful and not recovered):
+            return False
+        self._close()
+        return True
+
+    def _worked(self, proof: bool) -> None:
+        if proof:
+            self._proved, self._needs_proof, self._failures = True, False, 0
+            self._pause = self._config.pause
+        elif not self._needs_proof:
+            self._failures = 0
+
+    def _close(self) -> None:
+        """In use, on probation."""
+        self._state, self._needs_proof = BreakerState.CLOSED, True
+        self._failures = self._config.failures - 1
+        log.warning("%s work again", self._name)
+
     def _open(self) -> None:
         self._state = BreakerState.OPEN
         self._until = self._clock() + self._pause
+        self._pause = min(2 * self._pause, max(MAX_PAUSE, self._config.pause))
+        self._doubtful, self._proved, self._unwell = not self._proved, False, False
 
 
 class Breakers:
@@ -157,6 +209,7 @@ class Breakers:
             NEAR: CircuitBreaker(f"saves to tier {NEAR}", config, clock),
             **{tier: CircuitBreaker(f"writes to tier {tier}", config, clock) for tier in names},
         }
+        self._probes = {tier: Probe(clock) for tier in names}
 
     def reads(self, tier: TierName) -> CircuitBreaker:
         """For chunks that are read from a far tier, and for questions to it."""
@@ -177,28 +230,31 @@ class Breakers:
 
     def judge(self, ended: Iterable[Transfer]) -> None:
         """Draw conclusions from transfers that have ended, or are overdue, at the same time. What
-        failed together is one failure, and none where something else worked."""
-        failures: dict[CircuitBreaker, str] = {}
-        successes: set[CircuitBreaker] = set()
+        failed together is one failure, and none where something else worked. That a question was
+        answered says nothing of chunks that did not move."""
+        failures: dict[CircuitBreaker, tuple[str, bool]] = {}
+        successes: dict[CircuitBreaker, bool] = {}
         for transfer in ended:
             breaker = self._of(transfer.kind, transfer.tier)
             if breaker is None:
                 continue
             verdict, reason = _verdict(transfer), transfer.reason or "overdue"
+            proof = transfer.kind is not Kind.ASK
             if transfer.trying:
                 if verdict is None:
                     breaker.try_again()
                 else:
-                    breaker.judge(verdict, reason, trying=True)
+                    breaker.judge(verdict, reason, trying=True, proof=proof)
             elif verdict:
-                successes.add(breaker)
+                successes[breaker] = proof or successes.get(breaker, False)
             elif verdict is False:
-                failures.setdefault(breaker, reason)
-        for breaker in successes:
-            breaker.judge(good=True)
-        for breaker, reason in failures.items():
-            if breaker not in successes:
-                breaker.judge(good=False, reason=reason)
+                first, moved = failures.get(breaker, (reason, False))
+                failures[breaker] = first, moved or proof
+        for breaker, proof in successes.items():
+            breaker.judge(good=True, proof=proof)
+        for breaker, (reason, proof) in failures.items():
+            if successes.get(breaker, False) < proof or breaker not in successes:
+                breaker.judge(good=False, reason=reason, proof=proof)
 
     def _of(self, kind: Kind, tier: TierName) -> CircuitBreaker | None:
         if kind in _READS:
@@ -209,6 +265,36 @@ class Breakers:
     def refusals(self) -> int:
         """Changes whenever chunks that were found may be out of reach since."""
         return sum(breaker.refusals for breaker in self._reads.values())
+
+    # -- probes ------------------------------------------------------------------------------
+
+    def probe(self, tier: TierName) -> Probe | None:
+        """The probes of a far tier that is out of use one way or both; None if it is in use."""
+        probe = self._probes[tier]
+        if self._reads[tier].closed and self._fills[tier].closed:
+            if not probe.is_under_way:
+                probe.reset()
+            return None
+        return probe
+
+    def probed(self, tier: TierName, well: bool) -> bool:
+        """A far tier was probed.
+
+        Args:
+            tier: the tier.
+            well: whether it works, as far as a probe can tell.
+
+        Returns:
+            Whether it is read again because of that.
+        """
+        self._probes[tier].ended()
+        self._fills[tier].probed(well)
+        return self._reads[tier].probed(well)
+
+    def is_news_due(self, tier: TierName) -> bool:
+        """Whether a far tier is not read, and it may be known in a moment that it can be."""
+        breaker = self._reads[tier]
+        return not breaker.closed and not breaker.allows and self._probes[tier].is_news_due
 
     def gauges(self, meter: Meter, tier: TierName) -> None:
         """Write to the meter whether a tier is in use, each way."""

@@ -70,6 +70,8 @@ class Costs:
         self._clock = clock
         self._least = least
         self._fullest = 0.0
+        # Of tiers that were given up: what was known before that; None if nothing was.
+        self._before: dict[TierName, Rate | None] = {}
 
     def knows(self, tier: TierName) -> bool:
         """Whether a tier was ever measured."""
@@ -106,17 +108,36 @@ class Costs:
     def loaded(self, tier: TierName, size: int, seconds: float) -> None:
         """A tier has brought ``size`` bytes, and has worked on them for so long."""
         if size > 0:
+            self._before.pop(tier, None)
             self.loads.setdefault(tier, Rate()).add(seconds, size, self._clock())
 
-    def given_up(self, tier: TierName, moved: int, seconds: float) -> None:
-        """Somebody has waited in vain for a tier that has brought ``moved`` bytes meanwhile. If
-        that is slower than the tier was thought to be, it is believed at once: the next request is
-        not to wait in vain as well."""
-        known, moved = self.loads.get(tier), max(1, moved)
-        if known is None or seconds / moved > known.rate:
-            self.loads[tier] = Rate(seconds, moved, self._clock())
+    def given_up(self, tier: TierName, moved: int, seconds: float, *, least: int = 1) -> None:
+        """Somebody has waited in vain for a tier. If that is slower than the tier was thought to
+        be, it is believed at once: the next request is not to wait in vain as well.
+
+        Args:
+            tier: the tier.
+            moved: bytes that it has brought meanwhile.
+            seconds: how long it was waited for.
+            least: bytes that come at a time. Where none came, so many take longer than that.
+        """
+        known, now = self.loads.get(tier), self._clock()
+        if known is None or seconds / max(moved, least) > known.rate:
+            if tier not in self._before:
+                self._before[tier] = known
+            self.loads[tier] = Rate(seconds, max(moved, least), now)
         else:
-            known.add(seconds, moved, self._clock())
+            known.add(seconds if moved else 0.0, moved, now)
+
+    def recovered(self, tier: TierName) -> None:
+        """A tier has failed, and works again. It is thought to be as fast as it was before somebody
+        waited for it in vain: how long that was says nothing of now."""
+        if tier in self._before:
+            known = self._before.pop(tier)
+            if known is None:
+                del self.loads[tier]
+            else:
+                self.loads[tier] = known
 
     def computed(self, start: int, end: int, seconds: float, fill: float | None = None) -> None:
         """Tokens ``start..end`` of a prompt were computed.

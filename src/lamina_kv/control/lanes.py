@@ -53,11 +53,13 @@ class Lane:
     Attributes:
         far: as given.
         answers: how long it takes to say what it has.
+        brought: control's clock when a chunk came from it last.
     """
 
     def __init__(self, books: Books, far: Far, costs: Costs) -> None:
         self.far = far
         self.answers = Answers()
+        self.brought = -inf
         self._costs = costs
         self._charged = 0.0  # control's clock until which the tier's work is measured
         self._books = books
@@ -80,15 +82,20 @@ class Lane:
         """Whether the next plan has orders for the tier."""
         index = self.far.index
         told = index.pending and (bool(index.capacity) or self._may_ask)
-        return told or bool(self._inward) or (bool(self.backlog) and self._may_write)
+        writes = bool(self.backlog) and (self._may_write or self.write_wait <= 0)
+        return told or bool(self._inward) or writes
 
     @property
     def write_wait(self) -> float:
-        """Seconds until the tier may be tried again that has yet to be written to; infinite if
-        nothing waits for that."""
+        """Seconds until a step may let what waits to be written go on, because the tier is out of
+        use and is to be probed, or tried, or was; infinite if nothing waits for that."""
         if not self.backlog or not self._has_room(Kind.MOVE_OUT):
             return inf  # a receipt is waited for, if anything
-        return self._books.breakers.fills(self.far.name).pause_left
+        breaker = self._books.breakers.fills(self.far.name)
+        probe = self._books.breakers.probe(self.far.name)
+        if breaker.closed or probe is None:
+            return inf
+        return min(breaker.pause_left, probe.wait)
 
     # -- chunks that were saved --------------------------------------------------------------
 
@@ -182,6 +189,11 @@ class Lane:
         return not self._has_room(Kind.MOVE_IN)
 
     @property
+    def is_reading(self) -> bool:
+        """Whether anything is on its way from the tier."""
+        return self._books.transfers.bytes_in_flight(Kind.MOVE_IN, self.far.name) > 0
+
+    @property
     def may_read(self) -> bool:
         """Whether one more chunk may be ordered from the tier."""
         return not self.is_busy and self._books.breakers.readable(self.far.name)
@@ -211,17 +223,25 @@ class Lane:
             tuple(self._inward),
             asks,
             far.index.touches(),
+            self._probe(),
         )
         self._outward.clear()
         self._inward.clear()
         work = orders.drops or orders.outward or orders.inward or orders.asks or orders.touches
-        return orders if work else None
+        return orders if work or orders.probe is not None else None
 
     def _ask(self) -> tuple[Ask, ...]:
         keys = self.far.index.asks() if self._may_ask else ()
         if not keys:
             return ()
         return (Ask(self._open(Kind.ASK, "", keys).id, keys),)
+
+    def _probe(self) -> TransferId | None:
+        """Find out whether the tier works, if it is out of use and it is time for that."""
+        probe = self._books.breakers.probe(self.far.name)
+        if probe is None or not probe.take():
+            return None
+        return self._open(Kind.PROBE, "", ()).id
 
     @property
     def _may_ask(self) -> bool:
@@ -240,13 +260,15 @@ class Lane:
         near: tuple[int, ...] = (),
         place: int = 0,
     ) -> Transfer:
-        """A transfer between near and the tier; of a question nothing moves."""
+        """A transfer between near and the tier; of a question or probe nothing moves. A probe is
+        never overdue: it ends when the store comes back."""
         books = self._books
+        timeout = inf if kind is Kind.PROBE else self._timeout
         return books.transfers.open(
             kind,
             request_id,
             step=books.clock.step,
-            expires=books.clock.now + self._timeout,
+            expires=books.clock.now + timeout,
             size=len(near) * books.kept_bytes,
             tier=self.far.name,
             keys=keys,
@@ -271,6 +293,12 @@ class Lane:
     def _count_answers(self, answer: str, chunks: int) -> None:
         if chunks:
             self._books.meter.count("asked", chunks, tier=self.far.name, answer=answer)
+
+    def probed(self, transfer: Transfer) -> None:
+        """Take in what a probe has found out."""
+        well = transfer.state is State.DONE
+        if self._books.breakers.probed(self.far.name, well):
+            self._costs.recovered(self.far.name)
 
     def written(self, transfer: Transfer) -> None:
         """Take in a move outward that has ended."""
@@ -311,6 +339,7 @@ class Lane:
             self._count_failure(transfer)
             return
         self._measure(transfer)
+        self.brought = books.clock.now
         books.catalog.publish(key)
         books.meter.count("fetch_bytes", transfer.moved_bytes, tier=self.far.name)
         books.meter.observe("fetch_seconds", transfer.seconds, tier=self.far.name)

@@ -17,6 +17,7 @@ from enum import Enum
 from itertools import chain, islice
 from math import inf
 
+from lamina_kv.control.answers import patience_for
 from lamina_kv.control.arrivals import Arrival, Phase
 from lamina_kv.control.books import Books
 from lamina_kv.control.cost import Costs
@@ -25,6 +26,7 @@ from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.lanes import Lane
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.pins import Pins
+from lamina_kv.control.probes import MOST_WAITED
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.plan import ChunkKey, TierName, TierOrders
@@ -96,6 +98,7 @@ class MovePlanner:
         self._searched: dict[str, Arrival] = {}
         self._aside: dict[TierName, dict[str, Arrival]] = {name: {} for name in self._lanes}
         self._asking: dict[str, Arrival] = {}
+        self._broken: set[TierName] = set()  # tiers that were not read when the last plan was made
 
     @property
     def backlog(self) -> int:
@@ -165,7 +168,7 @@ class MovePlanner:
         arrival.turn, arrival.phase = self._turns, Phase.WAITS
         self._waiting.add(record.view.request_id)
         arrival.began = self._books.clock.now
-        arrival.due = arrival.began + offer.timeout
+        arrival.due, arrival.stall = arrival.began + offer.timeout, offer.stall
         end = self._hits.fitting(record, floor, floor + offer.loaded, self._pins.most_of_one)
         arrival.floor, arrival.end = floor, end
         arrival.wanted = deque(self._hits.needs(record, floor, end))
@@ -195,11 +198,44 @@ class MovePlanner:
         if floor > arrival.floor:
             self._leave_out(arrival, floor)
         self._take_arrived(arrival)
-        late = bool(arrival.wanted or arrival.awaited)
-        if late and self._books.clock.now < arrival.due:
-            return True
+        late, now = bool(arrival.wanted or arrival.awaited), self._books.clock.now
+        if late and now < arrival.due:
+            if not (self._is_broken(arrival) or self._has_stalled(arrival)):
+                return True
+            arrival.due = now
         self._end(arrival, late=late)
         return False
+
+    def _is_broken(self, arrival: Arrival) -> bool:
+        """Whether the tier is out of use by now from which the next chunk is to come."""
+        if not self._broken or not arrival.awaited:
+            return False
+        fetch = self._fetches.get(arrival.awaited[0])
+        return fetch is not None and fetch.transfer.tier in self._broken
+
+    def _has_stalled(self, arrival: Arrival) -> bool:
+        """Whether all tiers that a request waits for are at work, and have brought nothing to
+        anybody for so long that there is no hope."""
+        now = self._books.clock.now
+        if now < arrival.began + arrival.stall:
+            return False
+        lanes = [self._lanes[name] for name in {*arrival.sources.values()}]
+        return all(lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes)
+
+    def awaits_probe(self, record: RequestRecord) -> bool:
+        """Whether a request is to wait a moment for news of a tier that is out of use. Where the
+        engine was idle for a while the tier may work again, and nobody has asked."""
+        if not any(self._books.breakers.is_news_due(name) for name in self._broken):
+            return False
+        arrival, clock = self._arrival(record), self._books.clock
+        if arrival.probed is None:
+            always = self._books.config.load.when == "always"
+            prefill = inf if always else self._costs.prefill_seconds(0, record.view.num_tokens)
+            arrival.probed = clock.now, clock.step
+            arrival.probe_patience = patience_for(MOST_WAITED, prefill)
+        since, step = arrival.probed
+        early = clock.step < step + LOOK_PLANS and clock.now < since + MOST_WAITED
+        return early or clock.now < since + arrival.probe_patience
 
     def awaits_answers(self, record: RequestRecord) -> bool:
         """Whether a request whose hit may be longer, as soon as a tier has said so, is to wait for
@@ -331,7 +367,8 @@ class MovePlanner:
         hung = {f.transfer.tier for f in moves if f.transfer.overdue and f.ended > arrival.began}
         for name in hung | ({arrival.sources[key] for key in missing} if late else set()):
             came = sum(key in near for key, source in arrival.sources.items() if source == name)
-            self._costs.given_up(name, came * self._books.moved_bytes, seconds)
+            size = self._books.moved_bytes
+            self._costs.given_up(name, came * size, seconds, least=size)
 
     def _take_arrived(self, arrival: Arrival, *, all_of_it: bool = False) -> None:
         """Pin what has come near, and leave out what has not. Without ``all_of_it`` nothing is
@@ -384,6 +421,8 @@ class MovePlanner:
         if not self._lanes:
             return ()
         self._looks = LOOKS
+        breakers = self._books.breakers
+        self._broken = {name for name in self._lanes if breakers.reads(name).open}
         self._order_wanted()
         self._search_ahead()
         return tuple(orders for lane in self._lanes.values() if (orders := lane.drain()))
@@ -548,12 +587,14 @@ class MovePlanner:
     # -- outcomes ----------------------------------------------------------------------------
 
     def settle(self, transfer: Transfer) -> None:
-        """Take in a move, or an answer, that has ended on every rank."""
+        """Take in a move, an answer or a probe that has ended on every rank."""
         self._books.transfers.close(transfer)
         lane = self._lanes[transfer.tier]
         if transfer.kind is Kind.ASK:
             lane.answered(transfer)
             self._answered(transfer)
+        elif transfer.kind is Kind.PROBE:
+            lane.probed(transfer)
         elif transfer.kind is Kind.MOVE_OUT:
             lane.written(transfer)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from lamina_kv.plan import LoadMode, TierName
 
@@ -43,6 +44,8 @@ class Offer:
         parts: what was found, by tier, in prefix order. What a far tier had is near by the time of
             the load.
         timeout: seconds that the load, moves included, may take.
+        stall: seconds for which tiers may bring nothing at all before moves are not waited for any
+            more.
         predicted_load: seconds that loading all that was found is predicted to take; negative if
             nobody knows.
         predicted_compute: seconds to compute it instead; negative if nobody knows.
@@ -59,6 +62,7 @@ class Offer:
     reason: str = "miss"
     parts: tuple[HitPart, ...] = ()
     timeout: float = 0.0
+    stall: float = inf
     predicted_load: float = -1.0
     predicted_compute: float = -1.0
     unpushed: str = ""

@@ -7,7 +7,8 @@ loaded.
 
 A mistake is bounded. A load that is not over when computing would have been is given up. One from a
 tier that was slower than computing, and was not measured for long, is given up before it has made
-its request 5 % later.
+its request 5 % later. Where nobody knows yet what computing takes, chunks are waited for as long as
+any tier brings some, so that the first requests of an engine do not wait for a store that hangs.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class LoadPolicy:
             *_, whole = _prefixes(asked.parts)
             offer = replace(offer, predicted_load=_seconds(whole[1], asked.ahead, costs))
         weighs = self._config.when == "auto" and not asked.prefetch
+        if weighs and compute is None:
+            offer = replace(offer, stall=LEAST_TIMEOUT)
         if weighs and compute is not None:
             return self._cheapest(asked, offer, costs)
         if weighs and offer.predicted_load > SHORT_STALL:

@@ -7,6 +7,7 @@
     MOVE_OUT PLANNED → DONE (durable in the far tier) | FAILED
     MOVE_IN  PLANNED → DONE (loadable from near) | FAILED
     ASK      PLANNED → DONE (answered) | FAILED
+    PROBE    PLANNED → DONE (the tier works) | FAILED
     PUSH     PLANNED → DONE (drained, in the other engine) | FAILED
     RECEIVE  PLANNED → DONE (delivered by every sender) | FAILED
 
@@ -34,6 +35,7 @@ class Kind(Enum):
     MOVE_OUT = "write"
     MOVE_IN = "fetch"
     ASK = "ask"
+    PROBE = "probe"
     PUSH = "push"
     RECEIVE = "receive"
 
@@ -66,7 +68,7 @@ class Transfer:
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.
         moving: ranks that are not terminal.
-        tier: near for a load or save; the far tier of a move or question.
+        tier: near for a load or save; the far tier of a move, question or probe.
         keys: the chunks that move, or that are asked for.
         near: near slots that a load or outward move leases, or a save or inward move fills; one for
             each of ``keys``.
@@ -232,8 +234,9 @@ class TransferTable:
 
     @property
     def pending(self) -> bool:
-        """Whether the engine should keep stepping so that receipts arrive."""
-        return any(not t.overdue for t in self._live.values())
+        """Whether the engine should keep stepping so that receipts arrive. For a probe it need not:
+        a store may be away for days."""
+        return any(not (t.overdue or t.kind is Kind.PROBE) for t in self._live.values())
 
     def __len__(self) -> int:
         return len(self._live)

@@ -73,6 +73,16 @@ class FarTier:
             return b"", reason
         return present, NO_ANSWER if keys and not present else ""
 
+    def probe(self) -> str:
+        """Whether the store works now: empty if it does, else why not."""
+        works = False
+
+        def probe() -> None:
+            nonlocal works
+            works = bool(self._store.probe(self._timeout))
+
+        return self._attempt("probe", probe) or ("" if works else NO_ANSWER)
+
     def read(self, pieces: Sequence[Piece]) -> list[str]:
         """Fill the buffers.
 

@@ -1,8 +1,8 @@
-"""Moves between near and a far tier, and questions to it, all in the background.
+"""Moves between near and a far tier, questions to it, and probes of it, all in the background.
 
 ::
 
-    plan ─▶ asks, inward ─▶ reader threads ─▶ find, read ─▶ receipts
+    plan ─▶ probe, asks, inward ─▶ reader threads ─▶ probe, find, read ─▶ receipts
          ─▶ drops, touches, outward ─▶ one writer thread ─▶ drop, touch, write ─▶ receipts
 
 Requests wait for what comes inward. So a batch is written when nothing is being read, or after
@@ -22,7 +22,15 @@ from lamina_kv.data.near import NearSlab
 from lamina_kv.data.threads import Threads
 from lamina_kv.data.worker_pool import WorkerPool
 from lamina_kv.observe.timeline import Lane, Timeline
-from lamina_kv.plan import Ask, ChunkKey, Move, Outcome, TierOrders, TransferReceipt
+from lamina_kv.plan import (
+    Ask,
+    ChunkKey,
+    Move,
+    Outcome,
+    TierOrders,
+    TransferId,
+    TransferReceipt,
+)
 from lamina_kv.tiers.contract import Fate, Piece
 
 Report = Callable[[Iterable[TransferReceipt]], None]
@@ -33,7 +41,8 @@ GIVE_WAY = 0.25
 written to four times a second all the same."""
 
 _ASK, _READ, _WRITE = (0.0, 0), (1.0, 0), (0.0, 0)
-"""Priorities of jobs. A question is short, and its answer makes up for much reading."""
+"""Priorities of jobs. A question is short, and its answer makes up for much reading. A probe goes
+where reads go: it ends when a thread that hangs in the store has come back."""
 
 
 class MovePipeline:
@@ -81,7 +90,11 @@ class MovePipeline:
             self._drops.extend(orders.drops)
             self._touched.extend(orders.touches)
         for ask in orders.asks:
-            self._reading.submit(_ASK, partial(self._answer, ask), partial(self._unanswered, ask))
+            lost = partial(self._unanswered, ask.transfer)
+            self._reading.submit(_ASK, partial(self._answer, ask), lost)
+        if (probe := orders.probe) is not None:
+            lost = partial(self._unanswered, probe)
+            self._reading.submit(_ASK, partial(self._probe, probe), lost)
         for _ in orders.inward[: self._readers]:
             self._submit_read()
         if orders.drops or orders.outward or orders.touches:
@@ -145,9 +158,15 @@ class MovePipeline:
         )
         self._report([receipt])
 
-    def _unanswered(self, ask: Ask, error: BaseException) -> None:
+    def _probe(self, transfer: TransferId) -> None:
+        began = time.perf_counter()
+        reason = self._tier.probe()
+        outcome, seconds = Outcome.FAILED if reason else Outcome.DONE, time.perf_counter() - began
+        self._report([TransferReceipt(transfer, outcome, seconds=seconds, reason=reason)])
+
+    def _unanswered(self, transfer: TransferId, error: BaseException) -> None:
         reason = type(error).__name__
-        self._report([TransferReceipt(ask.transfer, Outcome.FAILED, reason=reason)])
+        self._report([TransferReceipt(transfer, Outcome.FAILED, reason=reason)])
 
     # -- outward -----------------------------------------------------------------------------------
 
@@ -218,3 +237,5 @@ def answers(orders: TierOrders) -> Iterator[TransferReceipt]:
         yield TransferReceipt(move.transfer, Outcome.DONE)
     for ask in orders.asks:
         yield TransferReceipt(ask.transfer, Outcome.DONE, present=b"\1" * len(ask.keys))
+    if orders.probe is not None:
+        yield TransferReceipt(orders.probe, Outcome.DONE)

@@ -118,8 +118,8 @@ class Piece(NamedTuple):
 
 class Store(Protocol):
     """A far tier of one rank. The data room calls it from threads of this tier only, never from a
-    step: ``read`` and ``find`` from :attr:`Traits.readers` threads at once, everything else from
-    one thread.
+    step: ``read``, ``find`` and ``probe`` from :attr:`Traits.readers` threads at once, everything
+    else from one thread.
 
     :meth:`stored` says which of two sorts a store is. With slots, control assigns a slot to each
     chunk, evicts, and calls ``drop`` and never ``find``. By key, the store evicts by itself,
@@ -148,6 +148,12 @@ class Store(Protocol):
 
     def find(self, keys: Sequence[ChunkKey], timeout: float) -> Sequence[bool] | None:
         """Which chunks it has; a hint. None if it could not tell."""
+
+    def probe(self, timeout: float) -> bool:
+        """Whether it works now: the cheapest call that fails while the store does not answer, is
+        not there, or lets nobody in. Called about once a second while the tier is out of use, so
+        that it is used again soon after. What has to be opened anew is opened here, and no request
+        waits for that."""
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         """Fill the buffers; never raises for what goes wrong with the store."""

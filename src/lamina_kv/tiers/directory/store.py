@@ -144,14 +144,15 @@ class DirectoryStore:
     def find(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool] | None:
         """See the protocol."""
         width = max(LEAST_FOUND, -(-len(keys) // FIND_THREADS))
-        parts = [keys[start : start + width] for start in range(0, len(keys), width)]
-        timeout = min(timeout, self._config.timeout)
-        try:
-            found = self._fan.run([partial(self._find, part) for part in parts], timeout)
-        except OSError as error:
-            self._fate("found", error)
-            return None
+        paths = [self._path(key) for key in keys]
+        parts = [paths[start : start + width] for start in range(0, len(keys), width)]
+        found = self._look_for(parts, timeout)
         return None if found is None else [each for part in found for each in part]
+
+    def probe(self, timeout: float) -> bool:
+        """See the protocol. The description of the namespace is looked for."""
+        about = f"{self._tenant.namespace}/{ABOUT}"
+        return self._look_for([[about]], timeout) is not None
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol."""
@@ -186,9 +187,9 @@ class DirectoryStore:
 
     # -- one chunk ---------------------------------------------------------------------------------
 
-    def _find(self, keys: Sequence[ChunkKey]) -> list[bool]:
+    def _exist(self, paths: Sequence[str]) -> list[bool]:
         with self._opened() as root:
-            return which_exist(root, [self._path(key) for key in keys])
+            return which_exist(root, paths)
 
     def _read(self, root: int, piece: Piece) -> Fate:
         flags = self._root.publisher.flags
@@ -241,6 +242,16 @@ class DirectoryStore:
             self._touched.popitem(last=False)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _look_for(self, parts: Sequence[Sequence[str]], timeout: float) -> list[list[bool]] | None:
+        """Which files of each part are there, each part by a thread of its own; None if that could
+        not be told in time."""
+        jobs = [partial(self._exist, part) for part in parts]
+        try:
+            return self._fan.run(jobs, min(timeout, self._config.timeout))
+        except OSError as error:
+            self._fate("found", error)
+            return None
 
     def _path(self, key: ChunkKey) -> str:
         return object_path(self._tenant.namespace, key, self._tenant.shard)

@@ -139,6 +139,12 @@ class Slab:
         if error:
             raise OSError(error, os.strerror(error), str(self.path))
 
+    def is_readable(self) -> bool:
+        """Whether its first block can be read now."""
+        memory = aligned_memory(BLOCK)
+        where = np.zeros(1, np.int64)
+        return not self.move(Operation.READ, where, where + address_of(memory), BLOCK).any()
+
     def sync(self) -> None:
         """Make what was written durable.
 

@@ -133,6 +133,11 @@ class DiskStore:
     def find(self, keys: Sequence[ChunkKey], timeout: float) -> None:
         """See the protocol: what is in which slot is control's to know."""
 
+    def probe(self, timeout: float) -> bool:
+        """See the protocol. A block is read from the disk. That the file is another one by now is
+        for the writer to notice."""
+        return not self._is_lost and self._slab.is_readable()
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol. Neighbouring slots are best given in order."""
         slots, keys = _slots_of(pieces), _keys_of(pieces)

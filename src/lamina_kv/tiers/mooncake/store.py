@@ -27,7 +27,7 @@ from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant, Traits
 from lamina_kv.tiers.mooncake.client import Client, Library, Unreachable
 from lamina_kv.tiers.mooncake.codes import NORMAL, Code, explain, read_fate, write_fate
 from lamina_kv.tiers.mooncake.config import MooncakeConfig
-from lamina_kv.tiers.names import object_name
+from lamina_kv.tiers.names import ABOUT, object_name
 from lamina_kv.values import MIB
 
 log = logging.getLogger("lamina_kv.tiers")
@@ -142,6 +142,12 @@ class MooncakeStore:
             self._warn("looked up", failed[0])
             return None
         return [code == 1 for code in codes]
+
+    def probe(self, timeout: float) -> bool:
+        """See the protocol. The master is asked for an object that nobody has; whether donors
+        deliver shows when a chunk is read."""
+        client = self._joined()
+        return client is not None and client.batch_is_exist([f"{self._head}{ABOUT}"])[0] >= 0
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol."""

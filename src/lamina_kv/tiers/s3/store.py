@@ -172,6 +172,12 @@ class ObjectStore:
         names = [self.name(key) for key in keys]
         return self._run(self._find(names, self._limit(timeout))) if names else []
 
+    def probe(self, timeout: float) -> bool:
+        """See the protocol. The description of the namespace is asked for, which may be missing."""
+        names = [f"{self._tenant.namespace}/{ABOUT}"]
+        (fate,) = self._settle("find", self._run(_each(names, self._head, self._limit(timeout))))
+        return fate in (Fate.DONE, Fate.GONE)
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol."""
         limit = self._limit(timeout)

@@ -145,6 +145,18 @@ class ValkeyStore:
             found += [bool(count if uniform else next(singly)) for _ in group]
         return found
 
+    def probe(self, timeout: float) -> bool:
+        """See the protocol. Both connections are made if they are broken."""
+        timeout = self._timeout(timeout)
+        try:
+            for connection in (self._asking, self._reading):
+                with connection.client(timeout) as client:
+                    client.exists([self._names.about])
+        except Failure as failure:
+            self._warn("be asked for", failure)
+            return False
+        return True
+
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol. A batch is one request."""
         if not pieces:
