@@ -132,7 +132,8 @@ class BreakerConfig(Section):
     pause: Annotated[float, SECONDS] = Field(
         default=10.0,
         description="Seconds until one transfer tries a tier that is out of use. Doubled with "
-        "every try that fails, up to 5 minutes.",
+        "every try that fails, up to 5 minutes. A far tier is also probed about once a second, and "
+        "used again when it works.",
     )
 
 
