@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from lamina_kv.plan import ChunkKey, TierName, TierReport
 from lamina_kv.tiers.contract import Fate, Piece, Store, Traits
 from lamina_kv.tiers.objects import seal, verify
+from lamina_kv.tiers.once import Once
 
 log = logging.getLogger("lamina_kv.data")
 
@@ -42,8 +43,7 @@ class FarTier:
         self._shard = shard
         self._length = length
         self._timeout = timeout
-        self._complained: set[tuple[str, type[BaseException]]] = set()
-        self._said_corrupt = False
+        self._once = Once()
 
     @property
     def traits(self) -> Traits:
@@ -126,8 +126,7 @@ class FarTier:
         self._attempt("close", self._store.close)
 
     def _say_corrupt(self, key: ChunkKey, place: int) -> None:
-        if not self._said_corrupt:
-            self._said_corrupt = True
+        if self._once.first(Fate.CORRUPT):
             log.warning(
                 "tier %s: chunk %s in place %d is not what was written: it is forgotten and "
                 "computed again. A few are normal after a power failure; more mean that something "
@@ -152,9 +151,7 @@ class FarTier:
         try:
             call()
         except BaseException as error:  # however a call ends, somebody waits for its receipt
-            kind = (verb, type(error))
-            if kind not in self._complained:
-                self._complained.add(kind)
+            if self._once.first(verb, type(error)):
                 log.exception(
                     "tier %s: its store raised in %s, which is a fault of the store. What it was "
                     "asked for has failed, and serving goes on; said once for each kind of error",

@@ -4,6 +4,7 @@
 contract.py    What is a far tier? ``Index`` is control's half, ``Store`` the data room's.
 objects.py     What are the bytes of a chunk outside the engine, and how are they verified?
 names.py       What is a chunk called in stores that find chunks by key?
+once.py        What was said of a store already?
 audit.py       What is in a store, for a person, and is all of it whole?
 config.py      What is every far tier configured with?
 slots.py       Which chunk is in which slot (near, and far tiers whose slots control assigns)?

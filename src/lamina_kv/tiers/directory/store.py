@@ -21,6 +21,7 @@ from lamina_kv.tiers.directory.present import which_exist
 from lamina_kv.tiers.directory.root import NO_ROOM, READ_ONLY, UNREACHABLE, Root, RootLost
 from lamina_kv.tiers.names import ABOUT, object_path
 from lamina_kv.tiers.objects import Object, aligned_memory, is_whole
+from lamina_kv.tiers.once import Once
 
 log = logging.getLogger("lamina_kv.tiers")
 
@@ -118,7 +119,7 @@ class DirectoryStore:
         self._fan = Fan(f"lamina-find-{config.name}", FIND_THREADS)
         self._touched: OrderedDict[ChunkKey, float] = OrderedDict()
         self._scratch: Object | None = None
-        self._said: set[tuple[str, int]] = set()
+        self._once = Once()
         self._is_lost = False
 
     def __str__(self) -> str:
@@ -313,8 +314,7 @@ class DirectoryStore:
             fate = Fate.REFUSED
         elif number == errno.ETIMEDOUT:
             fate = Fate.LATE
-        if (verb, number) not in self._said:
-            self._said.add((verb, number))
+        if self._once.first(verb, number):
             log.warning(
                 "tier %s: chunks in %s cannot be %s (%s): each is a miss, and serving goes on; %s. "
                 "This is said once",

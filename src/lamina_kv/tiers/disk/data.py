@@ -19,6 +19,7 @@ from lamina_kv.tiers.disk.aio import AioQueue, Operation
 from lamina_kv.tiers.disk.file_system import reserve
 from lamina_kv.tiers.disk.layout import BLOCK, Integers, Layout, decode_label, encode_label
 from lamina_kv.tiers.objects import Object, aligned_memory
+from lamina_kv.tiers.once import Once
 
 log = logging.getLogger("lamina_kv.tiers")
 
@@ -50,7 +51,7 @@ class Slab:
         self.path = path
         self.layout = layout
         self._queues: deque[AioQueue] = deque()
-        self._warned: set[int | None] = set()
+        self._once = Once()
         access = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         self._file, self.direct = _open(path, direct, access)
         try:
@@ -118,8 +119,7 @@ class Slab:
             sizes = np.full(len(offsets), size, np.int64)
             return queue.run(operation, self._file, offsets, addresses, sizes)
         except OSError as error:
-            if error.errno not in self._warned:
-                self._warned.add(error.errno)
+            if self._once.first(error.errno):
                 log.warning("%s: cannot be read or written now: %s", self.path, error)
             return np.full(len(offsets), errno.ECANCELED, np.int32)
         finally:

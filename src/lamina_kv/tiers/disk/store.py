@@ -42,6 +42,7 @@ from lamina_kv.tiers.disk.room import (
     make_room,
 )
 from lamina_kv.tiers.objects import row_bytes
+from lamina_kv.tiers.once import Once
 
 log = logging.getLogger("lamina_kv.tiers")
 
@@ -124,7 +125,7 @@ class DiskStore:
         self._watch = watch
         self._opened = opened
         self._is_lost = False
-        self._warned: set[tuple[str, int]] = set()
+        self._once = Once()
 
     def stored(self, *, keys: bool) -> StoredChunks:
         """See the protocol."""
@@ -224,11 +225,8 @@ class DiskStore:
     def _warn(self, verb: str, errors: npt.NDArray[np.int32]) -> None:
         """Say each kind of error once."""
         for error in np.unique(errors).tolist():
-            if (
-                error not in (0, errno.ECANCELED, errno.ESTALE)
-                and (verb, error) not in self._warned
-            ):
-                self._warned.add((verb, error))
+            told = error in (0, errno.ECANCELED, errno.ESTALE)  # elsewhere, if at all
+            if not told and self._once.first(verb, error):
                 log.warning(
                     "tier %s: chunks in %s cannot be %s (%s): each is a miss, and serving goes on. "
                     "This is said once; look at the disk if the tier's failures go up",

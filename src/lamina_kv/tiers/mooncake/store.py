@@ -28,6 +28,7 @@ from lamina_kv.tiers.mooncake.client import Client, Library, Unreachable
 from lamina_kv.tiers.mooncake.codes import NORMAL, Code, explain, read_fate, write_fate
 from lamina_kv.tiers.mooncake.config import MooncakeConfig
 from lamina_kv.tiers.names import ABOUT, object_name
+from lamina_kv.tiers.once import Once
 from lamina_kv.values import MIB
 
 log = logging.getLogger("lamina_kv.tiers")
@@ -92,7 +93,7 @@ class MooncakeStore:
         for area in self._memory:
             self._areas.put(area)
         self._undelivered = 0
-        self._warned: set[tuple[str, int]] = set()
+        self._once = Once()
 
     def join(self) -> None:
         """Become a member of the cluster, if the master answers.
@@ -239,8 +240,7 @@ class MooncakeStore:
 
     def _warn(self, verb: str, code: int, words: str = "") -> None:
         """Say each kind of error once."""
-        if (verb, code) not in self._warned:
-            self._warned.add((verb, code))
+        if self._once.first(verb, code):
             log.warning(
                 "tier %s: chunks in Mooncake Store cannot be %s: %s. Serving goes on without them; "
                 "this is said once",

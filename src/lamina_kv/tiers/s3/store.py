@@ -30,6 +30,7 @@ from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant, Traits
 from lamina_kv.tiers.names import ABOUT, object_path
 from lamina_kv.tiers.objects import is_whole
+from lamina_kv.tiers.once import Once
 from lamina_kv.tiers.s3.client import (
     AlreadyExistsError,
     BaseError,
@@ -137,7 +138,7 @@ class ObjectStore:
         self._names_seen = 0  # of the namespace, when a listing was last read or broken off
         self._listing_failed = -math.inf  # when, on the loop's clock
         self._damaged: set[ChunkKey] = set()
-        self._said: set[tuple[str, Fate]] = set()
+        self._once = Once()
 
     def introduce(self) -> None:
         """Look whether the bucket can be read, and describe the namespace in it.
@@ -364,9 +365,8 @@ class ObjectStore:
 
     def _warn(self, verb: str, fate: Fate, why: str) -> None:
         """Say each kind of error once."""
-        if (verb, fate) in self._said:
+        if not self._once.first(verb, fate):
             return
-        self._said.add((verb, fate))
         advice = {
             Fate.LATE: "Check the network and the load of the store, or give the tier a longer "
             "`timeout`",

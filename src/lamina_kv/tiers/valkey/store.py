@@ -33,6 +33,7 @@ from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, Tenant, Traits
 from lamina_kv.tiers.names import ABOUT, object_name
 from lamina_kv.tiers.objects import is_whole
+from lamina_kv.tiers.once import Once
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.tiers.valkey.connection import FULL, TOO_LONG, Client, Connection, Failure
 from lamina_kv.values import MIB
@@ -102,7 +103,7 @@ class ValkeyStore:
         self._reading = Connection(config)
         # The server may have been emptied since the last connection: it is told again who is here.
         self._asking = Connection(config, self._describe)
-        self._warned: set[tuple[str, str]] = set()
+        self._once = Once()
 
     def check(self) -> None:
         """Ask the server for something, and warn of what will make it a bad cache.
@@ -276,9 +277,7 @@ class ValkeyStore:
 
     def _warn(self, verb: str, failure: Failure) -> None:
         """Say each kind of failure once."""
-        kind = failure.words.split(":", 1)[0]
-        if (verb, kind) not in self._warned:
-            self._warned.add((verb, kind))
+        if self._once.first(verb, failure.words.split(":", 1)[0]):
             log.warning(
                 "tier %s: chunks on %s cannot %s (%s, %s): each is a miss, and serving goes on. "
                 "%s. This is said once; look at the server if the tier's failures go up",
