@@ -19,7 +19,7 @@ from driven_planner import (
     prompt,
 )
 
-from lamina_kv.control.loading import LOOKED
+from lamina_kv.control.loading import LOOKED, LOOKED_OF_AN_END
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.push.inbound import Inbound
 from lamina_kv.control.push.target import PushTarget
@@ -205,6 +205,27 @@ def test_a_crowd_that_waits_for_far_tiers_is_looked_up_little_by_little(looks: C
     for view in views:
         driven.planner.lookup(view, 0)
     assert looks["find"] == 0, "who waits costs nothing but a question"
+
+
+def test_waits_that_all_end_at_once_are_looked_up_little_by_little() -> None:
+    prompts = [prompt(16 * CHUNK, seed=seed) for seed in range(400)]
+    driven = engine(*prompts)
+    left = crowd(driven, prompts)
+    for _ in range(20):
+        assert all(driven.planner.lookup(view, 0).ask_again for view in left)
+        driven.step()
+    driven.wait(100)
+    ended = []
+    while left:
+        over = [view for view in left if not driven.planner.lookup(view, 0).ask_again]
+        assert over, "nobody waits for ever"
+        ended.append(len(over))
+        for view in over:
+            driven.planner.finished(view.request_id, 0, [()])
+            left.remove(view)
+        driven.step()
+    assert max(ended) <= LOOKED // LOOKED_OF_AN_END + 1
+    assert sum(ended) == 400
 
 
 class Tables(View):

@@ -7,6 +7,7 @@ without blocks and is told to ask again; see :mod:`lamina_kv.control.moving`.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,13 @@ stories = logging.getLogger("lamina_kv.requests")
 LEAST_SHARE = 0.1
 """Share of its timeout that a load has at least, however long its request has waited for others."""
 
-LOOKED = 2048
-"""Chunks that are looked up for one plan of requests that then wait for far tiers, some 10 ms; who
-comes behind them is looked up for the next one. An engine asks for all that wait, at once."""
+LOOKED = 1024
+"""Chunks that are looked up for one plan of requests that then wait for far tiers, or have waited,
+some 5 ms; who comes behind them is looked up for the next one. An engine asks for all that wait, at
+once, and the waits of all may end at once."""
+
+LOOKED_OF_AN_END = 16
+"""To end the wait of a request takes as long as so many chunks, however few have come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +117,18 @@ class LoadPlanner:
         """
         declined = declined or record.no_loads
         waits = may_wait and not declined
-        if waits and (self._moves.awaits(record, floor) or self._is_busy(record)):
+        waited = waits and self._moves.is_waiting(record)
+        if waits and self._is_full and (waited or record.hit.floor < 0):
+            return ASK_AGAIN
+        if waited and self._moves.awaits(record, floor):
             return ASK_AGAIN
         # Chunks of an epoch that does not last are in no far tier.
         far = waits and record.chain.epoch.lasting and not record.no_moves
         if far and self._moves.awaits_probe(record):
             return ASK_AGAIN
         hit = self._hits.find(record, floor, far=far)
+        if waited:
+            self._looked += LOOKED_OF_AN_END + hit.end_chunk
         if hit.unknown and self._moves.awaits_answers(record):
             return ASK_AGAIN
         offer = self._decide(record, floor, declined, others_active)
@@ -129,13 +139,14 @@ class LoadPlanner:
         record.no_moves = True
         return ASK_AGAIN
 
-    def _is_busy(self, record: RequestRecord) -> bool:
-        """Whether a request that was not looked up yet is to wait for the next plan, because for
-        those before it enough was looked up."""
+    @property
+    def _is_full(self) -> bool:
+        """Whether enough was looked up for this plan. Who was not looked up yet is to wait for the
+        next one, and so is who waits already."""
         step = self._books.clock.step
         if self._pass != step:
             self._pass, self._looked = step, 0
-        return self._looked >= LOOKED and record.hit.floor < 0
+        return self._looked >= LOOKED
 
     def _decide(
         self, record: RequestRecord, floor: int, declined: str, others_active: bool
@@ -196,6 +207,8 @@ class LoadPlanner:
         )
         self._ahead[transfer.id] = self._loading - transfer.size
         record.load = transfer.id
+        if not shape.sparse and offer.floor <= record.next_save * shape.chunk_tokens:
+            record.skip_saved(-(-end // shape.chunk_tokens))
         if not partial:  # else it is not whole before the push is
             self._shared.begin(transfer.id, record, offer.floor, end, parked=not layerwise)
         self.orders.append(
@@ -225,10 +238,11 @@ class LoadPlanner:
         size = of_group.block_tokens
         start = max(floor, of_group.first_token(end) // size * size) // size
         table = record.view.blocks(group)
-        blocks = np.array(table[start : end // size], np.int32)
+        # By way of an array, because numpy takes each number of a list for something of its own.
+        blocks = np.frombuffer(array("i", table[start : end // size]), np.int32)
         index = np.arange(start, start + len(blocks))
         per_chunk = chunk // size
-        pages = np.array(found, np.int32)[index // per_chunk - first] * per_slot
+        pages = np.frombuffer(array("i", found), np.int32)[index // per_chunk - first] * per_slot
         pages += (index % per_chunk).astype(np.int32)
         # What has fallen out of a window, or never was in it, has no block.
         wanted = blocks != shape.null_block

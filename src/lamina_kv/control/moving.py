@@ -184,6 +184,10 @@ class MovePlanner:
             self._holding[record.view.request_id] = arrival
         return len(arrival.wanted)
 
+    def is_waiting(self, record: RequestRecord) -> bool:
+        """Whether a request was told to wait for what comes near for it, and may wait still."""
+        return record.view.request_id in self._waiting
+
     def awaits(self, record: RequestRecord, floor: int) -> bool:
         """Whether a request is still to wait for what comes near for it. Asked about every waiting
         request in every step.
@@ -200,7 +204,9 @@ class MovePlanner:
         self._take_arrived(arrival)
         late, now = bool(arrival.wanted or arrival.awaited), self._books.clock.now
         if late and now < arrival.due:
-            if not (self._is_broken(arrival) or self._has_stalled(arrival)):
+            broken = bool(self._broken) and self._is_broken(arrival)
+            stalled = now >= arrival.began + arrival.stall and self._has_stalled(arrival)
+            if not (broken or stalled):
                 return True
             arrival.due = now
         self._end(arrival, late=late)
@@ -208,17 +214,13 @@ class MovePlanner:
 
     def _is_broken(self, arrival: Arrival) -> bool:
         """Whether the tier is out of use by now from which the next chunk is to come."""
-        if not self._broken or not arrival.awaited:
-            return False
-        fetch = self._fetches.get(arrival.awaited[0])
+        fetch = self._fetches.get(arrival.awaited[0]) if arrival.awaited else None
         return fetch is not None and fetch.transfer.tier in self._broken
 
     def _has_stalled(self, arrival: Arrival) -> bool:
         """Whether all tiers that a request waits for are at work, and have brought nothing to
         anybody for so long that there is no hope."""
         now = self._books.clock.now
-        if now < arrival.began + arrival.stall:
-            return False
         lanes = [self._lanes[name] for name in {*arrival.sources.values()}]
         return all(lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes)
 
@@ -431,6 +433,8 @@ class MovePlanner:
         """Moves for requests that wait for them, in the order in which they began to wait."""
         full = False
         for arrival in list(islice(self._wanting.values(), LOOKS)):
+            if self._looks <= 0:
+                return
             became = _Next.DONE
             while arrival.wanted and became is _Next.DONE and self._looks > 0:
                 # If one that came before finds no room there is none, but with others' chunks.

@@ -368,11 +368,11 @@ class Planner:
                     record.computes(start, computed)
         for state in states:
             self._note_state(state)
-        tokens = 0
+        tokens, refused = 0, self._saving.refuses
         for request_id, start, computed in progress:
             tokens += computed - start
             if (record := self._requests.get(request_id)) is not None:
-                self._note_progress(record, start, computed)
+                self._note_progress(record, start, computed, refused=refused)
         self._prefills.planned(tokens)
         tiers = self._moves.step()
         push = NO_PUSH if self._pushes is None else self._pushes.plan()
@@ -403,8 +403,17 @@ class Planner:
             if self._pushes is not None:
                 self._pushes.state(record, state)
 
-    def _note_progress(self, record: RequestRecord, start: int, computed: int) -> None:
-        """A step computes tokens ``start..computed`` of a request."""
+    def _note_progress(
+        self, record: RequestRecord, start: int, computed: int, *, refused: bool
+    ) -> None:
+        """A step computes tokens ``start..computed`` of a request.
+
+        Args:
+            record: the request.
+            start: tokens of it that are computed before the step.
+            computed: tokens of it that are computed when the step is over.
+            refused: whether no save may be ordered now.
+        """
         if not record.counted:
             self._prompts.runs(record, start, computed)
         if self._pushes is not None:
@@ -413,8 +422,11 @@ class Planner:
             self._saving.consider_rings(record, start, computed)
         if record.fresh or record.prefill is not None:
             self._prefills.runs(record, start)
-        # Most requests of most steps have completed no chunk.
-        if self._saves and computed >= (record.next_save + 1) * self._shape.chunk_tokens:
+        # Most requests of most steps have completed no chunk, or none that could be saved now.
+        first, chunk = record.next_save, self._shape.chunk_tokens
+        if computed < (first + 1) * chunk or computed < (record.held_end + 1) * chunk:
+            return
+        if self._saves and not (refused and record.held_back == first):
             self._saving.consider(record, computed, record.view.blocks)
 
     def finished(

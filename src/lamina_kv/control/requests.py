@@ -394,10 +394,17 @@ class RequestRecord:
         self.prefill = None
         self.wait = Wait()
 
+    def skip_saved(self, end: int) -> None:
+        """Its first ``end`` chunks are near: they need not be considered for saving, unless the
+        load that brings them fails."""
+        if self.considered >= end:
+            self.next_save = max(self.next_save, end)
+
     def save_anew(self) -> None:
         """Consider all of it for saving once more."""
         self.considered = max(self.considered, self.next_save)
         self.next_save = 0
+        self.held_end = -1
 
     def computes(self, start: int, end: int) -> None:
         """A step computes the tokens from ``start`` to ``end``, for a model with recurrent states.

@@ -262,6 +262,11 @@ class SavePlanner:
             limit = min(limit, record.view.num_prompt_tokens)
         return limit // self._shape.chunk_tokens
 
+    @property
+    def refuses(self) -> bool:
+        """Whether no save may be ordered now. What is held back need not be looked at then."""
+        return self._refusal() is not None
+
     def _refusal(self) -> str | None:
         """Why no save may be ordered now; None if one may."""
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._bound:

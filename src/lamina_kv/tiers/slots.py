@@ -8,7 +8,8 @@ leased slot is neither evicted nor reused, even after its chunk was dropped.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -182,17 +183,22 @@ class SlotIndex:
 
     def lease(self, slot: int) -> None:
         """Pin ``slot`` until :meth:`release`."""
-        self.lease_all((slot,))
+        count = self._leases.get(slot, 0)
+        self._leases[slot] = count + 1
+        if not count and self._keys[slot] is not None:
+            self._pinned += 1
 
-    def lease_all(self, slots: Iterable[int]) -> None:
+    def lease_all(self, slots: Sequence[int]) -> None:
         """Pin each of these slots once. A load takes thousands: a call for each would take longer
         than all else of its order."""
         leases, keys = self._leases, self._keys
+        fresh = dict.fromkeys(slots, 1)
+        if len(fresh) == len(slots) > 1 and leases.keys().isdisjoint(fresh):
+            leases.update(fresh)
+            self._pinned += len(slots) - itemgetter(*slots)(keys).count(None)
+            return
         for slot in slots:
-            count = leases.get(slot, 0)
-            leases[slot] = count + 1
-            if not count and keys[slot] is not None:
-                self._pinned += 1
+            self.lease(slot)
 
     def release(self, place: int) -> None:
         """Give up one lease on a slot."""
