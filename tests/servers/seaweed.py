@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -15,12 +14,12 @@ from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import obstore
 from obstore.store import S3Store
 
-from lamina_kv.bench.ports import free_port
+from peers import seaweed
 
 PATIENCE = 60.0
 """Seconds after which a server that has not started never will. Usually it takes four."""
@@ -41,15 +40,10 @@ class Seaweed:
     """
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self._ports = seaweed.free_ports()
+        self.port = self._ports["s3.port"]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._folder = Path(tempfile.mkdtemp(prefix="seaweed-"))
-        self._ports = {
-            name: free_port()
-            for service in ("master", "volume", "filer", "s3")
-            for name in (f"{service}.port", f"{service}.port.grpc")
-        }
-        self._ports["s3.port"] = self.port
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -78,36 +72,19 @@ class Seaweed:
             RuntimeError: if it ends or does not answer; with the end of its log.
         """
         folder = self._folder
-        (folder / "data").mkdir(exist_ok=True)
-        users = folder / "users.json"
-        users.write_text(
-            json.dumps(
-                {
-                    "identities": [
-                        _user(KEY_ID, SECRET, "Admin"),
-                        _user(READER_ID, READER_SECRET, "Read", "List"),
-                    ]
-                }
-            )
+        users = [
+            seaweed.User(KEY_ID, SECRET),
+            seaweed.User(READER_ID, READER_SECRET, ("Read", "List")),
+        ]
+        command = seaweed.command(
+            folder,
+            self._ports,
+            users,
+            s3_autoCreateBucket="false",
+            master_electionTimeout="1s",
+            master_volumeSizeLimitMB=256,
+            volume_max=200,
         )
-        options = {
-            **self._ports,
-            "ip": "127.0.0.1",
-            "dir": folder / "data",
-            "filer.localSocket": folder / "filer.sock",
-            "s3.localSocket": folder / "s3.sock",
-            "s3.config": users,
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-            "s3.autoCreateBucket": "false",
-            "master.telemetry": "false",
-            "master.electionTimeout": "1s",
-            "master.volumeSizeLimitMB": 256,
-            "volume.max": 200,
-            "volume.minFreeSpacePercent": 0,
-        }
-        command = [Path(sys.prefix, "bin", "weed"), "server", "-s3", "-filer"]
-        command += [f"-{name}={value}" for name, value in options.items()]
         with (folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         due = time.monotonic() + PATIENCE
@@ -179,8 +156,3 @@ class Seaweed:
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None, "the server does not run"
         self._process.send_signal(number)
-
-
-def _user(key_id: str, secret: str, *actions: str) -> dict[str, Any]:
-    credentials = [{"accessKey": key_id, "secretKey": secret}]
-    return {"name": key_id, "credentials": credentials, "actions": actions}
