@@ -13,6 +13,7 @@ from lamina_kv.control.lanes import Lane, Waiting
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.pins import Pins
+from lamina_kv.control.questions import Questions
 from lamina_kv.control.requests import Hit, RequestRecord
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.transfers import State, Transfer
@@ -206,7 +207,7 @@ def a_wait_for_moves_has_no_end(patch: Patch) -> None:
 
 
 def a_wait_for_answers_has_no_end(patch: Patch) -> None:
-    patch.setattr(MovePlanner, "_patience", lambda *_: 1e9)
+    patch.setattr(Questions, "_for_answers", lambda *_: 1e9)
 
 
 def those_who_have_ended_are_not_forgotten(patch: Patch) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 
 from lamina_kv.control.answers import MOST_PATIENCE
 from lamina_kv.control.breakers import BreakerState
-from lamina_kv.control.moving import LOOK_PLANS
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
+from lamina_kv.control.probes import MOST_WAITED
+from lamina_kv.control.questions import LOOK_PLANS
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import (
@@ -268,14 +269,14 @@ class Watch:
 
     def _waits(self, request_id: str, asks_again: bool) -> None:
         """A request that is told to ask again is told so for a while at most: for another's load,
-        for what comes near from far tiers and for their answers."""
+        for what comes near from far tiers, for their answers and for news of one that failed."""
         clock, deadline = self._planner._books.clock, self._options.deadline
         if not asks_again:
             self._asked.pop(request_id, None)
             return
         waited = clock.now - self._asked.setdefault(request_id, clock.now)
-        # Each of the three may be a step late.
-        longest = 2 * deadline + MOST_PATIENCE + (LOOK_PLANS + 3) * clock.longest
+        # Each of the four may be a step late.
+        longest = 2 * deadline + MOST_PATIENCE + MOST_WAITED + (LOOK_PLANS + 4) * clock.longest
         if waited > longest:
             raise Violation(
                 f"{request_id} is told to ask again for {waited:.3f} s, it may be for "

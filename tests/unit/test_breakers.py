@@ -25,8 +25,8 @@ from driven_planner import (
 from lamina_kv.config import BreakerConfig
 from lamina_kv.control.answers import LEAST_PATIENCE
 from lamina_kv.control.breakers import MAX_PAUSE, Breakers, CircuitBreaker
-from lamina_kv.control.moving import LOOK_PLANS
 from lamina_kv.control.probes import LEAST_PAUSE, LONGEST_PAUSE, MOST_WAITED
+from lamina_kv.control.questions import LOOK_PLANS
 from lamina_kv.control.transfers import Kind, Transfer, TransferTable
 from lamina_kv.plan import (
     LOAD_FAILED,

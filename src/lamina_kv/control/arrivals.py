@@ -1,6 +1,7 @@
 """A request that has no blocks yet, and what comes near for it: the record of one wait.
 
-Written by :mod:`lamina_kv.control.moving` alone.
+Written by :mod:`lamina_kv.control.moving`, and of tiers' words by
+:mod:`lamina_kv.control.questions`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,21 @@ class Phase(Enum):
     """All chunks are near, or were given up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a request waits for a tier's word.
+
+    Attributes:
+        since: control's clock when it began to.
+        step: number of the plan that was made next.
+        seconds: for how long.
+    """
+
+    since: float
+    step: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class Arrival:
     """A request that has no blocks yet, and what comes near for it.
@@ -36,11 +52,8 @@ class Arrival:
         record: the request.
         search: looks ahead for chunks that only far tiers have.
         question: a chunk of which a tier has yet to say whether it has it; None if there is none.
-        asked: control's clock, and the plan's number, when an answer was first waited for; None
-            while none was.
-        patience: seconds from then on for which it is waited for.
-        probed: likewise, of the answer to a probe of a tier that is out of use.
-        probe_patience: likewise.
+        asked: how long answers are waited for; None while none was.
+        probed: how long news of tiers that are out of use is waited for; None while none was.
         phase: how far its wait is.
         turn: its place among requests that began to wait; higher ones began later.
         wanted: chunks that are to come near, in prefix order.
@@ -63,10 +76,8 @@ class Arrival:
     record: RequestRecord
     search: Iterator[ChunkKey | None] = field(default_factory=lambda: iter(()))
     question: ChunkKey | None = None
-    asked: tuple[float, int] | None = None
-    patience: float = 0.0
-    probed: tuple[float, int] | None = None
-    probe_patience: float = 0.0
+    asked: Patience | None = None
+    probed: Patience | None = None
     phase: Phase = Phase.AHEAD
     turn: int = 0
     wanted: deque[ChunkKey] = field(default_factory=deque)

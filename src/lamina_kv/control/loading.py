@@ -124,7 +124,7 @@ class LoadPlanner:
             return ASK_AGAIN
         # Chunks of an epoch that does not last are in no far tier.
         far = waits and record.chain.epoch.lasting and not record.no_moves
-        if far and self._moves.awaits_probe(record):
+        if far and self._moves.awaits_probes(record):
             return ASK_AGAIN
         hit = self._hits.find(record, floor, far=far)
         if waited:

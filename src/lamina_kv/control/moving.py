@@ -17,7 +17,6 @@ from enum import Enum
 from itertools import chain, islice
 from math import inf
 
-from lamina_kv.control.answers import patience_for
 from lamina_kv.control.arrivals import Arrival, Phase
 from lamina_kv.control.books import Books
 from lamina_kv.control.cost import Costs
@@ -26,7 +25,7 @@ from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.lanes import Lane
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.pins import Pins
-from lamina_kv.control.probes import MOST_WAITED
+from lamina_kv.control.questions import Questions
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.plan import ChunkKey, TierName, TierOrders
@@ -50,10 +49,6 @@ LOOKS_OF_A_MOVE = 4
 
 LOOKS_OF_A_SEARCH = 16
 """To begin and to end the search for one request takes as long as so many looks."""
-
-LOOK_PLANS = 2
-"""Plans for which a request waits at least for a tier to say what it has: an answer to what one
-plan asks is there when the next but one is made, however long a step takes."""
 
 
 class _Next(Enum):
@@ -81,23 +76,22 @@ class MovePlanner:
         self._hits = hits
         self._costs = costs
         self._lanes = {name: Lane(books, far, costs) for name, far in books.catalog.far.items()}
+        self._questions = Questions(books, self._lanes, costs)
         self._fetches = Fetches(books)
         near = books.catalog.near
         near.lost_spared = self._lost
         self._pins = Pins(near, LARGEST_SHARE, SPARE_SHARE)
-        self._longest = books.config.load.deadline
         self._turns = 0
         self._looks = 0  # that are left for the next plan
         self._arrivals: dict[str, Arrival] = {}
         self._waiting: set[str] = set()  # of these, whose offer was made
         # Likewise, in the order in which they came: who wants chunks, who has some and may be made
-        # to give them up, who is still to be searched, who is searched no further while a tier is
-        # busy, and who waits for answers. A plan looks at no others.
+        # to give them up, who is still to be searched, and who is searched no further while a tier
+        # is busy. A plan looks at no others.
         self._wanting: dict[str, Arrival] = {}
         self._holding: dict[str, Arrival] = {}
         self._searched: dict[str, Arrival] = {}
         self._aside: dict[TierName, dict[str, Arrival]] = {name: {} for name in self._lanes}
-        self._asking: dict[str, Arrival] = {}
         self._broken: set[TierName] = set()  # tiers that were not read when the last plan was made
 
     @property
@@ -133,7 +127,7 @@ class MovePlanner:
             self.forget(record.view.request_id)
             if record.chain.epoch.lasting:
                 arrival = self._arrival(record)
-                self._ask(arrival)
+                self._questions.ask(arrival)
                 self._search(arrival)
 
     def look_again(self, record: RequestRecord) -> None:
@@ -224,44 +218,16 @@ class MovePlanner:
         lanes = [self._lanes[name] for name in {*arrival.sources.values()}]
         return all(lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes)
 
-    def awaits_probe(self, record: RequestRecord) -> bool:
+    def awaits_probes(self, record: RequestRecord) -> bool:
         """Whether a request is to wait a moment for news of a tier that is out of use. Where the
         engine was idle for a while the tier may work again, and nobody has asked."""
-        if not any(self._books.breakers.is_news_due(name) for name in self._broken):
-            return False
-        arrival, clock = self._arrival(record), self._books.clock
-        if arrival.probed is None:
-            always = self._books.config.load.when == "always"
-            prefill = inf if always else self._costs.prefill_seconds(0, record.view.num_tokens)
-            arrival.probed = clock.now, clock.step
-            arrival.probe_patience = patience_for(MOST_WAITED, prefill)
-        since, step = arrival.probed
-        early = clock.step < step + LOOK_PLANS and clock.now < since + MOST_WAITED
-        return early or clock.now < since + arrival.probe_patience
+        due = any(self._books.breakers.is_news_due(name) for name in self._broken)
+        return due and self._questions.awaits_probes(self._arrival(record))
 
     def awaits_answers(self, record: RequestRecord) -> bool:
         """Whether a request whose hit may be longer, as soon as a tier has said so, is to wait for
         the answer."""
-        arrival, clock = self._arrival(record), self._books.clock
-        if arrival.asked is None:
-            arrival.asked = clock.now, clock.step
-            self._ask(arrival)
-            arrival.patience = self._patience(record)
-        since, step = arrival.asked
-        early = clock.step < step + LOOK_PLANS and clock.now < since + self._longest
-        return early or clock.now < since + arrival.patience
-
-    def _patience(self, record: RequestRecord) -> float:
-        """Seconds that a request waits for the answers of tiers that find chunks by key. Where
-        every hit is loaded, it waits until they have answered, which they do within their timeout.
-        """
-        if self._books.config.load.when == "always":
-            return self._longest
-        prefill = self._costs.prefill_seconds(
-            record.hit.floor + record.hit.tokens, record.view.num_tokens
-        )
-        asked = (far for far in self._books.catalog.readable_far() if not far.index.capacity)
-        return max((self._lanes[far.name].answers.patience(prefill) for far in asked), default=0.0)
+        return self._questions.awaits_answers(self._arrival(record))
 
     def waited(self, record: RequestRecord) -> float:
         """Seconds that a request has waited for moves."""
@@ -297,19 +263,6 @@ class MovePlanner:
             arrival = self._arrivals[record.view.request_id] = Arrival(record)
         return arrival
 
-    def _ask(self, arrival: Arrival) -> None:
-        """Ask tiers that find chunks by key for all of a request's at once."""
-        near = self._books.catalog.near.visible
-        for far in self._books.catalog.readable_far():
-            if far.index.capacity:
-                continue
-            for keys in arrival.record.known_keys():
-                for key in keys:
-                    if key not in near and far.index.find(key) is Answer.UNKNOWN:
-                        arrival.question = key
-        if arrival.question is not None:
-            self._asking[arrival.request_id] = arrival
-
     def _search(self, arrival: Arrival) -> None:
         """Look ahead for what a request will need."""
         arrival.search = self._hits.search(arrival.record)
@@ -324,8 +277,9 @@ class MovePlanner:
 
     def _stop(self, arrival: Arrival) -> None:
         """Order no more for a request. What is pinned for it stays so."""
-        for queue in (self._wanting, self._holding, self._searched, self._asking):
+        for queue in (self._wanting, self._holding, self._searched):
             queue.pop(arrival.request_id, None)
+        self._questions.forget(arrival.request_id)
         if arrival.behind is not None:
             del self._aside[arrival.behind][arrival.request_id]
             arrival.behind = None
@@ -596,7 +550,8 @@ class MovePlanner:
         lane = self._lanes[transfer.tier]
         if transfer.kind is Kind.ASK:
             lane.answered(transfer)
-            self._answered(transfer)
+            for arrival in self._questions.answered(transfer.keys):
+                self._search(arrival)
         elif transfer.kind is Kind.PROBE:
             lane.probed(transfer)
         elif transfer.kind is Kind.MOVE_OUT:
@@ -610,15 +565,6 @@ class MovePlanner:
         """A move near has not ended in time: its chunk can be saved, and nobody waits for it. It is
         not ordered again before the move has ended."""
         self._fetches.overdue(self._lanes[transfer.tier], transfer)
-
-    def _answered(self, transfer: Transfer) -> None:
-        """Search again for whom this was the last question."""
-        keys = set(transfer.keys)
-        for request_id, arrival in list(self._asking.items()):
-            if arrival.question in keys:
-                arrival.question = None
-                del self._asking[request_id]
-                self._search(arrival)
 
 
 def _popped(queue: deque[ChunkKey]) -> Iterator[ChunkKey]:
