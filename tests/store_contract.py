@@ -82,11 +82,12 @@ def fill(buffer: Object, number: int, *, shard: int = 0, version: int = 0) -> No
 
 
 class Engine:
-    """One engine's store, with its tenant."""
+    """One engine's store, with its tenant, called as the data room does."""
 
     def __init__(self, store: Store, tenant: Tenant) -> None:
         self.store = store
         self.tenant = tenant
+        self._damaged: set[int] = set()
 
     @property
     def batch(self) -> int:
@@ -100,7 +101,10 @@ class Engine:
             for number, buffer in zip(some, arena.buffers, strict=True):
                 fill(buffer, number, shard=self.tenant.shard, version=version)
             before = [buffer.tobytes() for buffer in arena.buffers]
-            pieces = [Piece(key(n), 0, b) for n, b in zip(some, arena.buffers, strict=True)]
+            pieces = [
+                Piece(key(n), 0, b, n in self._damaged)
+                for n, b in zip(some, arena.buffers, strict=True)
+            ]
             fates += self.store.write(pieces, TIMEOUT)
             assert [buffer.tobytes() for buffer in arena.buffers] == before
             arena.check()
@@ -122,6 +126,8 @@ class Engine:
             arena.check()
             for number, piece, fate in zip(some, pieces, answers, strict=True):
                 fates.append(self._verified(number, piece.buffer, fate, version))
+                if fates[-1] is Fate.CORRUPT:
+                    self._damaged.add(number)
         return fates
 
     def find(self, numbers: Sequence[int]) -> list[bool]:
@@ -154,6 +160,9 @@ class StoreContract:
     """Bytes of an object, a multiple of the alignment of direct I/O."""
 
     large_bytes = (1 << 20) + 4096
+
+    replaces = True
+    """Whether such a store can replace an object."""
 
     @pytest.fixture
     def backing(self) -> Iterator[Backing]:
@@ -379,6 +388,17 @@ class StoreContract:
         assert one.read([1]) == [Fate.DONE]
         backing.change(one.tenant, key(1), lambda content: content[:100] + bytes(4) + content[104:])
         assert one.read([1]) == [Fate.CORRUPT]
+
+    def test_what_an_engine_has_found_damaged_it_replaces(
+        self, engine: Open, backing: Backing
+    ) -> None:
+        one, other = engine(), engine()
+        one.put(1, 2)
+        backing.change(one.tenant, key(1), lambda content: content[:100] + bytes(4) + content[104:])
+        other.put(1)
+        assert one.read([1]) == [Fate.CORRUPT], "who has not read it does not know"
+        one.put(1, 2)
+        assert other.read([1, 2]) == [Fate.DONE if self.replaces else Fate.CORRUPT, Fate.DONE]
 
     # -- what ends ---------------------------------------------------------------------------------
 

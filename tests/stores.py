@@ -164,7 +164,7 @@ class MemoryStore:
         fate = self.faults.fate("write", piece.key)
         with self.shelf.lock:
             held = self.shelf.held
-            if fate is Fate.DONE and not self.slots and where in held:
+            if fate is Fate.DONE and not self.slots and where in held and not piece.damaged:
                 return fate  # objects never change: the first writer's stays
             held.pop(where, None)
             if fate is Fate.DONE:

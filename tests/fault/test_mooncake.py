@@ -89,6 +89,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory, installed: None) -> Iterator[
 
 
 class TestMooncake(StoreContract):
+    replaces = False
+
     @pytest.fixture
     def backing(self, pool: Pool) -> Pool:
         return pool

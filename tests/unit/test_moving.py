@@ -51,12 +51,14 @@ class Store(MemoryStore):
 
     Attributes:
         calls: verbs and their pieces' keys or places, in order.
+        damaged: what was said of each piece that was written.
         on: called in a call of that name, with its pieces.
     """
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.calls: list[tuple[str, list[object]]] = []
+        self.damaged: list[bool] = []
         self.on: dict[str, Callable[[], object]] = {}
 
     def _note(self, verb: str, what: Iterable[object]) -> None:
@@ -77,6 +79,7 @@ class Store(MemoryStore):
 
     def write(self, pieces: Sequence[Piece], timeout: float) -> Sequence[Fate]:
         self._note("write", (number(piece.key) for piece in pieces))
+        self.damaged += (piece.damaged for piece in pieces)
         return super().write(pieces, timeout)
 
     def drop(self, slots: Sequence[int]) -> None:
@@ -272,6 +275,18 @@ def test_no_byte_is_believed(rig: Rig, position: int) -> None:
     rig.order(inward=(move(1, near=9),))
     receipt = rig.settle(1)[1]
     assert (receipt.outcome, receipt.reason, receipt.lost) == (Outcome.FAILED, "corrupt", True)
+
+
+def test_what_was_found_damaged_is_said_to_the_store_when_it_is_written_again(rig: Rig) -> None:
+    rig.write(1, 2)
+    rig.store.faults = Damage(LAST)
+    rig.order(inward=(move(1, near=9),))
+    assert rig.settle(1)[1].reason == "corrupt"
+    rig.store.faults = Faults()
+    rig.store.damaged.clear()
+    rig.write(1, 2)
+    rig.write(1)
+    assert rig.store.damaged == [True, False, False], "once"
 
 
 def test_that_chunks_are_damaged_is_said_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

@@ -333,6 +333,7 @@ def test_what_has_other_bytes_is_replaced(opened: Opened, server: ValkeyServer) 
     whole = server("GETRANGE", name, "0", "-1")
     server("SETRANGE", name, "700", "other bytes")
     assert server("GETRANGE", name, "0", "-1") != whole
+    assert engine.read([41]) == [Fate.CORRUPT]
     engine.put(41)
     assert server("GETRANGE", name, "0", "-1") == whole
 

@@ -25,7 +25,9 @@ def configured(config_file: Path | None, kv_transfer_config: str | None) -> Conf
     environ = dict(os.environ)
     if config_file is not None:
         environ[CONFIG_VARIABLE] = str(config_file)
-    document = {} if kv_transfer_config is None else parse_transfer_config(kv_transfer_config)
+    document: dict[str, object] = (
+        {} if kv_transfer_config is None else parse_transfer_config(kv_transfer_config)
+    )
     return load_config(extra_of(document), environ)
 
 

@@ -253,7 +253,8 @@ class Breakers:
         for breaker, proof in successes.items():
             breaker.judge(good=True, proof=proof)
         for breaker, (reason, proof) in failures.items():
-            if successes.get(breaker, False) < proof or breaker not in successes:
+            worked = successes.get(breaker)
+            if worked is None or (proof and not worked):
                 breaker.judge(good=False, reason=reason, proof=proof)
 
     def _of(self, kind: Kind, tier: TierName) -> CircuitBreaker | None:

@@ -20,6 +20,9 @@ log = logging.getLogger("lamina_kv.data")
 NO_ANSWER = "no_answer"
 """Why a question failed that the store could not answer."""
 
+MOST_DAMAGED = 10_000
+"""Chunks that were found damaged and are remembered until they are written again."""
+
 
 class FarTier:
     """See the module.
@@ -44,6 +47,7 @@ class FarTier:
         self._length = length
         self._timeout = timeout
         self._once = Once()
+        self._damaged: set[ChunkKey] = set()
 
     @property
     def traits(self) -> Traits:
@@ -98,18 +102,23 @@ class FarTier:
                 ):
                     fate = Fate.CORRUPT  # noqa: PLW2901 - the store's word is worth nothing
                 if fate is Fate.CORRUPT:
-                    self._say_corrupt(piece.key, piece.place)
+                    self._note_damage(piece.key, piece.place)
                 yield fate
 
         return self._fates("read", read, len(pieces))
 
     def write(self, pieces: Sequence[Piece]) -> list[str]:
         """Write what is in the buffers; returns what :meth:`read` does."""
+        damaged = self._damaged
+        told = [piece._replace(damaged=True) if piece.key in damaged else piece for piece in pieces]
 
         def write() -> Iterable[Fate]:
-            for piece in pieces:
+            for piece in told:
                 seal(piece.buffer, piece.key, self._shard, self._length)
-            return self._store.write(pieces, self._timeout)
+            for piece, fate in zip(told, self._store.write(told, self._timeout), strict=True):
+                if fate is Fate.DONE:
+                    damaged.discard(piece.key)
+                yield fate
 
         return self._fates("write", write, len(pieces))
 
@@ -125,7 +134,9 @@ class FarTier:
         """Release everything."""
         self._attempt("close", self._store.close)
 
-    def _say_corrupt(self, key: ChunkKey, place: int) -> None:
+    def _note_damage(self, key: ChunkKey, place: int) -> None:
+        if len(self._damaged) < MOST_DAMAGED:
+            self._damaged.add(key)
         if self._once.first(Fate.CORRUPT):
             log.warning(
                 "tier %s: chunk %s in place %d is not what was written: it is forgotten and "

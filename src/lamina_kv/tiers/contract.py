@@ -109,11 +109,15 @@ class Piece(NamedTuple):
         buffer: the chunk's whole object, ``object_bytes`` of uint8 in a near slot, aligned to
             :data:`~lamina_kv.geometry.DIRECT_IO_ALIGNMENT`. Header and checksum are in it: the data
             room seals an object before it is written and verifies it after it was read.
+        damaged: of a write: whether this rank has read the chunk from the store, and it was not
+            what was written. A store by key keeps the first object of a key, and replaces this one,
+            if it can.
     """
 
     key: ChunkKey
     place: int
     buffer: npt.NDArray[np.uint8]
+    damaged: bool = False
 
 
 class Store(Protocol):

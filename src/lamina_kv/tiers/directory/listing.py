@@ -49,7 +49,8 @@ class DirectoryListing:
     """
 
     damage_means = (
-        "Engines take what is damaged for a miss, and who computes such a chunk again replaces it. "
+        "Engines take what is damaged for a miss, and the one that has found it replaces it when "
+        "it has computed the chunk again. "
         "A few are normal after the file server has crashed."
     )
 

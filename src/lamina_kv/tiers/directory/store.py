@@ -20,7 +20,6 @@ from lamina_kv.tiers.directory.layout import NAMESPACE
 from lamina_kv.tiers.directory.present import which_exist
 from lamina_kv.tiers.directory.root import NO_ROOM, READ_ONLY, UNREACHABLE, Root, RootLost
 from lamina_kv.tiers.names import ABOUT, object_path
-from lamina_kv.tiers.objects import Object, aligned_memory, is_whole
 from lamina_kv.tiers.once import Once
 
 log = logging.getLogger("lamina_kv.tiers")
@@ -118,7 +117,6 @@ class DirectoryStore:
         self._described = ""  # the directory in which the namespace was described
         self._fan = Fan(f"lamina-find-{config.name}", FIND_THREADS)
         self._touched: OrderedDict[ChunkKey, float] = OrderedDict()
-        self._scratch: Object | None = None
         self._once = Once()
         self._is_lost = False
 
@@ -160,8 +158,7 @@ class DirectoryStore:
         return self._each("read", self._read, pieces, timeout)
 
     def write(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
-        """See the protocol. A chunk that is there already is looked at, and replaced if it is
-        damaged."""
+        """See the protocol."""
         return self._each("written", self._write, pieces, timeout)
 
     def drop(self, slots: Sequence[int]) -> None:
@@ -199,15 +196,14 @@ class DirectoryStore:
 
     def _write(self, root: int, piece: Piece) -> Fate:
         path = self._path(piece.key)
-        sound = self._is_sound(root, path, piece.key)
-        if sound:
+        if not piece.damaged and _is_there(root, path):
             if self._is_due(piece.key):  # somebody has computed it again
                 self._touch(root, piece.key)
         else:
             self._root.prepare_to_write(root)
             if self._described != self._root.id:
                 self._describe(root)
-            self._root.publisher.publish(root, path, piece.buffer, replace=sound is False)
+            self._root.publisher.publish(root, path, piece.buffer, replace=piece.damaged)
         return Fate.DONE
 
     def _describe(self, root: int) -> None:
@@ -215,20 +211,6 @@ class DirectoryStore:
         about, described = f"{self._tenant.namespace}/{ABOUT}", self._root.id
         self._root.publisher.publish_json(root, about, self._tenant.description)
         self._described = described
-
-    def _is_sound(self, root: int, path: str, key: ChunkKey) -> bool | None:
-        """Whether a file holds a chunk, whole; None if there is none."""
-        if self._scratch is None:
-            self._scratch = aligned_memory(self._tenant.object_bytes)
-        try:
-            whole = read_object(root, path, self._scratch, self._root.publisher.flags)
-        except OSError as error:
-            if error.errno in _SOMETHING_ELSE:
-                return False
-            if error.errno in _NOT_THERE:
-                return None
-            raise
-        return whole and is_whole(self._scratch, key, self._tenant.shard)
 
     def _is_due(self, key: ChunkKey) -> bool:
         """Whether a use of a chunk is to be written down."""
@@ -335,3 +317,13 @@ class DirectoryStore:
                 self._config.name,
                 error.strerror,
             )
+
+
+def _is_there(root: int, path: str) -> bool:
+    try:
+        os.stat(path, dir_fd=root, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return False
+    return True

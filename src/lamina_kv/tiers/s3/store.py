@@ -29,7 +29,6 @@ import numpy as np
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant, Traits
 from lamina_kv.tiers.names import ABOUT, object_path
-from lamina_kv.tiers.objects import is_whole
 from lamina_kv.tiers.once import Once
 from lamina_kv.tiers.s3.client import (
     AlreadyExistsError,
@@ -75,9 +74,6 @@ asked for: then it takes no more round trips (pages of :data:`PAGE` against roun
 LISTING_PAUSE = 300.0
 """Seconds without a listing after one that failed or took too long. Each try may take half of a
 question's time from the requests that ask for single names."""
-
-MOST_DAMAGED = 10_000
-"""Objects that were found damaged and are remembered until they are written again."""
 
 _PERMISSIONS = "s3:ListBucket on the bucket, s3:GetObject and s3:PutObject on its objects"
 
@@ -137,7 +133,6 @@ class ObjectStore:
         self._has_conditions = True
         self._names_seen = 0  # of the namespace, when a listing was last read or broken off
         self._listing_failed = -math.inf  # when, on the loop's clock
-        self._damaged: set[ChunkKey] = set()
         self._once = Once()
 
     def introduce(self) -> None:
@@ -181,18 +176,10 @@ class ObjectStore:
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
         """See the protocol."""
-        limit = self._limit(timeout)
-        fates = self._settle("read", self._run(_each(pieces, self._get, limit)))
-        for index, piece in enumerate(pieces):
-            if fates[index] is Fate.DONE and not self._is_whole(piece):
-                fates[index] = Fate.CORRUPT
-            if fates[index] is Fate.CORRUPT and len(self._damaged) < MOST_DAMAGED:
-                self._damaged.add(piece.key)
-        return fates
+        return self._settle("read", self._run(_each(pieces, self._get, self._limit(timeout))))
 
     def write(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
-        """See the protocol. An object that is there already stays as it is, unless this store has
-        found it damaged."""
+        """See the protocol."""
         limit = self._limit(timeout)
         fates = self._settle("write", self._run(_each(pieces, self._put, limit)))
         if not self._introduced and Fate.DONE in fates:
@@ -294,13 +281,12 @@ class ObjectStore:
         # A copy, because the library may go on sending for a moment when a call is out of time.
         content = piece.buffer.copy().data
         try:
-            if piece.key in self._damaged:
+            if piece.damaged:
                 await self._overwrite(self.name(piece.key), content)
             else:
                 await self._create(self.name(piece.key), content)
         except (BaseError, OSError) as error:
             return self._fate("write", error)
-        self._damaged.discard(piece.key)
         return Fate.DONE
 
     async def _create(self, name: str, content: bytes | memoryview) -> None:
@@ -331,9 +317,6 @@ class ObjectStore:
         await obstore.put_async(self._client, name, content, use_multipart=False)
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _is_whole(self, piece: Piece) -> bool:
-        return is_whole(piece.buffer, piece.key, self._tenant.shard)
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()

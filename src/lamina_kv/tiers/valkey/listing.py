@@ -54,8 +54,8 @@ class ValkeyListing:
     """
 
     damage_means = (
-        "Engines take what is damaged for a miss, and the next engine that computes and writes "
-        "such a chunk replaces it."
+        "Engines take what is damaged for a miss, and the one that has found it replaces it when "
+        "it has computed the chunk again."
     )
     clearing = (
         "a server is shared by engines, and it evicts by itself; to give up everything, stop the "

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from glide_shared.commands.batch import BaseBatch
 from glide_shared.exceptions import RequestError
 from glide_sync import (
@@ -32,7 +31,6 @@ from glide_sync import (
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, Tenant, Traits
 from lamina_kv.tiers.names import ABOUT, object_name
-from lamina_kv.tiers.objects import is_whole
 from lamina_kv.tiers.once import Once
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.tiers.valkey.connection import FULL, TOO_LONG, Client, Connection, Failure
@@ -95,7 +93,6 @@ class ValkeyStore:
         self.slots = 0
         self._config = config
         self._names = Names(config.prefix, tenant)
-        self._shard = tenant.shard
         self._about = json.dumps(
             {**tenant.description, "object_bytes": str(tenant.object_bytes)}, sort_keys=True
         )
@@ -246,22 +243,10 @@ class ValkeyStore:
         ]
 
     def _put(self, client: Client, piece: Piece) -> None:
-        """Set a value that is not there, or is damaged. Who writes what is there has just computed
-        it at the same time as another engine, or could not read it: that is rare."""
+        """Set a value that is not there, or is damaged."""
+        absent = None if piece.damaged else ConditionalChange.ONLY_IF_DOES_NOT_EXIST
         name, value = self._names.of(piece.key), piece.buffer.data
-        absent = ConditionalChange.ONLY_IF_DOES_NOT_EXIST
-        if client.set(name, value, conditional_set=absent, expiry=self._expiry) is None and (
-            not self._is_whole(client, name, piece)
-        ):
-            client.set(name, value, expiry=self._expiry)
-
-    def _is_whole(self, client: Client, name: bytes, piece: Piece) -> bool:
-        """Whether what is there is the chunk, whole; by ``mget``, as it is read."""
-        if client.strlen(name) != len(piece.buffer):
-            return False
-        (value,) = client.mget([name])
-        there = np.frombuffer(value or b"", np.uint8)
-        return len(there) == len(piece.buffer) and is_whole(there, piece.key, self._shard)
+        client.set(name, value, conditional_set=absent, expiry=self._expiry)
 
     def _describe(self, client: Client) -> None:
         try:
