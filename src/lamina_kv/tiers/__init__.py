@@ -8,6 +8,7 @@ once.py        What was said of a store already?
 audit.py       What is in a store, for a person, and is all of it whole?
 config.py      What is every far tier configured with?
 slots.py       Which chunk is in which slot (near, and far tiers whose slots control assigns)?
+agreed.py      Which chunks do all ranks have in such a tier when it is opened?
 hints.py       What did others say they have (stores that find chunks by key)?
 touches.py     Which uses is a store still to hear of?
 eviction.py    Which chunk does a full tier give up?

@@ -12,17 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 
 import numpy as np
-import numpy.typing as npt
 
-from lamina_kv.keys import KEY_BYTES
 from lamina_kv.plan import ChunkKey, StoredChunks
+from lamina_kv.tiers.agreed import agree
 from lamina_kv.tiers.contract import Answer, End, NoRoom
 from lamina_kv.tiers.eviction import Runs
 from lamina_kv.tiers.reuse import ALONE, Standing, Use
 from lamina_kv.tiers.touches import Touches
-
-_BATCH = 1 << 16
-"""Chunks that :meth:`SlotIndex.adopt` takes over at a time, which bounds its temporary lists."""
 
 MOST_SPARED = 16
 """Runs that are passed over for one victim because they are to be spared: less than 0.1 ms. Those
@@ -389,27 +385,13 @@ class SlotIndex:
             ranks: what each rank that keeps chunks has; the first with keys.
         """
         assert not self.used, "only an empty index adopts"
-        stored = [_within(each, self._slots) for each in ranks]
-        first = stored[0]
-        assert first.keys is not None, "the first rank sends keys"
-        assert first.used is not None, "and when they were used"
-        agreed, strays = _compare(stored, self._slots)
-        order = np.argsort(first.used, kind="stable").astype(np.int32)
-        order = order[agreed[first.slots[order]]]
-        adopted = first.slots[order]
-        self._runs.adopt(adopted)
+        found = agree(ranks, self._slots)
+        self._runs.adopt(found.slots)
         free = np.ones(self._slots, bool)
-        free[adopted] = False
+        free[found.slots] = False
         self._free = array("i", np.flatnonzero(free)[::-1].astype(np.int32).tobytes())
-        self._void.update(strays.tolist())
-        for begin in range(0, len(order), _BATCH):
-            batch = order[begin : begin + _BATCH]
-            self._adopt_keys(first.keys[batch].tobytes(), first.slots[batch].tolist())
-
-    def _adopt_keys(self, names: bytes, slots: list[int]) -> None:
-        """Make chunks visible, oldest first; ``names`` has their keys end to end."""
-        for index, slot in enumerate(slots):
-            key = ChunkKey(names[index * KEY_BYTES : (index + 1) * KEY_BYTES])
+        self._void.update(found.strays.tolist())
+        for key, slot in found.chunks():
             if self._visible.setdefault(key, slot) == slot:
                 self._keys[slot] = key
             else:
@@ -479,36 +461,3 @@ class SlotIndex:
     def _forget_content(self, slot: int) -> None:
         if self._stored:
             self._void.add(slot)
-
-
-def _within(stored: StoredChunks, slots: int) -> StoredChunks:
-    """The part of what a rank has that lies in the first ``slots`` slots; views, no copies."""
-    end = int(np.searchsorted(stored.slots, slots))
-    return StoredChunks(
-        stored.slots[:end],
-        stored.marks[:end],
-        None if stored.keys is None else stored.keys[:end],
-        None if stored.used is None else stored.used[:end],
-    )
-
-
-def _compare(
-    ranks: Sequence[StoredChunks], slots: int
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
-    """Where ranks agree.
-
-    Returns:
-        For each slot, whether every rank has the same chunk there; and the slots in which some rank
-        has one that others have not.
-    """
-    marks = np.zeros(slots, np.uint32)
-    agreed, some = np.zeros(slots, bool), np.zeros(slots, bool)
-    first, *others = ranks
-    marks[first.slots] = first.marks
-    agreed[first.slots] = some[first.slots] = True
-    for other in others:
-        same = np.zeros(slots, bool)
-        same[other.slots] = marks[other.slots] == other.marks
-        agreed &= same
-        some[other.slots] = True
-    return agreed, np.flatnonzero(some & ~agreed)
