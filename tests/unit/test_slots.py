@@ -171,6 +171,27 @@ def test_a_filling_slot_is_not_evicted() -> None:
     assert index.room(key(2)) is NoRoom.IN_USE
 
 
+@pytest.mark.parametrize("before", [[], [1], [0, 0, 3]])
+@pytest.mark.parametrize("slots", [[], [2], [0, 1, 2, 3], [3, 1, 1], [5, 0, 4]])
+def test_slots_that_are_leased_together_are_leased_as_one_by_one(
+    before: list[int], slots: list[int]
+) -> None:
+    """Slots 0 to 3 have chunks, 4 is being filled, 5 is free."""
+    together, singly = SlotIndex(6), SlotIndex(6)
+    for index in (together, singly):
+        fill(index, *range(4))
+        index.room(key(4))
+        for slot in before:
+            index.lease(slot)
+    together.lease_all(slots)
+    for slot in slots:
+        singly.lease(slot)
+    assert (together._leases, together._pinned) == (singly._leases, singly._pinned)
+    for slot in (*before, *slots):
+        together.release(slot)
+    assert (together.leased, together._pinned) == (0, 0)
+
+
 def test_a_dropped_chunk_keeps_its_slot_from_reuse_while_it_is_leased() -> None:
     index = SlotIndex(1)
     (slot,) = fill(index, 1)
