@@ -161,14 +161,18 @@ def waits(engine: Engine, view: View, *, most: int = 1000) -> float:
 def test_an_engine_that_has_computed_nothing_gives_up_a_store_that_hangs(brought: int) -> None:
     """Nobody knows what computing takes, and the store may hang until ``load.deadline``."""
     engine = Engine(near_slots=300, far_slots=500, stored=dict(enumerate(keys_of(DOCUMENT))))
-    view = View("first", [*DOCUMENT, 1])
+    view, other = View("first", [*DOCUMENT, 1]), View("second", [*DOCUMENT, 2])
     assert engine.planner.lookup(view, 0).ask_again
     moves = inward(engine.step())
+    assert engine.planner.lookup(other, 0).ask_again
+    engine.step()
     for move in moves[:brought]:
         engine.now += 0.6 * LEAST_TIMEOUT
         engine.answer(move.transfer, seconds=0.6 * LEAST_TIMEOUT)
-        assert engine.planner.lookup(view, 0).ask_again, "it brings something"
+        for each in (view, other):
+            assert engine.planner.lookup(each, 0).ask_again, "the tier brings something"
     assert waits(engine, view) == pytest.approx(LEAST_TIMEOUT, abs=0.02)
+    assert not engine.planner.lookup(other, 0).ask_again
     assert engine.planner.lookup(view, 0).tokens == brought * CHUNK
 
 

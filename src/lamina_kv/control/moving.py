@@ -214,9 +214,13 @@ class MovePlanner:
     def _has_stalled(self, arrival: Arrival) -> bool:
         """Whether all tiers that a request waits for are at work, and have brought nothing to
         anybody for so long that there is no hope."""
-        now = self._books.clock.now
-        lanes = [self._lanes[name] for name in {*arrival.sources.values()}]
-        return all(lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes)
+        now, names = self._books.clock.now, {*arrival.sources.values()}
+        if arrival.awaited and (fetch := self._fetches.get(arrival.awaited[0])) is not None:
+            names.add(fetch.transfer.tier)  # ordered for another request
+        lanes = [self._lanes[name] for name in names]
+        return bool(lanes) and all(
+            lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes
+        )
 
     def awaits_probes(self, record: RequestRecord) -> bool:
         """Whether a request is to wait a moment for news of a tier that is out of use. Where the
