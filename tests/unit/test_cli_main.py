@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -56,8 +57,14 @@ def test_config_prints_every_key() -> None:
 @pytest.mark.parametrize(
     ("arguments", "given"),
     [
-        (("inspect", "/store"), {"path": "/store"}),
-        (("verify", "/store"), {"path": "/store"}),
+        (
+            ("inspect", "cold", "--config", "/etc/lamina.yaml"),
+            {"path": "cold", "config": Path("/etc/lamina.yaml"), "kv_transfer_config": None},
+        ),
+        (
+            ("verify", "/store", "--kv-transfer-config", "{}"),
+            {"path": "/store", "config": None, "kv_transfer_config": "{}"},
+        ),
         (("clear", "/store"), {"path": "/store", "yes": False}),
         (("clear", "/store", "--yes"), {"path": "/store", "yes": True}),
     ],

@@ -55,8 +55,8 @@ def examine(
         try:
             document = parse_transfer_config(kv_transfer_config)
         except ConfigError as error:
-            found = str(error).removeprefix(f"{TRANSFER_CONFIG}: ")
-            yield Finding(TRANSFER_CONFIG, Verdict.FAILED, found)
+            found, _, advice = str(error).removeprefix(f"{TRANSFER_CONFIG}: ").rpartition("; ")
+            yield Finding(TRANSFER_CONFIG, Verdict.FAILED, found, advice)
         else:
             yield from transfer_config(document)
             extra = extra_of(document)

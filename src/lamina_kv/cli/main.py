@@ -178,7 +178,7 @@ def inspect(
     """
     from lamina_kv.cli import store
 
-    store.inspect(place, config, kv_transfer_config)
+    store.inspect(place, config=config, kv_transfer_config=kv_transfer_config)
 
 
 @app.command()
@@ -193,7 +193,7 @@ def verify(
     """
     from lamina_kv.cli import store
 
-    store.verify(place, config, kv_transfer_config)
+    store.verify(place, config=config, kv_transfer_config=kv_transfer_config)
 
 
 @app.command()

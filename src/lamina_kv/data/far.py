@@ -162,7 +162,7 @@ class FarTier:
         try:
             call()
         except BaseException as error:  # however a call ends, somebody waits for its receipt
-            if self._once.first(verb, type(error)):
+            if self._once.first(verb, type(error).__name__):
                 log.exception(
                     "tier %s: its store raised in %s, which is a fault of the store. What it was "
                     "asked for has failed, and serving goes on; said once for each kind of error",
