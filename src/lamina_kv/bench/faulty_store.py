@@ -219,10 +219,12 @@ class FaultyStore:
         ]
 
     def probe(self, timeout: float) -> bool:
-        """See :class:`~lamina_kv.tiers.contract.Store`. Fails as a question does."""
+        """See :class:`~lamina_kv.tiers.contract.Store`. Fails as questions and reads do."""
         delay = self._begin("probe", _NO_KEY)
         self._pause(min(delay, timeout))
         if delay > timeout or self._strikes("unanswered", _NO_KEY):
+            return False
+        if self._one_of("unread", self.faults.unread, _NO_KEY) is not None:
             return False
         return self.inner.probe(timeout - delay)
 

@@ -16,8 +16,8 @@ While either is open the tier is probed (:mod:`lamina_kv.control.probes`). Near 
 saves: a load from near says nothing about any tier. Neither near nor a peer of a push is probed.
 
 A store may answer probes and questions and still not deliver. So only a chunk that has moved proves
-that it works. A tier that fails on probation is not believed again: it waits for the pause, which
-doubles, unless a probe has failed first and gone well later.
+that it works. Each time that a tier fails on probation it takes more good probes in a row until it
+is believed again, and the pause doubles.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ log = logging.getLogger("lamina_kv.control")
 
 MAX_PAUSE = 300.0
 """Seconds that the doubled pause does not exceed, unless ``breaker.pause`` itself does."""
+
+DOUBT, MOST_PROBES = 8, 300
+"""After each failure on probation it takes so many times as many good probes in a row, and at most
+so many: about as many seconds."""
 
 _READS = (Kind.MOVE_IN, Kind.ASK)
 _FILLS = (Kind.SAVE, Kind.MOVE_OUT)
@@ -78,7 +82,8 @@ class CircuitBreaker:
         self._pause = config.pause  # of the next time that it opens
         # While it is open:
         self._until = 0.0
-        self._doubtful = False  # it was closed, and no chunk has moved
+        self._needed = 1  # good probes in a row until it is believed
+        self._good = 0  # of these, how many there were
         self._unwell = False  # the last probe has failed
 
     @property
@@ -163,8 +168,8 @@ class CircuitBreaker:
         """
         if self._state is not BreakerState.OPEN:
             return False
-        recovered, self._unwell = self._unwell, not well
-        if not well or (self._doubtful and not recovered):
+        self._unwell, self._good = not well, self._good + 1 if well else 0
+        if self._good < self._needed:
             return False
         self._close()
         return True
@@ -186,7 +191,8 @@ class CircuitBreaker:
         self._state = BreakerState.OPEN
         self._until = self._clock() + self._pause
         self._pause = min(2 * self._pause, max(MAX_PAUSE, self._config.pause))
-        self._doubtful, self._proved, self._unwell = not self._proved, False, False
+        self._needed = 1 if self._proved else min(DOUBT * self._needed, MOST_PROBES)
+        self._proved, self._unwell, self._good = False, False, 0
 
 
 class Breakers:
