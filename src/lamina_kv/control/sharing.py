@@ -101,6 +101,9 @@ class SharedLoads:
         chunk = self._shape.chunk_tokens
         keys = record.known_keys()[self._shape.full[0]][floor // chunk : -(-end // chunk)]
         self._loads[load] = _SharedLoad(keys, end, end - floor, parked)
+        if self._by_key.keys().isdisjoint(keys):  # mostly, and there may be thousands
+            self._by_key.update(dict.fromkeys(keys, load))
+            return
         for key in keys:
             self._by_key.setdefault(key, load)
 
