@@ -71,9 +71,11 @@ def open_store(config: DirectoryConfig, tenant: Tenant) -> DirectoryStore:
     try:
         ready = store.prepare()
     except StoreError as error:
+        store.close()
         raise StoreError(f"{config.key('path')}: {error}") from error
     except OSError as error:
         if error.errno not in (*UNREACHABLE, *NO_ROOM):
+            store.close()
             raise StoreError(f"{config.key('path')}: cannot use {config.path}: {error}") from error
         if error.errno in NO_ROOM:
             problem = f"has no room to begin in ({error.strerror})"
