@@ -11,7 +11,7 @@ from engine.driver import SMALL, Ask, CacheEvent, EngineSpec, Fleet, Start
 from engine.models import SHAPES, Checkpoints
 from engine.server import CALL_SECONDS, Held, Server
 from engine.subscriber import Place, Subscriber
-from engine.workload import BLOCK, CHUNK, Tokens, loadable, mixed_prompts, prompt
+from engine.workload import BLOCK, CHUNK, loadable, mixed_prompts, prompt
 
 pytestmark = pytest.mark.engine
 
@@ -106,13 +106,13 @@ def test_blocks_of_windows_and_states_have_vllms_names(
             assert mine.extra[:1] + mine.extra[2:] == theirs.extra[:1] + theirs.extra[2:]
 
 
-def test_a_reset_of_the_engine_takes_back_what_is_not_found_any_more(
-    llama: Path, start: Start
-) -> None:
+def test_resets_and_sleeps_take_back_what_is_not_found_any_more(llama: Path, start: Start) -> None:
     options = {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}}
     engine = start(EngineSpec(llama, SMALL, options))
 
-    def held(tokens: Tokens) -> int:
+    kept: set[object] = set()
+
+    def held() -> int:
         engine.drain()
         engine.ask(Ask(prompt(79, 9), max_tokens=2))  # a step, with which events go out
         for event in engine.events():
@@ -122,13 +122,17 @@ def test_a_reset_of_the_engine_takes_back_what_is_not_found_any_more(
                 )
         return len(kept) * BLOCK
 
-    kept: set[object] = set()
-    tokens = prompt(80, 3 * CHUNK + 1)
-    engine.ask(Ask(tokens, max_tokens=1))
-    assert held(tokens) == 3 * CHUNK
+    ask = Ask(prompt(80, 3 * CHUNK + 1), max_tokens=1)
+    engine.ask(ask)
+    assert held() == 3 * CHUNK
     engine.forget()
-    assert held(tokens) == 3 * CHUNK, "only vLLM's own cache was cleared"
+    assert held() == 3 * CHUNK, "only vLLM's own cache was cleared"
     engine.forget_all()
-    assert held(tokens) == 0
-    engine.ask(Ask(tokens, max_tokens=1))
-    assert held(tokens) == 3 * CHUNK
+    assert held() == 0
+    engine.ask(ask)
+    assert held() == 3 * CHUNK
+    for level in (1, 2):
+        engine.drain()
+        engine.core("sleep", level, "keep")
+        engine.core("wake_up")
+        assert held() == (3 * CHUNK if level == 1 else 0), "at level 2 the weights are others"
