@@ -74,7 +74,7 @@ compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runner
 		PYTHONPATH=$$newer $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(ON_NEWER)
 
 # Files that are run again in a session in which every vLLM is the newer one.
-ON_NEWER := $(addprefix tests/engine/test_,v2_step.py plugin.py hooks.py push_failures.py reset.py) \
+ON_NEWER := $(addprefix tests/engine/test_,v2_step.py plugin.py hooks.py push_failures.py reset.py events.py) \
 	tests/fault/test_engine_pressure.py
 
 lint: .venv/installed ## ruff, and mypy for the oldest and the newest Python
