@@ -145,6 +145,14 @@ ROWS = (
                 "ops",
             ),
             Panel(
+                "Not found, by why",
+                "Prompts whose hit was not whole, by the first chunk that was missing. `evicted`: "
+                "a larger tier would have had it. `other_salt`: it was seen under another "
+                "`cache_salt` or adapter.",
+                [Query(rate("misses_total", "reason"), "{{reason}}")],
+                "reqps",
+            ),
+            Panel(
                 "Pinned by requests",
                 "Bytes that requests asked to keep. At most a quarter of a tier.",
                 [Query(gauge("tier_pinned_bytes", "tier"), "{{tier}}")],

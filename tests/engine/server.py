@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -147,9 +147,11 @@ class Server:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def complete(self, tokens: tuple[int, ...], max_tokens: int = 8) -> tuple[int, ...]:
+    def complete(
+        self, tokens: tuple[int, ...], max_tokens: int = 8, **headers: str
+    ) -> tuple[int, ...]:
         """The greedy answer to a prompt, as tokens."""
-        answer = self._post("/v1/completions", completion(Ask(tokens, max_tokens)))
+        answer = self._post("/v1/completions", completion(Ask(tokens, max_tokens)), headers)
         return tuple(answer["choices"][0]["token_ids"])
 
     def forget(self) -> None:
@@ -251,11 +253,13 @@ class Server:
             return self._process.poll()
         return None if self._process is None else self._process.exitcode
 
-    def _post(self, path: str, body: object) -> dict:
-        return json.loads(self._open(path, json.dumps(body).encode()))
+    def _post(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> dict:
+        return json.loads(self._open(path, json.dumps(body).encode(), headers))
 
-    def _open(self, path: str, body: bytes | None = None) -> bytes:
-        headers = {"Content-Type": "application/json"}
+    def _open(
+        self, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> bytes:
+        headers = {"Content-Type": "application/json", **(headers or {})}
         request = urllib.request.Request(self.url + path, body, headers)
         with urllib.request.urlopen(request, timeout=CALL_SECONDS) as response:
             return response.read()

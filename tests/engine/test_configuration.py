@@ -18,6 +18,9 @@ pytestmark = pytest.mark.engine
 
 CHUNK_BYTES = CHUNK * 4 * 2 * 2 * 32 * 4
 
+LOADS_WEIGHTS = "Starting to load model"
+"""What vLLM says right before it does."""
+
 
 def refusal(fleet: Fleet, spec: EngineSpec) -> str:
     """The last line that the engine says before it exits."""
@@ -57,6 +60,26 @@ def test_a_key_that_is_wrong(
 ) -> None:
     said = refusal(fleet, EngineSpec(llama, lamina))
     assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("in_a_multi_connector", [False, True])
+def test_a_mistake_is_found_before_the_weights_are_loaded(
+    llama: Path, fleet: Fleet, in_a_multi_connector: bool
+) -> None:
+    """But for what depends on the model."""
+    mistake, too_small = {"host": {"capacity": "4GB"}}, {"host": {"capacity": 1}}
+    logs = []
+    for lamina in (mistake, too_small):
+        spec = EngineSpec(llama, lamina)
+        if in_a_multi_connector:
+            inner = spec.transfer_config()
+            outer = {"kv_connector": "MultiConnector", "kv_connector_module_path": None}
+            extra = {"kv_connector_extra_config": {"connectors": [inner]}}
+            spec = EngineSpec(llama, lamina, transfer=outer | extra)
+        with pytest.raises(EngineStartError, match=r"host\.capacity"):
+            Engine(spec, log := fleet.next_log())
+        logs.append(log.read_text())
+    assert [LOADS_WEIGHTS in text for text in logs] == [False, True]
 
 
 def test_a_key_that_is_given_twice(llama: Path, fleet: Fleet, tmp_path: Path) -> None:
@@ -101,7 +124,7 @@ class TestDisk:
     def test_too_large(self, llama: Path, fleet: Fleet, tmp_path: Path) -> None:
         said = refusal(fleet, EngineSpec(llama, self.lamina(tmp_path / "store", "1000TiB")))
         assert "tiers.disk.capacity: " in said
-        assert "bytes free" in said
+        assert " free, and " in said
 
     def test_another_format_version(
         self, llama: Path, fleet: Fleet, start: Start, tmp_path: Path

@@ -331,3 +331,12 @@ def test_a_draft_model(
     expected = alone.generate(asks)
     assert not differences(pair.push(asks), expected)
     expect_served(pair, len(asks))
+
+
+def test_vllm_counts_what_was_pushed_as_a_peers(pair: Pair) -> None:
+    before = pair.decode.metrics()
+    pair.push([Ask(prompt(760, 193))])
+    pair.settle()
+    after, cached = pair.decode.metrics(), "vllm:prompt_tokens_cached_by_source_total"
+    assert after.since(before, cached, source="p2p") == 192
+    assert after.since(before, cached, source="external_unspecified") == 0

@@ -54,11 +54,14 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
         after = server.metrics()
         host_log = server.log()
         server.stop()
+        whole_log = server.log()
     assert first == second
     asked, again = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
     assert asked["input_length"] == len(TOKENS)
     assert (len(asked["hash_ids"]), asked["chunk_bytes"]) == (5, CHUNK_BYTES)
-    assert again == asked | {"timestamp": again["timestamp"]}
+    changed = ("timestamp", "prefill_seconds")
+    assert again == asked | {name: again[name] for name in changed}
+    assert again["prefill_seconds"] > 0
     assert again["timestamp"] > asked["timestamp"] > 0
 
     assert before.total("vllm:external_prefix_cache_queries_total") == len(TOKENS)
@@ -85,6 +88,16 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
             suffix = {MetricKind.COUNTER: "_total", MetricKind.HISTOGRAM: "_bucket"}
             assert f"lamina_{metric.name}{suffix.get(metric.kind, '')}" in published
 
+    assert re.search(
+        r"INFO .*Lamina \S+ keeps KV cache in \S+ MiB of host memory \(\d+ chunks\), disk, \S+ MiB "
+        r"\(\d+ chunks, 0 from earlier runs\); .* saves and loads",
+        host_log,
+    )
+    assert re.search(
+        rf"INFO .*Lamina ends: {2 * len(TOKENS):,} prompt tokens, {HIT:,} from host; "
+        ".* 5 chunks stay in disk",
+        whole_log,
+    )
     line = re.search(r"INFO .*request \S+: prompt 350 tokens.*", host_log)
     assert line, "a loaded request is told of at INFO"
     assert re.search(
@@ -102,6 +115,7 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
         assert metrics.total("vllm:external_prefix_cache_hits_total") == HIT
         assert metrics.total("lamina_hit_tokens_total", tier="disk") == HIT
         assert f"host 0 disk {HIT}, loaded {HIT}" in server.log()
+        assert "5 from earlier runs" in server.log()
     assert third == first
 
 

@@ -554,7 +554,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_than_the_disk_has_is_refused_before_anything_is_lost(store: Path) -> None:
-    with pytest.raises(StoreError, match=r"tiers\.disk\.capacity: .* bytes free"):
+    with pytest.raises(StoreError, match=r"tiers\.disk\.capacity: .* free, and"):
         open_disk(store, 1 << 40)
     tier = open_disk(store, SLOTS)
     assert all(sound(tier, ALL).values())
@@ -563,7 +563,7 @@ def test_more_than_the_disk_has_is_refused_before_anything_is_lost(store: Path) 
 
 @pytest.mark.usefixtures("no_room")
 def test_a_disk_that_is_full_after_all_is_refused_and_given_back(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"tiers\.disk\.capacity: .* bytes free"):
+    with pytest.raises(StoreError, match=r"tiers\.disk\.capacity: .* free, and"):
         open_disk(tmp_path, SLOTS)
     assert list(tmp_path.rglob("*.slab")) == []
 
@@ -577,7 +577,7 @@ def test_no_call_that_fails_at_the_start_takes_away_what_is_stored(
     """Of the same capacity, or a larger one that the disk does not grant."""
     with monkeypatch.context() as patch:
         patch.setattr(os, call, lambda *arguments: fail(number))
-        with pytest.raises(StoreError, match=r"disk\.(path|capacity): .*(cannot|bytes free)"):
+        with pytest.raises(StoreError, match=r"disk\.(path|capacity): .*(cannot|free, and)"):
             open_disk(store, SLOTS + more)
     tier = open_disk(store, SLOTS)
     assert all(sound(tier, ALL).values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
@@ -37,6 +37,9 @@ from lamina_kv.tiers.contract import Index
 from lamina_kv.tiers.regard import USUAL, Regard
 from lamina_kv.tiers.slots import SlotIndex
 from stores import stored_chunks
+
+if TYPE_CHECKING:
+    from lamina_kv.observe.spans import Spans
 
 BLOCK, CHUNK, CHUNK_BYTES = 16, 32, 1000
 
@@ -119,6 +122,7 @@ class Engine:
         clock: the planner's clock, where that is not ``now``.
         on_end: called with requests that have ended.
         describe: labels of chunks, if somebody listens.
+        spans: is told what is done for requests.
 
     Attributes:
         begun: what was published before anything had happened.
@@ -144,6 +148,7 @@ class Engine:
         clock: Callable[[], float] | None = None,
         on_end: Callable[[ServedRequest], None] | None = None,
         describe: Describe | None = None,
+        spans: Spans | None = None,
     ) -> None:
         settings: dict[str, object] = dict(extra or {})
         if far_slots:
@@ -185,6 +190,7 @@ class Engine:
             card=card,
             on_end=on_end,
             describe=describe,
+            spans=spans,
             clock=clock or (lambda: self.now),
         )
         self.begun = self.meter.drain()

@@ -142,10 +142,10 @@ def test_what_was_opened_before_an_error_is_closed(opened: Opened) -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"save": {"max_inflight": 10}}, r"save\.max_inflight: 10 bytes is less than one chunk"),
+        ({"save": {"max_inflight": 10}}, r"save\.max_inflight: 10 B is less than one chunk"),
         (
             {"tiers": [{"kind": "disk", "path": "/s", "capacity": 4096, "max_inflight": 10}]},
-            r"tiers\.disk\.max_inflight: 10 bytes is less than one chunk",
+            r"tiers\.disk\.max_inflight: 10 B is less than one chunk",
         ),
     ],
 )

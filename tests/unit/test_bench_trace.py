@@ -8,6 +8,7 @@ import random
 import re
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def found(policy: Policy, prompts: Sequence[Sequence[int]]) -> int:
     return blocks_found(policy, schedule(prompts))
 
 
-def lines(*requests: tuple[float, Sequence[int], Sequence[int]]) -> str:
-    """A trace: when each request comes (ms), its blocks, and those of its answer."""
+def lines(*requests: tuple[float, Sequence[int], Sequence[int]], **said: float) -> str:
+    """A trace: when each request comes (ms), its blocks, and those of its answer; and what else is
+    said of every request."""
     return "".join(
         json.dumps(
             {
@@ -56,6 +58,7 @@ def lines(*requests: tuple[float, Sequence[int], Sequence[int]]) -> str:
                 "output_length": 10,
                 "hash_ids": list(ids),
                 "output_hash_ids": list(answer),
+                **said,
             }
         )
         + "\n"
@@ -237,6 +240,38 @@ def test_requests_take_the_time_that_the_engine_needs() -> None:
     assert replayed(again, 100, many).seconds == pytest.approx(0.16 + 1.0), "found, not computed"
 
 
+def test_prefills_take_what_the_server_has_measured() -> None:
+    """A request at a time, as far as that is known; else what is said of the engine."""
+    ids = array("I", range(10))
+    made = (
+        ReplayedRequest(0.0, 160, 10, ids, array("I"), 8.0),
+        ReplayedRequest(100.0, 160, 10, ids, array("I"), 4.0),
+        ReplayedRequest(200.0, 160, 10, ids, array("I"), 0.0),
+    )
+    trace = Trace(made, 30, 10, 16, 0)
+    assert trace.prefill_rate == pytest.approx(320 / 12)
+    pace = Pace(1000.0, 10.0, 1, measured=True)
+    assert pace.of(trace).prefill == trace.prefill_rate
+    assert replace(pace, measured=False).of(trace).prefill == 1000.0
+    saved = Engine(trace, 100, {}, pace.of(trace)).run().saved
+    assert saved == {"host": pytest.approx(4.0 + 160 / trace.prefill_rate)}
+    as_told = Engine(trace, 100, {}, replace(pace, measured=False)).run().saved
+    assert as_told == {"host": pytest.approx(2 * 0.16)}
+
+
+def test_each_tier_saves_what_it_has_found() -> None:
+    prompts = [[100 * n + i for i in range(5)] for n in range(10)] * 2
+    replay = replayed(prompts, near=20, disk=50)
+    for tier, blocks in replay.found.items():
+        assert replay.saved[tier] == pytest.approx(16 * blocks / 1000.0)
+
+
+def test_no_more_can_be_found_than_was_seen_before() -> None:
+    trace = traced((0.0, [1, 2], [3]), (1.0, [1, 2, 3, 4], []), (2.0, [5], []), (3.0, [5], []))
+    assert trace.most_found == 4
+    assert Engine(trace, 100, {}, ONE_BY_ONE).run().blocks == 4
+
+
 def test_requests_that_run_at_once_are_looked_up_before_others_end() -> None:
     """The order in which other policies see them, too."""
     prompts = [[1], [2]]
@@ -288,6 +323,13 @@ def test_the_table_and_the_numbers_agree(file: Path, tmp_path: Path) -> None:
     assert "10 requests, 200 blocks of 16 tokens, 110 different ones" in said
     assert "one request after the other" in said
     assert document["worth"] in said
+    assert document["answer"] in said
+    assert document["trace"]["most_found"] == 90 / 200
+    tokens = 16 * 200 * large["found"][LAMINA]
+    assert large["saved_seconds_by_tier"] == {"host": pytest.approx(tokens / 50_000)}
+    assert "200 blocks of host memory would find 45.0 % of all blocks again" in said
+    assert "No tier can find more than 45.0 %" in said
+    assert "at 50,000 tokens a second" in said
     assert document["worth"].startswith("Each 1,000 blocks more is worth ")
     assert all(name in picture.read_text() for name in (LAMINA, OPTIMUM, "S3-FIFO"))
 
@@ -306,6 +348,22 @@ def test_several_tiers_say_what_each_has_found(file: Path, tmp_path: Path) -> No
     assert second["tiers"] == {"host": 20, "far1": 200, "far2": 5}
     assert sum(second["found_by_tier"].values()) == pytest.approx(second["found"][LAMINA])
     assert "by tier" in said
+    assert "20 blocks of host memory and 200 blocks of far1 and 5 blocks of far2 would find" in said
+    assert set(second["saved_seconds_by_tier"]) == {"host", "far1", "far2"}
+
+
+def test_what_the_server_has_measured_is_used_unless_somebody_knows_better(
+    tmp_path: Path,
+) -> None:
+    path, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    path.write_text(lines((0, DOCUMENT, []), (1000, DOCUMENT, []), prefill_seconds=1.6))
+    said = command(str(path), "--host", "100%", "--json", str(out))
+    assert json.loads(out.read_text())["settings"]["prefill"] == pytest.approx(100.0)
+    assert "save 1.6 s of prefill" in said
+    assert "3.2 s of prefill, as the server has measured it" in said
+    said = command(str(path), "--host", "100%", "--prefill", "160000", "--json", str(out))
+    assert "save 1 ms of prefill" in said
+    assert not json.loads(out.read_text())["trace"]["prefill_measured"]
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_tier_that_finds_chunks_by_key_gets_hints() -> None:
     ],
 )
 def test_a_tier_smaller_than_a_chunk_is_refused(reports: list[RankReport], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}: too small for one chunk of 1000 bytes"):
+    with pytest.raises(ValueError, match=f"{named}: too small for one chunk, which takes 1000 B"):
         opened(*reports)
 
 

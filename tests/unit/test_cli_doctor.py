@@ -7,9 +7,11 @@ import errno
 import json
 import mmap
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +22,18 @@ from typer.testing import CliRunner
 from lamina_kv.bench.ports import free_port
 from lamina_kv.cli import checks, device_checks
 from lamina_kv.cli.checks import Finding, Verdict
-from lamina_kv.cli.doctor import examine, transfer_config
+from lamina_kv.cli.doctor import Asked, diagnose
 from lamina_kv.cli.main import app
+from lamina_kv.cli.transfer_checks import transfer_config
 from lamina_kv.config import CONFIG_VARIABLE, Config, load_config
 from lamina_kv.data import numa
 from lamina_kv.data.movers import driver
 from lamina_kv.engines.vllm.concerns import concerns
+from lamina_kv.tiers.audit import Part
+from lamina_kv.tiers.contract import Fate
 from lamina_kv.tiers.directory.store import DirectoryStore
-from lamina_kv.tiers.disk import file_system
+from lamina_kv.tiers.disk import directory, file_system
+from lamina_kv.tiers.disk.audit import DiskAudit
 from lamina_kv.tiers.disk.config import DiskConfig
 
 RIGHT: dict[str, object] = {
@@ -52,7 +58,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_checks, "device", lambda: iter(()))
 
 
-def subjects(findings: list[Finding], verdict: Verdict) -> dict[str, Finding]:
+def examine(path: Path | None, config: Path | None, transfer: str | None) -> tuple[Finding, ...]:
+    return diagnose(Asked(path, config, transfer)).findings
+
+
+def subjects(findings: Iterable[Finding], verdict: Verdict) -> dict[str, Finding]:
     return {finding.subject: finding for finding in findings if finding.verdict is verdict}
 
 
@@ -181,6 +191,52 @@ def test_a_shared_tier_is_asked(
     assert "no answer in 2 s" in found()["tier directory"].found
 
 
+def test_a_shared_tier_is_written_to_if_somebody_wants_to_know_how_fast_it_is(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "lamina.yaml"
+    config.write_text(json.dumps({"tiers": [{"kind": "directory", "path": str(tmp_path / "s")}]}))
+
+    def found() -> str:
+        findings = diagnose(Asked(config_file=config, speed=True)).findings
+        return next(f.found for f in findings if f.subject == "tier directory")
+
+    assert re.search(r"16 MiB were written at \S+ .iB/s and were read at \S+ .iB/s", found())
+    monkeypatch.setattr(DirectoryStore, "read", lambda *_: [Fate.DOWN])
+    assert "could not be read (down)" in found()
+
+
+@pytest.mark.parametrize("name", ["trace", "timeline"])
+def test_what_lamina_writes_about_itself(quick: None, tmp_path: Path, name: str) -> None:
+    def told(path: Path) -> Finding:
+        extra = {"observe": {name: str(path)}}
+        findings = examine(None, None, json.dumps({**RIGHT, "kv_connector_extra_config": extra}))
+        return next(finding for finding in findings if finding.subject == f"observe.{name}")
+
+    assert told(tmp_path / "t.json").verdict is Verdict.GOOD
+    for wrong in (tmp_path / "gone" / "t.json", tmp_path, Path("/proc/t.json")):
+        finding = told(wrong)
+        assert finding.verdict is Verdict.WARNING
+        assert str(wrong) in finding.found
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_how_much_memory_may_be_locked() -> None:
+    assert checks.locked_memory(-1).found == "unlimited"
+    finding = checks.locked_memory(8 << 20)
+    assert "8 MiB" in finding.found
+    assert "memlock" in finding.advice
+
+
+@pytest.mark.parametrize(("count", "advises"), [(1, False), (2, True)])
+def test_nodes_of_memory(tmp_path: Path, count: int, advises: bool) -> None:
+    for node in range(count):
+        (tmp_path / f"node{node}").mkdir()
+    finding = device_checks.nodes(tmp_path)
+    assert finding.verdict is Verdict.GOOD
+    assert bool(finding.advice) is advises
+
+
 def test_memory_that_is_there_but_taken_is_a_warning() -> None:
     capacity = Config().host.capacity_bytes(ranks=1)
     assert checks.host_memory(Config(), available=capacity).verdict is Verdict.GOOD
@@ -238,7 +294,7 @@ def test_no_direct_io(
     direct: bool | str,
     verdict: Verdict,
 ) -> None:
-    def refuse(directory: Path) -> None:
+    def refuse(directory: Path) -> tuple[float, float]:
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(checks, "_write_and_read_direct", refuse)
@@ -247,9 +303,42 @@ def test_no_direct_io(
     assert "Invalid argument" in found["direct I/O"].found
 
 
-def test_direct_io_leaves_no_file_behind(tmp_path: Path) -> None:
-    [*checks.disk(tmp_path, None)]
+def test_direct_io_says_how_fast_it_is_and_leaves_no_file_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "SAMPLE", 8 << 20)
+    good = subjects([*checks.disk(tmp_path, None)], Verdict.GOOD)
+    assert re.search(r"8 MiB were written at \S+ .iB/s and read at ", good["direct I/O"].found)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_place_where_no_file_can_be_made(quick: None) -> None:
+    """Root may write to it, says the system, and cannot."""
+    assert "/proc" in failed(path=Path("/proc/lamina"))["disk store"].found
+
+
+def test_a_relative_path_is_not_what_the_configuration_wants(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finding = subjects(examine(Path("store"), None, None), Verdict.WARNING)["--path"]
+    assert str(tmp_path / "store") in finding.advice
+
+
+def test_a_store_that_is_there_and_who_uses_it(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.prepare(tmp_path)
+    assert "disk store" not in {finding.subject for finding in checks.disk(tmp_path, None)}
+    part = Part("ab" * 16, {}, 0, 20, 0, 20 << 20)
+    monkeypatch.setattr(DiskAudit, "parts", lambda self: [part])
+    there = subjects([*checks.disk(tmp_path, None)], Verdict.GOOD)["disk store"]
+    assert "holds 20 chunks, 20 MiB" in there.found
+    monkeypatch.setattr(DiskAudit, "parts", lambda self: [replace(part, user="pid 7")])
+    used = subjects([*checks.disk(tmp_path, None)], Verdict.WARNING)["disk store"]
+    assert "in use by pid 7" in used.found
+    (tmp_path / "lamina-store.json").write_text('{"format": "lamina disk store", "version": 99}')
+    assert "99" in subjects([*checks.disk(tmp_path, None)], Verdict.FAILED)["disk store"].found
 
 
 def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
@@ -411,6 +500,147 @@ def test_a_policy_that_fails_requests_whose_push_fails() -> None:
     assert '"kv_load_failure_policy": "recompute"' in str(concern)
     assert not [*concerns(load_config({}, {}), "kv_both", "fail")]
     assert not [*concerns(pushes, *USUAL)]
+
+
+def test_a_prefill_engine_that_listens_nowhere(quick: None, with_nixl: None) -> None:
+    document = {**pushing(token="secret"), "kv_role": "kv_producer"}
+    assert "no decode engine can reach" in told(Verdict.WARNING, document)["push.listen"].found
+    assert "push.listen" in told(Verdict.GOOD, pushing(token="secret"))
+
+
+def test_prefill_engines_that_requests_may_name_are_called(quick: None, with_nixl: None) -> None:
+    away = f"127.0.0.1:{free_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        document = pushing(token="secret", peers=[here, away, "prefill.local"])
+        findings = [
+            f for f in examine(None, None, json.dumps(document)) if f.subject == "push.peers"
+        ]
+    assert [finding.found.split()[0].rstrip(",") for finding in findings] == [
+        here,
+        away,
+        "prefill.local",
+    ]
+    assert [finding.verdict for finding in findings] == [
+        Verdict.GOOD,
+        Verdict.WARNING,
+        Verdict.GOOD,
+    ]
+    assert "cannot be reached" in findings[1].found
+
+
+# -- several connectors --------------------------------------------------------------------------
+
+
+def multi(*inner: object, **outer: object) -> dict[str, object]:
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": list(inner)},
+        **outer,
+    }
+
+
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+
+
+def test_a_multi_connector_is_looked_into(quick: None) -> None:
+    assert not told(Verdict.FAILED, multi(NIXL, RIGHT))
+    wrong = {**RIGHT, "kv_connector_extra_config": {"host": {"capacity": "4GB"}}, "kv_role": "x"}
+    failed = told(Verdict.FAILED, multi(wrong, NIXL))
+    assert set(failed) == {"configuration", "kv_role"}
+    assert "host.capacity" in failed["configuration"].found
+
+
+def test_the_policy_of_a_multi_connector_counts_too(quick: None) -> None:
+    warned = told(Verdict.WARNING, multi(NIXL, RIGHT, kv_load_failure_policy="fail"))
+    assert set(warned) == {"MultiConnector's kv_load_failure_policy"}
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"), [([], "nowhere"), ([NIXL], "nowhere"), ([RIGHT] * 2, "twice")]
+)
+def test_lamina_is_named_once_in_a_multi_connector(
+    quick: None, inner: list[object], words: str
+) -> None:
+    assert words in told(Verdict.FAILED, multi(*inner))["kv_connector"].found
+
+
+# -- what a server will do, and programs ---------------------------------------------------------
+
+
+def words(extra: object, **given: object) -> str:
+    document = {**RIGHT, "kv_connector_extra_config": extra, **given}
+    return " ".join(diagnose(Asked(kv_transfer_config=json.dumps(document))).will)
+
+
+def test_what_a_server_will_do(quick: None, tmp_path: Path) -> None:
+    said = words(
+        {
+            "host": {"capacity": "64MiB"},
+            "tiers": [
+                {"kind": "disk", "path": str(tmp_path), "capacity": "1MiB"},
+                {"kind": "directory", "name": "nfs", "path": str(tmp_path), "keep": "shared"},
+            ],
+            "observe": {"trace": str(tmp_path / "t.jsonl")},
+        }
+    )
+    for part in (
+        "takes 64 MiB of host memory on each rank",
+        f"everything that is saved to tier disk, 1 MiB on each rank in {tmp_path}",
+        "what a second request has used to tier nfs (directory). Other servers",
+        "predicted to be faster than computing it",
+        "computed instead, with the same answer",
+        "CUDA graphs stay",
+        f"observe.trace to {tmp_path}/t.jsonl",
+    ):
+        assert part in said
+    assert "push" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"kv_role": "kv_producer"}, "loads nothing from its tiers"),
+        ({"kv_role": "kv_consumer"}, "saves nothing"),
+        ({"kv_load_failure_policy": "fail"}, "ends with an error"),
+    ],
+)
+def test_what_a_server_will_not_do(quick: None, given: dict[str, object], part: str) -> None:
+    assert part in words({}, **given)
+    assert part not in words({})
+
+
+def test_what_a_server_will_do_with_pushes(quick: None, with_nixl: None) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    assert f"listens at {listen}" in words({"push": {"listen": listen, "token": "SECRET"}})
+    said = words({"push": {"token": "SECRET", "peers": ["10.0.0.1"]}})
+    assert "can only receive" in said
+    assert "only engines with the same token at 10.0.0.1" in said
+    assert "SECRET" not in said
+
+
+def test_nothing_is_foretold_of_a_server_that_will_not_start(quick: None) -> None:
+    assert not words({"hots": {}})
+    assert not words({}, kv_role="x")
+    assert not diagnose(Asked()).will, "nothing was given"
+
+
+def test_programs_get_one_json_object(quick: None) -> None:
+    document = {**RIGHT, "kv_role": "kv_producer"}
+    arguments = ["doctor", "--json", "--kv-transfer-config", json.dumps(document)]
+    result = CliRunner().invoke(app, arguments)
+    said = json.loads(result.output)
+    assert (result.exit_code, said["failed"]) == (0, 0)
+    (role,) = [finding for finding in said["findings"] if finding["check"] == "kv_role"]
+    assert role["verdict"] == "warning"
+    assert role["advice"]
+    assert said["warnings"] == sum(each["verdict"] == "warning" for each in said["findings"])
+    assert any("loads nothing" in sentence for sentence in said["will"])
+    result = CliRunner().invoke(app, ["doctor", "--json", "--kv-transfer-config", "{}"])
+    assert result.exit_code == 1
+    assert json.loads(result.output)["will"] == []
 
 
 # -- devices and host memory ---------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("destroy",), ("inspect",), ("demo", "--fast"), ("config", "surplus")]
+    "arguments", [("destroy",), ("inspect",), ("demo", "--fast"), ("config", "load", "surplus")]
 )
 def test_a_wrong_command_line_exits_with_2_and_says_so(arguments: tuple[str, ...]) -> None:
     result = invoke(*arguments)
@@ -52,6 +52,20 @@ def test_config_prints_every_key() -> None:
     assert result.exit_code == 0
     for key in ("chunk_tokens", "load.load_ahead", "save.max_inflight", "tiers[].path"):
         assert f"`{key}`" in result.output
+
+
+def test_config_explains_one_key_or_those_below_it() -> None:
+    result = invoke("config", "load.when")
+    assert result.exit_code == 0
+    assert result.output.startswith("load.when\n")
+    assert 'by default "auto"' in result.output
+    assert "load.mode" not in result.output.splitlines()
+    below = invoke("config", "tiers[0]").output.splitlines()
+    assert any(line.startswith("tiers[].path") for line in below)
+    assert not any(line.startswith("load") for line in below)
+    unknown = invoke("config", "hots")
+    assert unknown.exit_code == 1
+    assert "there is no key hots" in unknown.output
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,14 @@ def test_verify_finds_nothing_in_a_sound_store(filled: Path) -> None:
     assert "Everything reads back" in output
 
 
+def test_verify_says_that_there_is_nothing_to_read(tmp_path: Path) -> None:
+    open_tier(tmp_path).close()
+    code, output = run("verify", tmp_path)
+    assert code == 0
+    assert "There is nothing in it." in output
+    assert "reads back" not in output
+
+
 def test_verify_names_what_is_damaged(filled: Path) -> None:
     damage(slab_of(filled), BLOCK + TABLE_BYTES + 5 * OBJECT + 5000)
     code, output = run("verify", filled)
@@ -263,8 +271,9 @@ def test_clear_empties_a_store_of_another_version(filled: Path, version: int) ->
 @pytest.mark.parametrize("verb", ["inspect", "verify", "clear"])
 def test_what_is_no_store_is_refused(tmp_path: Path, verb: str) -> None:
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path, tmp_path / "file", tmp_path / "nothing"):
+    for path in (tmp_path, tmp_path / "file"):
         code, output = run(verb, path)
         assert code == 1
         assert "not a Lamina store" in output
+    assert run(verb, tmp_path / "nothing") == (1, f"{tmp_path}/nothing is not there")
     assert (tmp_path / "file").read_text() == "mine"

@@ -170,9 +170,26 @@ def test_a_server_that_goes_away_and_comes_back_is_watched_on(
         top, "frame", lambda seen, _, trouble="": frames.append(([s.at for s in seen], trouble))
     )
     monkeypatch.setattr(top.Live, "update", lambda *_, **__: None)
-    assert top.run("http://server", engine=None, interval=2.0, once=False) == 0
+    assert top.run("http://server", top.Watching()) == 0
     assert frames == [([2.0], ""), ([2.0], "it does not answer"), ([6.0], "")]
     assert "no answer: it is away" in "\n".join(shown(scrape("hits"), trouble="it is away"))
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_frame_is_drawn_after_some_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, once: bool
+) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr(top.time, "sleep", naps.append)
+    picture = tmp_path / "top.svg"
+    with serving(recorded("hits")) as url:
+        result = invoke(url, "--svg", str(picture), "--interval", "5", *["--once"] * once)
+    assert result.exit_code == 0
+    assert naps == ([] if once else [5.0] * SHOWN)
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg")
+    assert "lamina-kv&#160;top" in drawn
+    assert ("▁" in drawn) is not once, "rates need two looks"
 
 
 # -- mistakes ----------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import deployments
 from deployments import Started
 from documented import ROOT, blocks, commands
 from lamina_kv.cli.checks import Verdict
-from lamina_kv.cli.doctor import transfer_config
 from lamina_kv.cli.main import app
 from lamina_kv.cli.push_proxy import Listening
+from lamina_kv.cli.transfer_checks import transfer_config
 from lamina_kv.config import ConfigError, load_config
 from lamina_kv.control.requests import PushParameters
 from lamina_kv.engines.vllm.concerns import concerns

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lamina_kv.cli.main import app, push_proxy
 from lamina_kv.config import ConfigError, load_config, table
-from lamina_kv.observe.timeline import Timeline
+from lamina_kv.data.assembly import open_timeline
 from lamina_kv.plan import NEAR
 from lamina_kv.tiers import KINDS
 
@@ -189,9 +189,11 @@ def test_a_trace_that_cannot_be_written_is_said_and_takes_nobody_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        Timeline(tmp_path).write()
-    assert "observe.timeline" in caplog.text
+        assert open_timeline(tmp_path, 0) is None
+        assert open_timeline(tmp_path / "gone" / "t.json", 0) is None
+    assert caplog.text.count("observe.timeline: nothing is recorded") == 2
     assert os.strerror(21) in caplog.text
+    assert os.strerror(2) in caplog.text
 
 
 # -- what engines and tiers refuse ---------------------------------------------------------------

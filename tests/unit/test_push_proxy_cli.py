@@ -142,7 +142,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     result = invoke(*ENGINES)
     assert result.exit_code == 1
     assert "uvicorn" in result.output
-    assert "pip install 'lamina-kv[push]'" in result.output
+    assert "pip install 'lamina-kv[proxy]'" in result.output
 
 
 def test_help_and_settings_need_nothing_of_what_is_optional() -> None:

@@ -25,7 +25,7 @@ from lamina_kv.observe.traces import (
 from lamina_kv.plan import RankReport
 
 KEYS = keys_of(prompt(5 * CHUNK))
-REQUEST = ServedRequest(12.5, 3 * CHUNK + 1, 5 * CHUNK + 2, KEYS)
+REQUEST = ServedRequest(12.5, 3 * CHUNK + 1, 5 * CHUNK + 2, KEYS, 0.25)
 
 
 def recorded(path: Path, *requests: ServedRequest, most: int = 1 << 20) -> list[dict[str, Any]]:
@@ -45,6 +45,7 @@ def test_a_line_has_lengths_and_numbers(tmp_path: Path) -> None:
         "output_length": 2 * CHUNK + 1,
         "chunk_tokens": CHUNK,
         "chunk_bytes": CHUNK_BYTES,
+        "prefill_seconds": 0.25,
     }
     assert (len(ids), len(answer)) == (3, 2)
     assert len({*ids, *answer}) == 5

@@ -200,6 +200,7 @@ def test_a_wrong_wish_is_told_of_once_and_the_engine_goes_on(
     side._adapters = SimpleNamespace(identity=lambda *_: "", look_anew=lambda: None)
     side._counted, side._recompute, side._link = False, 1, None
     side._disregards = Complaints(logging.getLogger())
+    side._spans = None
     for wrong in [{"priority": 9}] * 3 + [{"priority": 10 + n} for n in range(2 * MAX_WARNINGS)]:
         side.arrived(request(wrong))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

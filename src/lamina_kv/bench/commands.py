@@ -339,7 +339,13 @@ def trace(
             "--one-after-another", help="No two requests at once, however close they come."
         ),
     ] = False,
-    prefill: Annotated[float, typer.Option(help="Tokens of prompts computed a second.")] = 50_000,
+    prefill: Annotated[
+        float | None,
+        typer.Option(
+            help="Tokens of prompts computed a second; by default what the server that recorded "
+            "the trace has measured, or 50,000 where it does not say."
+        ),
+    ] = None,
     decode: Annotated[
         float, typer.Option(help="Tokens of an answer that each request computes a second.")
     ] = 50,
@@ -404,10 +410,11 @@ def trace(
     """
     from lamina_kv.bench import sharing
     from lamina_kv.bench.fleet import Keep, Routing
-    from lamina_kv.bench.replay import Pace
+    from lamina_kv.bench.replay import PRESUMED, Pace
     from lamina_kv.bench.trace import TraceSettings, draw, measure, parse_size
 
-    pace = Pace(prefill, decode, 1 if one_after_another else running)
+    at_once = 1 if one_after_another else running
+    pace = Pace(PRESUMED if prefill is None else prefill, decode, at_once, prefill is None)
     size = made(lambda: 0 if block_size is None else parse_size("--block-size", block_size))
     hosts = tuple(host.split(","))
     settings = made(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lamina_kv.bench.report import Report, duration
 from lamina_kv.bench.samples import Samples
+from lamina_kv.quantities import time_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,21 +119,26 @@ def draw_turns(curves: Sequence[Curve], path: Path) -> None:
 
 
 def draw_hit_rates(
-    rates: Mapping[str, Sequence[float]], sizes: Sequence[float], unit: str, path: Path
+    rates: Mapping[str, Sequence[float]],
+    sizes: Sequence[float],
+    unit: str,
+    saved: Mapping[str, Sequence[float]],
+    path: Path,
 ) -> None:
-    """Hit rate against capacity, on a logarithmic axis.
+    """Hit rate against capacity, on a logarithmic axis, and the prefill that each tier saves.
 
     Args:
         rates: of each policy at each capacity; the first one is drawn in front, the last one, which
             nothing can exceed, as a dashed line.
         sizes: the capacities.
         unit: what they are counted in.
+        saved: seconds of prefill that each tier saves at each capacity.
         path: where to.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 0.75, 3.8), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(_WIDTH_INCHES * 1.3, 3.8), layout="constrained")
+    axis, beside = figure.subplots(1, 2)
     first, *_, last = rates
     for (name, values), colour in zip(rates.items(), cycle(_POLICIES)):
         axis.plot(
@@ -146,14 +152,36 @@ def draw_hit_rates(
             zorder=3 if name == first else 2,
         )
     axis.set_xscale("log")
-    axis.set_xticks(sizes, [f"{size:,.3g}" if size < 1000 else f"{size:,.0f}" for size in sizes])
+    ticks = [f"{size:,.3g}" if size < 1000 else f"{size:,.0f}" for size in sizes]
+    axis.set_xticks(sizes, ticks)
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     axis.set_xlabel(f"capacity, {unit}", fontsize=9, color=_INK)
     axis.set_title("Blocks found again", loc="left", fontsize=10.5, fontweight="bold", color=_INK)
     _plain(axis)
+    _draw_saved_prefill(beside, saved, ticks, unit)
     figure.savefig(path, dpi=_DPI)
+
+
+def _draw_saved_prefill(
+    axis: Axes, saved: Mapping[str, Sequence[float]], ticks: Sequence[str], unit: str
+) -> None:
+    """Stacked bars, one for each capacity."""
+    below = [0.0] * len(ticks)
+    for (tier, seconds), colour in zip(saved.items(), cycle(_POLICIES)):
+        axis.bar(range(len(ticks)), seconds, 0.6, bottom=below, color=colour, label=tier)
+        below = [sum(pair) for pair in zip(below, seconds, strict=True)]
+    for place, total in enumerate(below):
+        axis.annotate(
+            time_of(total), (place, total), ha="center", va="bottom", fontsize=9, color=_INK
+        )
+    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_ylim(0, 1.15 * max(*below, 1e-9))
+    axis.yaxis.set_major_formatter(lambda value, _: time_of(value) if value else "0")
+    axis.set_xlabel(f"capacity, {unit}", fontsize=9, color=_INK)
+    axis.set_title("Prefill saved", loc="left", fontsize=10.5, fontweight="bold", color=_INK)
+    _plain(axis)
 
 
 Bars = Mapping[str, Mapping[str, tuple[float, float]]]

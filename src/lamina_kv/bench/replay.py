@@ -12,7 +12,7 @@ import heapq
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -44,6 +44,9 @@ STEP_TOKENS = 8192
 """Tokens of a prompt that one step computes: what vLLM's own default is on a large GPU. Saves of a
 step are over before the next one's are ordered."""
 
+PRESUMED = 50_000.0
+"""Tokens of prompts that an engine computes a second, if nobody has measured it."""
+
 _CHUNK = 2
 """Tokens that stand for one block. One token behind the prompt is computed whatever is found, and
 must not make a chunk whole."""
@@ -63,11 +66,25 @@ class Pace:
         prefill: tokens a second, of one prompt after the other.
         decode: tokens a second, of each request.
         running: requests that have blocks at once. With 1 they go one after the other.
+        measured: whether ``prefill`` gives way to what the trace says of each prompt, if it does.
     """
 
     prefill: float
     decode: float
     running: int
+    measured: bool = False
+
+    def of(self, trace: Trace) -> Pace:
+        """The same for the server that recorded a trace."""
+        rate = trace.prefill_rate
+        return replace(self, prefill=rate) if self.measured and rate else self
+
+    def seconds(self, request: ReplayedRequest, tokens: int) -> float:
+        """What computing some tokens of a prompt takes."""
+        tokens = min(tokens, request.input_tokens)  # the last block of some traces is not whole
+        if self.measured and request.prefill_seconds and request.input_tokens:
+            return request.prefill_seconds * tokens / request.input_tokens
+        return tokens / self.prefill
 
 
 @dataclass(slots=True)
@@ -76,11 +93,13 @@ class Replay:
 
     Attributes:
         found: blocks that were found, by the tier that had them.
+        saved: seconds of prefill that were saved, by the tier that had the blocks.
         schedule: what happened, in order.
         seconds: virtual seconds that it took.
     """
 
     found: dict[TierName, int] = field(default_factory=dict)
+    saved: dict[TierName, float] = field(default_factory=dict)
     schedule: list[Event] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -181,7 +200,8 @@ class Engine:
         self._waiting: deque[int] = deque()
         self._prefilling = False
         self._running = 0
-        self._replay = Replay(dict.fromkeys(map(TierName, (NEAR, *far)), 0))
+        tiers = [TierName(name) for name in (NEAR, *far)]
+        self._replay = Replay(dict.fromkeys(tiers, 0), dict.fromkeys(tiers, 0.0))
         self._meter = Meter()
         self._planner = _planner(near, far, self._meter, lambda: self._now)
 
@@ -213,13 +233,15 @@ class Engine:
         offer = self._look_up(view)
         for tier, tokens in offer.taken.items():
             self._replay.found[tier] += tokens // _CHUNK
+            saved = self._pace.seconds(request, tokens // _CHUNK * self._trace.block_tokens)
+            self._replay.saved[tier] += saved
         self._planner.admitted(view.request_id, offer.tokens)
         self._plan()
         self._running += 1
         self._prefilling = True
         view.computed = offer.tokens
         left = request.input_tokens - offer.tokens // _CHUNK * self._trace.block_tokens
-        self._at(self._now + max(0, left) / self._pace.prefill, self._prefilled, number)
+        self._at(self._now + self._pace.seconds(request, max(0, left)), self._prefilled, number)
 
     def _look_up(self, view: View) -> Offer:
         for _ in range(_MOST_STEPS):

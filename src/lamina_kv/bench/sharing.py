@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from statistics import fmean
@@ -283,6 +283,7 @@ def measure(settings: SharingSettings, progress: Progress) -> SharingReport:
     progress.say(f"reading {settings.path}")
     try:
         trace = read_trace(settings.path, settings.block_bytes)
+        settings = replace(settings, pace=settings.pace.of(trace))
         shapes = list(dict.fromkeys(_shapes(settings, trace)))
     except (OSError, ValueError) as error:
         raise BenchError(f"{settings.path}: {error}") from error

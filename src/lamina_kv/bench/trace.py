@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from lamina_kv.bench.policies import OPTIMUM, blocks_found, others
 from lamina_kv.bench.progress import Progress
 from lamina_kv.bench.replay import Engine, Pace
 from lamina_kv.bench.trace_file import Trace, read_trace
+from lamina_kv.quantities import time_of
 from lamina_kv.values import GIB, SIZE, WrongValueError
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%")
 LAMINA = "Lamina"
+_PLACES = {"host": "host memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +131,14 @@ class Point:
         tiers: blocks of each tier, by name; host memory first.
         rates: share of the blocks of all prompts that were found again, by policy.
         parts: of Lamina's share, that of each tier.
+        saved: seconds of prefill that were saved, by the tier that had the blocks.
         seconds: virtual seconds that the trace took.
     """
 
     tiers: Mapping[str, int]
     rates: Mapping[str, float]
     parts: Mapping[str, float]
+    saved: Mapping[str, float]
     seconds: float
 
     @property
@@ -148,7 +152,7 @@ class TraceReport:
     """What the replays found.
 
     Attributes:
-        settings: what was asked.
+        settings: what was asked; its pace is the one that was replayed.
         trace: the trace.
         points: one for each capacity, the smallest first.
     """
@@ -168,6 +172,9 @@ class TraceReport:
                 "different": trace.different,
                 "block_tokens": trace.block_tokens,
                 "block_bytes": trace.block_bytes,
+                "most_found": self._most,
+                "prefill_seconds": self._prefill,
+                "prefill_measured": self._is_measured,
             },
             "settings": {
                 "prefill": pace.prefill,
@@ -180,10 +187,12 @@ class TraceReport:
                     "blocks": point.blocks,
                     "found": dict(point.rates),
                     "found_by_tier": dict(point.parts),
+                    "saved_seconds_by_tier": dict(point.saved),
                     "seconds": point.seconds,
                 }
                 for point in self.points
             ],
+            "answer": self.answer(),
             "worth": self.worth(),
         }
         return json.dumps(document, indent=2) + "\n"
@@ -220,7 +229,72 @@ class TraceReport:
             f"Other policies have one tier as large as all of Lamina's together. {OPTIMUM} knows "
             f"the future: nothing can be better.",
         )
-        return Group(table, Text(self.worth()), *(Text(note, style="dim") for note in notes))
+        speed = (
+            "as the server has measured it."
+            if self._is_measured
+            else f"at {pace.prefill:,g} tokens a second: --prefill says another speed."
+        )
+        prefill = f"All of it is {time_of(self._prefill)} of prefill, {speed}"
+        said = [Text(self.answer()), Text(self.worth())]
+        said += (Text(note, style="dim") for note in (*notes, prefill))
+        return Group(table, self._by_tier(), *said)
+
+    def _by_tier(self) -> Table:
+        """What each tier finds, and what that saves."""
+        table = Table(title="Worth of each tier", title_justify="left", title_style="bold")
+        table.add_column("capacity", no_wrap=True)
+        table.add_column("tier", no_wrap=True)
+        for heading in ("found, %", "prefill saved", "of all, %"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for point in self.points:
+            for name, blocks in point.tiers.items():
+                saved = point.saved[name]
+                table.add_row(
+                    self._size(blocks),
+                    name,
+                    f"{100 * point.parts[name]:.2f}",
+                    time_of(saved),
+                    f"{100 * saved / self._prefill:.1f}" if self._prefill else "",
+                )
+        return table
+
+    @property
+    def _most(self) -> float:
+        """Share of all blocks that a tier without bounds would find."""
+        return self.trace.most_found / self.trace.blocks
+
+    @property
+    def _prefill(self) -> float:
+        """Seconds of prefill without any tier."""
+        pace = self.settings.pace
+        return sum(pace.seconds(request, request.input_tokens) for request in self.trace.requests)
+
+    @property
+    def _is_measured(self) -> bool:
+        """Whether the server that recorded the trace has measured its prefills, and that counts."""
+        return self.settings.pace.measured and self.trace.prefill_rate > 0
+
+    def answer(self) -> str:
+        """What each capacity finds, where, and what that is worth, a sentence each."""
+        said = []
+        for point in self.points:
+            sizes = " and ".join(
+                f"{self._size(blocks)} of {_PLACES.get(name, name)}"
+                for name, blocks in point.tiers.items()
+            )
+            found = f"{100 * point.rates[LAMINA]:.1f} %"
+            if len(point.tiers) > 1:
+                each = (f"{name} {100 * part:.1f}" for name, part in point.parts.items())
+                found += f" ({', '.join(each)})"
+            said.append(
+                f"{sizes} would find {found} of all blocks again and save "
+                f"{time_of(sum(point.saved.values()))} of prefill."
+            )
+        return (
+            " ".join(said)
+            + f" All prompts together take {time_of(self._prefill)} of prefill. "
+            + f"No tier can find more than {100 * self._most:.1f} % of their blocks."
+        )
 
     def _share(self, blocks: int) -> str:
         return f"{100 * blocks / self.trace.different:.3g} %"
@@ -273,6 +347,7 @@ def measure(settings: TraceSettings, progress: Progress) -> TraceReport:
         tiers = [_tiers(sizes, trace) for sizes in settings.capacities]
     except (OSError, ValueError) as error:
         raise BenchError(f"{settings.path}: {error}") from error
+    settings = replace(settings, pace=settings.pace.of(trace))
     points = [
         _point(trace, each, settings.pace, progress, f"{number} of {len(tiers)}")
         for number, each in enumerate(tiers, 1)
@@ -302,14 +377,17 @@ def _point(
     for name, make in others(capacity, replay.schedule).items():
         rates[name] = blocks_found(make(), replay.schedule) / trace.blocks
     parts = {str(tier): blocks / trace.blocks for tier, blocks in replay.found.items()}
-    return Point(tiers, rates, parts, replay.seconds)
+    saved = {str(tier): seconds for tier, seconds in replay.saved.items()}
+    return Point(tiers, rates, parts, saved, replay.seconds)
 
 
 def draw(report: TraceReport, path: Path) -> None:
-    """Draw the hit rate of every policy against capacity. Needs matplotlib."""
+    """Draw the hit rate of every policy against capacity, and beside it the prefill that each tier
+    saves. Needs matplotlib."""
     from lamina_kv.bench.plots import draw_hit_rates
 
     block_bytes, points = report.trace.block_bytes, report.points
     sizes = [point.blocks * block_bytes / GIB if block_bytes else point.blocks for point in points]
     rates = {name: [point.rates[name] for point in points] for name in points[0].rates}
-    draw_hit_rates(rates, sizes, "GiB" if block_bytes else "blocks", path)
+    saved = {name: [point.saved[name] for point in points] for name in points[0].tiers}
+    draw_hit_rates(rates, sizes, "GiB" if block_bytes else "blocks", saved, path)

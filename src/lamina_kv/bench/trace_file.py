@@ -21,6 +21,8 @@ class ReplayedRequest:
         blocks: the blocks of its prompt, in prefix order, numbered over the whole trace. A number
             stands for the block and all blocks before it, so it has one place in every prompt.
         answer: likewise the blocks that its answer has completed, if the trace has them.
+        prefill_seconds: what computing its prompt was predicted to take; 0 if the trace does not
+            say.
     """
 
     seconds: float
@@ -28,6 +30,7 @@ class ReplayedRequest:
     output_tokens: int
     blocks: array[int]
     answer: array[int]
+    prefill_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,25 @@ class Trace:
     different: int
     block_tokens: int
     block_bytes: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of prompts computed a second, as the server has measured it; 0 if it has not."""
+        measured = [request for request in self.requests if request.prefill_seconds]
+        seconds = sum(request.prefill_seconds for request in measured)
+        return sum(request.input_tokens for request in measured) / seconds if seconds else 0.0
+
+    @property
+    def most_found(self) -> int:
+        """Blocks of prompts that were in a prompt, or an answer, before: what a tier without
+        bounds finds, if one request has ended before the next comes."""
+        seen: set[int] = set()
+        found = 0
+        for request in self.requests:
+            found += sum(block in seen for block in request.blocks)
+            seen.update(request.blocks)
+            seen.update(request.answer)
+        return found
 
 
 def read_trace(path: Path, block_bytes: int = 0) -> Trace:
@@ -80,6 +102,7 @@ def read_trace(path: Path, block_bytes: int = 0) -> Trace:
                 request.output_length,
                 chain[:prompt],
                 chain[prompt:],
+                request.prefill_seconds,
             )
         )
     return Trace(

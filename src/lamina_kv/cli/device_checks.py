@@ -139,6 +139,25 @@ def numa_node(ordinal: int, node: int, reachable: bool) -> Finding:
     )
 
 
+def nodes(directory: Path | None = None) -> Finding:
+    """Whether memory is nearer to some cores than to others.
+
+    Args:
+        directory: where the kernel shows its nodes.
+    """
+    from lamina_kv.data import numa
+
+    count = len([*(directory or numa.NODES).glob("node[0-9]*")])
+    if count < 2:
+        return Finding("NUMA", Verdict.GOOD, "one node")
+    return Finding(
+        "NUMA",
+        Verdict.GOOD,
+        f"{count} nodes",
+        "without a GPU, keep each rank on one of them (VLLM_CPU_OMP_THREADS_BIND)",
+    )
+
+
 def huge_pages(settings: Path = HUGE_PAGES) -> Finding:
     """Whether host memory can be on huge pages, which are pinned and walked faster.
 

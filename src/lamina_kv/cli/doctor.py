@@ -1,135 +1,170 @@
-"""``lamina-kv doctor``: what will not work here, and what to do about it."""
+"""``lamina-kv doctor``: what will not work here, what to do about it, and what a server will do."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lamina_kv.cli import checks, device_checks
+from lamina_kv.cli import checks, device_checks, shared_tiers, transfer_checks
 from lamina_kv.cli.checks import Finding, Verdict
-from lamina_kv.cli.configured import TRANSFER_CONFIG, extra_of, parse_transfer_config
-from lamina_kv.cli.shared_tiers import shared_tier
+from lamina_kv.cli.plain_words import plain_words
+from lamina_kv.cli.transfer_checks import Given
 from lamina_kv.config import CONFIG_VARIABLE, Config, ConfigError, load_config
-from lamina_kv.engines.vllm.concerns import BOTH, CONSUMER, PRODUCER, RECOMPUTE, of_role
+from lamina_kv.engines.vllm.concerns import PRODUCER
 from lamina_kv.tiers.config import SharedConfig
 from lamina_kv.tiers.disk.config import DiskConfig
 
-_CONNECTOR = "LaminaConnector"
-_MODULE = "lamina_kv.engines.vllm"
-_ROLES = (BOTH, PRODUCER, CONSUMER)
 _STYLES = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "bold red"}
 
 
-def run(path: Path | None, config_file: Path | None, kv_transfer_config: str | None) -> int:
-    """Check, print, and answer the exit code: 1 if something will not work.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be looked at.
 
-    Args:
+    Attributes:
         path: a directory that is to hold a disk store; by default the configured ones.
         config_file: a configuration file; by default the one that ``LAMINA_CONFIG`` names.
         kv_transfer_config: what vLLM is given, as JSON.
+        speed: whether shared stores are written to, to see how fast they are.
+    """
+
+    path: Path | None = None
+    config_file: Path | None = None
+    kv_transfer_config: str | None = None
+    speed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        findings: every check, in the order in which the answers matter.
+        will: what a server will do with the configuration, in sentences; none if it will not start,
+            or if none was given.
+    """
+
+    findings: tuple[Finding, ...]
+    will: tuple[str, ...]
+
+    def count(self, verdict: Verdict) -> int:
+        """How many checks ended like that."""
+        return sum(finding.verdict is verdict for finding in self.findings)
+
+    def as_json(self) -> str:
+        """All of it, for a program."""
+        document = {
+            "failed": self.count(Verdict.FAILED),
+            "warnings": self.count(Verdict.WARNING),
+            "findings": [
+                {
+                    "check": finding.subject,
+                    "verdict": finding.verdict.value,
+                    "found": finding.found,
+                    "advice": finding.advice,
+                }
+                for finding in self.findings
+            ],
+            "will": list(self.will),
+        }
+        return json.dumps(document, indent=2)
+
+
+def run(asked: Asked, *, as_json: bool = False) -> int:
+    """Check, print, and answer the exit code: 1 if something will not work.
+
+    Args:
+        asked: what is to be looked at.
+        as_json: print one JSON object, for programs.
     """
     console = Console()
-    with console.status("looking at this machine ..."):
-        findings = [*examine(path, config_file, kv_transfer_config)]
-    _show(console, findings)
-    failed = sum(finding.verdict is Verdict.FAILED for finding in findings)
-    warnings = sum(finding.verdict is Verdict.WARNING for finding in findings)
-    console.print(f"{failed} failed, {warnings} to look at")
-    return 1 if failed else 0
-
-
-def examine(
-    path: Path | None, config_file: Path | None, kv_transfer_config: str | None
-) -> Iterator[Finding]:
-    """Every check, in the order in which the answers matter. Arguments as for :func:`run`."""
-    yield from checks.software()
-    yield from device_checks.device()
-    extra: Mapping[str, object] = {}
-    if kv_transfer_config is not None:
-        try:
-            document = parse_transfer_config(kv_transfer_config)
-        except ConfigError as error:
-            found, _, advice = str(error).removeprefix(f"{TRANSFER_CONFIG}: ").rpartition("; ")
-            yield Finding(TRANSFER_CONFIG, Verdict.FAILED, found, advice)
-        else:
-            yield from transfer_config(document)
-            extra = extra_of(document)
-    environ = dict(os.environ)
-    if config_file is not None:
-        environ[CONFIG_VARIABLE] = str(config_file)
-    try:
-        config = load_config(extra, environ)
-    except ConfigError as error:
-        for problem_line in error.problems:
-            yield Finding("configuration", Verdict.FAILED, problem_line, "see lamina-kv config")
-        config = Config()
+    if as_json:
+        diagnosis = diagnose(asked)
+        console.out(diagnosis.as_json(), highlight=False)
     else:
-        source = environ.get(CONFIG_VARIABLE) or ("as given" if extra else "the defaults")
-        yield Finding("configuration", Verdict.GOOD, source)
+        with console.status("looking at this machine ..."):
+            diagnosis = diagnose(asked)
+        _show(console, diagnosis.findings)
+        if diagnosis.will:
+            console.print("\nWhat a server will do with this configuration:", style="bold")
+            for sentence in diagnosis.will:
+                console.out(f"- {sentence}", highlight=False)
+            console.print()
+        failed, warnings = (diagnosis.count(v) for v in (Verdict.FAILED, Verdict.WARNING))
+        console.print(f"{failed} failed, {warnings} warning{'' if warnings == 1 else 's'}")
+    return 1 if diagnosis.count(Verdict.FAILED) else 0
+
+
+def diagnose(asked: Asked) -> Diagnosis:
+    """Look at everything."""
+    text = asked.kv_transfer_config
+    given = Given() if text is None else transfer_checks.read(text)
+    environ = dict(os.environ)
+    if asked.config_file is not None:
+        environ[CONFIG_VARIABLE] = str(asked.config_file)
+    config, wrong = Config(), False
+    try:
+        config = load_config(given.extra, environ)
+    except ConfigError as error:
+        wrong = True
+        about = [
+            Finding("configuration", Verdict.FAILED, line, f"see lamina-kv config{_section(line)}")
+            for line in error.problems
+        ]
+    else:
+        source = environ.get(CONFIG_VARIABLE) or ("as given" if given.extra else "the defaults")
+        about = [Finding("configuration", Verdict.GOOD, source)]
+    findings = [*checks.software(), *device_checks.device(), *given.findings, *about]
+    findings += _machine(asked, config, given)
+    wrong |= any(finding.verdict is Verdict.FAILED for finding in given.findings)
+    will: tuple[str, ...] = ()
+    if not wrong and (text is not None or environ.get(CONFIG_VARIABLE)):
+        will = tuple(plain_words(config, given.role, given.policy, given.beside))
+    return Diagnosis(tuple(findings), will)
+
+
+def _section(problem: str) -> str:
+    """The section that a problem is in, behind a space; empty if it is in none."""
+    name = re.split(r"[.\[:]", problem, maxsplit=1)[0]
+    return f" {name}" if name in Config.model_fields else ""
+
+
+def _machine(asked: Asked, config: Config, given: Given) -> Iterator[Finding]:
+    """Whether what a configuration wants can be had here."""
     yield checks.host_memory(config)
     yield device_checks.huge_pages()
+    yield device_checks.nodes()
     yield from checks.limits()
     disks = [tier for tier in config.tiers if isinstance(tier, DiskConfig)]
-    if path is not None:
-        yield from checks.disk(path.absolute(), disks[0] if disks else None)
+    if asked.path is not None:
+        if not asked.path.is_absolute():
+            yield Finding(
+                "--path",
+                Verdict.WARNING,
+                f"{asked.path} is relative",
+                f"the configuration wants an absolute path: {asked.path.absolute()}",
+            )
+        yield from checks.disk(asked.path.absolute(), disks[0] if disks else None)
     else:
         for disk in disks:
             yield from checks.disk(disk.path, disk)
     for tier in config.tiers:
         if isinstance(tier, SharedConfig):
-            yield shared_tier(tier)
+            yield shared_tiers.shared_tier(tier, speed=asked.speed)
     if config.push is not None:
-        yield from checks.push(config.push)
+        yield from checks.push(config.push, prefills_only=given.role == PRODUCER)
+    yield from checks.observed(config.observe)
 
 
-def transfer_config(document: Mapping[str, object]) -> Iterator[Finding]:
-    """The keys of vLLM's ``--kv-transfer-config`` that Lamina depends on."""
-    connector, module = document.get("kv_connector"), document.get("kv_connector_module_path")
-    if connector != _CONNECTOR:
-        yield _wrong("kv_connector", connector, f'"{_CONNECTOR}"')
-    elif module not in (None, _MODULE):
-        yield _wrong("kv_connector_module_path", module, f'"{_MODULE}", or left out')
-    else:
-        yield Finding("kv_connector", Verdict.GOOD, _CONNECTOR)
-    role = document.get("kv_role")
-    if role not in _ROLES:
-        yield _wrong("kv_role", role, "one of " + ", ".join(f'"{known}"' for known in _ROLES))
-    elif (known := of_role(str(role))) is not None:
-        yield Finding("kv_role", Verdict.WARNING, known.found, known.advice)
-    else:
-        yield Finding("kv_role", Verdict.GOOD, f"{role}")
-    yield _failure_policy(document.get("kv_load_failure_policy"))
-    given = document.get("kv_connector_extra_config", {})
-    if not isinstance(given, dict):
-        yield _wrong("kv_connector_extra_config", given, "an object with Lamina's keys")
-
-
-def _failure_policy(policy: object) -> Finding:
-    subject, right = "kv_load_failure_policy", f'"{RECOMPUTE}"'
-    if policy == RECOMPUTE:
-        return Finding(subject, Verdict.GOOD, RECOMPUTE)
-    if policy in (None, "fail"):
-        return Finding(
-            subject,
-            Verdict.WARNING,
-            "fail" if policy else "not set: vLLM takes it for fail",
-            f"set it to {right}, or every load or push that fails takes its request down",
-        )
-    return _wrong(subject, policy, right)
-
-
-def _wrong(key: str, value: object, right: str) -> Finding:
-    found = "not set" if value is None else json.dumps(value)
-    return Finding(key, Verdict.FAILED, found, f"must be {right}")
-
-
-def _show(console: Console, findings: list[Finding]) -> None:
+def _show(console: Console, findings: tuple[Finding, ...]) -> None:
     if not console.is_terminal:
         for finding in findings:
             advice = f" -> {finding.advice}" if finding.advice else ""

@@ -125,22 +125,39 @@ def doctor(
     ] = None,
     config: ConfigFile = None,
     kv_transfer_config: TransferConfig = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Write 16 MiB to each shared store and read them back. They stay there until "
+            "the store evicts them.",
+        ),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, for programs.")
+    ] = False,
 ) -> None:
-    """Check this machine and a configuration, and say what to do.
+    """Check this machine and a configuration, say what to do, and what a server will do with it.
 
     Exits with 1 if something will not work.
     """
-    from lamina_kv.cli.doctor import run
+    from lamina_kv.cli.doctor import Asked, run
 
-    raise typer.Exit(run(path, config, kv_transfer_config))
+    asked = Asked(path, config, kv_transfer_config, speed)
+    raise typer.Exit(run(asked, as_json=json))
 
 
 @app.command()
-def config() -> None:
+def config(
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="[KEY]", help="This key, or those that begin so: load, tiers."),
+    ] = None,
+) -> None:
     """Print every key of the configuration: its values, its default, its meaning."""
-    from lamina_kv.config import table
+    from lamina_kv.cli.config_table import show
 
-    typer.echo(table(), nl=False)
+    raise typer.Exit(show(key))
 
 
 @app.command()
@@ -156,14 +173,21 @@ def top(
     once: Annotated[
         bool, typer.Option("--once", help="Print one frame and end, for scripts.")
     ] = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Look 16 times, draw the last frame to FILE and end; with --once after one look.",
+        ),
+    ] = None,
 ) -> None:
     """Watch a server: hit rates, tiers, bytes, waits, pushes and failures, live in the terminal.
 
     Reads the server's `/metrics` and changes nothing. Ends with Ctrl-C.
     """
-    from lamina_kv.cli.top import run
+    from lamina_kv.cli.top import Watching, run
 
-    raise typer.Exit(run(url, engine=engine, interval=interval, once=once))
+    raise typer.Exit(run(url, Watching(engine, interval, once, svg)))
 
 
 @app.command()

@@ -103,7 +103,7 @@ def run(settings: Settings, listening: Listening) -> None:
         from lamina_kv.push.proxy.app import create_app
     except ModuleNotFoundError as error:
         typer.echo(
-            f"lamina-kv push-proxy needs {error.name}: pip install 'lamina-kv[push]'", err=True
+            f"lamina-kv push-proxy needs {error.name}: pip install 'lamina-kv[proxy]'", err=True
         )
         raise typer.Exit(1) from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

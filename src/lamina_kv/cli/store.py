@@ -25,8 +25,8 @@ from rich.table import Table
 
 from lamina_kv.cli.arguments import ConfigFile, Place, StorePlace, TransferConfig
 from lamina_kv.cli.configured import configured
-from lamina_kv.cli.quantities import duration, size_of
 from lamina_kv.config import ConfigError
+from lamina_kv.quantities import duration, size_of
 from lamina_kv.tiers import open_audit
 from lamina_kv.tiers.audit import Audit, Part
 from lamina_kv.tiers.contract import StoreError
@@ -63,6 +63,7 @@ def verify(
         _errors(console),
         closing(open_audit(place, configured(config, kv_transfer_config).tiers)) as audit,
     ):
+        nothing = not any(part.size for part in audit.parts())
         damage = _verify_all(console, audit)
         damage_means = audit.damage_means
     for line in damage[:_SHOWN]:
@@ -72,7 +73,10 @@ def verify(
     if damage:
         console.print(damage_means, markup=False, soft_wrap=True)
         raise typer.Exit(1)
-    console.print("Everything reads back as it was written.", style="green")
+    if nothing:
+        console.print("There is nothing in it.")
+    else:
+        console.print("Everything reads back as it was written.", style="green")
 
 
 def clear(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lamina_kv.cli.quantities import duration, size_of
+from lamina_kv.quantities import duration, size_of
 from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.directory.lease import RENEW_SECONDS, Lease, LeaseLost
 from lamina_kv.tiers.directory.root import read_marker

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lamina_kv.cli.quantities import size_of
 from lamina_kv.cli.scrape import Scrape
+from lamina_kv.quantities import size_of, time_of
 
 COMPUTED, ENGINE = "computed", "engine"
 """Where tokens come from that no tier had: the model, and the engine's own prefix cache."""
@@ -98,7 +98,7 @@ def _prompts(seen: Sequence[Scrape]) -> Table:
             _bar(tokens, everything),
             f"{rates[source][-1]:,.0f}" if rates[source] else _NOTHING,
             "".join(_spark(rate, highest) for rate in rates[source]),
-            _time(saved.get(source, 0.0)) if source not in (ENGINE, COMPUTED) else "",
+            time_of(saved.get(source, 0.0)) if source not in (ENGINE, COMPUTED) else "",
         )
     return table
 
@@ -124,7 +124,7 @@ def _tiers(now: Scrape) -> Table:
             _bar(used, capacity) if capacity else "",
             size_of(int(now.total("tier_pinned_bytes", tier=tier))),
             f"{now.total('eviction_age_seconds_count', tier=tier):,.0f}" if capacity else "?",
-            _NOTHING if age is None else _time(age),
+            _NOTHING if age is None else time_of(age),
             _state(now, tier),
         )
     return table
@@ -161,7 +161,7 @@ def _bytes(seen: Sequence[Scrape]) -> Table:
             size_of(int(rates[-1])) if rates else _NOTHING,
             size_of(int(now.total(name, **way.labels))),
             "" if way.tier and several else _in_flight(now, way),
-            _NOTHING if mean is None else _time(mean),
+            _NOTHING if mean is None else time_of(mean),
             Text(f"{failed:,.0f}", style="red" if failed else ""),
         )
     return table
@@ -205,7 +205,7 @@ def _lines(seen: Sequence[Scrape]) -> Table:
     share = [*_rates(seen, "wait_seconds_sum")]
     table.add_row(
         "model waited",
-        f"{_time(waited)} in {steps:,.0f} steps with loads"
+        f"{time_of(waited)} in {steps:,.0f} steps with loads"
         + (f", now {100 * share[-1]:.1f} % of the time" if share else ""),
     )
     table.add_row(
@@ -213,6 +213,7 @@ def _lines(seen: Sequence[Scrape]) -> Table:
         f"chunks to write {now.total('write_backlog'):,.0f}, work without a thread "
         f"{now.total('queue_depth'):,.0f}, engine blocks held {now.total('leased_blocks'):,.0f}",
     )
+    table.add_row("not found", _counts(now, "misses_total", "reason"))
     table.add_row("not loaded", _counts(now, "loads_skipped_total", "reason"))
     table.add_row("not written", _counts(now, "writes_skipped_total", "reason"))
     if _pushes(now):
@@ -274,16 +275,3 @@ def _spark(value: float, highest: float) -> str:
     if not value:
         return _SPARKS[1]
     return _SPARKS[max(1, round((len(_SPARKS) - 1) * value / highest))]
-
-
-def _time(seconds: float) -> str:
-    """Seconds for people: ``"3.2 ms"``, ``"2 h 14 min"``."""
-    if seconds < 1:
-        return f"{1e3 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes = int(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -236,8 +236,10 @@ class ObserveConfig(Section):
 
     timeline: Annotated[Path | None, PATH.nullable()] = Field(
         default=None,
-        description="A file that receives a trace of every step; of ranks beyond the first one "
-        "each, whose name has `-rank1` and so on in it.",
+        description="A file that receives a trace of every step, for https://ui.perfetto.dev; it "
+        "can be read while the server runs. A file of 64MiB, or of the start before, is kept as "
+        "`-earlier`, and a new one begun. Of ranks beyond the first one each, whose name has "
+        "`-rank1` and so on in it.",
     )
     trace: Annotated[Path | None, PATH.nullable()] = Field(
         default=None,

@@ -14,6 +14,7 @@ from itertools import chain as joined
 from itertools import islice
 
 from lamina_kv.plan import NEAR, ChunkKey, RankReport, StoredChunks, TierName
+from lamina_kv.quantities import size_of
 from lamina_kv.tiers.config import Keep, TierConfig
 from lamina_kv.tiers.contract import Answer, End, Index, NoRoom
 from lamina_kv.tiers.hints import HintIndex
@@ -181,7 +182,7 @@ def open_catalog(
     tiers: Sequence[TierConfig],
     readable: Callable[[TierName], bool],
     clock: Callable[[], float],
-    on_eviction: Callable[[TierName, float], None] = lambda tier, idle: None,
+    on_eviction: Callable[[TierName, ChunkKey, float], None] = lambda tier, key, idle: None,
 ) -> Catalog:
     """A catalog of what every rank has. Slots on whose chunk not all ranks agree are forgotten.
 
@@ -190,8 +191,8 @@ def open_catalog(
         tiers: the far tiers' configuration, in order of preference.
         readable: see :class:`Catalog`.
         clock: monotonic seconds, for the age of hints and of chunks, and for pins.
-        on_eviction: called when a tier with slots evicts a chunk, with the tier's name and the
-            seconds for which the chunk was not used.
+        on_eviction: called when a tier with slots evicts a chunk, with the tier's name, the chunk,
+            and the seconds for which the chunk was not used.
 
     Raises:
         ValueError: if a tier of some rank is smaller than one chunk.
@@ -220,7 +221,7 @@ def _open_index(
     number: int,
     tier: TierConfig,
     clock: Callable[[], float],
-    on_eviction: Callable[[float], None],
+    on_eviction: Callable[[ChunkKey, float], None],
 ) -> Index:
     """The index of far tier ``number``, from the reports of ranks that keep chunks."""
     reports = [report.tiers[number] for report in keeping]
@@ -239,4 +240,4 @@ def _open_index(
 
 def _one_chunk(reports: Sequence[RankReport]) -> str:
     size = max(report.chunk_bytes for report in reports)
-    return f"one chunk of {size} bytes on each rank"
+    return f"one chunk, which takes {size_of(size)} on each rank"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from lamina_kv import __version__
 from lamina_kv.config import Config
 from lamina_kv.control.catalog import Catalog, Far
+from lamina_kv.control.misses import Reason
 from lamina_kv.control.push.inbound import GiveUp
 from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
 from lamina_kv.control.transfers import Kind
@@ -81,6 +82,8 @@ def begin(
         meter.begin("saved_seconds", tier=source)
     for reason in _UNLOADED:
         meter.begin("loads_skipped", reason=reason)
+    for miss in Reason:
+        meter.begin("misses", reason=miss)
     for reason in (NO_PREFIX, WORTH_LESS, IN_USE, FULL, OUT_OF_USE):
         meter.begin("saves_held_back", reason=reason)
     meter.begin("eviction_age_seconds", tier=NEAR)

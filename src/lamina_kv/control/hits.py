@@ -230,6 +230,15 @@ class HitFinder:
             if found.end_chunk < len(keys)
         )
 
+    def lacked(self, record: RequestRecord, end: int) -> list[ChunkKey]:
+        """The chunk, of every group that does not have it, that would make a hit of ``end`` tokens
+        longer; none if it is as long as it may be, or if what follows is no whole chunk."""
+        index = end // self._shape.chunk_tokens
+        if end >= self._usable(record):
+            return []
+        keys = (keys[index] for keys in record.known_keys() if index < len(keys))
+        return [key for key in keys if not self._catalog.keeps(key)]
+
     def search(self, record: RequestRecord) -> Iterator[ChunkKey | None]:
         """Look for what a request would load that has no tokens in the engine, chunk by chunk, so
         that whoever asks can stop at any of them and go on in a later step.

@@ -289,7 +289,7 @@ class LoadPlanner:
     def describe(self, record: RequestRecord) -> str:
         """One line about a request, see :func:`~lamina_kv.control.offers.describe`."""
         tiers = (NEAR, *self._books.catalog.far)
-        return describe(record.view.request_id, record.offer, record.delivery, tiers)
+        return describe(record.view.request_id, record.offer, record.delivery, tiers, record.miss)
 
 
 def _blocks(pages: Sequence[PageMap]) -> tuple[int, ...]:

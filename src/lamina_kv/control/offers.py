@@ -84,6 +84,9 @@ class Offer:
         return by_tier(self.parts, self.loaded)
 
 
+NOTHING_LACKED = "nothing_lacked"
+"""Why nothing is loaded for a request of which the engine has all that there can be."""
+
 ASK_AGAIN = Offer(mode=LoadMode.PARKED, ask_again=True)
 
 
@@ -114,7 +117,13 @@ def by_tier(parts: Sequence[HitPart], tokens: int) -> dict[TierName, int]:
     return split
 
 
-def describe(request_id: str, offer: Offer, delivery: Delivery, tiers: Sequence[TierName]) -> str:
+def describe(
+    request_id: str,
+    offer: Offer,
+    delivery: Delivery,
+    tiers: Sequence[TierName],
+    miss: str = "",
+) -> str:
     """One line that says what was hit, where, what was loaded, and why the rest was not.
 
     Args:
@@ -122,6 +131,7 @@ def describe(request_id: str, offer: Offer, delivery: Delivery, tiers: Sequence[
         offer: what was to be brought.
         delivery: what became of it.
         tiers: every tier, in the order in which to name them.
+        miss: why the hit is not longer; empty if it is as long as it can be.
     """
     brought = 0 if delivery.failed or delivery.push_failed else offer.tokens
     found = offer.found
@@ -130,14 +140,15 @@ def describe(request_id: str, offer: Offer, delivery: Delivery, tiers: Sequence[
     if delivery.failed:
         text += f"load FAILED ({delivery.failed}), "
     elif offer.loaded or not offer.pushed:
-        text += f"loaded {offer.loaded} ({offer.mode.value if offer.loaded else offer.reason}), "
+        nothing = NOTHING_LACKED if offer.reason == "miss" and not miss else offer.reason
+        text += f"loaded {offer.loaded} ({offer.mode.value if offer.loaded else nothing}), "
     if delivery.push_failed:
         text += f"push FAILED ({delivery.push_failed}), "
     elif offer.pushed:
         text += f"pushed {offer.pushed}, "
     elif offer.unpushed:
         text += f"not pushed ({offer.unpushed}), "
-    text += f"recomputed {offer.prompt - offer.floor - brought}"
+    text += f"recomputed {offer.prompt - offer.floor - brought}" + (f" ({miss})" if miss else "")
     if offer.predicted_load >= 0 and offer.predicted_compute >= 0:
         text += (
             f", predicted: load {offer.predicted_load * 1e3:.1f} ms, compute "

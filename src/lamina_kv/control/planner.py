@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import inf
+from typing import TYPE_CHECKING
 
 from lamina_kv.config import Config
 from lamina_kv.control.books import Books, EngineClock
@@ -23,6 +24,7 @@ from lamina_kv.control.figures import begin as begin_figures
 from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.leases import BlockPool, LeaseBook
 from lamina_kv.control.loading import LoadEnd, LoadPlanner, stories
+from lamina_kv.control.misses import Misses
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer
 from lamina_kv.control.prefills import PrefillTimer
@@ -41,6 +43,8 @@ from lamina_kv.control.residency import Describe, Residency
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.second_uses import SecondUses
 from lamina_kv.control.sharing import SharedLoads, Sharing
+from lamina_kv.control.spans import TransferSpans
+from lamina_kv.control.summary import closing
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch
 from lamina_kv.observe.metrics import Meter
@@ -48,6 +52,7 @@ from lamina_kv.observe.traces import ServedRequest
 from lamina_kv.plan import (
     NEAR,
     NO_PUSH,
+    ChunkKey,
     LoadMode,
     NearSlots,
     RankReport,
@@ -59,7 +64,13 @@ from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.letters import Letter, News
 from lamina_kv.push.messages import Announce
 
+if TYPE_CHECKING:
+    from lamina_kv.observe.spans import Span, Spans
+
 log = logging.getLogger("lamina_kv.control")
+
+PUSHED = TierName("push")
+"""Where tokens come from that a prefill engine pushes; no tier is called so."""
 
 
 class Planner:
@@ -84,6 +95,7 @@ class Planner:
         channel: a way to the ranks beside plans, for pushes; None if there is none.
         on_end: called with every request that had blocks and has ended. Must not wait.
         describe: what the engine calls a chunk, if somebody listens to what tiers hold.
+        spans: is told what is done for each request; None if nobody traces.
         clock: monotonic seconds.
 
     Attributes:
@@ -112,6 +124,7 @@ class Planner:
         channel: RanksChannel | None = None,
         on_end: Callable[[ServedRequest], None] | None = None,
         describe: Describe | None = None,
+        spans: Spans | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not reports:
@@ -124,10 +137,13 @@ class Planner:
         self._loads = loads
         self._saves = saves
         self._on_end = on_end
+        self._spans = spans
         self._clock = clock
         breakers = Breakers(config.breaker, clock, [TierName(tier.name) for tier in config.tiers])
         keeping = [report for report in reports if not report.follows]
         engine_clock = EngineClock(clock, config.load.deadline / 2)
+        self._misses = Misses(shape.chunk_tokens, clock)
+        self._meter = meter
         self._books = books = Books(
             config=config,
             shape=shape,
@@ -136,9 +152,9 @@ class Planner:
                 config.tiers,
                 breakers.readable,
                 lambda: engine_clock.ticked,
-                lambda tier, idle: meter.observe("eviction_age_seconds", idle, tier=tier),
+                self._evicted,
             ),
-            transfers=TransferTable(len(reports)),
+            transfers=TransferTable(len(reports), None if spans is None else TransferSpans(spans)),
             leases=LeaseBook(pool),
             breakers=breakers,
             meter=meter,
@@ -232,6 +248,7 @@ class Planner:
             self._shared.end(record.load, clock.now, well=False)
             record.lose_blocks()
             self._active.discard(view.request_id)
+            record.span = self._begin_lookup(view.request_id)
         record = self._record_of(view)
         pushes = self._pushes if view.push is not None and not declined else None
         if pushes is not None and pushes.waits(record, floor):
@@ -270,6 +287,7 @@ class Planner:
                 self._chain_of(view),
                 self._clock(),
                 follower=None if self.residency is None else self.residency.follow(),
+                span=self._begin_lookup(view.request_id),
             )
         elif not record.admitted and (
             record.chain.epoch is not self._epoch or record.view.root_extra != view.root_extra
@@ -281,6 +299,9 @@ class Planner:
                 self._pushes.bar(record)
         record.view = view
         return record
+
+    def _begin_lookup(self, request_id: str) -> Span | None:
+        return None if self._spans is None else self._spans.begin("lookup", request_id)
 
     def _chain_of(self, view: RequestView) -> ChunkChain:
         return ChunkChain(
@@ -315,6 +336,8 @@ class Planner:
             self._hits.used(record, offer.floor + offer.loaded)
             if self._saves:
                 self._second_uses.found(record, offer)
+            if record.may_hit:
+                self._note_miss(record, offer)
         if offer.pushed:
             assert self._pushes is not None, "it has made the offer"
             self._pushes.order(record)
@@ -323,8 +346,41 @@ class Planner:
         elif offer.parts and not offer.pushed:
             self._books.meter.count("loads_skipped", 1, reason=offer.reason)
         self._moves.forget(request_id)
+        if record.span is not None:
+            self._end_lookup(record.span, record)
+            record.span = None
         if not offer.tokens:
             stories.debug("%s", self._loading.describe(record))
+
+    @staticmethod
+    def _end_lookup(span: Span, record: RequestRecord) -> None:
+        """It is known what a request is brought."""
+        offer = record.offer
+        said: dict[str, str | int | float] = {
+            "prompt_tokens": offer.prompt,
+            "engine_tokens": offer.floor,
+            "loaded_tokens": offer.loaded,
+            "pushed_tokens": offer.pushed,
+            "reason": offer.reason,
+        }
+        said |= {f"found_tokens.{tier}": tokens for tier, tokens in offer.found.items()}
+        if record.miss:
+            said["miss"] = record.miss
+        if offer.loaded:
+            said["mode"] = offer.mode.value
+        span.end(said)
+
+    def _evicted(self, tier: TierName, key: ChunkKey, idle: float) -> None:
+        self._meter.observe("eviction_age_seconds", idle, tier=tier)
+        self._misses.evicted(key)
+
+    def _note_miss(self, record: RequestRecord, offer: Offer) -> None:
+        """Find out why a hit is not longer."""
+        end = offer.floor + sum(part.tokens for part in offer.parts) + offer.pushed
+        miss = self._misses.why(record, self._hits.lacked(record, end))
+        record.miss = "" if miss is None else str(miss)
+        if miss is not None:
+            self._meter.count("misses", 1, reason=miss.reason)
 
     def preempted(self, request_id: str) -> None:
         """The engine has taken a request's blocks away, and says so before it looks it up again."""
@@ -332,8 +388,9 @@ class Planner:
             self._prompts.interrupted(record)
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
-        """Tokens of the request's load by the tier that had them."""
-        return self._requests[request_id].offer.taken
+        """Tokens that are brought to a request, by the tier that had them, or ``push``."""
+        offer = self._requests[request_id].offer
+        return {**offer.taken, **({PUSHED: offer.pushed} if offer.pushed else {})}
 
     # -- the step --------------------------------------------------------------------------
 
@@ -452,6 +509,9 @@ class Planner:
                 self._pushes.finished(request_id, None, computed, blocks, push)
             return
         self._prompts.ended(record, computed)
+        if record.span is not None:
+            record.span.end({}, "ended without blocks")
+            record.span = None
         self._active.discard(request_id)
         self._shared.end(record.load, self._books.clock.now, well=False)
         if record.prefill is not None and computed >= record.prefill.end:
@@ -467,7 +527,8 @@ class Planner:
                 self._books.meter.count("saves_dropped", left)
         self._hits.over(record)  # what is saved now is no chunk that it misses
         if record.admitted and self._on_end is not None:
-            self._on_end(record.served())
+            prompt = record.view.num_prompt_tokens
+            self._on_end(record.served(self.costs.prefill_seconds(0, prompt) or 0.0))
         if record.moving:
             record.ended = True
         else:
@@ -698,6 +759,13 @@ class Planner:
     def leased_blocks(self) -> int:
         """Engine blocks that are held, each as often as it is."""
         return self._books.leases.leased_blocks
+
+    def closing(self) -> str:
+        """One line for the log when the engine ends."""
+        far = self._books.catalog.far.values()
+        stored = {str(tier.name): tier.index.used for tier in far if tier.index.capacity}
+        prompts = self._prompts
+        return closing(prompts.sources, prompts.saved, stored=stored, lost=self._moves.backlog)
 
     def gauges(self) -> None:
         """Write the present state of tiers, leases and queues to the meter."""

@@ -9,11 +9,15 @@ prompts. What a request has had before it lost all of its blocks does not count.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.observe.metrics import Meter
 
 COMPUTED = "computed"
+ENGINE = "engine"
+"""The engine's own prefix cache."""
 
 
 class PromptMeter:
@@ -24,9 +28,16 @@ class PromptMeter:
         chunk_tokens: tokens of a chunk. Engines name their own hit in whole blocks, and what they
             have beyond that is less.
         costs: what computing takes, as far as it was measured.
+
+    Attributes:
+        sources: tokens that were counted since the start, by source.
+        saved: seconds that those of them which were brought from outside of the engine were
+            predicted to take.
     """
 
     def __init__(self, meter: Meter, chunk_tokens: int, costs: Costs) -> None:
+        self.sources: Counter[str] = Counter()
+        self.saved = 0.0
         self._meter = meter
         self._costs = costs
         self._chunk_tokens = chunk_tokens
@@ -60,7 +71,7 @@ class PromptMeter:
     def _bring(self, record: RequestRecord, reached: int, start: int) -> None:
         """Tokens from ``reached`` to ``start`` were not computed, and are there."""
         offer = record.offer
-        brought: list[tuple[str, int]] = [("engine", offer.floor - reached)]
+        brought: list[tuple[str, int]] = [(ENGINE, offer.floor - reached)]
         brought += offer.taken.items()
         brought.append(("push", offer.pushed))
         for source, tokens in brought:
@@ -69,7 +80,7 @@ class PromptMeter:
                 record.sources.append((source, reached))
         if reached < start:
             within = start - reached < self._chunk_tokens
-            record.sources.append(("engine" if within else "other", start))
+            record.sources.append((ENGINE if within else "other", start))
 
     def interrupted(self, record: RequestRecord) -> None:
         """A request has lost all of its blocks."""
@@ -111,12 +122,14 @@ class PromptMeter:
             tokens = min(after, end) - before
             if tokens <= 0:
                 break
+            self.sources[source] += tokens
             if source == COMPUTED:
                 meter.count("computed_tokens", tokens)
             else:
                 meter.count("hit_tokens", tokens, tier=source)
-                saved = self._costs.prefill_seconds(before, before + tokens)
-                meter.count("saved_seconds", saved or 0.0, tier=source)
+                saved = self._costs.prefill_seconds(before, before + tokens) or 0.0
+                meter.count("saved_seconds", saved, tier=source)
+                self.saved += saved if source != ENGINE else 0.0
             before += tokens
         if before < prompt:
             meter.count("unfinished_tokens", prompt - before)

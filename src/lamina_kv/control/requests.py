@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lamina_kv.control.offers import Delivery, HitPart, Offer
 from lamina_kv.geometry import Group, GroupKind
@@ -15,6 +15,9 @@ from lamina_kv.observe.traces import ServedRequest
 from lamina_kv.plan import NEAR, ChunkKey, RankReport, TierName, TransferId
 from lamina_kv.tiers.regard import Regard
 from lamina_kv.tiers.reuse import Standing, Use
+
+if TYPE_CHECKING:
+    from lamina_kv.observe.spans import Span
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,9 @@ class RequestRecord:
         wait: whether and how it waits for another's load.
         use: its use of its prefix, once that was noted.
         follower: who is told which chunks it has; None if nobody wants to know.
+        miss: why its hit was not longer; empty if it was as long as it could be.
+        span: from when the engine first spoke of it, or took its blocks away, to when it has
+            blocks; None if nobody traces, or if it has them.
     """
 
     view: RequestView
@@ -358,6 +364,8 @@ class RequestRecord:
     wait: Wait = field(default_factory=Wait)
     use: Use | None = None
     follower: Follower | None = None
+    miss: str = ""
+    span: Span | None = None
 
     def rename(self, chain: ChunkChain) -> None:
         """Its chunks are others from now on: weights, or an adapter, have changed. Only for a
@@ -427,10 +435,15 @@ class RequestRecord:
         """Whether chunks of it may be saved."""
         return self.view.regard.keep and not self.barred
 
-    def served(self) -> ServedRequest:
-        """What a trace has of it when it ends."""
+    def served(self, prefill_seconds: float) -> ServedRequest:
+        """What a trace has of it when it ends.
+
+        Args:
+            prefill_seconds: what computing its prompt is predicted to take; 0 if nobody knows.
+        """
         keys, tokens = tuple(self.known_keys()[0]), self.view.num_tokens
-        return ServedRequest(self.came, self.view.num_prompt_tokens, tokens, keys)
+        prompt = self.view.num_prompt_tokens
+        return ServedRequest(self.came, prompt, tokens, keys, prefill_seconds)
 
     @property
     def moving(self) -> bool:

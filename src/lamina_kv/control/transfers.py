@@ -21,10 +21,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from lamina_kv.control.leases import BlockLease
 from lamina_kv.plan import NEAR, TORN, ChunkKey, Outcome, TierName, TransferId, TransferReceipt
 from lamina_kv.tiers.reuse import ALONE, Standing
+
+if TYPE_CHECKING:
+    from lamina_kv.control.spans import TransferSpans
 
 
 class Kind(Enum):
@@ -153,10 +157,12 @@ class TransferTable:
 
     Args:
         ranks: how many ranks execute each plan.
+        spans: is told of each transfer; None where nobody wants to know.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, spans: TransferSpans | None = None) -> None:
         self._ranks = ranks
+        self._spans = spans
         self._next = 0
         self._live: dict[TransferId, Transfer] = {}
         self._bytes: Counter[Kind | tuple[Kind, TierName]] = Counter()
@@ -203,6 +209,8 @@ class TransferTable:
         )
         self._live[transfer.id] = transfer
         self._account(transfer, 1)
+        if self._spans is not None:
+            self._spans.opened(transfer)
         return transfer
 
     def get(self, transfer: TransferId) -> Transfer | None:
@@ -213,6 +221,8 @@ class TransferTable:
         """Forget a terminal transfer."""
         del self._live[transfer.id]
         self._account(transfer, -1)
+        if self._spans is not None:
+            self._spans.closed(transfer)
 
     def bytes_in_flight(self, kind: Kind, tier: TierName | None = None) -> int:
         """Bytes of live transfers of one kind, all ranks; those of one tier, or all."""

@@ -16,8 +16,10 @@ from lamina_kv.geometry import CacheGeometry
 from lamina_kv.observe.timeline import Timeline
 from lamina_kv.plan import TierName
 from lamina_kv.push.transports.base import Transport
+from lamina_kv.quantities import size_of
 from lamina_kv.tiers import KINDS
 from lamina_kv.tiers.contract import Tenant
+from lamina_kv.values import format_size
 
 log = logging.getLogger("lamina_kv.data")
 
@@ -61,7 +63,7 @@ def assemble(
             mover=mover,
             config=config.load,
             push=push,
-            timeline=_open_timeline(config.observe.timeline, rank),
+            timeline=open_timeline(config.observe.timeline, rank),
         )
         undo.pop_all()
     return executor
@@ -89,16 +91,21 @@ def _open_far(
     return tuple(tiers)
 
 
-def _open_timeline(path: Path | None, rank: int) -> Timeline | None:
+def open_timeline(path: Path | None, rank: int) -> Timeline | None:
+    """The timeline that ``observe.timeline`` asks for; None if it asks for none, or its file cannot
+    be made, which is logged.
+
+    Args:
+        path: the file, if there is to be one.
+        rank: whose; ranks beyond the first one have files of their own.
+    """
     if path is None:
         return None
-    file = _of_rank(path, rank)
     try:
-        file.open("ab").close()  # it is written at the end, hours from now
+        return Timeline(_of_rank(path, rank), rank=rank)
     except OSError as error:
         log.warning("observe.timeline: nothing is recorded: %s", error)
         return None
-    return Timeline(file)
 
 
 def _check_bounds(config: Config, chunk_bytes: int) -> None:
@@ -107,8 +114,8 @@ def _check_bounds(config: Config, chunk_bytes: int) -> None:
     for key, bound in bounds.items():
         if bound < chunk_bytes:
             raise ValueError(
-                f"{key}: {bound} bytes is less than one chunk, so nothing could ever be moved; "
-                f"use at least {chunk_bytes}"
+                f"{key}: {size_of(bound)} is less than one chunk, so nothing could ever be moved; "
+                f"use at least {format_size(chunk_bytes)}"
             )
 
 

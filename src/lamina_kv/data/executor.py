@@ -39,7 +39,7 @@ from lamina_kv.data.step_loads import StepLoads
 from lamina_kv.data.threads import Threads, usable_cores
 from lamina_kv.data.worker_pool import WorkerPool
 from lamina_kv.data.written_rows import WrittenRows
-from lamina_kv.observe.timeline import Timeline
+from lamina_kv.observe.timeline import Lane, Timeline
 from lamina_kv.plan import (
     LOAD_FAILED,
     LoadMode,
@@ -134,6 +134,7 @@ class Executor:
         self._mover = mover
         self._config = config
         self._timeline = timeline
+        self._step_began = 0.0
         geometry = self._geometry = tiers.near.geometry
         self._row_of_layer = geometry.row_of_layer
         self._written = WrittenRows(geometry)
@@ -236,6 +237,7 @@ class Executor:
         """
         self._loads.begin_step(forward=plan.forward)
         self._plan = plan
+        self._step_began = Timeline.now()
         if plan.is_empty:
             return
         for orders in plan.tiers:
@@ -335,6 +337,8 @@ class Executor:
         if self._computing is not None:
             self._computing.collect()
         plan, self._plan = self._plan, None
+        if self._timeline is not None and plan is not None and plan.forward:
+            self._timeline.add(Lane.STEP, plan.step, -1, self._step_began)
         if plan is not None and not plan.forward and plan.outstanding and not self._receipts:
             quiet = not self._news.wait(self._idle_wait)
             self._idle_wait = min(2 * self._idle_wait, LONGEST_IDLE_WAIT) if quiet else IDLE_WAIT
@@ -446,7 +450,7 @@ class Executor:
                 "may still use is kept until the process ends", self._config.deadline,
             )  # fmt: skip
         if self._timeline is not None:
-            self._timeline.write()
+            self._timeline.close()
 
     # -- inside ------------------------------------------------------------------------------
 

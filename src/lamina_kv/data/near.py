@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 
 from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.quantities import size_of
+from lamina_kv.values import format_size
 
 Indices = npt.NDArray[np.int64]
 """Page indices: one-dimensional, int64."""
@@ -124,9 +126,9 @@ class NearSlab:
         self.slots = capacity // size
         if self.slots < 1:
             raise ValueError(
-                f"host.capacity: {capacity} bytes for this rank is less than one chunk of {size} "
-                f"bytes ({geometry.chunk_tokens} tokens): use at least that, or smaller chunks "
-                "(chunk_tokens)"
+                f"host.capacity: {size_of(capacity)} for this rank is less than one chunk of "
+                f"{geometry.chunk_tokens} tokens: use at least {format_size(size)}, or smaller "
+                "chunks (chunk_tokens)"
             )
         self.geometry = geometry
         self.memory = allocate(self.slots * size)

@@ -11,6 +11,7 @@ arguments; see :mod:`lamina_kv.engines.ranks`.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import uuid
@@ -26,6 +27,7 @@ from lamina_kv.control.hand_off import HandOff
 from lamina_kv.control.leases import BlockPool
 from lamina_kv.control.planner import Planner
 from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.summary import opening
 from lamina_kv.data.assembly import assemble
 from lamina_kv.data.executor import Executor
 from lamina_kv.data.movers import make_mover
@@ -38,6 +40,8 @@ from lamina_kv.observe.traces import open_recorder
 from lamina_kv.plan import LoadMode
 from lamina_kv.tiers.contract import Tenant
 from lamina_kv.tiers.regard import USUAL
+
+log = logging.getLogger("lamina_kv.engines.standalone")
 
 
 class TextRequest(ABC):
@@ -195,6 +199,9 @@ class Standalone:
                 shares=shares,
             )
             undo.pop_all()
+        if ranks.rank == 0:
+            told = opening(config, shape.chunk_tokens, reports, loads=True, saves=True)
+            log.info("%s", told)
         self.wait_layer = self._executor.wait_layer
         self.layer_written = self._executor.layer_written
         self._totals: dict[Series, float] = defaultdict(float)
@@ -317,3 +324,5 @@ class Standalone:
         self._ranks.close()
         if self._recorder is not None:
             self._recorder.close()
+        if self._ranks.rank == 0:
+            log.info("%s", self._planner.closing())

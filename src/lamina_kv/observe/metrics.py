@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
         Metric("unfinished_tokens", _C, "Of these, tokens that were neither brought nor computed"),
         Metric("lookups", _C, "Prompts that were looked up; none that may not hit"),
         Metric("lookup_tokens", _C, "Tokens of prompts that were looked up"),
+        Metric("misses", _C, "Prompts whose hit was not whole, by what was missing", ("reason",)),
         Metric("loads_skipped", _C, "Hits that were recomputed instead", ("reason",)),
         Metric("load_bytes", _C, "Bytes loaded into the engine"),
         Metric("save_bytes", _C, "Bytes saved from the engine to host memory"),

@@ -8,22 +8,20 @@ tokens before them, are the same.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated
 
 import msgspec
 
+from lamina_kv.observe.files import new_file, write_all
 from lamina_kv.plan import ChunkKey
 
 log = logging.getLogger("lamina_kv.observe")
@@ -42,6 +40,7 @@ _LAST_WRITES = 5.0
 
 _MOST = 1 << 53  # what every reader of JSON has as an integer
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=_MOST)]
 _Milliseconds = Annotated[float, msgspec.Meta(ge=-_MOST, le=_MOST)]
 
 
@@ -57,6 +56,8 @@ class TracedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
             recorder writes them; published traces lack them.
         chunk_tokens: tokens of one chunk; 0 if the trace does not say.
         chunk_bytes: bytes of one chunk over all ranks; 0 if the trace does not say.
+        prefill_seconds: what computing the whole prompt was predicted to take by the prefills that
+            were measured when the request ended; 0 if there were none, or the trace does not say.
     """
 
     timestamp: _Milliseconds
@@ -66,6 +67,7 @@ class TracedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     output_hash_ids: tuple[int, ...] = ()
     chunk_tokens: _Count = 0
     chunk_bytes: _Count = 0
+    prefill_seconds: _Seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ class ServedRequest:
         prompt: tokens of its prompt.
         tokens: tokens that it had in the end.
         keys: its whole chunks, prompt and answer.
+        prefill_seconds: what computing its whole prompt is predicted to take; 0 if nobody knows.
     """
 
     came: float
     prompt: int
     tokens: int
     keys: Sequence[ChunkKey]
+    prefill_seconds: float = 0.0
 
 
 _decoder = msgspec.json.Decoder(TracedRequest)
@@ -145,7 +149,7 @@ class TraceRecorder:
         self._began = began
         self._left = most_bytes
         self._secret = os.urandom(32)
-        self._file = _open_file(path)
+        self._file = new_file(path)
         self._over = self._told = False
         # Reentrant, unlike Queue: the garbage collector may call `close` inside of `ended`.
         self._queue: SimpleQueue[ServedRequest | None] = SimpleQueue()
@@ -178,8 +182,7 @@ class TraceRecorder:
                         log.warning("observe.trace: %s is as large as it may be", self._path)
                         break
                     self._left -= len(line)
-                    while line:  # a disk that is nearly full takes a part
-                        line = line[self._file.write(line) :]
+                    write_all(self._file, line)
                 except Exception as error:  # whatever it is, the engine goes on
                     log.warning("observe.trace: no more is written down: %r", error)
                     break
@@ -199,23 +202,13 @@ class TraceRecorder:
             tuple(ids[prompt:]),
             self._chunk_tokens,
             self._chunk_bytes,
+            round(request.prefill_seconds, 6),
         )
 
     def _number(self, key: ChunkKey) -> int:
         """53 bits, which every reader of JSON has as an integer."""
         digest = blake2b(key, key=self._secret, digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 11
-
-
-def _open_file(path: Path) -> FileIO:
-    """A new file. Without waiting: opening a pipe would, until somebody reads it."""
-    file = FileIO(
-        path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666)
-    )
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it must be a regular file", str(path))
-    return file
 
 
 def open_recorder(

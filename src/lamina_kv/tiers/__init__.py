@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina_kv.tiers.config import TierConfig
@@ -163,6 +164,8 @@ def open_audit(place: str, tiers: Sequence[TierConfig] = ()) -> Audit:
         raise StoreError(
             f"{place} is neither a Lamina store nor a tier that is configured: {names}"
         )
+    elif not Path(place).exists():
+        raise StoreError(f"{place} is not there")
     raise StoreError(f"{place} is not a Lamina store")
 
 

@@ -39,8 +39,8 @@ class SlotIndex:
             none.
         clock: monotonic seconds, for what requests have pinned and for the age of what goes.
         ready: how many of them may be used by now, see :meth:`grow`; None for all.
-        on_eviction: called with the seconds for which a chunk was not used that makes room for
-            another.
+        on_eviction: called with a chunk that makes room for another, and the seconds for which
+            it was not used.
 
     Attributes:
         version: chunks lost for any reason, so far.
@@ -56,7 +56,7 @@ class SlotIndex:
         stored: bool = True,
         clock: Callable[[], float] = lambda: 0.0,
         ready: int | None = None,
-        on_eviction: Callable[[float], None] = lambda idle: None,
+        on_eviction: Callable[[ChunkKey, float], None] = lambda key, idle: None,
     ) -> None:
         self.version = 0
         self.arrivals = 0
@@ -233,7 +233,7 @@ class SlotIndex:
                 if self._stored:  # it is not tried again
                     self._runs.missed(key, standing.use, last=standing.last)
                 return victim
-            self._on_eviction(self._runs.idle(self._visible[victim]))
+            self._on_eviction(victim, self._runs.idle(self._visible[victim]))
             self._lose(victim, remembered=True)
         slot = self._free.pop()
         self._void.discard(slot)  # what is written to a slot replaces its content in any case

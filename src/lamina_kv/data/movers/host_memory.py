@@ -24,6 +24,7 @@ from lamina_kv.data.movers.pinning import STUCK_SECONDS, Pinner, Pinning
 from lamina_kv.data.movers.populating import Populating
 from lamina_kv.data.shared_memory import MemoryFile, private_memory
 from lamina_kv.data.threads import Threads, usable_cores
+from lamina_kv.quantities import size_of
 
 log = logging.getLogger("lamina_kv.data")
 
@@ -91,7 +92,7 @@ class HostMemory:
         try:
             mapping = private_memory(size) if file is None else file.map(size, writable=True)
         except OSError as error:
-            reason = f"{size} bytes of host memory cannot be reserved: lower host.capacity"
+            reason = f"{size_of(size)} of host memory cannot be reserved: lower host.capacity"
             raise OSError(error.errno, reason) from error
         with contextlib.suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -247,9 +248,9 @@ class HostMemory:
     def _shortage(self) -> str:
         if not self._pinning.is_wanted:
             return (
-                f"only {self._ready} of {self._size} bytes of host memory could be made resident "
-                f"({self._error}): the rest is slow at its first use, or ends the process: lower "
-                "host.capacity"
+                f"only {size_of(self._ready)} of {size_of(self._size)} of host memory could be "
+                f"made resident ({self._error}): the rest is slow at its first use, or ends the "
+                "process: lower host.capacity"
             )
         if not self._ready:
             return (
@@ -257,7 +258,7 @@ class HostMemory:
                 "keeps nothing: lower host.capacity, and see what `lamina-kv doctor` says"
             )
         return (
-            f"only {self._ready} of {self._size} bytes of host memory could be pinned "
+            f"only {size_of(self._ready)} of {size_of(self._size)} of host memory could be pinned "
             f"({self._error}): the host tier of this rank is that much smaller: lower host.capacity"
         )
 

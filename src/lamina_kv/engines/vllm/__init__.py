@@ -43,6 +43,10 @@ def register() -> None:
         return
     with contextlib.suppress(ValueError):  # it is registered already
         KVConnectorFactory.register_connector(CONNECTOR_NAME, __name__, CONNECTOR_NAME)
+    if is_supported(vllm.__version__):  # another one is refused, by name, when it is asked for
+        from lamina_kv.engines.vllm.early import check_early
+
+        check_early(CONNECTOR_NAME)
 
 
 def __getattr__(name: str) -> type[LaminaConnector]:

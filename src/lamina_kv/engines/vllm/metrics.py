@@ -14,9 +14,23 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from lamina_kv.observe.metrics import METRICS, MetricKind, Readings
+from lamina_kv.values import MIB
 
 PREFIX = "lamina_"
 _SEPARATOR = "\x1f"
+
+_TOLD = {
+    "prompt_tokens": "prompt tokens",
+    "hit_tokens": "hit tokens",
+    "load_bytes": "loaded (MiB)",
+    "save_bytes": "saved (MiB)",
+    "write_bytes": "written (MiB)",
+    "fetch_bytes": "fetched (MiB)",
+    "failures": "failures",
+}
+"""Counters that vLLM's periodic line has, and what it calls them, behind their labels."""
+
+_EVICTED = "eviction_age_seconds" + _SEPARATOR
 
 
 class LaminaStats(KVConnectorStats):
@@ -54,15 +68,20 @@ class LaminaStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float]:
         """The interval in a few figures, for vLLM's periodic log line."""
-        counters = self.data.get("counters", {})
-        waits = self.data.get("observations", {}).get("wait_seconds", [])
-        figures: dict[str, int | float] = {
-            series.replace(_SEPARATOR, " "): value
-            for series, value in counters.items()
-            if value and series.startswith(("hit_tokens", "load_bytes", "save_bytes", "failures"))
-        }
-        if waits:
+        figures: dict[str, int | float] = {}
+        for packed, value in self.data.get("counters", {}).items():
+            name, *labels = packed.split(_SEPARATOR)
+            if not value or name not in _TOLD:
+                continue
+            words = " ".join((*labels, _TOLD[name]))
+            figures[words] = round(value / MIB, 1) if words.endswith("(MiB)") else value
+        observations = self.data.get("observations", {})
+        if waits := observations.get("wait_seconds", []):
             figures["model waited (s)"] = round(sum(waits), 4)
+        if evicted := sum(
+            len(ages) for packed, ages in observations.items() if packed.startswith(_EVICTED)
+        ):
+            figures["chunks evicted"] = evicted
         return figures
 
 

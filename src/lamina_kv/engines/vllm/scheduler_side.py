@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import KVCacheEvent
@@ -21,9 +21,10 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lamina_kv.config import Config
-from lamina_kv.control.planner import Planner
+from lamina_kv.control.planner import PUSHED, Planner
 from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters
 from lamina_kv.control.sharing import Sharing
+from lamina_kv.control.summary import opening
 from lamina_kv.engines.vllm import layout
 from lamina_kv.engines.vllm.adapters import Adapters
 from lamina_kv.engines.vllm.concerns import BOTH, RECOMPUTE, concerns
@@ -55,6 +56,9 @@ from lamina_kv.push.handshake import check_cipher
 from lamina_kv.push.link import Link, listen_at
 from lamina_kv.push.ranks import RanksCaller
 
+if TYPE_CHECKING:
+    from lamina_kv.observe.spans import Spans
+
 log = logging.getLogger("lamina_kv.engines.vllm")
 
 COMPLAINTS = 64
@@ -68,7 +72,23 @@ def hit_sources(config: Config) -> dict[TierName, CacheHitSource]:
         TierName(tier.name): words.get(tier.kind, CacheHitSource.EXTERNAL_UNSPECIFIED)
         for tier in config.tiers
     }
-    return {NEAR: CacheHitSource.HOST, **far}
+    return {NEAR: CacheHitSource.HOST, PUSHED: CacheHitSource.P2P, **far}
+
+
+def _spans(vllm_config: VllmConfig) -> Spans | None:
+    """Where spans go: to the provider that vLLM has made for its own, if it has."""
+    if vllm_config.observability_config.otlp_traces_endpoint is None:
+        return None
+    from lamina_kv.observe.spans import Spans
+
+    return Spans()
+
+
+def _names(request: Request, push: PushParameters | None) -> Iterator[str]:
+    """What spans call a request: those of a push have its id."""
+    yield request.request_id
+    if push is not None and push.prefill is None:
+        yield push.id
 
 
 class SchedulerSide:
@@ -135,6 +155,7 @@ class SchedulerSide:
         be_quiet_before_sleep()
         self._link: Link | None = None
         self._recorder: TraceRecorder | None = None
+        self._spans = _spans(vllm_config)
         self._caller: RanksCaller | None = None
         # Engines of one server: each has a port and a file of its own.
         self._index = vllm_config.parallel_config.data_parallel_index
@@ -198,9 +219,21 @@ class SchedulerSide:
             channel=self._caller,
             on_end=None if self._recorder is None else self._recorder.ended,
             describe=None if self._events is None else self._events.describe,
+            spans=self._spans,
         )
         if card is not None:
             self._link = self._open_link(card)
+        log.info(
+            "%s",
+            opening(
+                self._config,
+                self._shape.chunk_tokens,
+                reports,
+                loads=self._loads,
+                saves=self._saves,
+                pushes=self._part_in_pushes,
+            ),
+        )
         self.watch.loop.on_end = self._hurry
         self._planner.begin(self._opening.epoch)
         self.watch.weights.follow(self._planner)
@@ -235,6 +268,16 @@ class SchedulerSide:
             wake=self.watch.loop.wake,
             take=self.planner.take_announcement,
         )
+
+    @property
+    def _part_in_pushes(self) -> str:
+        """What this engine does in pushes, for the log; empty for nothing."""
+        config = self._config.push
+        if self._link is None or config is None:
+            return ""
+        if config.listen is None:
+            return "receives, and listens nowhere"
+        return f"listens at {self._listens_at(config.listen)}"
 
     def _listen(self) -> list[socket.socket]:
         config = self._config.push
@@ -304,6 +347,8 @@ class SchedulerSide:
             server.close()
         if self._recorder is not None:
             self._recorder.close()
+        if self._planner is not None:
+            log.info("%s", self._planner.closing())
 
     @property
     def has_work(self) -> bool:
@@ -329,6 +374,9 @@ class SchedulerSide:
             self._disregards.warn(problem, f"request {request.request_id}: ")
         loads = not request.skip_reading_prefix_cache
         view = self._view(request)
+        if self._spans is not None:
+            for name in _names(request, view.push):
+                self._spans.request(name, request.trace_headers)
         if loads or view.push is not None:
             self.planner.arrived(view, loads=loads)
             self._adapters.look_anew()  # the next step may be far away
@@ -439,6 +487,9 @@ class SchedulerSide:
         computed = request.num_computed_tokens
         push = self._push(request)
         self._planner.finished(request.request_id, computed, blocks, push=push)
+        if self._spans is not None:
+            for name in _names(request, push):
+                self._spans.forget(name)
         self._moved = True  # its prompt is counted by now
         self._exchange()
         self._remind()

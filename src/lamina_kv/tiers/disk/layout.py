@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina_kv.geometry import DIRECT_IO_ALIGNMENT
+from lamina_kv.quantities import size_of
 
 Integers = npt.NDArray[np.int64]
 
@@ -59,7 +60,7 @@ class Layout:
     slots: int
 
     def __str__(self) -> str:
-        return f"{self.slots} chunks of {self.object_bytes} bytes"
+        return f"{self.slots} chunks of {size_of(self.object_bytes)}"
 
     @property
     def groups(self) -> int:

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamina_kv.quantities import size_of
 from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.disk.directory import Shard, shards, stat_of
 from lamina_kv.tiers.disk.lock import hold, lock_file
@@ -81,11 +82,11 @@ def make_room(path: Path, own: Shard, size: int, capacity: int, server: Server) 
         else:
             shard.remove()
         log.info(
-            "%s: removed rank %d of namespace %s (%d bytes) to stay within the tier's capacity",
+            "%s: removed rank %d of namespace %s (%s) to stay within the tier's capacity",
             path,
             shard.rank,
             shard.directory.name,
-            taken.pop(shard),
+            size_of(taken.pop(shard)),
         )
 
 
@@ -109,8 +110,9 @@ def no_room(slab: Path, size: int, error: OSError | None = None) -> NoRoom:
     """
     said = "" if error is None else f" ({error.strerror})"
     return NoRoom(
-        f"{slab.parent} has {_free_bytes(slab.parent)} bytes free, and {_missing(slab, size)} more "
-        f"are needed{said}: lower the capacity, free some space, or choose another path"
+        f"{slab.parent} has {size_of(_free_bytes(slab.parent))} free, and "
+        f"{size_of(_missing(slab, size))} more are needed{said}: lower the capacity, free some "
+        "space, or choose another path"
     )
 
 

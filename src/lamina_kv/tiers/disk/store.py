@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lamina_kv.keys import key_array
 from lamina_kv.plan import ChunkKey, StoredChunks
+from lamina_kv.quantities import size_of
 from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant, Traits
 from lamina_kv.tiers.disk import directory
 from lamina_kv.tiers.disk.aio import Operation
@@ -43,6 +44,7 @@ from lamina_kv.tiers.disk.room import (
 )
 from lamina_kv.tiers.objects import row_bytes
 from lamina_kv.tiers.once import Once
+from lamina_kv.values import format_size
 
 log = logging.getLogger("lamina_kv.tiers")
 
@@ -80,9 +82,9 @@ def open_store(config: DiskConfig, tenant: Tenant) -> DiskStore:
     layout = Layout(tenant.object_bytes, config.capacity // tenant.object_bytes)
     if not layout.slots:
         raise StoreError(
-            f"{config.key('capacity')}: {config.capacity} bytes for each rank is less than one "
-            f"chunk, which takes {tenant.object_bytes} bytes on disk: use at least that, or "
-            "smaller chunks (chunk_tokens)"
+            f"{config.key('capacity')}: {size_of(config.capacity)} for each rank is less than one "
+            f"chunk, which takes {size_of(tenant.object_bytes)} on disk: use at least "
+            f"{format_size(tenant.object_bytes)}, or smaller chunks (chunk_tokens)"
         )
     try:
         return _open(config, tenant, layout)
