@@ -196,7 +196,20 @@ def test_at_the_boundary_it_is_decided_again(scheduler: Scheduler) -> None:
     hand_off.plan([("a", BLOCK, CHUNK)], forward=True)
     hand_off.reset()
     assert hand_off.reached("a") == Admission(Phase.RUNNING, CHUNK)
-    assert hand_off.plan([("a", CHUNK, len(TOKENS))], forward=True).loads == ()
+    plan = hand_off.plan([("a", CHUNK, len(TOKENS))], forward=True)
+    assert plan.loads == ()
+    assert plan.saves == (), "other weights may have computed what it has up to the boundary"
+
+
+def test_who_is_preempted_before_the_boundary_is_saved_like_anybody_then() -> None:
+    scheduler = Scheduler(boundary=CHUNK)
+    hand_off, view = scheduler.hand_off, View("a", TOKENS)
+    assert hand_off.admit(view, BLOCK).until == CHUNK
+    hand_off.plan([("a", BLOCK, CHUNK)], forward=True)
+    hand_off.reset()
+    hand_off.preempted("a")
+    assert hand_off.admit(view, 0) == Admission(Phase.RUNNING, 0)
+    assert len(hand_off.plan([("a", 0, len(TOKENS))], forward=True).saves) == CHUNKS
 
 
 def test_any_floor_is_accepted(scheduler: Scheduler) -> None:

@@ -386,6 +386,8 @@ class Planner:
         """The engine has taken a request's blocks away, and says so before it looks it up again."""
         if (record := self._requests.get(request_id)) is not None:
             self._prompts.interrupted(record)
+            if record.begun and not record.admitted:  # else it is looked up as one that had blocks
+                record.lose_blocks()
 
     def hit_sources(self, request_id: str) -> dict[TierName, int]:
         """Tokens that are brought to a request, by the tier that had them, or ``push``."""
@@ -471,6 +473,7 @@ class Planner:
             computed: tokens of it that are computed when the step is over.
             refused: whether no save may be ordered now.
         """
+        record.begun = True
         if not record.counted:
             self._prompts.runs(record, start, computed)
         if self._pushes is not None:
@@ -735,7 +738,7 @@ class Planner:
         barred = set()
         for request_id in requests:
             record = self._requests.get(request_id)
-            if record is None or not record.admitted:
+            if record is None or not (record.admitted or record.begun):
                 continue
             barred.add(request_id)
             record.barred = True

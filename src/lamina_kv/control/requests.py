@@ -308,6 +308,8 @@ class RequestRecord:
         hit: the memoised hit.
         losses: how often the engine took its blocks away.
         admitted: whether the engine gave it blocks since.
+        begun: whether steps compute into blocks of its since it had none. A hand-off may let it
+            compute to a boundary before it is admitted.
         ended: whether the engine is done with it; kept until its load is terminal.
         offer: what the last lookup promised; what was taken of it once the request has blocks.
         delivery: what became of that.
@@ -342,6 +344,7 @@ class RequestRecord:
     hit: Hit = field(default_factory=Hit)
     losses: int = 0
     admitted: bool = False
+    begun: bool = False
     ended: bool = False
     offer: Offer = field(default_factory=Offer)
     delivery: Delivery = field(default_factory=Delivery)
@@ -390,7 +393,7 @@ class RequestRecord:
     def lose_blocks(self) -> None:
         """The engine took the blocks away (preemption, failed load): everything is open again."""
         self.losses += 1
-        self.admitted = False
+        self.admitted = self.begun = False
         self.load = None
         self.receive = None
         self.save_anew()
