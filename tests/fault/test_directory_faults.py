@@ -131,7 +131,9 @@ class TestMounts:
         path.mkdir()
         assert engine.read([1]) == [Fate.GONE]
         engine.put(1)
-        assert open_engine(path).read([1]) == [Fate.DONE]
+        other = open_engine(path)
+        assert other.read([1]) == [Fate.DONE]
+        other.store.close()
         engine.store.close()
 
     def test_one_that_was_emptied_can_be_swept_again(
@@ -168,10 +170,10 @@ class TestMounts:
         self, tmp_path: Path, mount: Mount, caplog: pytest.LogCaptureFixture
     ) -> None:
         mount("-t", "tmpfs", "tmpfs", tmp_path)
-        open_engine(tmp_path / "a")
+        open_engine(tmp_path / "a").store.close()
         assert not caplog.messages
         if tmp_path.parent.stat().st_dev == os.stat("/").st_dev:
-            open_engine(tmp_path.parent / f"{tmp_path.name}-own")
+            open_engine(tmp_path.parent / f"{tmp_path.name}-own").store.close()
             assert "own disk" in caplog.text
 
 
