@@ -47,7 +47,7 @@ def main() -> None:
             ended.set()
             people.join()
     trace = ROOT / "docs" / "examples" / "requests.jsonl"
-    sizes = ["--host", "1GiB,2GiB,4GiB,8GiB", "--plot", str(IMAGES / "sizing.png")]
+    sizes = ["--host", "512MiB,1GiB,2GiB,4GiB", "--plot", str(IMAGES / "sizing.png")]
     benchmarks(["trace", str(trace), *sizes], prog_name="lamina-kv bench")
 
 

@@ -1,0 +1,45 @@
+"""What docs/sizing.md says of its example is what the command says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from documented import ROOT, blocks, commands
+from lamina_kv.bench import app
+
+PAGE, TRACE = "docs/sizing.md", "docs/examples/requests.jsonl"
+CALLS = [words for words in commands(PAGE, "lamina-kv bench trace") if words[0] == TRACE]
+
+
+def test_the_example_is_what_its_script_prints() -> None:
+    script = ROOT / "docs/examples/requests.py"
+    printed = subprocess.run([sys.executable, script], check=True, capture_output=True)
+    assert printed.stdout == (ROOT / TRACE).read_bytes()
+
+
+def test_there_is_a_call_with_one_tier_and_one_with_two() -> None:
+    assert ["--far" in words for words in CALLS] == [False, True]
+
+
+@pytest.mark.parametrize("words", CALLS, ids=lambda words: words[2])
+def test_the_page_says_what_the_command_says(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(ROOT / TRACE), *words[1:]]
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["trace", *arguments, "--json", "out.json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(Path("out.json").read_text())
+    shown = [" ".join(text.split()) for text in blocks(PAGE, "text")]
+    both = f"{said['answer']} {said['worth']}"
+    assert any(both in text for text in shown), both
+    if "--plot" in arguments:
+        assert Path(arguments[arguments.index("--plot") + 1]).stat().st_size > 1000
