@@ -175,10 +175,14 @@ def _is_one_prompt(prompt: msgspec.Raw | None) -> bool:
 
 def _encode(fields: Fields, told: dict[str, object]) -> bytes:
     parameters = {**_harmless(fields.get("kv_transfer_params")), **told}
-    document: dict[str, object] = {k: v for k, v in fields.items() if k not in _TRANSFERS}
+    kept = {name: value for name, value in fields.items() if name not in _TRANSFERS}
     if parameters:
-        document["kv_transfer_params"] = parameters
-    return msgspec.json.encode(document)
+        kept["kv_transfer_params"] = msgspec.Raw(msgspec.json.encode(parameters))
+    # Joined here: msgspec's encoder grows as it goes, and copies megabytes many times.
+    parts: list[bytes | msgspec.Raw] = []
+    for name, value in kept.items():
+        parts += (b"," if parts else b"{", msgspec.json.encode(name), b":", value)
+    return b"".join((*parts, b"}" if parts else b"{}"))
 
 
 def _harmless(parameters: msgspec.Raw | None) -> dict[str, object]:
