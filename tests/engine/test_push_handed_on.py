@@ -87,7 +87,7 @@ def test_a_decode_server_that_refuses_lets_the_prefill_server_go(llama: Path, fl
     ):
         told = prefilled(prefill, asked)
         assert prefill.held().leased > 0
-        body = {"model": MODEL, "prompt": "no tokenizer", "max_tokens": -1}
+        body = {"model": MODEL, "prompt": list(prompt(80, 3000)), "max_tokens": 1}  # too long
         refused = httpx.post(
             f"{decode.url}/v1/completions",
             json={**body, "kv_transfer_params": told},
