@@ -30,7 +30,9 @@ SPOKEN = {
     "enable_prompt_tokens_details": True,
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
-    "structured_outputs_config": json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
+    "structured_outputs_config": json.dumps(
+        {"backend": "xgrammar", "disable_any_whitespace": True}
+    ),
 }
 LONG = 700
 """Letters of a question, each of which is a token: worth being pushed."""

@@ -26,6 +26,7 @@ from lamina_kv.config import ConfigError, load_config
 from lamina_kv.control.requests import PushParameters
 from lamina_kv.engines.vllm.concerns import concerns
 from lamina_kv.push.addresses import split_address
+from lamina_kv.push.proxy.discovery.listing import read_listing
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.tiers.regard import Regard
 
@@ -193,6 +194,9 @@ def test_an_issue_form(path: Path) -> None:
 def test_a_configuration_file_that_is_documented(page: str, tmp_path: Path) -> None:
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text)
+        if page == "docs/push-proxy.md":
+            assert read_listing(text).places, "where the proxy's engines are"
+            continue
         file = tmp_path / "lamina.yaml"
         file.write_text(text)
         load_config({}, {"LAMINA_CONFIG": str(file)})
