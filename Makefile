@@ -14,7 +14,7 @@ INSTALL := requirements/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-push demo-shared demo-standalone test test-all durations mutants soak compat lint lock clean
+.PHONY: help demo demo-push demo-shared demo-standalone test test-all durations mutants soak compat lint docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -70,8 +70,8 @@ soak: .venv/installed-tests ## a million simulated steps, kills by the hundred, 
 
 compat: .venv/installed-tests ## vLLM 0.32 and 0.33, each with both model runners; fetches 336 MB
 	@newer=$$(PYTHONPATH=tests $(BIN)/python -m engine.runners) && \
-		$(BIN)/pytest -n 2 --dist loadgroup -m compat tests/engine/test_compat.py && \
-		PYTHONPATH=$$newer $(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(ON_NEWER)
+		$(BIN)/pytest -n 2 --dist loadgroup -m compat --record-versions tests/engine/test_compat.py && \
+		PYTHONPATH=$$newer $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --record-versions $(ON_NEWER)
 
 # Files that are run again in a session in which every vLLM is the newer one.
 ON_NEWER := $(addprefix tests/engine/test_,v2_step.py plugin.py hooks.py push_failures.py reset.py events.py) \
@@ -83,6 +83,9 @@ lint: .venv/installed ## ruff, and mypy for the oldest and the newest Python
 	@echo "mypy ..."
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.13
+
+docs: .venv/installed ## the documentation site, in build/site; a broken link or anchor fails
+	@$(BIN)/mkdocs build --quiet --strict
 
 lock: .venv/installed ## pin anew what is installed: requirements/lock.txt
 	@echo "resolving requirements/lock.in and pyproject.toml ..."

@@ -256,11 +256,12 @@ def test_a_hit_that_waits_for_room_is_not_overtaken(model: Any, expected: Tokens
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["4.57.1", "5.18.2", "5.25.0", "6.0.0.dev0"])
+def test_another_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another test may have made the library's lazy module anew.
     theirs = sys.modules[attach.__module__].transformers  # type: ignore[attr-defined]
-    monkeypatch.setattr(theirs, "__version__", "5.20.0")
-    with pytest.raises(UnsupportedEngine, match=r"transformers 5\.20\.0 .* 5\.19\.x only"):
+    monkeypatch.setattr(theirs, "__version__", version)
+    with pytest.raises(UnsupportedEngine, match=rf"transformers {version} .* 5\.19 to 5\.24 only"):
         attach()
 
 

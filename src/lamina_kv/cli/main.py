@@ -110,7 +110,7 @@ def demo_standalone(
     """Show it: conversations in transformers' continuous batching, more than its cache holds.
 
     The same conversations with and without Lamina, and how long each turn takes to its first token.
-    Needs transformers 5.19, about 3 GB of memory and two minutes.
+    Needs transformers 5.19 to 5.24, about 3 GB of memory and two minutes.
     """
     from lamina_kv.cli.demo_standalone import run
 

@@ -24,9 +24,9 @@ from lamina_kv.engines.transformers.scheduler import WithLamina
 
 log = logging.getLogger("lamina_kv.engines.transformers")
 
-SUPPORTED = "5.19."
-"""Versions of transformers whose continuous batching is known: names that are relied on there are
-not part of its public interface."""
+OLDEST, NEWEST = (5, 19), (5, 24)
+"""Minor versions of transformers whose continuous batching is known, those between them included:
+names that are relied on there are not part of its public interface. Tests run at both ends."""
 
 Graphs = tuple[bool, bool]
 """Whether graphs may be replayed of varlen forwards, and of forwards that decode only."""
@@ -71,10 +71,12 @@ def attach(
             with Lamina; the message says what to set.
     """
     version = transformers.__version__
-    if not version.startswith(SUPPORTED):
+    if not OLDEST <= tuple(map(int, version.split(".")[:2])) <= NEWEST:
+        oldest, newest = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
         raise UnsupportedEngine(
             f"transformers {version} is installed, and Lamina knows the continuous batching of "
-            f"{SUPPORTED}x only: pip install 'lamina-kv[transformers]', or run without attach()"
+            f"{oldest} to {newest} only: pip install 'lamina-kv[transformers]', or run without "
+            "attach()"
         )
     config = load_config(dict(settings or {}), os.environ)
     batching = batching or ContinuousBatchingConfig()
