@@ -16,7 +16,7 @@ import pytest
 from engine.driver import Engine, EngineSpec, Fleet, Start
 from engine.models import Checkpoints
 
-pytest_plugins = ["durations", "push_proxy.fixtures", "servers.fixtures"]
+pytest_plugins = ["durations", "versions", "push_proxy.fixtures", "servers.fixtures"]
 
 LIVE_ENGINES = 4
 """Engines kept alive at a time: each holds a few hundred MiB."""

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 POOL = 256
 """Blocks of a decode engine."""
 SMALL_POOL = {"num_gpu_blocks_override": POOL}
-README = TESTS.parent / "README.md"
+QUICK_START = TESTS.parent / "docs/quick-start.md"
 PATIENCE = 60.0
 """Seconds after which a client that has no answer hangs."""
 
@@ -109,11 +109,11 @@ def test_a_prefill_server_that_is_gone_while_pushes_are_parked(
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_readme(llama: Path, fleet: Fleet) -> None:
+def test_the_commands_of_the_quick_start(llama: Path, fleet: Fleet) -> None:
     """As they stand there; the prefill engine is killed while it is busy."""
     asks = [Ask(tokens) for tokens in mixed_prompts(16, count=120)]
     expected = [answer.tokens for answer in fleet.answers(EngineSpec(llama), asks)]
-    prefill, decode = (Server(spec, fleet.next_log()) for spec in readme_specs(llama))
+    prefill, decode = (Server(spec, fleet.next_log()) for spec in documented_specs(llama))
     with Deployment([prefill], [decode], fleet.next_log()) as deployment:
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(
@@ -136,13 +136,13 @@ def received(server: Server) -> float:
     return server.metrics().total("lamina_pushes_total", outcome="received")
 
 
-def readme_specs(model: Path) -> Iterator[EngineSpec]:
-    """The README's commands for a prefill engine and a decode engine, on this machine and with
+def documented_specs(model: Path) -> Iterator[EngineSpec]:
+    """The quick start's commands for a prefill engine and a decode engine, on this machine and with
     little host memory. What it does not say is left to vLLM."""
-    section = README.read_text().split("### One engine prefills, another decodes")[1]
+    section = QUICK_START.read_text().split("### One engine prefills, another decodes")[1]
     words = shlex.split(section.split("```")[1], comments=True)
     starts = [index for index, word in enumerate(words) if word == "serve"]
-    assert len(starts) == 2, "the README has a command for each side"
+    assert len(starts) == 2, "there is a command for each side"
     for rest in (words[start + 2 :] for start in starts):
         pairs = zip(rest[::2], rest[1::2], strict=False)
         flags = takewhile(lambda pair: pair[0].startswith("--"), pairs)

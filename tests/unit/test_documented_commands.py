@@ -50,9 +50,10 @@ def vllm_parser() -> Any:
 
 def test_there_are_commands_to_check() -> None:
     pages = [server.where for server in SERVERS]
-    assert pages.count("README.md") == 5
+    assert pages.count("README.md") == 1
+    assert pages.count("docs/quick-start.md") == 5
     assert "docs/configuration.md" in pages
-    assert [page for page, _ in PROXIES] == ["README.md", "docs/prefill-decode.md"]
+    assert [page for page, _ in PROXIES] == ["docs/prefill-decode.md", "docs/quick-start.md"]
     assert len(LAMINA) > 3
 
 
@@ -87,7 +88,7 @@ def test_a_proxy_that_is_documented(
         if config.push is not None:
             arguments = vllm_parser().parse_args(server.words)
             pushing[f"http://{arguments.host}:{arguments.port}"] = config.push
-    assert len(pushing) == {"README.md": 2, "docs/prefill-decode.md": 0}[page]
+    assert len(pushing) == {"docs/quick-start.md": 2, "docs/prefill-decode.md": 0}[page]
     if pushing:
         (prefill,), (decode,) = settings.prefill, settings.decode
         assert pushing[prefill.url].listen == prefill.push
