@@ -1,7 +1,7 @@
 """Calls before a layer reads its cache and after it has written it, which transformers makes none.
 
 The one place where the library is changed: ``PagedAttentionCache.update`` is what every attention
-implementation calls (of 5.19 ``integrations/*_attention.py``, ``eager_paged.py``; of 5.24 the models) to
+implementation calls (``integrations/*_attention.py``, ``eager_paged.py``; in 5.24 the models) to
 write a layer's keys and values and to read what it attends to. It is wrapped on the instance: the
 library's code stays as it is, and the wrapper goes when the cache goes.
 """
