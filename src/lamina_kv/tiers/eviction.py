@@ -266,16 +266,13 @@ class Runs:
 
     # -- uses --------------------------------------------------------------------------------
 
-    def used(
-        self, slot: int, use: Use, *, again: bool = False, last: bool = False, beyond: bool = False
-    ) -> int:
+    def used(self, slot: int, use: Use, *, again: bool = False, beyond: bool = False) -> int:
         """A prefix that ends with a chunk was used: the run of that chunk is the youngest.
 
         Args:
             slot: the chunk. What stands behind it in its run becomes a run of its own.
             use: the use.
             again: whether this use of it was noted before, and goes on.
-            last: whether the chunk is the last one of the use's prompt.
             beyond: whether the use goes on behind it, other than in one of the runs there.
 
         Returns:
@@ -285,15 +282,12 @@ class Runs:
         assert run >= 0, "a chunk that is used is here"
         if slot != self._tail[run]:
             self._split(run, slot)
-        if last and not again and run != slot:  # of a kind of its own
-            self._split(run, self._front[slot])
-            run = slot
         if not again:
             kind = self._kind(run)
             self._worth.used(kind, self._age(run), self._length[run])
             child = self._child[run]
             branches = child >= 0 and (beyond or self._next[child] != child)
-            kind = kind_of(uses_of(kind) + 1, use, last=last, branches=branches)
+            kind = kind_of(uses_of(kind) + 1, use, last=False, branches=branches)
             self._shelf[run] = self._open(_shelf(kind, regard.priority))
         self._refresh(run)
         length = self._length[run]

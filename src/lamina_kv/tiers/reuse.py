@@ -7,7 +7,8 @@ tier counts uses, and how many chunks were that old for how long. The quotient i
 From the hazards follows what a chunk is *worth*: the most uses per slot and time that keeping it
 from now on can bring, over every moment at which it might be given up (a Gittins index). A kind
 that is used again soon or never is worth much while it is young. A kind that is used again at any
-age keeps its worth. Without evidence worth falls with age alone, which is the order of use.
+age keeps its worth. Without evidence worth falls with age and rises with uses: a chunk that was
+used three times lives three times as long as one that was used once.
 
 Chunks that were given up are remembered for a while (:class:`Ghosts`). Otherwise a tier would never
 learn what it loses, and a chunk that comes back would be a stranger.
@@ -112,11 +113,11 @@ def kind_of(uses: int, use: Use, *, last: bool, branches: bool) -> int:
     Args:
         uses: how often it has been used, this use included.
         use: the use.
-        last: whether it is the last chunk of the prompt: nobody has gone on behind it.
+        last: whether it is the last chunk of the prompt: if new, nobody has gone on behind it.
         branches: whether requests went on behind it in several ways.
     """
     first = _SORTS * use.regard.session
-    if last:
+    if last and uses == 1:
         return first
     if uses > 1:
         return first + 7 + 2 * min(uses - 2, 2) + branches
@@ -128,6 +129,12 @@ def uses_of(kind: int) -> int:
     """How often a chunk of a kind has been used, as far as its kind says."""
     sort = kind % _SORTS
     return 1 if sort < 7 else 2 + (sort - 7) // 2
+
+
+_ODDS = np.array([0.5 if kind % _SORTS == 0 else uses_of(kind) for kind in range(KINDS)])
+"""How likely a chunk of each kind is used again, beside one that was used once, as long as nothing
+else is known. In proportion to how often it was used. The last chunk of a prompt half as likely as
+those in front of it: of the requests that use these, not all go on behind it."""
 
 
 class Ghosts:
@@ -228,16 +235,19 @@ def age_class(age: int) -> int:
 def _worth(uses: Floats, waits: Floats, trust: float) -> Floats:
     """Worth by kind and age, from uses, from chunks times additions, and from how many chunks of a
     kind count as much as all others."""
-    all_uses, all_waits = uses.sum(axis=0).tolist(), waits.sum(axis=0).tolist()
+    all_uses, all_waits = uses.sum(axis=0).tolist(), (_ODDS @ waits).tolist()
     common, total = [], sum(all_waits)
     hazard = sum(all_uses) / total if total and any(all_uses) else 1e-9
     for used, waited, width in zip(all_uses, all_waits, _WIDTHS.tolist(), strict=True):
         hazard = (used + _FALL * hazard * width) / (waited + width)
         common.append(hazard)
-    # Kinds of which nothing was seen are alike: one row for all of them, the last.
+    # Kinds of which nothing was seen are alike if their odds are: one row for each odds, the last.
     seen = np.flatnonzero((uses + waits).any(axis=1))
-    uses, waits = (np.vstack((each[seen], np.zeros(AGES))) for each in (uses, waits))
-    hazards = (uses + np.array(common) * _WIDTHS * trust) / (waits + _WIDTHS * trust)
+    all_odds, which = np.unique(_ODDS, return_inverse=True)
+    nothing = np.zeros((len(all_odds), AGES))
+    uses, waits = (np.vstack((each[seen], nothing)) for each in (uses, waits))
+    odds = np.concatenate((_ODDS[seen], all_odds))[:, None]
+    hazards = (uses + odds * np.array(common) * _WIDTHS * trust) / (waits + _WIDTHS * trust)
     steps = hazards * _WIDTHS
     rooms = -np.expm1(-steps) / hazards  # slots and additions of a chunk until it is used, or older
     ends = np.cumsum(steps, axis=1)
@@ -246,6 +256,6 @@ def _worth(uses: Floats, waits: Floats, trust: float) -> Floats:
     costs = np.cumsum(kept * rooms[:, None, :], axis=2)
     gains = -np.expm1(-np.maximum(ends[:, None, :] - begins[:, :, None], 0.0))
     best = np.max(gains * _PASSED / np.where(_PASSED, costs, 1.0), axis=2)
-    worth = np.tile(best[-1], (KINDS, 1))
-    worth[seen] = best[:-1]
+    worth: Floats = best[len(seen) + which]
+    worth[seen] = best[: len(seen)]
     return worth

@@ -319,16 +319,16 @@ class SlotIndex:
         index, heads = len(chain) - 1, []
         beyond = use.total > len(chain)
         while index >= 0:
-            slot, last = self._slot_of(chain[index]), index == use.total - 1
+            slot = self._slot_of(chain[index])
             if slot < 0:
                 if over and not self._stored:  # a store may yet be written to
-                    runs.missed(chain[index], use, last=last)
+                    runs.missed(chain[index], use, last=index == use.total - 1)
                     yield
                 index -= 1
                 continue
             for end in loose.pop(chain[index], ()):
                 self._use_end(end, use, over=over)
-            index -= runs.used(slot, use, again=over, last=last, beyond=beyond)
+            index -= runs.used(slot, use, again=over, beyond=beyond)
             beyond = False
             if index >= 0:
                 heads.append(chain[index + 1])
