@@ -75,24 +75,3 @@ def test_a_router_that_asks_the_prefill_server_first(llama: Path, fleet: Fleet) 
         assert cached == 200 // BLOCK * BLOCK, "what the prefill server had is"
         prefill.wait_until_empty(30)
         decode.wait_until_empty(30)
-
-
-def test_a_decode_server_that_refuses_lets_the_prefill_server_go(llama: Path, fleet: Fleet) -> None:
-    """It never hears of the request otherwise, and its prompt would be held for a minute."""
-    asked = Ask(prompt(80, 400))
-    patient = prefill_spec(llama, push={"deadline": 600.0, "quarantine": 700.0})
-    with (
-        Server(patient, fleet.next_log(), forked=True) as prefill,
-        Server(decode_spec(llama), fleet.next_log(), forked=True) as decode,
-    ):
-        told = prefilled(prefill, asked)
-        assert prefill.held().leased > 0
-        body = {"model": MODEL, "prompt": list(prompt(80, 3000)), "max_tokens": 1}  # too long
-        refused = httpx.post(
-            f"{decode.url}/v1/completions",
-            json={**body, "kv_transfer_params": told},
-            trust_env=False,
-            timeout=120,
-        )
-        assert refused.status_code == 400
-        prefill.wait_until_empty(60)

@@ -30,8 +30,7 @@ _ASKED_FIRST = "do_remote_decode"
 engine, to say what the latter is to be told."""
 
 _PREFILLED = "do_remote_prefill"
-"""What they expect in the answer. vLLM reports the prefill engine's cached tokens by it, and tells
-the connector if the decode engine refuses the request."""
+"""What they expect in the answer. vLLM reports the prefill engine's cached tokens by it."""
 
 
 _NAMELESS = re.compile(r"renderer\d+-mm-\d+-.*|[0-9a-f]{32,}", re.DOTALL)
