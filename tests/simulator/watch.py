@@ -168,12 +168,14 @@ class Watch:
 
     # -- what tiers keep -------------------------------------------------------------------------
 
-    def _admitted(self, admitted: Callable[[str, int], None], request_id: str, loaded: int) -> None:
+    def _admitted(
+        self, admitted: Callable[..., None], request_id: str, loaded: int, **how: int
+    ) -> None:
         record = self._planner._requests.get(request_id)
         if record is not None and not record.admitted:
             self._admissions[request_id] += 1
             self._has(self._requests[request_id])
-        admitted(request_id, loaded)
+        admitted(request_id, loaded, **how)
 
     def _has(self, request: Request) -> None:
         """A request needs chunks of these keys; once more if it was preempted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from driven_planner import (
+    BLOCK,
     CHUNK,
     CHUNK_BYTES,
     FAR,
@@ -16,6 +17,7 @@ from driven_planner import (
     prompt,
 )
 
+from lamina_kv.control.hand_off import HandOff
 from lamina_kv.control.second_uses import LOOKS
 from lamina_kv.plan import ChunkKey, Outcome, TierName, TierReport
 from lamina_kv.tiers.hints import BELIEVED_SECONDS
@@ -126,6 +128,18 @@ def test_what_a_request_shares_goes_there_at_once() -> None:
     engine = keeping("shared")
     engine.save(View("a", TOKENS, regard=Regard(share=True)))
     assert written(engine) == keys_of(TOKENS)
+
+
+def test_what_a_request_computes_up_to_a_boundary_it_has_not_found() -> None:
+    """The engine had a part of the chunk, and nothing was to be loaded behind it."""
+    engine, view = keeping("shared", leases_loads=True), View("a", TOKENS)
+    hand_off = HandOff(engine.planner, boundary=CHUNK, limit=8)
+    assert hand_off.admit(view, BLOCK).start == BLOCK
+    plan = hand_off.plan([("a", BLOCK, len(TOKENS))], forward=True)
+    engine.answer(*(save.transfer for save in plan.saves))
+    hand_off.finished("a", len(TOKENS), [view.blocks()])
+    assert plan.saves
+    assert written(engine) == []
 
 
 def test_a_request_that_is_not_worth_keeping_is_no_second_use() -> None:

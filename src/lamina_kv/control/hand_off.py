@@ -198,14 +198,14 @@ class HandOff:
         self._entries[view.request_id] = entry
         boundary = self._round_up(floor)
         if boundary == floor:
-            return self._decide(entry, declined)
+            return self._decide(entry, declined, floor)
         if boundary < view.num_tokens:
             if self._planner.lookup(view, boundary, declined=declined, may_wait=False).tokens:
                 entry.until = boundary
                 return Admission(Phase.RUNNING, floor, boundary)
         else:
             self._planner.lookup(view, boundary - self._boundary, declined="unaligned")
-        self._planner.admitted(view.request_id, 0)
+        self._planner.admitted(view.request_id, 0, floor=floor)
         return Admission(Phase.RUNNING, floor)
 
     def reached(self, request_id: str) -> Admission:
@@ -218,9 +218,9 @@ class HandOff:
         entry = self._entries.get(request_id)
         if entry is None or not entry.until:
             raise HandOffError(f"{request_id} was not told to stop anywhere: go on with it")
-        entry.floor = entry.start = entry.until
-        entry.until, entry.begun = 0, False
-        return self._decide(entry, "")
+        had, entry.floor = entry.floor, entry.until
+        entry.start, entry.until, entry.begun = entry.floor, 0, False
+        return self._decide(entry, "", had)
 
     def take_ready(self) -> list[Resumption]:
         """Requests whose load has ended since the last call, the first admitted first. They run
@@ -340,11 +340,13 @@ class HandOff:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _decide(self, entry: _Entry, declined: str) -> Admission:
-        """Whether and how a request that has ``entry.floor`` tokens is loaded, and order it."""
+    def _decide(self, entry: _Entry, declined: str, had: int) -> Admission:
+        """Whether and how a request that has ``entry.floor`` tokens, of which the engine had some
+        and it has computed the others, is loaded, and order it."""
         # It has its blocks: there is no time to wait for far tiers.
         offer = self._planner.lookup(entry.view, entry.floor, declined=declined, may_wait=False)
-        self._planner.admitted(entry.view.request_id, offer.tokens)
+        floor = None if offer.tokens else had  # what is loaded behind it others had from there on
+        self._planner.admitted(entry.view.request_id, offer.tokens, floor=floor)
         if offer.tokens:
             entry.start = entry.floor + offer.tokens
             entry.loading = True

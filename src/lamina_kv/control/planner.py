@@ -312,11 +312,17 @@ class Planner:
             self._epoch,
         )
 
-    def admitted(self, request_id: str, loaded: int) -> None:
+    def admitted(self, request_id: str, loaded: int, *, floor: int | None = None) -> None:
         """The engine has given a request its blocks and will have ``loaded`` tokens loaded.
 
         Called after :meth:`lookup`, in the same scheduling pass; a call with 0 that follows the
         end of a parked load, or is for a request that was never looked up, changes nothing.
+
+        Args:
+            request_id: the request.
+            loaded: tokens.
+            floor: tokens that the engine has of it, if those are not the floor of the lookup:
+                what it computes up to that one it has not found.
         """
         record = self._requests.get(request_id)
         if record is None or record.admitted:
@@ -333,9 +339,10 @@ class Planner:
         if self._pushes is not None:
             self._pushes.admitted(record, offer)
         if not record.losses:  # one that comes back finds what it had computed itself
-            self._hits.used(record, offer.floor + offer.loaded)
+            found = offer if floor is None else replace(offer, floor=floor)
+            self._hits.used(record, found.floor + found.loaded)
             if self._saves:
-                self._second_uses.found(record, offer)
+                self._second_uses.found(record, found)
             if record.may_hit:
                 self._note_miss(record, offer)
         if offer.pushed:
