@@ -117,9 +117,7 @@ class Catalog:
     def room(self, key: ChunkKey, tier: TierName, standing: Standing) -> int | NoRoom:
         """Reserve a place in a tier for a chunk that is not held there; what other tiers have seen
         of its uses counts there, too."""
-        uses = 0
-        for index in self._indexes:
-            uses = max(uses, index.uses(key))
+        uses = max([index.uses(key) for index in self._indexes])
         return self._index(tier).room(key, standing, uses=uses)
 
     def publish(self, key: ChunkKey, tier: TierName = NEAR) -> None:

@@ -117,9 +117,9 @@ class LoadPlanner:
         """
         declined = declined or record.no_loads
         waits = may_wait and not declined
-        waited = waits and self._moves.is_waiting(record)
-        if waits and self._is_full and (waited or record.hit.floor < 0):
+        if waits and self.is_put_off(record):
             return ASK_AGAIN
+        waited = waits and self._moves.is_waiting(record)
         if waited and self._moves.awaits(record, floor):
             return ASK_AGAIN
         # Chunks of an epoch that does not last are in no far tier.
@@ -139,14 +139,15 @@ class LoadPlanner:
         record.no_moves = True
         return ASK_AGAIN
 
-    @property
-    def _is_full(self) -> bool:
-        """Whether enough was looked up for this plan. Who was not looked up yet is to wait for the
-        next one, and so is who waits already."""
+    def is_put_off(self, record: RequestRecord) -> bool:
+        """Whether enough was looked up for this plan, so that a request waits for the next one that
+        was not looked up yet, or waits already. Asked first about every request of a crowd."""
         step = self._books.clock.step
         if self._pass != step:
             self._pass, self._looked = step, 0
-        return self._looked >= LOOKED
+        if self._looked < LOOKED or record.no_loads:
+            return False
+        return record.hit.floor < 0 or self._moves.is_waiting(record)
 
     def _decide(
         self, record: RequestRecord, floor: int, declined: str, others_active: bool

@@ -41,10 +41,10 @@ SPARE_SHARE = 16
 what it does not find near it computes, which takes longer than what is not saved is worth."""
 
 LOOKS = 256
-"""Chunks of waiting requests that are looked at for one plan: up to half a millisecond; one and a
-half where every look orders a move, see ``bench control``."""
+"""Chunks of waiting requests that are looked at for one plan: up to half a millisecond, and more
+where looks order moves, see ``bench control``."""
 
-LOOKS_OF_A_MOVE = 4
+LOOKS_OF_A_MOVE = 6
 """To order a move takes as long as so many looks."""
 
 LOOKS_OF_A_SEARCH = 16
@@ -437,7 +437,7 @@ class MovePlanner:
             if self._fetches.order(lane, arrival.request_id, key, arrival.record.use) is None:
                 return _Next.NEAR_FULL
             arrival.sources[key] = name
-        if near.fills(key):
+        if name is not None or near.fills(key):
             if (fetch := self._fetches.get(key)) is not None:
                 arrival.came[key] = fetch
             arrival.awaited.append(key)

@@ -53,8 +53,10 @@ class Pins(Container[ChunkKey]):
             key: the chunk.
             own: how many that request wants already.
         """
-        most = self.most_of_one if own == len(self._wants) else self.most
-        return key in self._wants or len(self._wants) < most
+        taken = len(self._wants)
+        if key in self._wants or taken < self.most:
+            return True
+        return own == taken < self.most_of_one
 
     def is_wanted_once(self, key: ChunkKey) -> bool:
         """Whether a chunk's slot would be free if one request did not want it any more."""

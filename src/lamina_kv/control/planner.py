@@ -239,10 +239,18 @@ class Planner:
             sharing: which loads of others it may be told to wait for.
             may_wait: whether it may be told to wait for what is far.
         """
+        record = self._requests.get(view.request_id)
+        plain = not declined and view.push is None and may_wait and self._loads
+        if (
+            plain
+            and record is not None
+            and not record.admitted
+            and self._loading.is_put_off(record)
+        ):
+            return ASK_AGAIN
         clock = self._books.clock
         if view.push is not None or self._books.catalog.far:
             clock.tick()
-        record = self._requests.get(view.request_id)
         if record is not None and record.admitted and not record.ended:
             self._prompts.interrupted(record)
             self._shared.end(record.load, clock.now, well=False)
