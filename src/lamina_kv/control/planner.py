@@ -240,11 +240,11 @@ class Planner:
             may_wait: whether it may be told to wait for what is far.
         """
         record = self._requests.get(view.request_id)
-        plain = not declined and view.push is None and may_wait and self._loads
         if (
-            plain
-            and record is not None
-            and not record.admitted
+            record is not None
+            and may_wait
+            and self._loads
+            and not (record.admitted or declined or view.push)
             and self._loading.is_put_off(record)
         ):
             return ASK_AGAIN
