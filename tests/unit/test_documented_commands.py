@@ -51,7 +51,7 @@ def vllm_parser() -> Any:
 def test_there_are_commands_to_check() -> None:
     pages = [server.where for server in SERVERS]
     assert pages.count("README.md") == 1
-    assert pages.count("docs/quick-start.md") == 5
+    assert pages.count("docs/quick-start.md") == 4
     assert "docs/configuration.md" in pages
     assert [page for page, _ in PROXIES] == ["docs/prefill-decode.md", "docs/quick-start.md"]
     assert len(LAMINA) > 3
