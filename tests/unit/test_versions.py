@@ -29,9 +29,18 @@ def test_the_page_names_what_is_supported() -> None:
     """Of vLLM and transformers, what the code accepts; and no other."""
     from lamina_kv.engines.vllm.version import SUPPORTED
 
-    page = PAGE.read_text()
-    (said,) = re.findall(r"^\| vLLM \| (.*?) \|", page, re.MULTILINE)
-    assert said == " and ".join(f"{version}.x" for version in SUPPORTED)
+    rows = re.findall(
+        r"^\| (vLLM|transformers)(?: \(continuous batching\))? \| (.*?) \|",
+        PAGE.read_text(),
+        re.MULTILINE,
+    )
+    # Read and not imported: it would bring torch and the library.
+    attach = (ROOT / "src/lamina_kv/engines/transformers/attach.py").read_text()
+    ends = re.findall(r"\((\d+), (\d+)\)", attach.partition("OLDEST, NEWEST = ")[2].split("\n")[0])
+    assert dict(rows) == {
+        "vLLM": " and ".join(f"{version}.x" for version in SUPPORTED),
+        "transformers": " to ".join(".".join(end) for end in ends),
+    }
 
 
 @pytest.mark.parametrize(
