@@ -434,8 +434,8 @@ def test_a_hit_ends_at_a_boundary_that_has_come_near(sparse: Group) -> None:
 
 @pytest.mark.parametrize("sparse", [WINDOW, STATE])
 def test_a_hit_larger_than_its_share_of_near_ends_at_an_earlier_boundary(sparse: Group) -> None:
-    """Half of six slots: two chunks, and what is needed behind them."""
-    engine = far_engine(FULL, sparse, near_slots=6)
+    """Three slots: two chunks, and what is needed behind them."""
+    engine = far_engine(FULL, sparse, near_slots=3)
     request = view("b", g1=[300] if sparse is STATE else list(range(200, 209)))
     tokens, order = load(engine, request)
     assert tokens == 2 * CHUNK
