@@ -131,15 +131,18 @@ def test_what_a_request_shares_goes_there_at_once() -> None:
 
 
 def test_what_a_request_computes_up_to_a_boundary_it_has_not_found() -> None:
-    """The engine had a part of the chunk, and nothing was to be loaded behind it."""
-    engine, view = keeping("shared", leases_loads=True), View("a", TOKENS)
+    """The engine had the first chunk and a part of the second one, and nothing was to be loaded
+    behind that."""
+    engine, floor = keeping("shared", leases_loads=True), CHUNK + BLOCK
     hand_off = HandOff(engine.planner, boundary=CHUNK, limit=8)
-    assert hand_off.admit(view, BLOCK).start == BLOCK
-    plan = hand_off.plan([("a", BLOCK, len(TOKENS))], forward=True)
-    engine.answer(*(save.transfer for save in plan.saves))
-    hand_off.finished("a", len(TOKENS), [view.blocks()])
-    assert plan.saves
-    assert written(engine) == []
+    saves = []
+    for view, start in ((View("a", TOKENS[:floor]), 0), (View("b", TOKENS, first_block=50), floor)):
+        assert hand_off.admit(view, start).start == start
+        plan = hand_off.plan([(view.request_id, start, view.num_tokens)], forward=True)
+        saves += [save.transfer for save in plan.saves]
+    assert len(saves) == len(TOKENS) // CHUNK
+    engine.answer(*saves)
+    assert written(engine) == keys_of(TOKENS)[:1]
 
 
 def test_a_request_that_is_not_worth_keeping_is_no_second_use() -> None:

@@ -178,6 +178,20 @@ def test_where_layers_do_not_call_all_is_there_before_the_forward(rank: Rank) ->
 # -- layers that run several times in a step -----------------------------------------------------
 
 
+def test_a_step_whose_layers_cannot_call_begins_when_all_is_there(rank: Rank) -> None:
+    """It replays one graph of the whole model. The next step waits by its layers again."""
+    expected = rank.pages((7, 2))
+    rank.executor.begin_step(StepPlan(5, loads=(LOAD,)))
+    rank.executor.start_loads(layers_call=False)
+    assert rank.pages((11, 5)) == expected
+    rank.executor.end_step()
+    assert rank.settle(1)[0].outcome is Outcome.DONE
+    rank.executor.begin_step(StepPlan(6, loads=(load(4, (12, 6)),)))
+    rank.executor.start_loads()
+    with pytest.raises(LayersDidNotWait):
+        rank.executor.end_step()
+
+
 def test_a_row_is_written_when_every_pass_has_written_its_part(rank: Rank) -> None:
     """Two passes, each for one of two blocks, as in micro-batches."""
     rank.executor.save_after_forward()
