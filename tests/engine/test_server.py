@@ -31,7 +31,8 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
         "observe": {"trace": str(tmp_path / "trace.jsonl")},
     }
     # By its name alone the connector is found through vLLM's plugins.
-    spec = EngineSpec(llama, lamina, transfer={"kv_connector_module_path": None})
+    by_name = {"kv_connector_module_path": None}
+    spec = EngineSpec(llama, lamina, options={"shutdown_timeout": 30}, transfer=by_name)
     with Server(spec, fleet.next_log()) as server:
         # What has not happened yet is 0, not absent: else no alert would see it happen first.
         server.wait_until(lambda: server.metrics().total("lamina_config_info") == 1, CALL_SECONDS)

@@ -168,6 +168,7 @@ class SchedulerSide:
             and not vllm_config.cache_config.enable_prefix_caching
         )
         self._moved = True
+        self._has_ended = False
         self._complaints = Complaints(log, COMPLAINTS)
         self._disregards = Complaints(log)
         self._peers = Peers(() if config.push is None else config.push.peers)
@@ -335,6 +336,14 @@ class SchedulerSide:
         self._end_pushes()
         if self._planner is not None:
             self._planner.hurry()
+            if not self.has_work:  # vLLM may kill this process before it closes anything
+                self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Log what Lamina was worth, once."""
+        if self._planner is not None and not self._has_ended:
+            self._has_ended = True
+            log.info("%s", self._planner.closing())
 
     def close(self) -> None:
         """The engine ends."""
@@ -347,8 +356,7 @@ class SchedulerSide:
             server.close()
         if self._recorder is not None:
             self._recorder.close()
-        if self._planner is not None:
-            log.info("%s", self._planner.closing())
+        self._say_goodbye()
 
     @property
     def has_work(self) -> bool:
