@@ -348,6 +348,7 @@ def test_a_device_that_fails_under_what_the_model_has_read_stops_the_engine(
     rank.run(load(1, LoadMode.LAYERWISE))
     assert not rank.receipts
     rank.device.fail("an illegal address was met")
+    rank.executor.end_step()  # its trace ends, and no more
     with pytest.raises(LoadStuck, match="device has failed while it copied rows for r1"):
         rank.collect()
     with pytest.raises(LoadStuck):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from lamina_kv.data.movers.base import Mover
 from lamina_kv.data.movers.fences import Fence
 from lamina_kv.observe.timeline import Lane, Timeline
@@ -42,8 +44,9 @@ class ComputeLane:
 
     def collect(self) -> None:
         """Note layers that a device has computed meanwhile."""
-        while self._pending and self._pending[0][3].passed():
-            step, row, *fences = self._pending.pop(0)
-            begin, end = (fence.span() for fence in fences)
-            if begin is not None and end is not None:
-                self._timeline.add(Lane.COMPUTE, step, row, begin[1], end=end[1])
+        with suppress(Exception):  # of a device that has failed nothing more is known
+            while self._pending and self._pending[0][3].passed():
+                step, row, *fences = self._pending.pop(0)
+                begin, end = (fence.span() for fence in fences)
+                if begin is not None and end is not None:
+                    self._timeline.add(Lane.COMPUTE, step, row, begin[1], end=end[1])
