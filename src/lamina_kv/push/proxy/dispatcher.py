@@ -18,8 +18,8 @@ from enum import Enum
 from functools import partial
 
 import httpx
-import msgspec
 
+from lamina_kv.push.proxy.blame import Blame
 from lamina_kv.push.proxy.engines import Engine, EngineBusy, EngineError, Role
 from lamina_kv.push.proxy.errors import EngineAnswer, Refusal
 from lamina_kv.push.proxy.headers import RANK, Pairs, of_answer
@@ -44,9 +44,6 @@ at a request; a decode engine that needs no push computes meanwhile, as nobody p
 
 BUSY = 429
 """The status of an engine that has too much to do, while another one may have nothing."""
-
-_REASON_LENGTH = 300
-"""Characters of an engine's reason that are logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,60 +141,6 @@ async def _unless_lost(prefilling: asyncio.Task[_Prefilled], decoding: Awaitable
         raise _PrefillLost(why) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspect:
-    """An engine that has not answered a request well.
-
-    Attributes:
-        engine: the engine.
-        reason: what it says.
-        refuses: whether it says that the request is wrong.
-    """
-
-    engine: Engine
-    reason: str
-    refuses: bool
-
-
-class _Blame:
-    """Whose fault it is when an engine answers a request with a status of 400 or more: the
-    engine's if another engine can answer it, and otherwise the request's. So a request that no
-    engine can bear does not take all of them out of use, nor does a client's mistake.
-
-    Args:
-        request: the request.
-    """
-
-    def __init__(self, request: ApiRequest) -> None:
-        self._request = request
-        self._suspects: list[_Suspect] = []
-        self._answered = False
-
-    def suspect(self, engine: Engine, status: int, text: bytes) -> None:
-        """An engine has answered so. A refusal is told when it turns out to be no client's mistake:
-        those are not worth a word each."""
-        suspect = _Suspect(engine, f"status {status}: {_reason(text)}", refuses=status < 500)
-        if not suspect.refuses:
-            log.warning("request %s: %s fails: %s", self._request.id, engine, suspect.reason)
-        self._suspects.append(suspect)
-        if self._answered:
-            self.answered()
-
-    def answered(self) -> None:
-        """An engine has answered well."""
-        self._answered = True
-        for suspect in self._suspects:
-            if suspect.refuses:
-                log.warning(
-                    "request %s: %s refuses what another engine answers: %s",
-                    self._request.id,
-                    suspect.engine,
-                    suspect.reason,
-                )
-            suspect.engine.failed(suspect.reason)
-        self._suspects.clear()
-
-
 class Dispatcher:
     """See the module.
 
@@ -229,7 +172,7 @@ class Dispatcher:
     async def _first_answer(self, request: ApiRequest, stack: AsyncExitStack) -> Answer:
         failure = Refusal(503, "no decode engine can be used at the moment: ask again")
         tried: set[Engine] = set()
-        blame = _Blame(request)
+        blame = Blame(request)
         prompt = await self._router.read(request, self._usable(Role.DECODE))
         for attempt in range(self._settings.tries):
             if attempt and failure.status != BUSY:
@@ -261,7 +204,7 @@ class Dispatcher:
         self,
         request: ApiRequest,
         trip: Trip,
-        blame: _Blame,
+        blame: Blame,
         stack: AsyncExitStack,
         *,
         last: bool,
@@ -296,7 +239,7 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _pushed(
-        self, request: ApiRequest, trip: Trip, blame: _Blame, *, last: bool
+        self, request: ApiRequest, trip: Trip, blame: Blame, *, last: bool
     ) -> AsyncIterator[Answer]:
         """Both engines, and a push between them.
 
@@ -326,7 +269,7 @@ class Dispatcher:
             await asyncio.wait({prefilling})
 
     async def _prefill(
-        self, trip: Trip, rank: Rank, request: ApiRequest, push_id: str, blame: _Blame
+        self, trip: Trip, rank: Rank, request: ApiRequest, push_id: str, blame: Blame
     ) -> _Prefilled:
         engine = rank.engine
         outcome = Outcome.CANCELLED
@@ -366,7 +309,7 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _decode(
-        self, trip: Trip, request: ApiRequest, body: bytes, blame: _Blame, *, last: bool
+        self, trip: Trip, request: ApiRequest, body: bytes, blame: Blame, *, last: bool
     ) -> AsyncIterator[Answer]:
         rank = trip.route.decode.rank
         engine = rank.engine
@@ -418,7 +361,7 @@ class Dispatcher:
             self._metrics.exchange(engine, outcome)
 
     async def _failure(
-        self, engine: Engine, request: ApiRequest, response: httpx.Response, blame: _Blame
+        self, engine: Engine, request: ApiRequest, response: httpx.Response, blame: Blame
     ) -> Refusal:
         status = response.status_code
         async with engine.patience(self._settings.stall_timeout):
@@ -469,20 +412,3 @@ def _outcome(response: httpx.Response) -> Outcome:
     if response.status_code >= 500:
         return Outcome.FAILED
     return Outcome.REFUSED if response.status_code >= 400 else Outcome.ANSWERED
-
-
-class _Reason(msgspec.Struct):
-    message: str
-
-
-class _Complaint(msgspec.Struct):
-    error: _Reason
-
-
-def _reason(text: bytes) -> str:
-    """Why an engine refuses a request, or cannot answer it."""
-    try:
-        reason = msgspec.json.decode(text, type=_Complaint).error.message
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        reason = text.decode(errors="replace")
-    return reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]} …"
