@@ -145,6 +145,18 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install 'lamina-kv[proxy]'" in result.output
 
 
+def test_it_may_open_as_many_files_as_the_system_lets_it() -> None:
+    program = (
+        "import resource as r\n"
+        "from lamina_kv.cli.push_proxy import raise_file_limit\n"
+        "_, most = r.getrlimit(r.RLIMIT_NOFILE)\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (256, most))\n"
+        "raise_file_limit()\n"
+        "assert r.getrlimit(r.RLIMIT_NOFILE) == (most, most)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
 def test_help_and_settings_need_nothing_of_what_is_optional() -> None:
     program = (
         "import sys\n"

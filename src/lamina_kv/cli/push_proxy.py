@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import resource
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -110,6 +111,7 @@ def run(settings: Settings, listening: Listening) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.token is None and not _is_loopback(listening.host):
         log.warning("there is no token: whoever can reach %s may ask", listening.host)
+    raise_file_limit()
     with errors():
         application = create_app(settings)
         _check_certificate(listening)
@@ -128,6 +130,14 @@ def run(settings: Settings, listening: Listening) -> None:
         )
     )
     server.run()
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files as it may. A request takes three connections. The usual
+    1,024 are used up by 340 requests, which then look like engines that cannot be reached."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # as it is, then
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _check_certificate(listening: Listening) -> None:
