@@ -238,7 +238,9 @@ class Starter:
 
     def _log(self) -> Path:
         self._count += 1
-        return self._work / f"{self._count}.log"
+        folder = self._options.logs or self._work
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self._count}.log"
 
     def engine(self, connector: dict[str, Any] | None, **environment: str) -> Server:
         """A vLLM server."""
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--host", default="256MiB", help="Lamina's host.capacity, each engine.")
     parser.add_argument("--step-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--logs", type=Path, help="Keep what servers say in this directory.")
     parser.add_argument("--json", type=Path, help="Write the figures there, too.")
     options = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}
