@@ -84,6 +84,8 @@ lint: .venv/installed ## ruff, and mypy for the oldest and the newest Python
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.13
 
+# The theme advertises its successor otherwise.
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/installed ## the documentation site, in build/site; a broken link or anchor fails
 	@$(BIN)/mkdocs build --quiet --strict
 

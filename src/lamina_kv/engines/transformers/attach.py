@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import transformers
+from packaging.version import Version
 from torch import distributed
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -71,7 +72,7 @@ def attach(
             with Lamina; the message says what to set.
     """
     version = transformers.__version__
-    if not OLDEST <= tuple(map(int, version.split(".")[:2])) <= NEWEST:
+    if not OLDEST <= Version(version).release[:2] <= NEWEST:
         oldest, newest = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
         raise UnsupportedEngine(
             f"transformers {version} is installed, and Lamina knows the continuous batching of "
