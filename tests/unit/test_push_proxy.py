@@ -279,7 +279,7 @@ def test_more_requests_than_there_is_memory_for_are_turned_away(
         decode.script = prefill.script = obey
         assert proxy.post("/v1/completions", COMPLETION).is_success
         # Few requests with large bodies are as much.
-        answer = proxy.post("/v1/completions", COMPLETION | {"prompt": "x" * 70_000})
+        answer = proxy.post("/v1/completions", COMPLETION | {"prompt": "x" * 80_000})
         assert answer.status_code == 503
         until(lambda: proxy.metric("held_bytes") == 0)
 
