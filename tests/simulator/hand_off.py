@@ -169,7 +169,8 @@ class HandOffScheduler:
             if not self._allocate(request, found, upto):
                 return
             self.waiting.remove(request)
-            declined = "part_of_its_blocks" if hit and not whole else ""
+            part = upto < request.num_tokens or (hit > 0 and not whole)
+            declined = "part_of_its_blocks" if part else ""  # the admission looks once more
             request.computed = floor
             self._go_on(request, self._hand_off.admit(request, floor, declined=declined))
             if request.status is Status.RUNNING:
