@@ -295,6 +295,13 @@ def test_without_evidence_worth_falls_with_age_and_rises_with_uses() -> None:
     assert first == pytest.approx([0.5, 1, 2, 3, 4], rel=0.01)
 
 
+def test_a_prompt_that_comes_again_whole_has_used_its_last_chunk_as_often_as_the_others() -> None:
+    tier, path = Tier(20), [1, 2, 3]
+    for _ in range(3):
+        tier.ask(path)
+    assert [tier.index.uses(each) for each in keys_of(path)] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("length", [2, 5, 9])
 def test_what_is_used_in_parts_is_split_and_used_whole_is_one_run(length: int) -> None:
     tier, path = Tier(20), list(range(length))
