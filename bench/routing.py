@@ -262,7 +262,10 @@ class Starter:
             "VLLM_NO_USAGE_STATS": "1",
         }
         server = vllm_server(self._work, arguments, {**threads, **environment}, self._log())
-        return self._stack.enter_context(server)
+        self._stack.enter_context(server)
+        # One after the other: on few cores all at once would take each longer than it may.
+        server.await_start()
+        return server
 
     def program(self, *command: str) -> Server:
         """A router."""
@@ -276,7 +279,6 @@ class Starter:
         """All of a system; returns when it answers."""
         if system is System.ALONE:
             engine = self.engine(None)
-            engine.await_start()
             return Deployment(engine.url, [engine])
         prefill: list[Server] = []
         decode: list[Server] = []
@@ -291,8 +293,6 @@ class Starter:
                 extra = {"host": {"capacity": self._options.host}, "push": push}
                 connector = {"kv_connector": "LaminaConnector", "kv_connector_extra_config": extra}
                 engines.append(self.engine(connector))
-        for engine in (*prefill, *decode):
-            engine.await_start()
         if system is System.PULL:
             router = self.program(
                 str(Path(__file__).with_name("pull_proxy.py")),
