@@ -31,8 +31,8 @@ class Weather:
     """Probabilities of what can go wrong.
 
     Attributes:
-        error: of a row of a load between steps, and of a save, that its copy raises; half of them
-            when the device has been given all of it.
+        error: of a row of a load between steps, that its copy raises; half of them when the device
+            has been given all of it.
         slow: of a load or save, that it takes up to a few deadlines.
         hang: of a save, that it takes for ever.
         far_slow: of a call of a far tier, that it takes up to a few deadlines.
@@ -235,8 +235,7 @@ class RainyMover:
     ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._see(pairs)
-        fails = self._sky.strikes(self._sky.weather.error)
-        return self._fail_or(fails, partial(self._inner.save, rows, pairs, after, urgent=urgent))
+        return self._inner.save(rows, pairs, after, urgent=urgent)
 
     def _fail_or(self, fails: bool, copy: Callable[[], Fence]) -> Fence:
         if not fails:
