@@ -265,7 +265,7 @@ def test_an_object_takes_no_more_than_it_is_rounded_up_to(tmp_path: Path) -> Non
 
 
 def test_less_than_one_chunk_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"tiers\.second\.capacity: 12287 .* 12288 bytes"):
+    with pytest.raises(StoreError, match=r"tiers\.second\.capacity: 12287 .* 12 KiB"):
         open_disk(tmp_path, capacity=OBJECT - 1, name="second")
     assert list(tmp_path.iterdir()) == []
 
