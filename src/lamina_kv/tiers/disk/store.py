@@ -82,8 +82,8 @@ def open_store(config: DiskConfig, tenant: Tenant) -> DiskStore:
     layout = Layout(tenant.object_bytes, config.capacity // tenant.object_bytes)
     if not layout.slots:
         raise StoreError(
-            f"{config.key('capacity')}: {format_size(config.capacity)} for each rank is less than one "
-            f"chunk, which takes {size_of(tenant.object_bytes)} on disk: use at least "
+            f"{config.key('capacity')}: {format_size(config.capacity)} for each rank is less than "
+            f"one chunk, which takes {size_of(tenant.object_bytes)} on disk: use at least "
             f"{format_size(tenant.object_bytes)}, or smaller chunks (chunk_tokens)"
         )
     try:
