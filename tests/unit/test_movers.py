@@ -424,7 +424,7 @@ def test_who_ends_with_its_memory_leaves_the_pinning_to_the_end(pieces: int) -> 
 
 @pytest.mark.parametrize(
     ("allowed", "says"),
-    [(2, r"only 8192 of 16384 .*out of memory.*smaller.*host\.capacity"), (0, r"tier is off")],
+    [(2, r"only 8 KiB of 16 KiB .*out of memory.*smaller.*host\.capacity"), (0, r"tier is off")],
 )
 def test_what_cannot_be_pinned_is_said_once_and_the_rest_stays_usable(
     pieces: int, caplog: pytest.LogCaptureFixture, allowed: int, says: str
@@ -457,7 +457,7 @@ def test_where_a_large_piece_cannot_be_pinned_smaller_ones_are(
 
     pins = Small()
     memory = HostMemory(12 * page, pinner=pins)
-    with pytest.raises(RuntimeError, match=rf"only {7 * page} of .*out of memory"):
+    with pytest.raises(RuntimeError, match=rf"only {7 * page >> 10} KiB of .*out of memory"):
         memory.wait()
     assert [length // page for length in pins.held.values()] == [2, 2, 2, 1]
     assert memory.ready == 7 * page
@@ -500,7 +500,7 @@ def test_what_cannot_be_made_resident_is_said_and_not_pinned(
     monkeypatch.setattr(populating, "populate", populate)
     pins = Pins()
     memory = HostMemory(4 * 4096, pinner=pins, populators=1)
-    with pytest.raises(RuntimeError, match=r"only 8192 of 16384 .*no more memory"):
+    with pytest.raises(RuntimeError, match=r"only 8 KiB of 16 KiB .*no more memory"):
         memory.wait()
     assert len(pins.held) == 2
     assert len(caplog.records) == 1
