@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -147,6 +148,22 @@ def test_what_changes_one_engine_is_not_for_clients(
     assert "ask each engine itself" in answer.json()["error"]["message"]
     assert not decode.calls
     assert not prefill.calls
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/../sleep", "/./sleep", "/v1/%2e%2E/sleep", "/v1/.%2e/sleep", "/v1/models/..", "/sleep/."],
+)
+def test_a_path_that_leads_to_another_one_is_refused(
+    proxy: Proxy, decode: FakeEngine, path: str
+) -> None:
+    """Clients resolve it mostly, so that this one is sent by hand."""
+    with socket.create_connection(("127.0.0.1", proxy.running.port)) as client:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+        client.sendall(head.encode() + b"{}")
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert proxy.post("/v1/.../..a", {}).is_success
+    assert [call.target for call in decode.calls] == ["/v1/.../..a"]
 
 
 # -- headers -----------------------------------------------------------------------------------

@@ -227,7 +227,8 @@ class Engine:
         Raises:
             EngineError: if there is no answer within ``first_byte_timeout``.
         """
-        # Never joined as URLs are: a path that looks like a host must stay a path.
+        # Never joined as URLs are: a path that looks like a host must stay a path. httpx resolves
+        # segments . and .. all the same, so the relay refuses a path that has one.
         path = self._base.raw_path.rstrip(b"/") + target
         request = self._client.build_request(
             method,

@@ -175,6 +175,12 @@ class Relay:
         Raises:
             Refusal: if it may not.
         """
+        if not {".", ".."}.isdisjoint(scope["path"].split("/")):
+            # Whoever resolves it, httpx among them, asks the engine for another path than this.
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                "the path has a segment . or ..: ask for the path it leads to",
+            )
         # A browser asks without a key whether it may ask with one.
         if self._settings.token is not None and scope["method"] != "OPTIONS":
             token = self._settings.token.encode()
