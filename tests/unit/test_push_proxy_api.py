@@ -402,3 +402,73 @@ def test_events_that_are_no_chunks_of_ours_pass(proxy: Proxy, decode: FakeEngine
 
     decode.script = answer
     assert proxy.post("/v1/responses", {"input": "a"}).content == b"".join(events)
+
+
+# -- events that come before anything is computed ----------------------------------------------
+
+EARLY = (
+    b'event: response.created\ndata: {"type": "response.created"}\n\n',
+    b'event: response.in_progress\ndata: {"type": "response.in_progress"}\n\n',
+)
+LATER = (
+    b'event: response.output_text.delta\ndata: {"delta": "one"}\n\n',
+    b'event: response.completed\ndata: {"type": "response.completed"}\n\n',
+)
+RESPONSE = {"model": "model", "input": "Hello", "stream": True}
+
+
+async def say_early(call: Call) -> None:
+    await call.begin(200, "text/event-stream; charset=utf-8")
+    for event in EARLY:
+        await call.piece(event)
+
+
+def test_the_first_byte_of_a_response_is_what_was_computed(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """Until then the engine has ``first_byte_timeout``."""
+
+    async def compute(call: Call) -> None:
+        await say_early(call)
+        await asyncio.sleep(2.0)
+        for event in LATER:
+            await call.piece(event)
+        await call.end()
+
+    decode.script = compute
+    with proxied([prefill], [decode], stall_timeout=1.0) as proxy:
+        assert proxy.post("/v1/responses", RESPONSE).content == b"".join((*EARLY, *LATER))
+        assert proxy.metric("first_byte_seconds_sum") > 1.9
+
+
+def test_a_response_whose_prefill_fails_is_computed_by_the_decode_engine(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    async def fail(call: Call) -> None:
+        await decode.is_asked(1)
+        await asyncio.sleep(0.2)  # its first events are on their way
+        await call.answer(500, {})
+
+    async def wait_for_a_push(call: Call) -> None:
+        await say_early(call)
+        if call.push is not None:
+            await asyncio.Event().wait()
+        for event in LATER:
+            await call.piece(event)
+        await call.end()
+
+    prefill.script, decode.script = fail, wait_for_a_push
+    answer = proxy.post("/v1/responses", RESPONSE)
+    assert answer.content == b"".join((*EARLY, *LATER))
+    assert [call.push is not None for call in decode.calls] == [True, False]
+
+
+def test_a_response_that_ends_before_anything_was_computed_passes(
+    proxy: Proxy, decode: FakeEngine
+) -> None:
+    async def end(call: Call) -> None:
+        await say_early(call)
+        await call.end()
+
+    decode.script = end
+    assert proxy.post("/v1/responses", RESPONSE).content == b"".join(EARLY)

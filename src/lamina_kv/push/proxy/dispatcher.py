@@ -45,6 +45,10 @@ at a request; a decode engine that needs no push computes meanwhile, as nobody p
 BUSY = 429
 """The status of an engine that has too much to do, while another one may have nothing."""
 
+EARLY = (b"event: response.created\n", b"event: response.in_progress\n")
+"""How events begin that vLLM sends before it computes anything. They are held back until something
+else comes: they are no first byte, and another engine could not answer once a client has them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -376,6 +380,7 @@ class Dispatcher:
         pieces = response.aiter_raw()
         seconds = self._settings.first_byte_timeout
         held = b""
+        begun = False
         while True:
             async with engine.patience(seconds):
                 piece = await anext(pieces, None)
@@ -386,7 +391,10 @@ class Dispatcher:
                 # Half an event could not be followed by one that says what happened.
                 whole, end, held = (held + piece).rpartition(b"\n\n")
                 piece = whole + end
+                if not begun and _are_early(piece):
+                    held, piece = piece + held, b""
             if piece:
+                begun = True
                 seconds = self._settings.stall_timeout
                 yield piece
         if held:
@@ -406,6 +414,11 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
     yield first
     async for piece in rest:
         yield piece
+
+
+def _are_early(events: bytes) -> bool:
+    """Whether these events, all of them whole, say only that a request has come."""
+    return all(event.startswith(EARLY) for event in events.split(b"\n\n") if event)
 
 
 def _outcome(response: httpx.Response) -> Outcome:
