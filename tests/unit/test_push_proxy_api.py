@@ -255,6 +255,23 @@ def test_a_key_may_be_shown_as_anthropics_clients_do(
         assert not {"x-api-key", "authorization"} & call.headers.keys()
 
 
+def test_a_stranger_may_ask_what_is_allowed_and_nothing_with_it(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """A browser's preflight has no body, and no engine needs a key for it."""
+    decode.script = echo
+    with proxied([prefill], [decode], token="sesame", engine_key="inner") as proxy:
+        for content in (b"{}", iter([b"{}"])):
+            answer = proxy.client.request("OPTIONS", "/v1/completions", content=content)
+            assert answer.status_code == 400
+        assert not decode.calls
+        shown = {"origin": "http://a", "content-length": "0", "authorization": "Bearer sesame"}
+        assert proxy.client.options("/v1/completions", headers=shown).is_success
+    (call,) = decode.calls
+    assert call.headers["origin"] == "http://a"
+    assert not {"x-api-key", "authorization"} & call.headers.keys()
+
+
 # -- grammars ----------------------------------------------------------------------------------
 
 

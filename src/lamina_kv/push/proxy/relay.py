@@ -181,8 +181,11 @@ class Relay:
                 HTTPStatus.BAD_REQUEST,
                 "the path has a segment . or ..: ask for the path it leads to",
             )
-        # A browser asks without a key whether it may ask with one.
-        if self._settings.token is not None and scope["method"] != "OPTIONS":
+        if scope["method"] == "OPTIONS":
+            # A browser asks without a key whether it may ask with one. It has nothing else to say.
+            if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+                raise Refusal(400, "OPTIONS has a body here: ask without")
+        elif self._settings.token is not None:
             token = self._settings.token.encode()
             if not any(hmac.compare_digest(key.encode(), token) for key in shown_keys(headers)):
                 raise Refusal(
@@ -254,7 +257,7 @@ class Relay:
         # As it came; only what may not stand in a URL at all is escaped.
         target = quote(scope["raw_path"] + query, safe=string.punctuation).encode()
         passed = {**of_request(headers), "x-request-id": entry.id}
-        self._show(passed)
+        self._show(passed, scope["method"])
         split = split_of(scope["method"], scope["path"])
         body = await self._read_body(receive, headers, share, copies=COPIES if split else 1)
         if split is not None:
@@ -264,15 +267,16 @@ class Relay:
             fields, rest = None, harmless(body, headers.get("content-type", ""))
         return ApiRequest(entry.id, scope["method"], target, passed, fields, len(body), rest, entry)
 
-    def _show(self, passed: dict[str, str]) -> None:
-        """Put the keys right that engines are shown: the proxy's own token is none of theirs."""
-        if self._settings.engine_key is not None:
-            for name in CREDENTIALS:
-                passed.pop(name, None)
-            passed["authorization"] = f"Bearer {self._settings.engine_key}"
-        elif self._settings.token is not None:
-            for name in CREDENTIALS:
-                passed.pop(name, None)
+    def _show(self, passed: dict[str, str], method: str) -> None:
+        """Put the keys right that engines are shown: the proxy's own token is none of theirs, and
+        theirs is not for OPTIONS, which anybody may ask."""
+        key = self._settings.engine_key
+        if key is None and self._settings.token is None:
+            return
+        for name in CREDENTIALS:
+            passed.pop(name, None)
+        if key is not None and method != "OPTIONS":
+            passed["authorization"] = f"Bearer {key}"
 
     async def _read_body(
         self, receive: Receive, headers: Headers, share: Share, *, copies: int
