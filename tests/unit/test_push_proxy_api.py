@@ -166,6 +166,27 @@ def test_a_path_that_leads_to_another_one_is_refused(
     assert [call.target for call in decode.calls] == ["/v1/.../..a"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/admin"),
+        ("GET", "/admin/engine"),
+        ("GET", "/admin/drain"),
+        ("POST", "/admin/engines"),
+        ("POST", "/%61dmin/drain/?engine=x"),
+    ],
+)
+def test_no_engine_is_asked_what_operators_ask(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, method: str, path: str
+) -> None:
+    """A mistyped path would show it the admin token."""
+    answer = proxy.client.request(method, path, headers={"authorization": "Bearer admin"})
+    assert answer.status_code == 404
+    assert "/admin" in answer.json()["error"]["message"]
+    assert not decode.calls
+    assert not prefill.calls
+
+
 # -- headers -----------------------------------------------------------------------------------
 
 MINE = {

@@ -5,7 +5,7 @@
 ``POST /v1/chat/completions``          the same
 ``GET /health``                        200 if a decode engine is usable; needs no token
 ``GET /metrics``                       for Prometheus; needs no token
-``/admin/…``                           see ``admin.py``
+``/admin/…``                           see ``admin.py``; goes to no engine
 anything else                          to a decode engine, as it came
 =====================================  ==============================================
 """

@@ -181,10 +181,13 @@ class Relay:
                 HTTPStatus.BAD_REQUEST,
                 "the path has a segment . or ..: ask for the path it leads to",
             )
+        if scope["path"] == "/admin" or scope["path"].startswith("/admin/"):
+            # With a key that is none of the engines' business.
+            raise Refusal(404, "the proxy answers no such request at /admin itself")
         if scope["method"] == "OPTIONS":
             # A browser asks without a key whether it may ask with one. It has nothing else to say.
             if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
-                raise Refusal(400, "OPTIONS has a body here: ask without")
+                raise Refusal(400, "OPTIONS has no body here: ask without one")
         elif self._settings.token is not None:
             token = self._settings.token.encode()
             if not any(hmac.compare_digest(key.encode(), token) for key in shown_keys(headers)):
