@@ -15,7 +15,7 @@ import pytest
 
 from push_proxy.engines import EVENTS, Call, FakeEngine, obey
 from push_proxy.proxies import CHAT, COMPLETION, Proxy, proxied
-from push_proxy.running import until
+from push_proxy.running import PATIENCE, until
 
 ACCESS = "lamina_kv.push.proxy.access"
 
@@ -249,6 +249,19 @@ def test_headers_of_answers_reach_the_client(proxy: Proxy, decode: FakeEngine) -
         assert got.headers["date"] != "long ago"
         assert "engine" not in got.headers.get("server", "")
         assert "keep-alive" not in got.headers
+
+
+def test_a_cookie_is_one_clients(proxy: Proxy, decode: FakeEngine) -> None:
+    async def set_one(call: Call) -> None:
+        await call.begin(200, "application/json", set_cookie="session=of-the-first; Path=/")
+        await call.end(b"{}")
+
+    decode.script = set_one
+    for headers in ({}, {}, {"cookie": "session=of-the-last"}):
+        with httpx.Client(base_url=proxy.url, trust_env=False, timeout=PATIENCE) as client:
+            assert client.get("/v1/models", headers=headers).cookies["session"] == "of-the-first"
+    shown = [call.headers.get("cookie") for call in decode.calls]
+    assert shown == [None, None, "session=of-the-last"]
 
 
 def test_a_rank_that_a_client_names_is_one_of_the_decode_engine(

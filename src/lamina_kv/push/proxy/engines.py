@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -131,6 +132,8 @@ class Engine:
                 max_keepalive_connections=64,
                 keepalive_expiry=_KEEP_ALIVE,
             ),
+            # A cookie is one client's. Kept here, it would be shown for all others.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             headers={"accept-encoding": "identity"},
             trust_env=False,
         )
