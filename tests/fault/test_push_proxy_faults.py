@@ -432,7 +432,8 @@ def test_a_prefill_engine_that_has_too_much_to_do_is_not_waited_for_nor_at_fault
 def test_an_engine_that_is_busy_with_others_has_not_failed(
     prefill: FakeEngine, decode: FakeEngine
 ) -> None:
-    """One request waits in its queue for longer than it may, another one is answered meanwhile."""
+    """One request waits in its queue for longer than it may, another one is answered meanwhile. The
+    client is told at once."""
 
     async def serve_streams_first(call: Call) -> None:
         if not call.body.get("stream"):
@@ -444,7 +445,7 @@ def test_an_engine_that_is_busy_with_others_has_not_failed(
         await call.end(EVENTS[-1])
 
     decode.script = serve_streams_first
-    settings = {"first_byte_timeout": 2.0, "breaker_failures": 1, "breaker_pause": 300, "tries": 1}
+    settings = {"first_byte_timeout": 2.0, "breaker_failures": 1, "breaker_pause": 300, "tries": 3}
     with proxied([prefill], [decode], **settings) as proxy:
         waiting = ask(proxy)
         decode.asked(1)
@@ -454,6 +455,7 @@ def test_an_engine_that_is_busy_with_others_has_not_failed(
         waiting.close()
         assert said.startswith(b"HTTP/1.1 504")
         assert b"busy with others" in said
+        assert len(decode.calls) == 2, "the prompt is not computed again"
         assert proxy.metric("engine_usable", engine=decode.url) == 1
 
 

@@ -117,6 +117,11 @@ class _PrefillLost(Exception):
         self.why = why
 
 
+class _Busy(Refusal):
+    """The decode engine has not begun in time, as it is busy with others. The next one would
+    compute the prompt once more, and the client has waited long enough."""
+
+
 async def _unless_lost(prefilling: asyncio.Task[_Prefilled], decoding: Awaitable[Answer]) -> Answer:
     """The decode engine's answer.
 
@@ -195,6 +200,8 @@ class Dispatcher:
             )
             try:
                 return await self._attempt(request, trip, blame, stack, last=last)
+            except _Busy:
+                raise
             except Refusal as refusal:
                 failure = refusal
         raise failure
@@ -359,8 +366,10 @@ class Dispatcher:
                 engine.failed(str(error))
             log.warning("request %s: %s %s: %s", request.id, engine, outcome.value, error)
             what = "was interrupted" if begun else "did not answer"
-            status = 504 if isinstance(error, EngineBusy) else 502
-            raise Refusal(status, f"the decode engine {what}: {error}") from error
+            message = f"the decode engine {what}: {error}"
+            if isinstance(error, EngineBusy):
+                raise _Busy(504, message) from error
+            raise Refusal(502, message) from error
         finally:
             self._metrics.exchange(engine, outcome)
 
