@@ -117,6 +117,16 @@ def test_what_a_client_says_of_transfers_is_left_out_everywhere(
         assert call.body["sampling_params"] == {"temperature": 0.5, "extra_args": {"mine": 1}}
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/inference/v1/generate"])
+def test_parameters_that_are_no_text_end_in_no_failure(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, path: str
+) -> None:
+    hidden = b'{"\xff": 1, "lamina_push": {"id": "x", "prefill": "elsewhere:1"}}'
+    body = b'{"model": "model", "prompt": "a", "kv_transfer_params": %s}' % hidden
+    assert proxy.client.post(path, content=body).is_success
+    assert b"elsewhere" not in b"".join(call.raw for call in (*prefill.calls, *decode.calls))
+
+
 def test_what_is_worth_keeping_may_be_said_everywhere(proxy: Proxy, decode: FakeEngine) -> None:
     asked = {"input": "Hi", "kv_transfer_params": {"lamina": {"keep": False}, "host": "elsewhere"}}
     assert proxy.post("/inference/v1/generate", asked).is_success
@@ -384,6 +394,25 @@ def test_what_a_decode_engine_computes_itself_is_as_it_says(
 
     decode.script = answer
     assert proxy.post("/v1/completions", COMPLETION | {"n": 2}).json() == usage(999)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_had_fewer_tokens_than_none_is_passed_on(
+    proxy: Proxy, decode: FakeEngine, stream: bool
+) -> None:
+    said = json.dumps(usage(-5)).encode()
+
+    async def answer(call: Call) -> None:
+        if stream:
+            await call.begin(200, "text/event-stream")
+            await call.piece(b"data: %s\n\n" % said)
+            await call.end(EVENTS[-1])
+        else:
+            await call.answer(200, usage(-5))
+
+    decode.script = answer
+    got = proxy.post("/v1/completions", COMPLETION | {"n": 2, "stream": stream})
+    assert got.content == (b"data: %s\n\n" % said + EVENTS[-1] if stream else said)
 
 
 # -- the access log ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lamina_kv.push.proxy.errors import Refusal
-from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.requests import ApiRequest, harmless, parse_fields
 
 
 def request(body: str | dict[str, object], path: bytes = b"/v1/completions") -> ApiRequest:
@@ -182,6 +182,31 @@ def test_of_a_clients_own_parameters_what_can_do_no_harm_is_passed_on(
         (asked.for_decode(), regard),
     ):
         assert json.loads(body).get("kv_transfer_params", {}) == wanted
+
+
+@pytest.mark.parametrize("own", [b'{"\xff": 1}', b'{"lamina": 1, "\xed\xa0\x80": 1}'])
+def test_parameters_of_transfers_that_cannot_be_read_are_left_out(own: bytes) -> None:
+    body = b'{"prompt": "Once", "kv_transfer_params": %s}' % own
+    asked = ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(body), len(body))
+    assert json.loads(asked.for_decode()) == {"prompt": "Once"}
+    told = json.loads(asked.for_prefill("abc"))
+    assert told["kv_transfer_params"] == {"lamina_push": {"id": "abc"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"sampling_params": {"%s": 1, "extra_args": {"kv_transfer_params": {}}}}',
+        b'{"sampling_params": {"extra_args": {"%s": 1, "kv_transfer_params": {}}}}',
+        b'{"%s": 1, "kv_transfer_params": {}}',
+    ],
+)
+@pytest.mark.parametrize("name", [b"\xff", b"\xed\xa0\x80"])
+def test_what_may_hide_behind_a_name_that_is_no_text_is_refused(body: bytes, name: bytes) -> None:
+    """Python's own parser takes half a surrogate pair, and an engine would find what follows."""
+    with pytest.raises(Refusal, match="not JSON") as refused:
+        harmless(body % name, "application/json")
+    assert refused.value.status == 400
 
 
 def test_values_reach_the_decode_engine_as_they_were_written() -> None:

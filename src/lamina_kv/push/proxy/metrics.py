@@ -186,9 +186,9 @@ class Metrics:
         self._routes.labels(why.value, chosen.value).inc()
 
     def hit(self, role: str, expected: int, found: int) -> None:
-        """An engine has said how many tokens of a prompt it had."""
+        """An engine has said how many tokens of a prompt it had; fewer than none are none."""
         self._hits.labels(role, "expected").inc(expected)
-        self._hits.labels(role, "found").inc(found)
+        self._hits.labels(role, "found").inc(max(0, found))
 
     def pace(self, role: str, tokens_per_second: Callable[[], float]) -> None:
         """Publish how fast prompts are computed."""

@@ -21,6 +21,8 @@ Fields = dict[str, msgspec.Raw]
 
 _DECODER = msgspec.json.Decoder(Fields)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What a decoder raises; of a value, too, that was passed as raw: names in it are decoded later."""
 
 _TRANSFERS = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """Parameters that name other engines."""
@@ -111,7 +113,7 @@ def parse_fields(body: bytes) -> Fields:
     """
     try:
         return _DECODER.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise Refusal(400, f"the body is not a JSON object: {error}") from error
 
 
@@ -133,11 +135,14 @@ def harmless(body: bytes, media_type: str) -> bytes:
         return body
     try:
         fields = _DECODER.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        if not is_json or _is_json(body):
+    except _MALFORMED as error:
+        if not is_json or (isinstance(error, msgspec.ValidationError) and _is_json(body)):
             return body
         raise Refusal(400, f"the body is not JSON: {error}") from error
-    sampling = _without_transfers(fields.get("sampling_params"))
+    try:
+        sampling = _without_transfers(fields.get("sampling_params"))
+    except _MALFORMED as error:  # Python's own parser takes names that are no UTF-8
+        raise Refusal(400, f"the body is not JSON: {error}") from error
     if fields.keys().isdisjoint(_TRANSFERS) and sampling is None:
         return body
     return _encode(fields if sampling is None else {**fields, "sampling_params": sampling}, {})
@@ -146,7 +151,7 @@ def harmless(body: bytes, media_type: str) -> bytes:
 def _is_json(body: bytes) -> bool:
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except _MALFORMED:
         return False
     return True
 
@@ -190,6 +195,6 @@ def _harmless(parameters: msgspec.Raw | None) -> dict[str, object]:
     an engine connect to wherever the client likes."""
     try:
         given = _DECODER.decode(parameters) if parameters is not None else {}
-    except msgspec.ValidationError:  # no object: the engine would refuse the request
+    except _MALFORMED:  # no object: the engine would refuse the request
         return {}
     return {name: value for name, value in given.items() if name == "lamina"}
