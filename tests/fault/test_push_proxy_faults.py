@@ -4,6 +4,7 @@ reason, and who fails is left alone, and tried again."""
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -218,6 +219,31 @@ def test_a_stream_that_breaks_off_ends_with_an_error_after_whole_events(
         assert b"[DONE]" not in answer.content
         assert len(decode.calls) + len(other.calls) == 1
         assert proxy.metric("exchanges_total", outcome="interrupted") == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_streams_whose_events_have_names_end_with_an_error_of_that_name(
+    prefill: FakeEngine, decode: FakeEngine, path: str
+) -> None:
+    """Anthropic's client looks at no other, OpenAI's at both."""
+    begun = b"event: message_start\ndata: {}\n\n"
+
+    async def break_off(call: Call) -> None:
+        await call.begin(200, "text/event-stream")
+        await call.piece(begun)
+        raise ConnectionError
+
+    decode.script = break_off
+    with proxied([prefill], [decode]) as proxy:
+        answer = proxy.post(path, {"model": "model", "messages": [], "stream": True})
+    assert answer.content.startswith(begun)
+    name, _, data = answer.content.removeprefix(begun).partition(b"\n")
+    assert name == b"event: error"
+    assert data.endswith(b"\n\n")
+    said = json.loads(data.removeprefix(b"data: "))
+    assert said["type"] == "error"
+    assert said["error"]["code"] == 502
+    assert "was interrupted" in said["error"]["message"]
 
 
 def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(

@@ -44,13 +44,18 @@ class Refusal(Exception):
         """The JSON that a client gets."""
         if self.answer is not None:
             return self.answer.body
-        kind = self.status.phrase.title().replace(" ", "")
-        error = {"message": self.message, "type": kind, "param": None, "code": int(self.status)}
-        return msgspec.json.encode({"error": error})
+        return msgspec.json.encode({"error": self._error})
 
-    @property
-    def event(self) -> bytes:
-        """The same as the last event of a stream."""
+    def event(self, *, named: bool) -> bytes:
+        """The same as the last event of a stream.
+
+        Args:
+            named: whether the stream's events have names, as those of messages and responses have.
+                Clients of these look at nothing without one.
+        """
+        if named:
+            error = msgspec.json.encode({"type": "error", "error": self._error})
+            return b"event: error\ndata: " + error + b"\n\n"
         return b"data: " + self.body + b"\n\n"
 
     @property
@@ -65,3 +70,8 @@ class Refusal(Exception):
         elif self.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+    @property
+    def _error(self) -> dict[str, object]:
+        kind = self.status.phrase.title().replace(" ", "")
+        return {"message": self.message, "type": kind, "param": None, "code": int(self.status)}

@@ -92,6 +92,7 @@ class _Client:
         self._request_id = request_id
         self._patience = patience
         self._events = False
+        self._named = False
 
     async def begin(self, status: int, headers: Pairs, *, events: bool = False) -> None:
         """Status and headers."""
@@ -101,7 +102,8 @@ class _Client:
         await self._write({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def piece(self, body: bytes) -> None:
-        """A part of the body; waits while the client is slow."""
+        """A part of the body, of events whole ones; waits while the client is slow."""
+        self._named = body.startswith(b"event:")
         await self._write({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self, body: bytes = b"") -> None:
@@ -116,7 +118,7 @@ class _Client:
             await self.begin(refusal.status, (*refusal.headers.items(),))
             await self.end(refusal.body)
         elif self._events and not self.complete:
-            await self.end(refusal.event)
+            await self.end(refusal.event(named=self._named))
 
     async def _write(self, message: dict[str, Any]) -> None:
         try:
