@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from push_proxy.engines import EVENTS, Call, FakeEngine, obey
+from push_proxy.engines import EVENTS, Call, FakeEngine, obey, says
 from push_proxy.proxies import CHAT, COMPLETION, Proxy, proxied
 from push_proxy.running import PATIENCE, until
 
@@ -337,6 +337,16 @@ def test_no_grammar_is_compiled_where_nobody_needs_it(
     assert {name: asked.body[name] for name in restricted} == restricted
 
 
+def test_the_grammar_of_a_response_is_not_compiled_for_nothing_either(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    schema = {"type": "json_schema", "name": "a", "schema": {"type": "object"}}
+    asked = {"model": "model", "input": "Hello", "text": {"format": schema}}
+    proxy.post("/v1/responses", asked)
+    assert "text" not in prefill.asked(1)[0].body
+    assert decode.asked(1)[0].body["text"] == asked["text"]
+
+
 # -- usage -------------------------------------------------------------------------------------
 
 
@@ -384,6 +394,31 @@ def test_a_pushed_prompt_is_not_called_cached(
     said = [json.loads(event.removeprefix(b"data: ")) for event in events]
     assert said[0]["choices"] == text["choices"]
     assert said[1]["usage"] == usage(right)["usage"]
+
+
+def test_a_response_that_needed_no_push_had_cached_what_its_engine_says(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """The prefill that was aborted is known by the tokens that it does not have."""
+
+    def counted(cached: int, output: int) -> dict[str, object]:
+        details = {"cached_tokens": cached}
+        return {
+            "usage": {
+                "input_tokens": 1000,
+                "input_tokens_details": details,
+                "output_tokens": output,
+            }
+        }
+
+    async def answer(call: Call) -> None:
+        await call.answer(200, {"output": [], **counted(999, 7)})
+
+    decode.script = answer
+    for output, right in ((0, 999), (1, 640)):
+        prefill.script = says(200, {"status": "completed", "output": [], **counted(640, output)})
+        got = proxy.post("/v1/responses", {"model": "model", "input": "Hello"}).json()
+        assert got["usage"] == counted(right, 7)["usage"]
 
 
 def test_what_a_decode_engine_computes_itself_is_as_it_says(

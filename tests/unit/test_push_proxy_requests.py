@@ -95,7 +95,13 @@ def test_a_prefill_engine_is_asked_the_same_of_a_chat() -> None:
 
 def test_a_prefill_engine_is_asked_the_same_of_a_response() -> None:
     asked = request(
-        {"input": "Hi", "stream": True, "max_output_tokens": 500, "background": False},
+        {
+            "input": "Hi",
+            "stream": True,
+            "max_output_tokens": 500,
+            "background": False,
+            "text": {"format": {"type": "json_object"}},
+        },
         b"/v1/responses?a=b",
     )
     assert asked.pushable

@@ -82,6 +82,8 @@ def test_events_are_not_held_back() -> None:
         (b'{"choices": [{"finish_reason": "length"}], "usage": null}', 0),
         (b'{"output": [], "usage": {"input_tokens_details": {"cached_tokens": 12}}}', 12),
         (b'{"choices": [{"finish_reason": "abort"}], "usage": null}', None),
+        (b'{"usage": {"input_tokens_details": {"cached_tokens": 12}, "output_tokens": 0}}', None),
+        (b'{"usage": {"input_tokens_details": {"cached_tokens": 12}, "output_tokens": 1}}', 12),
         (b"no json", 0),
         (b"\xff", 0),
     ],

@@ -80,7 +80,8 @@ SPLITS: Final[Mapping[str, Split]] = {
             "truncation": (b'"disabled"',),
         },
         prefill={"stream": b"false", "store": b"false", "max_output_tokens": b"1"},
-        left_out=("background", "include", "top_logprobs", *_GRAMMARS),
+        # `text` says how the answer is to look: its `format` is a grammar.
+        left_out=("background", "include", "top_logprobs", "text", *_GRAMMARS),
     ),
     "/v1/messages": Split(
         only_if={},

@@ -23,6 +23,7 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+    output_tokens: int | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -48,9 +49,10 @@ def cached_by(answer: bytes) -> int | None:
         said = msgspec.json.decode(answer, type=_Answer)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return 0
-    if any(choice.finish_reason == "abort" for choice in said.choices):
-        return None
     usage = said.usage or _Usage()
+    # The responses API does not say how an answer has ended: one that was computed has a token.
+    if usage.output_tokens == 0 or any(c.finish_reason == "abort" for c in said.choices):
+        return None
     details = usage.prompt_tokens_details or usage.input_tokens_details or _Details()
     return details.cached_tokens or 0
 
