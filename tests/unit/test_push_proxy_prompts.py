@@ -11,7 +11,14 @@ import pytest
 
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
 from lamina_kv.push.proxy.routing.prefixes import MAX_AGE, MAX_MARKS, PrefixCache
-from lamina_kv.push.proxy.routing.prompt import BLOCK, PART_TOKENS, Mark, Prompt, read_prompt
+from lamina_kv.push.proxy.routing.prompt import (
+    BLOCK,
+    PART_TOKENS,
+    Mark,
+    Prompt,
+    read_prompt,
+    session_digest,
+)
 from push_proxy.pools import Clock, chat, completion, request
 
 SYSTEM = "You are careful. " * 100
@@ -143,12 +150,18 @@ def test_a_request_that_makes_no_sense_is_read_all_the_same(body: object) -> Non
 
 
 def test_who_asks() -> None:
-    assert read(completion("x", user="ann")).session == "ann"
-    assert read(completion("x", user="ann", session_id="s")).session == "s"
-    assert read(completion("x", prompt_cache_key="k", user="ann")).session == "k"
+    assert read(completion("x", user="ann")).session == session_digest("ann")
+    assert read(completion("x", user="ann", session_id="s")).session == session_digest("s")
+    assert read(completion("x", prompt_cache_key="k", user="ann")).session == session_digest("k")
     asked = request({"prompt": "x", "user": "ann"}, **{"x-session-id": "h"})
-    assert read(asked).session == "h"
+    assert read(asked).session == session_digest("h")
     assert not read(completion("x")).session
+
+
+def test_a_name_of_megabytes_is_not_kept() -> None:
+    first, second = (read(completion("x", user="n" * 5_000_000 + end)) for end in "ab")
+    assert len(first.session) == 16
+    assert first.session != second.session
 
 
 def test_a_cache_forgets_what_was_not_used_for_longest_and_ends_first() -> None:

@@ -4,6 +4,7 @@ engines say changes it."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 from collections import Counter
@@ -23,6 +24,7 @@ from lamina_kv.push.proxy.routing.placement import FEW, UNKNOWN
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.ranks import Work
 from lamina_kv.push.proxy.routing.router import Trip
+from lamina_kv.push.proxy.routing.sessions import MAX_AGE, Sessions
 from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName, Reason, Why
 from push_proxy.engines import FakeEngine
 from push_proxy.pools import Pools, chat, completion, request
@@ -104,6 +106,20 @@ def test_a_session_whose_engine_is_gone_moves() -> None:
     moved = pool.router.begin(prompt, pool.prefill, rest)
     assert moved.route.decode.rank.engine is rest[0]
     assert route(pool, asked).route.decode.rank.engine is rest[0]
+
+
+def test_sessions_keep_no_engine_that_is_gone() -> None:
+    pool = pools()
+    sessions = Sessions(pool.clock)
+    first, second = pool.decode
+    sessions.answered(b"first", first.ranks[0])
+    sessions.answered(b"second", second.ranks[0])
+    first.ranks = ()
+    gc.collect()
+    assert sessions.rank(b"first") is None
+    assert sessions.rank(b"second") is second.ranks[0]
+    pool.clock.now += MAX_AGE
+    assert sessions.rank(b"second") is None
 
 
 def test_a_header_names_a_session_too() -> None:

@@ -83,7 +83,8 @@ class Prompt:
         tokens: estimated, or exact where the request has tokens.
         text: bytes of text in it.
         answer: tokens that the answer is expected to have.
-        session: what later requests of the same conversation name, too; empty if none.
+        session: digest of the name that later requests of the same conversation give, too; empty
+            if none. A client may give names of megabytes.
         model: the name of the model, as the request has it.
         pushable: whether a prefill engine can compute it.
         ids: the tokens themselves, if the request has them or an engine has told them, and if
@@ -97,7 +98,7 @@ class Prompt:
     tokens: int = 0
     text: int = 0
     answer: int = 0
-    session: str = ""
+    session: bytes = b""
     model: str = ""
     pushable: bool = False
     rank: int | None = None
@@ -332,10 +333,16 @@ def _answer(fields: Fields) -> int:
     return ANSWER_TOKENS
 
 
-def _session(request: ApiRequest, fields: Fields) -> str:
-    if given := request.headers.get(SESSION_HEADER, ""):
-        return given
-    return next((text for name in _SESSION_FIELDS if (text := _string(fields.get(name)))), "")
+def _session(request: ApiRequest, fields: Fields) -> bytes:
+    name = request.headers.get(SESSION_HEADER, "") or next(
+        (text for field in _SESSION_FIELDS if (text := _string(fields.get(field)))), ""
+    )
+    return session_digest(name) if name else b""
+
+
+def session_digest(name: str) -> bytes:
+    """What stands for a session, however long its name is."""
+    return hashlib.blake2b(name.encode(errors="replace"), digest_size=16).digest()
 
 
 def _string(raw: msgspec.Raw | None) -> str:
