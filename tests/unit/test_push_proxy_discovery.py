@@ -8,16 +8,18 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from documented import blocks
+from lamina_kv.push.proxy.discovery import watch
 from lamina_kv.push.proxy.discovery.kubernetes import Api, KubernetesService, PodPort
 from lamina_kv.push.proxy.discovery.listing import read_listing
 from lamina_kv.push.proxy.discovery.names import Names
-from lamina_kv.push.proxy.discovery.places import Place, Source
+from lamina_kv.push.proxy.discovery.places import Found, Place, Source
 from lamina_kv.push.proxy.discovery.watch import Discovery
 from lamina_kv.push.proxy.engines import Role
 from lamina_kv.push.proxy.settings import SettingsError
@@ -63,6 +65,7 @@ async def watching(source: Source) -> AsyncIterator[Seen]:
 
 # -- the file ----------------------------------------------------------------------------------
 
+BAD_HOST = "decode: [http://a, http://10.0.0.300:8000]"
 FULL = """
 prefill:
   - {url: http://10.0.0.1:8000/v1, push: "10.0.0.1:9300"}
@@ -110,6 +113,9 @@ def test_the_file_of_the_documentation() -> None:
         ("", "names no decode engine"),
         ("decode: []", "names no decode engine"),
         ("decode: [nowhere]", "decode[0]: 'nowhere' is not the URL"),
+        ("decode: [http://10.0.0.300:8000]", "decode[0]: 'http://10.0.0.300:8000' is not a URL"),
+        ('decode: ["http://10.0.0\u20133:8000"]', "is not a URL"),
+        ("decode: [{dns: http://10.0.0.300:8000}]", "decode[0]: 'http://10.0.0.300:8000'"),
         ("decode: [http://d, {}]", "decode[1]: give one of url, dns and kubernetes"),
         ("decode: [{url: http://d, dns: http://e}]", "decode[0]: give one of url"),
         ("decode: [http://d, http://d]", "http://d is given twice"),
@@ -150,7 +156,7 @@ def test_a_file_that_changes_is_read_again_and_a_bad_one_is_not_used(
         file.write_text("decode: [http://a, http://b]")
         await seen.urls("http://a", "http://b")
         async with asyncio.timeout(PATIENCE):
-            for text in ("decode: [http://a, nowhere]", "", "decode: ["):
+            for text in ("decode: [http://a, nowhere]", BAD_HOST, "", "decode: ["):
                 file.write_text(text)
                 count = len(caplog.records)
                 while len(caplog.records) == count:
@@ -200,6 +206,40 @@ def test_what_the_file_says_of_an_engine_goes_before_what_was_found(
         await asyncio.wait({running})
 
     asyncio.run(scenario())
+
+
+def test_what_fails_unforeseen_is_said_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "engines.yaml"
+    file.write_text("decode: [http://a, {dns: http://decode.example:8000}]")
+    watches, reports = count(), count()
+
+    async def look(_: Names, found: Found) -> None:
+        if next(watches) == 0:
+            raise IndexError("an odd answer")
+        found((Place(Role.DECODE, "http://b"),))
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Names, "watch", look)
+    monkeypatch.setattr(watch, "_PAUSE", 0.01)
+
+    async def scenario() -> None:
+        seen = Seen()
+
+        def found(places: Places) -> None:
+            if next(reports) == 0:
+                raise RuntimeError("an odd place")
+            seen(places)
+
+        running = asyncio.create_task(Discovery(file, 0.02).run(found))
+        await seen.urls("http://a", "http://b")
+        running.cancel()
+        await asyncio.wait({running})
+
+    asyncio.run(scenario())
+    assert "an odd answer" in caplog.text
+    assert "an odd place" in caplog.text
 
 
 # -- DNS ---------------------------------------------------------------------------------------

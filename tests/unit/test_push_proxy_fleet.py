@@ -11,6 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from lamina_kv.push.proxy.discovery.places import Place
+from lamina_kv.push.proxy.engines import Role
+from lamina_kv.push.proxy.fleet import Fleet
+from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 from push_proxy.engines import ANSWER, EVENTS, Call, FakeEngine, says
 from push_proxy.proxies import (
     COMPLETION,
@@ -134,6 +138,22 @@ def test_an_engine_that_is_left_out_and_named_again_meanwhile_stays(
         gate.open = True
         assert b"".join(pieces) == EVENTS[-1]
         assert proxy.post("/v1/completions", STREAM).content == EVENTS[0] + EVENTS[-1]
+
+
+def test_a_place_where_nothing_can_connect_costs_no_other_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        settings = Settings(prefill=(PrefillAddress("http://p:1", "p:2"),), decode=("http://d:1",))
+        fleet = Fleet(settings)
+        urls = ("http://10.0.0.300:1", "http://127.0.0.1:9")
+        for _ in range(2):
+            fleet.update(Place(Role.DECODE, url) for url in urls)
+        assert [engine.url for engine in fleet] == [urls[1]]
+        await fleet.close()
+
+    asyncio.run(scenario())
+    assert caplog.text.count("http://10.0.0.300:1 is not used") == 1
 
 
 # -- operators ---------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 
+import httpx
+
 from lamina_kv.push.proxy.discovery.places import Place
 from lamina_kv.push.proxy.engines import Engine
 from lamina_kv.push.proxy.settings import Settings
@@ -39,6 +41,7 @@ class Fleet:
         self._watches: dict[Place, asyncio.Task[None]] = {}
         self._leaving: dict[Place, asyncio.Task[None]] = {}
         self._by_hand: set[str] = set()
+        self._unusable: set[Place] = set()
         self._changed: Told = lambda _: None
         self._gone: Told = lambda _: None
 
@@ -61,11 +64,13 @@ class Fleet:
             places: whatever stands in none of them leaves.
         """
         wanted = {place: place.drain for place in places}
+        self._unusable &= wanted.keys()
         for place, drain in wanted.items():
             if (leaving := self._leaving.pop(place, None)) is not None:
                 leaving.cancel()
             engine = self._engines.get(place) or self._add(place)
-            self._set(engine, drained=drain or engine.url in self._by_hand)
+            if engine is not None:
+                self._set(engine, drained=drain or engine.url in self._by_hand)
         for place in self._engines.keys() - wanted.keys() - self._leaving.keys():
             engine = self._engines[place]
             self._set(engine, drained=True)
@@ -101,15 +106,22 @@ class Fleet:
         for engine in self:
             await engine.close()
 
-    def _add(self, place: Place) -> Engine:
-        engine = Engine(
-            place.role,
-            place.url,
-            place.push,
-            self._settings,
-            server_name=place.server_name,
-            verify=self._verify,
-        )
+    def _add(self, place: Place) -> Engine | None:
+        """None, which is said once, if nothing can connect to such a place. Others are used."""
+        try:
+            engine = Engine(
+                place.role,
+                place.url,
+                place.push,
+                self._settings,
+                server_name=place.server_name,
+                verify=self._verify,
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            if place not in self._unusable:
+                log.warning("%s engine %s is not used: %s", place.role.value, place.url, error)
+            self._unusable.add(place)
+            return None
         self._engines[place] = engine
         self._watches[place] = asyncio.create_task(engine.watch(self._changed))
         return engine

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import httpx
 import msgspec
 import yaml
 
@@ -109,7 +110,7 @@ def _problems(role: Role, entry: _Entry) -> Iterator[str]:
         yield "give one of url, dns and kubernetes"
         return
     if entry.url:
-        yield from url_problems(server_url(entry.url))
+        yield from _url_problems(server_url(entry.url))
         if role is Role.PREFILL:
             yield from push_problems(entry.push)
     elif entry.push:
@@ -121,11 +122,22 @@ def _problems(role: Role, entry: _Entry) -> Iterator[str]:
     if role is Role.DECODE and (entry.push or entry.push_port != PUSH_PORT):
         yield "a decode engine has no push address"
     if entry.dns:
-        yield from url_problems(server_url(entry.dns))
+        yield from _url_problems(server_url(entry.dns))
     if entry.kubernetes and not entry.kubernetes.service:
         yield "kubernetes: service is empty"
     if entry.kubernetes and entry.kubernetes.scheme not in {"http", "https"}:
         yield f"kubernetes: scheme is {entry.kubernetes.scheme!r}, and must be http or https"
+
+
+def _url_problems(url: str) -> Iterator[str]:
+    """The same as of the command line, and whatever keeps the HTTP client from connecting there."""
+    if found := [*url_problems(url)]:
+        yield from found
+        return
+    try:
+        httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        yield f"{url!r} is not a URL: {error}"
 
 
 def _source(role: Role, entry: _Entry) -> Source:

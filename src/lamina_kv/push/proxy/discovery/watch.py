@@ -13,6 +13,8 @@ from lamina_kv.push.proxy.settings import SettingsError
 log = logging.getLogger("lamina_kv.push.proxy")
 
 _SETTLE_SECONDS = 0.1
+_PAUSE = 5.0
+"""Seconds before a source is watched again whose watch has ended by an error."""
 
 
 class Discovery:
@@ -56,12 +58,23 @@ class Discovery:
         Args:
             found: called at once, and then again.
         """
+        stale, said = True, ""
         try:
-            self._follow(found)
             while True:
-                await asyncio.sleep(self._interval)
-                if await self._reread():
-                    self._follow(found)
+                try:
+                    if stale:
+                        self._follow(found)
+                    stale = False
+                    await asyncio.sleep(self._interval)
+                    stale = await self._reread()
+                    said = ""
+                except Exception as error:
+                    if repr(error) != said:
+                        log.exception(
+                            "--engines: %s: its engines stay; another try follows", self._file
+                        )
+                    stale, said = True, repr(error)
+                    await asyncio.sleep(self._interval)
         finally:
             for watch in self._watches.values():
                 watch.cancel()
@@ -78,7 +91,7 @@ class Discovery:
                     self._known[source] = places
                     self._report(found)
 
-            self._watches[source] = asyncio.create_task(source.watch(came))
+            self._watches[source] = asyncio.create_task(_watch(source, came))
         self._report(found)
 
     def _report(self, found: Found) -> None:
@@ -105,6 +118,19 @@ class Discovery:
             return False
         self._text, self._said = text, ""
         return True
+
+
+async def _watch(source: Source, found: Found) -> None:
+    """Watch a source until cancelled, whatever happens."""
+    said = ""
+    while True:
+        try:
+            await source.watch(found)
+        except Exception as error:
+            if repr(error) != said:
+                log.exception("%s: a watch has failed and begins anew. Its engines stay", source)
+            said = repr(error)
+        await asyncio.sleep(_PAUSE)
 
 
 def _read(file: Path) -> str:
