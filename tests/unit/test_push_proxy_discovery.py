@@ -242,6 +242,43 @@ def test_what_fails_unforeseen_is_said_and_tried_again(
     assert "an odd place" in caplog.text
 
 
+def test_engines_stay_until_the_source_that_replaces_theirs_has_said_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "engines.yaml"
+
+    async def scenario() -> None:
+        ready = {"old": asyncio.Event(), "new": asyncio.Event(), "other": asyncio.Event()}
+        ready["old"].set()
+
+        async def look(source: Names, found: Found) -> None:
+            await ready[source.host].wait()
+            found((Place(source.role, f"http://found-by-{source.host}"),))
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Names, "watch", look)
+
+        def write(*entries: str) -> None:
+            file.write_text(f"decode: [{', '.join(entries)}]")
+
+        write("{dns: http://old}")
+        seen = Seen()
+        running = asyncio.create_task(Discovery(file, 0.02).run(seen))
+        await seen.urls("http://found-by-old")
+        write("{dns: http://new}", "http://a")
+        await seen.urls("http://found-by-old", "http://a")
+        write("{dns: http://other}", "http://b")
+        await seen.urls("http://found-by-old", "http://b")
+        ready["other"].set()
+        await seen.urls("http://found-by-other", "http://b")
+        write("http://b")
+        await seen.urls("http://b")
+        running.cancel()
+        await asyncio.wait({running})
+
+    asyncio.run(scenario())
+
+
 # -- DNS ---------------------------------------------------------------------------------------
 
 
@@ -258,7 +295,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]]) -> Non
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
 
 
-def test_each_address_of_a_name_is_an_engine(
+def test_each_address_of_a_name_is_an_engine_and_of_two_families_one_counts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = {"prefill.example": ["10.0.0.2", "10.0.0.1", "fd00::1"]}
@@ -267,14 +304,13 @@ def test_each_address_of_a_name_is_an_engine(
 
     async def scenario() -> None:
         async with watching(source) as seen:
-            places = await seen.wait(lambda places: len(places) == 3)
+            places = await seen.wait(lambda places: len(places) == 2)
             assert places[0] == Place(
                 Role.PREFILL, "https://10.0.0.1:8000/base", "10.0.0.1:9300", "prefill.example"
             )
-            assert (places[2].url, places[2].push) == (
-                "https://[fd00::1]:8000/base",
-                "[fd00::1]:9300",
-            )
+            names["prefill.example"] = ["fd00::1"]
+            (place,) = await seen.urls("https://[fd00::1]:8000/base")
+            assert place.push == "[fd00::1]:9300"
             names["prefill.example"] = ["10.0.0.1"]
             await seen.urls("https://10.0.0.1:8000/base")
             names["prefill.example"] = []
@@ -343,6 +379,21 @@ def test_the_pods_of_a_service_are_listed_and_watched(tmp_path: Path) -> None:
     assert query == {"labelSelector": ["kubernetes.io/service-name=lamina-prefill"]}
     assert kubernetes.asked[1][1]["resourceVersion"] == ["7"]
     assert {*kubernetes.tokens} == {"Bearer pod-token"}
+
+
+def test_a_pod_with_addresses_of_two_families_is_one_engine(tmp_path: Path) -> None:
+    with KubernetesApi(tmp_path / "account") as kubernetes:
+        six = endpoint_slice("six", "fd00::1", ready=True) | {"addressType": "IPv6"}
+        kubernetes.slices = {"six": six, "four": endpoint_slice("four", "10.0.0.1", ready=True)}
+
+        async def scenario() -> None:
+            async with watching(service(kubernetes.api)) as seen:
+                await seen.urls("http://10.0.0.1:8000")
+                await asyncio.to_thread(kubernetes.watched)
+                await asyncio.to_thread(kubernetes.delete, "four")
+                await seen.urls("http://[fd00::1]:8000")
+
+        asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("gone", [True, False])

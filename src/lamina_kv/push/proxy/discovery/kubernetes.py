@@ -54,8 +54,9 @@ class _Metadata(msgspec.Struct, rename="camel"):
     resource_version: str = ""
 
 
-class _Slice(msgspec.Struct):
+class _Slice(msgspec.Struct, rename="camel"):
     metadata: _Metadata
+    address_type: str = ""
     endpoints: list[_Endpoint] | None = None
     ports: list[_Port] | None = None
 
@@ -222,9 +223,11 @@ class KubernetesService:
                 yield [*slices.values()]
 
     def _places(self, slices: list[_Slice], namespace: str) -> Iterator[Place]:
+        # A Service of two families has two slices of the same pods.
+        four = any(each.address_type == "IPv4" and each.endpoints for each in slices)
         for each in slices:
             port = self._port(each)
-            if port is None:
+            if port is None or (four and each.address_type == "IPv6"):
                 continue
             for endpoint in each.endpoints or ():
                 conditions = endpoint.conditions

@@ -1,4 +1,4 @@
-"""Engines behind a name of DNS: each of its addresses is one."""
+"""Engines behind a name of DNS: each of its addresses is one, those of IPv4 if there are any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import socket
 from dataclasses import dataclass
 
-from lamina_kv.push.proxy.discovery.places import Found, Place, host_and_port
+from lamina_kv.push.proxy.discovery.places import Found, Place, host_and_port, one_family
 from lamina_kv.push.proxy.engines import Role
 
 log = logging.getLogger("lamina_kv.push.proxy")
@@ -65,7 +65,7 @@ class Names:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_ANSWER_SECONDS):
             answers = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        hosts = sorted({str(address[0]) for *_, address in answers})
+        hosts = one_family(str(address[0]) for *_, address in answers)
         return tuple(
             Place(
                 self.role,

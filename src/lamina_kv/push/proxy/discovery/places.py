@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,9 +35,20 @@ Found = Callable[[tuple[Place, ...]], None]
 class Source(Protocol):
     """Finds engines. Equal sources find the same ones."""
 
+    @property
+    def role(self) -> Role:
+        """Of all engines that it finds."""
+
     async def watch(self, found: Found) -> None:
         """Report all places as soon as they are known, and whenever they change, until cancelled.
         What is known stays known while the source cannot be asked."""
+
+
+def one_family(hosts: Iterable[str]) -> list[str]:
+    """One address for each host, where names and Services of two address families have two for
+    each: those of IPv4 if there are any. Sorted."""
+    addresses = {*hosts}
+    return sorted({host for host in addresses if ":" not in host} or addresses)
 
 
 def host_and_port(host: str, port: int) -> str:

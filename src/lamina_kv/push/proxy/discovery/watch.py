@@ -40,6 +40,7 @@ class Discovery:
         self._listing = _understand(file, self._text)
         self._watches: dict[Source, asyncio.Task[None]] = {}
         self._known: dict[Source, tuple[Place, ...]] = {}
+        self._replaced: dict[Source, frozenset[Source]] = {}
         self._said = ""
 
     @property
@@ -47,9 +48,12 @@ class Discovery:
         """All that are known. What the file says of an engine itself goes before what a source
         says of it, so that one that was found can be drained."""
         named = dict.fromkeys(self._listing.places)
-        urls = {place.url for place in named}
-        for places in self._known.values():
-            named.update((place, None) for place in places if place.url not in urls)
+        current = [source for source in self._known if source not in self._replaced]
+        for sources in (current, [*self._replaced]):
+            urls = {place.url for place in named}
+            for source in sources:
+                places = self._known.get(source, ())
+                named.update((place, None) for place in places if place.url not in urls)
         return (*named,)
 
     async def run(self, found: Found) -> None:
@@ -80,11 +84,18 @@ class Discovery:
                 watch.cancel()
 
     def _follow(self, found: Found) -> None:
-        """Watch the sources that the file names now, and no others."""
-        for source in self._watches.keys() - self._listing.sources:
+        """Watch the sources that the file names now, and no others. Engines of one that was
+        replaced stay until those that stand there instead have said something."""
+        wanted = self._listing.sources
+        new, gone = wanted - self._watches.keys(), self._watches.keys() - wanted
+        self._replaced = {
+            source: (self._replaced.get(source, frozenset()) & wanted)
+            | {other for other in new if other.role is source.role}
+            for source in (gone | self._replaced.keys()) - wanted
+        }
+        for source in gone:
             self._watches.pop(source).cancel()
-            self._known.pop(source, None)
-        for source in self._listing.sources - self._watches.keys():
+        for source in new:
 
             def came(places: tuple[Place, ...], source: Source = source) -> None:
                 if source in self._watches:
@@ -95,6 +106,10 @@ class Discovery:
         self._report(found)
 
     def _report(self, found: Found) -> None:
+        over = [old for old, new in self._replaced.items() if new <= self._known.keys()]
+        for source in over:
+            del self._replaced[source]
+            self._known.pop(source, None)
         found(self.places)
         if self._known.keys() >= self._listing.sources:
             self.settled.set()
