@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import random
 import string
+import time
+import tracemalloc
 
 import pytest
 
@@ -13,12 +15,16 @@ from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
 from lamina_kv.push.proxy.routing.prefixes import MAX_AGE, MAX_MARKS, PrefixCache
 from lamina_kv.push.proxy.routing.prompt import (
     BLOCK,
+    MAX_ID_BYTES,
+    MAX_IDS,
+    MAX_PIECES,
     PART_TOKENS,
     Mark,
     Prompt,
     read_prompt,
     session_digest,
 )
+from lamina_kv.push.proxy.routing.prompt import MAX_MARKS as MAX_PROMPT_MARKS
 from push_proxy.pools import Clock, chat, completion, request
 
 SYSTEM = "You are careful. " * 100
@@ -147,6 +153,71 @@ def test_a_request_that_makes_no_sense_is_read_all_the_same(body: object) -> Non
     prompt = read(ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(raw)))
     assert prompt.tokens >= 0
     assert prompt.answer >= 0
+
+
+def quickly_read(asked: ApiRequest) -> Prompt:
+    """A prompt that must not keep the event loop, nor take much memory."""
+    tracemalloc.start()
+    began = time.process_time()
+    prompt = read(asked)
+    took = time.process_time() - began
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 5, "with every allocation traced"
+    assert most < 8 * asked.size
+    assert len(prompt.marks) <= MAX_PROMPT_MARKS + 1
+    return prompt
+
+
+MEGABYTES = 12 << 20
+
+
+@pytest.mark.parametrize(
+    ("element", "field"),
+    [
+        (b'{"role":"assistant"}', b"messages"),
+        (b"1", b"messages"),
+        (b'"a"', b"prompt"),
+        (b"[]", b"prompt"),
+        (b"7", b"prompt"),
+        (b"100000", b"prompt"),
+        (b'{"role":"user","content":[' + b"1," * 5000 + b"1]}", b"messages"),
+        (b'{"role":"user",' + b'"a":1,' * 5000 + b'"b":1}', b"messages"),
+        (b'{"role":"assistant","content":"' + b"a" * 2000 + b'"}', b"messages"),
+    ],
+)
+def test_no_prompt_keeps_the_event_loop(element: bytes, field: bytes) -> None:
+    many = b",".join([element] * (MEGABYTES // (len(element) + 1)))
+    body = b'{"%s":[%s]}' % (field, many)
+    asked = ApiRequest("id", "POST", b"/v1/x", {}, parse_fields(body), len(body))
+    prompt = quickly_read(asked)
+    assert prompt.tokens >= MEGABYTES // 8
+
+
+def test_of_many_messages_the_first_are_looked_at() -> None:
+    turns = [("assistant" if n % 2 else "user", f"{n}") for n in range(MAX_PIECES)]
+    first = read(chat(*turns, ("user", "one")))
+    second = read(chat(*turns, ("user", "another one")))
+    assert len(first.marks) <= MAX_PROMPT_MARKS
+    assert first.marks == second.marks
+    assert first.tokens > first.marks[-1].at
+    assert cache_of(first).hit(second.marks, answers=False) == first.marks[-1].at
+
+
+def test_tokens_are_kept_if_somebody_needs_them() -> None:
+    asked = completion([7] * 1000)
+    assert read(asked).ids == ()
+    assert read_prompt(asked, lambda _: 4.0, ids=True).ids == (7,) * 1000
+    salted = completion([7] * 1000, cache_salt="s")
+    assert read_prompt(salted, lambda _: 4.0, ids=True).ids == ()
+
+
+def test_of_many_tokens_the_last_are_counted() -> None:
+    length = MAX_ID_BYTES // 2
+    for more in (0, 1, 1000):
+        asked = completion([7] * (length + more))
+        assert read(asked).tokens == length + more
+        assert len(read_prompt(asked, lambda _: 4.0, ids=True).ids) == MAX_IDS
 
 
 def test_who_asks() -> None:

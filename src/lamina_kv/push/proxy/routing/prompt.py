@@ -13,6 +13,7 @@ picture of a megabyte in base64 does not look like a long text.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from struct import pack
@@ -35,6 +36,18 @@ usual picture in a usual model, and only compared with other estimates."""
 
 MAX_HASHED = 4 << 20
 """Bytes of a prompt that are hashed; the rest is only counted. It is a million tokens of text."""
+MAX_MARKS = MAX_HASHED // _BLOCK_BYTES
+"""Marks of a prompt before the one at its end. Text has no more in what is hashed; messages could
+begin millions of answers."""
+MAX_PIECES = 1 << 15
+"""Texts, names and pictures of a prompt that are hashed; the rest is only counted. It is some 0.2 s
+of the event loop."""
+MAX_VALUES = 1 << 17
+"""Values in JSON of which objects are made, some 20 MB. What may have more is taken as one text."""
+MAX_ID_BYTES = 8 << 20
+"""Bytes of token ids that are read; in the rest they are only counted."""
+MAX_IDS = 1 << 20
+"""Token ids that are kept: in longer prompts nobody looks for blocks behind these."""
 
 ANSWER_TOKENS = 256
 """Tokens of an answer whose request sets no limit."""
@@ -53,6 +66,8 @@ _MESSAGES = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _TOKENS = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]])
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_ONE = msgspec.json.Decoder(tuple[msgspec.Raw])
+_IDS = re.compile(rb"\[\s*\d")
 _TEXT = msgspec.json.Decoder(str)
 _NUMBER = msgspec.json.Decoder(int)
 _MALFORMED = (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError)
@@ -87,8 +102,8 @@ class Prompt:
             if none. A client may give names of megabytes.
         model: the name of the model, as the request has it.
         pushable: whether a prefill engine can compute it.
-        ids: the tokens themselves, if the request has them or an engine has told them, and if
-            nothing else makes blocks of them other ones.
+        ids: the tokens themselves, or the first million, if the request has them or an engine has
+            told them, if somebody needs them, and if nothing else makes blocks of them other ones.
         parts: pictures and the like in it.
         rank: index of the decode engine's data-parallel rank that the client asks for; None if it
             does not.
@@ -106,17 +121,20 @@ class Prompt:
     parts: int = 0
 
 
-def read_prompt(request: ApiRequest, bytes_per_token: Callable[[str], float]) -> Prompt:
+def read_prompt(
+    request: ApiRequest, bytes_per_token: Callable[[str], float], *, ids: bool = False
+) -> Prompt:
     """What routing knows of a request. Of one that makes no sense it knows little, and lets it
     pass: engines say what is wrong.
 
     Args:
         request: the client's.
         bytes_per_token: of text, for a model's name.
+        ids: whether to keep its token ids, if it has them.
     """
     fields = _fields(request)
     model = _string(fields.get("model"))
-    stream = _Stream(bytes_per_token(model))
+    stream = _Stream(bytes_per_token(model), ids=ids and "cache_salt" not in fields)
     for name in _SEEDS:
         stream.separate(name.encode(), bytes(fields.get(name, b"")))
     for name in _IN_FRONT:
@@ -135,7 +153,7 @@ def read_prompt(request: ApiRequest, bytes_per_token: Callable[[str], float]) ->
         model,
         request.pushable,
         _rank(request),
-        stream.given if "cache_salt" not in fields else (),
+        stream.given,
         stream.parts,
     )
 
@@ -160,16 +178,22 @@ class _Stream:
 
     Marks depend on its bytes alone, whatever a token has of them: what is learnt about tokens must
     not make every prefix another one.
+
+    Args:
+        bytes_per_token: of text.
+        ids: whether to keep token ids.
     """
 
-    def __init__(self, bytes_per_token: float) -> None:
+    def __init__(self, bytes_per_token: float, *, ids: bool) -> None:
         self.text_bytes = 0
         self.parts = 0
         self.given: tuple[int, ...] = ()
         self._per_token = bytes_per_token
+        self._keep = ids
         self._exact = 0
         self._hash = hashlib.blake2b(digest_size=8)
         self._hashed = 0
+        self._pieces = 0
         self._marks: list[Mark] = []
         self._room = _BLOCK_BYTES
 
@@ -178,60 +202,92 @@ class _Stream:
         """So far."""
         return self._exact + round(self.text_bytes / self._per_token)
 
+    @property
+    def full(self) -> bool:
+        """Whether what comes now is only counted."""
+        return (
+            self._hashed >= MAX_HASHED
+            or self._pieces >= MAX_PIECES
+            or len(self._marks) >= MAX_MARKS
+        )
+
     def separate(self, *words: bytes) -> None:
         """What makes a difference and is no text."""
+        if self.full:
+            return
+        self._pieces += 1
         for word in words:
             self._hash.update(pack("<I", len(word)) + word)
 
     def text(self, data: bytes) -> None:
         """Text of the prompt, with a mark wherever a block is full."""
+        self._pieces += 1
         start = 0
         while start < len(data):
+            if self.full:
+                self.text_bytes += len(data) - start
+                return
             piece = data[start : start + self._room]
             start += len(piece)
             self.text_bytes += len(piece)
             self._read(piece, len(piece))
 
-    def ids(self, tokens: list[int]) -> None:
-        """The same as tokens."""
-        self.given = tuple(tokens)
+    def ids(self, tokens: list[int], more: int) -> None:
+        """The same as tokens, and so many more."""
+        if self._keep:
+            self.given = tuple(tokens[:MAX_IDS])
+        self._pieces += 1
+        self._exact += more
         start = 0
         while start < len(tokens):
+            if self.full:
+                self._exact += len(tokens) - start
+                return
             piece = tokens[start : start + -(-self._room // _NOMINAL)]
             start += len(piece)
             self._exact += len(piece)
             self._read(pack(f"<{len(piece)}q", *piece), _NOMINAL * len(piece))
+        if more:
+            self._hashed = MAX_HASHED
 
     def part(self, data: bytes) -> None:
         """A picture, or something else that is no text."""
         self.parts += 1
         self._exact += PART_TOKENS
+        if self.full:
+            return
+        self._pieces += 1
         self._read(hashlib.blake2b(data, digest_size=8).digest(), _NOMINAL * PART_TOKENS)
 
-    def answer_begins(self) -> int:
-        """What comes now was an engine's answer to all before. Returns the number of its mark."""
+    def answer_begins(self) -> int | None:
+        """What comes now was an engine's answer to all before. Returns the number of its mark; None
+        if it has none."""
+        if self.full:
+            return None
         self._mark()
         return len(self._marks) - 1
 
-    def answer_ends(self, number: int) -> None:
+    def answer_ends(self, number: int | None) -> None:
         """The answer is over that began at this mark."""
+        if number is None:
+            return
         mark = self._marks[number]
         self._marks[number] = Mark(mark.digest, mark.at, self.tokens)
 
     def end(self) -> tuple[Mark, ...]:
-        """All marks, the last one at the end; none of a prompt that has no tokens."""
-        self._mark()
+        """All marks; none of a prompt that has no tokens. The last one is at the end, unless not
+        all of the prompt was hashed: then others may go on in another way."""
+        if not self.full:
+            self._mark()
         return tuple(self._marks) if self.tokens else ()
 
     def _read(self, data: bytes, size: int) -> None:
-        if self._hashed < MAX_HASHED:
-            self._hash.update(data)
-            self._hashed += len(data)
+        self._hash.update(data)
+        self._hashed += len(data)
         self._room -= size
         if self._room <= 0:
             self._room = _BLOCK_BYTES
-            if self._hashed < MAX_HASHED:
-                self._mark()
+            self._mark()
 
     def _mark(self) -> None:
         digest = int.from_bytes(self._hash.digest(), "little")
@@ -250,20 +306,33 @@ def _the_only_one(raw: bytes) -> bytes:
     """A prompt may stand in a list of its own."""
     if raw.startswith(b"["):
         try:
-            items = _LIST.decode(raw)
+            item = bytes(_ONE.decode(raw)[0])
         except _MALFORMED:
             return raw
-        if len(items) == 1 and bytes(items[0])[:1] in {b'"', b"["}:
-            return bytes(items[0])
+        if item[:1] in {b'"', b"["}:
+            return item
     return raw
 
 
+def _has_many_values(raw: bytes) -> bool:
+    """Whether JSON may have more values than objects are made of. Commas and brackets in a text
+    count, too: they are not told from others without parsing it."""
+    return len(raw) - len(raw.translate(None, b",[{")) > MAX_VALUES
+
+
 def _read_tokens(stream: _Stream, raw: bytes) -> bool:
+    more = 0
+    if len(raw) > MAX_ID_BYTES:
+        if _IDS.match(raw) is None:
+            return False
+        end = raw.rfind(b",", 0, MAX_ID_BYTES)
+        more = raw.count(b",", end)
+        raw = raw[:end] + b"]"
     try:
         tokens = _TOKENS.decode(raw)
     except _MALFORMED:
         return False
-    stream.ids(tokens)
+    stream.ids(tokens, more)
     return True
 
 
@@ -276,6 +345,8 @@ def _read_text(stream: _Stream, raw: bytes) -> bool:
 
 
 def _read_messages(stream: _Stream, raw: bytes) -> bool:
+    if _has_many_values(raw):
+        return False
     try:
         messages = _MESSAGES.decode(raw)
     except _MALFORMED:
@@ -289,8 +360,7 @@ def _read_messages(stream: _Stream, raw: bytes) -> bool:
         for name in sorted(message.keys() - {"role", "content"}):
             stream.separate(name.encode(errors="replace"))
             stream.text(bytes(message[name]))
-        if number is not None:
-            stream.answer_ends(number)
+        stream.answer_ends(number)
     return True
 
 
@@ -310,6 +380,9 @@ def _parts(content: msgspec.Raw | None) -> Iterator[bytes]:
 
 
 def _read_part(stream: _Stream, raw: bytes) -> None:
+    if stream.full and not raw.startswith(b"{"):
+        stream.text(raw)
+        return
     if raw.startswith(b"{"):
         try:
             part = _OBJECT.decode(raw)

@@ -87,14 +87,15 @@ class Router:
             engines: usable decode engines. If some of them announce what they hold, one is asked
                 for the prompt's tokens.
         """
+        blocks = (rank.blocks for engine in engines for rank in engine.ranks)
+        told = any(each is not None and each.told for each in blocks)
         prompt = read_prompt(
-            request, lambda model: self._bytes_per_token.get(model, BYTES_PER_TOKEN)
+            request, lambda model: self._bytes_per_token.get(model, BYTES_PER_TOKEN), ids=told
         )
-        told = (rank.blocks for engine in engines for rank in engine.ranks)
-        if not any(blocks is not None and blocks.told for blocks in told):
+        if not told or prompt.ids:
             return prompt
         ids = await self._tokens.of(request, prompt, engines[0].tokenize)
-        return replace(prompt, ids=ids, tokens=len(ids) or prompt.tokens)
+        return replace(prompt, ids=ids, tokens=len(ids)) if ids else prompt
 
     def begin(self, prompt: Prompt, prefill: Sequence[Engine], decode: Sequence[Engine]) -> Trip:
         """Where one try goes; the engines are believed to hold the prompt from now on.

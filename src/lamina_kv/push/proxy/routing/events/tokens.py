@@ -59,6 +59,8 @@ class Tokens:
         path = request.target.partition(b"?")[0]
         if prompt.ids or prompt.parts or prompt.tokens < WORTH or path not in _UNDERSTOOD:
             return prompt.ids
+        if not prompt.marks or prompt.marks[-1].at < prompt.tokens:
+            return ()  # so long that others may begin with the same marks
         name = prompt.marks[-1].digest
         if name not in self._known:
             fields = {key: value for key, value in (request.fields or {}).items() if key in _FIELDS}
