@@ -4,6 +4,7 @@ all, and that a request goes where it is announced to be."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import zmq
 
 from lamina_kv.bench.ports import free_port
+from lamina_kv.push.proxy.routing.events import blocks as blocks_module
+from lamina_kv.push.proxy.routing.events import stores as stores_module
 from lamina_kv.push.proxy.routing.events.blocks import Blocks
 from lamina_kv.push.proxy.routing.events.follow import follow
 from lamina_kv.push.proxy.routing.events.messages import (
@@ -30,6 +33,7 @@ from push_proxy.running import until
 
 SIZE = 16
 TOKENS = tuple(range(100, 100 + 10 * SIZE))
+REMOTE = {"medium": "STORAGE", "ownership": "valkey", "locality": "REMOTE"}
 
 
 def stored(
@@ -51,7 +55,7 @@ def removed(first: int, count: int, engine: str = "a", **fields: Any) -> BlockRe
 
 
 def told(*events: Any, stores: SharedStores | None = None) -> Blocks:
-    blocks = Blocks(stores or SharedStores())
+    blocks = Blocks(SharedStores() if stores is None else stores)
     for event in events:
         blocks.take(event)
     return blocks
@@ -117,17 +121,60 @@ def test_an_adapter_is_asked_for_by_its_name() -> None:
 
 def test_a_store_is_there_for_all_who_use_it() -> None:
     stores = SharedStores()
-    remote = {"medium": "STORAGE", "ownership": "valkey", "locality": "REMOTE"}
-    first = told(stored(0, 4, engine="a", **remote), stores=stores)
-    second = told(stored(0, 1, engine="b", **remote), stores=stores)
+    first = told(stored(0, 4, engine="a", **REMOTE), stores=stores)
+    second = told(stored(0, 1, engine="b", **REMOTE), stores=stores)
     third = told(stored(9, 1, engine="c"), stored(0, 1, engine="c", medium="GPU"), stores=stores)
     assert (hit(first), hit(second), hit(third)) == (4, 4, 1)
     second.take(stored(0, 4, engine="b", medium="GPU"))
-    second.take(removed(3, 1, engine="b", **remote))
+    second.take(removed(3, 1, engine="b", **REMOTE))
     assert (hit(first), hit(second)) == (3, 4)
     first.forget()
     assert (hit(first), hit(second)) == (0, 4)
-    assert hit(told(stored(0, 1, engine="d", **remote), stores=stores)) == 1
+    assert hit(told(stored(0, 1, engine="d", **REMOTE), stores=stores)) == 1
+
+
+def test_what_a_store_holds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores_module, "MAX_BLOCKS", 6)
+    stores = SharedStores()
+    first = told(stored(0, 4, engine="a", **REMOTE), stores=stores)
+    second = told(stored(0, 2, engine="b", **REMOTE), stores=stores)
+    assert len(stores) == 4
+    second.take(stored(0, 4, [1] * 4 * SIZE, engine="c", **REMOTE))
+    assert len(stores) == 6
+    assert hit(second, [1] * 4 * SIZE) == 4
+    assert (hit(first), hit(second)) == (2, 2), "announced again meanwhile"
+
+
+def test_a_block_whose_name_a_rank_forgets_is_not_known_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks_module, "MAX_NAMES", 4)
+    stores = SharedStores()
+    first = told(stored(0, 4, engine="a", **REMOTE), stores=stores)
+    second = told(stored(0, 1, engine="b", **REMOTE), stores=stores)
+    first.take(stored(0, 2, [1] * 2 * SIZE, engine="c", **REMOTE))
+    assert hit(first) == 1, "the second one has announced it, too"
+    second.forget()
+    assert hit(first) == 0
+    assert len(stores) <= 5
+
+
+def test_who_is_gone_is_forgotten_at_once() -> None:
+    stores = SharedStores()
+    many = range(10_000 * SIZE)
+    first = told(stored(0, 10_000, many, engine="a", **REMOTE), stores=stores)
+    second = told(stored(0, 1, many, engine="b", **REMOTE), stores=stores)
+    began = time.process_time()
+    for _ in range(20_000):
+        second.forget()
+        second.take(stored(0, 1, many, engine="b", **REMOTE))
+    assert time.process_time() - began < 3
+    first.forget()
+    assert hit(second, many) == 1
+    first.take(stored(9, 1, many, engine="a", **REMOTE))
+    assert hit(first, many) == 0, "it begins anew, and knows no parent"
+    first.take(stored(0, 1, many, engine="a", **REMOTE))
+    assert hit(first, many) == 1
 
 
 # -- as they come ------------------------------------------------------------------------------

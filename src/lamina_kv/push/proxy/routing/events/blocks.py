@@ -136,6 +136,7 @@ class Blocks:
             if len(self._names) > MAX_NAMES:
                 _, gone = self._names.popitem(last=False)
                 self._held.pop(gone, None)
+                self._stores.forget_block(gone, self)
             if event.locality == REMOTE:
                 self._stores.stored(event.ownership or "", name, self)
             else:
