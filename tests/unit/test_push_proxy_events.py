@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from lamina_kv.bench.ports import free_port
+from lamina_kv.push.proxy.routing.cache_aware import CacheAware
 from lamina_kv.push.proxy.routing.events import blocks as blocks_module
 from lamina_kv.push.proxy.routing.events import stores as stores_module
 from lamina_kv.push.proxy.routing.events.blocks import Blocks
@@ -26,8 +27,10 @@ from lamina_kv.push.proxy.routing.events.messages import (
 )
 from lamina_kv.push.proxy.routing.events.places import EventPlaces, read_event_places
 from lamina_kv.push.proxy.routing.events.stores import SharedStores
+from lamina_kv.push.proxy.routing.ranks import UNTOLD
 from lamina_kv.push.proxy.routing.words import PolicyName
 from push_proxy.engines import FakeEngine
+from push_proxy.pools import Pools, completion
 from push_proxy.proxies import COMPLETION, proxied
 from push_proxy.running import until
 
@@ -177,6 +180,56 @@ def test_who_is_gone_is_forgotten_at_once() -> None:
     assert hit(first, many) == 1
 
 
+def test_blocks_without_a_parent_are_bounded_by_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks_module, "MAX_ORPHAN_TOKENS", 4 * SIZE)
+    blocks = told(stored(8, 1), stored(6, 2), stored(4, 2), stored(2, 2))
+    blocks.take(stored(0, 2))
+    assert hit(blocks) == 4, "what waited for longer is gone"
+    for _ in range(100):
+        blocks.take(stored(9, 1))
+    assert blocks._orphan_tokens <= 4 * SIZE
+    blocks.forget()
+    assert not blocks._orphan_tokens
+
+
+def test_what_is_announced_is_all_there_is_from_the_beginning_on() -> None:
+    blocks = told(stored(2, 2))
+    assert not blocks.complete
+    blocks.begins()
+    assert not blocks.complete, "blocks whose parent is not known"
+    blocks.take(stored(0, 2))
+    assert blocks.complete
+    blocks.forget()
+    assert not blocks.complete
+    blocks.take(AllBlocksCleared())
+    assert blocks.complete
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_learnt_counts_while_not_all_was_announced(whole: bool) -> None:
+    pool = Pools(CacheAware(), decode=1)
+    rank = pool.decode[0].ranks[0]
+    rank.blocks = told(stored(0, 1, [9] * SIZE))
+    if whole:
+        rank.blocks.begins()
+    prompt = pool.read(completion([*TOKENS]))
+    assert prompt.ids == TOKENS
+    rank.prefixes.add(prompt.marks)
+    pool.clock.now += UNTOLD + 1
+
+    def expected() -> int:
+        return rank.candidate(prompt, sticky=False, decodes=True).hit
+
+    assert expected() == (0 if whole else len(TOKENS) - 1)
+    rank.blocks.take(stored(0, 4, engine="b"))
+    assert expected() == (4 * SIZE if whole else len(TOKENS) - 1)
+    for _ in range(100):
+        rank.found(len(TOKENS), 0)
+    assert expected() == 4 * SIZE, "what is learnt is not believed any more"
+
+
 # -- as they come ------------------------------------------------------------------------------
 
 
@@ -264,16 +317,19 @@ def test_what_is_missed_is_not_believed_any_more() -> None:
         await asyncio.to_thread(publisher.wait)
         publisher.publish(7, payload(stored(0, 2)))
         await holds(2)
+        assert not blocks.complete, "it did not begin with this"
         publisher.publish(8, payload(stored(2, 2)))
         await holds(4)
         publisher.publish(10, payload(stored(0, 1)))  # 9 never came
         await holds(1)
         publisher.publish(0, payload(stored(0, 3)))  # another process
         await holds(3)
+        assert blocks.complete
         publisher.publish(1, b"\xc1")
         await holds(0)
         publisher.publish(2, payload(stored(0, 5)))
         await holds(5)
+        assert not blocks.complete
         following.cancel()
         await asyncio.wait({following})
 

@@ -208,9 +208,15 @@ class Rank:
 
     def _hit(self, prompt: Prompt, *, answers: bool) -> int:
         if self.blocks is None or not self.blocks.told or not prompt.ids:
-            return int(self._trust * self.prefixes.hit(prompt.marks, answers=answers))
+            return self._learnt(prompt, answers=answers)
+        announced = self.blocks.hit(prompt.ids, prompt.model)
+        if not self.blocks.complete:
+            return max(self._learnt(prompt, answers=answers), announced)
         sent = self.prefixes.hit(prompt.marks, answers=False, age=UNTOLD)
-        return max(sent, self.blocks.hit(prompt.ids, prompt.model))
+        return max(sent, announced)
+
+    def _learnt(self, prompt: Prompt, *, answers: bool) -> int:
+        return int(self._trust * self.prefixes.hit(prompt.marks, answers=answers))
 
     def _crowd(self) -> float:
         """The mean number of answers in the making, fading."""

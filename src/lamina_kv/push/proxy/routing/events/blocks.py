@@ -21,8 +21,8 @@ from lamina_kv.push.proxy.routing.events.stores import SharedStores
 MAX_NAMES = 1_000_000
 """Blocks of a rank whose names are remembered, with their engine's: some 200 MB. More are forgotten
 as they come, and what is behind them is not found."""
-MAX_ORPHANS = 10_000
-"""Events of blocks whose parent was not announced yet that are kept."""
+MAX_ORPHAN_TOKENS = 1 << 20
+"""Tokens of blocks that are kept whose parent was not announced yet: some 40 MB."""
 
 _FULL = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
 """Kinds of cache groups in which every block of a prompt counts."""
@@ -39,20 +39,30 @@ class Blocks:
 
     Attributes:
         told: whether it has announced anything.
+        whole: whether all that it holds was announced to us: we have heard it from its beginning,
+            or from when it held nothing.
     """
 
     def __init__(self, stores: SharedStores) -> None:
         self.told = False
+        self.whole = False
         self._stores = stores
         self._names: OrderedDict[Hash, BlockName] = OrderedDict()
         self._held: dict[BlockName, set[Place]] = {}
         self._orphans: OrderedDict[Hash, list[BlockStored]] = OrderedDict()
+        self._orphan_tokens = 0
         self._group: int | None = None
         self._block_tokens = 0
         self._adapters: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it holds nothing but what is found here. Blocks whose parent was not announced
+        cannot be found."""
+        return self.whole and not self._orphans
 
     def hit(self, tokens: Sequence[int], model: str) -> int:
         """Tokens at the beginning of a prompt that it holds, or finds in a store.
@@ -79,14 +89,21 @@ class Blocks:
                     self._removed(event)
             case AllBlocksCleared():
                 self._held.clear()
+                self._forget_orphans()
                 self._stores.forget(self)
+                self.whole = True
+
+    def begins(self) -> None:
+        """What it announces from now on is all that it holds."""
+        self.whole = True
 
     def forget(self) -> None:
         """Something it said was missed, or it is another one: nothing is known any more."""
         self._names.clear()
         self._held.clear()
-        self._orphans.clear()
+        self._forget_orphans()
         self._stores.forget(self)
+        self.whole = False
         self._group = None
         self._block_tokens = 0
 
@@ -111,12 +128,24 @@ class Blocks:
                 continue
             self._name(event, parent)
             for each in event.block_hashes:
-                waiting += self._orphans.pop(each, ())
+                waiting += self._adopted(each)
 
     def _wait(self, parent: Hash, event: BlockStored) -> None:
         self._orphans.setdefault(parent, []).append(event)
-        if len(self._orphans) > MAX_ORPHANS:
-            self._orphans.popitem(last=False)
+        self._orphan_tokens += _size(event)
+        while self._orphan_tokens > MAX_ORPHAN_TOKENS:
+            self._adopted(next(iter(self._orphans)))
+            self.whole = False
+
+    def _adopted(self, parent: Hash) -> list[BlockStored]:
+        """Those that wait for a parent, and from now on do not."""
+        events = self._orphans.pop(parent, [])
+        self._orphan_tokens -= sum(map(_size, events))
+        return events
+
+    def _forget_orphans(self) -> None:
+        self._orphans.clear()
+        self._orphan_tokens = 0
 
     def _name(self, event: BlockStored, parent: Hash | None) -> None:
         adapter = event.lora_name or ""
@@ -135,7 +164,8 @@ class Blocks:
             self._names.move_to_end(each)
             if len(self._names) > MAX_NAMES:
                 _, gone = self._names.popitem(last=False)
-                self._held.pop(gone, None)
+                if self._held.pop(gone, None) is not None:
+                    self.whole = False
                 self._stores.forget_block(gone, self)
             if event.locality == REMOTE:
                 self._stores.stored(event.ownership or "", name, self)
@@ -152,3 +182,7 @@ class Blocks:
                 places.discard((event.medium, event.ownership))
                 if not places:
                     del self._held[name]
+
+
+def _size(event: BlockStored) -> int:
+    return len(event.token_ids) + len(event.block_hashes) + 1

@@ -42,6 +42,8 @@ async def follow(endpoint: str, blocks: Blocks) -> None:
                     number - 1,
                 )
                 blocks.forget()
+            if number == 0:
+                blocks.begins()
             expected = number + 1
             try:
                 events = read_batch(frames[2])
