@@ -164,6 +164,27 @@ def test_one_report_of_requests_that_are_not_ours_may_be_late() -> None:
     assert rank.strangers == 0
 
 
+def test_a_request_goes_where_its_model_is() -> None:
+    pool = pools(Disaggregate.ALWAYS)
+    (d0, d1), (p0, p1) = pool.decode, pool.prefill
+    for engine in (d0, d1, p0, p1):
+        engine.models = frozenset({"m"})
+    d1.models = p1.models = frozenset({"m", "adapter"})
+    trips = [route(pool, completion(f"{n}" * 2000, model="adapter")) for n in range(12)]
+    assert {(host(trip), source(trip)) for trip in trips} == {("d1", "p1")}
+    trips = [route(pool, completion(f"{n}" * 3000)) for n in range(12)]
+    assert {host(trip) for trip in trips} == {"d0", "d1"}
+    assert {source(trip) for trip in trips} == {"p0", "p1"}
+    p1.models = frozenset({"m"})
+    assert route(pool, completion(LONG, model="adapter")).route.why is Why.NO_PREFILL_ENGINE
+    d0.models = frozenset()
+    trips = [route(pool, completion(f"{n}x" * 2000, model="adapter")) for n in range(12)]
+    assert {host(trip) for trip in trips} == {"d0", "d1"}, "one does not say what it serves"
+    d0.models = frozenset({"m"})
+    trips = [route(pool, completion(f"{n}y" * 2000, model="unknown")) for n in range(12)]
+    assert {host(trip) for trip in trips} == {"d0", "d1"}, "one of them says that there is none"
+
+
 # -- pushed or not -----------------------------------------------------------------------------
 
 

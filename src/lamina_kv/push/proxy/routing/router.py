@@ -106,7 +106,7 @@ class Router:
             decode: usable decode engines, at least one.
         """
         answered = self._sessions.rank(prompt.session) if prompt.session else None
-        ranks = [rank for engine in decode for rank in engine.ranks]
+        ranks = [rank for engine in _serving(prompt.model, decode) for rank in engine.ranks]
         if prompt.rank is not None:
             ranks = [rank for rank in ranks if rank.index == prompt.rank] or ranks
         choice = self._policy.choose(
@@ -189,6 +189,7 @@ class Router:
         candidates = [
             rank.candidate(prompt, sticky=False, decodes=False)
             for engine in engines
+            if not _lacks(engine, prompt.model, there.rank.engine)
             for rank in engine.ranks
             if there.rank.engine.takes_pushes_from(rank.push)
         ]
@@ -235,3 +236,14 @@ class Router:
         if usage.cached is not None:
             where.rank.found(where.hit, usage.cached)
             self._metrics.hit(role, where.hit, usage.cached)
+
+
+def _serving(model: str, engines: Sequence[Engine]) -> Sequence[Engine]:
+    """The engines that serve a model, or may, as they do not say; all if none does: one of them
+    tells the client."""
+    return [engine for engine in engines if not engine.models or model in engine.models] or engines
+
+
+def _lacks(engine: Engine, model: str, other: Engine) -> bool:
+    """Whether an engine does not serve a model, by what it says, that another one serves."""
+    return bool(engine.models) and model not in engine.models and model in other.models
