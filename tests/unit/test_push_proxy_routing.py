@@ -299,6 +299,51 @@ def test_prompts_in_front_count_on_both_sides(learnt: Pools) -> None:
         assert route(learnt, completion([1000] * 2000)).route.why is Why.PUSHED
 
 
+def test_a_prompt_whose_answer_is_no_stream_is_computed_when_it_should_be(learnt: Pools) -> None:
+    rank = learnt.decode[0].ranks[0]
+
+    def crowd() -> float:
+        return rank.candidate(learnt.read(completion("x")), sticky=False, decodes=True).crowd
+
+    trip = route(learnt, completion([2000] * 1000))
+    assert trip.at_decode.seconds == pytest.approx(1.0, rel=0.1)
+    with rank.visit(trip.at_decode) as visit:
+        assert (rank.queued, crowd()) == (1000, 0)
+        learnt.clock.now += 1.2
+        assert (rank.queued, crowd()) == (0, 1)
+        visit.computed()
+        assert (rank.queued, crowd()) == (0, 1)
+    with rank.visit(trip.at_decode):
+        pass
+    learnt.clock.now += 1.2
+    assert rank.queued == 0
+    assert crowd() < 1
+    stream = route(learnt, completion([2001] * 1000, stream=True))
+    with rank.visit(stream.at_decode):
+        learnt.clock.now += 100
+        assert rank.queued == 1000, "its first byte has not come"
+    assert rank.queued == 0
+
+
+def test_a_queue_is_gone_before_answers_that_are_no_streams_have_come(learnt: Pools) -> None:
+    rank = learnt.decode[0].ranks[0]
+    with ExitStack() as stack:
+        for n in range(3):
+            trip = route(learnt, completion([3000 + n] * 300))
+            stack.enter_context(rank.visit(trip.at_decode))
+        busy = route(learnt, completion([3010] * 2000))
+        learnt.clock.now += 2
+        assert rank.queued == 0
+        pushed = route(learnt, completion([3011] * 2000))
+        assert busy.route.decode.queued > pushed.route.decode.queued == 0
+        assert pushed.pushed, "because of the answers in the making"
+        assert pushed.at_decode.compute == 0
+        assert pushed.at_decode.seconds == pytest.approx(2.05, rel=0.1)
+    while_idle = learnt.router.unpushed(pushed)
+    assert while_idle.at_decode.compute == 2000
+    assert while_idle.at_decode.seconds == pytest.approx(2.0, rel=0.1)
+
+
 # -- what engines say --------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ when a request was sent until its first byte, against the tokens that had to be 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina_kv.push.proxy.routing.pace import Line, first_known
 from lamina_kv.push.proxy.routing.prompt import Prompt
@@ -91,15 +91,24 @@ class Placement:
         beyond = min(max(0.0, seconds - prefill_seconds), 10 * FIRST_GUESS + 2 * self.overhead)
         self.overhead += 0.1 * (beyond - self.overhead)
 
+    def local_seconds(self, prompt: Prompt, decode: Candidate) -> float | None:
+        """Until a decode engine has computed a prompt itself; None while too little is known."""
+        # What only one side has shown is a fair guess of the other: the model is the same.
+        lines = (decode.rank.pace, self.local, self.prefill)
+        return first_known(prompt.tokens - decode.hit, decode.queued, lines)
+
+    def pushed_seconds(self, prompt: Prompt, prefill: Candidate) -> float | None:
+        """Until a prefill engine has computed and pushed a prompt; None while too little is
+        known."""
+        lines = (prefill.rank.pace, self.prefill, self.local)
+        seconds = first_known(prompt.tokens - prefill.hit, prefill.queued, lines)
+        return None if seconds is None else seconds + self.overhead
+
     def _compare(self, prompt: Prompt, decode: Candidate, prefill: Candidate) -> _Sides | None:
         """None while too little is known."""
-        here, there = prompt.tokens - decode.hit, prompt.tokens - prefill.hit
-        # What only one side has shown is a fair guess of the other: the model is the same.
-        ours = (decode.rank.pace, self.local, self.prefill)
-        theirs = (prefill.rank.pace, self.prefill, self.local)
-        alone = first_known(here, 0, ours)
-        local = first_known(here, decode.queued, ours)
-        pushed = first_known(there, prefill.queued, theirs)
+        alone = self.local_seconds(prompt, replace(decode, queued=0))
+        local = self.local_seconds(prompt, decode)
+        pushed = self.pushed_seconds(prompt, prefill)
         if alone is None or local is None or pushed is None:
             return None
-        return _Sides(local + CROWDED * decode.crowd * alone, pushed + self.overhead)
+        return _Sides(local + CROWDED * decode.crowd * alone, pushed)

@@ -105,6 +105,7 @@ class Prompt:
         ids: the tokens themselves, or the first million, if the request has them or an engine has
             told them, if somebody needs them, and if nothing else makes blocks of them other ones.
         parts: pictures and the like in it.
+        streams: whether its answer is a stream, whose first byte comes when the prompt is computed.
         rank: index of the decode engine's data-parallel rank that the client asks for; None if it
             does not.
     """
@@ -119,6 +120,7 @@ class Prompt:
     rank: int | None = None
     ids: tuple[int, ...] = ()
     parts: int = 0
+    streams: bool = False
 
 
 def read_prompt(
@@ -155,6 +157,7 @@ def read_prompt(
         _rank(request),
         stream.given,
         stream.parts,
+        bytes(fields.get("stream", b"")) == b"true",
     )
 
 

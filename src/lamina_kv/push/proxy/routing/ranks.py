@@ -7,6 +7,7 @@ proxies, or of clients that ask the engine itself.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,11 +51,14 @@ class Work:
         compute: tokens that it has to compute before its first one.
         hold: tokens whose KV cache it holds until it ends.
         decodes: whether it then makes an answer there.
+        seconds: after which it counts as computed, where nothing tells when it is: an answer that
+            is no stream comes as a whole. None if it cannot be said.
     """
 
     compute: int
     hold: int
     decodes: bool = False
+    seconds: float | None = None
 
 
 class Visit:
@@ -72,23 +76,27 @@ class Visit:
         self.rank = rank
         self._work = work
         self._computing = True
-        rank.queued += work.compute
+        self._over = False
+        rank.queues(work.compute)
         rank.held += work.hold
         rank.requests += 1
         rank.visits += 1
+        if work.seconds is not None:
+            rank.expect(self, work.seconds)
 
     def computed(self) -> None:
-        """The prompt is: the first byte is there."""
-        if self._computing:
+        """The prompt is: the first byte is there, or is no news."""
+        if self._computing and not self._over:
             self._computing = False
-            self.rank.queued -= self._work.compute
+            self.rank.queues(-self._work.compute)
             if self._work.decodes:
                 self.rank.crowds(+1)
 
     def end(self) -> None:
         """It is over."""
+        self._over = True
         if self._computing:
-            self.rank.queued -= self._work.compute
+            self.rank.queues(-self._work.compute)
         elif self._work.decodes:
             self.rank.crowds(-1)
         self.rank.held -= self._work.hold
@@ -106,7 +114,6 @@ class Rank:
         clock: monotonic seconds.
 
     Attributes:
-        queued: tokens of ours that are to be computed there before their first one.
         held: tokens of ours whose KV cache is held there.
         requests: of ours that are outstanding.
         visits: requests sent there so far.
@@ -124,7 +131,6 @@ class Rank:
         self.number = number
         self.index = index
         self.push = push
-        self.queued = 0
         self.held = 0
         self.requests = 0
         self.visits = 0
@@ -136,9 +142,19 @@ class Rank:
         self._clock = clock
         self._trust = 1.0
         self._extra = (0, 0)
+        self._queued = 0
+        self._expected: list[tuple[float, int, Visit]] = []
         self._decoding = 0
         self._mean = 0.0
         self._since = clock()
+
+    @property
+    def queued(self) -> int:
+        """Tokens of ours that are to be computed there before their first one."""
+        now = self._clock()
+        while self._expected and self._expected[0][0] <= now:
+            heapq.heappop(self._expected)[2].computed()
+        return self._queued
 
     @property
     def load(self) -> int:
@@ -180,6 +196,15 @@ class Rank:
             share = min(1.0, self._trust * cached / expected)
             self._trust = max(LEAST_TRUST, self._trust + TRUST_STEP * (share - self._trust))
 
+    def queues(self, change: int) -> None:
+        """So many more tokens are to be computed there."""
+        self._queued += change
+
+    def expect(self, visit: Visit, seconds: float) -> None:
+        """The prompt of a visit is computed after so many seconds, unless something is heard of it
+        earlier."""
+        heapq.heappush(self._expected, (self._clock() + seconds, self.visits, visit))
+
     def crowds(self, change: int) -> None:
         """So many more answers are in the making there."""
         self._mean, self._since = self._crowd(), self._clock()
@@ -194,10 +219,11 @@ class Rank:
             decodes: whether it makes answers, and so holds those that it has made.
         """
         others = self.strangers
+        queued = self.queued
         return Candidate(
             self,
             min(self._hit(prompt, answers=decodes), max(0, prompt.tokens - 1)),
-            self.queued,
+            queued,
             self.held + STRANGER_TOKENS * others,
             self.requests + others,
             max(self._crowd(), float(self._decoding + others)) if decodes else 0.0,

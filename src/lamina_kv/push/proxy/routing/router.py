@@ -125,24 +125,21 @@ class Router:
             there.rank.engine.sent_push_from(source.rank.push)
         if prompt.tokens:
             self._metrics.routed(why, choice.reason)
-        new = prompt.tokens - there.hit
         return Trip(
             prompt,
             Route(there, source, why, choice.reason),
             self._clock(),
-            Work(0 if source else new, prompt.tokens + prompt.answer, decodes=True),
+            self._at_decode(prompt, there, source),
             Work(prompt.tokens - source.hit if source else 0, prompt.tokens),
         )
 
     def unpushed(self, trip: Trip) -> Trip:
         """The same try once more, after its push has failed: the decode engine computes it."""
-        there = trip.route.decode
-        new = trip.prompt.tokens - there.hit
         return replace(
             trip,
             route=replace(trip.route, prefill=None),
             begun=self._clock(),
-            at_decode=replace(trip.at_decode, compute=new),
+            at_decode=self._at_decode(trip.prompt, trip.route.decode, None),
         )
 
     def prefilled(self, trip: Trip, answer: bytes) -> None:
@@ -194,6 +191,18 @@ class Router:
             if there.rank.engine.takes_pushes_from(rank.push)
         ]
         return self._policy.choose(prompt, candidates).candidate if candidates else None
+
+    def _at_decode(self, prompt: Prompt, there: Candidate, source: Candidate | None) -> Work:
+        """What a try means for its decode engine."""
+        seconds = None
+        if not prompt.streams:
+            seconds = (
+                self._placement.local_seconds(prompt, there)
+                if source is None
+                else self._placement.pushed_seconds(prompt, source)
+            )
+        compute = 0 if source else prompt.tokens - there.hit
+        return Work(compute, prompt.tokens + prompt.answer, decodes=True, seconds=seconds)
 
     def _learn_seconds(self, trip: Trip) -> None:
         seconds = self._clock() - trip.begun
