@@ -17,6 +17,7 @@ from lamina_kv.bench.ports import free_port
 from lamina_kv.push.proxy.routing.cache_aware import CacheAware
 from lamina_kv.push.proxy.routing.events import blocks as blocks_module
 from lamina_kv.push.proxy.routing.events import stores as stores_module
+from lamina_kv.push.proxy.routing.events import tokens as tokens_module
 from lamina_kv.push.proxy.routing.events.blocks import Blocks
 from lamina_kv.push.proxy.routing.events.follow import follow
 from lamina_kv.push.proxy.routing.events.messages import (
@@ -27,10 +28,12 @@ from lamina_kv.push.proxy.routing.events.messages import (
 )
 from lamina_kv.push.proxy.routing.events.places import EventPlaces, read_event_places
 from lamina_kv.push.proxy.routing.events.stores import SharedStores
+from lamina_kv.push.proxy.routing.events.tokens import PAUSE, Tokens
+from lamina_kv.push.proxy.routing.prompt import read_prompt
 from lamina_kv.push.proxy.routing.ranks import UNTOLD
 from lamina_kv.push.proxy.routing.words import PolicyName
 from push_proxy.engines import FakeEngine
-from push_proxy.pools import Pools, completion
+from push_proxy.pools import Clock, Pools, completion
 from push_proxy.proxies import COMPLETION, proxied
 from push_proxy.running import until
 
@@ -335,6 +338,76 @@ def test_what_is_missed_is_not_believed_any_more() -> None:
 
     with publishing() as publisher:
         asyncio.run(scenario(publisher))
+
+
+# -- which tokens ------------------------------------------------------------------------------
+
+
+class Tells:
+    """An engine that says which tokens a prompt has, or nothing after some seconds."""
+
+    def __init__(self, clock: Clock, tokens: int, load: int = 0) -> None:
+        self.load = load
+        self.asked = 0
+        self.tokens = tokens
+        self.silent: float | None = None
+        self._clock = clock
+
+    async def tokenize(self, body: bytes) -> bytes | None:
+        assert set(msgspec.json.decode(body)) == {"model", "prompt"}
+        self.asked += 1
+        if self.silent is not None:
+            self._clock.now += self.silent
+            return None
+        return msgspec.json.encode({"tokens": [7] * self.tokens})
+
+
+def test_the_engine_with_least_to_do_tells_tokens_and_a_silent_one_is_left_alone() -> None:
+    clock = Clock()
+    tokens = Tokens(clock)
+    idle, busy = Tells(clock, 1000), Tells(clock, 2000, load=5)
+
+    def ask(text: str) -> int:
+        asked = completion(text * 1000)
+        prompt = read_prompt(asked, lambda _: 1.0)
+        return len(asyncio.run(tokens.of(asked, prompt, [busy, idle])))
+
+    assert [ask("a"), ask("a"), ask("b")] == [1000] * 3
+    assert (idle.asked, busy.asked) == (2, 0), "it is remembered"
+    idle.silent = 0.01
+    assert [ask("c"), ask("d")] == [0, 0]
+    assert idle.asked == 4, "a mistake of the client's, perhaps"
+    idle.silent = 1.0
+    assert [ask("c"), ask("c"), ask("d")] == [0, 2000, 2000]
+    busy.silent = 1.0
+    assert [ask("e"), ask("e"), ask("e")] == [0, 0, 0]
+    assert (idle.asked, busy.asked) == (5, 3), "nobody is asked"
+    idle.silent = None
+    clock.now += PAUSE
+    assert ask("e") == 1000
+
+
+def test_tokens_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_module, "MAX_KNOWN", 2500)
+    clock = Clock()
+    tokens, engine = Tokens(clock), Tells(clock, 1000)
+
+    def ask(text: str) -> int:
+        asked = completion(text * 1000)
+        prompt = read_prompt(asked, lambda _: 1.0)
+        return len(asyncio.run(tokens.of(asked, prompt, [engine])))
+
+    assert [ask(text) for text in "abab"] == [1000] * 4
+    assert engine.asked == 2
+    ask("c")
+    ask("b")
+    assert engine.asked == 3
+    ask("a")
+    assert engine.asked == 4
+    engine.tokens = 5000
+    assert ask("d") == 5000, "more than is remembered"
+    ask("a")
+    assert engine.asked == 6
 
 
 # -- where they come from ----------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Router:
         self._clock = clock
         self._placement = Placement(mode, clock)
         self._sessions = Sessions(clock)
-        self._tokens = Tokens()
+        self._tokens = Tokens(clock)
         self._bytes_per_token: dict[str, float] = {}
         metrics.pace("prefill", lambda: self._placement.prefill.tokens_per_second)
         metrics.pace("decode", lambda: self._placement.local.tokens_per_second)
@@ -94,7 +94,7 @@ class Router:
         )
         if not told or prompt.ids:
             return prompt
-        ids = await self._tokens.of(request, prompt, engines[0].tokenize)
+        ids = await self._tokens.of(request, prompt, _serving(prompt.model, engines))
         return replace(prompt, ids=ids, tokens=len(ids)) if ids else prompt
 
     def begin(self, prompt: Prompt, prefill: Sequence[Engine], decode: Sequence[Engine]) -> Trip:

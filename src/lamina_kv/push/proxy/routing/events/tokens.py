@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -14,8 +15,13 @@ from lamina_kv.push.proxy.routing.prompt import Prompt
 WORTH = 512
 """Tokens of a prompt from which an engine is asked: for fewer the answer takes as long as it may
 save."""
-MAX_KNOWN = 512
-"""Prompts whose tokens are remembered, for another try and for clients that repeat themselves."""
+MAX_KNOWN = 1 << 20
+"""Tokens of prompts that are remembered, for another try and for clients that repeat themselves:
+some 40 MB."""
+QUICK = 0.1
+"""Seconds. An engine that refuses a question sooner costs little, and may answer the next one."""
+PAUSE = 10.0
+"""Seconds for which an engine is not asked that has kept a request waiting for nothing."""
 
 _UNDERSTOOD = (b"/v1/completions", b"/v1/chat/completions")
 """Requests that ``/tokenize`` reads as the engine does."""
@@ -31,8 +37,16 @@ _FIELDS = (
     "chat_template_kwargs",
 )
 
-Asks = Callable[[bytes], Awaitable[bytes | None]]
-"""Posts a body to some engine's ``/tokenize``; None if there is no answer."""
+
+class Tokenizer(Protocol):
+    """An engine, as it is seen from here."""
+
+    @property
+    def load(self) -> int:
+        """Tokens of the requests outstanding there."""
+
+    async def tokenize(self, body: bytes) -> bytes | None:
+        """What it answers to ``/tokenize``; None if it does not, or not soon."""
 
 
 class _Tokenized(msgspec.Struct):
@@ -43,18 +57,27 @@ _TOKENIZED = msgspec.json.Decoder(_Tokenized)
 
 
 class Tokens:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._known: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._size = 0
+        self._paused: weakref.WeakKeyDictionary[Tokenizer, float] = weakref.WeakKeyDictionary()
 
-    async def of(self, request: ApiRequest, prompt: Prompt, ask: Asks) -> tuple[int, ...]:
+    async def of(
+        self, request: ApiRequest, prompt: Prompt, engines: Sequence[Tokenizer]
+    ) -> tuple[int, ...]:
         """The tokens of a prompt; none if they are not known, or not worth the question.
 
         Args:
             request: the client's.
             prompt: what was read of it.
-            ask: whom to ask.
+            engines: one of them is asked.
         """
         path = request.target.partition(b"?")[0]
         if prompt.ids or prompt.parts or prompt.tokens < WORTH or path not in _UNDERSTOOD:
@@ -62,16 +85,35 @@ class Tokens:
         if not prompt.marks or prompt.marks[-1].at < prompt.tokens:
             return ()  # so long that others may begin with the same marks
         name = prompt.marks[-1].digest
-        if name not in self._known:
-            fields = {key: value for key, value in (request.fields or {}).items() if key in _FIELDS}
-            answer = await ask(msgspec.json.encode(fields))
-            if answer is None:
-                return ()
-            try:
-                self._known[name] = tuple(_TOKENIZED.decode(answer).tokens)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                return ()
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        self._known.move_to_end(name)
-        return self._known[name]
+        if (known := self._known.get(name)) is not None:
+            self._known.move_to_end(name)
+            return known
+        fields = {key: value for key, value in (request.fields or {}).items() if key in _FIELDS}
+        answer = await self._ask(engines, msgspec.json.encode(fields))
+        if answer is None:
+            return ()
+        try:
+            tokens = tuple(_TOKENIZED.decode(answer).tokens)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return ()
+        self._remember(name, tokens)
+        return tokens
+
+    async def _ask(self, engines: Sequence[Tokenizer], body: bytes) -> bytes | None:
+        """What the engine answers that has least to do."""
+        began = self._clock()
+        awake = [engine for engine in engines if self._paused.get(engine, began) <= began]
+        if not awake:
+            return None
+        engine = min(awake, key=lambda engine: engine.load)
+        answer = await engine.tokenize(body)
+        if answer is None and (now := self._clock()) - began >= QUICK:
+            self._paused[engine] = now + PAUSE
+        return answer
+
+    def _remember(self, name: int, tokens: tuple[int, ...]) -> None:
+        self._size += len(tokens) - len(self._known.pop(name, ()))
+        self._known[name] = tokens
+        while self._size > MAX_KNOWN:
+            _, gone = self._known.popitem(last=False)
+            self._size -= len(gone)
