@@ -183,6 +183,7 @@ MEGABYTES = 12 << 20
         (b"100000", b"prompt"),
         (b'{"role":"user","content":[' + b"1," * 5000 + b"1]}", b"messages"),
         (b'{"role":"user",' + b'"a":1,' * 5000 + b'"b":1}', b"messages"),
+        (b'{"role":"user","content":[' + b'"%s",' % (b"a" * 100) * 5000 + b"1]}", b"messages"),
         (b'{"role":"assistant","content":"' + b"a" * 2000 + b'"}', b"messages"),
     ],
 )
