@@ -12,6 +12,7 @@ import tracemalloc
 import pytest
 
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
+from lamina_kv.push.proxy.routing import prompt as prompts
 from lamina_kv.push.proxy.routing.prefixes import MAX_AGE, MAX_MARKS, PrefixCache
 from lamina_kv.push.proxy.routing.prompt import (
     BLOCK,
@@ -219,6 +220,15 @@ def test_of_many_tokens_the_last_are_counted() -> None:
         asked = completion([7] * (length + more))
         assert read(asked).tokens == length + more
         assert len(read_prompt(asked, lambda _: 4.0, ids=True).ids) == MAX_IDS
+
+
+def test_ids_that_are_not_read_are_counted_and_have_no_mark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prompts, "MAX_ID_BYTES", 1000)
+    prompt = read(completion([7] * 1000))
+    assert prompt.tokens == 1000
+    assert 0 < prompt.marks[-1].at <= 500
 
 
 def test_who_asks() -> None:

@@ -240,16 +240,14 @@ class _Stream:
         if self._keep:
             self.given = tuple(tokens[:MAX_IDS])
         self._pieces += 1
-        self._exact += more
         start = 0
-        while start < len(tokens):
-            if self.full:
-                self._exact += len(tokens) - start
-                return
+        while start < len(tokens) and not self.full:
             piece = tokens[start : start + -(-self._room // _NOMINAL)]
             start += len(piece)
             self._exact += len(piece)
             self._read(pack(f"<{len(piece)}q", *piece), _NOMINAL * len(piece))
+        # Last, as marks count what is in front of them.
+        self._exact += len(tokens) - start + more
         if more:
             self._hashed = MAX_HASHED
 
