@@ -25,6 +25,7 @@ ENGINE = Options(
     chunk_blocks=1,
     saves_in_flight=3,
     breaker_failures=3,
+    mode="parked",
 )
 BAD = Weather(slow=0.1, error=0.05, refused=0.1, unread=0.1, gone=0.1, vanishes=0.05)
 

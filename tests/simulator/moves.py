@@ -144,7 +144,9 @@ class MoveWatch:
     def _check(self, what: str, reads: frozenset[Slot], writes: frozenset[Slot]) -> None:
         for slot in reads | writes:
             for transfer in self._of_slot.get(slot, ()):
-                use = self._uses[transfer]
+                use = self._uses.get(transfer)
+                if use is None:  # another one has had its name, and has ended
+                    continue
                 if slot in writes or slot in use.writes:
                     raise Violation(
                         f"slot {slot[1]} of {slot[0]} is given to {what} while {use.what} "

@@ -8,6 +8,7 @@ import pytest
 
 from lamina_kv.push.proxy.breaker import MAX_PAUSE, BreakerState, CircuitBreaker
 from lamina_kv.push.proxy.engines import Engine, Role
+from lamina_kv.push.proxy.routing.ranks import Work
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
 
 CLOSED, OPEN, PROBATION = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.PROBATION
@@ -71,17 +72,18 @@ def test_an_engine_on_probation_is_sent_one_request_at_a_time(clock: Clock) -> N
         )
         engine = Engine(Role.DECODE, "http://d", "", settings, clock)
         engine.healthy = True
-        with engine.visit(5):  # an old one, that goes on meanwhile
+        (rank,) = engine.ranks
+        with engine.visit(rank, Work(5, 5)):  # an old one, that goes on meanwhile
             assert engine.usable
             engine.failed("why")
             assert not engine.usable
             clock.now += 10
             assert engine.usable
-            with engine.visit(7):
+            with engine.visit(rank, Work(7, 7)):
                 assert not engine.usable
-                assert engine.load == 12
+                assert engine.outstanding == 2
             assert engine.usable  # it has ended without a verdict
-            with engine.visit(7):
+            with engine.visit(rank, Work(7, 7)):
                 engine.succeeded()
                 assert engine.usable
         assert engine.load == 0

@@ -126,7 +126,9 @@ def _before_restart(
     with ExitStack() as stack:
         plain = stack.enter_context(Engine(_spec(settings, work, "recompute", None), work))
         lamina = stack.enter_context(
-            Engine(_spec(settings, work, "saving", _config(settings, work, settings.prompts)), work)
+            Engine(
+                _spec(settings, work, "saving", _config(settings, work, settings.prompts + 1)), work
+            )
         )
         progress.say("starting two engines, one without Lamina")
         plain.ready()
@@ -158,8 +160,7 @@ def _after_restart(
 ) -> None:
     """Hits on disk, against plain reads.
 
-    A hit on disk is kept in host memory from then on, so each prompt is asked for once. Host memory
-    holds two, because half of it at most is for what comes near for a request.
+    A hit on disk is kept in host memory from then on, so each prompt is asked for once.
     """
     progress.say("writing a file for plain reads")
     plain = PlainFile(work, settings.hit_bytes)
