@@ -345,8 +345,7 @@ class Executor:
         else:
             self._idle_wait = IDLE_WAIT
         self._news.clear()
-        if self._loads.stopped is not None:
-            raise self._loads.stopped
+        self._loads.raise_if_stopped()
 
     def finish_loads(self) -> None:
         """Wait for all of the step's loads. Call it before the step ends where layers run that do

@@ -79,8 +79,7 @@ class StepLoads:
         Raises:
             LoadStuck, LayersDidNotWait: if the engine had to stop, and has not.
         """
-        if self.stopped is not None:
-            raise self.stopped
+        self.raise_if_stopped()
         self._waits = self._model_waits if forward else Waits.NOBODY
         self._called.clear()
 
@@ -156,8 +155,18 @@ class StepLoads:
     def stop(self, error: RuntimeError) -> None:
         """Keep nothing of the step, and begin no other one."""
         log.error("%s", error)
-        self.stopped = error
+        # Without the traceback, in whose frames the engine stands: it could never be collected.
+        self.stopped = type(error)(*error.args)
         self._run = None
+
+    def raise_if_stopped(self) -> None:
+        """Say once more why the engine has to stop.
+
+        Raises:
+            LoadStuck, LayersDidNotWait: if it has to.
+        """
+        if self.stopped is not None:
+            raise type(self.stopped)(*self.stopped.args)
 
     def _check_called(self, run: LoadRun) -> None:
         """See that every layer has waited whose row is loaded in the step."""
