@@ -8,7 +8,6 @@ needs what ``make demo`` needs, and matplotlib, and takes three minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import threading
 from importlib import resources
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from lamina_kv.bench import app as benchmarks
 from lamina_kv.cli import demo, top
-from lamina_kv.cli.demo_server import Message, Server, ServerError, vllm_server
+from lamina_kv.cli.demo_server import Message, Server, ServerError, lamina_arguments, vllm_server
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -53,17 +52,11 @@ def main() -> None:
 
 def _served(console: Console, model: Path, scratch: Path) -> Server:
     """A server whose tiers are too small for everybody."""
-    connector = {
-        "kv_connector": "LaminaConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "host": {"capacity": "192MiB"},
-            "tiers": [{"kind": "disk", "path": str(scratch / "store"), "capacity": "384MiB"}],
-        },
+    settings = {
+        "host": {"capacity": "192MiB"},
+        "tiers": [{"kind": "disk", "path": str(scratch / "store"), "capacity": "384MiB"}],
     }
-    arguments = [*demo.ARGUMENTS, "--block-size", "32"]
-    arguments += ["--kv-transfer-config", json.dumps(connector)]
+    arguments = [*demo.ARGUMENTS, "--block-size", "32", *lamina_arguments(settings)]
     return vllm_server(model, arguments, demo.environment(scratch), scratch / "server.log")
 
 

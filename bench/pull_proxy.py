@@ -11,21 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import AsyncIterator
-from typing import Any
 
 import fastapi
 import httpx
 import uvicorn
 from fastapi.responses import StreamingResponse
 
-PULL: dict[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
+from lamina_kv.bench.settings import REMOTE_DECODE
 
 
 def make_app(prefill: list[str], decode: list[str]) -> fastapi.FastAPI:
@@ -41,7 +33,7 @@ def make_app(prefill: list[str], decode: list[str]) -> fastapi.FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: fastapi.Request) -> StreamingResponse:
         body = await request.json()
-        part = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": PULL}
+        part = {**body, "stream": False, "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
         part.pop("stream_options", None)
         part.pop("min_tokens", None)
         answer = await client.post(f"{next(sources)}/v1/chat/completions", json=part)

@@ -11,31 +11,15 @@ import pytest
 
 from engine.deployment import decode_spec, prefill_spec
 from engine.driver import Ask, EngineSpec, Fleet
-from engine.server import MODEL, Server
+from engine.server import Server, completion
 from engine.workload import BLOCK, prompt
+from lamina_kv.bench.settings import REMOTE_DECODE
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
-AS_ROUTERS_DO: dict[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-
 
 def ask(server: Server, ask: Ask, **more: Any) -> dict[str, Any]:
-    body = {
-        "model": MODEL,
-        "prompt": list(ask.tokens),
-        "max_tokens": ask.max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **more,
-    }
+    body = {**completion(ask), **more}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, trust_env=False, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -43,7 +27,7 @@ def ask(server: Server, ask: Ask, **more: Any) -> dict[str, Any]:
 
 def prefilled(server: Server, asked: Ask) -> dict[str, Any]:
     """What the prefill server wants the decode server to be told."""
-    first = ask(server, asked, max_tokens=1, kv_transfer_params=AS_ROUTERS_DO)
+    first = ask(server, asked, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
     parameters = first["kv_transfer_params"]
     assert isinstance(parameters, dict)
     return parameters

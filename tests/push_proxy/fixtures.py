@@ -1,4 +1,4 @@
-"""Engines that only pretend: three for a module, and as new for each test."""
+"""Engines that only pretend: three for a module, and as new for each test; and a proxy for two."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 if TYPE_CHECKING:
     from push_proxy.engines import FakeEngine
+    from push_proxy.proxies import Proxy
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,14 @@ def fake_engines() -> Iterator[tuple[FakeEngine, FakeEngine, FakeEngine]]:
 
     with FakeEngine() as prefill, FakeEngine() as decode, FakeEngine() as other:
         yield prefill, decode, other
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(fake_engines: tuple[FakeEngine, ...]) -> Iterator[Proxy]:
+    from push_proxy.proxies import proxied
+
+    with proxied(fake_engines[:1], fake_engines[1:2]) as proxy:
+        yield proxy
 
 
 @pytest.fixture

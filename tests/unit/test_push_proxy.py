@@ -26,16 +26,10 @@ from push_proxy.proxies import CHAT, COMPLETION, Proxy, ask, proxied, push_addre
 from push_proxy.running import until
 
 
-@pytest.fixture(scope="module")
-def shared(fake_engines: tuple[FakeEngine, ...]) -> Iterator[Proxy]:
-    with proxied(fake_engines[:1], fake_engines[1:2]) as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def proxy(shared: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Proxy]:
-    yield shared
-    until(lambda: shared.metric("engine_load") == 0)
+def proxy(shared_proxy: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Proxy]:
+    yield shared_proxy
+    until(lambda: shared_proxy.metric("engine_load") == 0)
 
 
 # -- what the engines are sent -----------------------------------------------------------------

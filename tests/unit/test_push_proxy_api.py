@@ -20,17 +20,11 @@ from push_proxy.running import PATIENCE, until
 ACCESS = "lamina_kv.push.proxy.access"
 
 
-@pytest.fixture(scope="module")
-def shared(fake_engines: tuple[FakeEngine, ...]) -> Iterator[Proxy]:
-    with proxied(fake_engines[:1], fake_engines[1:2]) as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def proxy(shared: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Proxy]:
+def proxy(shared_proxy: Proxy, prefill: FakeEngine, decode: FakeEngine) -> Iterator[Proxy]:
     decode.script = echo
-    yield shared
-    until(lambda: shared.metric("engine_load") == 0)
+    yield shared_proxy
+    until(lambda: shared_proxy.metric("engine_load") == 0)
 
 
 async def echo(call: Call) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lamina_kv.push.proxy.reports import EngineReport, RankReport, read_report
-from lamina_kv.push.proxy.routing.usage import Usage, read_usage
+from lamina_kv.push.proxy.usage import Usage, read_usage
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.

@@ -29,7 +29,13 @@ from lamina_kv.bench.report import Machine, Report, duration
 from lamina_kv.bench.room import require_room
 from lamina_kv.bench.samples import Samples, Target, Unit, ratio
 from lamina_kv.bench.serving import Part, Serving
-from lamina_kv.bench.settings import Connector, EngineSpec, PromptSource, TokenIds
+from lamina_kv.bench.settings import (
+    REMOTE_DECODE,
+    Connector,
+    EngineSpec,
+    PromptSource,
+    TokenIds,
+)
 from lamina_kv.bench.shapes import ModelShape, require_positive
 from lamina_kv.config.tree import PushConfig
 from lamina_kv.observe.timeline import read_trace
@@ -179,7 +185,7 @@ class Pair:
         if self.way is Way.RECOMPUTE:
             return Passage(began, None, self.decode.call(Serving.serve_part, prompt, None))
         if self.way is Way.PULL:
-            prefill = self.prefill.call(Serving.serve_part, prompt, _PULL)
+            prefill = self.prefill.call(Serving.serve_part, prompt, REMOTE_DECODE)
             self.decode.resume()
             self.decode.begin(Serving.serve_part, prompt, prefill.parameters)
         else:
@@ -198,17 +204,6 @@ class Pair:
                 "this measurement would not be what it says"
             )
         return Passage(began, prefill, decode)
-
-
-_PULL = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-"""What a router gives to the prefill engine of vLLM's connector."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 TokenIds = list[int]
 
 
+REMOTE_DECODE: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+"""``kv_transfer_params`` that a router gives to the prefill engine of vLLM's NixlConnector."""
+
+
 class Connector(Enum):
     """A connector's class and the module it is in; None for one of vLLM's own."""
 

@@ -387,9 +387,7 @@ def _present_store(directory: Path) -> Iterator[Finding]:
 
 def observed(settings: ObserveConfig) -> Iterator[Finding]:
     """Whether what Lamina writes about itself can be written."""
-    for name, path in (("trace", settings.trace), ("timeline", settings.timeline)):
-        if path is None:
-            continue
+    for name, path in settings.files:
         subject, there = f"observe.{name}", path.parent
         if path.is_dir() or not there.is_dir() or (path.exists() and not path.is_file()):
             why = "is no regular file" if path.exists() else f"cannot be made: no directory {there}"

@@ -3,7 +3,6 @@ time."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import tempfile
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from lamina_kv.cli import demo_model
 from lamina_kv.cli.demo_model import ModelError
-from lamina_kv.cli.demo_server import Answer, Server, ServerError, vllm_server
+from lamina_kv.cli.demo_server import Answer, Server, ServerError, lamina_arguments, vllm_server
 
 QUESTION = "What are the names of the four kittens?"
 MAX_TOKENS = 48
@@ -147,16 +146,11 @@ def _ask_three_times(console: Console, model: Path, scratch: Path) -> list[Run]:
 @contextmanager
 def _served(console: Console, title: str, model: Path, scratch: Path) -> Iterator[Server]:
     """A server that has started and has answered a short, different question once."""
-    connector = {
-        "kv_connector": "LaminaConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {
-            "host": {"capacity": "512MiB"},
-            "tiers": [{"kind": "disk", "path": str(scratch / "store"), "capacity": "512MiB"}],
-        },
+    settings = {
+        "host": {"capacity": "512MiB"},
+        "tiers": [{"kind": "disk", "path": str(scratch / "store"), "capacity": "512MiB"}],
     }
-    arguments = [*ARGUMENTS, "--kv-transfer-config", json.dumps(connector)]
+    arguments = [*ARGUMENTS, *lamina_arguments(settings)]
     with ExitStack() as stack:
         with step(console, title):
             server = stack.enter_context(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from lamina_kv.bench.ports import free_port
 from lamina_kv.cli import demo
-from lamina_kv.cli.demo_server import Answer, Server, ServerError, vllm_server
+from lamina_kv.cli.demo_server import Answer, Server, ServerError, lamina_arguments, vllm_server
 from lamina_kv.observe.timeline import Lane, Span, read_trace
 
 _SHOWN_ROWS = 10
@@ -98,13 +97,8 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
 
 
 def _engine(model: Path, config: dict[str, Any], log: Path, *, polite: bool = False) -> Server:
-    connector = {
-        "kv_connector": "LaminaConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"host": {"capacity": "64MiB"}, **config},
-    }
-    arguments = [*demo.ARGUMENTS, "--kv-transfer-config", json.dumps(connector)]
+    settings = {"host": {"capacity": "64MiB"}, **config}
+    arguments = [*demo.ARGUMENTS, *lamina_arguments(settings)]
     return vllm_server(model, arguments, demo.environment(log.parent), log, polite=polite)
 
 

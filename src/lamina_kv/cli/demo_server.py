@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -295,6 +295,21 @@ def vllm_server(
         *arguments,
     ]
     return Server(command, port, environment, log, polite=polite)
+
+
+def lamina_arguments(settings: Mapping[str, object]) -> list[str]:
+    """Arguments that give a vLLM server Lamina.
+
+    Args:
+        settings: Lamina's configuration.
+    """
+    connector = {
+        "kv_connector": "LaminaConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings,
+    }
+    return ["--kv-transfer-config", json.dumps(connector)]
 
 
 def _members(group: int) -> Iterator[int]:

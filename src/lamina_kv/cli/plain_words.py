@@ -33,9 +33,8 @@ def plain_words(config: Config, role: str, policy: str, beside: tuple[str, ...])
         "CUDA graphs stay as vLLM chooses them. A step that is replayed as one full graph begins "
         "when all that it loads is there; other steps load ahead of each layer."
     )
-    for name, path in (("trace", config.observe.trace), ("timeline", config.observe.timeline)):
-        if path is not None:
-            yield f"It writes observe.{name} to {path}."
+    for name, path in config.observe.files:
+        yield f"It writes observe.{name} to {path}."
 
 
 def _saving(config: Config, role: str) -> Iterator[str]:

@@ -249,6 +249,12 @@ class ObserveConfig(Section):
         "each, whose name has `-engine1` and so on in it. `lamina-kv bench trace` reads it.",
     )
 
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """What is to be written, by name, and where."""
+        named = ("trace", self.trace), ("timeline", self.timeline)
+        return tuple((name, path) for name, path in named if path is not None)
+
 
 def _mistake(key: str, problem: str, value: object) -> ValidationError:
     error = PydanticCustomError("value_error", "{error}", {"error": problem})

@@ -461,8 +461,12 @@ class MovePlanner:
     def _has_all(self, arrival: Arrival) -> bool:
         """Whether a request alone has at least what several may have, and all of it is near."""
         self._take_arrived(arrival)
-        alone = len(arrival.claimed) == len(self._pins) >= self._pins.most
-        return alone and not arrival.awaited
+        enough = self._is_alone(arrival) and len(self._pins) >= self._pins.most
+        return enough and not arrival.awaited
+
+    def _is_alone(self, arrival: Arrival) -> bool:
+        """Whether all that is pinned is pinned for this request."""
+        return len(arrival.claimed) == len(self._pins)
 
     def _make_way(self, arrival: Arrival, key: ChunkKey) -> bool:
         """Take what is pinned from the last request that can wait longer than this one, so that of
@@ -473,7 +477,7 @@ class MovePlanner:
         """
         looks = LOOKS
         for early in (True, False):
-            for other in [*reversed(self._holding.values())]:
+            for other in [*islice(reversed(self._holding.values()), looks)]:
                 if looks <= 0:
                     return False
                 looks -= 1
@@ -490,8 +494,8 @@ class MovePlanner:
     def _has_room(self, arrival: Arrival, key: ChunkKey) -> bool:
         """Whether a chunk may be pinned for a request. Only whose turn has come may take more than
         the share of all."""
-        ahead = arrival.phase is Phase.AHEAD
-        return self._pins.has_room(key, -1 if ahead else len(arrival.claimed))
+        alone = arrival.phase is not Phase.AHEAD and self._is_alone(arrival)
+        return self._pins.has_room(key, alone=alone)
 
     def _take_back(self, arrival: Arrival) -> None:
         """What has come near for a request is not pinned any more, and is wanted again."""

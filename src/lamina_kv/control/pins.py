@@ -46,17 +46,16 @@ class Pins(Container[ChunkKey]):
         capacity = self._near.capacity
         return max(self.most, capacity - capacity // self._spare)
 
-    def has_room(self, key: ChunkKey, own: int) -> bool:
+    def has_room(self, key: ChunkKey, *, alone: bool) -> bool:
         """Whether one more request may want a chunk.
 
         Args:
             key: the chunk.
-            own: how many that request wants already.
+            alone: whether that request has all pins that there are, and may have more than its
+                share.
         """
-        taken = len(self._wants)
-        if key in self._wants or taken < self.most:
-            return True
-        return own == taken < self.most_of_one
+        most = self.most_of_one if alone else self.most
+        return key in self._wants or len(self._wants) < most
 
     def is_wanted_once(self, key: ChunkKey) -> bool:
         """Whether a chunk's slot would be free if one request did not want it any more."""

@@ -72,9 +72,8 @@ def _does(*, loads: bool, saves: bool) -> str:
 
 
 def _written(config: Config) -> Iterator[str]:
-    for name, path in (("trace", config.observe.trace), ("timeline", config.observe.timeline)):
-        if path is not None:
-            yield f"observe.{name} {path}"
+    for name, path in config.observe.files:
+        yield f"observe.{name} {path}"
 
 
 def closing(

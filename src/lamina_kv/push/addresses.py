@@ -30,6 +30,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """``HOST:PORT``, as :func:`split_address` reads it: an IPv6 address gets brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def normalise(address: str) -> str:
     """One way to write ``HOST:PORT``, so that one prefill engine has one name. Names are not looked
     up: who answers for one may change.
@@ -44,8 +49,7 @@ def normalise(address: str) -> str:
 @lru_cache(maxsize=4096)
 def _normalise(address: str) -> str:
     host, port = split_address(address)
-    host = _normalise_host(host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join_address(_normalise_host(host), port)
 
 
 class Peers:

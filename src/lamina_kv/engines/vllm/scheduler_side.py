@@ -49,7 +49,7 @@ from lamina_kv.engines.vllm.weights import Watch, WeightsWatch, watch_engine_cor
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.observe.traces import TraceRecorder, open_recorder
 from lamina_kv.plan import NEAR, LoadMode, StepPlan, TierName
-from lamina_kv.push.addresses import Peers, split_address
+from lamina_kv.push.addresses import Peers, join_address, split_address
 from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.complaints import Complaints
 from lamina_kv.push.handshake import check_cipher
@@ -299,8 +299,7 @@ class SchedulerSide:
             first: that of the first one.
         """
         host, port = split_address(first)
-        port += self._index
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return join_address(host, port + self._index)
 
     def _address(self) -> str:
         """Where decode engines reach this engine; empty if it does not know."""

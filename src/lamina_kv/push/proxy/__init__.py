@@ -9,7 +9,7 @@ it is part of. Only addresses pass through it; announcements and bytes go from e
 ``headers.py``     which headers pass between clients and engines?
 ``dispatcher.py``  which engines are asked, in which order, until one answers?
 ``blame.py``       is a failed request the engine's mistake or the client's?
-``usage.py``       how many tokens of a pushed prompt were cached?
+``usage.py``       how many tokens did an answer take, and which were cached?
 ``routing/``       which engines suit a request?
 ``fleet.py``       which engines are there now, and which of them are drained or leave?
 ``discovery/``     where are engines found?

@@ -1,8 +1,7 @@
 """The proxy as an application: its routes, and what lives as long as it does.
 
 =====================================  ==============================================
-``POST /v1/completions``               to a prefill and a decode engine
-``POST /v1/chat/completions``          the same
+``POST`` to a path of ``splits.py``    to a prefill and a decode engine
 ``GET /health``                        200 if a decode engine is usable; needs no token
 ``GET /metrics``                       for Prometheus; needs no token
 ``/admin/…``                           see ``admin.py``; goes to no engine

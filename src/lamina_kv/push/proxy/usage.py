@@ -1,13 +1,17 @@
-"""What an answer says of cached tokens. A decode engine takes a prompt that was pushed to it for
-one that it had in its cache, and clients are billed by that; what was cached is what the prefill
-engine has not computed."""
+"""What an engine says of an answer's tokens, and what clients are told of them. A decode engine
+takes a prompt that was pushed to it for one that it had in its cache, and clients are billed by
+that; what was cached is what the prefill engine has not computed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
+
+MAX_BYTES = 1 << 20
+"""Bytes of an answer that are looked at; longer ones are not parsed only to count their prompt."""
 
 _SAID = re.compile(rb'(?<!\\)("cached_tokens":\s*)(\d+)(?![\d.eE])')
 """A key of JSON, never text inside a string: there the closing quote would be escaped."""
@@ -16,23 +20,66 @@ _LONGEST = 64
 """Bytes that the name and its number have at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        cached: of these, what the engine did not compute; None if it does not say, which it does
+            with ``--enable-prompt-tokens-details``.
+    """
+
+    prompt: int
+    cached: int | None
+
+
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
     output_tokens: int | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
 
 
 class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Answer(msgspec.Struct):
+class _WholeAnswer(_Answer):
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+_WHOLE_ANSWER = msgspec.json.Decoder(_WholeAnswer)
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """Of a whole answer, or of a piece of a stream; None if it says nothing.
+
+    Args:
+        body: JSON, or server-sent events.
+    """
+    if len(body) > MAX_BYTES or b'"prompt_tokens"' not in body:
+        return None
+    if body.startswith(b"data:"):
+        events = (line[5:] for line in body.split(b"\n") if b'"prompt_tokens"' in line)
+        body = next(events, b"")
+    try:
+        said = _ANSWER.decode(body).usage
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    if said is None or said.prompt_tokens is None:
+        return None
+    details = said.prompt_tokens_details
+    return Usage(said.prompt_tokens, None if details is None else details.cached_tokens)
 
 
 def cached_by(answer: bytes) -> int | None:
@@ -46,7 +93,7 @@ def cached_by(answer: bytes) -> int | None:
         cached. None if the decode engine needed no push, so that its own number is right.
     """
     try:
-        said = msgspec.json.decode(answer, type=_Answer)
+        said = _WHOLE_ANSWER.decode(answer)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return 0
     usage = said.usage or _Usage()

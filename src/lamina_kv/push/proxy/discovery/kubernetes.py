@@ -18,7 +18,8 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from lamina_kv.push.proxy.discovery.places import Found, Place, host_and_port
+from lamina_kv.push.addresses import join_address
+from lamina_kv.push.proxy.discovery.places import Found, Place
 from lamina_kv.push.proxy.engines import Role
 
 log = logging.getLogger("lamina_kv.push.proxy")
@@ -97,7 +98,7 @@ class Api:
         """As the environment of a pod says."""
         host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
         port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-        return cls(f"https://{host_and_port(host, int(port))}" if host else "")
+        return cls(f"https://{join_address(host, int(port))}" if host else "")
 
     def read(self, name: str) -> str:
         """A file of the service account: its token is changed every hour.
@@ -239,8 +240,8 @@ class KubernetesService:
                     host = endpoint.addresses[0]
                     yield Place(
                         self.role,
-                        f"{self.port.scheme}://{host_and_port(host, port)}",
-                        host_and_port(host, push) if push is not None else "",
+                        f"{self.port.scheme}://{join_address(host, port)}",
+                        join_address(host, push) if push is not None else "",
                         f"{self.service}.{namespace}.svc" if self.port.scheme == "https" else "",
                         drain=leaving,
                     )

@@ -7,7 +7,8 @@ import logging
 import socket
 from dataclasses import dataclass
 
-from lamina_kv.push.proxy.discovery.places import Found, Place, host_and_port, one_family
+from lamina_kv.push.addresses import join_address
+from lamina_kv.push.proxy.discovery.places import Found, Place, one_family
 from lamina_kv.push.proxy.engines import Role
 
 log = logging.getLogger("lamina_kv.push.proxy")
@@ -69,8 +70,8 @@ class Names:
         return tuple(
             Place(
                 self.role,
-                f"{self.scheme}://{host_and_port(host, self.port)}{self.path}",
-                host_and_port(host, self.push_port) if self.push_port is not None else "",
+                f"{self.scheme}://{join_address(host, self.port)}{self.path}",
+                join_address(host, self.push_port) if self.push_port is not None else "",
                 self.host if self.scheme == "https" else "",
             )
             for host in hosts

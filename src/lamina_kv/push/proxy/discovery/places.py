@@ -49,8 +49,3 @@ def one_family(hosts: Iterable[str]) -> list[str]:
     each: those of IPv4 if there are any. Sorted."""
     addresses = {*hosts}
     return sorted({host for host in addresses if ":" not in host} or addresses)
-
-
-def host_and_port(host: str, port: int) -> str:
-    """Both as they stand in an address: that of IPv6 in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -14,8 +14,8 @@ from lamina_kv.push.proxy.routing.placement import Placement
 from lamina_kv.push.proxy.routing.prompt import Prompt, read_prompt
 from lamina_kv.push.proxy.routing.ranks import Work
 from lamina_kv.push.proxy.routing.sessions import Sessions
-from lamina_kv.push.proxy.routing.usage import MAX_BYTES, Usage, read_usage
 from lamina_kv.push.proxy.routing.words import Candidate, Disaggregate, Route, RoutingPolicy, Why
+from lamina_kv.push.proxy.usage import MAX_BYTES, Usage, read_usage
 
 BYTES_PER_TOKEN = 4.0
 """Of text, until engines have said how many tokens their prompts have."""
