@@ -241,7 +241,7 @@ class Rank:
             outcomes = executor.collect()
             if around.clock() - ended > around.slack:
                 raise Violation("the engine's thread waited for loads that nobody waits for")
-        self._check_outcomes(step, outcomes, asked)
+        self._check_outcomes(step, outcomes, asked, waited)
         self._read_tokens()
         # Nothing that a far tier does makes a forward wait.
         longest = around.stalled("load") - stalled
@@ -347,7 +347,7 @@ class Rank:
                 continue
             self._around.violations.append(Violation(text))
 
-    def _check_outcomes(self, step: Step, outcomes: Outcomes, asked: float) -> None:
+    def _check_outcomes(self, step: Step, outcomes: Outcomes, asked: float, waited: float) -> None:
         over = {item.transfer for item in outcomes.receipt.transfers}
         for target in self._targets.values():
             target.over |= target.order.transfer in over
@@ -361,7 +361,7 @@ class Rank:
         for transfer, began in list(self._under_way.items()):
             if transfer in over:
                 del self._under_way[transfer]
-            elif asked - began > self._longest_load():
+            elif asked - began > self._longest_load() + waited:  # it is given up between steps
                 raise Violation(
                     f"load {transfer} is still under way {asked - began:.3f} s after its order"
                 )

@@ -183,6 +183,15 @@ class TestDecisions:
         assert (offer.tokens, offer.reason) == (0, "computing_to_measure")
         assert decide(what, only_loads, when="always").tokens == 640
 
+    def test_beside_no_load_in_a_step_it_is_measured_what_computing_takes(self) -> None:
+        short = Costs()
+        short.loaded(NEAR, 100 * MIB, SHORT_STALL / 2)
+        hit = asked(HitPart(NEAR, 640, 100 * MIB), suffix=CHUNK)
+        assert decide(hit, short).mode is LoadMode.PARKED
+        assert decide(hit, short, when="always").mode is LoadMode.LAYERWISE
+        short.computed(0, 2 * CHUNK, 1.0)
+        assert decide(hit, short).mode is LoadMode.LAYERWISE
+
     def test_the_end_of_a_hit_tells_what_computing_takes(self) -> None:
         only_loads = Costs()
         only_loads.loaded(NEAR, 100 * MIB, PRESUMED * 640 / 2)

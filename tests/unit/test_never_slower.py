@@ -306,3 +306,33 @@ def test_what_is_learnt_of_computing_is_true(seed: int, overhead: float, late: b
         seconds = planner.costs.prefill_seconds(0, end)
         assert seconds is not None
         assert seconds == pytest.approx(end * TOKEN, rel=0.25)
+
+
+def test_after_a_restart_the_end_of_one_hit_is_computed_and_of_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where every prompt is hit from its beginning, a chunk of one is computed to learn what that
+    takes; its log line says so."""
+    caplog.set_level("INFO", "lamina_kv.requests")
+    prompts = [prompt(20 * CHUNK + 1, seed) for seed in range(3)]
+    stored = dict(enumerate(key for tokens in prompts for key in keys_of(tokens)))
+    driven = Engine(near_slots=100, far_slots=200, stored=stored)
+    taken = []
+    for number, tokens in enumerate(prompts):
+        view = View(f"request {number}", tokens)
+        while (offer := driven.planner.lookup(view, 0)).ask_again:
+            moves = [move.transfer for move in inward(driven.step())]
+            driven.now += 0.02
+            driven.answer(*moves, seconds=0.02)
+        taken.append(offer.loaded)
+        driven.planner.admitted(view.request_id, offer.tokens)
+        loads = driven.step().loads
+        driven.answer(*(load.transfer for load in loads), seconds=1e-5)
+        driven.planner.plan_step([(view.request_id, offer.tokens, len(tokens))], forward=True)
+        driven.now += 1.0  # it computes
+        view.token_ids.append(0)
+        driven.step((view.request_id, len(tokens) + 1))
+        driven.planner.finished(view.request_id, len(tokens) + 1, [view.blocks()])
+    assert taken == [20 * CHUNK, 19 * CHUNK, 20 * CHUNK], "nothing is known at first"
+    said = ["computing_to_measure" in record.message for record in caplog.records]
+    assert said == [False, True, False]

@@ -82,7 +82,7 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
             proxy = stack.enter_context(_proxy(prefill, address, decode, scratch / "proxy.log"))
             proxy.await_start()
         with demo.step(console, "Warming them up with another question"):
-            proxy.ask(demo.WARM_UP, max_tokens=4)
+            proxy.ask(demo.WARM_UPS[0], max_tokens=4)
         question = demo.long_question()
         received = decode.metric("lamina_pushes_total", outcome="received")
         with demo.step(console, "Asking about a long document, through the proxy"):

@@ -164,7 +164,7 @@ def _served(
                 vllm_server(model, [*ARGUMENTS, *arguments], demo.environment(log.parent), log)
             )
             server.await_start()
-            server.ask(demo.WARM_UP, max_tokens=4)
+            server.ask(demo.WARM_UPS[0], max_tokens=4)
         yield server
 
 

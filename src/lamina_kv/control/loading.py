@@ -123,7 +123,7 @@ class LoadPlanner:
         if waited and self._moves.awaits(record, floor):
             return ASK_AGAIN
         # Chunks of an epoch that does not last are in no far tier.
-        far = waits and record.chain.epoch.lasting and not record.no_moves
+        far = waits and record.chain.epoch.lasting and record.brought is None
         if far and self._moves.awaits_probes(record):
             return ASK_AGAIN
         hit = self._hits.find(record, floor, far=far)
@@ -136,7 +136,7 @@ class LoadPlanner:
         if not hit.has_far or self._hits.is_near(record, floor, floor + offer.loaded):
             return self._moves.credit(record, offer)
         self._looked += self._moves.bring(record, offer)
-        record.no_moves = True
+        record.brought = offer
         return ASK_AGAIN
 
     def is_put_off(self, record: RequestRecord) -> bool:
@@ -162,6 +162,7 @@ class LoadPlanner:
             others_active=others_active,
             ahead={NEAR: self._loading, **self._moves.bytes_ahead(record)},
             prefetch=record.view.regard.prefetch,
+            measures=record.brought is not None and record.brought.measures,
         )
         return self._policy.decide(asked, self._costs)
 
@@ -290,7 +291,9 @@ class LoadPlanner:
     def describe(self, record: RequestRecord) -> str:
         """One line about a request, see :func:`~lamina_kv.control.offers.describe`."""
         tiers = (NEAR, *self._books.catalog.far)
-        return describe(record.view.request_id, record.offer, record.delivery, tiers, record.miss)
+        brought = "" if record.brought is None else record.brought.cut
+        why = record.offer.cut or brought or record.miss
+        return describe(record.view.request_id, record.offer, record.delivery, tiers, why)
 
 
 def _blocks(pages: Sequence[PageMap]) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ class Offer:
             nobody knows.
         predicted_compute: seconds to compute it instead; negative if nobody knows.
         unpushed: why nothing is pushed, if a push was meant for the request.
+        measures: whether less is loaded so that what is computed tells what that takes.
         ask_again: whether the request should not begin yet: it is looked up again in the next step.
             Then nothing is loaded.
     """
@@ -66,6 +67,7 @@ class Offer:
     predicted_load: float = -1.0
     predicted_compute: float = -1.0
     unpushed: str = ""
+    measures: bool = False
     ask_again: bool = False
 
     @property
@@ -77,6 +79,12 @@ class Offer:
     def found(self) -> dict[TierName, int]:
         """Tokens that were found, by tier."""
         return by_tier(self.parts, sum(part.tokens for part in self.parts))
+
+    @property
+    def cut(self) -> str:
+        """Why less is loaded than was found, in the words of ``reason``; empty if all of it is, or
+        nothing."""
+        return self.reason if 0 < self.loaded < sum(part.tokens for part in self.parts) else ""
 
     @property
     def taken(self) -> dict[TierName, int]:
@@ -122,7 +130,7 @@ def describe(
     offer: Offer,
     delivery: Delivery,
     tiers: Sequence[TierName],
-    miss: str = "",
+    lack: str = "",
 ) -> str:
     """One line that says what was hit, where, what was loaded, and why the rest was not.
 
@@ -131,7 +139,7 @@ def describe(
         offer: what was to be brought.
         delivery: what became of it.
         tiers: every tier, in the order in which to name them.
-        miss: why the hit is not longer; empty if it is as long as it can be.
+        lack: why not more is loaded; empty if all is that can be.
     """
     brought = 0 if delivery.failed or delivery.push_failed else offer.tokens
     found = offer.found
@@ -140,7 +148,7 @@ def describe(
     if delivery.failed:
         text += f"load FAILED ({delivery.failed}), "
     elif offer.loaded or not offer.pushed:
-        nothing = NOTHING_LACKED if offer.reason == "miss" and not miss else offer.reason
+        nothing = NOTHING_LACKED if offer.reason == "miss" and not lack else offer.reason
         text += f"loaded {offer.loaded} ({offer.mode.value if offer.loaded else nothing}), "
     if delivery.push_failed:
         text += f"push FAILED ({delivery.push_failed}), "
@@ -148,7 +156,7 @@ def describe(
         text += f"pushed {offer.pushed}, "
     elif offer.unpushed:
         text += f"not pushed ({offer.unpushed}), "
-    text += f"recomputed {offer.prompt - offer.floor - brought}" + (f" ({miss})" if miss else "")
+    text += f"recomputed {offer.prompt - offer.floor - brought}" + (f" ({lack})" if lack else "")
     if offer.predicted_load >= 0 and offer.predicted_compute >= 0:
         text += (
             f", predicted: load {offer.predicted_load * 1e3:.1f} ms, compute "

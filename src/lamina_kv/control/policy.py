@@ -55,6 +55,8 @@ class Asked:
         others_active: whether the engine has other requests to run.
         ahead: bytes that are on their way from each tier already.
         prefetch: whether it is loaded whatever computing is predicted to take.
+        measures: whether less of it was brought near so that what is computed tells what that
+            takes.
     """
 
     floor: int
@@ -65,6 +67,7 @@ class Asked:
     others_active: bool = False
     ahead: Mapping[TierName, int] = field(default_factory=dict)
     prefetch: bool = False
+    measures: bool = False
 
     @property
     def tokens(self) -> int:
@@ -115,8 +118,10 @@ class LoadPolicy:
             return self._cheapest(asked, offer, costs)
         if weighs and offer.predicted_load > SHORT_STALL:
             tokens = self._measuring(asked, offer.predicted_load)
-            mode, reason = LoadMode.PARKED, "computing_to_measure"  # beside a load none is measured
-            return replace(offer, loaded=tokens, mode=mode, reason=reason)
+            offer = replace(offer, reason="computing_to_measure", measures=True)
+        # Beside rows that are loaded no computing is measured.
+        if weighs and (offer.measures or asked.measures or self._config.mode == "auto"):
+            return replace(offer, loaded=tokens, mode=LoadMode.PARKED)
         return replace(offer, loaded=tokens, mode=self._choose_mode(asked, tokens, costs))
 
     def _measuring(self, asked: Asked, load: float) -> int:

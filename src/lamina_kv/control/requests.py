@@ -324,7 +324,8 @@ class RequestRecord:
         barred: whether what it holds must not be saved, because it was computed by several weights
             or adapters, or from a token that was taken back; until it gets other blocks.
         no_loads: why nothing is loaded for it any more; empty while something may be.
-        no_moves: whether it waits for no far tier any more, because it has.
+        brought: the offer for which chunks came near: it waits for no far tier any more. None
+            before.
         prefill: what is measured of its computing; None while nothing is.
         fresh: whether nothing of it was computed since it got its blocks.
         may_hit: whether its last lookup was allowed to find anything.
@@ -358,7 +359,7 @@ class RequestRecord:
     barred: bool = False
     turn: tuple[int, int] = (0, 0)
     no_loads: str = ""
-    no_moves: bool = False
+    brought: Offer | None = None
     prefill: Prefill | None = None
     fresh: bool = False
     may_hit: bool = False
@@ -377,7 +378,7 @@ class RequestRecord:
         self.next_save = self.considered = 0
         self.hit = Hit()
         self.wait = Wait()
-        self.no_moves = False
+        self.brought = None
         self.use = None
 
     def prompt_digest(self) -> bytes:
@@ -398,7 +399,7 @@ class RequestRecord:
         self.receive = None
         self.save_anew()
         self.hit = Hit()
-        self.no_moves = False
+        self.brought = None
         self.held_back = self.held_end = -1
         self.barred = False
         self.turn = (0, 0)
