@@ -1,8 +1,8 @@
 """Promises 1, 2 and 4 under everything that an engine, its clients, far tiers and broken hardware
 can do: no wrong token, no hang, nothing unverified, nothing left behind. See ``tests/simulator``.
 
-``LAMINA_SOAK_STEPS`` is the budget of the random histories in steps; a history is named by its
-seed and is the same on every machine.
+``LAMINA_SOAK_STEPS`` is the budget of the random histories in steps, ``LAMINA_SOAK_SEED`` the first
+seed; a history is named by its seed and is the same on every machine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.scaled
 Kind = Callable[[Options, Random], Options]
 
 BUDGET = int(os.environ.get("LAMINA_SOAK_STEPS", "24000"))
+FIRST_SEED = int(os.environ.get("LAMINA_SOAK_SEED", "0"))
 STEPS = 400
 """Steps of one random history."""
 CROWDS = 8
@@ -39,12 +40,17 @@ DISK_SHARE = 0.1
 """Of the budget; a step beside a disk takes many times as long."""
 
 
+def seeds(share: float) -> range:
+    """Seeds of as many random histories as a share of the budget has steps for."""
+    return range(FIRST_SEED, FIRST_SEED + int(BUDGET * share / STEPS))
+
+
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "lamina_kv")
 
 
-@pytest.mark.parametrize("seed", range(int(BUDGET * (1 - DISK_SHARE) / STEPS)))
+@pytest.mark.parametrize("seed", seeds(1 - DISK_SHARE))
 def test_random_histories(seed: int) -> None:
     run_history(seed, STEPS)
 
@@ -58,7 +64,7 @@ def store() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS)))
+@pytest.mark.parametrize("seed", seeds(DISK_SHARE))
 def test_random_histories_with_a_disk(seed: int, store: Path) -> None:
     run_history(seed, STEPS, store)
 
@@ -71,14 +77,14 @@ with_a_hand_off = pytest.mark.parametrize("kind", [Options.with_hand_off, Option
 
 
 @with_a_hand_off
-@pytest.mark.parametrize("seed", range(int(BUDGET * HAND_OFF_SHARE / STEPS)))
+@pytest.mark.parametrize("seed", seeds(HAND_OFF_SHARE))
 def test_random_histories_of_a_scheduler_with_a_hand_off(kind: Kind, seed: int) -> None:
     random = Random(seed)
     run_history(seed, STEPS, options=kind(Options.draw(random), random))
 
 
 @with_a_hand_off
-@pytest.mark.parametrize("seed", range(int(BUDGET * DISK_SHARE / STEPS / 2)))
+@pytest.mark.parametrize("seed", seeds(DISK_SHARE / 2))
 def test_random_histories_of_a_scheduler_with_a_hand_off_and_a_disk(
     kind: Kind, seed: int, store: Path
 ) -> None:
@@ -91,7 +97,7 @@ DEVICE_SHARE = 0.2
 """Of the budget, beside what others have of it."""
 
 
-@pytest.mark.parametrize("seed", range(int(BUDGET * DEVICE_SHARE / STEPS)))
+@pytest.mark.parametrize("seed", seeds(DEVICE_SHARE))
 def test_random_histories_of_a_cache_on_a_device(seed: int) -> None:
     """The device runs behind its host, and in any order that events allow."""
     random = Random(seed)
