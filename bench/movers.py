@@ -36,7 +36,7 @@ import torch
 
 from lamina_kv.data.movers.cpu import CpuMover
 from lamina_kv.data.near import NearSlab
-from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.geometry import Band, CacheGeometry, Row
 
 Ids = npt.NDArray[np.int64]
 
@@ -97,7 +97,7 @@ class Cache:
 
     def numpy(self, row: int, pages: Ids, blocks: Ids) -> None:
         """Copy by indexing both sides with numpy."""
-        place = self.near.rows[row]
+        place = self.near.rows(Band(row))
         engine = self.engine[row].numpy().view(f"V{self.page}")
         engine[blocks] = place.pages[place.begins(pages)]
 
@@ -120,7 +120,7 @@ class Cache:
             ctypes.memmove(engine + block * self.page, page, self.page)
 
     def _addresses(self, row: int, pages: Ids) -> Ids:
-        place = self.near.rows[row]
+        place = self.near.rows(Band(row))
         return place.memory.data_ptr() + place.begins(pages) * place.unit
 
 

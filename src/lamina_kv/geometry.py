@@ -13,10 +13,12 @@ block-outermost layouts and groups that alias the same bytes are all of this for
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 DIRECT_IO_ALIGNMENT = 4096
 """Bytes. Extents on disk start at multiples of this, which suits every block device in use."""
@@ -124,6 +126,22 @@ class Row:
             )
 
 
+class Band(NamedTuple):
+    """Rows of one form at equal distances: their pages are one regular array.
+
+    Attributes:
+        first: the first row.
+        rows: how many.
+        spacing: bytes from a row to the next in the engine's allocation.
+        near_spacing: the same in a chunk's object.
+    """
+
+    first: int
+    rows: int = 1
+    spacing: int = 0
+    near_spacing: int = 0
+
+
 @dataclass(frozen=True)
 class CacheGeometry:
     """The whole cache of one rank.
@@ -199,6 +217,34 @@ class CacheGeometry:
         for index, row in enumerate(self.rows):
             alike.setdefault((row.groups, row.places), []).append(index)
         return tuple(map(tuple, alike.values()))
+
+    def bands(self, rows: Iterable[int]) -> list[Band]:
+        """Cut distinct rows, none of which share bytes, into bands."""
+        bands: list[Band] = []
+        for row in sorted(rows, key=lambda row: (self._form(row), row)):
+            if bands and (longer := self._extend(bands[-1], row)) is not None:
+                bands[-1] = longer
+            else:
+                bands.append(Band(row))
+        return bands
+
+    def _form(self, row: int) -> tuple[int, int, int]:
+        """What rows of a band have in common."""
+        shape = self.rows[row]
+        return shape.allocation, shape.block_stride, shape.page_bytes
+
+    def _extend(self, band: Band, row: int) -> Band | None:
+        """The band with one more row; None if that is of another form, or at another distance."""
+        first, count, *spacings = band
+        away = [
+            self.rows[row].offset - self.rows[first].offset,
+            self.extent_offsets[row] - self.extent_offsets[first],
+        ]
+        if count == 1:
+            spacings = away
+        if self._form(row) != self._form(first) or away != [count * each for each in spacings]:
+            return None
+        return Band(first, count + 1, *spacings)
 
     @cached_property
     def block_bytes(self) -> Counter[int]:

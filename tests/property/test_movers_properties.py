@@ -60,6 +60,9 @@ def allocations(draw: st.DrawFn, index: int, num_blocks: int) -> tuple[list[Row]
     offset = draw(st.integers(0, 40))
     pages = draw(st.lists(PAGE_BYTES, min_size=1, max_size=3))
     gaps = [draw(st.sampled_from([0, 0, 1, 24, 256])) for _ in pages]
+    if draw(st.booleans()):  # as in most models
+        alike = draw(st.integers(1, 6))
+        pages, gaps = alike * pages[:1], alike * gaps[:1]
     rows = []
     if draw(st.booleans()):
         for page, gap in zip(pages, gaps, strict=True):

@@ -11,6 +11,7 @@ import mmap
 import os
 import platform
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -111,6 +112,40 @@ def test_pages_go_where_they_are_told(
     for i in range(len(pages)):
         assert torch.equal(saved[i], block(engine, row, blocks[-1 - i]))
     assert int(engine.count_nonzero()) == sum(int(content.count_nonzero()) for content in saved)
+
+
+def even_rows(count: int) -> CacheGeometry:
+    """As many rows of one form, all at one distance."""
+    size = BLOCKS * PAGE
+    rows = tuple(Row((str(row),), 0, row * size, PAGE, PAGE) for row in range(count))
+    return CacheGeometry(rows, BLOCKS, 16, 16 * PER_SLOT, (count * size,))
+
+
+def calls_of_a_copy(rows: int, blocks: Ids, *, is_load: bool) -> int:
+    """Calls of Python and of numpy that a copy of all rows takes."""
+    geometry = even_rows(rows)
+    mover = make_mover(geometry, [random_bytes(geometry.allocation_bytes[0])])
+    near = NearSlab(geometry, SLOTS * geometry.object_bytes, mover.allocate_host)
+    written, every = mover.fence_compute(), tuple(range(rows))
+    move = mover.load if is_load else mover.save
+    calls: list[str] = []
+    for _ in range(2):  # where rows are is found out once
+        pairs = mover.pairs(near, ORDERS["slots"], blocks)
+        calls.clear()
+        sys.setprofile(lambda frame, event, argument: calls.append(event))
+        try:
+            move(every, pairs, written)
+        finally:
+            sys.setprofile(None)
+    mover.close()
+    return len(calls)
+
+
+@pytest.mark.parametrize("is_load", [True, False])
+@pytest.mark.parametrize("blocks", ORDERS.values(), ids=ORDERS)
+def test_a_copy_of_more_rows_takes_no_more_calls(blocks: Ids, is_load: bool) -> None:
+    few, many = (calls_of_a_copy(rows, blocks, is_load=is_load) for rows in (2, 60))
+    assert few == many > 0
 
 
 IDS = np.array([1, 2, 3])

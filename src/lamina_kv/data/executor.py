@@ -281,6 +281,8 @@ class Executor:
             LoadStuck: as :meth:`wait_layer` does, if all rows are loaded before the forward.
             RuntimeError: if there is no host memory to load from.
         """
+        if self._loads.is_empty:
+            return
         with self._failing_on_stop():
             self._loads.start(layers_call=layers_call)
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.geometry import Band, CacheGeometry, Row
 from lamina_kv.quantities import size_of
 from lamina_kv.values import format_size
 
@@ -38,23 +38,24 @@ def near_unit(geometry: CacheGeometry, row: Row) -> int:
     return math.gcd(row.page_bytes, geometry.object_bytes)
 
 
-class NearRow:
-    """Where the near pages of one row are.
+class NearRows:
+    """Where the near pages of some rows are.
 
     Args:
         memory: the slab.
         geometry: the engine's cache.
-        row: the row.
+        band: the rows.
 
     Attributes:
-        memory: the slab from page 0 of the row on; flat, uint8.
+        memory: the slab from page 0 of the first row on; flat, uint8.
         unit: see :func:`near_unit`.
     """
 
-    def __init__(self, memory: torch.Tensor, geometry: CacheGeometry, row: int) -> None:
-        shape = geometry.rows[row]
-        self.memory = memory[geometry.extent_offsets[row] :]
+    def __init__(self, memory: torch.Tensor, geometry: CacheGeometry, band: Band) -> None:
+        shape = geometry.rows[band.first]
+        self.memory = memory[geometry.extent_offsets[band.first] :]
         self._bytes: npt.NDArray[np.uint8] = self.memory.numpy()
+        self._band = band
         self.unit = near_unit(geometry, shape)
         self._page_bytes = shape.page_bytes
         self._per_slot = geometry.blocks_per_chunk
@@ -75,8 +76,11 @@ class NearRow:
         """Cut ``pages`` where the next one is not its neighbour in memory.
 
         Returns:
-            Where each stretch starts, with the end last; None if there are more than ``most``.
+            Where each stretch starts, with the end last; None if there are more than ``most``, or
+            several rows.
         """
+        if self._band.rows > 1:
+            return None
         apart = (np.diff(pages) != 1) | (pages[1:] % self._per_slot == 0)
         breaks = np.flatnonzero(apart) + 1
         return None if len(breaks) >= most else [0, *breaks.tolist(), len(pages)]
@@ -95,10 +99,10 @@ class NearRow:
 
     @cached_property
     def pages(self) -> Items:
-        """Shape ``(n, 1)``: the page that begins at each unit, whether or not one does."""
-        shape = ((len(self._bytes) - self._page_bytes) // self.unit + 1, self._page_bytes)
-        pages = np.lib.stride_tricks.as_strided(self._bytes, shape, (self.unit, 1))
-        return pages.view(f"V{self._page_bytes}")
+        """Shape ``(n, rows)``: the page that begins at each unit, whether or not one does."""
+        count, size, spacing = self._band.rows, self._page_bytes, self._band.near_spacing
+        units = (len(self._bytes) - (count - 1) * spacing - size) // self.unit + 1
+        return np.ndarray((units, count), f"V{size}", self._bytes, 0, (self.unit, spacing))
 
 
 class NearSlab:
@@ -113,7 +117,6 @@ class NearSlab:
         geometry: the engine's cache.
         slots: how many chunks fit.
         memory: shape ``(slots * object_bytes,)``, uint8.
-        rows: the pages of each row.
 
     Raises:
         ValueError: if ``capacity`` is smaller than one chunk.
@@ -133,12 +136,18 @@ class NearSlab:
         self.geometry = geometry
         self.memory = allocate(self.slots * size)
         self._objects = self.memory.numpy().reshape(self.slots, size)
-        self.rows = tuple(NearRow(self.memory, geometry, row) for row in range(len(geometry.rows)))
+        self._rows: dict[Band, NearRows] = {}
 
     @property
     def page_count(self) -> int:
         """Near pages of each row."""
         return self.slots * self.geometry.blocks_per_chunk
+
+    def rows(self, band: Band) -> NearRows:
+        """The pages of some rows."""
+        if (rows := self._rows.get(band)) is None:
+            rows = self._rows[band] = NearRows(self.memory, self.geometry, band)
+        return rows
 
     def object(self, slot: int) -> npt.NDArray[np.uint8]:
         """A slot's bytes as a view; shape ``(object_bytes,)``, as

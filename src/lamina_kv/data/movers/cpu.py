@@ -2,9 +2,12 @@
 
 A copy runs on the thread that asks for it, in numpy: torch would start an OpenMP team of its own
 beside the engine's, and numpy copies pages of an opaque type at the speed of one large copy,
-without the GIL. numpy moves a page once where the engine's pages are neighbours (a slice there, an
-index on the near side), and where long stretches are neighbours on the near side. Else it moves a
-page twice, through memory of its own, in tiles which stay in the processor's cache.
+without the GIL. Rows at equal distances are copied by the same calls of numpy, because each call
+takes the GIL.
+
+numpy moves a page once where the engine's pages are neighbours (a slice there, an index on the near
+side), and, of one row, where long stretches are neighbours on the near side. Else it moves a page
+twice, through memory of its own, in tiles which stay in the processor's cache.
 
 Engines hand out blocks in runs: a pool is fresh, or gets back the blocks of one request together.
 Near pages are neighbours within a slot only.
@@ -25,13 +28,13 @@ import torch
 from lamina_kv.data.movers.base import Mover, Pairs
 from lamina_kv.data.movers.fences import Fence
 from lamina_kv.data.movers.host_memory import HostMemory, close_all
-from lamina_kv.data.near import Indices, NearRow, NearSlab
+from lamina_kv.data.near import Indices, NearRows, NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
-from lamina_kv.geometry import CacheGeometry, Row
+from lamina_kv.geometry import Band, CacheGeometry
 
 Pages = npt.NDArray[Any]
-"""Shape ``(n, 1)``: one opaque item for each page. Two dimensions, because numpy keeps the GIL for
-few items when it indexes one."""
+"""Shape ``(n, rows)``: one opaque item for each page. Two dimensions also for one row, because
+numpy keeps the GIL for few items when it indexes one."""
 
 TILE_BYTES = 2 << 20
 """Bytes copied at a time when both sides are scattered: small enough for a processor's cache, large
@@ -60,11 +63,11 @@ class PassedFence(Fence):
 _PASSED = PassedFence()
 
 
-Step = Callable[[NearRow, Pages], None]
-"""Some pages of a row are copied."""
+Step = Callable[[NearRows, Pages], None]
+"""Some pages of a band are copied."""
 
-Plan = Callable[[NearRow, Pages, Pairs], list[Step]]
-"""Works out the steps of a copy, which are the same for rows of the same form."""
+Plan = Callable[[NearRows, Pages, Pairs], list[Step]]
+"""Works out the steps of a copy, which are the same for bands of the same form."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,14 +75,14 @@ class CpuPairs(Pairs):
     """Pairs that know how to be copied.
 
     Attributes:
-        courses: the steps, by direction and form of the row. Threads may work them out twice.
+        courses: the steps, by direction and form of the band. Threads may work them out twice.
     """
 
-    courses: dict[tuple[Plan, int, bool], list[Step]] = field(default_factory=dict)
+    courses: dict[tuple[object, ...], list[Step]] = field(default_factory=dict)
 
-    def course(self, plan: Plan, near: NearRow, engine: Pages) -> list[Step]:
-        """The steps for a row."""
-        form = (plan, engine.dtype.itemsize, engine.flags.c_contiguous)
+    def course(self, plan: Plan, near: NearRows, engine: Pages) -> list[Step]:
+        """The steps for a band."""
+        form = (plan, engine.dtype.itemsize, engine.shape[1], engine.flags.c_contiguous)
         if (course := self.courses.get(form)) is None:
             course = self.courses[form] = plan(near, engine, self)
         return course
@@ -95,10 +98,7 @@ class CpuMover(Mover):
 
     def __init__(self, geometry: CacheGeometry, allocations: Sequence[torch.Tensor]) -> None:
         super().__init__(geometry, allocations)
-        self._rows = tuple(
-            _row_pages(self._allocations[row.allocation], row, geometry.num_blocks)
-            for row in geometry.rows
-        )
+        self._bands: dict[tuple[int, ...], list[tuple[Band, Pages]]] = {}
         self._host: list[HostMemory] = []
 
     def enter_thread(self) -> None:
@@ -136,11 +136,25 @@ class CpuMover(Mover):
         if not isinstance(pairs, CpuPairs):
             raise TypeError("these pairs are from another mover")
         after.wait()
-        for row in rows:
-            near, engine = pairs.near.rows[row], self._rows[row]
+        for band, engine in self._bands_of(tuple(rows)):
+            near = pairs.near.rows(band)
             for step in pairs.course(plan, near, engine):
                 step(near, engine)
         return _PASSED
+
+    def _bands_of(self, rows: tuple[int, ...]) -> list[tuple[Band, Pages]]:
+        """Rows as bands, and their pages. Few sets of rows are ever copied."""
+        if (bands := self._bands.get(rows)) is None:
+            found = self._geometry.bands(rows)
+            bands = self._bands[rows] = [(band, self._pages(band)) for band in found]
+        return bands
+
+    def _pages(self, band: Band) -> Pages:
+        row = self._geometry.rows[band.first]
+        shape = (self._geometry.num_blocks, band.rows)
+        strides = (row.block_stride, band.spacing)
+        memory = self._allocations[row.allocation].numpy()
+        return np.ndarray(shape, f"V{row.page_bytes}", memory, row.offset, strides)
 
     def fence_compute(self, *, timed: bool = False) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
@@ -160,22 +174,13 @@ class CpuMover(Mover):
             memory.keep()
 
 
-def _row_pages(allocation: torch.Tensor, row: Row, num_blocks: int) -> Pages:
-    pages = np.lib.stride_tricks.as_strided(
-        allocation.numpy()[row.offset :],
-        shape=(num_blocks, row.page_bytes),
-        strides=(row.block_stride, 1),
-    )
-    return pages.view(f"V{row.page_bytes}")
-
-
-def _load_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
+def _load_course(near: NearRows, engine: Pages, pairs: Pairs) -> list[Step]:
     """``engine[pages] = near[near_pages]`` with as little traffic as numpy allows."""
     near_pages, pages = pairs.near_pages, pairs.pages
-    tile = max(1, TILE_BYTES // engine.dtype.itemsize)
+    tile = max(1, TILE_BYTES // (engine.dtype.itemsize * engine.shape[1]))
     most = 2 * -(-len(pages) // tile)  # calls that tiles would take
     # numpy copies an array that is not contiguous before it gathers into it.
-    gathers = engine.flags.c_contiguous and near.unit >= LEAST_UNIT
+    gathers = engine.shape[1] == 1 and engine.flags.c_contiguous and near.unit >= LEAST_UNIT
     if gathers and (runs := _runs(pages, most)) is not None:
         order, bounds = runs
         units = near.units_of(near_pages[order])
@@ -195,27 +200,27 @@ def _load_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
     ]
 
 
-def _take_units(wanted: Indices, first: int, near: NearRow, engine: Pages) -> None:
+def _take_units(wanted: Indices, first: int, near: NearRows, engine: Pages) -> None:
     """Gather units of the near side into neighbouring pages of the engine."""
     target = engine.view(f"V{near.unit}").reshape(-1)
     # Not "raise": numpy would gather into memory of its own and copy that.
     np.take(near.units, wanted, out=target[first : first + len(wanted)], mode="clip")
 
 
-def _put_stretch(page: int, pages: Indices, near: NearRow, engine: Pages) -> None:
+def _put_stretch(page: int, pages: Indices, near: NearRows, engine: Pages) -> None:
     """Scatter neighbours of the near side over pages of the engine."""
     engine[pages] = near.stretch(page, len(pages))
 
 
-def _put_pages(begins: Indices, pages: Indices, near: NearRow, engine: Pages) -> None:
+def _put_pages(begins: Indices, pages: Indices, near: NearRows, engine: Pages) -> None:
     """Scatter pages of the near side over pages of the engine."""
     engine[pages] = near.pages[begins]
 
 
-def _save_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
+def _save_course(near: NearRows, engine: Pages, pairs: Pairs) -> list[Step]:
     """``near[near_pages] = engine[pages]`` with as little traffic as numpy allows."""
     near_pages, pages = pairs.near_pages, pairs.pages
-    tile = max(1, TILE_BYTES // engine.dtype.itemsize)
+    tile = max(1, TILE_BYTES // (engine.dtype.itemsize * engine.shape[1]))
     most = 2 * -(-len(pages) // tile)
     if (runs := _runs(pages, most)) is not None:
         order, bounds = runs
@@ -237,17 +242,17 @@ def _save_course(near: NearRow, engine: Pages, pairs: Pairs) -> list[Step]:
     ]
 
 
-def _store_run(begins: Indices, first: int, near: NearRow, engine: Pages) -> None:
+def _store_run(begins: Indices, first: int, near: NearRows, engine: Pages) -> None:
     """Scatter neighbouring pages of the engine over the near side."""
     near.pages[begins] = engine[first : first + len(begins)]
 
 
-def _store_stretch(page: int, pages: Indices, near: NearRow, engine: Pages) -> None:
+def _store_stretch(page: int, pages: Indices, near: NearRows, engine: Pages) -> None:
     """Gather pages of the engine into neighbours of the near side."""
     np.take(engine, pages, axis=0, out=near.stretch(page, len(pages)), mode="clip")
 
 
-def _store_pages(begins: Indices, pages: Indices, near: NearRow, engine: Pages) -> None:
+def _store_pages(begins: Indices, pages: Indices, near: NearRows, engine: Pages) -> None:
     """Scatter pages of the engine over the near side."""
     near.pages[begins] = engine[pages]
 
