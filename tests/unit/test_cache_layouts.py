@@ -7,6 +7,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ layout = pytest.importorskip("lamina_kv.engines.vllm.layout")
 
 from vllm.config import KVTransferConfig, ParallelConfig  # noqa: E402
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -21,12 +23,21 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheTensor,
     MLAAttentionSpec,
     SlidingWindowMLASpec,
+    SparseCacheRole,
     UniformTypeKVCacheSpecs,
     compute_layout_strides,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 LAYERS, BLOCKS, TOKENS, CONTENT = 3, 5, 16, 32
+
+LATENT: dict[str, Any] = {
+    "max_tp_shards": 1,
+    "cache_dtype_str": "fp8_ds_mla",
+    "state_content_bytes": 656,
+    "is_index_group_leader": True,
+}
+"""Of DeepSeek-V3.2's attention, as vLLM describes it."""
 
 
 def spec(heads: int) -> Any:
@@ -111,6 +122,53 @@ def test_a_window_that_vllm_computes_anew_is_refused(several: bool) -> None:
     described.kv_cache_groups.append(KVCacheGroupSpec(["replayed"], replayed))
     with pytest.raises(layout.UnsupportedModel, match="does not keep whole"):
         layout.check_supported(config, described)
+
+
+def test_a_cache_of_sparse_attention_and_its_indexers_has_a_row_for_each() -> None:
+    """DeepSeek-V3.2's, arranged by vLLM: two page sizes in one group. Its layers call no connector,
+    which ``test_hooks.py`` and ``tests/engine/test_v2_step.py`` see to."""
+    names = [f"model.layers.{i}.self_attn.{part}" for i in range(LAYERS) for part in ("k", "mla")]
+    sizes = {"k": (132, {"cache_role": SparseCacheRole.INDEXER}), "mla": (576, LATENT)}
+    specs = {
+        name: MLAAttentionSpec(
+            block_size=64,
+            num_kv_heads=1,
+            head_size=sizes[name.rpartition(".")[2]][0],
+            dtype=torch.uint8,
+            **sizes[name.rpartition(".")[2]][1],
+        )
+        for name in names
+    }
+    assert UniformTypeKVCacheSpecs.is_uniform_type(specs)
+    whole = UniformTypeKVCacheSpecs(block_size=64, kv_cache_specs=specs)
+    arranged = SimpleNamespace(
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=None,
+        ),
+    )
+    described = get_kv_cache_config_from_groups(
+        arranged, [KVCacheGroupSpec(names, whole)], 10 << 20
+    )
+    config = SimpleNamespace(speculative_config=None, parallel_config=ParallelConfig())
+    layout.check_supported(config, described)
+    memory = torch.zeros(described.kv_cache_tensors[0].size, dtype=torch.uint8)
+    views = {
+        name: memory[tensor.offset + index * tensor.layer_stride :]
+        for tensor in described.kv_cache_tensors
+        for index, name in enumerate(tensor.layers)
+    }
+    geometry = layout.bind(described, views, names, "auto").geometry
+    assert [row.layers for row in geometry.rows] == [(name,) for name in names]
+    assert [row.page_bytes for row in geometry.rows] == LAYERS * [64 * 132, 64 * 656]
+    taken = np.zeros(len(memory), np.int8)
+    for row in geometry.rows:
+        for block in range(geometry.num_blocks):
+            taken[row.offset + block * row.block_stride :][: row.page_bytes] += 1
+    assert taken.max() == 1, "two rows have bytes in common"
+    assert layout.recurrent_layers(described) == ()
 
 
 # -- cut by heads, for pushes to engines of another tensor parallel size -------------------------
