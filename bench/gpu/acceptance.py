@@ -82,12 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cuda": str(torch.version.cuda),
     }
     outcomes: list[Outcome] = []
-    _end_when_over(options.budget + GRACE)
+    guard = _end_when_over(options.budget + GRACE)
     bench = Bench(CudaLab(device), 0.0)
     for outcome in run_sections(chosen(options.only), bench, options.budget, _lost_context):
         outcomes.append(outcome)
         write_json(options.out / "acceptance.json", where, outcomes)
         print(f"{outcome.key} {outcome.title}: {outcome.state} {outcome.why}", flush=True)
+    guard.cancel()
     Console(width=TABLE_WIDTH).print(table(outcomes))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
@@ -127,9 +128,9 @@ def _lost_context() -> str:
     return ""
 
 
-def _end_when_over(seconds: float) -> None:
+def _end_when_over(seconds: float) -> threading.Timer:
     """End the process then, with a trace of every thread: a copy that hangs cannot be called off.
-    What the sections before have said is written."""
+    What the sections before have said is written. Returns what does so, to be cancelled."""
 
     def end() -> None:
         print("a section hangs:", file=sys.stderr, flush=True)
@@ -139,6 +140,7 @@ def _end_when_over(seconds: float) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 if __name__ == "__main__":

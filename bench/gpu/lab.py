@@ -21,7 +21,7 @@ import torch
 from lamina_kv.data.movers import cuda
 from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.movers.cuda import CudaMover
-from lamina_kv.data.movers.device import Event, TorchDevice
+from lamina_kv.data.movers.device import Device, Event, TorchDevice
 from lamina_kv.geometry import CacheGeometry
 
 CYCLES_PER_SECOND = 1.5e9
@@ -81,9 +81,15 @@ class Lab(ABC):
 
     Attributes:
         is_large: whether memory of many GiB may be used.
+        device: where torch puts what the model computes with.
     """
 
     is_large: bool
+    device: torch.device
+
+    @abstractmethod
+    def pinner(self) -> Device[Any]:
+        """The device as a mover has it, for memory without an engine."""
 
     @abstractmethod
     def open(self, geometry: CacheGeometry, *, ordered: bool = True) -> Engine:
@@ -202,15 +208,16 @@ class CudaLab(Lab):
 
     Args:
         device: the device.
-
-    Attributes:
-        device: as given.
     """
 
     is_large = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def pinner(self) -> TorchDevice:
+        """See :class:`Lab`."""
+        return TorchDevice(self.device)
 
     def open(self, geometry: CacheGeometry, *, ordered: bool = True) -> Engine:
         """See :class:`Lab`."""

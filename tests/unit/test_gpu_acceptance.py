@@ -9,6 +9,9 @@ import contextlib
 import itertools
 import json
 import math
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +27,7 @@ from gpu.lab import Bytes, Engine, Lab
 from gpu.pages import Layout, PageModel, aliased, block_outermost, layer_outermost, layouts
 from gpu.plan import Bench, Section, run_sections
 from gpu.report import Bound, Outcome, Row, State, Verdict, table, write_json
-from gpu.sections import bandwidth, bytes_moved, fences, host_costs, overlap
+from gpu.sections import bandwidth, bytes_moved, fences, host_costs, overlap, pinning
 from lamina_kv.data.movers.crossover import Way
 from lamina_kv.data.movers.cuda import CudaMover
 from lamina_kv.data.movers.device import Event
@@ -85,6 +88,10 @@ class SimulatedEngine(Engine):
 
 class SimulatedLab(Lab):
     is_large = False
+    device = torch.device("cpu")
+
+    def pinner(self) -> SimulatedDevice:
+        return SimulatedDevice([], Random(0))
 
     def open(self, geometry: CacheGeometry, *, ordered: bool = True) -> Engine:
         return SimulatedEngine(geometry, ordered=ordered)
@@ -186,6 +193,47 @@ def test_without_a_gpu_it_says_so_and_fails(
     assert acceptance.main(["--out", str(tmp_path / "out")]) == 1
     assert "no GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [200.0, 20.0])
+def test_the_command_runs_sections_and_writes_what_they_say(
+    budget: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the simulated device; with too small a budget the last section is skipped, which fails."""
+
+    def spends(bench: Bench[Lab]) -> Generator[Row, None, None]:
+        yield Row("wrong bytes", bytes_moved.differing_bytes(bench.lab, some), "B", Bound(0))
+
+    some = next(layouts(large=False))
+    for name, answer in (("is_available", True), ("current_device", 0), ("get_device_name", "X1")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(acceptance, "CudaLab", lambda device: SimulatedLab())
+    sections = (Section("A", "first", 10, spends), Section("B", "second", 100, spends))
+    monkeypatch.setattr(acceptance, "SECTIONS", sections)
+    before = threading.active_count()
+    status = acceptance.main(["--out", str(tmp_path), "--budget", str(budget)])
+    assert threading.active_count() == before, "it would end this process later"
+    written = json.loads((tmp_path / "acceptance.json").read_text())
+    states = [(section["key"], section["state"]) for section in written["sections"]]
+    ran = budget > 100
+    assert states == [("A", "ran"), ("B", "ran" if ran else "skipped")]
+    assert (status, written["machine"]["card"]) == (0 if ran else 1, "X1")
+    assert "wrong bytes" in capsys.readouterr().out
+
+
+def test_a_section_that_hangs_ends_the_process_with_a_trace() -> None:
+    hangs = (
+        "import time; from gpu import acceptance; acceptance._end_when_over(0.1); time.sleep(60)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", hangs], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert "a section hangs" in ended.stderr
+    assert "time.sleep" in ended.stderr or "most recent call first" in ended.stderr
 
 
 # -- what is said ---------------------------------------------------------------------------------
@@ -318,11 +366,11 @@ def test_a_mover_that_forgets_one_wait_is_found(
     assert (any(saves), any(loads)) == (broken == "save", broken == "load")
 
 
-# -- E, G, H, I: that they run; their figures say nothing here ------------------------------------
+# -- E, G, H, I, K: that they run; their figures say nothing here ---------------------------------
 
 
 @pytest.mark.parametrize(
-    "section", [bandwidth.run, host_costs.run, overlap.layerwise, overlap.parked]
+    "section", [bandwidth.run, host_costs.run, overlap.layerwise, overlap.parked, pinning.run]
 )
 def test_sections_of_times_run_and_have_bounds(
     section: Callable[[Bench[Lab]], Generator[Row, None, None]], monkeypatch: pytest.MonkeyPatch

@@ -27,25 +27,22 @@ def run(bench: Bench[Lab]) -> Generator[Row, None, None]:
 def check(bench: Bench[Lab], which: Iterable[Layout]) -> Generator[Row, None, None]:
     """Check some layouts."""
     for layout in which:
-        wrong = 0
-        for way in Way:
-            with bench.lab.way(way):
-                wrong += differing_bytes(bench.lab, layout)
+        wrong = differing_bytes(bench.lab, layout)
         yield Row(f"wrong bytes: {layout.name}", wrong, "B", Bound(0))
 
 
-def differing_bytes(lab: Lab, layout: Layout, seed: int = 0, *, ordered: bool = True) -> int:
-    """Copy pages of a layout, and count the bytes that are wrong behind all copies.
+def differing_bytes(lab: Lab, layout: Layout, seed: int = 0) -> int:
+    """Copy pages of a layout by each way, and count the bytes that are wrong behind all copies of
+    one.
 
     Args:
         lab: where.
         layout: the cache and the slab.
         seed: which rows and pages.
-        ordered: see :meth:`~gpu.lab.Lab.open`.
     """
     rng = np.random.default_rng(seed)
     geometry = layout.geometry
-    engine = lab.open(geometry, ordered=ordered)
+    engine = lab.open(geometry)
     try:
         near = NearSlab(geometry, layout.slots * geometry.object_bytes, engine.mover.allocate_host)
         last = np.array([near.page_count - 1], np.int64)
@@ -54,8 +51,12 @@ def differing_bytes(lab: Lab, layout: Layout, seed: int = 0, *, ordered: bool = 
         near.memory.copy_(torch.from_numpy(pattern(near.memory.numel(), rng)))
         engine.write(0, content)
         model = PageModel(geometry, content, near.memory.numpy())
-        _copy(engine, near, model, rng)
-        return model.differing(engine.read(0), near.memory.numpy())
+        wrong = 0
+        for way in Way:
+            with lab.way(way):
+                _copy(engine, near, model, rng)
+            wrong += model.differing(engine.read(0), near.memory.numpy())
+        return wrong
     finally:
         engine.close()
 

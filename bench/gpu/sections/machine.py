@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from gpu.lab import CudaLab
 from gpu.plan import Bench
 from gpu.report import Bound, Row
 from lamina_kv.data import numa
-from lamina_kv.data.movers.device import TorchDevice
 from lamina_kv.data.movers.driver import Driver
 from lamina_kv.data.movers.host_memory import HostMemory
+from lamina_kv.data.shared_memory import MemoryFile
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -51,33 +51,39 @@ def describe(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
 
 def ceilings(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
     """B."""
-    device = bench.lab.device
+    device, pinner = bench.lab.device, bench.lab.pinner()
     there = torch.empty(CEILING_BYTES, dtype=torch.uint8, device=device)
     allocators = torch.empty(CEILING_BYTES, dtype=torch.uint8).pin_memory()
-    pinner = TorchDevice(device)
-    memory = HostMemory(CEILING_BYTES, pinner=pinner, node=pinner.numa_node, enter=pinner.choose)
-    try:
-        memory.wait()
-        own = memory.tensor
-        for name, target, source in (
-            ("H2D", there, allocators),
-            ("D2H", allocators, there),
-        ):
-            rate = gigabytes_per_second(
-                CEILING_BYTES, partial(target.copy_, source, non_blocking=True)
-            )
-            bench.ceilings[name] = rate
-            yield Row(f"{name}, memory of torch's allocator", rate, "GB/s")
-        for name, target, source in (("H2D", there, own), ("D2H", own, there)):
-            rate = gigabytes_per_second(
-                CEILING_BYTES, partial(target.copy_, source, non_blocking=True)
-            )
-            share = rate / bench.ceilings[name]
-            yield Row(f"{name}, host memory of Lamina", rate, "GB/s")
-            yield Row(f"{name}, share of torch's", share, "", Bound(0.97, at_least=True))
-    finally:
-        torch.cuda.synchronize(device)
-        memory.close()
+    for direction, rate in _rates(there, allocators):
+        bench.ceilings[direction] = rate
+        yield Row(f"{direction}, memory of torch's allocator", rate, "GB/s")
+    for name, file in (("Lamina", None), ("Lamina, shared", MemoryFile.create())):
+        memory = HostMemory(
+            CEILING_BYTES, file=file, pinner=pinner, node=pinner.numa_node, enter=pinner.choose
+        )
+        try:
+            memory.wait()
+            for direction, rate in _rates(there, memory.tensor):
+                share = rate / bench.ceilings[direction]
+                yield Row(f"{direction}, memory of {name}", rate, "GB/s")
+                yield Row(
+                    f"{direction}, memory of {name}, share of torch's",
+                    share,
+                    "",
+                    Bound(0.97, at_least=True),
+                )
+        finally:
+            torch.cuda.synchronize(device)
+            memory.close()
+            if file is not None:
+                file.close()
+
+
+def _rates(there: torch.Tensor, here: torch.Tensor) -> Iterator[tuple[str, float]]:
+    """GB/s of one large copy, by direction."""
+    for direction, target, source in (("H2D", there, here), ("D2H", here, there)):
+        copy = partial(target.copy_, source, non_blocking=True)
+        yield direction, gigabytes_per_second(CEILING_BYTES, copy)
 
 
 def gigabytes_per_second(size: int, copy: Callable[[], object]) -> float:

@@ -8,22 +8,23 @@ from threading import Event, Thread
 
 import torch
 
-from gpu.lab import CudaLab
+from gpu.lab import Lab
 from gpu.plan import Bench
 from gpu.report import Bound, Row
-from lamina_kv.data.movers.device import TorchDevice
 from lamina_kv.data.movers.host_memory import HostMemory
 
-SIZE = 16 << 30
+SIZE, SMALL_SIZE = 16 << 30, 16 << 20
+"""Bytes to pin, and where memory is scarce."""
+
 LONGEST_GAP = Bound(50.0)
 """Milliseconds."""
 
 
-def run(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
+def run(bench: Bench[Lab]) -> Generator[Row, None, None]:
     """See the module."""
-    device = bench.lab.device
-    pinner = TorchDevice(device)
-    small = torch.zeros(1, device=device)
+    size = SIZE if bench.lab.is_large else SMALL_SIZE
+    pinner = bench.lab.pinner()
+    small = torch.zeros(1, device=bench.lab.device)
     stop = Event()
     gaps = {"Python": 0.0, "launches": 0.0}
 
@@ -47,7 +48,7 @@ def run(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
     for watcher in watchers:
         watcher.start()
     began = time.perf_counter()
-    memory = HostMemory(SIZE, pinner=pinner, node=pinner.numa_node, enter=pinner.choose)
+    memory = HostMemory(size, pinner=pinner, node=pinner.numa_node, enter=pinner.choose)
     try:
         memory.wait()
         seconds = time.perf_counter() - began
@@ -58,8 +59,8 @@ def run(bench: Bench[CudaLab]) -> Generator[Row, None, None]:
         began = time.perf_counter()
         memory.close()
     closing = time.perf_counter() - began
-    yield Row(f"pinning {SIZE >> 30} GiB", seconds, "s")
-    yield Row("calls that pin", len(memory.pins))
+    yield Row(f"pinning {size >> 20} MiB", seconds, "s")
+    yield Row("calls that pin", float(len(memory.pins)))
     for name, gap in gaps.items():
         yield Row(f"longest gap of {name} meanwhile", gap * 1e3, "ms", LONGEST_GAP)
     yield Row("close", closing, "s")
