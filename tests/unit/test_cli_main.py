@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner, Result
 
-import lamina_kv
+import lamina_kv.config
 from lamina_kv.cli.main import app
 
 VERBS = ("demo", "doctor", "config", "inspect", "verify", "clear", "top", "push-proxy", "bench")
@@ -68,12 +68,27 @@ def test_config_explains_one_key_or_those_below_it() -> None:
     assert "there is no key hots" in unknown.output
 
 
+def test_config_prints_a_file_to_begin_with() -> None:
+    result = invoke("config", "--example")
+    assert (result.exit_code, result.output) == (0, lamina_kv.config.example())
+    assert invoke("config", "load", "--example").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "given"),
     [
         (
             ("inspect", "cold", "--config", "/etc/lamina.yaml"),
-            {"path": "cold", "config": Path("/etc/lamina.yaml"), "kv_transfer_config": None},
+            {
+                "path": "cold",
+                "config": Path("/etc/lamina.yaml"),
+                "kv_transfer_config": None,
+                "as_json": False,
+            },
+        ),
+        (
+            ("inspect", "/store", "--json"),
+            {"path": "/store", "config": None, "kv_transfer_config": None, "as_json": True},
         ),
         (
             ("verify", "/store", "--kv-transfer-config", "{}"),

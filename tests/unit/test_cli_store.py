@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,37 @@ def test_inspect_says_what_is_there(filled: Path) -> None:
     assert "192" in output  # tokens
     assert f"{3 * (OBJECT - OBJECT_HEADER_BYTES - PADDING) / KIB:.3g} KiB" in output  # of rows
     assert "0 of 10" in output  # rank 1
+
+
+def test_inspect_tells_programs_the_same(filled: Path) -> None:
+    damage(slab_of(filled), BLOCK + GROUP * USED_BYTES + HEAD_BYTES + 9)
+    tier = open_tier(filled, rank=1)
+    result = CliRunner().invoke(app, ["inspect", str(filled), "--json"])
+    tier.close()
+    assert result.exit_code == 0
+    said = json.loads(result.stdout)
+    (namespace,) = said["namespaces"]
+    assert said["place"] == str(filled)
+    assert said["bytes"] == sum(part["bytes"] for part in namespace["parts"]) > 0
+    assert namespace["namespace"] == NAMESPACE
+    assert namespace["description"] == {
+        "model": {"architectures": ["TinyForCausalLM"]},
+        "chunk_tokens": 64,
+    }
+    first, second = namespace["parts"]
+    assert (first["chunks"], first["capacity_chunks"], first["tokens"]) == (2, 10, 128)
+    assert first["kv_cache_bytes"] == 2 * (OBJECT - OBJECT_HEADER_BYTES - PADDING)
+    assert 0 < first["oldest"] <= first["newest"] <= time.time()
+    assert first["server"] is None
+    assert len(first["damage"]) == 1
+    assert (second["rank"], second["chunks"], second["oldest"]) == (1, 0, None)
+    assert second["server"] == f"pid {os.getpid()}"
+
+
+def test_a_program_that_asks_in_vain_reads_no_json(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing"), "--json"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is not there" in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify"])

@@ -16,11 +16,14 @@ from lamina_kv.config import (
     ConfigError,
     HostConfig,
     LoadConfig,
+    PushConfig,
+    example,
     format_size,
     load_config,
     table,
 )
 from lamina_kv.config.memory import memory_bytes
+from lamina_kv.config.table import rows
 from lamina_kv.tiers import KINDS, Kind
 from lamina_kv.tiers.config import SharedConfig, TierConfig
 from lamina_kv.tiers.disk.config import DiskConfig
@@ -578,3 +581,36 @@ class TestTable:
     )
     def test_format_size(self, size: int, text: str) -> None:
         assert format_size(size) == text
+
+
+class TestExample:
+    """What ``lamina-kv config --example`` prints."""
+
+    def test_as_it_stands_it_is_the_default(self, tmp_path: Path) -> None:
+        assert load_config({}, from_file(tmp_path, example())) == Config()
+
+    def test_without_its_marks_it_has_every_key_with_its_default(self, tmp_path: Path) -> None:
+        text = re.sub(r"^( *)#(?! )", r"\1", example(), flags=re.MULTILINE)
+        whole = load_config({}, from_file(tmp_path, text))
+        assert whole.model_dump(exclude={"tiers", "push"}) == Config().model_dump(
+            exclude={"tiers", "push"}
+        )
+        assert whole.push == PushConfig()
+        assert [tier.kind for tier in whole.tiers] == [*KINDS]
+        for tier in whole.tiers:
+            fields = {n: f for n, f in type(tier).model_fields.items() if not f.is_required()}
+            given = {name: getattr(tier, name) for name in fields}
+            defaults = {name: field.default for name, field in fields.items()}
+            assert given == defaults | {"kind": tier.kind, "name": tier.kind}
+        keys = {row.name.rpartition(".")[2] for row in rows()}
+        assert keys == {*re.findall(r"^ *(?:- )?(\w+):", text, re.MULTILINE)} - SECTIONS
+
+    def test_every_line_is_short_and_every_key_is_explained(self) -> None:
+        lines = example().splitlines()
+        assert max(map(len, lines)) <= 100
+        for row in rows():
+            if row.name != "tiers[].kind":
+                assert " ".join(row.meaning.split()[:4]) in example()
+
+
+SECTIONS = {"load", "save", "host", "breaker", "observe"}

@@ -28,3 +28,5 @@ TransferConfig = Annotated[
         "--kv-transfer-config", metavar="JSON", help="What vLLM is given as `--kv-transfer-config`."
     ),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]

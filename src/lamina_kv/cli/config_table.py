@@ -1,4 +1,4 @@
-"""``lamina-kv config``: every key of the configuration, or those below one."""
+"""``lamina-kv config``: every key of the configuration, or those below one; or a whole file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lamina_kv.config import table
+from lamina_kv import config
 from lamina_kv.config.table import Row, rows
+
+
+def example() -> int:
+    """Print a file with every key as a comment; returns the exit status."""
+    typer.echo(config.example(), nl=False)
+    return 0
 
 
 def show(key: str | None) -> int:
@@ -22,7 +28,7 @@ def show(key: str | None) -> int:
     """
     console = Console()
     if key is None and not console.is_terminal:
-        typer.echo(table(), nl=False)
+        typer.echo(config.table(), nl=False)
         return 0
     found = [row for row in rows() if key is None or _is_below(row, key)]
     if not found:

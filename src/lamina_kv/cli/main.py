@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lamina_kv import __version__
-from lamina_kv.cli.arguments import ConfigFile, Place, StorePlace, TransferConfig
+from lamina_kv.cli.arguments import ConfigFile, Json, Place, StorePlace, TransferConfig
 
 app = typer.Typer(
     name="lamina-kv",
@@ -133,9 +133,7 @@ def doctor(
             "the store evicts them.",
         ),
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, for programs.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Check this machine and a configuration, say what to do, and what a server will do with it.
 
@@ -153,11 +151,19 @@ def config(
         str | None,
         typer.Argument(metavar="[KEY]", help="This key, or those that begin so: load, tiers."),
     ] = None,
+    example: Annotated[
+        bool,
+        typer.Option(
+            "--example", help="Print a file for LAMINA_CONFIG instead, with all keys as comments."
+        ),
+    ] = False,
 ) -> None:
     """Print every key of the configuration: its values, its default, its meaning."""
-    from lamina_kv.cli.config_table import show
+    from lamina_kv.cli import config_table
 
-    raise typer.Exit(show(key))
+    if example and key is not None:
+        raise typer.BadParameter("the example has all keys: leave KEY out", param_hint="--example")
+    raise typer.Exit(config_table.example() if example else config_table.show(key))
 
 
 @app.command()
@@ -195,6 +201,7 @@ def inspect(
     place: StorePlace,
     config: ConfigFile = None,
     kv_transfer_config: TransferConfig = None,
+    json: Json = False,
 ) -> None:
     """Say what is in a store: size, entries, age, models.
 
@@ -202,7 +209,7 @@ def inspect(
     """
     from lamina_kv.cli import store
 
-    store.inspect(place, config=config, kv_transfer_config=kv_transfer_config)
+    store.inspect(place, config=config, kv_transfer_config=kv_transfer_config, as_json=json)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lamina_kv.cli.arguments import ConfigFile, Place, StorePlace, TransferConfig
+from lamina_kv.cli.arguments import ConfigFile, Json, Place, StorePlace, TransferConfig
 from lamina_kv.cli.configured import configured
 from lamina_kv.config import ConfigError
 from lamina_kv.quantities import duration, size_of
@@ -37,15 +37,21 @@ _DIFFERENCES = 8
 
 
 def inspect(
-    place: StorePlace, config: ConfigFile = None, kv_transfer_config: TransferConfig = None
+    place: StorePlace,
+    config: ConfigFile = None,
+    kv_transfer_config: TransferConfig = None,
+    as_json: Json = False,
 ) -> None:
     """Say what is in a store: models, size, entries, age."""
     console = Console()
     with (
-        _errors(console),
+        _errors(Console(stderr=as_json)),
         closing(open_audit(place, configured(config, kv_transfer_config).tiers)) as audit,
     ):
-        _inspect(console, audit)
+        if as_json:
+            console.out(json.dumps(_document(audit), indent=2), highlight=False)
+        else:
+            _inspect(console, audit)
 
 
 def verify(
@@ -114,10 +120,46 @@ def _inspect(console: Console, audit: Audit) -> None:
     parts = audit.parts()
     size = size_of(sum(part.taken for part in parts))
     console.print(f"{audit.place}: {size}", markup=False, soft_wrap=True)
-    namespaces = [[*found] for _, found in groupby(parts, key=lambda part: part.namespace)]
+    namespaces = _by_namespace(parts)
     said = [found[0].description for found in namespaces]
     for found, different in zip(namespaces, _differences(said), strict=True):
         _inspect_namespace(console, found, different)
+
+
+def _by_namespace(parts: list[Part]) -> list[list[Part]]:
+    return [[*found] for _, found in groupby(parts, key=lambda part: part.namespace)]
+
+
+def _document(audit: Audit) -> dict[str, object]:
+    """What :func:`_inspect` says, for a program. What cannot be told is null; sizes are bytes and
+    moments seconds since the epoch."""
+    parts = audit.parts()
+    return {
+        "place": audit.place,
+        "bytes": sum(part.taken for part in parts),
+        "namespaces": [
+            {
+                "namespace": found[0].namespace,
+                "description": {name: _parsed(text) for name, text in found[0].description.items()},
+                "parts": [
+                    {
+                        "rank": part.shard,
+                        "chunks": part.chunks,
+                        "capacity_chunks": part.slots or None,
+                        "tokens": _tokens(part),
+                        "kv_cache_bytes": part.row_bytes,
+                        "bytes": part.taken,
+                        "oldest": part.oldest or None,
+                        "newest": part.newest or None,
+                        "server": part.user or None,
+                        "damage": part.damage,
+                    }
+                    for part in found
+                ],
+            }
+            for found in _by_namespace(parts)
+        ],
+    }
 
 
 def _inspect_namespace(console: Console, parts: list[Part], different: str) -> None:
@@ -158,9 +200,8 @@ def _verify_all(console: Console, audit: Audit) -> list[str]:
 
 
 def _chunks(part: Part) -> str:
-    if part.chunks is None:
-        return "?"
-    return f"{part.chunks} of {part.slots}" if part.slots else str(part.chunks)
+    chunks = _or_unknown(part.chunks)
+    return f"{chunks} of {part.slots}" if part.slots and part.chunks is not None else chunks
 
 
 def _model(said: Mapping[str, str]) -> str:
@@ -199,8 +240,7 @@ def _flat(description: Mapping[str, object], prefix: str = "") -> dict[str, str]
     for name, value in description.items():
         inner = value
         if not prefix and isinstance(value, str):
-            with suppress(ValueError, RecursionError):
-                inner = json.loads(value)
+            inner = _parsed(value)
         if isinstance(inner, dict):
             nested |= _flat(inner, f"{prefix}{name}.")
         else:
@@ -208,9 +248,22 @@ def _flat(description: Mapping[str, object], prefix: str = "") -> dict[str, str]
     return plain | nested
 
 
-def _tokens(part: Part) -> str:
+def _parsed(text: str) -> object:
+    """A field of a description: what its JSON says, or the text if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _tokens(part: Part) -> int | None:
+    """Tokens of a part's chunks; None if that cannot be told."""
     tokens = part.description.get("chunk_tokens", "")
-    return str(part.chunks * int(tokens)) if part.chunks is not None and tokens.isdecimal() else "?"
+    return part.chunks * int(tokens) if part.chunks is not None and tokens.isdecimal() else None
+
+
+def _or_unknown(number: int | None) -> str:
+    return "?" if number is None else str(number)
 
 
 def _age(moment: float) -> str:
@@ -221,7 +274,7 @@ def _age(moment: float) -> str:
 _COLUMNS: tuple[tuple[str, Callable[[Part], str]], ...] = (
     ("rank", lambda part: str(part.shard)),
     ("chunks", _chunks),
-    ("tokens", _tokens),
+    ("tokens", lambda part: _or_unknown(_tokens(part))),
     ("KV cache", lambda part: "" if part.row_bytes is None else size_of(part.row_bytes)),
     ("stored", lambda part: size_of(part.taken)),
     ("oldest", lambda part: _age(part.oldest)),

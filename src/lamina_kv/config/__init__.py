@@ -1,9 +1,11 @@
 """What the operator may decide: one validated tree, from vLLM's extra config and one YAML file.
 
-:func:`load_config` builds a :class:`Config`; :func:`table` documents it. A mistake is one
-:class:`ConfigError` at the start that names every wrong key and says what would be right.
+:func:`load_config` builds a :class:`Config`; :func:`table` and :func:`example` document it. A
+mistake is one :class:`ConfigError` at the start that names every wrong key and says what would be
+right.
 """
 
+from lamina_kv.config.example import example
 from lamina_kv.config.sources import CONFIG_VARIABLE, ConfigError, load_config
 from lamina_kv.config.table import table
 from lamina_kv.config.tree import (
@@ -27,6 +29,7 @@ __all__ = [
     "ObserveConfig",
     "PushConfig",
     "SaveConfig",
+    "example",
     "format_size",
     "load_config",
     "table",

@@ -56,7 +56,8 @@ def _rows(section: type[Section], prefix: str) -> Iterator[Row]:
                 yield Row(f"`{prefix}{name}`", words, "`null`", field.description)
             yield from _rows(inner, f"{prefix}{name}.")
         elif section is Config and name == "tiers":
-            yield Row("`tiers`", TIERS_WORDS, "`[]`", field.description or "")
+            below = "Every entry has the keys below; those that only one kind has name it."
+            yield Row("`tiers`", TIERS_WORDS, "`[]`", f"{field.description} {below}")
             yield from _tier_rows()
         else:
             yield _row(f"`{prefix}{name}`", field)

@@ -301,8 +301,7 @@ class Config(Section):
         default=(),
         strict=False,  # a list will do
         description="The far tiers, in order of preference. Chunks are copied from host memory to "
-        "each of them, and back from the first one that has them. Every entry has the keys "
-        "below; those that only one kind has name it.",
+        "each of them, and back from the first one that has them.",
     )
     breaker: BreakerConfig = BreakerConfig()
     push: PushConfig | None = Field(

@@ -16,6 +16,7 @@ class DirectoryConfig(SharedConfig):
 
     kind: Annotated[Literal["directory"], choice("directory")] = "directory"
     path: Annotated[Path, ABSOLUTE_PATH] = Field(
+        examples=["/mnt/shared/lamina"],
         description="The shared directory: one in a mount that all machines have, not the mount "
         "itself. Made if its parent is there. `lamina-kv sweep` frees its space; engines delete "
         "nothing.",

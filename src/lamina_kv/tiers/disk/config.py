@@ -16,10 +16,12 @@ class DiskConfig(TierConfig):
 
     kind: Annotated[Literal["disk"], choice("disk")] = "disk"
     path: Annotated[Path, ABSOLUTE_PATH] = Field(
+        examples=["/var/lib/lamina"],
         description="Directory of the store. Made if it is not there; used by one server at a "
         "time.",
     )
     capacity: Annotated[int, SIZE] = Field(
+        examples=["100GiB"],
         description="Bytes of disk that each rank keeps chunks in; reserved at the start, where "
         "the file system can.",
     )

@@ -29,7 +29,7 @@ class MooncakeConfig(SharedConfig):
 
     kind: Annotated[Literal["mooncake"], choice("mooncake")] = "mooncake"
     master: Annotated[str, MASTER] = Field(
-        description="Where the master answers, `mooncake_master`."
+        examples=["10.0.0.1:50051"], description="Where the master answers, `mooncake_master`."
     )
     metadata: Annotated[str, TEXT] = Field(
         default="P2PHANDSHAKE",

@@ -102,6 +102,7 @@ class S3Config(SharedConfig):
 
     kind: Annotated[Literal["s3"], choice("s3")] = "s3"
     url: Annotated[str, URL] = Field(
+        examples=["s3://bucket/prefix"],
         description="Bucket, and what the names of all objects in it begin with. Credentials come "
         "from the environment or from the machine's role, never from here.",
     )

@@ -20,6 +20,7 @@ class ValkeyConfig(SharedConfig):
     kind: Annotated[Literal["valkey"], choice("valkey")] = "valkey"
     url: Annotated[Address, URL] = Field(
         repr=False,
+        examples=["valkey://cache.internal:6379"],
         description="The server. `valkeys://` and `rediss://` are encrypted. A password in it is "
         "seen by whoever sees the configuration: prefer `password_file` or `password_env`.",
     )
