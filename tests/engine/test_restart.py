@@ -73,6 +73,25 @@ def test_answers_from_the_disk_of_an_earlier_process(
     engine.close()
 
 
+@pytest.mark.slow
+def test_a_disk_of_another_size(llama: Path, fleet: Fleet, start: Start, tmp_path: Path) -> None:
+    """Smaller, what lies behind its new end is computed; larger again, the rest is still found."""
+    asks = [Ask(prompt(40 + n, 4 * CHUNK + 20)) for n in range(4)]
+    expected = fleet.answers(EngineSpec(llama), asks)
+    hits = []
+    for capacity, keep in (("32MiB", "all"), ("1MiB", "nothing"), ("64MiB", "nothing")):
+        lamina = on_disk(tmp_path / "store", when="always")
+        (disk,) = lamina["tiers"]  # type: ignore[misc]
+        disk |= {"capacity": capacity, "keep": keep}
+        engine = start(EngineSpec(llama, lamina))
+        assert not differences(engine.generate(asks), expected)
+        hits.append(int(engine.metrics().total("lamina_hit_tokens_total", tier="disk")))
+        engine.close()
+    assert hits[0] == 0
+    assert 0 < hits[1] < sum(loadable(len(ask.tokens)) for ask in asks)
+    assert hits[2] == hits[1]
+
+
 def has_come_near(engine: Engine) -> bool:
     """Whether what a waiting request needs was brought from disk to memory."""
     metrics = engine.metrics()

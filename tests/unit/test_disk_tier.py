@@ -299,9 +299,14 @@ def test_another_capacity_keeps_what_fits(
     chunks = {slot: 1 + slot for slot in range(SLOTS)}
     put(store, chunks)
     store.close()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         store = open_disk(tmp_path, slots)
     kept = {slot: n for slot, n in chunks.items() if slot < slots}
+    said = f"has room for {slots} chunks now and had for {SLOTS}: {len(kept)} chunks are kept"
+    assert said in caplog.text
+    assert f"and {SLOTS - len(kept)} that lay behind the new end are given up" in caplog.text
+    assert "WARNING" not in caplog.text
+    caplog.clear()
     assert held(store) == {slot: key(n) for slot, n in kept.items()}
     assert all(sound(store, kept).values())
     put(store, {slots - 1: 99})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
+
+import numpy as np
 
 from lamina_kv.tiers.disk.config import DiskConfig
 from lamina_kv.tiers.disk.data import Slab, allocate, read_label
@@ -44,6 +46,7 @@ def open_slab(
         )
         os.truncate(path, 0)
         before = None
+    given_up = 0 if before is None else _behind(path, before, layout)
     slab = Slab(path, layout, None if config.direct == "auto" else config.direct)
     opened.callback(slab.close)
     heads = Heads(slab)
@@ -67,6 +70,17 @@ def open_slab(
     slab.write_label()
     heads.write()
     slab.sync()
+    if before is not None and before.slots != layout.slots:
+        log.info(
+            "tier %s: %s has room for %d chunks now and had for %d: %d chunks are kept, and %d "
+            "that lay behind the new end are given up",
+            config.name,
+            path,
+            layout.slots,
+            before.slots,
+            len(heads),
+            given_up,
+        )
     if was_cut or heads.damaged:
         log.warning(
             "tier %s: %s %s: %d chunks are known to be lost, what is left serves",
@@ -76,3 +90,12 @@ def open_slab(
             heads.lost + heads.damaged,
         )
     return slab, heads
+
+
+def _behind(path: Path, before: Layout, layout: Layout) -> int:
+    """Chunks in a slab that lie behind its new end."""
+    if layout.slots >= before.slots:
+        return 0
+    with closing(Slab(path, before, direct=False, writable=False)) as slab:
+        slots = Heads(slab).stored(keys=False).slots
+    return int(np.count_nonzero(slots >= layout.slots))
