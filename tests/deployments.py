@@ -19,6 +19,7 @@ from lamina_kv.config import Config, load_config
 KUBERNETES = ROOT / "deploy/kubernetes"
 MANIFESTS = ("one-server.yaml", "prefill-decode.yaml", "shared-store.yaml")
 VALUES = KUBERNETES / "production-stack-values.yaml"
+COMPOSITION = ROOT / "deploy/docker/compose.yaml"
 UNIT = ROOT / "deploy/systemd/lamina-vllm.service"
 PAGE = "docs/deploying.md"
 
@@ -97,6 +98,8 @@ def servers() -> Iterator[Started]:
             yield Started(f"{name}: {workload}", words, given)
     for model in yaml.safe_load(VALUES.read_text())["servingEngineSpec"]["modelSpec"]:
         yield Started(VALUES.name, [model["modelURL"], *model["vllmConfig"]["extraArgs"]])
+    composed = yaml.safe_load(COMPOSITION.read_text())["services"]["vllm"]
+    yield Started(COMPOSITION.name, composed["command"])
     for words in commands(PAGE, "docker run"):
         image = next(index for index, word in enumerate(words) if word.startswith("lamina-vllm:"))
         yield Started(f"{PAGE}: docker run", words[image + 1 :])

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 import lamina_kv
 from deployments import (
+    COMPOSITION,
     KUBERNETES,
     MANIFESTS,
     PAGE,
@@ -202,6 +204,9 @@ def _surroundings(started: Started) -> Surroundings:
         (docker,) = commands(PAGE, "docker run")
         mounted = [docker[index + 1] for index, word in enumerate(docker) if word == "-v"]
         return Surroundings(None, {Path(each.partition(":")[2]): None for each in mounted})
+    if name == COMPOSITION.name:
+        mounted = yaml.safe_load(COMPOSITION.read_text())["services"]["vllm"]["volumes"]
+        return Surroundings(None, {Path(each.partition(":")[2]): None for each in mounted})
     if name == VALUES.name:
         (model,) = yaml.safe_load(VALUES.read_text())["servingEngineSpec"]["modelSpec"]
         return _found_in(
@@ -354,6 +359,36 @@ def test_the_image_is_of_a_version_that_is_supported() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
+def test_the_composition() -> None:
+    """What it mounts is there and is what the pages name, and Prometheus scrapes the server."""
+    document = yaml.safe_load(COMPOSITION.read_text())
+    services = document["services"]
+    for service in services.values():
+        for mount in service.get("volumes", []):
+            source = mount.partition(":")[0]
+            known = source in document["volumes"] or (COMPOSITION.parent / source).exists()
+            assert known, source
+        assert ":" in service["image"]
+        assert not service["image"].endswith(":latest")
+    assert services["vllm"]["image"] in DOCKERFILE.read_text()
+    (source,) = services["prometheus"]["configs"]
+    scraping = yaml.safe_load(document["configs"][source["source"]]["content"])
+    (job,) = scraping["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["vllm:8000"]}]
+    assert scraping["rule_files"] == ["lamina.rules.yml"]
+    mounted = {each.split(":")[1] for each in services["grafana"]["volumes"]}
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    (provider,) = yaml.safe_load((provisioning / "dashboards/lamina.yml").read_text())["providers"]
+    assert f"{provider['options']['path']}/lamina.json" in mounted
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert urlsplit(source["url"]).hostname in services
+    grace = int(services["vllm"]["stop_grace_period"].removesuffix("s"))
+    (draining,) = (w for w in services["vllm"]["command"] if w.startswith("--shutdown-timeout="))
+    assert grace > int(draining.partition("=")[2])
+
+
 def test_the_unit(tmp_path: Path) -> None:
     """systemd has nothing to say of it, and waits longer than the server takes to end."""
     settings = unit()
@@ -363,7 +398,7 @@ def test_the_unit(tmp_path: Path) -> None:
     if (analyze := shutil.which("systemd-analyze")) is None:
         return
     copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace("/opt/lamina/bin/vllm", "/bin/true"))
+    copy.write_text(re.sub(r"/opt/lamina/bin/[\w-]+", "/bin/true", UNIT.read_text()))
     done = subprocess.run(
         [analyze, "verify", "--man=no", copy], capture_output=True, text=True, check=False
     )
