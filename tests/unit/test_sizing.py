@@ -31,6 +31,18 @@ def test_the_example_is_what_its_script_prints() -> None:
     assert printed.stdout == (ROOT / TRACE).read_bytes()
 
 
+def test_the_sizes_of_models_are_what_the_formula_says() -> None:
+    page = (ROOT / PAGE).read_text()
+    shape = r"^\| .*?: (\d+) layers, (?:(\d+) KV heads of (\d+)|MLA of (\d+) \+ (\d+)) \|"
+    found = re.findall(shape + r" ([\d.]+) KiB \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert len(found) > 10
+    for layers, heads, size, rank, rope, kib, tokens in found:
+        row = 2 * int(heads) * int(size) if heads else int(rank) + int(rope)
+        token = 2 * int(layers) * row
+        assert float(kib) == pytest.approx(token / 1024, abs=0.05)
+        assert int(tokens.replace(",", "")) == pytest.approx((100 << 30) / token, abs=500)
+
+
 def test_there_is_a_call_with_one_tier_and_one_with_two() -> None:
     assert ["--far" in words for words in CALLS] == [False, True]
 
