@@ -110,7 +110,8 @@ clean: ## remove the environment, the demo's model and every cache
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-.venv/installed-tests: .venv/installed requirements/test-extra.txt
-	@echo "installing what only tests need, about 360 MB to download ..."
+.venv/installed-tests: .venv/installed requirements/test-extra.txt requirements/prometheus
+	@echo "installing what only tests need, about 380 MB to download ..."
 	@$(INSTALL) --requirements requirements/test-extra.txt
+	@requirements/prometheus
 	@touch $@

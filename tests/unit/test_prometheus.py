@@ -10,8 +10,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from lamina_kv.observe.metrics import METRICS, MetricKind
 from lamina_kv.push.proxy.engines import Engine, Role
 from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
+from prometheus_server import Prometheus, program
 from promql import Node, PromqlError, parse
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -129,9 +134,8 @@ def scrapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def published(scrapes: tuple[str, str]) -> Published:
-    found = Published()
-    found.add(scrapes[1])
+def pages(scrapes: tuple[str, str]) -> list[str]:
+    """Of an engine, and of a proxy."""
     prefill = PrefillAddress("http://10.0.0.1:8000", "10.0.0.1:9300")
     settings = Settings(prefill=(prefill,), decode=("http://10.0.0.2:8000",))
     engine = Engine(Role.PREFILL, prefill.url, prefill.push, settings)
@@ -139,7 +143,14 @@ def published(scrapes: tuple[str, str]) -> Published:
     proxy.requests.labels("completions", "200").inc()
     proxy.exchange(engine, Outcome.ANSWERED)
     proxy.unpushed(Unpushed.REQUEST)
-    found.add(proxy.render().decode())
+    return [scrapes[1], proxy.render().decode()]
+
+
+@pytest.fixture(scope="module")
+def published(pages: list[str]) -> Published:
+    found = Published()
+    for page in pages:
+        found.add(page)
     return found
 
 
@@ -289,3 +300,224 @@ def test_what_is_provisioned_is_yaml() -> None:
     for folder in ("grafana", "prometheus"):
         for file in (DEPLOY / folder).rglob("*.yml"):
             assert yaml.safe_load(file.read_text()), file
+
+
+# -- the same by Prometheus itself -------------------------------------------------------------
+
+GRAFANAS = {
+    **dict.fromkeys(("$model", "$instance", "$engine", "$proxy"), ".*"),
+    "$__rate_interval": "1m",
+    "$__range": "1h",
+}
+"""What Grafana puts in the place of its variables."""
+
+NOTHING_YET = {"Failures"}
+"""Panels that are empty as long as nothing fails."""
+
+
+@contextmanager
+def served(pages: list[str]) -> Iterator[list[str]]:
+    """Addresses of servers whose ``/metrics`` are these pages."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(self.server.page)  # type: ignore[attr-defined]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ExitStack() as stack:
+        addresses = []
+        for page in pages:
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            server.page = page.encode()  # type: ignore[attr-defined]
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            addresses.append(f"127.0.0.1:{server.server_port}")
+        yield addresses
+
+
+@pytest.fixture(scope="module")
+def prometheus(pages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """One that has scraped two engines and a proxy, twice each."""
+    if program("prometheus") is None:
+        pytest.skip("no Prometheus is here (requirements/prometheus)")
+    folder = tmp_path_factory.mktemp("prometheus")
+    rules = DEPLOY / "prometheus/lamina.rules.yml"
+    with served([pages[0], *pages]) as targets, Prometheus(targets, folder, rules) as asked:
+        due = time.monotonic() + 60
+        while len(asked.now("count_over_time(up[1m]) > 2")) < len(targets):
+            assert time.monotonic() < due, "nothing was scraped"
+            time.sleep(0.2)
+        yield asked
+
+
+@pytest.mark.parametrize(("name", "query"), [*dashboard_queries()])
+def test_prometheus_answers_what_a_panel_asks(
+    name: str, query: str, prometheus: Prometheus
+) -> None:
+    for variable, value in GRAFANAS.items():
+        query = query.replace(variable, value)
+    assert "$" not in query
+    found = prometheus.now(query)
+    assert bool(found) == (name not in NOTHING_YET)
+
+
+def test_prometheus_evaluates_every_alert(prometheus: Prometheus) -> None:
+    def health() -> dict[str, str]:
+        (first, *more) = prometheus.ask("rules")["groups"]
+        return {r["name"]: r["health"] for group in (first, *more) for r in group["rules"]}
+
+    due = time.monotonic() + 60
+    while "unknown" in health().values() and time.monotonic() < due:
+        time.sleep(0.2)
+    assert health() == {rule["alert"]: "ok" for rule in rules()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """When an alert fires.
+
+    Attributes:
+        after: when it is looked at, as Prometheus writes it.
+        bad: series that make it fire, in promtool's notation, without the labels of an engine.
+        good: as many that do not, and are close to it.
+        labels: of the alert, beside those of an engine.
+        interval: of the series.
+    """
+
+    after: str
+    bad: dict[str, str]
+    good: dict[str, str]
+    labels: dict[str, str] = field(default_factory=dict)
+    interval: str = "1m"
+
+
+OF_AN_ENGINE = {"instance": "a:8000", "model_name": "llama", "engine": "0"}
+DISK = {"tier": "disk"}
+FAILS = 'failures_total{tier="disk", kind="fetch_late"}'
+USED = 'tier_in_use{tier="disk", direction="fetch"}'
+UNWRITTEN = 'writes_skipped_total{tier="disk", reason="evicted"}'
+WRITTEN = 'write_seconds_count{tier="disk"}'
+COMPUTED = 'loads_skipped_total{reason="slower_than_computing"}'
+STUCK = 'push_blocks{state="quarantined"}'
+RECEIVED, GIVEN_UP = (f'pushes_total{{outcome="{word}"}}' for word in ("received", "given_up"))
+CASES = {
+    "LaminaTierOutOfUse": Case(
+        "12m", {USED: "0x20"}, {USED: "0x8 1 0x20"}, {**DISK, "direction": "fetch"}
+    ),
+    "LaminaStoredDataDamaged": Case(
+        "10m",
+        {'failures_total{tier="disk", kind="fetch_corrupt"}': "0 0 1x20"},
+        {'failures_total{tier="disk", kind="fetch_corrupt"}': "7x20"},
+        DISK,
+    ),
+    "LaminaTransfersFail": Case(
+        "35m", {FAILS: "0+6x60", USED: "1x60"}, {FAILS: "0+2x60", USED: "1x60"}, DISK
+    ),
+    "LaminaTierTooSlowToWrite": Case(
+        "65m",
+        {UNWRITTEN: "0+30x90", WRITTEN: "0+100x90"},
+        {UNWRITTEN: "0+10x90", WRITTEN: "0+100x90"},
+        DISK,
+    ),
+    "LaminaTierTooSlowToLoad": Case(
+        "65m",
+        {COMPUTED: "0+60x90", "lookups_total": "0+100x90"},
+        {COMPUTED: "0+40x90", "lookups_total": "0+100x90"},
+    ),
+    "LaminaModelWaits": Case("35m", {"wait_seconds_sum": "0+9x60"}, {"wait_seconds_sum": "0+3x60"}),
+    "LaminaHitRateFell": Case(
+        "26h30m",
+        {
+            'hit_tokens_total{tier="host"}': "0+50x288 14405+5x42",
+            "lookup_tokens_total": "0+100x330",
+        },
+        {
+            'hit_tokens_total{tier="host"}': "0+50x288 14420+20x42",
+            "lookup_tokens_total": "0+100x330",
+        },
+        interval="5m",
+    ),
+    "LaminaPushPeerOutOfUse": Case(
+        "7m",
+        {'push_peer_in_use{peer="10.0.0.1:9300"}': "0x20"},
+        {'push_peer_in_use{peer="10.0.0.1:9300"}': "1 1 1 1 0x20"},
+        {"peer": "10.0.0.1:9300"},
+    ),
+    "LaminaPushBlocksStuck": Case(
+        "20m", {STUCK: "4x30"}, {STUCK: "4x10 0 4x20"}, {"state": "quarantined"}
+    ),
+    "LaminaPushesFail": Case(
+        "35m",
+        {
+            'pushes_given_up_total{reason="deadline"}': "0+20x60",
+            RECEIVED: "0+80x60",
+            GIVEN_UP: "0+20x60",
+        },
+        {
+            'pushes_given_up_total{reason="cancelled"}': "0+20x60",
+            RECEIVED: "0+80x60",
+            GIVEN_UP: "0+20x60",
+        },
+    ),
+    "LaminaProxyEngineUnusable": Case(
+        "7m",
+        {'proxy_engine_usable{role="decode"}': "0x20"},
+        {'proxy_engine_usable{role="decode"}': "0 0 0 1 0x20"},
+        {"role": "decode"},
+    ),
+}
+
+
+def as_promtool_has_it(alert: str, case: Case, *, bad: bool) -> dict[str, Any]:
+    (rule,) = (rule for rule in rules() if rule["alert"] == alert)
+    own = ", ".join(f'{name}="{value}"' for name, value in OF_AN_ENGINE.items())
+    series = []
+    for said, values in (case.bad if bad else case.good).items():
+        name, _, labels = said.rstrip("}").partition("{")
+        labels = f"{own}, {labels}" if labels else own
+        series.append({"series": f"lamina_{name}{{{labels}}}", "values": values})
+    kept = {*case.labels, *re.findall(r"instance|model_name|engine(?=[,)])", rule["expr"])}
+    if alert == "LaminaPushBlocksStuck":  # not aggregated
+        kept |= OF_AN_ENGINE.keys()
+    labels = {k: v for k, v in {**OF_AN_ENGINE, **case.labels}.items() if k in kept}
+    texts = {
+        name: re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda m: labels[m[1]], text)
+        for name, text in rule["annotations"].items()
+    }
+    fired = {"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": texts}
+    return {
+        "interval": case.interval,
+        "input_series": series,
+        "alert_rule_test": [
+            {"eval_time": case.after, "alertname": alert, "exp_alerts": [fired] if bad else []}
+        ],
+    }
+
+
+def test_every_alert_has_a_case() -> None:
+    assert [*CASES] == [rule["alert"] for rule in rules()]
+
+
+@pytest.mark.parametrize("bad", [True, False], ids=["fires", "quiet"])
+@pytest.mark.parametrize("alert", CASES)
+def test_an_alert_fires_when_it_should_and_not_before(
+    alert: str, bad: bool, tmp_path: Path
+) -> None:
+    tool = program("promtool")
+    if tool is None:
+        pytest.skip("no promtool is here (requirements/prometheus)")
+    file = tmp_path / "cases.yml"
+    document = {
+        "rule_files": [str(DEPLOY / "prometheus/lamina.rules.yml")],
+        "evaluation_interval": "1m",
+        "tests": [as_promtool_has_it(alert, CASES[alert], bad=bad)],
+    }
+    file.write_text(json.dumps(document))  # JSON is YAML
+    command = [str(tool), "test", "rules", str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
