@@ -52,7 +52,7 @@ class KubernetesApi:
         (account / "token").write_text("pod-token\n")
         (account / "namespace").write_text("serving")
         self._running = Running(self, lifespan=False)
-        self.api = Api(self._running.url, account, pause=0.1)
+        self.api = Api(self._running.url, account, rest=0.01)
 
     def __enter__(self) -> KubernetesApi:
         return self

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from documented import blocks
-from lamina_kv.push.proxy.discovery import watch
 from lamina_kv.push.proxy.discovery.kubernetes import Api, KubernetesService, PodPort
 from lamina_kv.push.proxy.discovery.listing import read_listing
 from lamina_kv.push.proxy.discovery.names import Names
-from lamina_kv.push.proxy.discovery.places import Found, Place, Source
-from lamina_kv.push.proxy.discovery.watch import Discovery
+from lamina_kv.push.proxy.discovery.places import Found, Place, Source, SourceError
+from lamina_kv.push.proxy.discovery.watch import Discovery, follow
 from lamina_kv.push.proxy.engines import Role
 from lamina_kv.push.proxy.settings import SettingsError
 from push_proxy.kubernetes import KubernetesApi, endpoint_slice
@@ -54,7 +53,7 @@ class Seen:
 @asynccontextmanager
 async def watching(source: Source) -> AsyncIterator[Seen]:
     seen = Seen()
-    task = asyncio.create_task(source.watch(seen))
+    task = asyncio.create_task(follow(source, seen, 0.02))
     try:
         yield seen
         assert not task.done(), task.result()
@@ -222,7 +221,6 @@ def test_what_fails_unforeseen_is_said_and_tried_again(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Names, "watch", look)
-    monkeypatch.setattr(watch, "_PAUSE", 0.01)
 
     async def scenario() -> None:
         seen = Seen()
@@ -232,7 +230,7 @@ def test_what_fails_unforeseen_is_said_and_tried_again(
                 raise RuntimeError("an odd place")
             seen(places)
 
-        running = asyncio.create_task(Discovery(file, 0.02).run(found))
+        running = asyncio.create_task(Discovery(file, 0.02, pause=0.01).run(found))
         await seen.urls("http://a", "http://b")
         running.cancel()
         await asyncio.wait({running})
@@ -277,6 +275,52 @@ def test_engines_stay_until_the_source_that_replaces_theirs_has_said_something(
         await asyncio.wait({running})
 
     asyncio.run(scenario())
+
+
+class Moody:
+    """A source in which something else is wrong each time."""
+
+    role = Role.DECODE
+
+    def __init__(self, *moods: Exception | None) -> None:
+        self._moods = iter(moods)
+        self.over = asyncio.Event()
+
+    async def watch(self, found: Found) -> None:
+        for mood in self._moods:
+            if mood is not None:
+                raise mood
+            found(())
+        self.over.set()
+        await asyncio.Event().wait()
+
+
+def test_what_is_wrong_with_a_source_is_said_when_it_is_news(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    moods = (
+        *(SourceError("one is gone"), SourceError("one is gone"), SourceError("two is gone")),
+        *(IndexError("odd"), IndexError("odd"), SourceError("two is gone")),
+        *(None, SourceError("two is gone")),
+    )
+
+    async def scenario() -> None:
+        source = Moody(*moods)
+        task = asyncio.create_task(follow(source, lambda _: None, 0.0))
+        async with asyncio.timeout(PATIENCE):
+            await source.over.wait()
+        task.cancel()
+
+    asyncio.run(scenario())
+    said = [record.getMessage() for record in caplog.records]
+    assert [next(word for word in ("one", "two", "begins anew") if word in s) for s in said] == [
+        "one",
+        "two",
+        "begins anew",
+        "two",
+        "two",
+    ]
+    assert said[0] == "decode engines: one is gone. Those that are known stay"
 
 
 # -- DNS ---------------------------------------------------------------------------------------
@@ -448,7 +492,7 @@ def test_outside_of_a_pod_it_is_said_what_is_missing(
 ) -> None:
     async def scenario() -> None:
         source = KubernetesService(
-            Role.DECODE, "lamina-decode", "serving", PodPort(8000), Api(url, tmp_path, pause=0.01)
+            Role.DECODE, "lamina-decode", "serving", PodPort(8000), Api(url, tmp_path)
         )
         async with watching(source), asyncio.timeout(PATIENCE):
             while not caplog.records:

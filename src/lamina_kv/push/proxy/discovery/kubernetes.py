@@ -7,7 +7,6 @@ The pod needs a service account that may get, list and watch ``endpointslices`` 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -19,15 +18,13 @@ import httpx
 import msgspec
 
 from lamina_kv.push.addresses import join_address
-from lamina_kv.push.proxy.discovery.places import Found, Place
+from lamina_kv.push.proxy.discovery.places import Found, Place, SourceError
 from lamina_kv.push.proxy.engines import Role
-
-log = logging.getLogger("lamina_kv.push.proxy")
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where Kubernetes puts the token, the namespace and the authority's certificate of a pod."""
-PAUSE = 5.0
-"""Seconds before the API is asked again when it could not be; a tenth of it when it could."""
+REST = 0.5
+"""Seconds from the end of a watch until the slices are listed anew."""
 _WATCH_SECONDS = 300
 """How long the API is to keep one watch; then the slices are listed anew."""
 _SILENCE = 30.0
@@ -86,12 +83,12 @@ class Api:
     Attributes:
         url: of its server; empty outside of a cluster.
         account: folder of the service account.
-        pause: seconds before it is asked again when it could not be.
+        rest: seconds from the end of a watch until the slices are listed anew.
     """
 
     url: str
     account: Path = ACCOUNT
-    pause: float = PAUSE
+    rest: float = REST
 
     @classmethod
     def of_this_pod(cls) -> Api:
@@ -148,26 +145,16 @@ class KubernetesService:
     async def watch(self, found: Found) -> None:
         """See :class:`Source`. A pod that is terminating is drained; one that is not ready, or not
         in the Service any more, is not known."""
-        said = ""
-        while True:
-            try:
+        try:
+            while True:
                 namespace = self.namespace or self.api.read("namespace")
                 async with self._client() as client:
                     async for slices in self._slices(client, namespace):
-                        said = ""
                         found(tuple(self._places(slices, namespace)))
-                await asyncio.sleep(self.api.pause / 10)
-            except _FAILURES as error:
-                reason = f"{type(error).__name__} {error}".lstrip("_").rstrip()
-                if reason != said:
-                    log.warning(
-                        "%s engines: Service %s: %s. Those that are known stay",
-                        self.role.value,
-                        self.service,
-                        reason,
-                    )
-                said = reason
-                await asyncio.sleep(self.api.pause)
+                await asyncio.sleep(self.api.rest)
+        except _FAILURES as error:
+            reason = f"{type(error).__name__} {error}".lstrip("_").rstrip()
+            raise SourceError(f"Service {self.service}: {reason}") from error
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[httpx.AsyncClient]:

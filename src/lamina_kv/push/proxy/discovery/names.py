@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from dataclasses import dataclass
 
 from lamina_kv.push.addresses import join_address
-from lamina_kv.push.proxy.discovery.places import Found, Place, one_family
+from lamina_kv.push.proxy.discovery.places import Found, Place, SourceError, one_family
 from lamina_kv.push.proxy.engines import Role
-
-log = logging.getLogger("lamina_kv.push.proxy")
 
 INTERVAL = 5.0
 """Seconds between two questions: what resolvers keep names of pods for."""
@@ -43,23 +40,13 @@ class Names:
     async def watch(self, found: Found) -> None:
         """See :class:`Source`. A name that has no address any more, or cannot be looked up, keeps
         the ones that it had: health checks tell which of them still serve."""
-        said = ""
         while True:
             try:
                 places = await self._look_up()
             except (OSError, UnicodeError, TimeoutError) as error:
                 reason = str(error) or "no answer"
-                if reason != said:
-                    log.warning(
-                        "%s engines: %s cannot be looked up: %s. Those that are known stay",
-                        self.role.value,
-                        self.host,
-                        reason,
-                    )
-                said = reason
-            else:
-                said = ""
-                found(places)
+                raise SourceError(f"{self.host} cannot be looked up: {reason}") from error
+            found(places)
             await asyncio.sleep(self.interval)
 
     async def _look_up(self) -> tuple[Place, ...]:

@@ -32,6 +32,10 @@ Found = Callable[[tuple[Place, ...]], None]
 """Called with all places that a source knows now."""
 
 
+class SourceError(Exception):
+    """A source cannot be asked. Says which, and why."""
+
+
 class Source(Protocol):
     """Finds engines. Equal sources find the same ones."""
 
@@ -41,7 +45,11 @@ class Source(Protocol):
 
     async def watch(self, found: Found) -> None:
         """Report all places as soon as they are known, and whenever they change, until cancelled.
-        What is known stays known while the source cannot be asked."""
+
+        Raises:
+            SourceError: if it cannot be asked. What is known stays known, and it is begun anew:
+                see :func:`~lamina_kv.push.proxy.discovery.watch.follow`.
+        """
 
 
 def one_family(hosts: Iterable[str]) -> list[str]:

@@ -7,14 +7,30 @@ import logging
 from pathlib import Path
 
 from lamina_kv.push.proxy.discovery.listing import Listing, read_listing
-from lamina_kv.push.proxy.discovery.places import Found, Place, Source
+from lamina_kv.push.proxy.discovery.places import Found, Place, Source, SourceError
 from lamina_kv.push.proxy.settings import SettingsError
 
 log = logging.getLogger("lamina_kv.push.proxy")
 
 _SETTLE_SECONDS = 0.1
-_PAUSE = 5.0
-"""Seconds before a source is watched again whose watch has ended by an error."""
+PAUSE = 5.0
+"""Seconds before a source is asked again that could not be asked."""
+
+
+class _Last:
+    """What was said last, which is not said again as long as it stays so."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def is_news(self, text: str) -> bool:
+        """Whether a text is another one than the last; from now on it is the last."""
+        news, self._said = text != self._said, text
+        return news
+
+    def clear(self) -> None:
+        """All is well: whatever is wrong next is news."""
+        self._said = ""
 
 
 class Discovery:
@@ -24,6 +40,7 @@ class Discovery:
         file: of ``--engines``.
         interval: seconds between two looks at it. It is read as a whole and not watched: a mounted
             ConfigMap is replaced by a link, which no watch of a file sees.
+        pause: seconds before a source is asked again that could not be asked.
 
     Attributes:
         settled: set when every source has said something.
@@ -32,16 +49,17 @@ class Discovery:
         SettingsError: if the file cannot be used.
     """
 
-    def __init__(self, file: Path, interval: float) -> None:
+    def __init__(self, file: Path, interval: float, pause: float = PAUSE) -> None:
         self.settled = asyncio.Event()
         self._file = file
         self._interval = interval
+        self._pause = pause
         self._text = _read(file)
         self._listing = _understand(file, self._text)
         self._watches: dict[Source, asyncio.Task[None]] = {}
         self._known: dict[Source, tuple[Place, ...]] = {}
         self._replaced: dict[Source, frozenset[Source]] = {}
-        self._said = ""
+        self._mistakes = _Last()
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -62,7 +80,7 @@ class Discovery:
         Args:
             found: called at once, and then again.
         """
-        stale, said = True, ""
+        stale, trouble = True, _Last()
         try:
             while True:
                 try:
@@ -71,13 +89,13 @@ class Discovery:
                     stale = False
                     await asyncio.sleep(self._interval)
                     stale = await self._reread()
-                    said = ""
+                    trouble.clear()
                 except Exception as error:
-                    if repr(error) != said:
+                    if trouble.is_news(repr(error)):
                         log.exception(
                             "--engines: %s: its engines stay; another try follows", self._file
                         )
-                    stale, said = True, repr(error)
+                    stale = True
                     await asyncio.sleep(self._interval)
         finally:
             for watch in self._watches.values():
@@ -102,7 +120,7 @@ class Discovery:
                     self._known[source] = places
                     self._report(found)
 
-            self._watches[source] = asyncio.create_task(_watch(source, came))
+            self._watches[source] = asyncio.create_task(follow(source, came, self._pause))
         self._report(found)
 
     def _report(self, found: Found) -> None:
@@ -119,7 +137,7 @@ class Discovery:
         try:
             text = await asyncio.to_thread(_read, self._file)
             if text == self._text:
-                self._said = ""
+                self._mistakes.clear()
                 return False
             # It may be half written.
             await asyncio.sleep(_SETTLE_SECONDS)
@@ -127,25 +145,39 @@ class Discovery:
                 return False
             self._listing = _understand(self._file, text)
         except SettingsError as error:
-            if str(error) != self._said:
+            if self._mistakes.is_news(str(error)):
                 log.warning("%s. The engines stay as they were: mend the file", error)
-            self._said = str(error)
             return False
-        self._text, self._said = text, ""
+        self._text = text
+        self._mistakes.clear()
         return True
 
 
-async def _watch(source: Source, found: Found) -> None:
-    """Watch a source until cancelled, whatever happens."""
-    said = ""
+async def follow(source: Source, found: Found, pause: float) -> None:
+    """Watch a source until cancelled, whatever happens. What is wrong is said once, until the
+    source has found something or something else is wrong.
+
+    Args:
+        source: finds engines.
+        found: see :meth:`Source.watch`.
+        pause: seconds before it is asked again when it could not be.
+    """
+    trouble = _Last()
+
+    def came(places: tuple[Place, ...]) -> None:
+        found(places)
+        trouble.clear()
+
     while True:
         try:
-            await source.watch(found)
+            await source.watch(came)
+        except SourceError as error:
+            if trouble.is_news(str(error)):
+                log.warning("%s engines: %s. Those that are known stay", source.role.value, error)
         except Exception as error:
-            if repr(error) != said:
+            if trouble.is_news(repr(error)):
                 log.exception("%s: a watch has failed and begins anew. Its engines stay", source)
-            said = repr(error)
-        await asyncio.sleep(_PAUSE)
+        await asyncio.sleep(pause)
 
 
 def _read(file: Path) -> str:
