@@ -85,6 +85,26 @@ def test_a_decode_engine_that_is_busy_is_passed_by_while_another_is_idle(
         assert proxy.metric("engine_usable") == 3
 
 
+def test_another_try_goes_where_the_model_is(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
+) -> None:
+    """An engine of another model would answer that there is none, and a client would believe it."""
+    other.models = ["another"]
+    other.script = says(404, {"error": {"message": "no such model", "code": 404}})
+    prefill.script = hang
+    with proxied([prefill], [decode, other], breaker_failures=9) as proxy:
+        decode.script = BROKEN
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 500
+        assert len(decode.calls) == 3
+        decode.script = says(429, {"error": {"message": "too many requests", "code": 429}})
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 429
+        assert len(decode.calls) == 4, "none is left to try"
+        decode.healthy = False
+        proxy.wait_usable(2)
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 503
+    assert not other.calls
+
+
 def test_the_last_answer_passes_if_no_decode_engine_has_a_better_one(
     prefill: FakeEngine, decode: FakeEngine, other: FakeEngine
 ) -> None:

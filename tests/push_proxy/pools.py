@@ -51,6 +51,8 @@ class Pools:
             Engine(Role.PREFILL, place.url, place.push, settings, self.clock) for place in places
         ]
         self.decode = [Engine(Role.DECODE, url, "", settings, self.clock) for url in urls]
+        for engine in (*self.prefill, *self.decode):
+            engine.healthy = True
         self.metrics = Metrics([*self.prefill, *self.decode])
         self.router = Router(policy, mode, self.metrics, self.clock)
 

@@ -415,6 +415,43 @@ def test_a_response_that_needed_no_push_had_cached_what_its_engine_says(
         assert got["usage"] == counted(right, 7)["usage"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_responses_say_of_their_prompts_is_learnt(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, stream: bool
+) -> None:
+    def found() -> list[float]:
+        roles = ("prefill", "decode")
+        return [proxy.metric("hit_tokens_total", role=role, kind="found") for role in roles]
+
+    def counted(cached: int, output: int) -> dict[str, object]:
+        details = {"cached_tokens": cached}
+        return {
+            "input_tokens": 1000,
+            "input_tokens_details": details,
+            "output_tokens": output,
+        }
+
+    async def answer(call: Call) -> None:
+        said = {"output": [], "usage": counted(999, 7)}
+        if not stream:
+            await call.answer(200, said)
+            return
+        await say_early(call)
+        event = json.dumps({"type": "response.completed", "response": said})
+        await call.end(b"event: response.completed\ndata: %s\n\n" % event.encode())
+
+    async def answer_first(call: Call) -> None:
+        await call.answer(200, {"output": [], "usage": counted(640, 1)})
+
+    before = found()
+    prefill.script, decode.script = answer_first, answer
+    asked = {"model": "model", "input": "Hello", "stream": stream}
+    assert proxy.post("/v1/responses", asked).is_success
+    until(lambda: found() == [before[0] + 640, before[1]])
+    assert proxy.post("/v1/responses", asked | {"truncation": "auto"}).is_success
+    until(lambda: found() == [before[0] + 640, before[1] + 999])
+
+
 def test_what_a_decode_engine_computes_itself_is_as_it_says(
     proxy: Proxy, decode: FakeEngine
 ) -> None:

@@ -104,6 +104,8 @@ def test_without_options_it_has_the_defaults(started: list[tuple[Settings, Liste
         (("--prefill", "http://p,p:7", "--decode", "http://d?x"), "URL of d may have"),
         (("--prefill", "http://p,p:7", "--decode", "http://p"), "http://p is given twice"),
         ((*ENGINES, "--prefill", "http://q,p:7000"), "p:7000 is given twice"),
+        ((*ENGINES, "--decode", "http://10.0.0.300:1"), "--decode: 'http://10.0.0.300:1' is not"),
+        ((*ENGINES, "--prefill", "http://a\u2013b,p:1"), "--prefill: 'http://a\u2013b' is not a"),
         ((*ENGINES, "--total-timeout", "0"), "total_timeout is 0"),
         ((*ENGINES, "--engines", "e"), "--prefill: --engines says where the engines are"),
         (("--prefill", "http://p,p:7"), "there is no decode engine: give at least one --decode"),

@@ -33,7 +33,7 @@ from lamina_kv.push.proxy.routing.prompt import read_prompt
 from lamina_kv.push.proxy.routing.ranks import UNTOLD
 from lamina_kv.push.proxy.routing.words import PolicyName
 from push_proxy.engines import FakeEngine
-from push_proxy.pools import Clock, Pools, completion
+from push_proxy.pools import Clock, Pools, chat, completion
 from push_proxy.proxies import COMPLETION, proxied
 from push_proxy.running import until
 
@@ -385,6 +385,17 @@ def test_the_engine_with_least_to_do_tells_tokens_and_a_silent_one_is_left_alone
     idle.silent = None
     clock.now += PAUSE
     assert ask("e") == 1000
+
+
+def test_nobody_is_asked_for_tokens_that_do_not_say_which_blocks_a_prompt_has() -> None:
+    """Blocks of another salt or picture have other names, and none would be found."""
+    clock = Clock()
+    tokens, engine = Tokens(clock), Tells(clock, 1000)
+    picture = [{"type": "text", "text": "a" * 4000}, {"type": "image_url", "image_url": {}}]
+    for asked in (completion("a" * 4000, cache_salt="s"), chat(("user", picture))):
+        prompt = read_prompt(asked, lambda _: 4.0)
+        assert asyncio.run(tokens.of(asked, prompt, [engine])) == ()
+    assert not engine.asked
 
 
 def test_tokens_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

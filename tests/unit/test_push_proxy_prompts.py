@@ -212,6 +212,8 @@ def test_tokens_are_kept_if_somebody_needs_them() -> None:
     assert read_prompt(asked, lambda _: 4.0, ids=True).ids == (7,) * 1000
     salted = completion([7] * 1000, cache_salt="s")
     assert read_prompt(salted, lambda _: 4.0, ids=True).ids == ()
+    unsalted = completion([7] * 1000, cache_salt=None)
+    assert len(read_prompt(unsalted, lambda _: 4.0, ids=True).ids) == 1000
 
 
 def test_of_many_tokens_the_last_are_counted() -> None:

@@ -135,6 +135,7 @@ def test_both_engines_are_asked_for_a_message() -> None:
             "messages": [],
             "max_tokens": 500,
             "thinking": {"type": "enabled", "budget_tokens": 400},
+            "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": {}}},
             "kv_transfer_params": {"lamina": {"keep": False}},
         },
         b"/v1/messages",
@@ -149,12 +150,20 @@ def test_both_engines_are_asked_for_a_message() -> None:
     }
     assert prefill["max_tokens"] == 1
     assert prefill["thinking"] == {"type": "enabled", "budget_tokens": 400}
+    assert prefill["output_config"] == {"effort": "low"}, "no grammar, and the same prompt"
+    assert told["output_config"]["format"] == {"type": "json_schema", "schema": {}}
     assert prefill["kv_transfer_params"] == {
         "lamina": {"keep": False},
         "do_remote_decode": True,
         "lamina_push": {"id": "a"},
     }
     assert json.loads(asked.for_decode())["kv_transfer_params"] == {"lamina": {"keep": False}}
+
+
+@pytest.mark.parametrize("config", [None, "text", {}, {"effort": "low"}])
+def test_a_message_whose_output_is_not_restricted_stays_as_it_is(config: object) -> None:
+    asked = request({"messages": [], "output_config": config}, b"/v1/messages")
+    assert json.loads(asked.for_prefill("a"))["output_config"] == config
 
 
 def test_nothing_else_is_split() -> None:

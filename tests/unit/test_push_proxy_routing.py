@@ -23,7 +23,7 @@ from lamina_kv.push.proxy.routing.pace import HALF_LIFE
 from lamina_kv.push.proxy.routing.placement import FEW, UNKNOWN
 from lamina_kv.push.proxy.routing.power_of_two import PowerOfTwo
 from lamina_kv.push.proxy.routing.ranks import Work
-from lamina_kv.push.proxy.routing.router import Trip
+from lamina_kv.push.proxy.routing.router import Trip, serving
 from lamina_kv.push.proxy.routing.sessions import MAX_AGE, Sessions
 from lamina_kv.push.proxy.routing.words import Disaggregate, PolicyName, Reason, Why
 from push_proxy.engines import FakeEngine
@@ -40,7 +40,8 @@ def pools(mode: Disaggregate = Disaggregate.AUTO, **counts: int) -> Pools:
 
 
 def route(pool: Pools, asked: ApiRequest) -> Trip:
-    return pool.router.begin(pool.read(asked), pool.prefill, pool.decode)
+    prompt = pool.read(asked)
+    return pool.router.begin(prompt, pool.prefill, serving(prompt.model, pool.decode))
 
 
 def host(trip: Trip) -> str:

@@ -12,14 +12,14 @@ anything else                          to a decode engine, as it came
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lamina_kv.push.proxy.admin import admin_routes
-from lamina_kv.push.proxy.discovery.places import Place
+from lamina_kv.push.proxy.discovery.places import Place, place_problems
 from lamina_kv.push.proxy.discovery.watch import Discovery
 from lamina_kv.push.proxy.dispatcher import Dispatcher
 from lamina_kv.push.proxy.engines import Engine, Role
@@ -32,7 +32,7 @@ from lamina_kv.push.proxy.routing.events.followers import Followers
 from lamina_kv.push.proxy.routing.policies import make_policy
 from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import RoutingPolicy
-from lamina_kv.push.proxy.settings import Settings
+from lamina_kv.push.proxy.settings import Settings, SettingsError
 from lamina_kv.push.proxy.tls import engine_context
 
 _FIRST_CHECKS = 3.0
@@ -49,8 +49,10 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
         policy: chooses engines; by default the one that ``settings`` names.
 
     Raises:
-        SettingsError: if a file cannot be used that the settings name.
+        SettingsError: if a file cannot be used that the settings name, or if nothing can connect to
+            an engine that they name.
     """
+    named = _named(settings)
     fleet = Fleet(settings, engine_context(settings.engine_tls))
     discovery = None
     if settings.engines is not None:
@@ -76,7 +78,7 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         finding = None
         if discovery is None:
-            fleet.update(_named(settings))
+            fleet.update(named)
         else:
             finding = asyncio.create_task(discovery.run(fleet.update))
         # Whoever finds the proxy listening must not find it without engines that are there.
@@ -113,9 +115,19 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
     return app
 
 
-def _named(settings: Settings) -> Iterator[Place]:
-    """The engines of the command line."""
-    for address in settings.prefill:
-        yield Place(Role.PREFILL, address.url, address.push)
-    for url in settings.decode:
-        yield Place(Role.DECODE, url)
+def _named(settings: Settings) -> list[Place]:
+    """The engines of the command line.
+
+    Raises:
+        SettingsError: if nothing can connect to one of them.
+    """
+    places = [Place(Role.PREFILL, each.url, each.push) for each in settings.prefill]
+    places += (Place(Role.DECODE, url) for url in settings.decode)
+    problems = [
+        f"--{place.role.value}: {problem}"
+        for place in places
+        for problem in place_problems(place.url)
+    ]
+    if problems:
+        raise SettingsError((*problems,))
+    return places

@@ -26,7 +26,7 @@ from lamina_kv.push.proxy.headers import RANK, Pairs, of_answer
 from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina_kv.push.proxy.requests import ApiRequest
 from lamina_kv.push.proxy.routing.ranks import Rank
-from lamina_kv.push.proxy.routing.router import Router, Trip
+from lamina_kv.push.proxy.routing.router import Router, Trip, serving
 from lamina_kv.push.proxy.routing.words import Why
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.push.proxy.usage import cached_by, corrected
@@ -182,22 +182,21 @@ class Dispatcher:
         failure = Refusal(503, "no decode engine can be used at the moment: ask again")
         tried: set[Engine] = set()
         blame = Blame(request)
-        prompt = await self._router.read(request, self._usable(Role.DECODE))
+        prompt = await self._router.read(request, self._all(Role.DECODE))
         for attempt in range(self._settings.tries):
             if attempt and failure.status != BUSY:
                 pause = self._settings.backoff * 2 ** (attempt - 1)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            usable = self._usable(Role.DECODE)
+            usable = serving(prompt.model, self._all(Role.DECODE))
             decode = [engine for engine in usable if engine not in tried] or usable
             if not decode:
                 break
-            trip = self._router.begin(prompt, self._usable(Role.PREFILL), decode)
+            prefill = [engine for engine in self._all(Role.PREFILL) if engine.usable]
+            trip = self._router.begin(prompt, prefill, decode)
             if attempt:
                 self._metrics.retries.inc()
             tried.add(trip.route.decode.rank.engine)
-            last = attempt == self._settings.tries - 1 or tried.issuperset(
-                self._usable(Role.DECODE)
-            )
+            last = attempt == self._settings.tries - 1 or tried.issuperset(usable)
             try:
                 return await self._attempt(request, trip, blame, stack, last=last)
             except _Busy:
@@ -206,8 +205,8 @@ class Dispatcher:
                 failure = refusal
         raise failure
 
-    def _usable(self, role: Role) -> list[Engine]:
-        return [engine for engine in self._engines if engine.role is role and engine.usable]
+    def _all(self, role: Role) -> list[Engine]:
+        return [engine for engine in self._engines if engine.role is role]
 
     # -- one attempt ---------------------------------------------------------------------------
 
@@ -312,8 +311,10 @@ class Dispatcher:
         finally:
             self._metrics.exchange(engine, outcome)
         if outcome is Outcome.ANSWERED:
-            self._router.prefilled(trip, text)
-            return _Prefilled(_End.DONE, cached_by(text))
+            cached = cached_by(text)
+            if cached is not None:
+                self._router.prefilled(trip, text)
+            return _Prefilled(_End.DONE, cached)
         if outcome is Outcome.FAILED:
             return _Prefilled(_End.FAILED)
         return _Prefilled(_End.BUSY if response.status_code == BUSY else _End.REFUSED)

@@ -78,6 +78,9 @@ class ApiRequest:
         fields = {**(self.fields or {}), **instead}
         for name in split.left_out:
             fields.pop(name, None)
+        for name, inner in split.left_out_within.items():
+            if name in fields:
+                fields[name] = _without(inner, fields[name])
         return _encode(fields, {**split.prefill_told, "lamina_push": {"id": push_id}})
 
     def for_decode(self, push_id: str = "", prefill: str = "") -> bytes:
@@ -168,6 +171,16 @@ def _without_transfers(sampling: msgspec.Raw | None) -> msgspec.Raw | None:
         return None
     kept = {name: value for name, value in more.items() if name not in _TRANSFERS}
     return msgspec.Raw(msgspec.json.encode({**given, "extra_args": kept}))
+
+
+def _without(name: str, value: msgspec.Raw) -> msgspec.Raw:
+    """An object without one of its fields; what is no object stays: the engine refuses it."""
+    try:
+        fields = _DECODER.decode(value)
+    except _MALFORMED:
+        return value
+    fields.pop(name, None)
+    return msgspec.Raw(msgspec.json.encode(fields))
 
 
 def _is_one_prompt(prompt: msgspec.Raw | None) -> bool:

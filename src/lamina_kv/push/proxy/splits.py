@@ -25,6 +25,7 @@ class Split:
             engines count alike; a field that is absent is as good.
         prefill: what a prefill engine gets instead, as JSON.
         left_out: what it does not get.
+        left_out_within: of a field that is an object, the one in it that it does not get.
         prefill_told: more of its ``kv_transfer_params``.
         decode_told: more of those of the decode engine.
     """
@@ -32,6 +33,7 @@ class Split:
     only_if: Mapping[str, tuple[bytes, ...]]
     prefill: Mapping[str, bytes]
     left_out: tuple[str, ...]
+    left_out_within: Mapping[str, str] = field(default_factory=dict)
     prefill_told: Mapping[str, object] = field(default_factory=dict)
     decode_told: Mapping[str, object] = field(default_factory=dict)
 
@@ -87,6 +89,8 @@ SPLITS: Final[Mapping[str, Split]] = {
         only_if={},
         prefill={"stream": b"false", "max_tokens": b"1"},
         left_out=(),
+        # A grammar, too; `effort` beside it is shown to the model.
+        left_out_within={"output_config": "format"},
         # vLLM's word for a prefill's part, which may have a budget of thinking above max_tokens.
         prefill_told={"do_remote_decode": True},
         # Its answers say how many tokens were cached and how many were not, from the first event

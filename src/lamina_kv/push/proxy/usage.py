@@ -13,11 +13,18 @@ import msgspec
 MAX_BYTES = 1 << 20
 """Bytes of an answer that are looked at; longer ones are not parsed only to count their prompt."""
 
-_SAID = re.compile(rb'(?<!\\)("cached_tokens":\s*)(\d+)(?![\d.eE])')
-"""A key of JSON, never text inside a string: there the closing quote would be escaped."""
+_LONGEST = 1024
+"""Bytes that the numbers of cached tokens take at most, and what stands between them: some hundred
+turns of a response."""
+_SAID = re.compile(
+    rb'(?<!\\)("cached_tokens":\s*)(\d+)(?![\d.eE])'
+    rb'(?:([^{}\\]{0,%d}?"cached_tokens_per_turn":\s*\[\s*)(\d+)(?![\d.eE]))?' % _LONGEST
+)
+"""Keys of JSON, never text inside a string: there the closing quote would be escaped. Responses say
+it again for each turn between the model and its tools, of which the first alone is pushed."""
 _NAME = b'"cached_tokens"'
-_LONGEST = 64
-"""Bytes that the name and its number have at most."""
+_COUNTS = (b'"prompt_tokens"', b'"input_tokens"')
+"""Of an answer that says how many tokens its prompt has, one or the other is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +43,42 @@ class Usage:
 
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
+    input_tokens_per_turn: list[int] = []
+    cached_tokens_per_turn: list[int] = []
 
 
 class _Usage(msgspec.Struct):
+    """Completions and chats, responses, and messages each have words of their own."""
+
     prompt_tokens: int | None = None
+    input_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
     output_tokens: int | None = None
 
+    @property
+    def details(self) -> _Details:
+        """Of the prompt."""
+        return self.prompt_tokens_details or self.input_tokens_details or _Details()
 
-class _Answer(msgspec.Struct):
+    @property
+    def prompt(self) -> Usage | None:
+        """What is said of the prompt, of a response of its first one."""
+        details, read = self.details, self.cache_read_input_tokens
+        if details.input_tokens_per_turn and details.cached_tokens_per_turn:
+            return Usage(details.input_tokens_per_turn[0], details.cached_tokens_per_turn[0])
+        if self.prompt_tokens is not None:
+            return Usage(self.prompt_tokens, details.cached_tokens)
+        if self.input_tokens is None:
+            return None
+        # A message's `input_tokens` are those that were neither read from a cache nor written.
+        tokens = self.input_tokens + (read or 0) + (self.cache_creation_input_tokens or 0)
+        return Usage(tokens, details.cached_tokens if read is None else read)
+
+
+class _Part(msgspec.Struct):
     usage: _Usage | None = None
 
 
@@ -53,7 +86,14 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _WholeAnswer(_Answer):
+class _Answer(_Part):
+    """A whole one, or an event: those of responses and messages have the answer within."""
+
+    response: _Part | None = None
+    message: _Part | None = None
+
+
+class _WholeAnswer(_Part):
     choices: list[_Choice] = []
 
 
@@ -67,19 +107,23 @@ def read_usage(body: bytes) -> Usage | None:
     Args:
         body: JSON, or server-sent events.
     """
-    if len(body) > MAX_BYTES or b'"prompt_tokens"' not in body:
+    if len(body) > MAX_BYTES or not _counts(body):
         return None
-    if body.startswith(b"data:"):
-        events = (line[5:] for line in body.split(b"\n") if b'"prompt_tokens"' in line)
+    if body.startswith((b"data:", b"event:")):
+        lines = body.split(b"\n")
+        events = (line[5:] for line in lines if line.startswith(b"data:") and _counts(line))
         body = next(events, b"")
     try:
-        said = _ANSWER.decode(body).usage
+        said = _ANSWER.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    if said is None or said.prompt_tokens is None:
-        return None
-    details = said.prompt_tokens_details
-    return Usage(said.prompt_tokens, None if details is None else details.cached_tokens)
+    parts = (said, said.response, said.message)
+    usage = next((part.usage for part in parts if part is not None and part.usage), None)
+    return None if usage is None else usage.prompt
+
+
+def _counts(text: bytes) -> bool:
+    return any(name in text for name in _COUNTS)
 
 
 def cached_by(answer: bytes) -> int | None:
@@ -100,8 +144,7 @@ def cached_by(answer: bytes) -> int | None:
     # The responses API does not say how an answer has ended: one that was computed has a token.
     if usage.output_tokens == 0 or any(c.finish_reason == "abort" for c in said.choices):
         return None
-    details = usage.prompt_tokens_details or usage.input_tokens_details or _Details()
-    return details.cached_tokens or 0
+    return usage.details.cached_tokens or 0
 
 
 async def corrected(
@@ -140,7 +183,17 @@ async def _correct(text: bytes, cached: Callable[[], Awaitable[int | None]]) -> 
         return text
 
     def right(match: re.Match[bytes]) -> bytes:
-        digits = match[2]
-        return match[1] + str(min(tokens, int(digits))).encode().rjust(len(digits))
+        name, total, between, first = match.groups(b"")
+        # Other turns than the first were not pushed.
+        pushed = int(first or total)
+        less = max(0, pushed - tokens)
+        return b"".join(
+            (name, _padded(int(total) - less, total), between, _padded(pushed - less, first))
+        )
 
     return _SAID.sub(right, text)
+
+
+def _padded(number: int, digits: bytes) -> bytes:
+    """A number in place of a longer one; nothing in place of none."""
+    return str(max(0, number)).encode().rjust(len(digits)) if digits else b""

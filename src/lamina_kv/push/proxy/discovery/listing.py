@@ -18,15 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 import yaml
 
 from lamina_kv.push.proxy.discovery.kubernetes import KubernetesService, PodPort
 from lamina_kv.push.proxy.discovery.names import Names
-from lamina_kv.push.proxy.discovery.places import Place, Source
+from lamina_kv.push.proxy.discovery.places import Place, Source, place_problems
 from lamina_kv.push.proxy.engines import Role
-from lamina_kv.push.proxy.settings import SettingsError, push_problems, server_url, url_problems
+from lamina_kv.push.proxy.settings import SettingsError, push_problems, server_url
 
 PUSH_PORT = 9300
 """Of ``push.listen``, as the documentation has it."""
@@ -110,7 +109,7 @@ def _problems(role: Role, entry: _Entry) -> Iterator[str]:
         yield "give one of url, dns and kubernetes"
         return
     if entry.url:
-        yield from _url_problems(server_url(entry.url))
+        yield from place_problems(server_url(entry.url))
         if role is Role.PREFILL:
             yield from push_problems(entry.push)
     elif entry.push:
@@ -122,22 +121,11 @@ def _problems(role: Role, entry: _Entry) -> Iterator[str]:
     if role is Role.DECODE and (entry.push or entry.push_port != PUSH_PORT):
         yield "a decode engine has no push address"
     if entry.dns:
-        yield from _url_problems(server_url(entry.dns))
+        yield from place_problems(server_url(entry.dns))
     if entry.kubernetes and not entry.kubernetes.service:
         yield "kubernetes: service is empty"
     if entry.kubernetes and entry.kubernetes.scheme not in {"http", "https"}:
         yield f"kubernetes: scheme is {entry.kubernetes.scheme!r}, and must be http or https"
-
-
-def _url_problems(url: str) -> Iterator[str]:
-    """The same as of the command line, and whatever keeps the HTTP client from connecting there."""
-    if found := [*url_problems(url)]:
-        yield from found
-        return
-    try:
-        httpx.URL(url)
-    except (httpx.InvalidURL, ValueError) as error:
-        yield f"{url!r} is not a URL: {error}"
 
 
 def _source(role: Role, entry: _Entry) -> Source:

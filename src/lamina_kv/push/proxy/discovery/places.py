@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import httpx
+
 from lamina_kv.push.proxy.engines import Role
+from lamina_kv.push.proxy.settings import url_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,15 @@ def one_family(hosts: Iterable[str]) -> list[str]:
     each: those of IPv4 if there are any. Sorted."""
     addresses = {*hosts}
     return sorted({host for host in addresses if ":" not in host} or addresses)
+
+
+def place_problems(url: str) -> Iterator[str]:
+    """What is wrong with the URL of an engine's server, and whatever keeps the HTTP client from
+    connecting there."""
+    if found := [*url_problems(url)]:
+        yield from found
+        return
+    try:
+        httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        yield f"{url!r} is not a URL: {error}"

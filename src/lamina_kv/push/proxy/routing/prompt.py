@@ -104,7 +104,8 @@ class Prompt:
         pushable: whether a prefill engine can compute it.
         ids: the tokens themselves, or the first million, if the request has them or an engine has
             told them, if somebody needs them, and if nothing else makes blocks of them other ones.
-        parts: pictures and the like in it.
+        plain: whether its tokens alone say which blocks it has: there are no pictures in it, and it
+            has no salt.
         streams: whether its answer is a stream, whose first byte comes when the prompt is computed.
         rank: index of the decode engine's data-parallel rank that the client asks for; None if it
             does not.
@@ -119,7 +120,7 @@ class Prompt:
     pushable: bool = False
     rank: int | None = None
     ids: tuple[int, ...] = ()
-    parts: int = 0
+    plain: bool = True
     streams: bool = False
 
 
@@ -136,7 +137,8 @@ def read_prompt(
     """
     fields = _fields(request)
     model = _string(fields.get("model"))
-    stream = _Stream(bytes_per_token(model), ids=ids and "cache_salt" not in fields)
+    salted = bytes(fields.get("cache_salt", b"null")) != b"null"
+    stream = _Stream(bytes_per_token(model), ids=ids and not salted)
     for name in _SEEDS:
         stream.separate(name.encode(), bytes(fields.get(name, b"")))
     for name in _IN_FRONT:
@@ -156,7 +158,7 @@ def read_prompt(
         request.pushable,
         _rank(request),
         stream.given,
-        stream.parts,
+        not (stream.parts or salted),
         bytes(fields.get("stream", b"")) == b"true",
     )
 

@@ -19,8 +19,6 @@ from lamina_kv.push.proxy.usage import MAX_BYTES, Usage, read_usage
 
 BYTES_PER_TOKEN = 4.0
 """Of text, until engines have said how many tokens their prompts have."""
-ABORTED = b'"finish_reason":"abort"'
-"""In the answer of a prefill engine that was told that the decode engine needs no push."""
 _LEARNT_FROM = 400
 """Bytes of text from which a prompt says something about that: of a short one, most tokens are the
 chat template's."""
@@ -84,8 +82,8 @@ class Router:
 
         Args:
             request: the client's.
-            engines: usable decode engines. If some of them announce what they hold, one is asked
-                for the prompt's tokens.
+            engines: decode engines. If some of them announce what they hold, one is asked for the
+                prompt's tokens.
         """
         blocks = (rank.blocks for engine in engines for rank in engine.ranks)
         told = any(each is not None and each.told for each in blocks)
@@ -94,7 +92,7 @@ class Router:
         )
         if not told or prompt.ids:
             return prompt
-        ids = await self._tokens.of(request, prompt, _serving(prompt.model, engines))
+        ids = await self._tokens.of(request, prompt, serving(prompt.model, engines))
         return replace(prompt, ids=ids, tokens=len(ids)) if ids else prompt
 
     def begin(self, prompt: Prompt, prefill: Sequence[Engine], decode: Sequence[Engine]) -> Trip:
@@ -103,10 +101,10 @@ class Router:
         Args:
             prompt: the request's.
             prefill: usable prefill engines.
-            decode: usable decode engines, at least one.
+            decode: usable decode engines that serve its model, at least one; see :func:`serving`.
         """
         answered = self._sessions.rank(prompt.session) if prompt.session else None
-        ranks = [rank for engine in _serving(prompt.model, decode) for rank in engine.ranks]
+        ranks = [rank for engine in decode for rank in engine.ranks]
         if prompt.rank is not None:
             ranks = [rank for rank in ranks if rank.index == prompt.rank] or ranks
         choice = self._policy.choose(
@@ -151,7 +149,7 @@ class Router:
         """
         source = trip.route.prefill
         usage = read_usage(answer)
-        if source is None or usage is None or ABORTED in answer:
+        if source is None or usage is None:
             return
         self._learn_tokens(trip.prompt, usage)
         self._learn_hit("prefill", source, usage)
@@ -247,10 +245,14 @@ class Router:
             self._metrics.hit(role, where.hit, usage.cached)
 
 
-def _serving(model: str, engines: Sequence[Engine]) -> Sequence[Engine]:
-    """The engines that serve a model, or may, as they do not say; all if none does: one of them
-    tells the client."""
-    return [engine for engine in engines if not engine.models or model in engine.models] or engines
+def serving(model: str, engines: Sequence[Engine]) -> list[Engine]:
+    """The usable engines that serve a model, or may, as they do not say. If no engine serves it,
+    usable or not, all that are usable: one of them tells the client."""
+    usable = [engine for engine in engines if engine.usable]
+    able = [engine for engine in usable if not engine.models or model in engine.models]
+    if able or any(model in engine.models for engine in engines):
+        return able
+    return usable
 
 
 def _lacks(engine: Engine, model: str, other: Engine) -> bool:

@@ -72,7 +72,8 @@ class Tokens:
     async def of(
         self, request: ApiRequest, prompt: Prompt, engines: Sequence[Tokenizer]
     ) -> tuple[int, ...]:
-        """The tokens of a prompt; none if they are not known, or not worth the question.
+        """The tokens of a prompt; none if they are not known, say too little, or are not worth the
+        question.
 
         Args:
             request: the client's.
@@ -80,7 +81,7 @@ class Tokens:
             engines: one of them is asked.
         """
         path = request.target.partition(b"?")[0]
-        if prompt.ids or prompt.parts or prompt.tokens < WORTH or path not in _UNDERSTOOD:
+        if prompt.ids or not prompt.plain or prompt.tokens < WORTH or path not in _UNDERSTOOD:
             return prompt.ids
         if not prompt.marks or prompt.marks[-1].at < prompt.tokens:
             return ()  # so long that others may begin with the same marks
