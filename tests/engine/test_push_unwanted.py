@@ -25,12 +25,12 @@ pytestmark = pytest.mark.engine
 CARD = EngineCard("D", b"m", False, (), (RankCard(0, b"", 1, (RowCard(0, 1, 1, 1, ()),)),))
 
 
-def ask(server: Server, push: str) -> Any:
+def ask(server: Server, push: str, **more: object) -> Any:
     body = {
         "model": "model",
-        "prompt": list(prompt(17, 5 * CHUNK)),
+        "prompt": [0] if more else list(prompt(17, 5 * CHUNK)),
         "max_tokens": 1,
-        "kv_transfer_params": {"lamina_push": {"id": push}},
+        "kv_transfer_params": {"lamina_push": {"id": push, **more}},
     }
     request = urllib.request.Request(
         server.url + "/v1/completions",
@@ -63,3 +63,20 @@ def test_what_was_declined_is_aborted_and_answered(llama: Path, fleet: Fleet) ->
         assert ask(server, "wanted")["finish_reason"] == "length"
         assert server.metrics().since(before, computed) > 0
         link.close()
+
+
+@pytest.mark.slow
+def test_what_a_router_withdraws_is_not_held(llama: Path, fleet: Fleet) -> None:
+    spec = EngineSpec(llama, {**SMALL, "push": {"listen": f"127.0.0.1:{free_port()}"}})
+
+    def held() -> float:
+        return server.metrics().total("lamina_push_blocks", state="undelivered")
+
+    with Server(spec, fleet.next_log(), forked=True) as server:
+        assert ask(server, "unasked")["finish_reason"] == "length"
+        server.wait_until(held, CALL_SECONDS)
+        before = server.metrics()
+        assert ask(server, "unasked", withdrawn=True)["finish_reason"] == "abort"
+        assert server.metrics().since(before, "vllm:iteration_tokens_total_sum") == 0
+        server.wait_until(lambda: not held(), CALL_SECONDS)
+        server.wait_until_empty(CALL_SECONDS)

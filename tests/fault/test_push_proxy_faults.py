@@ -332,6 +332,57 @@ def test_the_decode_engine_answers_if_the_prefill_engine_fails(
         assert proxy.client.get("/health").is_success
 
 
+@pytest.mark.parametrize("status", [400, 429, 503])
+def test_what_was_computed_for_nobody_is_not_held(
+    prefill: FakeEngine, decode: FakeEngine, other: FakeEngine, status: int
+) -> None:
+    """A prefill engine cannot see that its decode engine's server has turned the request away."""
+
+    async def refuse_late(call: Call) -> None:
+        if decode.calls and other.calls:
+            await obey(call)
+            return
+        while not await asyncio.to_thread(prefilled):
+            await asyncio.sleep(0.01)
+        await says(status, {"error": {"message": "no", "code": status}})(call)
+
+    def prefilled() -> float:
+        return proxy.metric("exchanges_total", role="prefill", outcome="answered")
+
+    decode.script = other.script = refuse_late
+    with proxied([prefill], [decode, other]) as proxy:
+        answer = proxy.post("/v1/completions", COMPLETION)
+        assert answer.status_code == (400 if status == 400 else 200)
+        until(lambda: prefill.withdrawn == [prefill.calls[0].push["id"]])
+        until(lambda: proxy.metric("engine_load") == 0)
+        assert len(prefill.withdrawn) == 1
+
+
+def test_what_somebody_asks_for_is_not_withdrawn_nor_what_was_not_computed(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    with proxied([prefill], [decode]) as proxy:
+        for script in (obey, REFUSAL, hang):
+            prefill.script = script
+            assert proxy.post("/v1/completions", COMPLETION).is_success
+        refusals = proxy.metric("exchanges_total", role="prefill", outcome="refused")
+        prefill.script = decode.script = REFUSAL
+
+        async def later(call: Call) -> None:
+            while await asyncio.to_thread(refused) == refusals:
+                await asyncio.sleep(0.01)
+            await REFUSAL(call)
+
+        def refused() -> float:
+            return proxy.metric("exchanges_total", role="prefill", outcome="refused")
+
+        decode.script = later
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 400
+        until(lambda: proxy.metric("engine_load") == 0)
+        assert len(prefill.calls) >= 3
+    assert not prefill.withdrawn
+
+
 def test_a_prefill_engine_that_works_again_is_used_again(
     prefill: FakeEngine, decode: FakeEngine
 ) -> None:

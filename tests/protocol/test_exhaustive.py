@@ -24,7 +24,10 @@ SHORT, CASE, LONG = PushCase(tokens=2), PushCase(tokens=4), PushCase(tokens=5)
 FROM_A_TIER = tuple(
     PushCase(tokens=5, hit=hit, hit_tokens=4) for hit in ("engine", "parked", "layerwise")
 )
-QUICK = ("preempt", "abort_prefill", "write_fails", "lag", "tarry", "never_prefill", "never_decode")
+QUICK = (
+    *("preempt", "abort_prefill", "withdraw"),
+    *("write_fails", "lag", "tarry", "never_prefill", "never_decode"),
+)
 SOME = 800
 """States of a search that has no time for all."""
 MORE = int(os.environ.get("LAMINA_PROTOCOL_STATES", "2000"))
@@ -103,7 +106,9 @@ def test_destinations_that_are_known_while_a_step_runs(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_goes_wrong_while_destinations_become_known(ranks: int) -> None:
-    kinds = faults("abort_decode abort_prefill preempt write_fails break_prefill deaf moment")
+    kinds = faults(
+        "abort_decode abort_prefill preempt withdraw write_fails break_prefill deaf moment"
+    )
     some(Options((CASE,), ranks, faults=kinds, budget=2, hurries=1, beside=True))
 
 

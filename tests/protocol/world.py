@@ -51,6 +51,7 @@ FAULTS = frozenset(
         "abort_decode",
         "never_prefill",
         "never_decode",
+        "withdraw",
         "write_fails",
         "deadline",
         "lag",
@@ -402,6 +403,8 @@ class World:
             if prefill.source._outbound:
                 yield "patience", prefill.index
                 yield "moment", prefill.index
+            for push in prefill.source._outbound:
+                yield "withdraw", prefill.index, push
             for name, request in prefill.requests.items():
                 if request.stage == "running":
                     yield "preempt", prefill.index, name
@@ -530,6 +533,12 @@ class World:
 
     def _never_decode(self, case: int) -> None:
         self.to_arrive_decode.remove(case)
+
+    def _withdraw(self, index: int, push: str) -> None:
+        """A router says that no decode engine will ask for it, whether that is so or not."""
+        prefill = self.prefills[index]
+        prefill.source.withdraw(push, "carrier", prefill.now)
+        prefill.exchange()
 
     def _step_prefill(self, index: int) -> None:
         self.prefills[index].step()

@@ -132,6 +132,7 @@ class FakeEngine:
 
     Attributes:
         calls: what it was asked, by others than the proxy itself.
+        withdrawn: ids of pushes that nobody will ask for.
         script: what it does about it.
         healthy: what it says about itself.
         musing: seconds that it thinks before it says so.
@@ -143,6 +144,7 @@ class FakeEngine:
 
     def __init__(self, script: Script = obey, port: int | None = None, **tls: Any) -> None:
         self.calls: list[Call] = []
+        self.withdrawn: list[str] = []
         self.script = script
         self.healthy = True
         self.musing = 0.0
@@ -172,6 +174,7 @@ class FakeEngine:
             httpx.get(f"{self.url}/health", trust_env=False, timeout=PATIENCE)
         until(lambda: all(call.ended.is_set() for call in self.calls))
         self.calls.clear()
+        self.withdrawn.clear()
         self.script, self.healthy = obey, True
         self.models, self.ranks, self.published = ["model"], [0], []
         return self
@@ -204,6 +207,12 @@ class FakeEngine:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         target = (scope["raw_path"] + query).decode()
         call = Call(scope["method"], target, headers, raw, send)
+        if b'"withdrawn":true' in raw:
+            assert (call.target, call.body["prompt"]) == ("/v1/completions", [0])
+            assert call.push is not None
+            self.withdrawn.append(call.push["id"])
+            await call.answer(200, ANSWER)
+            return
         self.calls.append(call)
         await self._run(call, receive)
 
@@ -241,7 +250,8 @@ class Program(FakeEngine):
     """An engine that is a process's only content, and says whom it has answered."""
 
     def __init__(self, script: Script) -> None:
-        self.calls, self.script, self.healthy, self.musing = [], script, True, 0.0
+        self.calls, self.withdrawn, self.script = [], [], script
+        self.healthy, self.musing = True, 0.0
         self.checks = 0
         self.models, self.ranks, self.published = ["model"], [0], []
 

@@ -11,6 +11,7 @@ import pytest
 
 from lamina_kv.config import Config, PushConfig, load_config
 from lamina_kv.control.requests import PushParameters
+from lamina_kv.engines.vllm.requests import withdrawn_push
 from lamina_kv.engines.vllm.scheduler_side import SchedulerSide
 from lamina_kv.push import addresses
 from lamina_kv.push.addresses import Peers, normalise
@@ -87,6 +88,26 @@ def test_what_is_no_id_of_a_push(name: object) -> None:
     assert engine()._push(asked) is None
     assert "1 to 128 printable ASCII characters" in engine()._wish(asked)[1]
     assert len(engine()._wish(asked)[1]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "withdrawn", "problem"),
+    [
+        ({"id": "5b1c", "withdrawn": True}, "5b1c", False),
+        ({"id": "5b1c"}, None, False),
+        ({"id": "5b1c", "withdrawn": False}, None, True),
+        ({"id": "", "withdrawn": True}, None, True),
+        ({"id": "5b1c", "withdrawn": True, "prefill": "10.0.0.1:9300"}, None, True),
+    ],
+)
+def test_a_push_that_is_withdrawn_is_none_of_the_request_that_says_so(
+    given: dict[str, object], withdrawn: str | None, problem: bool
+) -> None:
+    asked: Any = SimpleNamespace(request_id="r", kv_transfer_params={"lamina_push": given})
+    assert withdrawn_push(asked) == withdrawn
+    push, said = engine()._wish(asked)
+    assert (push is not None) == ("withdrawn" not in given)
+    assert (said is not None) == problem
 
 
 def test_the_longest_id_of_a_push() -> None:

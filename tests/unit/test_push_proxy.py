@@ -21,6 +21,7 @@ from lamina_kv.push.proxy.routing.prompt import Prompt
 from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import Candidate, Choice, Disaggregate, Reason
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
+from lamina_kv.push.proxy.withdrawals import Withdrawals
 from push_proxy.engines import ANSWER, EVENTS, Call, FakeEngine, hang, obey, says
 from push_proxy.proxies import CHAT, COMPLETION, Proxy, ask, proxied, push_address
 from push_proxy.running import until
@@ -323,7 +324,7 @@ def test_requests_that_come_at_the_same_time_go_to_different_engines() -> None:
         engines += [Engine(Role.DECODE, url, "", settings) for url in decode]
         metrics = Metrics(engines)
         router = Router(LeastLoaded(), Disaggregate.ALWAYS, metrics)
-        dispatcher = Dispatcher(settings, engines, router, metrics)
+        dispatcher = Dispatcher(settings, engines, router, metrics, Withdrawals())
 
         async def ask() -> None:
             request = ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(b"{}"))

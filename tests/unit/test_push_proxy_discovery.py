@@ -299,9 +299,9 @@ def test_what_is_wrong_with_a_source_is_said_when_it_is_news(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     moods = (
-        *(SourceError("one is gone"), SourceError("one is gone"), SourceError("two is gone")),
-        *(IndexError("odd"), IndexError("odd"), SourceError("two is gone")),
-        *(None, SourceError("two is gone")),
+        *(SourceError("first"), SourceError("first"), SourceError("second")),
+        *(IndexError("odd"), IndexError("odd"), SourceError("second")),
+        *(None, SourceError("second")),
     )
 
     async def scenario() -> None:
@@ -313,14 +313,15 @@ def test_what_is_wrong_with_a_source_is_said_when_it_is_news(
 
     asyncio.run(scenario())
     said = [record.getMessage() for record in caplog.records]
-    assert [next(word for word in ("one", "two", "begins anew") if word in s) for s in said] == [
-        "one",
-        "two",
+    words = ("first", "second", "begins anew")
+    assert [next(word for word in words if word in line) for line in said] == [
+        "first",
+        "second",
         "begins anew",
-        "two",
-        "two",
+        "second",
+        "second",
     ]
-    assert said[0] == "decode engines: one is gone. Those that are known stay"
+    assert said[0] == "decode engines: first. Those that are known stay"
 
 
 # -- DNS ---------------------------------------------------------------------------------------

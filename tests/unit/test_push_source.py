@@ -20,7 +20,13 @@ from lamina_kv.control.offers import Offer
 from lamina_kv.control.push import endings as push_endings
 from lamina_kv.control.push import source as push_source
 from lamina_kv.control.push.queue import DESTINATION_WAIT, LONGEST_WAIT, WAIT_SHARE
-from lamina_kv.control.push.source import ENDING, OF_ANOTHER, TOO_BUSY, PushSource
+from lamina_kv.control.push.source import (
+    ENDING,
+    OF_ANOTHER,
+    TOO_BUSY,
+    WITHDRAWN,
+    PushSource,
+)
 from lamina_kv.control.push.target import PEER_FAULTS
 from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
 from lamina_kv.control.transfers import TransferTable
@@ -226,6 +232,11 @@ def bound(source: Source, floor: int = 0) -> Source:
     source.hear(announce())
     assert source.said() == [Bound(ATTEMPT)]
     return source
+
+
+def withdraw(source: Source, push: str = PUSH) -> None:
+    source.source.withdraw(push, "carrier", source.now)
+    source.source.unwanted.remove("carrier")
 
 
 # -- what is sent when -----------------------------------------------------------------------
@@ -481,6 +492,53 @@ def test_blocks_are_not_held_for_longer_than_the_deadline() -> None:
     source.connect()
     source.hear(announce())
     assert source.said() == [Failed(ATTEMPT, TOO_LATE), Fenced(ATTEMPT, clean=True)]
+
+
+def test_blocks_are_not_held_for_a_push_that_its_router_has_withdrawn() -> None:
+    source = Source()
+    source.connect()
+    source.admit()
+    source.step(0, 56)
+    source.finish()
+    assert source.pool.held
+    withdraw(source)
+    assert source.pool.held == set()
+    assert not source.source.unwanted, "its request has ended"
+    source.hear(announce())
+    assert source.said() == [Failed(ATTEMPT, WITHDRAWN), Fenced(ATTEMPT, clean=True)]
+
+
+def test_a_request_whose_push_was_withdrawn_is_to_end() -> None:
+    source = Source()
+    source.source.arrived(source.record, source.now)
+    source.admit()
+    source.step(0, 32)
+    withdraw(source)
+    assert source.source.unwanted == ["request"]
+
+
+def test_a_push_that_is_withdrawn_before_anybody_knows_it_is_refused() -> None:
+    source = Source()
+    source.connect()
+    withdraw(source)
+    source.hear(Claim((PUSH,), 30.0))
+    assert source.said() == [Failed(Attempt(PUSH, NO_EPOCH), WITHDRAWN)]
+
+
+@pytest.mark.parametrize("word", [Claim((PUSH,), 30.0), announce()])
+def test_a_push_of_which_a_decode_engine_has_spoken_is_not_withdrawn(word: LinkMessage) -> None:
+    """The router may know less than the engine: an answer is lost on its way, for example."""
+    source = Source()
+    source.connect()
+    source.admit()
+    source.hear(word)
+    source.step(0, 56)
+    source.finish()
+    source.said()
+    withdraw(source)
+    assert source.pool.held
+    assert not source.said()
+    assert not source.source.unwanted
 
 
 def test_only_a_share_of_the_blocks_is_held_for_destinations_that_are_not_known() -> None:

@@ -688,6 +688,16 @@ class Planner:
         if self._pushes is not None:
             self._pushes.end(at_once=at_once)
 
+    def withdraw_push(self, push: str, request_id: str) -> None:
+        """A router says that no decode engine will ask for what is computed here.
+
+        Args:
+            push: the router's name for it.
+            request_id: the request by which it says so: nothing need come of it.
+        """
+        if self._pushes is not None:
+            self._pushes.withdraw(push, request_id)
+
     def drain_letters(self) -> list[Letter]:
         """Messages for other engines since the last call."""
         return [] if self._pushes is None else self._pushes.drain_letters()

@@ -197,6 +197,11 @@ class Pushes:
         :meth:`~lamina_kv.control.planner.Planner.take_announcement`."""
         return self._source.take(peer, announce)
 
+    def withdraw(self, push: str, request_id: str) -> None:
+        """No decode engine will ask for a push, see
+        :meth:`~lamina_kv.control.planner.Planner.withdraw_push`."""
+        self._source.withdraw(push, request_id, self._books.clock.tick())
+
     def drain_letters(self) -> list[Letter]:
         """Messages for other engines since the last call."""
         return [*_taken(self._source.letters), *_taken(self._target.letters)]

@@ -80,6 +80,9 @@ TOO_BUSY = "the prefill engine has too much to do to compute it in time"
 DECLINED = "the decode engine had declined it"
 """Why a push is over of which its decode engine has said that it needs nothing."""
 
+WITHDRAWN = "its router has withdrawn it"
+"""Why a push is over that no decode engine has accepted."""
+
 ENDING = "the prefill engine is shutting down"
 
 OF_ANOTHER = "this push is another decode engine's"
@@ -315,6 +318,27 @@ class PushSource:
             _remember(self._declined, push.id, reason)  # it may be announced yet
         elif out is not None and out.record is None and out.request in ("", request_id):
             self._fail(out, reason)
+
+    def withdraw(self, push: str, request_id: str, now: float) -> None:
+        """A router has found no decode engine for a push: nothing is held for it any longer. If a
+        decode engine has spoken of it all the same, that one has the say.
+
+        Args:
+            push: the router's name for it.
+            request_id: the request by which it says so, which is to end.
+            now: control's clock.
+        """
+        self._now = now
+        self.unwanted.append(request_id)
+        out = self._outbound.get(push)
+        if out is None:
+            if push not in self._declined:
+                _remember(self._declined, push, WITHDRAWN)
+            return
+        self._heed(out)
+        if not out.peer:
+            self._forgo_of(out, now)
+            self._fail(out, WITHDRAWN)
 
     def finished(
         self, record: RequestRecord, computed: int, blocks: Sequence[Sequence[int]]

@@ -156,10 +156,22 @@ def push_parameters(request: Request) -> PushParameters | None:
             return PushParameters(name, normalise(address))
         case {"id": str(name)} if _is_id(name) and len(given) == 1:
             return PushParameters(name, None)
+        case _ if withdrawn_push(request) is not None:
+            return None
     raise ValueError(
         f'must be {{"id": text}} or {{"id": text, "prefill": "HOST:PORT"}}, with an id of 1 to '
         f"{MAX_ID} printable ASCII characters, got {shown(given)}"
     )
+
+
+def withdrawn_push(request: Request) -> str | None:
+    """The push of which a router tells its prefill engine that no decode engine will ask for it:
+    ``{"lamina_push": {"id": …, "withdrawn": true}}`` in the parameters of a request that says
+    nothing else. None of every other request."""
+    match request.kv_transfer_params:
+        case {"lamina_push": {"id": str(name), "withdrawn": True} as given}:
+            return name if _is_id(name) and len(given) == 2 else None
+    return None
 
 
 def is_asked_first(request: Request) -> bool:

@@ -42,6 +42,7 @@ from lamina_kv.engines.vllm.requests import (
     handed_on,
     is_asked_first,
     push_parameters,
+    withdrawn_push,
 )
 from lamina_kv.engines.vllm.resets import reset_despite_readers
 from lamina_kv.engines.vllm.sleep import be_quiet_before_sleep
@@ -384,10 +385,13 @@ class SchedulerSide:
         if self._spans is not None:
             for name in _names(request, view.push):
                 self._spans.request(name, request.trace_headers)
-        if loads or view.push is not None:
+        withdrawn = withdrawn_push(request)
+        if withdrawn is not None:
+            self.planner.withdraw_push(withdrawn, request.request_id)
+        elif loads or view.push is not None:
             self.planner.arrived(view, loads=loads)
             self._adapters.look_anew()  # the next step may be far away
-        if view.push is not None:
+        if withdrawn is not None or view.push is not None:
             self._exchange()
 
     def lookup(self, request: Request, computed: int) -> tuple[int | None, bool]:

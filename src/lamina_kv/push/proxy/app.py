@@ -34,6 +34,7 @@ from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import RoutingPolicy
 from lamina_kv.push.proxy.settings import Settings, SettingsError
 from lamina_kv.push.proxy.tls import engine_context
+from lamina_kv.push.proxy.withdrawals import Withdrawals
 
 _FIRST_CHECKS = 3.0
 """Seconds that engines have to answer before the proxy lets requests in."""
@@ -71,7 +72,8 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
 
     fleet.tell(changed, gone)
     router = Router(policy or make_policy(settings.policy), settings.disaggregate, metrics)
-    dispatcher = Dispatcher(settings, fleet, router, metrics)
+    withdrawals = Withdrawals()
+    dispatcher = Dispatcher(settings, fleet, router, metrics, withdrawals)
     relay = Relay(settings, dispatcher, metrics)
 
     @asynccontextmanager
@@ -94,6 +96,7 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
         if finding is not None:
             finding.cancel()
             await asyncio.wait({finding})
+        await withdrawals.close()
         await fleet.close()
         await followers.close()
 

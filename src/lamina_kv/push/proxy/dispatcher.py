@@ -30,6 +30,7 @@ from lamina_kv.push.proxy.routing.router import Router, Trip, serving
 from lamina_kv.push.proxy.routing.words import Why
 from lamina_kv.push.proxy.settings import Settings
 from lamina_kv.push.proxy.usage import cached_by, corrected
+from lamina_kv.push.proxy.withdrawals import Withdrawals
 
 log = logging.getLogger("lamina_kv.push.proxy")
 
@@ -158,12 +159,19 @@ class Dispatcher:
         engines: all there are at the moment, of both roles.
         router: chooses among them.
         metrics: is told what happens.
+        withdrawals: tells prefill engines what was computed for nobody.
     """
 
     def __init__(
-        self, settings: Settings, engines: Iterable[Engine], router: Router, metrics: Metrics
+        self,
+        settings: Settings,
+        engines: Iterable[Engine],
+        router: Router,
+        metrics: Metrics,
+        withdrawals: Withdrawals,
     ) -> None:
         self._settings = settings
+        self._withdrawals = withdrawals
         self._engines = engines
         self._router = router
         self._metrics = metrics
@@ -265,18 +273,22 @@ class Dispatcher:
         visit.enter_context(rank.engine.visit(rank, trip.at_prefill))
         prefilling = asyncio.create_task(self._prefill(trip, rank, request, push_id, blame))
         prefilling.add_done_callback(lambda _: visit.close())
+        accepted = False
         try:
             async with AsyncExitStack() as exchange:
                 body = request.for_decode(push_id, rank.push)
                 decoding = self._decode(trip, request, body, blame, last=last)
                 answer = await _unless_lost(prefilling, exchange.enter_async_context(decoding))
+                accepted = answer.status < 400
                 cached = partial(_cached, prefilling)
                 yield replace(answer, pieces=corrected(answer.pieces, cached, events=answer.events))
-            if answer.status < 400:
+            if accepted:
                 await asyncio.wait({prefilling}, timeout=PREFILL_GRACE)
         finally:
             prefilling.cancel()
             await asyncio.wait({prefilling})
+            if not accepted and _is_done(prefilling):
+                self._withdrawals.send(request, rank, push_id)
 
     async def _prefill(
         self, trip: Trip, rank: Rank, request: ApiRequest, push_id: str, blame: Blame
@@ -409,6 +421,13 @@ class Dispatcher:
                 yield piece
         if held:
             yield held
+
+
+def _is_done(prefilling: asyncio.Task[_Prefilled]) -> bool:
+    """Whether the prefill engine has computed the prompt; the task has ended."""
+    if prefilling.cancelled() or prefilling.exception() is not None:
+        return False
+    return prefilling.result().end is _End.DONE
 
 
 async def _cached(prefilling: asyncio.Task[_Prefilled]) -> int | None:

@@ -97,6 +97,14 @@ class ApiRequest:
             told = {**split.decode_told, "lamina_push": {"id": push_id, "prefill": prefill}}
         return _encode(self.fields, told)
 
+    def for_withdrawal(self, push_id: str) -> bytes:
+        """The body that tells a prefill engine that nobody will ask for a push: a request of one
+        token, which the engine need not compute."""
+        model = {"model": self.fields["model"]} if self.fields and "model" in self.fields else {}
+        told: dict[str, object] = {"lamina_push": {"id": push_id, "withdrawn": True}}
+        asked = {"prompt": msgspec.Raw(b"[0]"), "max_tokens": msgspec.Raw(b"1")}
+        return _encode({**model, **asked}, told)
+
 
 def split_of(method: str, path: str) -> Split | None:
     """How such requests can be split; None if they go to a decode engine as they come.
