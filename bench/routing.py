@@ -47,7 +47,9 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
 )
-COMPUTED = "vllm:request_prefill_kv_computed_tokens_sum"
+COMPUTED = "vllm:prompt_tokens_by_source_total"
+"""What each engine's scheduler has counted. vLLM's histogram of computed tokens counts a prompt
+again that a NixlConnector has pulled."""
 PATIENCE = 600.0
 
 
@@ -143,21 +145,22 @@ async def converse(
             "allowed_token_ids": [ord(letter) for letter in LETTERS],
         }
         text, times = "", []
-        async with client.stream(
-            "POST", "/v1/chat/completions", json=body, headers={"x-session-id": talk.name}
-        ) as response:
-            if response.status_code != httpx.codes.OK:
-                await response.aread()
-                return turns
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                for choice in event.get("choices", ()):
-                    if content := choice["delta"].get("content"):
-                        text += content
-                        times.append(time.perf_counter())
-        if not times:
+        try:
+            async with client.stream(
+                "POST", "/v1/chat/completions", json=body, headers={"x-session-id": talk.name}
+            ) as response:
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    for choice in event.get("choices", ()):
+                        if content := choice["delta"].get("content"):
+                            text += content
+                            times.append(time.perf_counter())
+        except httpx.HTTPError:
+            return turns
+        if len(text) < options.answer:  # it broke off, or was an error from the beginning
             return turns
         turn.first = times[0] - due
         turn.between = (times[-1] - times[0]) / max(1, len(times) - 1)
@@ -173,16 +176,8 @@ async def ask_all(url: str, talks: Sequence[Talk], options: argparse.Namespace) 
         base_url=url, timeout=PATIENCE, trust_env=False, limits=limits
     ) as client:
         began = time.perf_counter()
-        turns = await asyncio.gather(
-            *(converse(client, talk, began, options) for talk in talks), return_exceptions=True
-        )
-    served: list[Turn] = []
-    for result in turns:
-        if isinstance(result, BaseException):
-            served.append(Turn(0, 0))
-        else:
-            served += result
-    return served
+        turns = await asyncio.gather(*(converse(client, talk, began, options) for talk in talks))
+    return [turn for talk in turns for turn in talk]
 
 
 # -- who answers -------------------------------------------------------------------------------
@@ -218,7 +213,7 @@ class Deployment:
 
     def computed(self) -> float:
         """Tokens of prompts, so far."""
-        return sum(engine.metric(COMPUTED) for engine in self.engines)
+        return sum(engine.metric(COMPUTED, source="local_compute") for engine in self.engines)
 
 
 class Starter:
