@@ -14,8 +14,11 @@ from zlib import crc32
 from lamina_kv.config import BreakerConfig, PushConfig
 from lamina_kv.control.breakers import BreakerState
 from lamina_kv.control.cost import Costs
+from lamina_kv.control.offers import Offer
+from lamina_kv.control.push.inbound import Sender
 from lamina_kv.control.push.inbound import Stage as TargetStage
 from lamina_kv.control.push.open_prompts import OpenPrompts, RanksChannel
+from lamina_kv.control.push.outbound import Progress
 from lamina_kv.control.push.outbound import Stage as SourceStage
 from lamina_kv.control.push.room import Room
 from lamina_kv.control.push.source import PushSource
@@ -23,13 +26,14 @@ from lamina_kv.control.push.target import PushTarget
 from lamina_kv.control.requests import ChunkShape, Hit, PushParameters, RequestRecord
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.geometry import Group, GroupKind
-from lamina_kv.keys import ChunkChain
+from lamina_kv.keys import ChunkChain, Epoch
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import LoadMode, Outcome, ReceiveOrder, TransferReceipt
 from lamina_kv.push.cards import EngineCard, RankCard, RowCard
 from lamina_kv.push.inbox import Inbox, Mailbox, Take
 from lamina_kv.push.letters import Fate, Letter, Lost, News, Opened
-from lamina_kv.tiers.regard import USUAL
+from lamina_kv.tiers.regard import USUAL, Regard
+from lamina_kv.tiers.reuse import Standing, Use
 
 BLOCK = 2
 """Tokens of a block."""
@@ -182,8 +186,26 @@ def _reduce_shared(value: object) -> tuple[Callable[[int], object], tuple[int]]:
     return shared, (index,)
 
 
-def _reduce_frozen(value: Any) -> tuple[type, tuple[object, ...]]:
-    return type(value), tuple(getattr(value, part.name) for part in fields(value))
+_alike: dict[tuple[type, object], int] = {}
+
+
+def _reduce_alike(value: object) -> tuple[Callable[[int], object], tuple[int]]:
+    """Of values that are equal, and never change, copies of all histories have one."""
+    named = type(value), value
+    index = _alike.get(named)
+    if index is None:
+        index = _alike[named] = len(_shared)
+        _shared.append(value)
+    return shared, (index,)
+
+
+@cache
+def _names(kind: type) -> list[str]:
+    return [part.name for part in fields(kind)]
+
+
+def _reduce_frozen(value: object) -> tuple[type, tuple[object, ...]]:
+    return type(value), tuple([getattr(value, name) for name in _names(type(value))])
 
 
 def _reduce_table(table: TransferTable) -> tuple[Callable[..., TransferTable], tuple[object, ...]]:
@@ -252,9 +274,11 @@ def _reduce_mailbox(box: Mailbox) -> tuple[type, tuple[object, ...]]:
 
 _CONSTANTS = (PushConfig, BreakerConfig, Costs, ChunkShape, EngineCard, Group, Options)
 _ENUMS = (Kind, State, SourceStage, TargetStage, LoadMode, Outcome, BreakerState, Fate)
+_ALIKE = (Epoch, Offer, Progress, Regard, Sender, Standing, Use)
 _FROZEN = (Letter, Opened, Lost, TransferReceipt, ReceiveOrder, PushParameters)
 _TABLE: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((*_CONSTANTS, *_ENUMS), _reduce_shared),
+    **dict.fromkeys(_ALIKE, _reduce_alike),
     **dict.fromkeys(_FROZEN, _reduce_frozen),
     TransferTable: _reduce_table,
     Inbox: _reduce_inbox,

@@ -131,7 +131,8 @@ def explore(
                 events += 1
                 try:
                     after.run(event, fault=wrong)
-                    found = after.key()
+                    keys = after.keys()
+                    found = hash(keys)
                 except Exception as error:
                     raise FoundViolationError(_story(origins, key, event, error)) from error
                 if found == key:
@@ -146,7 +147,7 @@ def explore(
                     if wrong_at is not None:
                         depths[wrong_at] += 1
                         late += wrong_at > 0
-                    waiting.add(origins[found], found, after.copy())
+                    waiting.add(origins[found], found, after.copy(keys))
         if key not in calm:
             try:
                 world.check_clean()

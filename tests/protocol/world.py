@@ -111,11 +111,15 @@ class Engines(Generic[Engine]):
             for index, (_, key) in enumerate(self._asleep)
         )
 
-    def copy(self) -> list[tuple[bytes, bytes]]:
-        """What :meth:`of` makes the same engines of."""
+    def copy(self, keys: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
+        """What :meth:`of` makes the same engines of.
+
+        Args:
+            keys: what :meth:`keys` says of them now.
+        """
         return [
             (dump(self._awake[i]) if i in self._awake else self._asleep[i][0], key)
-            for i, key in enumerate(self.keys())
+            for i, key in enumerate(keys)
         ]
 
     @classmethod
@@ -186,6 +190,9 @@ class Orphan:
 Copy = tuple[Options, list[tuple[bytes, bytes]], list[tuple[bytes, bytes]], bytes]
 """A history at one moment."""
 
+Keys = tuple[tuple[bytes, ...], tuple[bytes, ...], bytes]
+"""Equal for histories that have come to the same."""
+
 
 class World:
     """See the module.
@@ -224,9 +231,15 @@ class World:
 
     # -- copies ------------------------------------------------------------------------------
 
-    def copy(self) -> Copy:
-        """All of it; :meth:`of` makes another one of that."""
-        return self.options, self.prefills.copy(), self.decodes.copy(), dump(self._rest())
+    def copy(self, keys: Keys | None = None) -> Copy:
+        """All of it; :meth:`of` makes another one of that.
+
+        Args:
+            keys: what :meth:`keys` says now, if it was asked already.
+        """
+        prefills, decodes, _ = keys or self.keys()
+        copies = self.prefills.copy(prefills), self.decodes.copy(decodes)
+        return self.options, *copies, dump(self._rest())
 
     @staticmethod
     def of(copy: Copy) -> World:
@@ -248,10 +261,13 @@ class World:
         ) = pickle.loads(rest)
         return world
 
+    def keys(self) -> Keys:
+        """See :data:`Keys`."""
+        return self.prefills.keys(), self.decodes.keys(), dump(self._rest(), compare=True)
+
     def key(self) -> int:
-        """Equal for histories that have come to the same."""
-        rest = dump(self._rest(), compare=True)
-        return hash((self.prefills.keys(), self.decodes.keys(), rest))
+        """A hash of :meth:`keys`."""
+        return hash(self.keys())
 
     def _rest(self) -> tuple[object, ...]:
         return (
@@ -871,17 +887,18 @@ def settle(world: World, limit: int = 2000) -> World:
     Raises:
         ProtocolViolationError: if something never ends, or is left.
     """
-    before, key = world.copy(), world.key()
+    keys = world.keys()
+    before = world.copy(keys)
     for _ in range(limit):
         for kind in (World.normal, World.time):
             for event in list(kind(world)):
                 world.run(event)
-                if (after := world.key()) != key:
+                if (after := world.keys()) != keys:
                     break
                 world = World.of(before)
             else:
                 continue
-            before, key = world.copy(), after
+            before, keys = world.copy(after), after
             break
         else:
             world.check_clean()
