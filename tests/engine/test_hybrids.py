@@ -158,8 +158,14 @@ def test_from_host_memory(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    ["short-convolution"]
-    + [pytest.param(m, marks=pytest.mark.slow) for m in HYBRIDS if m != "short-convolution"],
+    [
+        "short-convolution",
+        "interleaved-windows",
+        "linear-attention",
+        # Their windows are those of the second one.
+        pytest.param("sliding-window", marks=pytest.mark.soak),
+        pytest.param("alternating-windows", marks=pytest.mark.soak),
+    ],
 )
 def test_from_disk_after_restarts(
     checkpoints: Checkpoints, start: Start, reference: Any, tmp_path: Path, model: str
