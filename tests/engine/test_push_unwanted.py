@@ -45,7 +45,7 @@ def ask(server: Server, push: str, **more: object) -> Any:
 def test_what_was_declined_is_aborted_and_answered(llama: Path, fleet: Fleet) -> None:
     address = f"127.0.0.1:{free_port()}"
     spec = EngineSpec(llama, {**SMALL, "push": {"listen": address}})
-    with Server(spec, fleet.next_log()) as server:
+    with Server(spec, fleet.next_log(), forked=True) as server:
         link = Link(CARD, servers=(), token=None, silence=5.0)
         heard: list[News] = []
 

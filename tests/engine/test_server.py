@@ -33,7 +33,7 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
     # By its name alone the connector is found through vLLM's plugins.
     by_name = {"kv_connector_module_path": None}
     spec = EngineSpec(llama, lamina, options={"shutdown_timeout": 30}, transfer=by_name)
-    with Server(spec, fleet.next_log()) as server:
+    with Server(spec, fleet.next_log(), forked=True) as server:
         # What has not happened yet is 0, not absent: else no alert would see it happen first.
         server.wait_until(lambda: server.metrics().total("lamina_config_info") == 1, CALL_SECONDS)
         assert {
@@ -108,7 +108,7 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
     )
     assert len(re.findall(r"request \S+: prompt", host_log)) == 1, "one line, not two; no miss"
 
-    with Server(spec, fleet.next_log()) as server:
+    with Server(spec, fleet.next_log(), forked=True) as server:
         third = server.complete(TOKENS)
         metrics = server.metrics()
         assert metrics.total(cached, source="disk") == HIT
@@ -123,7 +123,7 @@ def test_a_hit_from_each_tier(llama: Path, fleet: Fleet, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_mistake_stops_the_server_with_a_reason(llama: Path, fleet: Fleet) -> None:
     spec = EngineSpec(llama, {"hots": {"capacity": "1GiB"}})
-    with pytest.raises(ServerEnded) as end, Server(spec, fleet.next_log()):
+    with pytest.raises(ServerEnded) as end, Server(spec, fleet.next_log(), forked=True):
         pass
     assert end.value.code != 0
     assert "hots: unknown key; did you mean host" in str(end.value)

@@ -73,7 +73,7 @@ def test_spans_of_a_request_are_in_its_trace(llama: Path, fleet: Fleet) -> None:
                 "OTEL_BSP_SCHEDULE_DELAY": "100",
             },
         )
-        with Server(spec, fleet.next_log()) as server:
+        with Server(spec, fleet.next_log(), forked=True) as server:
             for trace in (first, second):
                 server.complete(tokens, traceparent=f"00-{trace}-{PARENT}-01")
                 server.wait_until_empty(CALL_SECONDS)
