@@ -27,6 +27,13 @@ ENDING = 30.0
 """Seconds that threads of Lamina have to end after the last test of a file."""
 
 
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of collections. It is never garbage, and a child that is forked
+    would have to copy all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def threads_end() -> Iterator[None]:
     """What a file leaves behind is its own fault, and not that of the next file that counts."""
