@@ -81,8 +81,8 @@ lint: .venv/installed ## ruff, and mypy for the oldest and the newest Python
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@echo "mypy ..."
-	@$(BIN)/mypy
-	@$(BIN)/mypy --python-version 3.13
+	@$(BIN)/mypy --python-version 3.13 & newest=$$!; $(BIN)/mypy; oldest=$$?; \
+		wait $$newest && exit $$oldest
 
 # The theme advertises its successor otherwise.
 docs: export NO_MKDOCS_2_WARNING := 1
