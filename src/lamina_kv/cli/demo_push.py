@@ -71,12 +71,12 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
                     scratch / "prefill.log",
                 )
             )
-            prefill.await_start()
             # On one machine: vLLM's processes spin on each other while a request is parked, and
             # would take from the prefill's cores what they do not need.
             decode = stack.enter_context(
                 _engine(model, {"push": {"peers": peers}}, scratch / "decode.log", polite=True)
             )
+            prefill.await_start()
             decode.await_start()
         with demo.step(console, "Starting the proxy that brings them together"):
             proxy = stack.enter_context(_proxy(prefill, address, decode, scratch / "proxy.log"))
