@@ -66,6 +66,7 @@ class Arrival:
         floor: tokens that the engine has of it.
         end: the first token behind what is brought near.
         began: control's clock when :meth:`MovePlanner.bring` was called.
+        step: number of the plan that was made next.
         due: control's clock after which nothing is waited for any more.
         stall: seconds after which a tier has stalled that brings nothing to anybody.
         ended: control's clock when the last move was over, or when the wait was given up.
@@ -89,6 +90,7 @@ class Arrival:
     floor: int = 0
     end: int = 0
     began: float = 0.0
+    step: int = 0
     due: float = 0.0
     stall: float = inf
     ended: float = 0.0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain as joined
 from itertools import islice
+from math import inf
 
 from lamina_kv.plan import NEAR, ChunkKey, RankReport, StoredChunks, TierName
 from lamina_kv.quantities import size_of
@@ -41,12 +42,14 @@ class Far:
         bound: bytes that may be on their way to it, and as many from it, over all ranks that keep
             chunks.
         keep: what is written to it.
+        longest_call: seconds that one call of its store takes at most.
     """
 
     name: TierName
     index: Index
     bound: int
     keep: Keep = "all"
+    longest_call: float = inf
 
 
 class Catalog:
@@ -206,6 +209,7 @@ def open_catalog(
             _open_index(keeping, number, tier, clock, partial(on_eviction, TierName(tier.name))),
             tier.max_inflight * len(keeping),
             tier.keep,
+            tier.longest_call,
         )
         for number, tier in enumerate(tiers)
     ]

@@ -54,12 +54,14 @@ class Lane:
         far: as given.
         answers: how long it takes to say what it has.
         brought: control's clock when a chunk came from it last.
+        silent: control's clock when it left a question unanswered; minus infinity if it has
+            answered one since, or has brought a chunk.
     """
 
     def __init__(self, books: Books, far: Far, costs: Costs) -> None:
         self.far = far
         self.answers = Answers()
-        self.brought = -inf
+        self.brought = self.silent = -inf
         self._costs = costs
         self._charged = 0.0  # control's clock until which the tier's work is measured
         self._books = books
@@ -282,6 +284,7 @@ class Lane:
         """Take in an answer, or that there is none."""
         present = [*map(bool, transfer.present)] if transfer.state is State.DONE else None
         self.answers.took(transfer.seconds, present)
+        self.silent = self._books.clock.now if present is None else -inf
         self.far.index.told(transfer.keys, present)
         here = 0 if present is None else sum(present)
         self._count_answers("here", here)
@@ -338,7 +341,7 @@ class Lane:
             self._count_failure(transfer)
             return
         self._measure(transfer)
-        self.brought = books.clock.now
+        self.brought, self.silent = books.clock.now, -inf
         books.catalog.publish(key)
         books.meter.count("fetch_bytes", transfer.moved_bytes, tier=self.far.name)
         books.meter.observe("fetch_seconds", transfer.seconds, tier=self.far.name)

@@ -25,7 +25,7 @@ from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.lanes import Lane
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.pins import Pins
-from lamina_kv.control.questions import Questions
+from lamina_kv.control.questions import LOOK_PLANS, Questions
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.plan import ChunkKey, TierName, TierOrders
@@ -161,7 +161,7 @@ class MovePlanner:
         self._turns += 1
         arrival.turn, arrival.phase = self._turns, Phase.WAITS
         self._waiting.add(record.view.request_id)
-        arrival.began = self._books.clock.now
+        arrival.began, arrival.step = self._books.clock.now, self._books.clock.step
         arrival.due, arrival.stall = arrival.began + offer.timeout, offer.stall
         end = self._hits.fitting(record, floor, floor + offer.loaded, self._pins.most_of_one)
         arrival.floor, arrival.end = floor, end
@@ -199,8 +199,7 @@ class MovePlanner:
         late, now = bool(arrival.wanted or arrival.awaited), self._books.clock.now
         if late and now < arrival.due:
             broken = bool(self._broken) and self._is_broken(arrival)
-            stalled = now >= arrival.began + arrival.stall and self._has_stalled(arrival)
-            if not (broken or stalled):
+            if not (broken or self._has_stalled(arrival)):
                 return True
             arrival.due = now
         self._end(arrival, late=late)
@@ -212,15 +211,24 @@ class MovePlanner:
         return fetch is not None and fetch.transfer.tier in self._broken
 
     def _has_stalled(self, arrival: Arrival) -> bool:
-        """Whether all tiers that a request waits for are at work, and have brought nothing to
-        anybody for so long that there is no hope."""
-        now, names = self._books.clock.now, {*arrival.sources.values()}
+        """Whether the tier that the next chunk is to come from is at work, and has brought nothing
+        to anybody for so long that there is no hope: no call of it takes longer."""
         if arrival.awaited and (fetch := self._fetches.get(arrival.awaited[0])) is not None:
-            names.add(fetch.transfer.tier)  # ordered for another request
-        lanes = [self._lanes[name] for name in names]
-        return bool(lanes) and all(
-            lane.is_reading and now >= lane.brought + arrival.stall for lane in lanes
-        )
+            name = fetch.transfer.tier
+        elif arrival.wanted and arrival.wanted[0] in arrival.sources:
+            name = arrival.sources[arrival.wanted[0]]
+        else:
+            return False
+        lane, clock = self._lanes[name], self._books.clock
+        since = max(self._waits_since(arrival, lane), lane.brought)
+        stalled = clock.now >= since + min(arrival.stall, lane.far.longest_call)
+        return stalled and clock.step >= arrival.step + LOOK_PLANS and lane.is_reading
+
+    def _waits_since(self, arrival: Arrival, lane: Lane) -> float:
+        """Control's clock since which a request has waited for a tier: for its chunks, and before
+        that in vain for its answer."""
+        asked = arrival.asked
+        return arrival.began if asked is None or lane.silent < asked.since else asked.since
 
     def awaits_probes(self, record: RequestRecord) -> bool:
         """Whether a request is to wait a moment for news of a tier that is out of use. Where the
@@ -323,11 +331,12 @@ class MovePlanner:
         self._books.meter.observe("fetch_wait_seconds", arrival.ended - arrival.began)
         if arrival.held_up:  # near had no room: that says nothing of a tier
             return
-        near, seconds = self._books.catalog.near.visible, arrival.ended - arrival.began
+        near = self._books.catalog.near.visible
         hung = {f.transfer.tier for f in moves if f.transfer.overdue and f.ended > arrival.began}
         for name in hung | ({arrival.sources[key] for key in missing} if late else set()):
             came = sum(key in near for key, source in arrival.sources.items() if source == name)
             size = self._books.moved_bytes
+            seconds = arrival.ended - self._waits_since(arrival, self._lanes[name])
             self._costs.given_up(name, came * size, seconds, least=size)
 
     def _take_arrived(self, arrival: Arrival, *, all_of_it: bool = False) -> None:

@@ -98,12 +98,14 @@ class Questions:
         return early or now < patience.since + patience.seconds
 
     def _for_answers(self, record: RequestRecord) -> float:
-        """Seconds that a request waits for answers. Where every hit is loaded, it waits until they
-        have come, which they do within the timeout of a tier's calls."""
+        """Seconds that a request waits for answers. Where every hit is loaded, that is as long as
+        the call of a tier takes. An answer that comes later, because the call had to wait for
+        others that hang, is for the next request."""
+        asked = [far for far in self._books.catalog.readable_far() if not far.index.capacity]
         if self._always:
-            return self._longest
+            calls = (far.longest_call for far in asked)
+            return min(self._longest, max(calls, default=0.0))
         prefill = self._costs.prefill_seconds(
             record.hit.floor + record.hit.tokens, record.view.num_tokens
         )
-        asked = (far for far in self._books.catalog.readable_far() if not far.index.capacity)
         return max((self._lanes[far.name].answers.patience(prefill) for far in asked), default=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -55,6 +56,12 @@ class TierConfig(Section):
     )
 
     @property
+    def longest_call(self) -> float:
+        """Seconds that one call of its store takes at most; infinite if nothing bounds it but
+        ``load.deadline``."""
+        return inf
+
+    @property
     def place(self) -> str:
         """Where its store is, as ``lamina-kv inspect`` takes it; empty if such stores cannot be
         looked into. Has no password."""
@@ -78,3 +85,8 @@ class SharedConfig(TierConfig):
         description="Seconds that one call of the store may take. What it has not done by then "
         "counts as a failure of the tier.",
     )
+
+    @property
+    def longest_call(self) -> float:
+        """See the base class."""
+        return self.timeout
