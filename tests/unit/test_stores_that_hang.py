@@ -79,7 +79,7 @@ def test_who_comes_behind_calls_that_hang_waits_no_longer() -> None:
     for tokens in prompts[:2]:
         promise(driven, tokens)
     views = [View(f"request {number}", tokens) for number, tokens in enumerate(prompts)]
-    assert all([driven.planner.lookup(view, 0).ask_again for view in views])
+    assert all(driven.planner.lookup(view, 0).ask_again for view in views)
     assert max(waits(driven, hanging, view) for view in views) <= TIMEOUT + SLACK
 
 
