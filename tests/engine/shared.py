@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ def directory(folder: Path) -> Iterator[Shared]:
 
 
 @contextmanager
+def juicefs(folder: Path) -> Iterator[Shared]:
+    """A directory in a file system that machines share."""
+    from juicefs import JuiceFS, missing
+
+    if why := missing():
+        pytest.skip(why)
+    with closing(JuiceFS(folder)) as mount:
+        mount.start()
+        yield Shared({"kind": "directory", "path": str(mount.path / "shared")})
+
+
+@contextmanager
 def valkey(folder: Path) -> Iterator[Shared]:
     """A Valkey server on a socket."""
     from servers.valkey import ValkeyServer
@@ -80,16 +92,18 @@ def mooncake(folder: Path) -> Iterator[Shared]:
 
 STORES: Mapping[str, Callable[[Path], AbstractContextManager[Shared]]] = {
     "directory": directory,
+    "juicefs": juicefs,
     "valkey": valkey,
     "s3": s3,
     "mooncake": mooncake,
 }
-"""By kind: a real store, which takes a folder for what it needs."""
+"""By name: a real store, which takes a folder for what it needs."""
 
 EACH_STORE = [
     "directory",
     "valkey",
     "s3",
+    pytest.param("juicefs", marks=pytest.mark.slow),
     pytest.param("mooncake", marks=pytest.mark.slow),
 ]
 """Parameters of a test that is to run on each."""
