@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.engine
 
 LONG = Ask(prompt(800, 1500))
 """Many steps of a prefill engine."""
+LATE = Ask(prompt(801, 1200))
 SHORT = {"deadline": 8.0, "silence": 1.5, "quarantine": 0.5}
 """Little time to wait in, but enough for what is to go well."""
 OTHERS = [Ask(tokens) for tokens in mixed_prompts(81, count=8)]
@@ -319,17 +322,43 @@ def test_decode_is_stopped_and_goes_on(doomed: Pair, alone: Engine) -> None:
     expect_usable(doomed, alone)
 
 
+def hold_link(core: Any) -> None:
+    """The thread of an engine's link is busy: what the engine says, and is told, waits for it."""
+    link = core.scheduler.connector._scheduler._link
+    link.goes_on = threading.Event()
+    link._loop.call_soon_threadsafe(link.goes_on.wait)
+
+
+def let_go_of_link(core: Any) -> None:
+    """It has time again."""
+    core.scheduler.connector._scheduler._link.goes_on.set()
+
+
 def test_prefill_is_told_to_end(llama: Path, start: Start, alone: Engine) -> None:
-    """It says what it will not send, so that nothing is quarantined for as long as this test is."""
+    """It says what it will not send, also of what it does not hear any more, so that nothing is
+    quarantined for as long as this test is."""
     spec = PairSpec(llama, SMALL_STEPS, push={**SHORT, "quarantine": 3600.0}, decode={"seed": 3})
     prefill, decode = spec.engines()
     pair = Pair(start(prefill), start(decode), spec.address)
     pair.submit_prefill([OTHERS[0]], [pair.name_push()])  # nobody will ask for it
+
+    def parked() -> float:
+        return pair.decode.metrics().total("lamina_push_blocks", state="parked")
+
+    def links() -> float:
+        engines = pair.metrics().values()
+        return sum(each.total("lamina_push_links") for each in engines)
+
     names = pair.submit_decode([LONG], [pair.name_push()])
-    pair.step_until(lambda: pair.decode.metrics().total("lamina_push_blocks", state="parked") > 0)
+    pair.step_until(lambda: parked() > 0 and links() == 2)
+    pair.decode.in_core(hold_link)
+    before = parked()
+    names += pair.submit_decode([LATE], [pair.name_push()])
+    pair.step_until(lambda: parked() > before)
     pair.prefill.close()
+    pair.decode.in_core(let_go_of_link)
     pair.freeze(pair.prefill)
-    assert not differences(pair.finish(names), [alone.ask(LONG)])
+    assert not differences(pair.finish(names), alone.generate([LONG, LATE]))
     pair.settle()
 
 

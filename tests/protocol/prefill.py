@@ -442,6 +442,18 @@ class Prefill:
         prompt, _, index, filled = label
         return index * BLOCK + filled >= self.options.tokens_of(prompt) - 1
 
+    def close(self) -> set[Attempt]:
+        """It is told to end, and does.
+
+        Returns:
+            Attempts of which something is still on its way, as far as control knows.
+        """
+        self.exchange()
+        self.source.end(at_once=True)
+        self.exchange()
+        left = [(out.peer, out.announce) for out in self.source._outbound.values()]
+        return {(peer, announce.attempt.epoch) for peer, announce in left if announce is not None}
+
     # -- blocks ------------------------------------------------------------------------------
 
     def _has_room(self, request: Request, end: int) -> bool:

@@ -31,7 +31,16 @@ from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import Outcome, TransferId
 from lamina_kv.push.inbox import Inbox, Mailbox
 from lamina_kv.push.letters import Fate, Letter, Lost, News
-from lamina_kv.push.messages import Announce, Attempt, Delivered, Failed, Fenced, decode, encode
+from lamina_kv.push.messages import (
+    Announce,
+    Attempt,
+    Delivered,
+    Failed,
+    Fenced,
+    Goodbye,
+    decode,
+    encode,
+)
 from lamina_kv.push.transports.base import Notice
 from protocol.engine import BLOCK, Options, PushCase
 from protocol.prefill import Prefill
@@ -64,6 +73,7 @@ LATE = world("deadline abort_decode silent second silence", 2, 3)
 TORN = world("write_fails", 1)
 AGAIN = world("write_fails break_decode break_prefill", 2)
 CRASHED = world("crash_prefill deadline", 2, 0)
+ENDED = world("close_prefill", 1, 0, CASE, CASE)
 FIRST = world("break_decode", 1, 0, SHORT, SHORT)
 NOT_NEEDED = PushCase(decode=1, tokens=3, push="a", part="decode", floor=2)
 TWICE = world(
@@ -171,6 +181,15 @@ def whoever_was_never_connected_knows_nothing(patch: Patch) -> None:
             inbound.untold |= inbound.address == item.peer and not item.was_open
 
     patch.setattr(PushTarget, "_lost", untold)
+
+
+def goodbyes_are_not_heard(patch: Patch) -> None:
+    lost = PushTarget._lost
+
+    def gone(target: PushTarget, item: Lost, now: float) -> None:
+        lost(target, replace(item, goodbye=None), now)
+
+    patch.setattr(PushTarget, "_lost", gone)
 
 
 def what_is_given_up_is_not_cancelled(patch: Patch) -> None:
@@ -485,6 +504,15 @@ def a_binding_that_comes_twice_is_obeyed_twice(patch: Patch) -> None:
     patch.setattr(Gathers, "bind", lambda gathers, bound: bound.binding.order.transfer)
 
 
+def a_goodbye_fences_what_is_under_way(patch: Patch) -> None:
+    goodbye = Endings.goodbye
+    patch.setattr(Endings, "goodbye", lambda ends, peer, under_way: goodbye(ends, peer, ()))
+
+
+def a_goodbye_fences_what_is_torn(patch: Patch) -> None:
+    patch.setattr(Endings, "goodbye", lambda ends, peer, under_way: Goodbye.but_for(0, under_way))
+
+
 def plans_carry_no_bindings(patch: Patch) -> None:
     patch.setattr(PushSource, "bindings", property(lambda source: []))
 
@@ -524,6 +552,7 @@ BREAKS: dict[Break, Options] = {
     another_incarnation_is_a_fence: CRASHED,
     another_incarnation_answers_for_the_former: CRASHED,
     whoever_was_never_connected_knows_nothing: FIRST,
+    goodbyes_are_not_heard: ENDED,
     what_is_given_up_is_not_cancelled: GIVEN_UP,
     nobody_is_asked_again: STOPPED,
     failed_is_taken_for_fenced: world("abort_prefill second", 1, 4),
@@ -566,6 +595,8 @@ BREAKS: dict[Break, Options] = {
     what_was_taken_is_withdrawn: LATE_BOUND,
     the_link_fences_what_is_being_sent: LATE_BOUND,
     a_binding_that_comes_twice_is_obeyed_twice: LATE_BOUND,
+    a_goodbye_fences_what_is_under_way: ENDED,
+    a_goodbye_fences_what_is_torn: world("close_prefill write_fails", 2),
     plans_carry_no_bindings: world("deaf", 1, beside=True),
     what_was_taken_is_not_waited_for: LATE_BOUND,
     what_is_gathered_is_not_leased: LATE_BOUND,

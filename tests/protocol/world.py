@@ -22,7 +22,7 @@ from lamina_kv.plan import TORN
 from lamina_kv.push.cards import SenderCard
 from lamina_kv.push.inbox import Mailbox
 from lamina_kv.push.letters import Fate, Letter, Lost, Opened
-from lamina_kv.push.messages import Announce, Delivered, Fenced, LinkMessage, Welcome
+from lamina_kv.push.messages import Announce, Delivered, Fenced, Goodbye, LinkMessage, Welcome
 from protocol.decode import Arrived, Decode
 from protocol.engine import (
     PATIENCE,
@@ -45,6 +45,7 @@ FAULTS = frozenset(
         "break_decode",
         "silent",
         "crash_prefill",
+        "close_prefill",
         "crash_decode",
         "preempt",
         "abort_prefill",
@@ -207,6 +208,7 @@ class World:
         orphans: writes that their engine can do nothing about, because they have failed, or it has
             crashed and is not started again.
         notices: on their way: who says it, the rank that is meant, what is said.
+        unfenced: attempts of which something was on its way when their prefill engine ended.
     """
 
     def __init__(self, options: Options) -> None:
@@ -228,6 +230,7 @@ class World:
         self.connections: list[Connection] = []
         self.orphans: list[Orphan] = []
         self.notices: list[tuple[str, int, Delivered]] = []
+        self.unfenced: set[tuple[str, int]] = set()
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -258,7 +261,9 @@ class World:
             world.connections,
             world.orphans,
             world.notices,
+            unfenced,
         ) = pickle.loads(rest)
+        world.unfenced = set(unfenced)
         return world
 
     def keys(self) -> Keys:
@@ -280,6 +285,7 @@ class World:
             self.connections,
             self.orphans,
             self.notices,
+            sorted(self.unfenced),
         )
 
     # -- what can happen ---------------------------------------------------------------------
@@ -407,6 +413,8 @@ class World:
             return
         for prefill in self._living():
             yield "crash_prefill", prefill.index
+            if not prefill.stopped:
+                yield "close_prefill", prefill.index
             for rank in prefill.ranks:
                 for number in range(len(rank.writes())):
                     yield "write_fails", prefill.index, rank.rank, number
@@ -530,6 +538,7 @@ class World:
                 self.notices += rank.notices
                 rank.notices.clear()
         self.connections = [link for link in self.connections if not link.over]
+        self._check_goodbyes()
 
     def _arrive_prefill(self, case: int) -> None:
         self.to_arrive_prefill.remove(case)
@@ -726,6 +735,30 @@ class World:
                 link.prefill_up = False
                 link.to_prefill.clear()
 
+    def _close_prefill(self, index: int) -> None:
+        """It is told to end. What it says last waits for whoever reads it; what has not been read
+        of what it was told never will be."""
+        prefill = self.prefills[index]
+        self.unfenced |= prefill.close()
+        letters, prefill.letters = prefill.letters, []
+        for letter in letters:
+            self._post_prefill(prefill, letter)
+        for link in self.connections:
+            if link.prefill == index and link.prefill_up and link.decode_up:
+                link.to_decode.append(prefill.source.goodbye(link.name))
+        self._crash_prefill(index)
+
+    def _check_goodbyes(self) -> None:
+        """If nothing else goes wrong, a prefill engine that has ended leaves nothing in quarantine
+        but what was on its way."""
+        if self.happened != ("close_prefill",):
+            return
+        for decode in self.decodes.awake():
+            for epoch, inbound in decode.target._inbound.items():
+                name = decode.incarnation, int(epoch)
+                if inbound.gone is not None and name not in self.unfenced:
+                    raise ProtocolViolationError(f"nobody says that nothing is sent of {name}")
+
     def _restart(self, index: int) -> None:
         # What the former process, or a worker that outlives it, has sent may still arrive.
         self.down.remove(index)
@@ -830,6 +863,9 @@ class World:
         box = decode.boxes[link.number]
         while link.to_decode:
             message = link.to_decode.popleft()
+            if isinstance(message, Goodbye):
+                self._break_decode(number, goodbye=message)
+                return
             if not isinstance(message, Welcome):
                 decode.inbox.letter(box, Letter(link.address, message), 1)
                 continue
@@ -840,12 +876,14 @@ class World:
             if link.prefill_up:
                 link.to_prefill.extend(queued)
 
-    def _break_decode(self, number: int, fate: Fate = Fate.CLOSED) -> None:
+    def _break_decode(
+        self, number: int, fate: Fate = Fate.CLOSED, *, goodbye: Goodbye | None = None
+    ) -> None:
         link = self.connections[number]
         link.decode_up = False
         link.to_decode.clear()
         unsent = tuple(m.attempt for m in link.queued if isinstance(m, Announce))
-        lost = Lost(link.address, "lost", link.opened, fate, unsent)
+        lost = Lost(link.address, "lost", link.opened, fate, unsent, goodbye)
         decode = self.decodes[link.decode]
         decode.inbox.lost(decode.boxes.pop(link.number), lost, forget=False)
 

@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import errno
 import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
@@ -61,6 +63,7 @@ from lamina_kv.push.messages import (
     Claim,
     Failed,
     Fenced,
+    Goodbye,
     Hello,
     Introduction,
     LinkMessage,
@@ -157,9 +160,11 @@ class Raw:
         self.connection = connection
         connection.settimeout(PATIENCE)
 
-    def say(self, message: LinkMessage | bytes) -> None:
-        body = message if isinstance(message, bytes) else encode(message)
-        self.connection.sendall(len(body).to_bytes(LENGTH_BYTES, "little") + body)
+    def say(self, *messages: LinkMessage | bytes) -> None:
+        """Say something, as one piece."""
+        bodies = [each if isinstance(each, bytes) else encode(each) for each in messages]
+        pieces = (len(body).to_bytes(LENGTH_BYTES, "little") + body for body in bodies)
+        self.connection.sendall(b"".join(pieces))
 
     def hear(self) -> LinkMessage | None:
         """The next message that is no ping; None at the end."""
@@ -1104,6 +1109,100 @@ def test_what_waits_for_a_slow_network_is_heard_before_the_end(
     assert heard == words // size * size
     assert caplog.messages == []
     assert set(kept) == {0}
+
+
+GOODBYE = Goodbye(3, (7, 9))
+
+
+def test_who_ends_says_a_last_word_to_each_decode_engine(make: Make) -> None:
+    """Whether control has looked or not."""
+    prefill, decode_side, other = make("P", listen=True), make("D"), make("D2")
+    for side in (decode_side, other):
+        side.link.send(Letter(prefill.address, ANNOUNCE))
+        side.until(1)
+    prefill.link.send(Letter("D", Bound(ANNOUNCE.attempt)))
+    prefill.link.close({"D": GOODBYE, "D2": Goodbye(NO_EPOCH, ())}.__getitem__)
+    _, bound, lost = decode_side.until(3)
+    assert bound == Letter(prefill.address, Bound(ANNOUNCE.attempt))
+    assert lost == Lost(prefill.address, ANY, was_open=True, fate=Fate.CLOSED, goodbye=GOODBYE)
+    assert other.until(2)[1] == replace(lost, goodbye=Goodbye(NO_EPOCH, ()))
+
+
+def test_what_is_announced_behind_a_goodbye_is_announced_to_nobody(
+    make: Make, listener: socket.socket
+) -> None:
+    """It goes to whoever listens next."""
+    side, address = make("D"), address_of(listener)
+    with announced(side, listener) as raw:
+        raw.say(GOODBYE)
+        assert raw.hear() is None
+    assert side.until(2)[1] == Lost(address, ANY, was_open=True, fate=Fate.CLOSED, goodbye=GOODBYE)
+    later = msgspec.structs.replace(ANNOUNCE, attempt=Attempt("later", 8))
+    side.link.send(Letter(address, later))
+    connection, _ = listener.accept()
+    with connection:
+        raw = Raw(connection)
+        welcome(raw, side, "P2")
+        assert raw.hear() == later
+
+
+def test_who_ends_reads_on_until_its_peer_has_hung_up(
+    make: Make, dial: Callable[[Side], Raw]
+) -> None:
+    """A system takes back words that were not heard, if their speaker closes a connection on which
+    something has come that he has not read. Nobody else is let in meanwhile."""
+    side = make("P", listen=True)
+    raw = dial(side)
+    assert introduce(raw, "D") == WELCOME
+    stranger = dial(side)
+    stranger.say(HELLO)
+    answered = stranger.hear()
+    assert isinstance(answered, Challenge)
+    closing = threading.Thread(target=side.link.close, args=(lambda peer: GOODBYE,))
+    closing.start()
+    assert raw.hear() == GOODBYE
+    assert raw.hear() is None
+    for _ in range(100):
+        raw.say(ANNOUNCE)
+    proof = prove(b"", Proves.DECODE, Nonces(HELLO.nonce, answered.nonce))
+    stranger.say(Proof(proof))
+    stranger.say(Introduction(card("D2")))
+    assert stranger.hear() is None
+    with pytest.raises(ConnectionRefusedError):
+        dial(side)
+    raw.connection.shutdown(socket.SHUT_WR)
+    closing.join(PATIENCE)
+    assert raw.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_what_was_said_before_a_connection_broke_is_heard(
+    make: Make, listener: socket.socket, says: bool
+) -> None:
+    """And not only its beginning: a fence may be the last of it. Also if the break shows first in
+    what this side says."""
+    side, address = make("D"), address_of(listener)
+    words = [Bound(Attempt("push", n)) for n in range(20)]
+    busy, goes_on = threading.Event(), threading.Event()
+    with announced(side, listener) as raw:
+        side.until(1)
+
+        def hang() -> None:
+            busy.set()
+            goes_on.wait(PATIENCE)
+
+        side.link._loop.call_soon_threadsafe(hang)
+        assert busy.wait(PATIENCE)
+        raw.say(*words)
+        reset = struct.pack("ii", 1, 0)
+        raw.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    for _ in range(2 * says):
+        side.link.send(Letter(address, Cancel(ANNOUNCE.attempt)))
+    goes_on.set()
+    *heard, lost = side.until(2 + len(words))[1:]
+    assert heard == [Letter(address, word) for word in words]
+    assert isinstance(lost, Lost)
+    assert lost.fate is Fate.CLOSED
 
 
 def test_an_address_in_use(make: Make) -> None:

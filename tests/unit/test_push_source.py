@@ -47,6 +47,8 @@ from lamina_kv.push.cards import EngineCard, RankCard, RowCard, decode_card
 from lamina_kv.push.letters import Fate, Letter, Lost, Opened
 from lamina_kv.push.messages import (
     LONGEST_PATIENCE,
+    MAX_ANSWER,
+    MAX_UNCLEAN,
     NO_BLOCK,
     NO_EPOCH,
     TOO_LATE,
@@ -61,6 +63,7 @@ from lamina_kv.push.messages import (
     Fenced,
     LinkMessage,
     Queued,
+    encode,
 )
 from lamina_kv.tiers.regard import USUAL
 
@@ -1670,6 +1673,34 @@ def test_what_is_bound_when_an_engine_is_told_to_end_is_sent() -> None:
     source.drain(order)
     assert order.last
     assert source.said() == []
+
+
+@pytest.mark.parametrize("reason", ["", TORN])
+def test_an_engine_that_has_ended_fences_everything_but_what_may_be_on_its_way(reason: str) -> None:
+    """Also what it has never heard of: nothing is begun any more."""
+    source = bound(Source())
+    (order,) = source.step(0, 32)
+    source.source.end(at_once=True)
+    epoch = ATTEMPT.epoch
+    assert not source.source.goodbye(D).fences(epoch)
+    assert source.source.goodbye(D).fences(epoch - 1)
+    assert source.source.goodbye(D).fences(epoch + 1)
+    assert source.source.goodbye("another").fences(epoch)
+    source.drain(order, reason=reason)
+    assert source.source.goodbye(D).fences(epoch) is not reason
+
+
+def test_of_what_is_forgotten_or_too_much_to_name_something_may_be_on_its_way() -> None:
+    endings, oldest = push_endings.Endings(), push_endings.REMEMBERED
+    for epoch in range(2 * oldest):
+        endings.note(D, epoch, clean=True)
+    assert not endings.goodbye(D, ()).fences(oldest - 1)
+    assert endings.goodbye(D, ()).fences(oldest)
+    under_way = range(oldest, oldest + 2 * MAX_UNCLEAN + 1)
+    goodbye = endings.goodbye(D, under_way)
+    assert len(encode(goodbye)) < MAX_ANSWER
+    assert not any(map(goodbye.fences, under_way))
+    assert goodbye.fences(under_way[-1] + 1)
 
 
 def test_nothing_is_sent_when_it_has_ended_and_what_moves_is_not_fenced() -> None:

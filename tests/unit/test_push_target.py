@@ -48,6 +48,7 @@ from lamina_kv.push.messages import (
     Claim,
     Failed,
     Fenced,
+    Goodbye,
     LinkMessage,
     Queued,
 )
@@ -616,6 +617,48 @@ def test_what_the_link_could_not_say_holds_nothing() -> None:
     target.hear(Lost(P, "refused", False, Fate.CLOSED, (announce.attempt,)))
     target.fail(record)
     assert target.pool.held == set()
+
+
+def goodbye(*unclean: int) -> Lost:
+    last = Goodbye(NO_EPOCH, unclean)
+    return Lost(P, "it has ended", was_open=True, fate=Fate.CLOSED, goodbye=last)
+
+
+def test_what_a_peer_that_has_ended_does_not_name_holds_nothing_for_long() -> None:
+    """It may have been announced when the peer did not listen any more."""
+    target, record, _ = announced()
+    target.hear(goodbye())
+    target.fail(record)
+    target.wait(SETTLE_SECONDS)
+    assert target.pool.held == set()
+    assert target.blocks("quarantined") == 0
+
+
+def test_what_a_peer_that_has_ended_names_may_still_arrive() -> None:
+    target, record, attempt = announced()
+    target.hear(goodbye(attempt.epoch))
+    target.fail(record)
+    target.wait(QUARANTINE - 1)
+    assert target.pool.held
+
+
+def test_a_goodbye_says_nothing_of_what_a_former_run_may_have_sent() -> None:
+    target, record, _ = announced()
+    target.hear(lost(fate=Fate.CLOSED), elsewhere("10.0.0.1"), goodbye())
+    target.fail(record)
+    target.wait(QUARANTINE - 1)
+    assert target.pool.held
+    target.wait(1)
+    assert target.pool.held == set()
+
+
+def test_a_peer_that_says_goodbye_is_not_to_blame() -> None:
+    target = Target(failures=1)
+    target.hear(OPENED)
+    record = target.order()
+    target.hear(goodbye())
+    target.fail(record)
+    assert target.target.reach(target.arrive(1))[0]
 
 
 def test_what_the_link_has_may_arrive_although_a_connection_is_lost_that_never_was() -> None:

@@ -62,7 +62,7 @@ from lamina_kv.plan import (
 )
 from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.letters import Letter, News
-from lamina_kv.push.messages import Announce
+from lamina_kv.push.messages import Announce, Goodbye
 
 if TYPE_CHECKING:
     from lamina_kv.observe.spans import Span, Spans
@@ -697,6 +697,16 @@ class Planner:
         """
         if self._pushes is not None:
             self._pushes.withdraw(push, request_id)
+
+    def goodbye(self, peer: str) -> Goodbye:
+        """The last word to a decode engine, when pushes have ended at once. Any thread may ask for
+        it, while the planner does nothing else.
+
+        Args:
+            peer: the decode engine's incarnation.
+        """
+        assert self._pushes is not None, "there are other engines"
+        return self._pushes.goodbye(peer)
 
     def drain_letters(self) -> list[Letter]:
         """Messages for other engines since the last call."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lamina_kv.push.cards import EngineCard, SenderCard
-from lamina_kv.push.messages import Attempt, LinkMessage
+from lamina_kv.push.messages import Attempt, Goodbye, LinkMessage
 
 PeerName = str
 """Of a prefill engine, its address as requests name it; of a decode engine, its incarnation."""
@@ -52,6 +52,7 @@ class Lost:
         was_open: whether it had been connected, so that it may have got what was sent.
         fate: what is known of it.
         unsent: attempts that waited to be announced to it and will not be.
+        goodbye: a prefill engine's last word; None if it has said none.
     """
 
     peer: PeerName
@@ -59,6 +60,7 @@ class Lost:
     was_open: bool
     fate: Fate
     unsent: tuple[Attempt, ...] = ()
+    goodbye: Goodbye | None = None
 
 
 @dataclass(frozen=True, slots=True)

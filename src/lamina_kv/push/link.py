@@ -38,7 +38,7 @@ from lamina_kv.push.handshake import (
     proves,
 )
 from lamina_kv.push.inbox import Inbox, Mailbox, Take
-from lamina_kv.push.letters import Fate, Letter, Lost, News, Opened
+from lamina_kv.push.letters import Fate, Letter, Lost, News, Opened, PeerName
 from lamina_kv.push.messages import (
     LENGTH_BYTES,
     MAX_ANSWER,
@@ -50,6 +50,7 @@ from lamina_kv.push.messages import (
     Challenge,
     Failed,
     Fenced,
+    Goodbye,
     Hello,
     Introduction,
     LinkMessage,
@@ -77,7 +78,7 @@ MAX_KEEPALIVE = 32767
 """Seconds; Linux allows no more between two looks at a connection."""
 
 LAST_WORDS = 1.0
-"""Seconds for what was said before the link is closed; it fits what a network and a peer buffer."""
+"""Seconds for peers to hear what was said before the link is closed, and to hang up."""
 
 BACKLOG = 4096
 """Connections that wait to be taken up while this process is stopped or has no time; the kernel
@@ -102,6 +103,18 @@ class RefusedError(LinkClosedError):
     """This side does not talk to a peer; says why."""
 
 
+class GoodbyeError(LinkClosedError):
+    """A peer has ended.
+
+    Args:
+        goodbye: what it has said last.
+    """
+
+    def __init__(self, goodbye: Goodbye) -> None:
+        super().__init__("it has ended")
+        self.goodbye = goodbye
+
+
 class PeerSilentError(LinkClosedError):
     """Nothing has come from a peer for too long."""
 
@@ -120,6 +133,7 @@ class Connection:
             messages to a peer that does not read would keep the link's thread busy for minutes.
         sending: hands on what is unsent, while there is some.
         full: whether it was closed because too much waited for the peer.
+        ended: whether this side has nothing more to say.
         ours: seals what is said, if there is a secret to do so, once both have proved it.
         theirs: opens what is heard.
     """
@@ -131,6 +145,7 @@ class Connection:
     unsent: bytearray = field(default_factory=bytearray)
     sending: asyncio.Task[None] | None = None
     full: bool = False
+    ended: bool = False
     ours: Seal | None = None
     theirs: Seal | None = None
 
@@ -151,7 +166,7 @@ class Connection:
         if self.writer is None:
             self.queued.append(message)
             return
-        if self.full:
+        if self.full or self.ended:
             return
         data = encode(message)
         if self.ours is not None:
@@ -188,6 +203,16 @@ class Connection:
         if self.writer is not None:
             with contextlib.suppress(OSError):
                 await _taken(self.writer)
+
+    async def end(self) -> None:
+        """Say nothing more, and wait until the peer has hung up. Who closes a connection on which
+        something has come that he has not read takes back what the peer has not heard."""
+        await self.said()
+        assert self.writer is not None
+        self.ended = True
+        with contextlib.suppress(OSError):
+            self.writer.write_eof()
+            await self.writer.wait_closed()
 
 
 def listen_at(address: str) -> list[socket.socket]:
@@ -251,6 +276,8 @@ class Link:
         self._strangers: dict[Connection, None] = {}
         self._complaints = Complaints(log)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ends = False
+        self._goodbye: Callable[[PeerName], Goodbye] | None = None
         self._loop = asyncio.new_event_loop()
         self.port = int(servers[0].getsockname()[1]) if servers else 0
         self._servers = [
@@ -286,9 +313,15 @@ class Link:
             self._reminder = now + seconds
             self._loop.call_soon_threadsafe(self._loop.call_at, self._reminder, self._inbox.due)
 
-    def close(self) -> None:
-        """Say what was to be said, close every connection and stop. Idempotent."""
+    def close(self, goodbye: Callable[[PeerName], Goodbye] | None = None) -> None:
+        """Say what was to be said, close every connection and stop. Idempotent.
+
+        Args:
+            goodbye: the last word to a decode engine, which is said to each that is connected,
+                whether control has heard of it or not. Called by the link's thread. None for none.
+        """
         if self._thread.is_alive():
+            self._goodbye = goodbye
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(self._silence + LAST_WORDS)
 
@@ -304,14 +337,21 @@ class Link:
                 task.cancel()
             gathered = asyncio.gather(*self._tasks, return_exceptions=True)
             self._loop.run_until_complete(gathered)
-            for server in self._servers:
-                server.close()
             self._loop.close()
 
     async def _say_last_words(self) -> None:
-        """Wait until connections have taken what was said, but not for those that take nothing."""
-        open_ones = (*self._accepted.values(), *self._dialled.values())
-        said = [self._loop.create_task(each.said()) for each in open_ones]
+        """Wait until peers have heard what was said, but not for those that hear nothing."""
+        self._ends = True
+        for server in self._servers:
+            server.close()  # whoever dials from here on finds nobody, and has announced nothing
+        for connection in self._accepted.values():
+            if self._goodbye is not None:
+                connection.say(self._goodbye(connection.peer))
+        words = (
+            *(connection.end() for connection in self._accepted.values()),
+            *(connection.said() for connection in self._dialled.values()),
+        )
+        said = [self._loop.create_task(each) for each in words]
         if said:
             _, late = await asyncio.wait(said, timeout=LAST_WORDS)
             for task in late:
@@ -339,6 +379,7 @@ class Link:
     async def _dial(self, connection: Connection) -> None:
         """A connection to a prefill engine, from its beginning to its end."""
         was_open, reason, fate = False, "closed", Fate.CLOSED
+        goodbye: Goodbye | None = None
         writer: asyncio.StreamWriter | None = None
         try:
             places = await self._look_up(connection.peer)
@@ -355,12 +396,13 @@ class Link:
             await self._converse(reader, connection, MAX_ANSWER)
         except (OSError, LinkClosedError, MalformedMessageError) as error:
             reason, fate = str(error) or self._no_answer, _fate(error)
+            goodbye = error.goodbye if isinstance(error, GoodbyeError) else None
         finally:
             if writer is not None:
                 writer.transport.abort()
             if self._dialled.get(connection.peer) is connection:
                 del self._dialled[connection.peer]
-            self._report(connection, reason, fate, was_open=was_open)
+            self._report(connection, reason, fate, was_open=was_open, goodbye=goodbye)
 
     async def _look_up(self, address: str) -> list[Place]:
         """Where a name leads. A resolver that is slow says nothing of who is there.
@@ -374,12 +416,18 @@ class Link:
             raise OSError(f"its name was not resolved within {self._silence:g} s") from None
 
     def _report(
-        self, connection: Connection, reason: str, fate: Fate, *, was_open: bool = False
+        self,
+        connection: Connection,
+        reason: str,
+        fate: Fate,
+        *,
+        was_open: bool = False,
+        goodbye: Goodbye | None = None,
     ) -> None:
         """A prefill engine is lost, and what waited to be said to it."""
         queued, connection.queued = connection.queued, []
         unsent = tuple(m.attempt for m in queued if isinstance(m, Announce))
-        lost = Lost(connection.peer, reason, was_open, fate, unsent)
+        lost = Lost(connection.peer, reason, was_open, fate, unsent, goodbye)
         self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
 
     @property
@@ -440,6 +488,8 @@ class Link:
         reason = "closed"
         try:
             card = await self._meet_decode(reader, connection)
+            if self._ends:
+                return
             peer = connection.peer = card.incarnation
             self._accepted[peer] = connection
             self._inbox.opened(connection.box, Opened(peer, peer, card))
@@ -558,6 +608,8 @@ class Link:
                     raise
                 if isinstance(message, Ping):
                     continue
+                if isinstance(message, Goodbye):
+                    raise GoodbyeError(message)
                 letter = Letter(connection.peer, _fit_for_a_log(message))
                 if (never := self._inbox.letter(connection.box, letter, size)) is not None:
                     connection.say(Fenced(never, clean=True))
@@ -615,6 +667,41 @@ class Link:
         while True:
             await asyncio.sleep(self._silence / PINGS)
             connection.say(Ping())
+
+
+class Reader(asyncio.StreamReader):
+    """What has come on a connection. How that ends is heard behind all that was said on it before:
+    a peer's last words decide until when blocks are held.
+
+    Attributes:
+        error: with which it has ended; None if it has not, or in good order.
+    """
+
+    error: Exception | None = None
+
+    def set_exception(self, exc: Exception) -> None:
+        """The connection has ended with an error."""
+        self.error = exc
+        self.feed_eof()
+
+
+class _ReaderProtocol(asyncio.StreamReaderProtocol):
+    """Hears all that was said on a connection: one that ends because something could not be said on
+    it may still have something to hear."""
+
+    def __init__(
+        self, reader: Reader, connected: socket.socket, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self._heard, self._connected = reader, connected
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See :class:`asyncio.Protocol`."""
+        if exc is not None:
+            with contextlib.suppress(OSError):
+                while data := self._connected.recv(1 << 16):
+                    self._heard.feed_data(data)
+        super().connection_lost(exc)
 
 
 async def _taken(writer: asyncio.StreamWriter) -> None:
@@ -691,9 +778,7 @@ async def _look_up(address: str) -> list[Place]:
     return [(family, place) for family, *_, place in found]
 
 
-async def _open(
-    places: Sequence[Place], silence: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(places: Sequence[Place], silence: float) -> tuple[Reader, asyncio.StreamWriter]:
     """A connection to one of several addresses.
 
     Raises:
@@ -710,7 +795,7 @@ async def _open(
 
 async def _connect(
     family: int, place: tuple[object, ...], silence: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+) -> tuple[Reader, asyncio.StreamWriter]:
     """A connection that ends when the machine at its other end does, although nothing is said."""
     connecting = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -720,8 +805,12 @@ async def _connect(
         for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
             connecting.setsockopt(socket.IPPROTO_TCP, option, seconds)
         connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PINGS)
-        await asyncio.get_running_loop().sock_connect(connecting, place)
-        return await asyncio.open_connection(sock=connecting)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(connecting, place)
+        reader = Reader(loop=loop)
+        protocol = _ReaderProtocol(reader, connecting, loop)
+        transport, _ = await loop.create_connection(lambda: protocol, sock=connecting)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
     except BaseException:
         connecting.close()
         raise
@@ -738,6 +827,8 @@ async def _read(
         data = await reader.readexactly(size)
         return decode(data if seal is None else seal.open(data)), size
     except asyncio.IncompleteReadError as error:
+        if isinstance(reader, Reader) and reader.error is not None:
+            raise reader.error from error
         raise LinkClosedError("the other side has closed the connection") from error
     except BrokenSealError as error:
         raise LinkClosedError(str(error)) from error

@@ -6,6 +6,7 @@ each stands behind its length, on the wire a notice is one message.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -35,6 +36,9 @@ MAX_CLAIMED = 1024
 
 MAX_ID = 128
 """Characters of a push's id; engines keep and send it many times."""
+
+MAX_UNCLEAN = 256
+"""Attempts that a ``goodbye`` names."""
 
 MAX_DIGEST = 64
 """Bytes of a prompt's digest."""
@@ -247,6 +251,31 @@ class Fenced(Message, frozen=True, tag="fenced"):
     clean: bool
 
 
+class Goodbye(Message, frozen=True, tag="goodbye"):
+    """The prefill engine's last word: it ends. It fences every attempt that the decode engine has
+    announced, whether it has heard of it or not, but for those that it names.
+
+    Attributes:
+        oldest: epoch of the oldest attempt that it speaks for: of those before it nothing is known.
+        unclean: epochs of attempts of which something may be on its way.
+    """
+
+    oldest: int
+    unclean: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_UNCLEAN)]
+
+    @classmethod
+    def but_for(cls, oldest: int, unclean: Iterable[int]) -> Goodbye:
+        """One that names these attempts, or if they are too many the newest, and speaks for none
+        before those."""
+        known = sorted(epoch for epoch in unclean if epoch >= oldest)
+        rest, named = known[:-MAX_UNCLEAN], known[-MAX_UNCLEAN:]
+        return cls(rest[-1] + 1 if rest else oldest, tuple(named))
+
+    def fences(self, epoch: int) -> bool:
+        """Whether nothing of an attempt is on its way, or will be."""
+        return epoch >= self.oldest and epoch not in self.unclean
+
+
 class Ping(Message, frozen=True, tag="ping"):
     """The sender is alive."""
 
@@ -278,6 +307,7 @@ LinkMessage = (
     | Bound
     | Failed
     | Fenced
+    | Goodbye
     | Ping
     | Delivered
 )

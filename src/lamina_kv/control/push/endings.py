@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from lamina_kv.push.messages import Goodbye
 
 REMEMBERED = 1024
 """Attempts of each decode engine that are known one by one."""
@@ -61,6 +64,17 @@ class Endings:
         """Whether an attempt that is not under way is over, and not one that never was."""
         known = self._peers.get(peer)
         return known is not None and (epoch in known.clean or epoch <= known.forgotten)
+
+    def goodbye(self, peer: str, under_way: Iterable[int]) -> Goodbye:
+        """What there is to say of all attempts of a decode engine when no more will be begun.
+
+        Args:
+            peer: the decode engine's incarnation.
+            under_way: epochs of its attempts that are not over.
+        """
+        known = self._peers.get(peer, _Peer())
+        torn = (epoch for epoch, clean in known.clean.items() if not clean)
+        return Goodbye.but_for(known.forgotten + 1, (*torn, *under_way))
 
     def clean(self, peer: str, epoch: int) -> bool:
         """Whether of an attempt that is not under way nothing can be on its way any more."""

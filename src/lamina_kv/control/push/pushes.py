@@ -19,7 +19,7 @@ from lamina_kv.control.transfers import Kind, Transfer
 from lamina_kv.plan import NO_PUSH, LoadMode, PushPlan
 from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.letters import Letter, News
-from lamina_kv.push.messages import Announce
+from lamina_kv.push.messages import Announce, Goodbye
 
 T = TypeVar("T")
 
@@ -213,6 +213,11 @@ class Pushes:
     def end(self, *, at_once: bool) -> None:
         """The engine ends, see :meth:`~lamina_kv.control.planner.Planner.end_pushes`."""
         self._source.end(at_once=at_once)
+
+    def goodbye(self, peer: str) -> Goodbye:
+        """The last word to a decode engine, see
+        :meth:`~lamina_kv.control.planner.Planner.goodbye`."""
+        return self._source.goodbye(peer)
 
     @property
     def pending(self) -> bool:

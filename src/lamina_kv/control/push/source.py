@@ -52,6 +52,7 @@ from lamina_kv.push.messages import (
     Claim,
     Failed,
     Fenced,
+    Goodbye,
     LinkMessage,
     Queued,
 )
@@ -536,6 +537,13 @@ class PushSource:
             waits = out.stage is Stage.WAITING and (not out.request or out.tables is not None)
             if at_once or waits:
                 self._fail(out, ENDING)
+
+    def goodbye(self, peer: str) -> Goodbye:
+        """The last word to a decode engine, after :meth:`end`: then nothing is begun any more.
+        Called by the link's thread while the engine waits for that to close."""
+        live = [out.announce for out in self._outbound.values() if out.peer == peer]
+        epochs = [announce.attempt.epoch for announce in live if announce is not None]
+        return self._endings.goodbye(peer, epochs)
 
     def _open_peer(self, peer: str, card: EngineCard) -> None:
         self._open[peer] = card

@@ -528,8 +528,11 @@ class PushTarget:
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
                 continue
+            inbound.blameless |= lost.goodbye is not None and not inbound.reason
             if inbound.attempt in unsent:
                 inbound.untold = True
+            elif lost.goodbye is not None and lost.goodbye.fences(inbound.attempt.epoch):
+                self._fence(transfer, now + SETTLE_SECONDS)
             elif not inbound.fenced:
                 inbound.lost(lost.fate, now, self._config.quarantine)
             held = held or not (inbound.fenced or inbound.untold)

@@ -349,7 +349,7 @@ class SchedulerSide:
         """The engine ends."""
         if self._link is not None:
             self._end_pushes(at_once=True)
-            self._link.close()
+            self._link.close(self.planner.goodbye)
         if self._caller is not None:
             self._caller.close()
         for server in self._servers:
