@@ -277,6 +277,7 @@ class MovePlanner:
 
     def _search(self, arrival: Arrival) -> None:
         """Look ahead for what a request will need."""
+        self._call_back(arrival)
         arrival.search = self._hits.search(arrival.record)
         self._searched[arrival.request_id] = arrival
 
@@ -292,9 +293,7 @@ class MovePlanner:
         for queue in (self._wanting, self._holding, self._searched):
             queue.pop(arrival.request_id, None)
         self._questions.forget(arrival.request_id)
-        if arrival.behind is not None:
-            del self._aside[arrival.behind][arrival.request_id]
-            arrival.behind = None
+        self._call_back(arrival)
         for key in arrival.wanted:
             if key not in self._fetches:
                 self._fetches.unexpect(key)
@@ -558,6 +557,13 @@ class MovePlanner:
         request_id = arrival.request_id
         self._aside[name][request_id] = queue.pop(request_id)
         arrival.behind = name
+
+    def _call_back(self, arrival: Arrival) -> None:
+        """A request is not aside any more: it stands in one queue at most, which it leaves when it
+        is over."""
+        if arrival.behind is not None:
+            del self._aside[arrival.behind][arrival.request_id]
+            arrival.behind = None
 
     # -- outcomes ----------------------------------------------------------------------------
 
