@@ -65,6 +65,19 @@ def victims(index: SlotIndex, count: int) -> list[int]:
 # -- slots ---------------------------------------------------------------------------------
 
 
+def test_a_use_that_is_noted_again_before_its_chunk_comes_is_one() -> None:
+    index, prefix, whole = SlotIndex(2, stored=False), [key(1), key(2)], Use(1, 2)
+    for again in (False, True, True):
+        assert not list(index.use_prefix(prefix, whole, again=again))
+    assert isinstance(index.room(key(1), Standing(use=whole)), int)
+    index.filled(key(1))
+    assert index.uses(key(1)) == 1
+    assert len(list(index.use_prefix(prefix, whole, over=True))) == 2
+    assert isinstance(index.room(key(2), Standing(key(1), whole)), int)
+    index.filled(key(2))
+    assert index.uses(key(2)) == 2, "it was missed by a request that is over"
+
+
 def test_a_chunk_is_not_found_before_it_is_filled() -> None:
     index = SlotIndex(2)
     slot = index.room(key(1))

@@ -267,8 +267,8 @@ class HitFinder:
         if not record.view.regard.keep:
             return
         chain, ends = self._prefix(record, end)
-        over = record.use is not None  # it was searched before
-        for _ in self._catalog.use(chain, self._use(record, end * chunk), ends, over=over):
+        again = record.use is not None  # it was searched before
+        for _ in self._catalog.use(chain, self._use(record, end * chunk), ends, again=again):
             yield None
 
     def _search_prefix(

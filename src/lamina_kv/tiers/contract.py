@@ -229,6 +229,7 @@ class Index(Protocol):
         use: Use,
         ends: Sequence[End] = (),
         *,
+        again: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """A prefix was of use, or what is here of it: its beginning is the youngest of all.
@@ -242,8 +243,9 @@ class Index(Protocol):
             use: the use.
             ends: chunks of use beside the chain, and behind which chunk of it each stands: the last
                 ones of windows, states.
-            over: whether the request that makes this use has ended. The use is noted before, of
-                what was found; this time nothing is counted again.
+            again: whether this use was noted before, and goes on: nothing is counted twice.
+            over: whether the request that makes this use has ended, too. It saves nothing more, so
+                that what is not here of its prefix is missed.
         """
 
     def uses(self, key: ChunkKey) -> int:

@@ -302,11 +302,12 @@ class SlotIndex:
         use: Use,
         ends: Sequence[End] = (),
         *,
+        again: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """Note a use of a prefix; see :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
-        runs = self._runs
-        if self._stored and not over:
+        runs, again = self._runs, again or over
+        if self._stored and not again:
             self._touches.add(chain, ends)
         # Keys, because a slot may have another chunk, or none, when this goes on.
         loose: dict[ChunkKey | None, list[ChunkKey]] = {}  # ends, by what is in front of them
@@ -327,8 +328,8 @@ class SlotIndex:
                 index -= 1
                 continue
             for end in loose.pop(chain[index], ()):
-                self._use_end(end, use, over=over)
-            index -= runs.used(slot, use, again=over, beyond=beyond)
+                self._use_end(end, use, again=again)
+            index -= runs.used(slot, use, again=again, beyond=beyond)
             beyond = False
             if index >= 0:
                 heads.append(chain[index + 1])
@@ -336,7 +337,7 @@ class SlotIndex:
             yield
         for alone in loose.values():  # behind nothing that is here
             for end in alone:
-                self._use_end(end, use, over=over)
+                self._use_end(end, use, again=again)
         # From the front, so that each chunk changes its run once. Some may have gone meanwhile.
         for key in reversed(heads):
             slot = self._slot_of(key)
@@ -344,10 +345,10 @@ class SlotIndex:
                 for _ in range(runs.merge(slot)):
                     yield
 
-    def _use_end(self, key: ChunkKey, use: Use, *, over: bool) -> None:
+    def _use_end(self, key: ChunkKey, use: Use, *, again: bool) -> None:
         slot = self._slot_of(key)
         if slot >= 0:
-            self._runs.used(slot, use, again=over)
+            self._runs.used(slot, use, again=again)
 
     def _join(self, slot: int, behind: ChunkKey | None) -> None:
         """The chunk in front of a run is known by now."""
