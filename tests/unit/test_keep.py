@@ -212,39 +212,6 @@ def test_what_comes_from_one_tier_goes_to_another_that_keeps_what_is_shared() ->
     assert serve(engine, View("a", TOKENS)) == keys_of(TOKENS)
 
 
-def test_who_is_searched_for_twice_and_computes_what_hangs_has_used_it_once() -> None:
-    """What a store does not deliver is not near when its request is searched for anew; then the
-    request saves it."""
-    names = TierName("shared"), TierName("keyed")
-    reports = [TierReport(names[0], 100, stored_chunks({}, keys=True)), TierReport(names[1])]
-    entries = [
-        {"kind": "disk", "name": name, "path": f"/{name}", "capacity": "1GiB", "keep": keep}
-        for name, keep in zip(names, ("shared", "all"), strict=True)
-    ]
-    settings = {
-        "tiers": entries,
-        "load": {"when": "always", "deadline": 20},
-        "breaker": {"failures": 1000},
-    }
-    engine, view = Engine(settings, tiers=reports), View("a", TOKENS)
-    engine.planner.arrived(view)
-    for ask in asks(engine.step()):
-        engine.answer(ask.transfer, present=bytes([1]) * len(ask.keys))
-    assert len(inward(engine.step())) == 4
-    for _ in range(5):
-        engine.now += 5
-        engine.step()
-    engine.planner.arrived(view)
-    while engine.planner.lookup(view, 0).ask_again:
-        engine.step()
-    engine.planner.admitted("a", 0)
-    plan = engine.step(("a", 4 * CHUNK))
-    assert len(plan.saves) == 4
-    engine.answer(*(save.transfer for save in plan.saves))
-    assert [engine.near.uses(key) for key in keys_of(TOKENS)] == [1] * 4
-    assert written(engine) == []
-
-
 def test_a_plan_offers_some_of_what_is_shared_and_later_ones_the_rest() -> None:
     engine, tokens = keeping("shared", near_slots=600), prompt((LOOKS + 10) * CHUNK + 1)
     engine.save(View("a", tokens))

@@ -795,29 +795,6 @@ def test_a_busy_tier_does_not_end_the_search_ahead_in_others() -> None:
     assert [move.key for move in inward(driven.step())] == keys_of(busy)[1:2], "it goes on"
 
 
-def test_who_waited_for_a_busy_tier_when_another_answered_leaves_no_pin() -> None:
-    """It is searched for anew, and does not come up again when the busy tier has room."""
-    tokens = prompt(5 * CHUNK + 1)
-    keys, view = keys_of(tokens), View("a", tokens)
-    driven = two_tiers(tokens[: 4 * CHUNK], near_slots=100, deadline=1000)
-    object.__setattr__(driven.planner._moves._lanes[FAR].far, "bound", CHUNK_BYTES)
-    driven.planner.arrived(view)
-    plan = driven.step()
-    (move,) = inward(plan)
-    tell(driven, plan)
-    for key in keys[1:4]:  # others save what it was put aside for
-        driven.near.room(key)
-        driven.near.filled(key)
-    driven.step()
-    driven.now += BELIEVED_SECONDS + 1
-    assert asked(driven, view), "the tier may have the last one by now"
-    tell(driven, driven.step())
-    arrive(driven, move)
-    driven.planner.finished("a", 0, [()])
-    driven.settle_moves()
-    assert driven.near.leased == 0
-
-
 def test_a_tier_that_is_busy_holds_up_no_other() -> None:
     slow, fast = prompt(4 * CHUNK + 1), prompt(2 * CHUNK + 1, seed=1)
     driven = two_tiers(slow, near_slots=100)
