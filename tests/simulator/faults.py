@@ -31,8 +31,8 @@ class Weather:
     """Probabilities of what can go wrong.
 
     Attributes:
-        error: of a row of a load between steps, that its copy raises; half of them when the device
-            has been given all of it.
+        error: of a row of a load between steps, and of a save, that its copy raises; half of them
+            when the device has been given all of it.
         slow: of a load or save, that it takes up to a few deadlines.
         hang: of a save, that it takes for ever.
         far_slow: of a call of a far tier, that it takes up to a few deadlines.
@@ -205,6 +205,9 @@ class RainyMover:
         self._sky = sky
         self._check = check
         self._stall = stall
+        # Of saves alone: with the others' dice no seed would be the history that it was.
+        self._dice = Random()
+        self._dice.setstate(sky.random.getstate())
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
@@ -228,20 +231,24 @@ class RainyMover:
         sky = self._sky
         self._stall(sky.random.random() * sky.deadline * WRITE_TIME)
         fails = self._check(pairs.near_pages, pairs.pages) and sky.strikes(sky.weather.error)
-        return self._fail_or(fails, partial(self._inner.load, rows, pairs, after, urgent=urgent))
+        copy = partial(self._inner.load, rows, pairs, after, urgent=urgent)
+        return self._fail_or(fails, copy, sky.random)
 
     def save(
         self, rows: Sequence[int], pairs: Pairs, after: Fence, *, urgent: bool = False
     ) -> Fence:
         """See :class:`~lamina_kv.data.movers.base.Mover`."""
         self._see(pairs)
-        return self._inner.save(rows, pairs, after, urgent=urgent)
+        fails = self._dice.random() < self._sky.weather.error
+        copy = partial(self._inner.save, rows, pairs, after, urgent=urgent)
+        return self._fail_or(fails, copy, self._dice)
 
-    def _fail_or(self, fails: bool, copy: Callable[[], Fence]) -> Fence:
+    @staticmethod
+    def _fail_or(fails: bool, copy: Callable[[], Fence], dice: Random) -> Fence:
         if not fails:
             return copy()
         error = InjectedError("the copy has failed")
-        if self._sky.random.random() < 0.5:
+        if dice.random() < 0.5:
             raise error
         raise CopyFailed(copy()) from error
 
