@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +34,10 @@ from disks import (
 from lamina_kv.keys import KEY_BYTES
 from lamina_kv.tiers import KINDS
 from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant
-from lamina_kv.tiers.disk import heads
+from lamina_kv.tiers.disk import heads, shrinking
+from lamina_kv.tiers.disk.aio import Operation
 from lamina_kv.tiers.disk.config import DiskConfig
+from lamina_kv.tiers.disk.data import Slab
 from lamina_kv.tiers.disk.layout import GROUP
 from lamina_kv.tiers.disk.room import Server
 from lamina_kv.tiers.objects import aligned_memory
@@ -304,7 +308,7 @@ def test_another_capacity_keeps_what_fits(
     kept = {slot: n for slot, n in chunks.items() if slot < slots}
     said = f"has room for {slots} chunks now and had for {SLOTS}: {len(kept)} chunks are kept"
     assert said in caplog.text
-    assert f"and {SLOTS - len(kept)} that lay behind the new end are given up" in caplog.text
+    assert f"and {SLOTS - len(kept)} are given up" in caplog.text
     assert "WARNING" not in caplog.text
     caplog.clear()
     assert held(store) == {slot: key(n) for slot, n in kept.items()}
@@ -317,6 +321,76 @@ def test_another_capacity_keeps_what_fits(
     assert all(slot < min(slots, SLOTS) for slot in held(store))
     store.close()
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("batch", [64 << 20, 1], ids=["at once", "one by one"])
+def test_what_was_used_last_survives_a_smaller_capacity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Wherever it lies; and for how long each was unused is known as before."""
+    monkeypatch.setattr(shrinking, "_BATCH_BYTES", batch)
+    store = open_disk(tmp_path, 6)
+    for slot in range(6):
+        put(store, {slot: 1 + slot})
+    store.touch([(key(2), 1)])
+    before = used(store)
+    store.close()
+    store = open_disk(tmp_path, 3)
+    kept = held(store)
+    assert sorted(kept.values()) == sorted([key(2), key(5), key(6)])
+    assert kept[1] == key(2), "what lies where it can stay is not moved"
+    numbers = {key(n): n for n in (2, 5, 6)}
+    assert all(sound(store, {slot: numbers[name] for slot, name in kept.items()}).values())
+    after = used(store)
+    assert [after[slot] for slot in kept] == [before[numbers[name] - 1] for name in kept.values()]
+    store.close()
+    assert slab_of(tmp_path).stat().st_size < 3 * OBJECT + (100 << 10)
+
+
+def test_a_start_waits_for_a_smaller_capacity_no_longer_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shrinking, "MOST_SECONDS", -1.0)
+    store = open_disk(tmp_path)
+    for slot in range(SLOTS):
+        put(store, {slot: 1 + slot})
+    store.close()
+    store = open_disk(tmp_path, 3)
+    assert held(store) == {slot: key(1 + slot) for slot in range(3)}
+    assert all(sound(store, {slot: 1 + slot for slot in range(3)}).values())
+    store.close()
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_process_that_is_killed_while_it_makes_its_part_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Whatever it has written by then, all chunks are read right or are not there, and those that
+    were used last are there."""
+    store = open_disk(tmp_path)
+    for slot in range(SLOTS):
+        put(store, {slot: 1 + slot})
+    store.close()
+    calls = 0
+    move = Slab.move
+
+    def dies(self: Slab, operation: Operation, *given: Any) -> Any:
+        nonlocal calls
+        calls += operation is Operation.WRITE
+        if calls == after:
+            raise KeyboardInterrupt
+        return move(self, operation, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slab, "move", dies)
+        patch.setattr(shrinking, "_BATCH_BYTES", 2 * OBJECT)
+        with suppress(KeyboardInterrupt):
+            open_disk(tmp_path, 3).close()
+    store = open_disk(tmp_path, 3)
+    kept = {slot: int.from_bytes(name[:8], "little") for slot, name in held(store).items()}
+    assert sorted(kept.values()) == [6, 7, 8]
+    assert all(sound(store, kept).values())
+    store.close()
 
 
 @pytest.mark.parametrize("older", [0, 1])

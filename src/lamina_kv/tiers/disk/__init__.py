@@ -8,6 +8,7 @@ layout.py       Where in a slab, a rank's one file, is what?
 tables.py       How is a table of a slab kept in memory and on the disk?
 data.py         How is a slab made, read and written?
 mending.py      What if a slab is new, cut short, damaged, or of another size?
+shrinking.py    Which chunks survive a smaller capacity?
 aio.py          How does a batch reach the kernel in one call?
 directory.py    What is in a store's directory?
 room.py         What may be removed from it for a slab, and does that fit on the disk?

@@ -132,13 +132,20 @@ class Heads:
         self._heads.values[named] = 0
         self._heads.mark(named)
 
-    def enter(self, slots: Integers, keys: Keys, lengths: Integers) -> None:
+    def enter(
+        self,
+        slots: Integers,
+        keys: Keys,
+        lengths: Integers,
+        used: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         """Name what is in slots. Nobody finds it before :meth:`show`.
 
         Args:
             slots: shape ``(n,)``.
             keys: the chunks' keys.
             lengths: bytes of the chunks' rows, shape ``(n,)``.
+            used: when they were used last, in seconds since the epoch; None for now.
         """
         words = np.zeros((len(slots), _KEY_WORDS + 1), np.uint64)
         words[:, :_KEY_WORDS] = _words(keys)
@@ -148,6 +155,8 @@ class Heads:
         self._heads.values[slots] = words
         self._heads.mark(slots)
         self.touch(slots)
+        if used is not None:
+            self._used.values[slots, 0] = used
 
     def show(self, slots: Integers) -> None:
         """What was entered can be read from now on."""

@@ -9,7 +9,7 @@
     group 1   ...
 
 Tables and objects are in one file, so that one ``fdatasync`` makes both durable. Tables stand
-beside their objects, so that a slab grows and shrinks at its end and nothing ever moves.
+beside their objects, so that a slab grows and shrinks at its end.
 """
 
 from __future__ import annotations

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
-
-import numpy as np
 
 from lamina_kv.tiers.disk.config import DiskConfig
 from lamina_kv.tiers.disk.data import Slab, allocate, read_label
 from lamina_kv.tiers.disk.heads import Heads
 from lamina_kv.tiers.disk.layout import Layout
 from lamina_kv.tiers.disk.room import OUT_OF_SPACE, no_room
+from lamina_kv.tiers.disk.shrinking import shrink
 
 log = logging.getLogger("lamina_kv.tiers")
 
@@ -46,8 +45,11 @@ def open_slab(
         )
         os.truncate(path, 0)
         before = None
-    given_up = 0 if before is None else _behind(path, before, layout)
-    slab = Slab(path, layout, None if config.direct == "auto" else config.direct)
+    direct = None if config.direct == "auto" else config.direct
+    stored = 0
+    if before is not None and layout.slots < before.slots:
+        stored = shrink(path, before, layout, direct)
+    slab = Slab(path, layout, direct)
     opened.callback(slab.close)
     heads = Heads(slab)
     was_cut = before is not None and slab.size < before.file_bytes
@@ -72,14 +74,14 @@ def open_slab(
     slab.sync()
     if before is not None and before.slots != layout.slots:
         log.info(
-            "tier %s: %s has room for %d chunks now and had for %d: %d chunks are kept, and %d "
-            "that lay behind the new end are given up",
+            "tier %s: %s has room for %d chunks now and had for %d: %d chunks are kept, and %d are "
+            "given up",
             config.name,
             path,
             layout.slots,
             before.slots,
             len(heads),
-            given_up,
+            max(0, stored - len(heads)),
         )
     if was_cut or heads.damaged:
         log.warning(
@@ -90,12 +92,3 @@ def open_slab(
             heads.lost + heads.damaged,
         )
     return slab, heads
-
-
-def _behind(path: Path, before: Layout, layout: Layout) -> int:
-    """Chunks in a slab that lie behind its new end."""
-    if layout.slots >= before.slots:
-        return 0
-    with closing(Slab(path, before, direct=False, writable=False)) as slab:
-        slots = Heads(slab).stored(keys=False).slots
-    return int(np.count_nonzero(slots >= layout.slots))
