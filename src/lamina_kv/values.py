@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from re import IGNORECASE, compile
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
@@ -54,17 +55,25 @@ class Kind:
         words: what is accepted; completes "must be …".
         parse: the checked value for what was given; raises :class:`WrongValueError`.
         secret: whether an error must not quote the value.
+        schema: the same in JSON Schema, as far as that can say it; for editors.
     """
 
     words: str
     parse: Callable[[object], object]
     secret: bool = False
+    schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         """Replaces pydantic's own conversion, which would accept more and say less."""
         return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """What a validating function accepts, pydantic cannot know."""
+        return dict(self.schema)
 
     def _checked(self, value: object) -> object:
         try:
@@ -86,7 +95,8 @@ class Kind:
         def parse(value: object) -> object:
             return constant if value == constant else self.parse(value)
 
-        return Kind(f"{name} or {self.words}", parse, self.secret)
+        schema = {"anyOf": [{"const": constant}, self.schema]}
+        return Kind(f"{name} or {self.words}", parse, self.secret, schema)
 
 
 def show(value: object) -> str:
@@ -109,7 +119,8 @@ def integer(minimum: int) -> Kind:
             raise WrongValueError(f"at most {_MAX_INTEGER}")
         return value
 
-    return Kind(f"an integer of at least {minimum}", parse)
+    schema = {"type": "integer", "minimum": minimum}
+    return Kind(f"an integer of at least {minimum}", parse, schema=schema)
 
 
 def _quoted(text: str) -> str:
@@ -125,7 +136,7 @@ def choice(*names: str) -> Kind:
             raise WrongValueError
         return value
 
-    return Kind(words, parse)
+    return Kind(words, parse, schema={"enum": [*names]})
 
 
 def _parse_flag(value: object) -> bool:
@@ -204,19 +215,45 @@ def _parse_peers(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-FLAG = Kind("true or false", _parse_flag)
-ADDRESS = Kind('an address such as "10.0.0.1:9300" or "[::1]:9300"', _parse_address)
+_STRING: Mapping[str, Any] = {"type": "string", "minLength": 1}
+
+FLAG = Kind("true or false", _parse_flag, schema={"type": "boolean"})
+ADDRESS = Kind('an address such as "10.0.0.1:9300" or "[::1]:9300"', _parse_address, schema=_STRING)
 PEERS = Kind(
-    'a list of addresses or hosts such as ["10.0.0.1:9300", "prefill.local", "[::1]"]', _parse_peers
+    'a list of addresses or hosts such as ["10.0.0.1:9300", "prefill.local", "[::1]"]',
+    _parse_peers,
+    schema={"type": "array", "items": _STRING},
 )
-SIZE = Kind('a size (bytes, or text with a binary unit such as "4GiB")', _parse_size)
-SECONDS = Kind(f"a number of seconds above 0 and at most {_MAX_SECONDS} (a day)", _parse_seconds)
-SHARE = Kind("a number above 0 and at most 1", _parse_share)
-PATH = Kind("a path", _parse_path)
-ABSOLUTE_PATH = Kind("an absolute path", _parse_absolute_path)
-TEXT = Kind("text that is not empty", _parse_text)
-NAME = Kind("1 to 40 letters, digits, dots, dashes and underscores", _parse_name)
-SECRET = Kind("text that is not empty (in YAML: in quotes)", _parse_text, secret=True)
+SIZE = Kind(
+    'a size (bytes, or text with a binary unit such as "4GiB")',
+    _parse_size,
+    schema={
+        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^\\s*\\d"}]
+    },
+)
+SECONDS = Kind(
+    f"a number of seconds above 0 and at most {_MAX_SECONDS} (a day)",
+    _parse_seconds,
+    schema={"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_SECONDS},
+)
+SHARE = Kind(
+    "a number above 0 and at most 1",
+    _parse_share,
+    schema={"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+)
+PATH = Kind("a path", _parse_path, schema=_STRING)
+ABSOLUTE_PATH = Kind(
+    "an absolute path", _parse_absolute_path, schema={"type": "string", "pattern": "^/"}
+)
+TEXT = Kind("text that is not empty", _parse_text, schema=_STRING)
+NAME = Kind(
+    "1 to 40 letters, digits, dots, dashes and underscores",
+    _parse_name,
+    schema={"type": "string", "pattern": f"^{_NAME.pattern}$"},
+)
+SECRET = Kind(
+    "text that is not empty (in YAML: in quotes)", _parse_text, secret=True, schema=_STRING
+)
 
 
 def format_size(size: int) -> str:

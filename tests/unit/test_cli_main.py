@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,12 @@ def test_config_prints_a_file_to_begin_with() -> None:
     result = invoke("config", "--example")
     assert (result.exit_code, result.output) == (0, lamina_kv.config.example())
     assert invoke("config", "load", "--example").exit_code == 2
+
+
+def test_config_prints_a_schema() -> None:
+    result = invoke("config", "--json-schema")
+    assert (result.exit_code, json.loads(result.output)) == (0, lamina_kv.config.json_schema())
+    assert invoke("config", "--json-schema", "--example").exit_code == 2
 
 
 @pytest.mark.parametrize(

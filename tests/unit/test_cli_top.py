@@ -188,6 +188,7 @@ def test_a_frame_is_drawn_after_some_looks(
     assert naps == ([] if once else [5.0] * SHOWN)
     drawn = picture.read_text()
     assert drawn.startswith("<svg")
+    assert "url(http" not in drawn
     assert "lamina-kv&#160;top" in drawn
     assert ("▁" in drawn) is not once, "rates need two looks"
 

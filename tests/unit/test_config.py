@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 
 from lamina_kv.config import (
     Config,
@@ -19,6 +20,7 @@ from lamina_kv.config import (
     PushConfig,
     example,
     format_size,
+    json_schema,
     load_config,
     table,
 )
@@ -611,6 +613,55 @@ class TestExample:
         for row in rows():
             if row.name != "tiers[].kind":
                 assert " ".join(row.meaning.split()[:4]) in example()
+
+
+class TestSchema:
+    """What ``lamina-kv config --json-schema`` prints."""
+
+    def errors(self, text: str) -> list[str]:
+        jsonschema = pytest.importorskip("jsonschema")
+        checker = jsonschema.Draft202012Validator(json_schema())
+        checker.check_schema(json_schema())
+        return [error.message for error in checker.iter_errors(yaml.safe_load(text))]
+
+    def test_it_accepts_every_key(self) -> None:
+        assert not self.errors(re.sub(r"^( *)#(?! )", r"\1", example(), flags=re.MULTILINE))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "hots: {}",
+            "load: {lod_ahead: 2}",
+            "load: {load_ahead: 0}",
+            "load: {when: sometimes}",
+            "host: {capacity: big}",
+            "host: {capacity: 0}",
+            "tiers: [{path: /store, capacity: 1GiB}]",
+            "tiers: [{kind: disk, path: /store}]",
+            "tiers: [{kind: disk, path: store, capacity: 1GiB}]",
+            "tiers: [{kind: tape}]",
+            "breaker: {pause: 0}",
+            "push: {max_parked: 2}",
+        ],
+    )
+    def test_it_refuses_what_the_tree_refuses(self, text: str) -> None:
+        assert self.errors(text)
+        assert problems(yaml.safe_load(text))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "load: {load_ahead: 4, min_tokens: auto}",
+            "host: {capacity: 1024}",
+            "tiers: [{kind: disk, path: /store, capacity: 1GiB}, {kind: s3, url: 's3://b'}]",
+            "push: null",
+            "push: {}",
+            "observe: {trace: t.jsonl}",
+        ],
+    )
+    def test_it_accepts_what_the_tree_accepts(self, text: str) -> None:
+        assert not self.errors(text)
+        load_config(yaml.safe_load(text), {})
 
 
 SECTIONS = {"load", "save", "host", "breaker", "observe"}

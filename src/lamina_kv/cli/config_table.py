@@ -1,7 +1,8 @@
-"""``lamina-kv config``: every key of the configuration, or those below one; or a whole file."""
+"""``lamina-kv config``: every key of the configuration, or those below one; a file; a schema."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import typer
@@ -17,6 +18,12 @@ from lamina_kv.config.table import Row, rows
 def example() -> int:
     """Print a file with every key as a comment; returns the exit status."""
     typer.echo(config.example(), nl=False)
+    return 0
+
+
+def schema() -> int:
+    """Print the JSON Schema of such a file; returns the exit status."""
+    typer.echo(json.dumps(config.json_schema(), indent=2))
     return 0
 
 

@@ -14,7 +14,6 @@ app = typer.Typer(
     name="lamina-kv",
     help="Keeps the KV cache of large language models outside the engine, and brings it back.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -149,7 +148,7 @@ def doctor(
 def config(
     key: Annotated[
         str | None,
-        typer.Argument(metavar="[KEY]", help="This key, or those that begin so: load, tiers."),
+        typer.Argument(metavar="KEY", help="This key, or those that begin so: load, tiers."),
     ] = None,
     example: Annotated[
         bool,
@@ -157,13 +156,19 @@ def config(
             "--example", help="Print a file for LAMINA_CONFIG instead, with all keys as comments."
         ),
     ] = False,
+    json_schema: Annotated[
+        bool,
+        typer.Option("--json-schema", help="Print a JSON Schema instead, for editors."),
+    ] = False,
 ) -> None:
     """Print every key of the configuration: its values, its default, its meaning."""
     from lamina_kv.cli import config_table
 
-    if example and key is not None:
-        raise typer.BadParameter("the example has all keys: leave KEY out", param_hint="--example")
-    raise typer.Exit(config_table.example() if example else config_table.show(key))
+    if (key is not None) + example + json_schema > 1:
+        raise typer.BadParameter("give one of KEY, --example and --json-schema")
+    if example:
+        raise typer.Exit(config_table.example())
+    raise typer.Exit(config_table.schema() if json_schema else config_table.show(key))
 
 
 @app.command()

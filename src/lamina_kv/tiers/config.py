@@ -20,7 +20,7 @@ def _parse_name(value: object) -> object:
     return NAME.parse(value)
 
 
-TIER_NAME = Kind(NAME.words, _parse_name)
+TIER_NAME = Kind(NAME.words, _parse_name, schema=NAME.schema)
 
 Keep = Literal["all", "shared", "nothing"]
 KEEP = choice("all", "shared", "nothing")

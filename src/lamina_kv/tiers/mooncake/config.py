@@ -20,7 +20,9 @@ def _parse_master(value: object) -> object:
 
 
 MASTER = Kind(
-    'an address such as "10.0.0.1:50051", or "etcd://…" where masters are elected', _parse_master
+    'an address such as "10.0.0.1:50051", or "etcd://…" where masters are elected',
+    _parse_master,
+    schema=TEXT.schema,
 )
 
 

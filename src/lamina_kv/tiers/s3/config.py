@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from lamina_kv.tiers.config import SharedConfig
-from lamina_kv.values import Kind, WrongValueError, choice
+from lamina_kv.values import TEXT, Kind, WrongValueError, choice
 
 SCHEMES = ("s3", "gs", "az")
 """Of URLs: S3 and what speaks like it, Google Cloud Storage, Azure."""
@@ -89,11 +89,12 @@ def _parse_options(value: object) -> dict[str, Option]:
     return dict(value)
 
 
-URL = Kind(_URL_WORDS, parse_url, secret=True)
+URL = Kind(_URL_WORDS, parse_url, secret=True, schema=TEXT.schema)
 OPTIONS = Kind(
     'names and values such as {region: "eu-central-1", endpoint: "https://…"}',
     _parse_options,
     secret=True,
+    schema={"type": "object"},
 )
 
 

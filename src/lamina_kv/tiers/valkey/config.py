@@ -11,7 +11,7 @@ from lamina_kv.tiers.config import SharedConfig
 from lamina_kv.tiers.valkey.address import WORDS, Address, parse
 from lamina_kv.values import ABSOLUTE_PATH, FLAG, TEXT, Kind, WrongValueError, choice, integer
 
-URL = Kind(WORDS, parse, secret=True)
+URL = Kind(WORDS, parse, secret=True, schema=TEXT.schema)
 
 
 class ValkeyConfig(SharedConfig):
