@@ -78,7 +78,7 @@ def _move(
     """Move a batch as a store writes one; whether the next may be tried."""
     read = slab.move_objects(Operation.READ, sources, list(buffers[: len(sources)])) == 0
     sources, targets, keys, used = sources[read], targets[read], keys[read], used[read]
-    objects = list(buffers[: len(read)][read])
+    objects = [buffers[i] for i in np.flatnonzero(read).tolist()]
     heads.erase(targets)
     if heads.write():
         return False
