@@ -126,6 +126,8 @@ class DeviceMover(CpuMover):
         compute: the engine's stream.
     """
 
+    shares_cores = False
+
     def __init__(
         self, geometry: CacheGeometry, allocations: Sequence[torch.Tensor], compute: Stream
     ) -> None:

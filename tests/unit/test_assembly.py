@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,18 @@ from lamina_kv.config import load_config
 from lamina_kv.data.assembly import assemble
 from lamina_kv.data.executor import Executor
 from lamina_kv.data.movers import make_mover
+from lamina_kv.data.movers.cpu import CpuMover
 from lamina_kv.data.replicas import Replicas
+from lamina_kv.data.step_loads import LayersDidNotWait
 from lamina_kv.geometry import CacheGeometry, Row
 from lamina_kv.plan import (
     Ask,
     ChunkKey,
+    LoadMode,
+    LoadOrder,
     Move,
     Outcome,
+    PageMap,
     StepPlan,
     TierOrders,
     TransferId,
@@ -137,6 +143,24 @@ def test_what_was_opened_before_an_error_is_closed(opened: Opened) -> None:
         open_rank(tiers("first", "broken"))
     assert [store.closed for _, _, store in opened] == [True]
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("mode", ["auto", "layerwise"])
+@pytest.mark.parametrize("shares_cores", [True, False])
+def test_only_copies_that_would_take_the_models_cores_all_come_before_it(
+    monkeypatch: pytest.MonkeyPatch, mode: str, shares_cores: bool
+) -> None:
+    """Unless the operator wants them row by row all the same."""
+    monkeypatch.setattr(CpuMover, "shares_cores", shares_cores)
+    executor = open_rank({"load": {"mode": mode}}, None)
+    pages = PageMap(0, np.zeros(1, np.int32), np.ones(1, np.int32))
+    order = LoadOrder(TransferId(1), "r", LoadMode.LAYERWISE, (pages,), 30.0)
+    executor.begin_step(StepPlan(1, loads=(order,)))
+    executor.start_loads()
+    may_end = shares_cores and mode == "auto"
+    with nullcontext() if may_end else pytest.raises(LayersDidNotWait):
+        executor.end_step()  # no layer has waited
+    executor.close()
 
 
 @pytest.mark.parametrize(

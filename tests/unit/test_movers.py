@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from lamina_kv.data import numa
-from lamina_kv.data.movers import Fence, Mover, host_memory, make_mover, pinning, populating
+from lamina_kv.data.movers import Fence, Mover, cpu, host_memory, make_mover, pinning, populating
 from lamina_kv.data.movers.host_memory import HostMemory
 from lamina_kv.data.near import NearSlab
 from lamina_kv.data.shared_memory import MemoryFile
@@ -92,9 +92,18 @@ ORDERS = {
 @pytest.mark.parametrize("row", [0, 1], ids=["packed", "padded"])
 @pytest.mark.parametrize("blocks", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("pages", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("stretch", [PAGE, cpu.STRETCH_BYTES], ids=["long pages", "short pages"])
 def test_pages_go_where_they_are_told(
-    mover: Mover, engine: torch.Tensor, near: NearSlab, row: int, blocks: Ids, pages: Ids
+    mover: Mover,
+    engine: torch.Tensor,
+    near: NearSlab,
+    row: int,
+    blocks: Ids,
+    pages: Ids,
+    stretch: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu, "STRETCH_BYTES", stretch)
     before = near.memory.clone()
     mover.save([row], mover.pairs(near, pages, blocks), mover.fence_compute()).wait()
     for i in range(len(pages)):

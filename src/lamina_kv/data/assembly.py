@@ -65,6 +65,9 @@ def assemble(
             push=push,
             timeline=open_timeline(config.observe.timeline, rank),
         )
+        if mover.shares_cores and config.load.mode == "auto":
+            # A copy beside the model makes its threads wait for each other at every operation.
+            executor.load_before_forward()
         undo.pop_all()
     return executor
 

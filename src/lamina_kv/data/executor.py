@@ -203,7 +203,7 @@ class Executor:
         )
 
     def load_before_forward(self) -> None:
-        """Some layers do not wait for their rows: :meth:`start_loads` returns when all is there."""
+        """Layers do not wait for their rows: :meth:`start_loads` returns when all is there."""
         self._loads.load_before_forward()
 
     def save_after_forward(self) -> None:

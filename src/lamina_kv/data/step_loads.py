@@ -2,7 +2,8 @@
 
 Every layer waits for its row. Where layers cannot call, all rows are loaded before the forward: in
 a model with layers that never do (:meth:`StepLoads.load_before_forward`), and in a step that
-replays one graph of the whole model (:meth:`StepLoads.start`). A layer that was to wait and did not
+replays one graph of the whole model (:meth:`StepLoads.start`). Likewise where copies would take the
+cores that compute. A layer that was to wait and did not
 has read rows that nobody knows to have been there: then nothing of the step is kept, and the engine
 has to stop.
 """
@@ -62,7 +63,7 @@ class StepLoads:
         return self._run is None
 
     def load_before_forward(self) -> None:
-        """Some layers do not wait for their rows: :meth:`start` returns when all is there."""
+        """Layers do not wait for their rows: :meth:`start` returns when all is there."""
         self._model_waits = Waits.FORWARD
 
     def drafts_follow(self, order: Sequence[str]) -> None:

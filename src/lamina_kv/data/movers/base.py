@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -59,9 +60,14 @@ class Mover(ABC):
         geometry: where pages are.
         allocations: one flat uint8 tensor for each backing allocation, on the device.
 
+    Attributes:
+        shares_cores: whether copies run on the cores that compute, and so never beside that.
+
     Raises:
         ValueError: if the allocations are not what the geometry says.
     """
+
+    shares_cores: ClassVar[bool] = False
 
     def __init__(self, geometry: CacheGeometry, allocations: Sequence[torch.Tensor]) -> None:
         if len(allocations) != len(geometry.allocation_bytes):
