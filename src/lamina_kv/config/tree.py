@@ -50,8 +50,8 @@ class LoadConfig(Section):
     ] = Field(
         default="auto",
         description="How a load runs. `layerwise`: in the step itself, row by row ahead of the "
-        "model. `parked`: between steps, while other requests run. `auto` decides for each load; on "
-        "a CPU one in the step is copied before the model begins.",
+        "model. `parked`: between steps, while other requests run. `auto` decides for each load; "
+        "on a CPU one in the step is copied before the model begins.",
     )
     when: Annotated[Literal["auto", "always"], choice("auto", "always")] = Field(
         default="auto",

@@ -83,7 +83,9 @@ class NearRows:
             return None
         apart = (np.diff(pages) != 1) | (pages[1:] % self._per_slot == 0)
         breaks = np.flatnonzero(apart) + 1
-        return None if len(breaks) >= most else [0, *breaks.tolist(), len(pages)]
+        if len(breaks) >= most:
+            return None
+        return [0, *breaks.tolist(), len(pages)] if len(pages) else [0]
 
     def stretch(self, page: int, count: int) -> Items:
         """``count`` pages of one slot from ``page`` on; shape ``(count, 1)``, contiguous."""

@@ -3,9 +3,8 @@
 Every layer waits for its row. Where layers cannot call, all rows are loaded before the forward: in
 a model with layers that never do (:meth:`StepLoads.load_before_forward`), and in a step that
 replays one graph of the whole model (:meth:`StepLoads.start`). Likewise where copies would take the
-cores that compute. A layer that was to wait and did not
-has read rows that nobody knows to have been there: then nothing of the step is kept, and the engine
-has to stop.
+cores that compute. A layer that was to wait and did not has read rows that nobody knows to have
+been there: then nothing of the step is kept, and the engine has to stop.
 """
 
 from __future__ import annotations
