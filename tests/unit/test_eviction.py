@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import NoRoom
-from lamina_kv.tiers.eviction import Runs
+from lamina_kv.tiers.eviction import SHORTEST_LESSON, Runs
 from lamina_kv.tiers.regard import USUAL, Regard
 from lamina_kv.tiers.reuse import GHOSTS_PER_SLOT, Ghosts, Standing, Use, Worth, kind_of, uses_of
 from lamina_kv.tiers.slots import SlotIndex
+
+NEVER = 1 << 20
+"""Chunks that no test adds: a tier that learns after so many learns nothing."""
 
 
 def key(*path: int) -> ChunkKey:
@@ -179,7 +183,8 @@ def test_without_evidence_no_leaf_goes_while_there_is_an_older_one_of_no_more_us
     asked: list[list[int]],
 ) -> None:
     """What nobody has gone on behind yet counts for half a use."""
-    tier, ages, added = Tier(6), dict[ChunkKey, int](), 0
+    with patch("lamina_kv.tiers.eviction.SHORTEST_LESSON", NEVER):
+        tier, ages, added = Tier(6), dict[ChunkKey, int](), 0
 
     def uses(each: ChunkKey) -> float:
         return tier.index.uses(each) if each.rstrip(b"\xff")[-1] < 10 else 0.5
@@ -199,6 +204,23 @@ def test_without_evidence_no_leaf_goes_while_there_is_an_older_one_of_no_more_us
                 assert all(leaves[each] > leaves[gone] for each in older)
             ages.update(dict.fromkeys(keys[: place + 1], added))
         tier.end(path, use)
+
+
+def test_a_small_tier_learns_before_it_was_filled_often() -> None:
+    """Documents come again, some more often than others, beside as many prompts that do not."""
+    assert found_of_documents() > 1.1 * found_of_documents(lesson=256)
+
+
+def found_of_documents(lesson: int = SHORTEST_LESSON) -> int:
+    with patch("lamina_kv.tiers.eviction.SHORTEST_LESSON", lesson):
+        tier = Tier(100)
+    chance, found = random.Random(2), 0
+    for number in range(600):
+        document = chance.choices(range(20), [1 / (n + 1) for n in range(20)])[0]
+        path = [document if chance.random() < 0.6 else 100 + number, *range(1, 8), 1000 + number]
+        found += tier.found(path)
+        tier.ask(path)
+    return found
 
 
 def is_in_front(one: ChunkKey, other: ChunkKey) -> bool:

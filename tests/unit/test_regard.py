@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, FAR, Engine, View, keys_of, prompt
-from test_eviction import Tier
+from test_eviction import NEVER, Tier
 from test_eviction import keys_of as path_keys
 
 from lamina_kv.control.requests import BoundaryState, ChunkShape
@@ -255,7 +256,8 @@ def test_no_priority_keeps_for_ever_what_nobody_asks_for() -> None:
 
 def test_what_stands_behind_a_beginning_does_not_go_with_its_priority() -> None:
     """One request of low priority that begins as all others do takes nothing of theirs along."""
-    tier = Tier(40)
+    with patch("lamina_kv.tiers.eviction.SHORTEST_LESSON", NEVER):
+        tier = Tier(40)
     for number in range(6):
         tier.ask([1, number, 2, 3], Regard(priority=2))
     tier.ask([1, 50], LAST)
