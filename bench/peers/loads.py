@@ -93,9 +93,11 @@ class Loads:
     def _mixed(self, seats: Sequence[Seat]) -> Outcome:
         mixed = self._settings.mixed
         services: list[Service] = []
+        targets: list[Target] = []
         for share in mixed.shares:
             for rate in mixed.rates:
                 arrivals = schedule(mixed, rate, share, seed=100 + len(services))
+                alike: list[Service] = []
                 for seat in seats:
                     self._progress.say(
                         f"{rate:g} requests a second, {share:.0%} hits, {seat.label}"
@@ -103,12 +105,14 @@ class Loads:
                     if share:
                         self._keep_documents(seat)
                     responses = seat.serve(arrivals)
-                    services.append(service(seat.label, mixed, rate, share, arrivals, responses))
+                    alike.append(service(seat.label, mixed, rate, share, arrivals, responses))
+                services += alike
+                targets += _judged(alike)
         return Outcome(
             Scenario.MIXED,
             f"Mixed load: {mixed.requests} requests of {mixed.tokens + mixed.new_tokens} tokens, "
             f"{mixed.generated} generated",
-            targets=tuple(_judged(services)),
+            targets=tuple(targets),
             notes=(
                 f"Good: first token within {mixed.first_within:g} s and tokens within "
                 f"{mixed.token_within:g} s of each other. Hits: the share of requests that ask "
@@ -135,24 +139,15 @@ def _median_of(rows: Sequence[Row], system: System) -> float | None:
 
 
 def _judged(services: Sequence[Service]) -> list[Target]:
-    """Lamina's goodput and its slowest first tokens, against the best peer's under each load."""
+    """Lamina's goodput and its slowest first tokens, against the best peer's under one schedule."""
     targets = []
+    peers = [one for one in services if one.label not in {System.LAMINA, System.RECOMPUTE}]
     for lamina in services:
-        if lamina.label != System.LAMINA:
-            continue
-        peers = [
-            one
-            for one in services
-            if (one.rate, one.share) == (lamina.rate, lamina.share)
-            and one.label not in {System.LAMINA, System.RECOMPUTE}
-        ]
-        if not peers:
+        if lamina.label != System.LAMINA or not peers:
             continue
         load = f"{lamina.share:.0%} hits, {lamina.rate:g}/s"
-        best = max(one.good for one in peers)
-        goodput = max(one.goodput for one in peers)
-        if best:
-            figure = Samples(f"{load}: goodput ÷ best peer's", (lamina.goodput / goodput,))
+        if best := max(one.goodput for one in peers):
+            figure = Samples(f"{load}: goodput ÷ best peer's", (lamina.goodput / best,))
             targets.append(Target(figure, Unit.RATIO, 1.0, at_most=False))
         slowest = min(one.first_p99 for one in peers)
         figure = Samples(f"{load}: TTFT p99 ÷ best peer's", (lamina.first_p99 / slowest,))

@@ -167,10 +167,13 @@ def torch_zeros(size: int) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(
-    histories(), st.sampled_from([1, 2048, cpu.TILE_BYTES]), st.sampled_from([1, cpu.LEAST_UNIT])
+    histories(),
+    st.sampled_from([1, 2048, cpu.TILE_BYTES]),
+    st.sampled_from([1, cpu.LEAST_UNIT]),
+    st.sampled_from([1, 2048, cpu.APART_BYTES]),
 )
 def test_the_cpu_mover_moves_those_pages_and_no_other_byte(
-    history: History, tile: int, unit: int
+    history: History, tile: int, unit: int, apart: int
 ) -> None:
     mover: list[Mover] = []
 
@@ -181,7 +184,7 @@ def test_the_cpu_mover_moves_those_pages_and_no_other_byte(
         pairs = mover[0].pairs(near, step.pages, step.blocks)
         assert (mover[0].load if step.is_load else mover[0].save)(step.rows, pairs, after).passed()
 
-    with patch.multiple(cpu, TILE_BYTES=tile, LEAST_UNIT=unit):
+    with patch.multiple(cpu, TILE_BYTES=tile, LEAST_UNIT=unit, APART_BYTES=apart):
         replay(history, copy)
 
 
