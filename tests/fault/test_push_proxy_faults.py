@@ -17,6 +17,7 @@ from push_proxy.engines import (
     Call,
     FakeEngine,
     Script,
+    begin_and_hang,
     die,
     errors,
     hang,
@@ -356,6 +357,34 @@ def test_what_was_computed_for_nobody_is_not_held(
         until(lambda: prefill.withdrawn == [prefill.calls[0].push["id"]])
         until(lambda: proxy.metric("engine_load") == 0)
         assert len(prefill.withdrawn) == 1
+
+
+@pytest.mark.parametrize(
+    "lets_go", [begin_and_hang, die, says(500, {})], ids=["hangs", "dies", "fails"]
+)
+def test_an_engine_that_does_not_answer_a_withdrawal_is_not_held_up_by_it(
+    prefill: FakeEngine,
+    decode: FakeEngine,
+    lets_go: Script,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else it could never leave the fleet."""
+
+    async def refuse_late(call: Call) -> None:
+        while not await asyncio.to_thread(prefilled):
+            await asyncio.sleep(0.01)
+        await says(400, {})(call)
+
+    def prefilled() -> float:
+        return proxy.metric("exchanges_total", role="prefill", outcome="answered")
+
+    caplog.set_level("INFO", "lamina_kv.push.proxy")
+    decode.script, prefill.lets_go = refuse_late, lets_go
+    with proxied([prefill], [decode], stall_timeout=0.3) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 400
+        until(lambda: bool(prefill.withdrawn))
+        until(lambda: "holds its prompt for a while" in caplog.text)
+        until(lambda: proxy.metric("engine_load") == 0)
 
 
 def test_what_somebody_asks_for_is_not_withdrawn_nor_what_was_not_computed(

@@ -88,6 +88,16 @@ async def obey(call: Call) -> None:
         await call.answer(200, ANSWER)
 
 
+async def agree(call: Call) -> None:
+    await call.answer(200, ANSWER)
+
+
+async def begin_and_hang(call: Call) -> None:
+    await call.begin(200, "application/json")
+    await call.piece(b"{")
+    await asyncio.sleep(PATIENCE)
+
+
 async def hang(call: Call) -> None:
     """Never says a word."""
     await asyncio.Event().wait()
@@ -134,6 +144,7 @@ class FakeEngine:
         calls: what it was asked, by others than the proxy itself.
         withdrawn: ids of pushes that nobody will ask for.
         script: what it does about it.
+        lets_go: what it does where a push is withdrawn.
         healthy: what it says about itself.
         musing: seconds that it thinks before it says so.
         checks: how often it was asked whether it is well.
@@ -146,6 +157,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.withdrawn: list[str] = []
         self.script = script
+        self.lets_go: Script = agree
         self.healthy = True
         self.musing = 0.0
         self.checks = 0
@@ -175,7 +187,7 @@ class FakeEngine:
         until(lambda: all(call.ended.is_set() for call in self.calls))
         self.calls.clear()
         self.withdrawn.clear()
-        self.script, self.healthy = obey, True
+        self.script, self.lets_go, self.healthy = obey, agree, True
         self.models, self.ranks, self.published = ["model"], [0], []
         return self
 
@@ -211,7 +223,7 @@ class FakeEngine:
             assert (call.target, call.body["prompt"]) == ("/v1/completions", [0])
             assert call.push is not None
             self.withdrawn.append(call.push["id"])
-            await call.answer(200, ANSWER)
+            await self.lets_go(call)
             return
         self.calls.append(call)
         await self._run(call, receive)
@@ -251,6 +263,7 @@ class Program(FakeEngine):
 
     def __init__(self, script: Script) -> None:
         self.calls, self.withdrawn, self.script = [], [], script
+        self.lets_go = agree
         self.healthy, self.musing = True, 0.0
         self.checks = 0
         self.models, self.ranks, self.published = ["model"], [0], []

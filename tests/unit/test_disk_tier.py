@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,13 +330,13 @@ def test_what_was_used_last_survives_a_smaller_capacity(
 ) -> None:
     """Wherever it lies; and for how long each was unused is known as before."""
     monkeypatch.setattr(shrinking, "_BATCH_BYTES", batch)
-    store = open_disk(tmp_path, 6)
+    store = open_disk(tmp_path, 6, ranks=1)
     for slot in range(6):
         put(store, {slot: 1 + slot})
     store.touch([(key(2), 1)])
     before = used(store)
     store.close()
-    store = open_disk(tmp_path, 3)
+    store = open_disk(tmp_path, 3, ranks=1)
     kept = held(store)
     assert sorted(kept.values()) == sorted([key(2), key(5), key(6)])
     assert kept[1] == key(2), "what lies where it can stay is not moved"
@@ -347,15 +348,48 @@ def test_what_was_used_last_survives_a_smaller_capacity(
     assert slab_of(tmp_path).stat().st_size < 3 * OBJECT + (100 << 10)
 
 
+def test_ranks_that_share_chunks_move_none(tmp_path: Path) -> None:
+    """Each knows of last uses by its own clock, and all need a chunk in the same slot."""
+    store = open_disk(tmp_path, 6, ranks=2)
+    for slot in range(6):
+        put(store, {slot: 1 + slot})
+    store.close()
+    store = open_disk(tmp_path, 3, ranks=2)
+    assert held(store) == {slot: key(1 + slot) for slot in range(3)}
+    store.close()
+
+
+def test_what_moves_takes_empty_slots_before_old_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a start that waits no longer has given up nothing for what it moved."""
+    monkeypatch.setattr(shrinking, "_BATCH_BYTES", 1)
+    store = open_disk(tmp_path, 6, ranks=1)
+    for slot in (0, 2, 3, 4):  # 1 is empty, 0 the oldest
+        put(store, {slot: 1 + slot})
+    store.close()
+    moved = 0
+
+    def once() -> float:
+        nonlocal moved
+        moved += 1
+        return 0.0 if moved <= 2 else 1e9
+
+    monkeypatch.setattr(shrinking, "time", SimpleNamespace(monotonic=once))
+    store = open_disk(tmp_path, 3, ranks=1)
+    assert held(store) == {0: key(1), 1: key(5), 2: key(3)}
+    store.close()
+
+
 def test_a_start_waits_for_a_smaller_capacity_no_longer_than_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shrinking, "MOST_SECONDS", -1.0)
-    store = open_disk(tmp_path)
+    store = open_disk(tmp_path, ranks=1)
     for slot in range(SLOTS):
         put(store, {slot: 1 + slot})
     store.close()
-    store = open_disk(tmp_path, 3)
+    store = open_disk(tmp_path, 3, ranks=1)
     assert held(store) == {slot: key(1 + slot) for slot in range(3)}
     assert all(sound(store, {slot: 1 + slot for slot in range(3)}).values())
     store.close()
@@ -367,7 +401,7 @@ def test_a_process_that_is_killed_while_it_makes_its_part_smaller(
 ) -> None:
     """Whatever it has written by then, all chunks are read right or are not there, and those that
     were used last are there."""
-    store = open_disk(tmp_path)
+    store = open_disk(tmp_path, ranks=1)
     for slot in range(SLOTS):
         put(store, {slot: 1 + slot})
     store.close()
@@ -385,8 +419,8 @@ def test_a_process_that_is_killed_while_it_makes_its_part_smaller(
         patch.setattr(Slab, "move", dies)
         patch.setattr(shrinking, "_BATCH_BYTES", 2 * OBJECT)
         with suppress(KeyboardInterrupt):
-            open_disk(tmp_path, 3).close()
-    store = open_disk(tmp_path, 3)
+            open_disk(tmp_path, 3, ranks=1).close()
+    store = open_disk(tmp_path, 3, ranks=1)
     kept = {slot: int.from_bytes(name[:8], "little") for slot, name in held(store).items()}
     assert sorted(kept.values()) == [6, 7, 8]
     assert all(sound(store, kept).values())

@@ -19,9 +19,14 @@ _TARGET = b"/v1/completions"
 
 
 class Withdrawals:
-    """See the module. Belongs to one event loop."""
+    """See the module. Belongs to one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        patience: seconds that an engine has for its answer, once that has begun.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, request: ApiRequest, rank: Rank, push_id: str) -> None:
@@ -35,7 +40,7 @@ class Withdrawals:
         # The engine may be leaving, and is not gone before this is over.
         visit = ExitStack()
         visit.enter_context(rank.engine.visit(rank, Work(1, 1)))
-        task = asyncio.create_task(_send(request, rank, push_id))
+        task = asyncio.create_task(_send(request, rank, push_id, self._patience))
         task.add_done_callback(lambda _: visit.close())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -47,11 +52,17 @@ class Withdrawals:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _send(request: ApiRequest, rank: Rank, push_id: str) -> None:
+async def _send(request: ApiRequest, rank: Rank, push_id: str, patience: float) -> None:
     headers = {**request.headers, RANK: str(rank.index)}
     body = request.for_withdrawal(push_id)
     try:
-        async with rank.engine.send("POST", _TARGET, headers, body) as response:
+        async with (
+            rank.engine.send("POST", _TARGET, headers, body) as response,
+            rank.engine.patience(patience),
+        ):
             await response.aread()
+        failed = f"HTTP {response.status_code}" if response.status_code >= 400 else ""
     except EngineError as error:
-        log.info("request %s: %s holds its prompt for a while: %s", request.id, rank.engine, error)
+        failed = str(error)
+    if failed:
+        log.info("request %s: %s holds its prompt for a while: %s", request.id, rank.engine, failed)

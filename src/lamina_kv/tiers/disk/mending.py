@@ -18,7 +18,7 @@ log = logging.getLogger("lamina_kv.tiers")
 
 
 def open_slab(
-    config: DiskConfig, path: Path, layout: Layout, opened: ExitStack
+    config: DiskConfig, path: Path, layout: Layout, opened: ExitStack, *, alone: bool
 ) -> tuple[Slab, Heads]:
     """Open a slab that may be missing, and make it whole. What is stored stays as it is until there
     is room for all of it.
@@ -28,6 +28,7 @@ def open_slab(
         path: the file.
         layout: how it is to be laid out.
         opened: closes it.
+        alone: whether no other rank has a part of the same chunks.
 
     Raises:
         NoRoom: if the disk has no room.
@@ -48,7 +49,7 @@ def open_slab(
     direct = None if config.direct == "auto" else config.direct
     stored = 0
     if before is not None and layout.slots < before.slots:
-        stored = shrink(path, before, layout, direct)
+        stored = shrink(path, before, layout, direct, alone=alone)
     slab = Slab(path, layout, direct)
     opened.callback(slab.close)
     heads = Heads(slab)

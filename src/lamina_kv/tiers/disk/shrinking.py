@@ -3,6 +3,9 @@ stay, over chunks that were unused for longer.
 
 A prompt is found up to its first chunk that is missing. What happens to lie in the first half of a
 file is half of the chunks, and of few prompts all.
+
+Ranks that share chunks need each in the same slot, and each rank knows of a chunk's last use by its
+own clock. So where there are several nothing moves.
 """
 
 from __future__ import annotations
@@ -26,15 +29,17 @@ have not moved by then are given up."""
 _BATCH_BYTES = 64 << 20
 
 
-def shrink(path: Path, before: Layout, layout: Layout, direct: bool | None) -> int:
-    """Move what was used last in front of the new end. Nothing is cut off yet: a process that is
-    killed meanwhile leaves a slab of the former layout, of which some chunks may be there twice.
+def shrink(path: Path, before: Layout, layout: Layout, direct: bool | None, *, alone: bool) -> int:
+    """Move what was used last in front of the new end, if that may be. Nothing is cut off yet: a
+    process that is killed meanwhile leaves a slab of the former layout, of which some chunks may be
+    there twice.
 
     Args:
         path: the slab.
         before: its layout.
         layout: the one that it is to have, with fewer slots of the same size.
         direct: whether to bypass the page cache; None where the file system can.
+        alone: whether no other rank has a part of the same chunks.
 
     Returns:
         Chunks that were stored.
@@ -48,9 +53,14 @@ def shrink(path: Path, before: Layout, layout: Layout, direct: bool | None) -> i
         assert stored.keys is not None
         assert stored.used is not None
         slots = stored.slots.astype(np.int64)
+        if not alone:
+            return len(slots)
         newest = np.argsort(-stored.used, kind="stable")[: layout.slots]
         stay = slots[newest] < layout.slots
         free = np.setdiff1d(np.arange(layout.slots), slots[newest[stay]])
+        unused_since = np.full(before.slots, -np.inf)
+        unused_since[slots] = stored.used
+        free = free[np.argsort(unused_since[free], kind="stable")]  # empty ones first
         behind = newest[~stay]
         batch = max(1, _BATCH_BYTES // layout.object_bytes)
         buffers = aligned_memory(batch * layout.object_bytes).reshape(batch, layout.object_bytes)

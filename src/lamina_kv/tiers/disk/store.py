@@ -251,7 +251,7 @@ def _open(config: DiskConfig, tenant: Tenant, layout: Layout) -> DiskStore:
         server = Server(tenant.ranks, lock.before)
         make_room(path, shard, layout.slots * layout.object_bytes, config.capacity, server)
         check_room(shard.slab, layout.file_bytes)
-        slab, heads = open_slab(config, shard.slab, layout, opened)
+        slab, heads = open_slab(config, shard.slab, layout, opened, alone=tenant.ranks == 1)
         directory.sync_directories(path, shard.directory)
         watch = Watch(lock, [(shard.slab, slab.stat())])
         store = DiskStore(config.name, slab, heads, watch, opened.pop_all())
