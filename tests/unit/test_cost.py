@@ -188,6 +188,7 @@ class TestDecisions:
         short.loaded(NEAR, 100 * MIB, SHORT_STALL / 2)
         hit = asked(HitPart(NEAR, 640, 100 * MIB), suffix=CHUNK)
         assert decide(hit, short).mode is LoadMode.PARKED
+        assert decide(replace(hit, prompt=hit.prompt - 1), short).mode is LoadMode.LAYERWISE
         assert decide(hit, short, when="always").mode is LoadMode.LAYERWISE
         short.computed(0, 2 * CHUNK, 1.0)
         assert decide(hit, short).mode is LoadMode.LAYERWISE

@@ -132,6 +132,30 @@ def test_a_chunk_that_is_larger_than_the_bound_goes_alone() -> None:
     assert len(inward(driven.step())) == 1
 
 
+def test_who_has_more_than_a_plan_looks_at_and_can_give_up_nothing_is_left_alone() -> None:
+    """All of it is wanted by the request that has no room, too."""
+    document, other = prompt((LOOKS + 4) * CHUNK, seed=1), prompt(60 * CHUNK + 1, seed=2)
+    first, second = [*document, 1], [*document, *prompt(80 * CHUNK + 1, seed=3)]
+    stored = dict(enumerate({key: None for tokens in (second, other) for key in keys_of(tokens)}))
+    driven = Engine({"load": {"when": "always"}}, near_slots=640, far_slots=600, stored=stored)
+    driven.planner.arrived(View("first", first))
+    settle(driven)
+    assert driven.planner.lookup(View("other", other), 0).ask_again
+    settle(driven)
+    assert driven.planner.lookup(view := View("second", second), 0).ask_again
+    settle(driven)
+    assert driven.planner.lookup(view, 0).ask_again, "it waits for room"
+    driven.planner.finished("other", 0, [])
+    settle(driven)
+    assert driven.planner.lookup(view, 0).tokens == len(second) - 1
+
+
+def settle(driven: Engine) -> None:
+    """Let everything come near that may."""
+    while moves := inward(driven.step()):
+        arrive(driven, *moves)
+
+
 @pytest.mark.parametrize("end", ["admitted", "finished"])
 def test_nothing_more_comes_for_one_that_waits_no_longer(end: str) -> None:
     tokens = prompt(4 * CHUNK + 1)

@@ -528,6 +528,15 @@ def test_a_push_that_is_withdrawn_before_anybody_knows_it_is_refused() -> None:
     assert source.said() == [Failed(Attempt(PUSH, NO_EPOCH), WITHDRAWN)]
 
 
+def test_a_request_that_its_withdrawal_has_overtaken_is_to_end() -> None:
+    source = Source()
+    source.connect()
+    withdraw(source)
+    source.source.unwanted.clear()
+    source.source.arrived(source.record, source.now)
+    assert source.source.unwanted == ["request"]
+
+
 @pytest.mark.parametrize("word", [Claim((PUSH,), 30.0), announce()])
 def test_a_push_of_which_a_decode_engine_has_spoken_is_not_withdrawn(word: LinkMessage) -> None:
     """The router may know less than the engine: an answer is lost on its way, for example."""
@@ -1687,7 +1696,7 @@ def test_an_engine_that_has_ended_fences_everything_but_what_may_be_on_its_way(r
     assert source.source.goodbye(D).fences(epoch + 1)
     assert source.source.goodbye("another").fences(epoch)
     source.drain(order, reason=reason)
-    assert source.source.goodbye(D).fences(epoch) is not reason
+    assert source.source.goodbye(D).fences(epoch) == (not reason)
 
 
 def test_of_what_is_forgotten_or_too_much_to_name_something_may_be_on_its_way() -> None:

@@ -107,3 +107,20 @@ def test_what_a_long_step_holds_up_is_waited_for() -> None:
     assert driven.planner.lookup(view, 0).ask_again
     driven.answer(*(move.transfer for move in moves))
     assert driven.planner.lookup(view, 0).tokens == 3 * CHUNK
+
+
+def test_what_a_long_step_holds_up_behind_another_chunk_is_waited_for() -> None:
+    """What was ordered when the last chunk came is perhaps carried out a step later."""
+    driven, tokens = engine(), prompt(3 * CHUNK + 1)
+    promise(driven, tokens)
+    view = View("a", tokens)
+    assert driven.planner.lookup(view, 0).ask_again
+    first, *others = inward(driven.step())
+    for _ in range(3):
+        driven.step()
+    driven.answer(first.transfer, seconds=STEP)
+    driven.step()
+    driven.now += 3 * TIMEOUT
+    assert driven.planner.lookup(view, 0).ask_again
+    driven.answer(*(move.transfer for move in others))
+    assert driven.planner.lookup(view, 0).tokens == 3 * CHUNK

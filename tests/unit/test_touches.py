@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from driven_planner import CHUNK, FAR, Engine, View, keys_of, prompt
+from driven_planner import CHUNK, FAR, Engine, View, asks, keys_of, prompt
 
-from lamina_kv.plan import ChunkKey, StepPlan
+from lamina_kv.plan import ChunkKey, StepPlan, TierName, TierReport
 from lamina_kv.tiers.reuse import Use
 from lamina_kv.tiers.slots import SlotIndex
 from lamina_kv.tiers.touches import MOST_KEPT, MOST_TOLD, Touches
@@ -31,6 +31,24 @@ def test_a_store_hears_of_what_was_loaded_from_near() -> None:
     assert told(plan) == places[::-1]
     assert told(driven.step()) == [], "each use once"
     assert not driven.planner.has_work
+
+
+def test_a_store_hears_of_what_it_has_said_late() -> None:
+    """It was asked when the request came, and had not answered when it was searched for first."""
+    tokens, keyed = prompt(3 * CHUNK + 1), TierName("keyed")
+    store = {"kind": "valkey", "name": keyed, "url": "valkey://store"}
+    settings = {"tiers": [store], "load": {"when": "always"}}
+    driven, view = Engine(settings, tiers=[TierReport(keyed)]), View("new", tokens)
+    driven.planner.arrived(view)
+    plans = [driven.step()]
+    for ask in asks(plans[0]):
+        driven.answer(ask.transfer, present=bytes([1] * len(ask.keys)))
+    while driven.planner.lookup(view, 0).ask_again:
+        plans.append(driven.settle_moves())
+    driven.planner.admitted("new", 3 * CHUNK)
+    plans += [driven.step(), driven.step()]
+    uses = [use for plan in plans for orders in plan.tiers for use, _ in orders.touches]
+    assert {*uses} == {*keys_of(tokens)}
 
 
 def test_near_tells_nobody() -> None:

@@ -264,7 +264,7 @@ class HitFinder:
             for keys, first in zip(groups, firsts, strict=True):
                 for key in keys[first:end]:
                     yield None if near.holds(key) else key
-        if not record.view.regard.keep:
+        if not end or not record.view.regard.keep:
             return
         chain, ends = self._prefix(record, end)
         again = record.use is not None  # it was searched before

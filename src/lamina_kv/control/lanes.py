@@ -54,6 +54,7 @@ class Lane:
         far: as given.
         answers: how long it takes to say what it has.
         brought: control's clock when a chunk came from it last.
+        brought_step: the step that was to be planned then.
         silent: control's clock when it left a question unanswered; minus infinity if it has
             answered one since, or has brought a chunk.
     """
@@ -62,6 +63,7 @@ class Lane:
         self.far = far
         self.answers = Answers()
         self.brought = self.silent = -inf
+        self.brought_step = 0
         self._costs = costs
         self._charged = 0.0  # control's clock until which the tier's work is measured
         self._books = books
@@ -342,6 +344,7 @@ class Lane:
             return
         self._measure(transfer)
         self.brought, self.silent = books.clock.now, -inf
+        self.brought_step = books.clock.step
         books.catalog.publish(key)
         books.meter.count("fetch_bytes", transfer.moved_bytes, tier=self.far.name)
         books.meter.observe("fetch_seconds", transfer.seconds, tier=self.far.name)

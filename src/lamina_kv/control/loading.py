@@ -291,8 +291,10 @@ class LoadPlanner:
     def describe(self, record: RequestRecord) -> str:
         """One line about a request, see :func:`~lamina_kv.control.offers.describe`."""
         tiers = (NEAR, *self._books.catalog.far)
-        brought = "" if record.brought is None else record.brought.cut
-        why = record.offer.cut or brought or record.miss
+        offer, brought = record.offer, record.brought
+        # What came near is all that was to come, or else it says why not.
+        came = brought is not None and offer.loaded >= brought.loaded
+        why = offer.cut or (brought.cut if brought is not None and came else "") or record.miss
         return describe(record.view.request_id, record.offer, record.delivery, tiers, why)
 
 

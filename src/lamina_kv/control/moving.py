@@ -222,7 +222,9 @@ class MovePlanner:
         lane, clock = self._lanes[name], self._books.clock
         since = max(self._waits_since(arrival, lane), lane.brought)
         stalled = clock.now >= since + min(arrival.stall, lane.far.longest_call)
-        return stalled and clock.step >= arrival.step + LOOK_PLANS and lane.is_reading
+        # What was ordered since is perhaps not begun: a plan may be carried out a step later.
+        plans = clock.step - max(arrival.step, lane.brought_step)
+        return stalled and plans >= LOOK_PLANS and lane.is_reading
 
     def _waits_since(self, arrival: Arrival, lane: Lane) -> float:
         """Control's clock since which a request has waited for a tier: for its chunks, and before
@@ -484,8 +486,9 @@ class MovePlanner:
             Whether there is room for a chunk now.
         """
         looks = LOOKS
+        holders = [*islice(reversed(self._holding.values()), looks)]
         for early in (True, False):
-            for other in [*islice(reversed(self._holding.values()), looks)]:
+            for other in holders:
                 if looks <= 0:
                     return False
                 looks -= 1

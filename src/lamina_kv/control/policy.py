@@ -118,9 +118,11 @@ class LoadPolicy:
             return self._cheapest(asked, offer, costs)
         if weighs and offer.predicted_load > SHORT_STALL:
             tokens = self._measuring(asked, offer.predicted_load)
-            offer = replace(offer, reason="computing_to_measure", measures=True)
-        # Beside rows that are loaded no computing is measured.
-        if weighs and (offer.measures or asked.measures or self._config.mode == "auto"):
+            if tokens < asked.tokens:
+                offer = replace(offer, reason="computing_to_measure", measures=True)
+        # Beside rows that are loaded no computing is measured, nor is that of a few tokens.
+        tells = asked.prompt - asked.floor - tokens >= self._chunk_tokens
+        if weighs and tells and (offer.measures or asked.measures or self._config.mode == "auto"):
             return replace(offer, loaded=tokens, mode=LoadMode.PARKED)
         return replace(offer, loaded=tokens, mode=self._choose_mode(asked, tokens, costs))
 

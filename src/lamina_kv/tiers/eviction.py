@@ -255,8 +255,7 @@ class Runs:
         same."""
         self._clock = self._clock + 1 & _CLOCK
         kind = kind_of(self._returned(key) + 1, use, last=last, branches=False)
-        self._ghosts.add(key, kind, self._clock)
-        self._learn_if_due()
+        self._ghosts.add(key, kind, self._clock)  # the next addition may bring a lesson
 
     def _returned(self, key: ChunkKey) -> int:
         """A chunk that is not here is used; returns how often it was before, as far as is known."""

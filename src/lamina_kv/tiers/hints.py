@@ -178,7 +178,7 @@ class HintIndex:
     ) -> Iterator[None]:
         """Chunks were of use: what is known of them is remembered longer than other hints. Each of
         them is looked at."""
-        if not (again or over):
+        if not over:  # a longer prefix may be known by now
             self._touches.add(chain, ends)
         for key in (*(end for end, _ in ends), *reversed(chain)):
             if key in self._hints:

@@ -55,7 +55,7 @@ trace finds .098 of all blocks instead of .101."""
 
 _LEAST_TRUST, _TRUST = 32.0, 0.001
 """A kind's own evidence weighs as much as that of all kinds, once so many of its chunks, and this
-share of the tier, have been of an age. With the first alone a tier of 30 % of the conversation
+share of the tier, have been of an age. With 8 chunks alone a tier of 30 % of the conversation
 trace finds less than the order of use does. Chunks of a prompt come and go together, so that a few
 are one event: with 8, a tier of 10 % of that trace finds .292 of all blocks instead of .297."""
 

@@ -306,9 +306,9 @@ class SlotIndex:
         over: bool = False,
     ) -> Iterator[None]:
         """Note a use of a prefix; see :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
-        runs, again = self._runs, again or over
-        if self._stored and not again:
+        if self._stored and not over:  # a longer prefix may be known by now
             self._touches.add(chain, ends)
+        runs, again = self._runs, again or over
         # Keys, because a slot may have another chunk, or none, when this goes on.
         loose: dict[ChunkKey | None, list[ChunkKey]] = {}  # ends, by what is in front of them
         for key, behind in ends:

@@ -196,7 +196,7 @@ class PushSource:
         out = self._outbound.get(push.id)
         if out is None:
             if push.id in self._declined:
-                if self._declined[push.id] == DECLINED:
+                if self._declined[push.id] in (DECLINED, WITHDRAWN):
                     self._queue.forgo(record.view.request_id, now)
                 return
             out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)

@@ -6,8 +6,9 @@ without the GIL. Of small copies, rows at equal distances are copied by the same
 because each call takes the GIL.
 
 numpy moves a page once where, of one row, long stretches are neighbours on the near side, and where
-the engine's pages are neighbours (a slice there, an index on the near side). Else it moves a page
-twice, through memory of its own, in tiles which stay in the processor's cache.
+the engine's pages are neighbours (a slice there, an index on the near side), loads of several rows
+left out. Else it moves a page twice, through memory of its own, in tiles which stay in the
+processor's cache.
 
 Engines hand out blocks in runs: a pool is fresh, or gets back the blocks of one request together.
 Near pages are neighbours within a slot only.
@@ -37,9 +38,9 @@ Pages = npt.NDArray[Any]
 numpy keeps the GIL for few items when it indexes one."""
 
 APART_BYTES = 512 << 10
-"""Bytes of a row from which on rows are copied one by one. 16 pages of 64 KiB of 64 rows take
-2.8 ms then, and 3.6 ms together; 64 pages of 4 KiB 0.70 ms together, and 0.79 ms one by one (AMD
-EPYC, one thread)."""
+"""Bytes of a row of the largest pages from which on rows are copied one by one. 16 pages of 64 KiB
+of 64 rows take 2.8 ms then, and 3.6 ms together; 64 pages of 4 KiB 0.70 ms together, and 0.79 ms
+one by one (AMD EPYC, one thread)."""
 
 TILE_BYTES = 2 << 20
 """Bytes copied at a time when both sides are scattered: small enough for a processor's cache, large

@@ -387,6 +387,7 @@ class SchedulerSide:
                 self._spans.request(name, request.trace_headers)
         withdrawn = withdrawn_push(request)
         if withdrawn is not None:
+            self._exchange()  # somebody may have asked for it
             self.planner.withdraw_push(withdrawn, request.request_id)
         elif loads or view.push is not None:
             self.planner.arrived(view, loads=loads)

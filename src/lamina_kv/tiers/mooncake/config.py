@@ -9,6 +9,12 @@ from pydantic import Field
 from lamina_kv.tiers.config import SharedConfig
 from lamina_kv.values import ADDRESS, SIZE, TEXT, Auto, Kind, WrongValueError, choice, integer
 
+BATCH = 8
+"""Objects of one call at most. A donor that is stopped costs a call a second for every four of
+them, which is how many connections Mooncake has to a donor."""
+
+_CONNECTIONS = 4
+
 
 def _parse_master(value: object) -> object:
     if isinstance(value, str) and "://" in value:
@@ -62,3 +68,8 @@ class MooncakeConfig(SharedConfig):
     prefix: Annotated[str, TEXT] = Field(
         default="lamina:", description="What the name of every object begins with."
     )
+
+    @property
+    def longest_call(self) -> float:
+        """See the base class."""
+        return self.timeout + BATCH / _CONNECTIONS

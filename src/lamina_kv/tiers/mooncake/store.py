@@ -26,7 +26,7 @@ from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, StoreError, Tenant, Traits
 from lamina_kv.tiers.mooncake.client import Client, Library, Unreachable
 from lamina_kv.tiers.mooncake.codes import NORMAL, Code, explain, read_fate, write_fate
-from lamina_kv.tiers.mooncake.config import MooncakeConfig
+from lamina_kv.tiers.mooncake.config import BATCH, MooncakeConfig
 from lamina_kv.tiers.names import ABOUT, object_name
 from lamina_kv.tiers.once import Once
 from lamina_kv.values import MIB
@@ -36,10 +36,6 @@ log = logging.getLogger("lamina_kv.tiers")
 READERS = 2
 """While one thread copies and verifies, the other one's bytes are on their way, and a donor that is
 stopped keeps only one of them. Four are no faster over TCP."""
-
-BATCH = 8
-"""Objects of one call at most. A donor that is stopped costs a call some seconds for every four of
-them, which is how many connections Mooncake has to a donor."""
 
 AREA = 16 * MIB
 """Bytes of one call that are enough: larger calls are no faster over TCP."""
