@@ -324,7 +324,7 @@ def test_requests_that_come_at_the_same_time_go_to_different_engines() -> None:
         engines += [Engine(Role.DECODE, url, "", settings) for url in decode]
         metrics = Metrics(engines)
         router = Router(LeastLoaded(), Disaggregate.ALWAYS, metrics)
-        dispatcher = Dispatcher(settings, engines, router, metrics, Withdrawals(1.0))
+        dispatcher = Dispatcher(settings, engines, router, metrics, Withdrawals())
 
         async def ask() -> None:
             request = ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(b"{}"))

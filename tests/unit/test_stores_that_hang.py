@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from driven_planner import CHUNK, Engine, View, asks, inward, keys_of, prompt
 
-from lamina_kv.plan import Outcome, StepPlan, TierName, TierReport, TransferId
+from lamina_kv.plan import Move, Outcome, StepPlan, TierName, TierReport, TransferId
 
 KEYED = TierName("keyed")
 TIMEOUT = 2.0
@@ -54,6 +54,15 @@ def promise(driven: Engine, tokens: list[int]) -> None:
         driven.planner._books.catalog.far[KEYED].index.filled(key)
 
 
+def ordered() -> tuple[Engine, View, tuple[Move, ...]]:
+    """An engine with a request for three chunks that the store has, and the moves for it."""
+    driven, tokens = engine(), prompt(3 * CHUNK + 1)
+    promise(driven, tokens)
+    view = View("a", tokens)
+    assert driven.planner.lookup(view, 0).ask_again
+    return driven, view, inward(driven.step())
+
+
 def waits(driven: Engine, hanging: Hanging, view: View) -> float:
     """Seconds for which a request is told to ask again."""
     began = driven.now
@@ -85,11 +94,8 @@ def test_who_comes_behind_calls_that_hang_waits_no_longer() -> None:
 
 def test_a_tier_that_brings_chunks_late_is_waited_for() -> None:
     """Each call takes nearly as long as it may, and there are several one after the other."""
-    driven, tokens = engine(), prompt(3 * CHUNK + 1)
-    promise(driven, tokens)
-    view = View("a", tokens)
-    assert driven.planner.lookup(view, 0).ask_again
-    for move in inward(driven.step()):
+    driven, view, moves = ordered()
+    for move in moves:
         driven.now += 0.9 * TIMEOUT
         driven.step()
         assert driven.planner.lookup(view, 0).ask_again
@@ -98,11 +104,7 @@ def test_a_tier_that_brings_chunks_late_is_waited_for() -> None:
 
 
 def test_what_a_long_step_holds_up_is_waited_for() -> None:
-    driven, tokens = engine(), prompt(3 * CHUNK + 1)
-    promise(driven, tokens)
-    view = View("a", tokens)
-    assert driven.planner.lookup(view, 0).ask_again
-    moves = inward(driven.step())
+    driven, view, moves = ordered()
     driven.now += 3 * TIMEOUT
     assert driven.planner.lookup(view, 0).ask_again
     driven.answer(*(move.transfer for move in moves))
@@ -111,11 +113,7 @@ def test_what_a_long_step_holds_up_is_waited_for() -> None:
 
 def test_what_a_long_step_holds_up_behind_another_chunk_is_waited_for() -> None:
     """What was ordered when the last chunk came is perhaps carried out a step later."""
-    driven, tokens = engine(), prompt(3 * CHUNK + 1)
-    promise(driven, tokens)
-    view = View("a", tokens)
-    assert driven.planner.lookup(view, 0).ask_again
-    first, *others = inward(driven.step())
+    driven, view, (first, *others) = ordered()
     for _ in range(3):
         driven.step()
     driven.answer(first.transfer, seconds=STEP)

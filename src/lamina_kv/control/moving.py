@@ -258,7 +258,7 @@ class MovePlanner:
         if arrival is None or not arrival.came or not offer.parts:
             return offer
         if arrival.credited[0] is not offer.parts:
-            end = offer.floor + sum(part.tokens for part in offer.parts)
+            end = offer.floor + offer.found_tokens
             # A chunk whose move failed may have been saved since.
             moves = [fetch.transfer for fetch in arrival.came.values()]
             came = {move.keys[0]: move.tier for move in moves if move.state is State.DONE}

@@ -76,15 +76,20 @@ class Offer:
         return self.loaded + self.pushed
 
     @property
+    def found_tokens(self) -> int:
+        """Tokens beyond ``floor`` that were found."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
     def found(self) -> dict[TierName, int]:
         """Tokens that were found, by tier."""
-        return by_tier(self.parts, sum(part.tokens for part in self.parts))
+        return by_tier(self.parts, self.found_tokens)
 
     @property
     def cut(self) -> str:
         """Why less is loaded than was found, in the words of ``reason``; empty if all of it is, or
         nothing."""
-        return self.reason if 0 < self.loaded < sum(part.tokens for part in self.parts) else ""
+        return self.reason if 0 < self.loaded < self.found_tokens else ""
 
     @property
     def taken(self) -> dict[TierName, int]:

@@ -391,7 +391,7 @@ class Planner:
 
     def _note_miss(self, record: RequestRecord, offer: Offer) -> None:
         """Find out why a hit is not longer."""
-        end = offer.floor + sum(part.tokens for part in offer.parts) + offer.pushed
+        end = offer.floor + offer.found_tokens + offer.pushed
         miss = self._misses.why(record, self._hits.lacked(record, end))
         record.miss = "" if miss is None else str(miss)
         if miss is not None:

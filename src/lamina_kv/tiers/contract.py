@@ -243,7 +243,8 @@ class Index(Protocol):
             use: the use.
             ends: chunks of use beside the chain, and behind which chunk of it each stands: the last
                 ones of windows, states.
-            again: whether this use was noted before, and goes on: nothing is counted twice.
+            again: whether this use was noted before, and goes on: nothing is counted twice. A store
+                hears of it once more, because a longer prefix may be known by now.
             over: whether the request that makes this use has ended, too. It saves nothing more, so
                 that what is not here of its prefix is missed.
         """

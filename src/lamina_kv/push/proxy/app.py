@@ -72,7 +72,7 @@ def create_app(settings: Settings, policy: RoutingPolicy | None = None) -> FastA
 
     fleet.tell(changed, gone)
     router = Router(policy or make_policy(settings.policy), settings.disaggregate, metrics)
-    withdrawals = Withdrawals(settings.stall_timeout)
+    withdrawals = Withdrawals()
     dispatcher = Dispatcher(settings, fleet, router, metrics, withdrawals)
     relay = Relay(settings, dispatcher, metrics)
 

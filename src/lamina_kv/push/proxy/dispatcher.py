@@ -300,11 +300,8 @@ class Dispatcher:
         # Or else its server chooses one, and the decode engine waits at another's address.
         headers = {**request.headers, RANK: str(rank.index)}
         try:
-            async with (
-                engine.send(request.method, request.target, headers, body) as response,
-                engine.patience(self._settings.stall_timeout),
-            ):
-                text = await response.aread()
+            response = await engine.exchange(request.method, request.target, headers, body)
+            text = response.content
             outcome = _outcome(response)
             if outcome is Outcome.ANSWERED or response.status_code == BUSY:
                 engine.succeeded()

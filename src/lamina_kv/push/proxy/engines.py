@@ -248,6 +248,22 @@ class Engine:
         finally:
             await response.aclose()
 
+    async def exchange(
+        self, method: str, target: bytes, headers: Mapping[str, str], body: bytes
+    ) -> httpx.Response:
+        """An exchange whose answer is wanted whole; arguments as those of :meth:`send`.
+
+        Raises:
+            EngineError: if the answer does not begin within ``first_byte_timeout``, or does not end
+                within ``stall_timeout`` after that.
+        """
+        async with (
+            self.send(method, target, headers, body) as response,
+            self.patience(self._settings.stall_timeout),
+        ):
+            await response.aread()
+        return response
+
     def came(self) -> None:
         """The engine has sent something of an answer."""
         self._sent += 1

@@ -19,14 +19,9 @@ _TARGET = b"/v1/completions"
 
 
 class Withdrawals:
-    """See the module. Belongs to one event loop.
+    """See the module. Belongs to one event loop."""
 
-    Args:
-        patience: seconds that an engine has for its answer, once that has begun.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, request: ApiRequest, rank: Rank, push_id: str) -> None:
@@ -40,7 +35,7 @@ class Withdrawals:
         # The engine may be leaving, and is not gone before this is over.
         visit = ExitStack()
         visit.enter_context(rank.engine.visit(rank, Work(1, 1)))
-        task = asyncio.create_task(_send(request, rank, push_id, self._patience))
+        task = asyncio.create_task(_send(request, rank, push_id))
         task.add_done_callback(lambda _: visit.close())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -52,15 +47,11 @@ class Withdrawals:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _send(request: ApiRequest, rank: Rank, push_id: str, patience: float) -> None:
+async def _send(request: ApiRequest, rank: Rank, push_id: str) -> None:
     headers = {**request.headers, RANK: str(rank.index)}
     body = request.for_withdrawal(push_id)
     try:
-        async with (
-            rank.engine.send("POST", _TARGET, headers, body) as response,
-            rank.engine.patience(patience),
-        ):
-            await response.aread()
+        response = await rank.engine.exchange("POST", _TARGET, headers, body)
         failed = f"HTTP {response.status_code}" if response.status_code >= 400 else ""
     except EngineError as error:
         failed = str(error)
