@@ -231,7 +231,12 @@ def test_a_section_that_hangs_ends_the_process_with_a_trace() -> None:
         "import time; from gpu import acceptance; acceptance._end_when_over(0.1); time.sleep(60)"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", hangs], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", hangs],
+        cwd=Path(acceptance.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ended.returncode == 1
     assert "a section hangs" in ended.stderr
