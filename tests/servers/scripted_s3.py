@@ -27,7 +27,8 @@ class Fault:
         code: the error's code.
         delay: seconds before the request is looked at.
         cut: bytes of the body after which the connection is closed.
-        after: requests of the method that go well before.
+        after: requests of the method that go well before, in the order in which they come in.
+        spares: what the names end with whose requests go well; empty: none.
         times: how many requests; then all is well again. 0: all.
     """
 
@@ -36,6 +37,7 @@ class Fault:
     delay: float = 0.0
     cut: int = -1
     after: int = 0
+    spares: str = ""
     times: int = 0
 
 
@@ -85,13 +87,14 @@ class ScriptedS3:
         """Let all go on that hangs."""
         self._ended.set()
 
-    def fault(self, method: str) -> Fault:
-        """What becomes of one more request; waits as long as that says."""
+    def fault(self, method: str, name: str) -> Fault:
+        """What becomes of one more request for this object; waits as long as that says."""
         with self._lock:
             self.seen[method] += 1
             fault = self.faults.get(method, Fault())
             number = self.seen[method] - fault.after
-            if number <= 0 or 0 < fault.times < number:
+            spared = bool(fault.spares) and name.endswith(fault.spares)
+            if spared or number <= 0 or 0 < fault.times < number:
                 fault = Fault()
         self._ended.wait(fault.delay)
         return fault
@@ -151,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._object(body=True)
 
     def _failed(self, method: str) -> bool:
-        fault = self.server.s3.fault(method)
+        fault = self.server.s3.fault(method, self._name())
         if urlsplit(self.path).path.split("/")[1] != self.server.s3.bucket:
             fault = Fault(404, "NoSuchBucket")
         self._cut = fault.cut

@@ -323,7 +323,8 @@ def test_answers_that_came_in_time_count(server: ScriptedS3, opened: OpenHere) -
     store = opened()
     assert store.write(pieces_of(1), TIMEOUT) == [Fate.DONE]
     server.seen.clear()
-    server.faults = {"LIST": Fault(503), "HEAD": Fault(delay=600, after=MOST_AT_ONCE)}
+    answered = store.name(key(1))
+    server.faults = {"LIST": Fault(503), "HEAD": Fault(delay=600, spares=answered)}
     found = store.find([key(number) for number in range(1, 2 * MOST_AT_ONCE)], 3.0)
     assert found is not None
     assert found[0]
