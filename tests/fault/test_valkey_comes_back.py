@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lamina_kv.tiers import hints
 from servers.valkey import ValkeyServer
 from soak.busy import TIER, Busy
 
@@ -39,13 +38,6 @@ class Served(Busy):
                 return
             self.serve(1)
         raise AssertionError(f"{MOST} requests were not enough")
-
-
-@pytest.fixture(autouse=True)
-def soon_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks that could not be read count as absent for a minute, and nothing fails meanwhile: the
-    breaker would open after it."""
-    monkeypatch.setattr(hints, "GONE_SECONDS", 0.5)
 
 
 @pytest.fixture

@@ -120,6 +120,10 @@ class Machine:
             moved=moved if good else int(moved * took / whole),
         )
 
+    def stall(self, seconds: float) -> None:
+        """The far tier brings nothing for so long."""
+        self.free_at = max(self.free_at, self.engine.now + seconds)
+
     def forget_near(self) -> None:
         if self.far is not None:
             self.engine.forget_near()
@@ -224,6 +228,45 @@ def test_a_tier_that_has_recovered_is_found_out(tier: str) -> None:
             took.append(machine.serve())
         assert max(took[1:]) <= 1.05
     assert max(took[-10:]) <= 0.2
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_tier_that_has_stalled_is_used_again_seconds_later(measured: bool) -> None:
+    """One stall is short, mostly. It is longer than computing here, so that it is given up."""
+    machine = Machine(far=0.1 * CHUNK_SECONDS)
+    machine.serve(document=prompt(40 * CHUNK, seed=2))
+    if measured:
+        machine.forget_near()
+        assert machine.serve() < 0.2
+    machine.stall(8)
+    machine.forget_near()
+    assert machine.serve() > 1.5, "it was waited for in vain"
+    machine.forget_near()
+    assert machine.serve() == pytest.approx(1, abs=0.05), "and is not at once waited for again"
+    machine.idle(3)
+    took = []
+    for _ in range(4):
+        machine.forget_near()
+        took.append(machine.serve())
+        machine.idle(1)
+    assert max(took) <= 1.05
+    assert took[-1] < 0.2
+
+
+def test_a_tier_that_stalls_whenever_it_is_used_is_left_alone_longer_and_longer() -> None:
+    machine = Machine(far=0.1 * CHUNK_SECONDS)
+    machine.serve(document=prompt(40 * CHUNK, seed=2))
+    machine.forget_near()
+    assert machine.serve() < 0.2
+    took = []
+    for _ in range(200):
+        machine.stall(8)
+        machine.forget_near()
+        took.append(machine.serve())
+        machine.idle(10)
+    waited = [number for number, seconds in enumerate(took) if seconds > 1.05]
+    assert max(took) < 2.1
+    assert len(waited) <= 12, "five times until that is known, and then every 20 requests at most"
 
 
 @pytest.mark.parametrize("crowd", [1, 2, 8])

@@ -20,6 +20,14 @@ hoped to be faster: one that is ten times slower for 100 s. By ``tests/unit/test
 that is often enough to find out in five minutes that it has recovered, and seldom enough to cost
 2 % at most."""
 
+LEAST_PAUSE = 1.0
+"""Seconds after which a tier that somebody has waited for in vain is hoped to be as fast as before:
+most stalls are short. The pause doubles each time that this was wrong."""
+
+RARE = 20
+"""A tier that stalls has gone well for long if that was so many times as long as somebody has
+waited for it in vain: such stalls cost 5 % at most."""
+
 
 @dataclass(slots=True)
 class Rate:
@@ -52,6 +60,47 @@ class Rate:
         return self.rate * (_faded(age) if age >= HALF_LIFE else 1.0)
 
 
+@dataclass(slots=True)
+class Stall:
+    """What is remembered of a tier that was waited for in vain.
+
+    Attributes:
+        before: what was known before that; None if nothing was.
+        at: when that was, control's clock.
+        pause: seconds from then until it is hoped to be over.
+        longest: seconds that anybody has waited in vain.
+        brought: when the tier has brought something last; minus infinity for never.
+    """
+
+    before: Rate | None
+    at: float
+    longest: float
+    pause: float = LEAST_PAUSE
+    brought: float = -math.inf
+
+    def may_be_over(self, now: float) -> bool:
+        """Whether the pause is over, and nothing has come since that would tell."""
+        over = self.at + self.pause
+        return now >= over > self.brought
+
+    def again(self, known: Rate, now: float, seconds: float) -> None:
+        """The tier was waited for in vain again, after the pause. The pause doubles, and fades for
+        as long as the tier has gone well since.
+
+        Args:
+            known: what was known until now.
+            now: control's clock.
+            seconds: how long it was waited for.
+        """
+        over = self.at + self.pause
+        if self.brought >= over and (self.before is None or known.rate < self.before.rate):
+            self.before = known
+        self.longest = max(self.longest, seconds)
+        faded = math.exp2(-(now - over) / max(RARE * self.longest, LEAST_PAUSE))
+        self.pause = max(LEAST_PAUSE, 2 * self.pause * faded)
+        self.at = now
+
+
 class Costs:
     """See the module.
 
@@ -70,8 +119,7 @@ class Costs:
         self._clock = clock
         self._least = least
         self._fullest = 0.0
-        # Of tiers that were given up: what was known before that; None if nothing was.
-        self._before: dict[TierName, Rate | None] = {}
+        self._stalls: dict[TierName, Stall] = {}
 
     def knows(self, tier: TierName) -> bool:
         """Whether a tier was ever measured."""
@@ -88,7 +136,14 @@ class Costs:
         known = self.loads.get(tier)
         if known is None or size <= 0:
             return None if size > 0 else 0.0
-        return size * (known.hoped(self._clock()) if hoped else known.rate)
+        return size * (self._hoped(tier, known) if hoped else known.rate)
+
+    def _hoped(self, tier: TierName, known: Rate) -> float:
+        now, stall = self._clock(), self._stalls.get(tier)
+        hoped = known.hoped(now)
+        if stall is None or not stall.may_be_over(now):
+            return hoped
+        return min(hoped, stall.before.rate if stall.before is not None else 0.0)
 
     def prefill_seconds(self, start: int, end: int) -> float | None:
         """Seconds to compute tokens ``start..end`` of a prompt; None if nothing is known. Each
@@ -107,9 +162,18 @@ class Costs:
 
     def loaded(self, tier: TierName, size: int, seconds: float) -> None:
         """A tier has brought ``size`` bytes, and has worked on them for so long."""
-        if size > 0:
-            self._before.pop(tier, None)
-            self.loads.setdefault(tier, Rate()).add(seconds, size, self._clock())
+        if size <= 0:
+            return
+        now, stall = self._clock(), self._stalls.get(tier)
+        if stall is not None:
+            stall_over = stall.at + stall.pause
+            if now - seconds >= stall_over:
+                if stall.may_be_over(now):  # what was a wait in vain says nothing of now
+                    self.loads[tier] = Rate()
+                stall.brought = now
+            elif now < stall_over:
+                stall.brought = now
+        self.loads.setdefault(tier, Rate()).add(seconds, size, now)
 
     def given_up(self, tier: TierName, moved: int, seconds: float, *, least: int = 1) -> None:
         """Somebody has waited in vain for a tier. If that is slower than the tier was thought to
@@ -122,9 +186,13 @@ class Costs:
             least: bytes that come at a time. Where none came, so many take longer than that.
         """
         known, now = self.loads.get(tier), self._clock()
-        if known is None or seconds / max(moved, least) > known.rate:
-            if tier not in self._before:
-                self._before[tier] = known
+        stall, first = self._stalls.get(tier), False
+        if stall is None:
+            self._stalls[tier] = Stall(known, now, seconds)
+        elif known is not None and now >= stall.at + stall.pause:  # else it is the same stall
+            first = moved > 0 and stall.may_be_over(now)
+            stall.again(known, now, seconds)
+        if known is None or first or seconds / max(moved, least) > known.rate:
             self.loads[tier] = Rate(seconds, max(moved, least), now)
         else:
             known.add(seconds if moved else 0.0, moved, now)
@@ -132,12 +200,14 @@ class Costs:
     def recovered(self, tier: TierName) -> None:
         """A tier has failed, and works again. It is thought to be as fast as it was before somebody
         waited for it in vain: how long that was says nothing of now."""
-        if tier in self._before:
-            known = self._before.pop(tier)
-            if known is None:
-                del self.loads[tier]
-            else:
-                self.loads[tier] = known
+        stall = self._stalls.get(tier)
+        if stall is None or stall.brought >= stall.at:
+            return
+        del self._stalls[tier]
+        if stall.before is None:
+            self.loads.pop(tier, None)
+        else:
+            self.loads[tier] = stall.before
 
     def computed(self, start: int, end: int, seconds: float, fill: float | None = None) -> None:
         """Tokens ``start..end`` of a prompt were computed.
