@@ -14,6 +14,7 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,7 +162,7 @@ class _Side:
             gc.enable()
         assert len(plan.saves) == self._tokens // CHUNK, "all chunks are saved at once"
         planner.finished(request.request_id, end, [blocks])
-        for stage, before, after in zip(STAGES, marks, marks[1:], strict=True):
+        for stage, (before, after) in zip(STAGES, pairwise(marks), strict=True):
             times.seconds[stage].append(after - before)
         times.events += len(events)
         if events:  # in a thread of vLLM's own

@@ -174,6 +174,14 @@ def test_what_goes_wrong_is_told(
     assert left_behind(folder) == []
 
 
+def test_a_machine_that_is_too_slow_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina_kv.cli.demo_server.REQUEST_DEADLINE", 2.0)
+    result = run_demo(folder, monkeypatch, "hangs")
+    assert result.exit_code == 1, result.output
+    assert "no answer within 2 seconds. This machine is busy, or too slow" in result.output
+    assert left_behind(folder) == []
+
+
 def test_a_conversation_that_goes_to_another_server(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

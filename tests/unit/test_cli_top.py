@@ -1,13 +1,9 @@
 """``lamina-kv top``: one frame of a server, a view that lives through a restart, and mistakes that
-are told. The scrapes in ``tests/scrapes`` are a real server's, as their first line says."""
+are told."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,19 +12,11 @@ from typer.testing import CliRunner, Result
 
 from lamina_kv.cli import top
 from lamina_kv.cli.main import app
-from lamina_kv.cli.scrape import Scrape, ScrapeError, metrics_url, parse
+from lamina_kv.cli.scrape import Scrape, ScrapeError, metrics_url
 from lamina_kv.cli.top_view import SHOWN, frame
+from scraped import LABELS, changed, recorded, scrape, serving
 
-SCRAPES = Path(__file__).parents[1] / "scrapes"
 PROXY = "# TYPE lamina_proxy_retries_total counter\nlamina_proxy_retries_total 0.0\n"
-
-
-def recorded(name: str) -> str:
-    return (SCRAPES / f"{name}.txt").read_text()
-
-
-def scrape(name: str, at: float = 0.0) -> Scrape:
-    return parse(recorded(name), "http://server", at)
 
 
 def shown(*seen: Scrape, trouble: str = "") -> list[str]:
@@ -38,31 +26,6 @@ def shown(*seen: Scrape, trouble: str = "") -> list[str]:
     lines = console.export_text().splitlines()
     assert "…" not in "".join(lines), "there is room for all of it"
     return [" ".join(line.split()) for line in lines]
-
-
-@contextmanager
-def serving(*bodies: str, status: int = 200) -> Iterator[str]:
-    """A server whose ``/metrics`` are these texts, one after the other; the last one stays."""
-    left = [*bodies]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status if self.path == "/metrics" else 404)
-            self.end_headers()
-            self.wfile.write((left.pop(0) if len(left) > 1 else left[0]).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def invoke(*arguments: str) -> Result:
@@ -92,16 +55,6 @@ def test_rates_are_those_between_the_last_two_looks() -> None:
     lines = shown(*looks, before, after)
     (line,) = [line for line in lines if line.startswith("computed")]
     assert f" {tokens / 10:,.0f} " in line
-
-
-def changed(name: str, *lines: str) -> Scrape:
-    """A recorded scrape with other values of some series, each as a line of the scrape."""
-    series = {line.rsplit(" ", 1)[0]: line for line in lines}
-    text = [series.pop(line.rsplit(" ", 1)[0], line) for line in recorded(name).splitlines()]
-    return parse("\n".join([*text, *series.values()]), "http://server", 0.0)
-
-
-LABELS = 'engine="0",model_name="model"'
 
 
 def test_what_needs_somebody_is_on_the_screen() -> None:
@@ -134,7 +87,7 @@ def test_of_several_engines_the_sum_is_shown_or_one() -> None:
     tokens = scrape("saved").total("computed_tokens_total")
     assert f"{tokens + 4132:,.0f}" in both.output
     assert f"{tokens:,.0f}" in second.output
-    assert (third.exit_code, "has no engine 2; it has 0, 1" in third.output) == (1, True)
+    assert (third.exit_code, "has no engine 2: it has 0, 1" in third.output) == (1, True)
 
 
 def test_a_store_whose_size_nobody_knows_has_no_fill() -> None:
@@ -151,7 +104,7 @@ def test_a_server_that_goes_away_and_comes_back_is_watched_on(
 ) -> None:
     looks: list[Scrape | ScrapeError] = [
         replace(scrape("hits"), at=2.0),
-        ScrapeError("it does not answer"),
+        ScrapeError("it does not answer", "is it up?"),
         replace(scrape("saved"), at=6.0),  # its counters are lower: it was restarted
     ]
 
@@ -171,7 +124,7 @@ def test_a_server_that_goes_away_and_comes_back_is_watched_on(
     )
     monkeypatch.setattr(top.Live, "update", lambda *_, **__: None)
     assert top.run("http://server", top.Watching()) == 0
-    assert frames == [([2.0], ""), ([2.0], "it does not answer"), ([6.0], "")]
+    assert frames == [([2.0], ""), ([2.0], "it does not answer: is it up?"), ([6.0], "")]
     assert "no answer: it is away" in "\n".join(shown(scrape("hits"), trouble="it is away"))
 
 
@@ -218,7 +171,8 @@ def test_what_is_no_url_is_told(given: str) -> None:
     ("text", "status", "message"),
     [
         ("vllm:num_requests_running 0.0\n", 200, "start the server with LaminaConnector"),
-        ("<html>Grafana</html>", 200, "start the server with LaminaConnector"),
+        ("<html>Grafana</html>", 200, "has no figures of vLLM, and none of Lamina"),
+        ("go_goroutines 7\n", 200, "is this the URL of a vLLM server?"),
         (PROXY, 200, "is a push proxy"),
         ("lamina_a b c d e\n", 200, "is no page of metrics"),
         ("", 503, "answers 503"),

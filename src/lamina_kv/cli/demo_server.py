@@ -25,6 +25,10 @@ REQUEST_DEADLINE = 120.0
 STOP_DEADLINE = 60.0
 """Seconds for a server to end the work in hand, writes to disk included, and exit."""
 
+_TOO_SLOW = (
+    "This machine is busy, or too slow for the demo: end what else runs on it, and try again"
+)
+
 _LOST = (OSError, http.client.HTTPException)
 """What it looks like from here when the server is not there, ends, refuses, or takes too long."""
 
@@ -220,7 +224,9 @@ class Server:
                 if response.status == http.client.OK:
                     return
             time.sleep(0.2)
-        raise self._failure(f"the server was not up after {START_DEADLINE:.0f} seconds")
+        raise self._failure(
+            f"the server was not up after {START_DEADLINE:.0f} seconds. {_TOO_SLOW}"
+        )
 
     @contextlib.contextmanager
     def _request(
@@ -232,6 +238,10 @@ class Server:
                 if response.status != http.client.OK:
                     raise http.client.HTTPException(response.status, response.read().decode())
                 yield response
+        except TimeoutError as error:
+            raise self._failure(
+                f"{method} {path}: no answer within {REQUEST_DEADLINE:.0f} seconds. {_TOO_SLOW}"
+            ) from error
         except _LOST as error:
             raise self._failure(f"{method} {path} failed: {error!r}") from error
 

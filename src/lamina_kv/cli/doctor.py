@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lamina_kv.cli import checks, device_checks, shared_tiers, transfer_checks
+from lamina_kv.cli import checks, device_checks, server_checks, shared_tiers, transfer_checks
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.plain_words import plain_words
 from lamina_kv.cli.transfer_checks import Given
@@ -34,12 +34,14 @@ class Asked:
         config_file: a configuration file; by default the one that ``LAMINA_CONFIG`` names.
         kv_transfer_config: what vLLM is given, as JSON.
         speed: whether shared stores are written to, to see how fast they are.
+        url: a server that runs, to be looked at in place of this machine.
     """
 
     path: Path | None = None
     config_file: Path | None = None
     kv_transfer_config: str | None = None
     speed: bool = False
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def run(asked: Asked, *, as_json: bool = False) -> int:
         diagnosis = diagnose(asked)
         console.out(diagnosis.as_json(), highlight=False)
     else:
-        with console.status("looking at this machine ..."):
+        with console.status(f"looking at {asked.url or 'this machine'} ..."):
             diagnosis = diagnose(asked)
         _show(console, diagnosis.findings)
         if diagnosis.will:
@@ -104,7 +106,9 @@ def run(asked: Asked, *, as_json: bool = False) -> int:
 
 
 def diagnose(asked: Asked) -> Diagnosis:
-    """Look at everything."""
+    """Look at everything, or at a server alone."""
+    if asked.url is not None:
+        return Diagnosis(tuple(server_checks.server(asked.url)), ())
     text = asked.kv_transfer_config
     given = Given() if text is None else transfer_checks.read(text)
     environ = dict(os.environ)

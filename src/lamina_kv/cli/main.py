@@ -132,15 +132,25 @@ def doctor(
             "the store evicts them.",
         ),
     ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Look at a server that runs instead, by its `/metrics`: http://127.0.0.1:8000.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check this machine and a configuration, say what to do, and what a server will do with it.
 
-    Exits with 1 if something will not work.
+    With `--url`: say what a running server does, and what to do about it. Exits with 1 if something
+    will not work, or does not.
     """
     from lamina_kv.cli.doctor import Asked, run
 
-    asked = Asked(path, config, kv_transfer_config, speed)
+    if url is not None and (path or config or kv_transfer_config or speed):
+        raise typer.BadParameter("--url is given alone: the others are of this machine")
+    asked = Asked(path, config, kv_transfer_config, speed, url)
     raise typer.Exit(run(asked, as_json=json))
 
 

@@ -14,15 +14,21 @@ from prometheus_client.parser import text_string_to_metric_families
 PREFIX = "lamina_"
 PROXY = "lamina_proxy_"
 
-_NOT_LAMINA = (
-    "{url} has no figures of Lamina: start the server with LaminaConnector in --kv-transfer-config "
-    "and without --disable-log-stats"
-)
-_A_PROXY = "{url} is a push proxy: name the URL of an engine's own server"
+_VLLM = "vllm:"
+_IS_IT_VLLM = "is this the URL of a vLLM server?"
 
 
 class ScrapeError(Exception):
-    """A server's figures cannot be had; the message says why, and what to do."""
+    """A server's figures cannot be had.
+
+    Args:
+        found: what is the case.
+        advice: what to do.
+    """
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}: {advice}")
+        self.found, self.advice = found, advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ def metrics_url(address: str) -> str:
     except ValueError:  # a port that is none
         known = False
     if not known:
-        raise ScrapeError(f"{address!r} is no server's URL: write it as http://127.0.0.1:8000")
+        raise ScrapeError(f"{address!r} is no server's URL", "write it as http://127.0.0.1:8000")
     path = parts.path.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}/metrics"
 
@@ -118,13 +124,11 @@ def fetch(url: str, engine: str | None = None, timeout: float = 5.0) -> Scrape:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             text = response.read().decode()
     except urllib.error.HTTPError as error:
-        raise ScrapeError(
-            f"{url} answers {error.code} {error.reason}: is this the URL of a vLLM server?"
-        ) from error
+        raise ScrapeError(f"{url} answers {error.code} {error.reason}", _IS_IT_VLLM) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ScrapeError(
-            f"{url} does not answer ({reason}): is the server up, and is this its port?"
+            f"{url} does not answer ({reason})", "is the server up, and is this its port?"
         ) from error
     scrape = parse(text, url, time.monotonic())
     if engine is None:
@@ -151,17 +155,23 @@ def parse(text: str, url: str, at: float) -> Scrape:
                 name = sample.name.removeprefix(PREFIX)
                 samples.setdefault(name, []).append(Sample(sample.labels, sample.value))
     except ValueError as error:
-        raise ScrapeError(f"{url} is no page of metrics: {error}") from error
+        raise ScrapeError(f"{url} is no page of metrics ({error})", _IS_IT_VLLM) from error
     if not samples:
-        raise ScrapeError(_NOT_LAMINA.format(url=url))
+        if _VLLM not in text:
+            raise ScrapeError(f"{url} has no figures of vLLM, and none of Lamina", _IS_IT_VLLM)
+        raise ScrapeError(
+            f"{url} has no figures of Lamina",
+            "start the server with LaminaConnector in --kv-transfer-config and without "
+            "--disable-log-stats",
+        )
     if all(f"{PREFIX}{name}".startswith(PROXY) for name in samples):
-        raise ScrapeError(_A_PROXY.format(url=url))
+        raise ScrapeError(f"{url} is a push proxy", "name the URL of an engine's own server")
     return Scrape(at, {name: tuple(each) for name, each in samples.items()})
 
 
 def _of_engine(scrape: Scrape, engine: str, url: str) -> Scrape:
     engines = scrape.words("prompt_tokens_total", "engine")
     if engine not in engines:
-        raise ScrapeError(f"{url} has no engine {engine}; it has {', '.join(engines)}")
+        raise ScrapeError(f"{url} has no engine {engine}", f"it has {', '.join(engines)}")
     samples = {name: tuple(scrape.matching(name, engine=engine)) for name in scrape.samples}
     return Scrape(scrape.at, samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,12 @@ from lamina_kv.quantities import size_of, time_of
 
 COMPUTED, ENGINE = "computed", "engine"
 """Where tokens come from that no tier had: the model, and the engine's own prefix cache."""
+
+PUSH, OTHER = "push", "other"
+"""Sources that most servers never have: a prefill engine, and another connector."""
+
+STOPPED = {"fetch": "not read", "write": "not written", "save": "not saved to"}
+"""What a tier that is out of use is, by the direction that is stopped."""
 
 SHOWN = 16
 """Looks that a sparkline shows: half a minute by default. With :data:`_BAR` a frame has room in the
@@ -62,6 +68,16 @@ def frame(seen: Sequence[Scrape], url: str, trouble: str = "") -> RenderableType
     return Group(*parts)
 
 
+def counted(numbers: Mapping[str, float]) -> str:
+    """Counts of what has happened, the most frequent first: ``"late 3, down 1"``.
+
+    Args:
+        numbers: by name.
+    """
+    most = sorted(numbers.items(), key=lambda each: -each[1])
+    return ", ".join(f"{name} {number:,.0f}" for name, number in most if number) or "none"
+
+
 def _head(now: Scrape, url: str) -> Text:
     model = ", ".join(now.words("prompt_tokens_total", "model_name"))
     engines = len(now.words("prompt_tokens_total", "engine"))
@@ -89,7 +105,7 @@ def _prompts(seen: Sequence[Scrape]) -> Table:
     saved = now.by("saved_seconds_total", "tier")
     table = _table("prompt tokens", "total>", "share>", "", "now/s>", "", "prefill saved>")
     for source, tokens in sources.items():
-        if not tokens and source in ("push", "other"):
+        if not tokens and source in (PUSH, OTHER):
             continue
         table.add_row(
             source,
@@ -131,9 +147,8 @@ def _tiers(now: Scrape) -> Table:
 
 
 def _state(now: Scrape, tier: str) -> Text:
-    words = {"fetch": "not read", "write": "not written", "save": "not saved to"}
     stopped = [
-        words.get(way, way)
+        STOPPED.get(way, way)
         for way in now.by("tier_in_use", "direction", tier=tier)
         if not now.least("tier_in_use", tier=tier, direction=way)
     ]
@@ -236,9 +251,7 @@ def _push_line(now: Scrape) -> str:
 
 
 def _counts(now: Scrape, name: str, label: str) -> str:
-    """Counts of what has happened, by a label; the most frequent first."""
-    counts = sorted(now.by(name, label).items(), key=lambda each: -each[1])
-    return ", ".join(f"{value} {count:,.0f}" for value, count in counts if count) or "none"
+    return counted(now.by(name, label))
 
 
 # -- parts -------------------------------------------------------------------------------------
