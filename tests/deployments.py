@@ -18,6 +18,8 @@ from lamina_kv.config import Config, load_config
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 MANIFESTS = ("one-server.yaml", "prefill-decode.yaml", "shared-store.yaml")
+MONITOR = KUBERNETES / "pod-monitor.yaml"
+"""Of the Prometheus Operator, of which no schema is here."""
 VALUES = KUBERNETES / "production-stack-values.yaml"
 COMPOSITION = ROOT / "deploy/docker/compose.yaml"
 UNIT = ROOT / "deploy/systemd/lamina-vllm.service"

@@ -26,6 +26,7 @@ from deployments import (
     COMPOSITION,
     KUBERNETES,
     MANIFESTS,
+    MONITOR,
     PAGE,
     UNIT,
     VALUES,
@@ -95,11 +96,10 @@ def _bytes(quantity: str) -> int:
 
 
 def test_every_manifest_is_known() -> None:
-    assert sorted(path.name for path in KUBERNETES.glob("*.yaml")) == sorted(
-        [*MANIFESTS, VALUES.name]
-    )
+    names = [*MANIFESTS, MONITOR.name, VALUES.name]
+    assert sorted(path.name for path in KUBERNETES.glob("*.yaml")) == sorted(names)
     page = (ROOT / PAGE).read_text()
-    for name in (*MANIFESTS, VALUES.name):
+    for name in names:
         assert f"`{name}`" in page
 
 
@@ -130,6 +130,25 @@ def test_what_selects_finds(name: str) -> None:
         ports = {port["name"]: port for port in container_of(name, workload)["ports"]}
         for port in service["spec"]["ports"]:
             assert port["port"] == ports[port["targetPort"]]["containerPort"]
+
+
+def test_every_pod_with_metrics_is_monitored() -> None:
+    """By the labels that pods have and the name of the port on which they publish."""
+    (monitor,) = yaml.safe_load_all(MONITOR.read_text())
+    (expression,) = monitor["spec"]["selector"]["matchExpressions"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    labels, ports = {}, {}
+    for name in MANIFESTS:
+        for kind in ("Deployment", "StatefulSet"):
+            for workload, each in objects(name, kind).items():
+                label = each["spec"]["template"]["metadata"]["labels"][expression["key"]]
+                labels[workload] = label
+                ports[label] = {port["name"] for port in container_of(name, workload)["ports"]}
+    publishing = {label for label, names in ports.items() if "http" in names}
+    assert expression["operator"] == "In"
+    assert set(expression["values"]) == publishing
+    assert set(labels.values()) - publishing == {"lamina-valkey"}
+    assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
 
 
 @pytest.mark.parametrize(("name", "workload"), PODS)
