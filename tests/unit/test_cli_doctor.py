@@ -77,6 +77,28 @@ def test_a_right_configuration_on_this_machine_fails_nothing(quick: None, tmp_pa
     assert failed(path=tmp_path, transfer=RIGHT) == {}
 
 
+@pytest.mark.parametrize(
+    ("body", "verdicts"),
+    [
+        ("raise RuntimeError('operator torchvision::nms does not exist')", [Verdict.FAILED]),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_a_torchvision_for_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None, verdicts: list[Verdict]
+) -> None:
+    """It keeps vLLM from starting, with a traceback that names neither package nor remedy."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    if body is not None:
+        (tmp_path / "torchvision.py").write_text(body)
+    findings = [*device_checks.torchvision()]
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert [finding.verdict for finding in findings] == verdicts
+    assert all("nms" in each.found and "pip uninstall" in each.advice for each in findings)
+
+
 def test_exit_code_and_advice_of_a_failure(quick: None) -> None:
     result = CliRunner().invoke(app, ["doctor", "--kv-transfer-config", "{}"])
     assert result.exit_code == 1

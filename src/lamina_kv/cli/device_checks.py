@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ def device() -> Iterator[Finding]:
     version: str = torch.__version__
     if torch.version.cuda is None:
         yield Finding("torch", Verdict.GOOD, f"{version}, on the CPU")
+        yield from torchvision()
     elif not torch.cuda.is_available():
         yield Finding(
             "torch",
@@ -37,6 +39,25 @@ def device() -> Iterator[Finding]:
         yield pinned_memory()
         for ordinal in range(torch.cuda.device_count()):
             yield from bus(ordinal)
+
+
+def torchvision() -> Iterator[Finding]:
+    """Whether torchvision fits torch, if it is there.
+
+    Transformers imports it where it is installed, and a package index may give a build for CUDA to
+    go with a torch for CPUs.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Finding(
+            "torchvision",
+            Verdict.FAILED,
+            f"does not fit this torch, and vLLM will not start: {error}",
+            "text models need none of them: pip uninstall torchvision torchaudio torchcodec",
+        )
 
 
 def pinned_memory() -> Finding:
