@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,27 @@ def test_a_file_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(CONFIG_VARIABLE, str(file))
     with pytest.raises(WrongConfiguration, match=r"load\.mode: must be"):
         KVConnectorFactory.get_connector_class(transfer())
+
+
+def test_a_disk_that_is_too_small_is_said_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = os.statvfs(tmp_path)
+    free = system.f_bavail * system.f_frsize
+    monkeypatch.setattr(os, "statvfs", lambda _: system)
+
+    def tier(capacity: int) -> KVTransferConfig:
+        path = str(tmp_path / "not" / "there")
+        return transfer(tiers=[{"kind": "disk", "path": path, "capacity": capacity}])
+
+    KVConnectorFactory.get_connector_class(tier(free))
+    with pytest.raises(WrongConfiguration, match=r"tiers\.disk\.capacity: .* has room for"):
+        KVConnectorFactory.get_connector_class(tier(free + 1))
+    store = tmp_path / "not" / "there"
+    store.mkdir(parents=True)
+    (store / "slab").write_bytes(bytes(8192))  # what it has already counts as its own
+    KVConnectorFactory.get_connector_class(tier(free + 8192))
+    assert list(tmp_path.rglob("*")) == [store.parent, store, store / "slab"], "nothing is made"
 
 
 def test_other_connectors_are_not_looked_at() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -30,6 +29,7 @@ from lamina_kv.tiers.contract import StoreError
 from lamina_kv.tiers.disk.audit import open_audit
 from lamina_kv.tiers.disk.config import DiskConfig
 from lamina_kv.tiers.disk.file_system import concern
+from lamina_kv.tiers.disk.space import room_at
 
 MIN_SHARED_MEMORY = 256 << 20
 """Bytes of ``/dev/shm`` below which vLLM's processes may not get their message queues."""
@@ -229,7 +229,7 @@ def disk(directory: Path, settings: DiskConfig | None) -> Iterator[Finding]:
     if (known := concern(there)) is not None:
         yield Finding("file system", Verdict.WARNING, known.found, known.advice)
     if settings is not None:
-        yield _disk_space(there, directory, settings)
+        yield _disk_space(directory, settings)
     yield _direct_io(there, required=settings is not None and settings.direct is True)
 
 
@@ -337,12 +337,12 @@ def _nearest_directory(directory: Path) -> Path:
     raise FileNotFoundError(errno.ENOENT, "is not there", str(directory))
 
 
-def _disk_space(there: Path, directory: Path, settings: DiskConfig) -> Finding:
+def _disk_space(directory: Path, settings: DiskConfig) -> Finding:
     key, capacity = settings.key("capacity"), settings.capacity
-    volume = os.statvfs(there)
-    room = volume.f_bavail * volume.f_frsize
-    with contextlib.suppress(OSError):  # what a store takes already is its own
-        room += sum(file.stat().st_blocks * 512 for file in directory.rglob("*"))
+    room = room_at(directory)
+    if room is None:
+        found = f"cannot look at what is in {directory}"
+        return Finding("disk space", Verdict.WARNING, found, f"is there room for {key}?")
     found = f"{key} {size_of(capacity)}, room for {size_of(room)} in {directory}"
     if capacity > room:
         return Finding("disk space", Verdict.FAILED, found, f"lower {key}, or free some")

@@ -71,6 +71,11 @@ class TierConfig(Section):
         """Whether a path or URL is the place of its store."""
         return bool(self.place) and place.rstrip("/") == self.place
 
+    def impossible(self) -> str:
+        """Why the tier cannot be had on this machine, as far as that is seen without opening its
+        store; empty if nothing stands against it."""
+        return ""
+
     def key(self, field: str) -> str:
         """How a message about a running tier names one of its keys: ``tiers.disk.path``."""
         return f"tiers.{self.name}.{field}"

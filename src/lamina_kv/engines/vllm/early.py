@@ -3,7 +3,8 @@
 vLLM makes a connector behind the weights: minutes after the start, in a process whose errors it
 buries. But it looks up the connector's class while it puts its own configuration together, in the
 process that the operator started. There Lamina's is read once, and what is wrong with it is the
-last thing on the screen. What needs the model, or a store, is still checked where it is used.
+last thing on the screen, and so is a tier for which this machine has no room. What needs the model,
+or a store, is still checked where it is used.
 """
 
 from __future__ import annotations
@@ -55,9 +56,12 @@ def check(transfer: KVTransferConfig) -> None:
         transfer: vLLM's ``kv_transfer_config``.
 
     Raises:
-        WrongConfiguration: with every mistake in it.
+        WrongConfiguration: with every mistake in it, or every tier that cannot be.
     """
     try:
-        load_config(transfer.kv_connector_extra_config, os.environ)
+        config = load_config(transfer.kv_connector_extra_config, os.environ)
     except ConfigError as error:
         raise WrongConfiguration(str(error)) from None
+    problems = [*filter(None, (tier.impossible() for tier in config.tiers))]
+    if problems:
+        raise WrongConfiguration("\n".join(problems))

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lamina_kv.quantities import size_of
 from lamina_kv.tiers.config import TierConfig
+from lamina_kv.tiers.disk.space import room_at
 from lamina_kv.values import ABSOLUTE_PATH, FLAG, SIZE, Auto, choice
 
 
@@ -29,6 +31,16 @@ class DiskConfig(TierConfig):
         default="auto",
         description="Whether to bypass the page cache. `auto`: where the file system can.",
     )
+
+    def impossible(self) -> str:
+        """See the base class. The disk may be too small for one rank's part already."""
+        room = room_at(self.path)
+        if room is None or room >= self.capacity:
+            return ""
+        return (
+            f"{self.key('capacity')}: {size_of(self.capacity)} for each rank, and {self.path} has "
+            f"room for {size_of(room)}: lower it, free some space, or choose another path"
+        )
 
     @property
     def place(self) -> str:

@@ -1,0 +1,24 @@
+"""How much a store on disk can have, before there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def room_at(directory: Path) -> int | None:
+    """Bytes that files in a directory can have: what is free, and what they have already.
+
+    Args:
+        directory: it need not be there, and is not made.
+
+    Returns:
+        None if the directory cannot be looked at.
+    """
+    try:
+        there = next(place for place in (directory, *directory.parents) if place.exists())
+        volume = os.statvfs(there)
+        taken = sum(file.stat().st_blocks * 512 for file in directory.rglob("*"))
+    except (OSError, StopIteration):
+        return None
+    return volume.f_bavail * volume.f_frsize + taken
