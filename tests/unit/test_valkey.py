@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -31,8 +31,9 @@ from lamina_kv.config import ConfigError, load_config
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers import KINDS, open_audit
 from lamina_kv.tiers.contract import Fate, Piece, Store, StoreError, Tenant
+from lamina_kv.tiers.valkey import store
 from lamina_kv.tiers.valkey.config import ValkeyConfig
-from lamina_kv.tiers.valkey.connection import Connection, Failure
+from lamina_kv.tiers.valkey.connection import Client, Connection, Failure
 from servers.valkey import TlsServer, ValkeyServer
 from store_contract import Change, Engine, StoreContract
 
@@ -175,6 +176,41 @@ def test_a_call_ends_by_the_shorter_of_its_timeouts(opened: Opened) -> None:
         assert engine.store.read(pieces(2), 0.1) == [Fate.LATE]
         assert engine.store.find([key(1)], 0.1) is None
         server.resume()
+
+
+def test_a_question_that_connects_first_has_what_is_left_of_its_timeout(
+    opened: Opened, server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, exist, pause, left = Connection._make, store._exist, 0.3, []
+
+    def slowly(self: Connection, timeout: float, connecting: float) -> Client:
+        time.sleep(pause)
+        return make(self, timeout, connecting)
+
+    def asked(client: Client, groups: Sequence[Sequence[bytes]], timeout: float) -> list[int]:
+        left.append(timeout)
+        return exist(client, groups, timeout)
+
+    engine = opened(server, timeout=30.0)
+    monkeypatch.setattr(Connection, "_make", slowly)
+    monkeypatch.setattr(store, "_exist", asked)
+    for call in (lambda: engine.find([1]) == [False], lambda: engine.store.probe(60.0)):
+        engine.store.close()  # what is closed is connected anew
+        assert call()
+        assert left
+        assert max(left) <= 30.0 - pause
+        left.clear()
+
+
+def test_a_connection_that_the_server_ended_costs_no_read(
+    opened: Opened, server: ValkeyServer
+) -> None:
+    """A server ends what was idle for its `timeout`."""
+    engine = opened(server, timeout=30.0)
+    engine.put(51)
+    assert engine.read([51]) == [Fate.DONE]
+    server.disconnect()
+    assert engine.read([51]) == [Fate.DONE]
 
 
 def test_a_server_that_dies_and_comes_back_empty(
@@ -557,7 +593,7 @@ def test_a_client_is_closed_by_the_last_one_who_uses_it(
 ) -> None:
     made: list[FakeClient] = []
 
-    def connected(self: Connection, timeout: float) -> FakeClient:
+    def connected(self: Connection, timeout: float, due: float) -> FakeClient:
         made.append(FakeClient())
         return made[-1]
 
@@ -580,7 +616,7 @@ def test_who_waits_for_a_connection_shares_its_failure(
 ) -> None:
     tries, waiting = [], threading.Event()
 
-    def connected(self: Connection, timeout: float) -> FakeClient:
+    def connected(self: Connection, timeout: float, due: float) -> FakeClient:
         tries.append(timeout)
         waiting.wait(60)
         raise Failure(Fate.DOWN, "nobody there")

@@ -2,7 +2,8 @@
 
 A client of glide connects again by itself, but does not say why it cannot, and what it had asked
 for still comes over the old connection. So after an error of a connection the next call makes a
-new client.
+new client. Values of one server without TLS are read past glide: see
+:mod:`lamina_kv.tiers.valkey.reading`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from glide_sync import (
 )
 
 from lamina_kv.tiers.contract import Fate
+from lamina_kv.tiers.valkey.address import Address
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 
 Client = GlideClient | GlideClusterClient
@@ -110,11 +112,13 @@ class Connection:
 
     Args:
         config: the tier.
-        greet: called with each new client before it is used.
+        greet: called with each new client before it is used, and the seconds that this may take.
     """
 
     def __init__(
-        self, config: ValkeyConfig, greet: Callable[[Client], None] = lambda client: None
+        self,
+        config: ValkeyConfig,
+        greet: Callable[[Client, float], None] = lambda client, timeout: None,
     ) -> None:
         self._config = config
         self._greet = greet
@@ -128,7 +132,8 @@ class Connection:
         """A connected client for one call.
 
         Args:
-            timeout: seconds for connecting, and, from then on, for each request to the server.
+            timeout: seconds for connecting, and of each request to the server for which none are
+                given. A call that connects and then asks takes what is left from :func:`left`.
 
         Raises:
             Failure: if there is no connection, or the block ends with an error of glide's.
@@ -166,7 +171,7 @@ class Connection:
             if self._failure is not None and self._failure[0] >= began:
                 raise self._failure[1]  # another thread has just tried
             try:
-                lease = _Lease(self._connected(timeout), users=1)
+                lease = _Lease(self._connected(timeout, began + timeout), users=1)
             except Failure as error:
                 self._failure = time.monotonic(), error
                 raise
@@ -200,53 +205,37 @@ class Connection:
 
     # -- connecting --------------------------------------------------------------------------------
 
-    def _connected(self, timeout: float) -> Client:
-        due = time.monotonic() + timeout
-        self._knock(timeout)
+    def _connected(self, timeout: float, due: float) -> Client:
+        """A new client whose requests take ``timeout`` seconds; it is there by ``due``."""
+        self._knock(due)
         try:
-            client = self._make(timeout, max(0.05, due - time.monotonic()))
+            client = self._make(timeout, left(due))
             try:
-                self._greet(client)
+                self._greet(client, left(due))
             except GlideError:
                 client.close()
                 raise
         except GlideError as error:
-            self._check_certificate(timeout)
             raise failure(error) from error
         return client
 
-    def _knock(self, timeout: float) -> None:
-        """Fail at once, and with the reason, where nobody listens: glide tries until the end of
-        its timeout."""
-        address = self._config.url
-        if self._config.cluster:
-            return  # one node of several is enough, and glide finds it
-        try:
-            if address.socket:
-                with closing(socket.socket(socket.AF_UNIX)) as knocking:
-                    knocking.settimeout(timeout)
-                    knocking.connect(address.socket)
-            else:
-                socket.create_connection(address.hosts[0], timeout).close()
-        except OSError as error:
-            raise Failure(Fate.DOWN, f"cannot connect: {error.strerror or error}") from error
-
-    def _check_certificate(self, timeout: float) -> None:
-        """Say so if it is the server's certificate that is not trusted: glide only says that it
-        could not connect in time."""
+    def _knock(self, due: float) -> None:
+        """Fail at once, and with the reason, where nobody listens, or with a certificate that is
+        not trusted: glide tries until the end of its timeout."""
         config = self._config
-        if not config.url.tls or config.cluster:
-            return
-        host, port = config.url.hosts[0]
-        try:
-            context = ssl.create_default_context(cafile=config.ca_file)
-            with socket.create_connection((host, port), timeout) as knocking:
-                context.wrap_socket(knocking, server_hostname=host).close()
-        except ssl.SSLCertVerificationError as error:
-            words = f"{CERTIFICATE} of the server is not trusted: {error.verify_message}"
-            raise Failure(Fate.REFUSED, words) from error
-        except OSError:
-            pass  # glide's own error says as much
+        if config.cluster:
+            return  # one node of several is enough, and glide finds it
+        with closing(connect(config.url, due)) as knocking:
+            if not config.url.tls:
+                return
+            try:
+                context = ssl.create_default_context(cafile=config.ca_file)
+                context.wrap_socket(knocking, server_hostname=config.url.hosts[0][0]).close()
+            except ssl.SSLCertVerificationError as error:
+                words = f"{CERTIFICATE} of the server is not trusted: {error.verify_message}"
+                raise Failure(Fate.REFUSED, words) from error
+            except OSError:
+                pass  # glide's own error says as much
 
     def _make(self, timeout: float, connecting: float) -> Client:
         config, address = self._config, self._config.url
@@ -288,22 +277,8 @@ class Connection:
         return client
 
     def _credentials(self) -> ServerCredentials | None:
-        config = self._config
-        password = config.url.password
-        if config.password_file is not None:
-            try:
-                password = config.password_file.read_text().strip()
-            except (OSError, UnicodeDecodeError) as error:
-                words = f"{config.key('password_file')} cannot be read: {error}"
-                raise Failure(Fate.REFUSED, words) from error
-        elif config.password_env is not None:
-            password = os.environ.get(config.password_env, "")
-            if not password:
-                words = f"{config.key('password_env')}: {config.password_env} is not set"
-                raise Failure(Fate.REFUSED, words)
-        if not password and not config.url.user:
-            return None
-        return ServerCredentials(password, config.url.user or None)
+        secret, user = password(self._config), self._config.url.user
+        return ServerCredentials(secret, user or None) if secret or user else None
 
     def _tls(self) -> TlsAdvancedConfiguration | None:
         config = self._config
@@ -321,16 +296,75 @@ class Connection:
         )
 
 
+def connect(address: Address, due: float) -> socket.socket:
+    """A connection to a server, or to the first node of several.
+
+    Args:
+        address: the server.
+        due: when it must be there, by :func:`time.monotonic`.
+
+    Raises:
+        Failure: if there is none.
+    """
+    try:
+        if address.socket:
+            return _connect_to_path(address.socket, left(due))
+        return socket.create_connection(address.hosts[0], left(due))
+    except OSError as error:
+        raise Failure(Fate.DOWN, f"cannot connect: {error.strerror or error}") from error
+
+
+def _connect_to_path(path: str, timeout: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def password(config: ValkeyConfig) -> str:
+    """The password as it is now; empty if there is none.
+
+    Raises:
+        Failure: if it is not where it should be.
+    """
+    if config.password_file is not None:
+        try:
+            return config.password_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            words = f"{config.key('password_file')} cannot be read: {error}"
+            raise Failure(Fate.REFUSED, words) from error
+    if config.password_env is not None:
+        if secret := os.environ.get(config.password_env, ""):
+            return secret
+        words = f"{config.key('password_env')}: {config.password_env} is not set"
+        raise Failure(Fate.REFUSED, words)
+    return config.url.password
+
+
+def left(due: float) -> float:
+    """Seconds until a moment of :func:`time.monotonic`; a little where it is over, as to most
+    libraries none means for ever."""
+    return max(0.001, due - time.monotonic())
+
+
 def failure(error: GlideError) -> Failure:
     """What an error of glide's is for a chunk."""
     words = " ".join(str(error).split())
     words = words.removeprefix("An error was signalled by the server: - ")
     if isinstance(error, TimeoutError):
         return Failure(Fate.LATE, "no answer in time")
-    if isinstance(error, ConfigurationError) or any(
-        word in words for word in (FULL, "MISCONF", *_CREDENTIALS)
-    ):
+    if isinstance(error, ConfigurationError):
         return Failure(Fate.REFUSED, words)
     if "timed out" in words:  # of a connection: somebody listens, or there is no way there
         return Failure(Fate.LATE, "no connection in time")
-    return Failure(Fate.DOWN, words)
+    return said(words)
+
+
+def said(words: str) -> Failure:
+    """What an error of the server's, in its own words, is for a chunk."""
+    refuses = any(word in words for word in (FULL, "MISCONF", *_CREDENTIALS))
+    return Failure(Fate.REFUSED if refuses else Fate.DOWN, words)

@@ -178,7 +178,7 @@ def _is_over(cursor: Any) -> bool:
     return cursor.is_finished() if isinstance(cursor, ClusterScanCursor) else cursor == b"0"
 
 
-def _leave_no_trace(client: Client) -> None:
+def _leave_no_trace(client: Client, timeout: float) -> None:
     """Ask the server not to count what we look at as used. Old ones cannot."""
     command: list[TEncodable] = ["CLIENT", "NO-TOUCH", "ON"]
     with suppress(RequestError):

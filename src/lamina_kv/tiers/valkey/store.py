@@ -1,8 +1,6 @@
 """Where a chunk is on the server, and how it is read, written and found there.
 
-A chunk is one value, its whole object, under ``prefix namespace:key.shard``. glide copies values
-into the buffers before its call returns, from memory of its own: after a timeout nothing is written
-any more.
+A chunk is one value, its whole object, under ``prefix namespace:key.shard``.
 """
 
 from __future__ import annotations
@@ -33,7 +31,8 @@ from lamina_kv.tiers.contract import Fate, Piece, Tenant, Traits
 from lamina_kv.tiers.names import ABOUT, object_name
 from lamina_kv.tiers.once import Once
 from lamina_kv.tiers.valkey.config import ValkeyConfig
-from lamina_kv.tiers.valkey.connection import FULL, TOO_LONG, Client, Connection, Failure
+from lamina_kv.tiers.valkey.connection import FULL, Client, Connection, Failure, left
+from lamina_kv.tiers.valkey.reading import open_reading
 from lamina_kv.values import MIB
 
 log = logging.getLogger("lamina_kv.tiers")
@@ -42,8 +41,8 @@ READERS = 2
 """While one copies and verifies, the other has the connection."""
 
 BATCH_BYTES = 8 * MIB
-"""Bytes of one request. glide holds an answer whole before it copies it, in memory that it gets
-anew each time: 4 to 16 MiB were read at twice the rate of 32 MiB (values of 1 MiB)."""
+"""Bytes of one call. glide holds an answer whole before it copies it, in memory that it gets anew
+each time: 4 to 16 MiB were read at twice the rate of 32 MiB (values of 1 MiB)."""
 
 MOST_PIECES = 32
 
@@ -75,8 +74,8 @@ class Names:
 class ValkeyStore:
     """A :class:`~lamina_kv.tiers.contract.Store` on a server; see the module.
 
-    Reads have a connection of their own, so that neither questions nor writes wait behind large
-    answers. A call that has to connect first may take twice its timeout.
+    Reads have connections of their own, so that neither questions nor writes wait behind large
+    answers. A write or touch that has to connect first may take twice its timeout.
 
     Args:
         config: the tier.
@@ -97,7 +96,7 @@ class ValkeyStore:
             {**tenant.description, "object_bytes": str(tenant.object_bytes)}, sort_keys=True
         )
         self._expiry = None if config.ttl is None else ExpirySet(ExpiryType.SEC, config.ttl)
-        self._reading = Connection(config)
+        self._reading = open_reading(config)
         # The server may have been emptied since the last connection: it is told again who is here.
         self._asking = Connection(config, self._describe)
         self._once = Once()
@@ -124,16 +123,17 @@ class ValkeyStore:
         size = 1 if self._config.cluster else math.isqrt(len(names)) + 1
         groups = [names[i : i + size] for i in range(0, len(names), size)]
         timeout = self._timeout(timeout)
+        due = time.monotonic() + timeout
         try:
             with self._asking.client(timeout) as client:
-                counts = _exist(client, groups, timeout)
+                counts = _exist(client, groups, left(due))
                 mixed = [
                     name
                     for group, count in zip(groups, counts, strict=True)
                     if 0 < count < len(group)
                     for name in group
                 ]
-                singly = iter(_exist(client, [[name] for name in mixed], timeout))
+                singly = iter(_exist(client, [[name] for name in mixed], left(due)))
         except Failure as failure:
             self._warn("be asked for", failure)
             return None
@@ -144,24 +144,26 @@ class ValkeyStore:
         return found
 
     def probe(self, timeout: float) -> bool:
-        """See the protocol. Both connections are made if they are broken."""
+        """See the protocol. A connection to ask and one to read are made if they are broken."""
         timeout = self._timeout(timeout)
+        due = time.monotonic() + timeout
         try:
-            for connection in (self._asking, self._reading):
-                with connection.client(timeout) as client:
-                    client.exists([self._names.about])
+            with self._asking.client(timeout) as client:
+                _exist(client, [[self._names.about]], left(due))
+            self._reading.probe(self._names.about, left(due))
         except Failure as failure:
             self._warn("be asked for", failure)
             return False
         return True
 
     def read(self, pieces: Sequence[Piece], timeout: float) -> list[Fate]:
-        """See the protocol. A batch is one request."""
+        """See the protocol."""
         if not pieces:
             return []
+        names = [self._names.of(piece.key) for piece in pieces]
+        buffers = [piece.buffer.data for piece in pieces]
         try:
-            with self._reading.client(self._timeout(timeout)) as client:
-                return self._read(client, pieces)
+            return self._reading.read(names, buffers, self._timeout(timeout))
         except Failure as failure:
             self._warn("be read", failure)
             return [failure.fate] * len(pieces)
@@ -221,41 +223,23 @@ class ValkeyStore:
     def _timeout(self, timeout: float) -> float:
         return min(timeout, self._config.timeout)
 
-    def _read(self, client: Client, pieces: Sequence[Piece]) -> list[Fate]:
-        names = [self._names.of(piece.key) for piece in pieces]
-        buffers = [piece.buffer.data for piece in pieces]
-        try:
-            lengths = client.mget([*names], buffers=buffers)
-        except RequestError as error:
-            if TOO_LONG not in str(error):
-                raise
-            if len(pieces) == 1:
-                return [Fate.CORRUPT]
-            # One value is longer than a chunk, and no other one of the batch was read.
-            return [fate for piece in pieces for fate in self._read(client, [piece])]
-        return [
-            Fate.GONE
-            if length is None
-            else Fate.DONE
-            if int(length) == len(buffer)
-            else Fate.CORRUPT
-            for length, buffer in zip(lengths, buffers, strict=True)
-        ]
-
     def _put(self, client: Client, piece: Piece) -> None:
         """Set a value that is not there, or is damaged."""
         absent = None if piece.damaged else ConditionalChange.ONLY_IF_DOES_NOT_EXIST
         name, value = self._names.of(piece.key), piece.buffer.data
         client.set(name, value, conditional_set=absent, expiry=self._expiry)
 
-    def _describe(self, client: Client) -> None:
-        try:
-            client.set(
+    def _describe(self, client: Client, timeout: float) -> None:
+        def add(batch: BaseBatch) -> None:
+            batch.set(
                 self._names.about,
                 self._about,
                 conditional_set=ConditionalChange.ONLY_IF_DOES_NOT_EXIST,
                 expiry=self._expiry,
             )
+
+        try:
+            pipeline(client, add, timeout)
         except RequestError as error:
             if FULL not in str(error):  # a server that is full can still be read
                 raise
