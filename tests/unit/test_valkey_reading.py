@@ -174,11 +174,11 @@ def test_bytes_that_trickle_end_with_the_timeout_and_none_comes_later(serve: Ser
     def script(connection: socket.socket) -> None:
         logged_in(connection)
         command(connection)
-        connection.sendall(b"*1\r\n$%d\r\n" % SIZE)
-        while not over.wait(0.01):
+        connection.sendall(b"*1\r\n$%d\r\n" % size)
+        while not over.wait(0.0001):
             connection.sendall(b"x")
 
-    (buffer,) = buffers(1)
+    (buffer,) = buffers(1, size := 1 << 20)
     with pytest.raises(Failure) as caught:
         serve(script).read(names(1), [buffer], 0.3)
     assert caught.value.fate is Fate.LATE
