@@ -44,6 +44,11 @@ def test_a_server_that_works_is_described() -> None:
     ]
 
 
+def test_hits_before_a_prefill_was_measured_are_not_said_to_be_worth_nothing() -> None:
+    series = f'lamina_saved_seconds_total{{{LABELS},tier="host"}} 0.0'
+    assert findings(series)["hits"].found.endswith("known once a prefill was measured")
+
+
 def test_before_the_first_prompt_it_says_what_to_send() -> None:
     hits = findings(of="idle")["hits"]
     assert (hits.verdict, hits.found) == (Verdict.GOOD, "no prompt has ended yet")

@@ -90,6 +90,14 @@ def test_of_several_engines_the_sum_is_shown_or_one() -> None:
     assert (third.exit_code, "has no engine 2: it has 0, 1" in third.output) == (1, True)
 
 
+def test_what_was_saved_before_a_prefill_was_measured_is_not_known() -> None:
+    saved = f'lamina_saved_seconds_total{{{LABELS},tier="host"}} 0.0'
+    (line,) = [line for line in shown(changed("hits", saved)) if line.startswith("host 448")]
+    assert line.endswith("-")
+    (line,) = [line for line in shown(scrape("hits")) if line.startswith("host 448")]
+    assert line.endswith("18.9 ms")
+
+
 def test_a_store_whose_size_nobody_knows_has_no_fill() -> None:
     capacity = f'lamina_tier_capacity_bytes{{{LABELS},tier="disk"}} 0.0'
     (line,) = [line for line in shown(changed("hits", capacity)) if line.startswith("disk 1.88")]

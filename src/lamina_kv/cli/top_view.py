@@ -114,9 +114,14 @@ def _prompts(seen: Sequence[Scrape]) -> Table:
             _bar(tokens, everything),
             f"{rates[source][-1]:,.0f}" if rates[source] else _NOTHING,
             "".join(_spark(rate, highest) for rate in rates[source]),
-            time_of(saved.get(source, 0.0)) if source not in (ENGINE, COMPUTED) else "",
+            _worth(tokens, saved.get(source, 0.0)) if source not in (ENGINE, COMPUTED) else "",
         )
     return table
+
+
+def _worth(tokens: float, seconds: float) -> str:
+    """Prefill that tokens saved; nothing is known of it before a prefill was measured."""
+    return time_of(seconds) if seconds or not tokens else _NOTHING
 
 
 def _token_rates(seen: Sequence[Scrape], source: str) -> Iterator[float]:
