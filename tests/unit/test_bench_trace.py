@@ -337,7 +337,15 @@ def test_the_table_and_the_numbers_agree(file: Path, tmp_path: Path) -> None:
 def test_with_the_size_of_a_block_it_says_what_a_gibibyte_is_worth(file: Path) -> None:
     said = command(str(file), "--host", "5MiB,100%", "--block-size", "1MiB", "--running", "1")
     assert "Each GiB more is worth" in said
-    assert "from 0.00488 GiB to 0.107 GiB" in said
+    assert "from 5 MiB to 110 MiB" in said
+
+
+def test_a_trace_in_which_nothing_comes_twice_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(lines((0, range(10), []), (1000, range(10, 20), [])))
+    said = command(str(path), "--host", "5,10")
+    assert "Nothing in this trace comes twice" in said
+    assert "points of hit rate" not in said
 
 
 def test_several_tiers_say_what_each_has_found(file: Path, tmp_path: Path) -> None:

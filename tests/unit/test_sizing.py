@@ -20,7 +20,7 @@ CALLS = [words for words in commands(PAGE, "lamina-kv bench trace") if words[0] 
 
 def figures(text: str) -> dict[str, float]:
     """The hit rates in an answer, by the capacities that it names; and what no tier can exceed."""
-    rates = re.findall(r"([^.%]*?[\d.]+ GiB of [^%]*?) would find ([\d.]+) %", text)
+    rates = re.findall(r"([^.%]*?[\d.]+ [MG]iB of [^%]*?) would find ([\d.]+) %", text)
     most = re.findall(r"(No tier can find more than) ([\d.]+) %", text)
     return {what.strip(): float(rate) for what, rate in [*rates, *most]}
 

@@ -24,7 +24,7 @@ from lamina_kv.bench.policies import OPTIMUM, blocks_found, others
 from lamina_kv.bench.progress import Progress
 from lamina_kv.bench.replay import Engine, Pace
 from lamina_kv.bench.trace_file import Trace, read_trace
-from lamina_kv.quantities import time_of
+from lamina_kv.quantities import size_of, time_of
 from lamina_kv.values import GIB, SIZE, WrongValueError
 
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%")
@@ -302,11 +302,13 @@ class TraceReport:
     def _size(self, blocks: int) -> str:
         if not self.trace.block_bytes:
             return f"{blocks:,} blocks"
-        return f"{_digits(blocks * self.trace.block_bytes / GIB)} GiB"
+        return size_of(blocks * self.trace.block_bytes)
 
     def worth(self) -> str:
         """What more capacity would be worth, in a sentence."""
         trace = self.trace
+        if not trace.most_found:
+            return "Nothing in this trace comes twice, so no tier can find it: record for longer."
         points = list({point.blocks: point for point in self.points}.values())
         if len(points) == 1:
             return (
