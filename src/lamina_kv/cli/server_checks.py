@@ -141,7 +141,7 @@ def _hits(now: Scrape) -> Iterator[Finding]:
     seconds = now.by("saved_seconds_total", "tier")
     saved = sum(each for tier, each in seconds.items() if tier not in (ENGINE, OTHER))
     worth = f"{time_of(saved)} of prefill saved"
-    if not saved and sum(hits.values()):
+    if not saved and any(hits.values()):
         worth = "what that saved is known once a prefill was measured"
     found = f"of {prompts:,.0f} prompt tokens {', '.join(shares)}; {worth}"
     yield Finding("hits", Verdict.GOOD, found)
