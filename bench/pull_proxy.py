@@ -23,7 +23,8 @@ from lamina_kv.bench.settings import REMOTE_DECODE
 def make_app(prefill: list[str], decode: list[str]) -> fastapi.FastAPI:
     """The router."""
     sources, targets = itertools.cycle(prefill), itertools.cycle(decode)
-    client = httpx.AsyncClient(timeout=None, trust_env=False)
+    limits = httpx.Limits(max_connections=None)
+    client = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
     app = fastapi.FastAPI()
 
     @app.get("/health")

@@ -24,7 +24,6 @@ import asyncio
 import json
 import math
 import random
-import statistics
 import string
 import sys
 import tempfile
@@ -50,7 +49,8 @@ TEMPLATE = (
 COMPUTED = "vllm:prompt_tokens_by_source_total"
 """What each engine's scheduler has counted. vLLM's histogram of computed tokens counts a prompt
 again that a NixlConnector has pulled."""
-PATIENCE = 600.0
+PATIENCE = 120.0
+"""Seconds for the next piece of an answer."""
 
 
 class System(StrEnum):
@@ -88,7 +88,8 @@ class Turn:
         turn: its number in the conversation.
         first: seconds from when it was due until its first token; infinite if there was none.
         between: seconds from one token to the next, on average.
-        new: tokens of the prompt that nobody had computed before.
+        new: tokens of the prompt that nobody had computed before; 0 if it was never asked, as the
+            turn before has failed.
     """
 
     turn: int
@@ -159,9 +160,9 @@ async def converse(
                             text += content
                             times.append(time.perf_counter())
         except httpx.HTTPError:
-            return turns
+            text = ""
         if len(text) < options.answer:  # it broke off, or was an error from the beginning
-            return turns
+            return turns + [Turn(later, 0) for later in range(number + 1, len(talk.questions))]
         turn.first = times[0] - due
         turn.between = (times[-1] - times[0]) / max(1, len(times) - 1)
         messages.append({"role": "assistant", "content": text})
@@ -221,24 +222,27 @@ class Starter:
 
     Args:
         stack: ends them.
-        work: a directory for logs; the model is in it.
+        work: a directory; the model is in it.
+        logs: a directory that receives what they say.
         options: the command line's.
     """
 
-    def __init__(self, stack: ExitStack, work: Path, options: argparse.Namespace) -> None:
+    def __init__(
+        self, stack: ExitStack, work: Path, logs: Path, options: argparse.Namespace
+    ) -> None:
         self._stack = stack
         self._work = work
+        self._logs = logs
         self._options = options
         self._count = 0
 
     def _log(self) -> Path:
         self._count += 1
-        folder = self._options.logs or self._work
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{self._count}.log"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return self._logs / f"{self._count}.log"
 
     def engine(self, connector: dict[str, Any] | None, **environment: str) -> Server:
-        """A vLLM server."""
+        """A vLLM server, which may not answer yet."""
         options = self._options
         arguments = [
             *("--load-format", "dummy", "--dtype", "float32", "--enforce-eager"),
@@ -257,10 +261,7 @@ class Starter:
             "VLLM_NO_USAGE_STATS": "1",
         }
         server = vllm_server(self._work, arguments, {**threads, **environment}, self._log())
-        self._stack.enter_context(server)
-        # One after the other: on few cores all at once would take each longer than it may.
-        server.await_start()
-        return server
+        return self._stack.enter_context(server)
 
     def program(self, *command: str) -> Server:
         """A router."""
@@ -274,6 +275,7 @@ class Starter:
         """All of a system; returns when it answers."""
         if system is System.ALONE:
             engine = self.engine(None)
+            engine.await_start()
             return Deployment(engine.url, [engine])
         prefill: list[Server] = []
         decode: list[Server] = []
@@ -288,6 +290,9 @@ class Starter:
                 extra = {"host": {"capacity": self._options.host}, "push": push}
                 connector = {"kv_connector": "LaminaConnector", "kv_connector_extra_config": extra}
                 engines.append(self.engine(connector))
+        # All at once: an engine of NIXL's that waits keeps a core busy, and the next one waiting.
+        for engine in (*prefill, *decode):
+            engine.await_start()
         if system is System.PULL:
             router = self.program(
                 str(Path(__file__).with_name("pull_proxy.py")),
@@ -308,13 +313,17 @@ class Starter:
 # -- how well ----------------------------------------------------------------------------------
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
+Figures = dict[str, float | None]
+"""By name; None where nothing was measured."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that so many percent do not exceed."""
     ordered = sorted(values)
-    return ordered[max(1, math.ceil(len(ordered) * percent / 100)) - 1] if ordered else math.nan
+    return ordered[max(1, math.ceil(len(ordered) * percent / 100)) - 1] if ordered else None
 
 
-def judge(turns: Sequence[Turn], computed: float, options: argparse.Namespace) -> dict[str, float]:
+def judge(turns: Sequence[Turn], computed: float, options: argparse.Namespace) -> Figures:
     """The figures of one schedule."""
     answered = [turn for turn in turns if turn.first < math.inf]
     good = [
@@ -323,12 +332,12 @@ def judge(turns: Sequence[Turn], computed: float, options: argparse.Namespace) -
         if turn.first <= options.first_within and turn.between <= options.between_within
     ]
     new = sum(turn.new for turn in turns)
-    figures = {
+    figures: Figures = {
         "requests": len(turns),
         "failed": len(turns) - len(answered),
         "goodput": len(good) / options.seconds,
-        "between p50": statistics.median(t.between for t in answered) if answered else math.nan,
-        "computed / new": computed / new if new else math.nan,
+        "between p50": percentile([turn.between for turn in answered], 50),
+        "computed / new": computed / new if new else None,
     }
     for name, some in (
         ("first", answered),
@@ -338,6 +347,16 @@ def judge(turns: Sequence[Turn], computed: float, options: argparse.Namespace) -
         times = [turn.first for turn in some]
         figures |= {f"{name} p50": percentile(times, 50), f"{name} p99": percentile(times, 99)}
     return figures
+
+
+def table(rate: str, systems: dict[str, Figures]) -> str:
+    """The figures of one rate, a column for each system."""
+    lines = [f"| {rate} clients/s | {' | '.join(systems)} |", "| --- |" + " --- |" * len(systems)]
+    for name in next(iter(systems.values())):
+        values = (figures[name] for figures in systems.values())
+        shown = " | ".join("none" if value is None else f"{value:.3g}" for value in values)
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -366,12 +385,13 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="Keep what servers say in this directory.")
     parser.add_argument("--json", type=Path, help="Write the figures there, too.")
     options = parser.parse_args()
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[str, Figures]] = {}
     for system in options.systems:
         with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
             work = Path(directory)
             write_model(work, options)
-            deployment = Starter(stack, work, options).start(system)
+            logs = (options.logs or work) / system.value
+            deployment = Starter(stack, work, logs, options).start(system)
             warm = [Talk(f"warm-{n}", 0.1 * n, ("warm " * 80, "up " * 20)) for n in range(8)]
             asyncio.run(ask_all(deployment.url, warm, options))
             for rate in options.rates:
@@ -379,10 +399,11 @@ def main() -> None:
                 turns = asyncio.run(ask_all(deployment.url, schedule(options, rate), options))
                 figures = judge(turns, deployment.computed() - before, options)
                 results.setdefault(f"{rate:g}", {})[system.value] = figures
-                shown = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
-                print(f"{system.value} at {rate:g}/s: {shown}", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"options": repr(options), "results": results}))
+                print(f"{system.value} at {rate:g}/s: {figures}", file=sys.stderr, flush=True)
+        if options.json is not None:  # what there is, if a later system does not run to its end
+            options.json.write_text(json.dumps({"options": repr(options), "results": results}))
+    for rate, systems in results.items():
+        print(table(rate, systems))
 
 
 if __name__ == "__main__":
