@@ -359,6 +359,22 @@ def test_what_was_computed_for_nobody_is_not_held(
         assert len(prefill.withdrawn) == 1
 
 
+def test_what_may_have_been_computed_when_nobody_wanted_it_any_more_is_not_held(
+    prefill: FakeEngine, decode: FakeEngine
+) -> None:
+    """A prefill engine may be done before it sees that its answer is not waited for."""
+
+    async def refuse(call: Call) -> None:
+        await prefill.is_asked(1)
+        await says(400, {})(call)
+
+    prefill.script, decode.script = hang, refuse
+    with proxied([prefill], [decode]) as proxy:
+        assert proxy.post("/v1/completions", COMPLETION).status_code == 400
+        until(lambda: prefill.withdrawn == [prefill.calls[0].push["id"]])
+        until(lambda: proxy.metric("engine_load") == 0)
+
+
 @pytest.mark.parametrize(
     "lets_go", [begin_and_hang, die, says(500, {})], ids=["hangs", "dies", "fails"]
 )

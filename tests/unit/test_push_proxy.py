@@ -18,6 +18,7 @@ from lamina_kv.push.proxy.metrics import Metrics
 from lamina_kv.push.proxy.requests import ApiRequest, parse_fields
 from lamina_kv.push.proxy.routing.least_loaded import LeastLoaded
 from lamina_kv.push.proxy.routing.prompt import Prompt
+from lamina_kv.push.proxy.routing.ranks import Rank
 from lamina_kv.push.proxy.routing.router import Router
 from lamina_kv.push.proxy.routing.words import Candidate, Choice, Disaggregate, Reason
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings
@@ -315,6 +316,13 @@ def test_a_policy_of_ones_own_chooses_both_engines() -> None:
         assert [call.push["prefill"] for call in decode[1].calls] == [push_address(1)] * 2
 
 
+class NoWithdrawals(Withdrawals):
+    """Engines that are not there need not be told that nobody wants anything."""
+
+    def send(self, request: ApiRequest, rank: Rank, push_id: str) -> None:
+        """Say nothing."""
+
+
 def test_requests_that_come_at_the_same_time_go_to_different_engines() -> None:
     async def scenario() -> list[int]:
         places = tuple(PrefillAddress(f"http://127.0.0.1:{n}", f"p:{n}") for n in (1, 2))
@@ -324,7 +332,7 @@ def test_requests_that_come_at_the_same_time_go_to_different_engines() -> None:
         engines += [Engine(Role.DECODE, url, "", settings) for url in decode]
         metrics = Metrics(engines)
         router = Router(LeastLoaded(), Disaggregate.ALWAYS, metrics)
-        dispatcher = Dispatcher(settings, engines, router, metrics, Withdrawals())
+        dispatcher = Dispatcher(settings, engines, router, metrics, NoWithdrawals())
 
         async def ask() -> None:
             request = ApiRequest("id", "POST", b"/v1/completions", {}, parse_fields(b"{}"))

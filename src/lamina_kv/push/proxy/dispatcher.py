@@ -287,7 +287,7 @@ class Dispatcher:
         finally:
             prefilling.cancel()
             await asyncio.wait({prefilling})
-            if not accepted and _is_done(prefilling):
+            if not accepted and _may_hold(prefilling):
                 self._withdrawals.send(request, rank, push_id)
 
     async def _prefill(
@@ -420,11 +420,12 @@ class Dispatcher:
             yield held
 
 
-def _is_done(prefilling: asyncio.Task[_Prefilled]) -> bool:
-    """Whether the prefill engine has computed the prompt; the task has ended."""
-    if prefilling.cancelled() or prefilling.exception() is not None:
-        return False
-    return prefilling.result().end is _End.DONE
+def _may_hold(prefilling: asyncio.Task[_Prefilled]) -> bool:
+    """Whether the prefill engine may have computed the prompt; the task has ended. If it was
+    cancelled, the engine may have been done before it saw that nobody waits for it."""
+    if prefilling.cancelled():
+        return True
+    return prefilling.exception() is None and prefilling.result().end is _End.DONE
 
 
 async def _cached(prefilling: asyncio.Task[_Prefilled]) -> int | None:
