@@ -4,6 +4,8 @@ whatever happens meanwhile its blocks are held for as long as they are read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from test_push_source import (
     ATTEMPT,
@@ -21,6 +23,7 @@ from test_push_source import (
     stand,
 )
 
+from lamina_kv.control.push.open_prompts import OpenPrompts, Taken
 from lamina_kv.geometry import Group
 from lamina_kv.plan import Binding, Outcome, PushPages, PushStop, TransferId, TransferReceipt
 from lamina_kv.push.inbox import MAX_BYTES, Inbox, Mailbox
@@ -156,6 +159,56 @@ def test_nobody_takes_what_has_been_withdrawn(engine: str) -> None:
     (order,) = source.step()
     assert (order.pages, order.computed, order.last) == (WHOLE, True, True)
     source.drain(order)
+    assert is_clean(source)
+
+
+def its_router_withdraws_it(source: Source) -> None:
+    source.source.withdraw(PUSH, "carrier", source.now)
+
+
+def nobody_has_come_for_it(source: Source) -> None:
+    source.now += DEADLINE
+    source.step()
+
+
+def the_engine_ends(source: Source) -> None:
+    source.finish()
+    source.source.end(at_once=False)
+
+
+def the_engine_ends_before_it(source: Source) -> None:
+    source.source.end(at_once=False)
+    source.finish()
+
+
+@pytest.mark.parametrize(
+    "given_up",
+    [
+        its_router_withdraws_it,
+        nobody_has_come_for_it,
+        the_engine_ends,
+        the_engine_ends_before_it,
+    ],
+)
+def test_who_takes_a_prompt_when_control_has_just_looked_gets_it(
+    given_up: Callable[[Source], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link's thread has it before control takes it back."""
+    source, _ = offering()
+    transfer = gather(source)
+    withdraw = OpenPrompts.withdraw
+
+    def a_moment_later(prompts: OpenPrompts, push: str) -> Taken | None:
+        prompts.take(D, announce())
+        return withdraw(prompts, push)
+
+    monkeypatch.setattr(OpenPrompts, "withdraw", a_moment_later)
+    given_up(source)
+    assert source.said() == [Bound(ATTEMPT)]
+    source.step()
+    end(source, transfer)
+    source.finish()
+    assert not source.said()
     assert is_clean(source)
 
 

@@ -336,7 +336,8 @@ class PushSource:
             if push not in self._declined:
                 _remember(self._declined, push, WITHDRAWN)
             return
-        self._heed(out)
+        if not out.peer:
+            self._withdraw(out)
         if not out.peer:
             self._forgo_of(out, now)
             self._fail(out, WITHDRAWN)
@@ -356,7 +357,7 @@ class PushSource:
             self._fail(out, "the prefill ended before the whole prompt was computed")
             return
         if self._ending and out.announce is None:
-            self._fail(out, self._ending)
+            self._fail_unless_taken(out, self._ending)
             return
         out.tables = tuple(tuple(table) for table in blocks)
         null = self._shape.null_block
@@ -364,7 +365,7 @@ class PushSource:
         if out.announce is None:
             sure = self._undelivered.is_reserved(out.push)
             if not sure and self._undelivered.with_blocks(held) > self._max_held:
-                self._fail(out, "too many blocks are held for other pushes")
+                self._fail_unless_taken(out, "too many blocks are held for other pushes")
                 return
             self._undelivered.hold(out.push, held)
         out.held = self._leases.take(held)
@@ -388,7 +389,10 @@ class PushSource:
         self._now = now
         self._queue.stepped()
         for out in list(self._outbound.values()):
-            self._heed(out)
+            if out.expires <= now:
+                self._withdraw(out)
+            else:
+                self._heed(out)
             if out.expires <= now and out.stage is not Stage.STOPPED:
                 if out.waits_here and out.announce is not None:
                     self._forgo_of(out, now)
@@ -535,8 +539,10 @@ class PushSource:
         for out in list(self._outbound.values()):
             self._heed(out)
             waits = out.stage is Stage.WAITING and (not out.request or out.tables is not None)
-            if at_once or waits:
+            if at_once:
                 self._fail(out, ENDING)
+            elif waits:
+                self._fail_unless_taken(out, ENDING)
 
     def goodbye(self, peer: str) -> Goodbye:
         """The last word to a decode engine, after :meth:`end`: then nothing is begun any more.
@@ -772,6 +778,12 @@ class PushSource:
             self._say(out.peer, Failed(out.attempt, reason))
         self._retire(out, reason)
         self._stop(out)
+
+    def _fail_unless_taken(self, out: Outbound, reason: str) -> None:
+        """Give up a push that waits, unless somebody has taken its prompt in this moment."""
+        self._withdraw(out)
+        if out.stage is Stage.WAITING:
+            self._fail(out, reason)
 
     def _stop(self, out: Outbound) -> None:
         if out.stage is Stage.STOPPED:
