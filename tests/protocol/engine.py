@@ -124,6 +124,8 @@ class Options:
         hurries: how often time may pass although something else could happen.
         scarce: whether each engine has only as many blocks as its largest prompt twice.
         beside: whether the ranks of a prefill engine are reached beside its plans.
+        together: whether all prefill engines are behind one address, and each dial reaches the next
+            of them. None of them is stopped there.
     """
 
     cases: tuple[PushCase, ...] = (PushCase(),)
@@ -138,6 +140,7 @@ class Options:
     hurries: int = 0
     scarce: bool = False
     beside: bool = False
+    together: bool = False
 
     @cached_property
     def blocks(self) -> int:

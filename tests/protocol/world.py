@@ -22,7 +22,15 @@ from lamina_kv.plan import TORN
 from lamina_kv.push.cards import SenderCard
 from lamina_kv.push.inbox import Mailbox
 from lamina_kv.push.letters import Fate, Letter, Lost, Opened
-from lamina_kv.push.messages import Announce, Delivered, Fenced, Goodbye, LinkMessage, Welcome
+from lamina_kv.push.messages import (
+    NO_EPOCH,
+    Announce,
+    Delivered,
+    Fenced,
+    Goodbye,
+    LinkMessage,
+    Welcome,
+)
 from protocol.decode import Arrived, Decode
 from protocol.engine import (
     PATIENCE,
@@ -137,6 +145,7 @@ class Connection:
     Attributes:
         decode: index of the dialling engine, and its incarnation.
         prefill: index of the engine that listens.
+        address: where it was dialled.
         accepted: whether the listening side has taken it up.
         opened: whether the dialling side has been welcomed.
         decode_up: whether the dialling side has it.
@@ -144,11 +153,13 @@ class Connection:
         number: tells it from others that there are.
         reader: incarnation of the listening side that still reads from it; empty for none.
         queued: messages that wait for the welcome.
+        announced: epoch of the newest attempt that was announced on it.
     """
 
     decode: int
     name: str
     prefill: int
+    address: str
     number: int
     accepted: bool = False
     opened: bool = False
@@ -156,12 +167,9 @@ class Connection:
     prefill_up: bool = False
     reader: str = ""
     queued: list[LinkMessage] = field(default_factory=list)
+    announced: int = NO_EPOCH
     to_prefill: deque[LinkMessage] = field(default_factory=deque)
     to_decode: deque[LinkMessage] = field(default_factory=deque)
-
-    @property
-    def address(self) -> str:
-        return address_of(self.prefill)
 
     @property
     def over(self) -> bool:
@@ -204,6 +212,7 @@ class World:
     Attributes:
         budget: faults that may still happen.
         hurries: how often time may still pass early.
+        dials: how often the address was dialled that all prefill engines share.
         happened: kinds of what has gone wrong.
         orphans: writes that their engine can do nothing about, because they have failed, or it has
             crashed and is not started again.
@@ -215,6 +224,7 @@ class World:
         self.options = options
         self.budget = options.budget
         self.hurries = options.hurries
+        self.dials = 0
         self.happened: tuple[str, ...] = ()
         cases = options.cases
         self.prefills = Engines(
@@ -254,6 +264,7 @@ class World:
         (
             world.budget,
             world.hurries,
+            world.dials,
             world.happened,
             world.to_arrive_prefill,
             world.to_arrive_decode,
@@ -278,6 +289,7 @@ class World:
         return (
             self.budget,
             self.hurries,
+            self.dials,
             self.happened,
             self.to_arrive_prefill,
             self.to_arrive_decode,
@@ -497,6 +509,8 @@ class World:
 
     @property
     def _one_sided(self) -> bool:
+        if self.options.together:
+            return True  # a router may ask one of them, and a dial reach another
         return any(case.part != "both" for case in self.options.cases)
 
     @property
@@ -550,7 +564,7 @@ class World:
         self.to_arrive_decode.remove(case)
         push = self.options.cases[case]
         name, prompt = self.options.push_of(case), self.options.prompt_of(case)
-        address = address_of(push.prefill)
+        address = address_of(0 if self.options.together else push.prefill)
         self.decodes[push.decode].arrive(f"request{case}", name, prompt, push, address)
 
     def _never_prefill(self, case: int) -> None:
@@ -796,16 +810,25 @@ class World:
                 None,
             )
             if link is None:
-                prefill = int(letter.peer.partition(":")[2])
+                prefill = self._dialled(letter.peer)
                 taken = {connection.number for connection in self.connections}
                 number = next(number for number in count() if number not in taken)
-                link = Connection(index, decode.incarnation, prefill, number)
+                link = Connection(index, decode.incarnation, prefill, letter.peer, number)
                 decode.boxes[number] = Mailbox()
                 self.connections.append(link)
+            if isinstance(letter.message, Announce):
+                link.announced = letter.message.attempt.epoch
             if not link.opened:
                 link.queued.append(letter.message)
             elif link.prefill_up:
                 link.to_prefill.append(letter.message)
+
+    def _dialled(self, address: str) -> int:
+        """Which prefill engine is reached."""
+        if not self.options.together:
+            return int(address.partition(":")[2])
+        self.dials += 1
+        return (self.dials - 1) % len(self.prefills)
 
     def _post_prefill(self, prefill: Prefill, letter: Letter) -> None:
         for link in self.connections:
@@ -883,7 +906,7 @@ class World:
         link.decode_up = False
         link.to_decode.clear()
         unsent = tuple(m.attempt for m in link.queued if isinstance(m, Announce))
-        lost = Lost(link.address, "lost", link.opened, fate, unsent, goodbye)
+        lost = Lost(link.address, "lost", link.opened, fate, link.announced, unsent, goodbye)
         decode = self.decodes[link.decode]
         decode.inbox.lost(decode.boxes.pop(link.number), lost, forget=False)
 

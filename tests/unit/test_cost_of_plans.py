@@ -27,7 +27,7 @@ from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import ChunkKey
 from lamina_kv.push.cards import EngineCard, RankCard, RowCard, SenderCard
-from lamina_kv.push.letters import Fate, Letter, Lost, Opened
+from lamina_kv.push.letters import Letter, Opened
 from lamina_kv.push.messages import NO_EPOCH, Absent, Announce, Attempt, Fenced
 from lamina_kv.tiers.eviction import Runs
 from lamina_kv.tiers.slots import SlotIndex
@@ -434,33 +434,6 @@ def parking() -> tuple[Engine, PushTarget]:
         view = push_to(driven, number, "P")
         driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
     return driven, target
-
-
-class Walks(list[Letter]):
-    """Counts how often it is walked, in part or whole."""
-
-    walks = 0
-
-    def __iter__(self) -> Iterator[Letter]:
-        self.walks += 1
-        return super().__iter__()
-
-    def remove(self, value: Letter) -> None:
-        self.walks += 1
-        super().remove(value)
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_a_peer_that_is_lost_costs_one_look_at_what_was_to_be_said(told: bool) -> None:
-    driven, target = parking()
-    letters = Walks(target.letters)
-    target.letters = letters
-    if told:
-        driven.planner.drain_letters()
-    letters.walks = 0
-    driven.planner.take_news([Lost("P", "gone", was_open=True, fate=Fate.CLOSED)])
-    assert len(target.give_ups) == PUSHES
-    assert letters.walks == 1
 
 
 def test_fences_of_many_pushes_cost_one_look_at_what_is_left(

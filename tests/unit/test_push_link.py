@@ -592,6 +592,7 @@ def test_another_token(
         "push.token differs",
         was_open=False,
         fate=Fate.CLOSED,
+        announced=ANNOUNCE.attempt.epoch,
         unsent=(ANNOUNCE.attempt,),
     )
     assert prefill.link.news() == []
@@ -1114,6 +1115,12 @@ def test_what_waits_for_a_slow_network_is_heard_before_the_end(
 GOODBYE = Goodbye(3, (7, 9))
 
 
+def ended(address: str) -> Lost:
+    """A prefill engine has said so, to which one push was announced."""
+    epoch = ANNOUNCE.attempt.epoch
+    return Lost(address, ANY, True, Fate.CLOSED, announced=epoch, goodbye=GOODBYE)
+
+
 def test_who_ends_says_a_last_word_to_each_decode_engine(make: Make) -> None:
     """Whether control has looked or not."""
     prefill, decode_side, other = make("P", listen=True), make("D"), make("D2")
@@ -1124,7 +1131,7 @@ def test_who_ends_says_a_last_word_to_each_decode_engine(make: Make) -> None:
     prefill.link.close({"D": GOODBYE, "D2": Goodbye(NO_EPOCH, ())}.__getitem__)
     _, bound, lost = decode_side.until(3)
     assert bound == Letter(prefill.address, Bound(ANNOUNCE.attempt))
-    assert lost == Lost(prefill.address, ANY, was_open=True, fate=Fate.CLOSED, goodbye=GOODBYE)
+    assert lost == ended(prefill.address)
     assert other.until(2)[1] == replace(lost, goodbye=Goodbye(NO_EPOCH, ()))
 
 
@@ -1136,7 +1143,7 @@ def test_what_is_announced_behind_a_goodbye_is_announced_to_nobody(
     with announced(side, listener) as raw:
         raw.say(GOODBYE)
         assert raw.hear() is None
-    assert side.until(2)[1] == Lost(address, ANY, was_open=True, fate=Fate.CLOSED, goodbye=GOODBYE)
+    assert side.until(2)[1] == ended(address)
     later = msgspec.structs.replace(ANNOUNCE, attempt=Attempt("later", 8))
     side.link.send(Letter(address, later))
     connection, _ = listener.accept()
@@ -1144,6 +1151,9 @@ def test_what_is_announced_behind_a_goodbye_is_announced_to_nobody(
         raw = Raw(connection)
         welcome(raw, side, "P2")
         assert raw.hear() == later
+    lost = side.until(4)[-1]
+    assert isinstance(lost, Lost)
+    assert (lost.announced, lost.goodbye) == (8, None)
 
 
 def test_who_ends_reads_on_until_its_peer_has_hung_up(

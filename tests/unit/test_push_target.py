@@ -215,8 +215,13 @@ class Target:
         return said
 
 
-def lost(*, was_open: bool = True, fate: Fate = Fate.CLOSED) -> Lost:
-    return Lost(P, "gone", was_open=was_open, fate=fate)
+ALL = 1_000_000
+"""An epoch that nothing has reached."""
+
+
+def lost(*, was_open: bool = True, fate: Fate = Fate.CLOSED, announced: int = ALL) -> Lost:
+    """The end of a connection, on which everything was announced if nothing else is said."""
+    return Lost(P, "gone", was_open=was_open, fate=fate, announced=announced)
 
 
 def elsewhere(machine: str, incarnation: str = "two") -> Opened:
@@ -600,28 +605,22 @@ def test_what_was_never_said_holds_nothing_if_that_is_known_late() -> None:
     assert target.pool.held == set()
 
 
-def test_what_was_never_said_holds_nothing() -> None:
-    target = Target()
-    record = target.order()
-    target.hear(lost(was_open=False))
-    assert not any(isinstance(message, Announce) for message in target.said())
-    target.fail(record)
-    assert target.pool.held == set()
-
-
 def test_what_the_link_could_not_say_holds_nothing() -> None:
     target = Target()
     record = target.order()
     (announce,) = target.said()
     assert isinstance(announce, Announce)
-    target.hear(Lost(P, "refused", False, Fate.CLOSED, (announce.attempt,)))
+    unsent = (announce.attempt,)
+    target.hear(Lost(P, "refused", was_open=False, fate=Fate.CLOSED, unsent=unsent))
     target.fail(record)
     assert target.pool.held == set()
 
 
-def goodbye(*unclean: int) -> Lost:
+def goodbye(*unclean: int, announced_until: int = ALL) -> Lost:
     last = Goodbye(NO_EPOCH, unclean)
-    return Lost(P, "it has ended", was_open=True, fate=Fate.CLOSED, goodbye=last)
+    return Lost(
+        P, "it has ended", was_open=True, fate=Fate.CLOSED, announced=announced_until, goodbye=last
+    )
 
 
 def test_what_a_peer_that_has_ended_does_not_name_holds_nothing_for_long() -> None:
@@ -666,9 +665,36 @@ def test_what_the_link_has_may_arrive_although_a_connection_is_lost_that_never_w
     target = Target()
     record = target.order()
     assert any(isinstance(message, Announce) for message in target.said())
-    target.hear(lost(was_open=False))
+    target.hear(lost(was_open=False, announced=NO_EPOCH))
+    assert target.target.give_ups == []
     target.fail(record)
     assert target.pool.held
+
+
+def test_what_a_connection_did_not_carry_goes_on_by_the_next() -> None:
+    """Whoever is there names those who will have written it."""
+    target, record, attempt = announced()
+    target.hear(lost(announced=attempt.epoch - 1))
+    assert target.target.give_ups == []
+    target.hear(elsewhere("10.0.0.2"))
+    assert target.target.senders[-1] == SendersOrder(TransferId(attempt.epoch), (("end",),))
+    target.report(record)
+    assert record.push_over == "pushed"
+    assert target.pool.held == set()
+
+
+def test_a_goodbye_says_nothing_of_what_a_later_connection_carries() -> None:
+    """Another engine has it, which may write until it says that it does not."""
+    target, record, attempt = announced()
+    target.hear(goodbye(announced_until=attempt.epoch - 1), elsewhere("10.0.0.1"))
+    assert record.receive is not None
+    target.target.give_up(record.receive, CANCELLED)
+    target.fail(record)
+    target.wait(QUARANTINE)
+    assert target.pool.held
+    target.hear(Fenced(attempt, clean=True))
+    target.wait(SETTLE_SECONDS)
+    assert target.pool.held == set()
 
 
 def test_what_is_said_of_a_push_that_is_over_changes_nothing() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lamina_kv.push.cards import EngineCard, SenderCard
-from lamina_kv.push.messages import Attempt, Goodbye, LinkMessage
+from lamina_kv.push.messages import NO_EPOCH, Attempt, Goodbye, LinkMessage
 
 PeerName = str
 """Of a prefill engine, its address as requests name it; of a decode engine, its incarnation."""
@@ -51,7 +51,11 @@ class Lost:
         reason: why.
         was_open: whether it had been connected, so that it may have got what was sent.
         fate: what is known of it.
-        unsent: attempts that waited to be announced to it and will not be.
+        announced: epoch of the newest attempt that was announced on this connection, or waited to
+            be; without an epoch if none was. Control announces what it names to a prefill engine
+            in the order of epochs, and one connection follows another. So what is newer goes by a
+            later one.
+        unsent: attempts that waited to be announced on it and will not be.
         goodbye: a prefill engine's last word; None if it has said none.
     """
 
@@ -59,6 +63,7 @@ class Lost:
     reason: str
     was_open: bool
     fate: Fate
+    announced: int = NO_EPOCH
     unsent: tuple[Attempt, ...] = ()
     goodbye: Goodbye | None = None
 

@@ -45,6 +45,7 @@ from lamina_kv.push.messages import (
     MAX_GREETING,
     MAX_MESSAGE,
     MAX_WELCOME,
+    NO_EPOCH,
     VERSION,
     Announce,
     Challenge,
@@ -128,6 +129,7 @@ class Connection:
         writer: where messages go.
         box: what has come on it and waits for control.
         queued: messages that wait for the connection to be made.
+        announced: see :class:`~lamina_kv.push.letters.Lost`.
         unsent: what waits, as one piece, until the kernel has taken what was said before. From
             Python 3.12 on asyncio adds up all pieces that it keeps at every write: thousands of
             messages to a peer that does not read would keep the link's thread busy for minutes.
@@ -142,6 +144,7 @@ class Connection:
     writer: asyncio.StreamWriter | None = None
     box: Mailbox = field(default_factory=Mailbox)
     queued: list[LinkMessage] = field(default_factory=list)
+    announced: int = NO_EPOCH
     unsent: bytearray = field(default_factory=bytearray)
     sending: asyncio.Task[None] | None = None
     full: bool = False
@@ -374,6 +377,8 @@ class Link:
         if connection is None:
             connection = self._dialled[letter.peer] = Connection(letter.peer)
             self._spawn(self._dial(connection))
+        if isinstance(letter.message, Announce):
+            connection.announced = letter.message.attempt.epoch
         connection.say(letter.message)
 
     async def _dial(self, connection: Connection) -> None:
@@ -427,7 +432,7 @@ class Link:
         """A prefill engine is lost, and what waited to be said to it."""
         queued, connection.queued = connection.queued, []
         unsent = tuple(m.attempt for m in queued if isinstance(m, Announce))
-        lost = Lost(connection.peer, reason, was_open, fate, unsent, goodbye)
+        lost = Lost(connection.peer, reason, was_open, fate, connection.announced, unsent, goodbye)
         self._inbox.lost(connection.box, lost, forget=False)  # it may have fenced something
 
     @property

@@ -253,7 +253,8 @@ class Fenced(Message, frozen=True, tag="fenced"):
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
     """The prefill engine's last word: it ends. It fences every attempt that the decode engine has
-    announced, whether it has heard of it or not, but for those that it names.
+    announced on this connection, or to this run before, whether it has heard of it or not, but for
+    those that it names.
 
     Attributes:
         oldest: epoch of the oldest attempt that it speaks for: of those before it nothing is known.

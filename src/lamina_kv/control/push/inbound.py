@@ -103,7 +103,8 @@ class Inbound:
         gone: control's clock when its sender's process was first known not to be there, or its
             machine; None if it was not since it was connected.
         calls: dials that have ended since ``until`` and not found its sender's process stopped.
-        incarnation: the run of the prefill engine that was connected last; empty for none yet.
+        incarnation: the run of the prefill engine that was connected last since it was told of it;
+            empty until that connection is over.
         machine: where that runs, as an IP address.
         lingering: control's clock before which what a former run has sent may still arrive.
         left_at: the machine where a former run was stopped when another machine had its name;
@@ -145,18 +146,25 @@ class Inbound:
         suspected = self.gone is not None and now < self.gone + LONGEST_SUSPICION
         return self.fenced or self.calls >= CALLS or not (self.gone is None or suspected)
 
+    def told(self, sender: Sender) -> None:
+        """The connection is over on which a run of its prefill engine was told of it."""
+        self.incarnation, self.machine = sender.card.incarnation, sender.machine
+
     def connected(self, sender: Sender, now: float, quarantine: float) -> None:
         """A run of its prefill engine is connected, and will be asked. It does not answer for what
         a former one has sent: workers may outlive their engine, and bytes their sender. Nor can it
-        have taken the place of one that is stopped, unless it listens on the same machine.
+        have taken the place of one that is stopped, unless it listens on the same machine. What was
+        announced on no former connection goes by this one, or a later one.
 
         Args:
             sender: the run.
             now: control's clock.
             quarantine: ``push.quarantine``.
         """
+        if not self.incarnation:
+            return
         incarnation, machine = sender.card.incarnation, sender.machine
-        if not self.fenced and self.incarnation not in ("", incarnation):
+        if not self.fenced and self.incarnation != incarnation:
             stays = self.stopped and self.machine != machine
             sent = self.until if stays else min(self.until, now + quarantine)
             self.lingering = max(self.lingering, sent)

@@ -272,8 +272,6 @@ class PushTarget:
             compute,
             self._breaker_of(push.prefill).ordered(),
         )
-        if (peer := self._open.get(push.prefill)) is not None:
-            inbound.incarnation, inbound.machine = peer.card.incarnation, peer.machine
         self._inbound[transfer.id] = inbound
         self._announced.setdefault((inbound.address, push.id), inbound)
         self._room.park(inbound.address, len(held))
@@ -516,7 +514,9 @@ class PushTarget:
                 self._name_senders(inbound)
 
     def _lost(self, lost: Lost, now: float) -> None:
-        self._open.pop(lost.peer, None)
+        """A connection is over. It says nothing of what was announced on a later one, and what was
+        announced on a former one another run of the prefill engine may know."""
+        sender = self._open.pop(lost.peer, None)
         if lost.was_open:
             self._claims.forgotten(lost.peer, now)
         elif unreached := self._claims.at(lost.peer):
@@ -524,16 +524,21 @@ class PushTarget:
                 self._claims.remove(claimed.record.view.request_id)
                 self._skip(claimed.record, GiveUp.LOST.value)
             self._breaker_of(lost.peer).judge(False, lost.reason)
-        held, unsent = False, {*lost.unsent, *self._take_back(lost.peer)}
+        held = False
         for transfer, inbound in list(self._inbound.items()):
             if inbound.address != lost.peer:
                 continue
-            inbound.blameless |= lost.goodbye is not None and not inbound.reason
-            if inbound.attempt in unsent:
+            if inbound.attempt in lost.unsent:
                 inbound.untold = True
-            elif lost.goodbye is not None and lost.goodbye.fences(inbound.attempt.epoch):
+            elif not (inbound.untold or inbound.incarnation):
+                if inbound.attempt.epoch > lost.announced:
+                    continue
+                assert sender is not None
+                inbound.told(sender)
+            inbound.blameless |= lost.goodbye is not None and not inbound.reason
+            if lost.goodbye is not None and lost.goodbye.fences(inbound.attempt.epoch):
                 self._fence(transfer, now + SETTLE_SECONDS)
-            elif not inbound.fenced:
+            elif not (inbound.fenced or inbound.untold):
                 inbound.lost(lost.fate, now, self._config.quarantine)
             held = held or not (inbound.fenced or inbound.untold)
             self.give_up(transfer, lost.reason, GiveUp.LOST)
@@ -541,18 +546,6 @@ class PushTarget:
                 self._release(transfer)  # its request had ended before this was known
         if held:
             self._asks[lost.peer] = now + self._config.silence
-
-    def _take_back(self, address: str) -> list[Attempt]:
-        """Do not announce what was not announced yet. Whatever the link has may still arrive: it
-        may wait for a later connection than the one that is reported as lost."""
-        back, rest = [], []
-        for letter in self.letters:
-            if letter.peer == address and isinstance(letter.message, Announce):
-                back.append(letter.message.attempt)
-            else:
-                rest.append(letter)
-        self.letters[:] = rest
-        return back
 
     def _ask(self, now: float) -> None:
         """Ask peers again that could still write."""
