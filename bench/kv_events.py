@@ -28,7 +28,7 @@ from vllm.v1.request import Request
 from lamina_kv.bench.report import Machine
 from lamina_kv.config import load_config
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.engines.vllm.events import KvEvents
 from lamina_kv.engines.vllm.requests import VllmRequest
 from lamina_kv.geometry import Group, GroupKind

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lamina_kv.config import load_config
-from lamina_kv.control.hand_off import Phase
+from lamina_kv.engines.hand_off import Phase
 from lamina_kv.engines.ranks import Ranks
 from lamina_kv.engines.standalone import Standalone, TextRequest
 from lamina_kv.geometry import CacheGeometry, Group, GroupKind, Row

@@ -22,8 +22,8 @@ from transformers.generation.configuration_utils import (
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from engine.models import VOCABULARY
-from lamina_kv.control.hand_off import Phase
 from lamina_kv.data.movers.cpu import CpuMover
+from lamina_kv.engines.hand_off import Phase
 from lamina_kv.engines.transformers import attach, attached_to
 
 Tokens = list[int]

@@ -23,7 +23,7 @@ from engine.batching import PATIENCE, Engine, Gate, Tokens, forget, load_model, 
 from engine.models import Checkpoints
 from engine.workload import prompt
 from lamina_kv.config import ConfigError
-from lamina_kv.control.hand_off import Phase
+from lamina_kv.engines.hand_off import Phase
 from lamina_kv.engines.transformers import UnsupportedEngine, attach, attached_to
 
 pytestmark = pytest.mark.engine

@@ -20,8 +20,8 @@ from transformers.generation.continuous_batching.requests import RequestState
 from engine.batching import PATIENCE, Engine, Gate, Tokens, forget, load_model, refused
 from engine.models import Checkpoints
 from engine.workload import prompt
-from lamina_kv.control.hand_off import Phase
 from lamina_kv.data.movers.base import pages_of
+from lamina_kv.engines.hand_off import Phase
 from lamina_kv.engines.transformers import attach, layout
 from lamina_kv.engines.transformers.streams import ComputeStream
 

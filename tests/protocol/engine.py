@@ -23,7 +23,8 @@ from lamina_kv.control.push.outbound import Stage as SourceStage
 from lamina_kv.control.push.room import Room
 from lamina_kv.control.push.source import PushSource
 from lamina_kv.control.push.target import PushTarget
-from lamina_kv.control.requests import ChunkShape, Hit, PushParameters, RequestRecord
+from lamina_kv.control.requests import Hit, PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import ChunkChain, Epoch

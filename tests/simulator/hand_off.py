@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
-from lamina_kv.control.hand_off import Admission, HandOff, Phase
 from lamina_kv.control.planner import Planner
+from lamina_kv.engines.hand_off import Admission, HandOff, Phase
 from lamina_kv.plan import LoadMode, Receipt
 from simulator.content import Violation
 from simulator.options import BLOCK_TOKENS, Options

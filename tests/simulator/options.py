@@ -10,7 +10,7 @@ from random import Random
 from typing import Literal
 
 from lamina_kv.config import Config, load_config
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import CacheGeometry, Group, GroupKind, Row
 from simulator.stores import simulated_kinds
 

@@ -11,8 +11,9 @@ from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
 from lamina_kv.control.probes import LEAST_PAUSE
-from lamina_kv.control.requests import ChunkShape, PushParameters
-from lamina_kv.control.residency import Describe
+from lamina_kv.control.reporting.residency import Describe
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind
 from lamina_kv.keys import CHECKPOINT, ChunkChain
 from lamina_kv.observe.metrics import Meter, Readings

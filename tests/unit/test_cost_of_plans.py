@@ -23,7 +23,8 @@ from lamina_kv.control.loading import LOOKED, LOOKED_OF_AN_END
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.push.inbound import Inbound
 from lamina_kv.control.push.target import PushTarget
-from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import ChunkKey
 from lamina_kv.push.cards import EngineCard, RankCard, RowCard, SenderCard

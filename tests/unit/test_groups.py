@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 from driven_planner import BLOCK, CHUNK, Engine, View, blocks_of, pages_of, prompt
 
-from lamina_kv.control.requests import BoundaryState, ChunkShape
+from lamina_kv.control.requests import BoundaryState
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import ChunkKey, LoadOrder, Outcome, SaveOrder, StepPlan
 

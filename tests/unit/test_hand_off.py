@@ -20,7 +20,7 @@ from driven_planner import (
     prompt,
 )
 
-from lamina_kv.control.hand_off import Admission, HandOff, HandOffError, Phase, Resumption
+from lamina_kv.engines.hand_off import Admission, HandOff, HandOffError, Phase, Resumption
 from lamina_kv.plan import NEAR, LoadMode, LoadOrder, Move, Outcome
 
 CHUNKS = 3

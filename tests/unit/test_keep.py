@@ -17,8 +17,8 @@ from driven_planner import (
     prompt,
 )
 
-from lamina_kv.control.hand_off import HandOff
 from lamina_kv.control.second_uses import LOOKS
+from lamina_kv.engines.hand_off import HandOff
 from lamina_kv.plan import ChunkKey, Outcome, TierName, TierReport
 from lamina_kv.tiers.hints import BELIEVED_SECONDS
 from lamina_kv.tiers.regard import Regard

@@ -65,7 +65,7 @@ def test_nothing_but_the_room_of_tiers_names_a_kind_of_tier(room: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "lamina_kv.control.hand_off",
+        "lamina_kv.engines.hand_off",
         "lamina_kv.control.planner",
         "lamina_kv.plan",
         "lamina_kv.config",

@@ -7,7 +7,7 @@ import logging
 import pytest
 from driven_planner import CHUNK, FAR, Engine, View, prompt
 
-from lamina_kv.control.misses import Miss, Misses, Reason
+from lamina_kv.control.reporting.misses import Miss, Misses, Reason
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.keys import ChunkChain, Epoch
 from lamina_kv.plan import ChunkKey

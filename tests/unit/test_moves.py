@@ -23,7 +23,7 @@ from driven_planner import (
 from lamina_kv.control.answers import LEAST_PATIENCE
 from lamina_kv.control.moving import LOOKS, LOOKS_OF_A_SEARCH
 from lamina_kv.control.questions import LOOK_PLANS
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import CHECKPOINT
 from lamina_kv.plan import NEAR, ChunkKey, LoadMode, Move, Outcome, StepPlan, TierName, TierReport

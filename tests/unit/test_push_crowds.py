@@ -15,7 +15,8 @@ import pytest
 
 from lamina_kv.config import load_config
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import Outcome, RankReport, Receipt, TransferId, TransferReceipt

@@ -11,7 +11,8 @@ from lamina_kv.config import PushConfig
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.push.source import PushSource
-from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import ChunkChain, prompt_digest

@@ -16,7 +16,8 @@ from lamina_kv.control.cost import Costs
 from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.push.source import PushSource
-from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.keys import prompt_digest
 from lamina_kv.observe.metrics import Meter

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 from driven_planner import BLOCK, CHUNK, Engine, View, prompt
 
-from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters
+from lamina_kv.control.requests import BoundaryState, PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import prompt_digest
 from lamina_kv.plan import LoadMode

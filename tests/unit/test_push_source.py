@@ -28,7 +28,8 @@ from lamina_kv.control.push.source import (
     PushSource,
 )
 from lamina_kv.control.push.target import PEER_FAULTS
-from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest

@@ -27,7 +27,8 @@ from lamina_kv.control.push.target import (
     SETTLE_SECONDS,
     PushTarget,
 )
-from lamina_kv.control.requests import ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest

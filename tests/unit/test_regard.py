@@ -11,7 +11,8 @@ from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, FAR, Engine, View, keys_of
 from test_eviction import NEVER, Tier
 from test_eviction import keys_of as path_keys
 
-from lamina_kv.control.requests import BoundaryState, ChunkShape
+from lamina_kv.control.requests import BoundaryState
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import NEAR, StepPlan
 from lamina_kv.tiers.regard import MOST_PIN_SECONDS, MOST_PRIORITY, USUAL, Regard

@@ -19,7 +19,7 @@ from driven_planner import BLOCK, CHUNK, CHUNK_BYTES, Pool, View
 
 from lamina_kv.config import LoadConfig, load_config
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.data.executor import Executor, Tiers
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.movers import Fence

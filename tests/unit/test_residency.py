@@ -18,7 +18,7 @@ from driven_planner import (
     prompt,
 )
 
-from lamina_kv.control import residency
+from lamina_kv.control.reporting import residency
 from lamina_kv.control.requests import RequestView
 from lamina_kv.keys import CHECKPOINT
 from lamina_kv.plan import NEAR, Outcome, TierName, TierReport

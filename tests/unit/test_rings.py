@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from driven_planner import BLOCK, CHUNK, Engine, View, outward, prompt
 
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import SaveOrder, StepPlan
 

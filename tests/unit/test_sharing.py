@@ -7,7 +7,8 @@ import pytest
 from driven_planner import CHUNK, Engine, View, blocks_of, inward, keys_of, prompt
 
 from lamina_kv.control.offers import ASK_AGAIN, Offer
-from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.sharing import Sharing
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import LoadOrder, Outcome

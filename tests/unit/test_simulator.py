@@ -55,20 +55,20 @@ from broken_tiers import (
     what_is_written_is_not_sealed,
 )
 from broken_transfers import identities_are_used_again, one_rank_is_enough
-from lamina_kv.control.hand_off import HandOff, Phase, Resumption
 from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.leases import BlockLease, LeaseBook
 from lamina_kv.control.loading import LoadEnd, LoadPlanner
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.prompts import PromptMeter
+from lamina_kv.control.reporting.prompts import PromptMeter
+from lamina_kv.control.reporting.residency import Residency
 from lamina_kv.control.requests import RequestRecord
-from lamina_kv.control.residency import Residency
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.sharing import SharedLoads
 from lamina_kv.control.transfers import Transfer, TransferTable
 from lamina_kv.data import load_pipeline
 from lamina_kv.data.executor import Executor, Outcomes
 from lamina_kv.data.load_pipeline import LoadRun
+from lamina_kv.engines.hand_off import HandOff, Phase, Resumption
 from lamina_kv.geometry import Group
 from lamina_kv.keys import ChunkChain
 from lamina_kv.plan import ChunkKey, Outcome, SaveOrder, StepPlan, TransferReceipt

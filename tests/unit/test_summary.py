@@ -7,7 +7,7 @@ from driven_planner import CHUNK, Engine, View, prompt
 
 from lamina_kv import __version__
 from lamina_kv.config import load_config
-from lamina_kv.control.summary import closing, opening
+from lamina_kv.control.reporting.summary import closing, opening
 from lamina_kv.keys import KEY_BYTES
 from lamina_kv.plan import RankReport, StoredChunks, TierName, TierReport
 

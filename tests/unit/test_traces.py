@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from driven_planner import CHUNK, CHUNK_BYTES, Engine, View, keys_of, prompt
 
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.observe import traces
 from lamina_kv.observe.traces import (

@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.request import Request
 
 from lamina_kv.config import load_config
-from lamina_kv.control.residency import Change
+from lamina_kv.control.reporting.residency import Change
 from lamina_kv.engines.vllm.events import Blocks, KvEvents
 from lamina_kv.engines.vllm.idle import IdleScheduler
 from lamina_kv.engines.vllm.requests import VllmRequest

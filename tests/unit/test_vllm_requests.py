@@ -19,7 +19,8 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from lamina_kv.control.requests import BoundaryState, ChunkShape, RequestRecord, RequestView
+from lamina_kv.control.requests import BoundaryState, RequestRecord, RequestView
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.engines.vllm.adapters import Adapters
 from lamina_kv.engines.vllm.requests import VllmRequest
 from lamina_kv.geometry import Group, GroupKind

@@ -22,7 +22,8 @@ from lamina_kv.bench.report import Machine, Report
 from lamina_kv.bench.samples import Samples, Target, Unit
 from lamina_kv.config import load_config
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.keys import KEY_BYTES, key_array
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import (

@@ -26,7 +26,7 @@ from lamina_kv.bench.replay import STEP_TOKENS, NoPool, Pace, View
 from lamina_kv.bench.trace_file import ReplayedRequest, Trace
 from lamina_kv.config import load_config
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import (
     NEAR,

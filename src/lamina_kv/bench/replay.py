@@ -21,7 +21,8 @@ from lamina_kv.bench.trace_file import ReplayedRequest, Trace
 from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape, PushParameters
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.keys import KEY_BYTES
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import (

@@ -9,7 +9,7 @@ from lamina_kv.config import Config
 from lamina_kv.control.breakers import Breakers
 from lamina_kv.control.catalog import Catalog
 from lamina_kv.control.leases import LeaseBook
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.observe.metrics import Meter
 

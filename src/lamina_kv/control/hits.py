@@ -9,7 +9,8 @@ from itertools import groupby, takewhile
 from lamina_kv.control.breakers import Breakers
 from lamina_kv.control.catalog import Catalog
 from lamina_kv.control.offers import HitPart
-from lamina_kv.control.requests import ChunkShape, Hit, RequestRecord
+from lamina_kv.control.requests import Hit, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import GroupKind
 from lamina_kv.plan import NEAR, ChunkKey, TierName
 from lamina_kv.tiers.contract import End

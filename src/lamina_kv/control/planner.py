@@ -20,31 +20,31 @@ from lamina_kv.control.books import Books, EngineClock
 from lamina_kv.control.breakers import Breakers
 from lamina_kv.control.catalog import open_catalog
 from lamina_kv.control.cost import Costs
-from lamina_kv.control.figures import begin as begin_figures
 from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.leases import BlockPool, LeaseBook
 from lamina_kv.control.loading import LoadEnd, LoadPlanner, stories
-from lamina_kv.control.misses import Misses
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer
 from lamina_kv.control.prefills import PrefillTimer
-from lamina_kv.control.prompts import PromptMeter
 from lamina_kv.control.push.open_prompts import RanksChannel
 from lamina_kv.control.push.pushes import Pushes
+from lamina_kv.control.reporting.figures import begin as begin_figures
+from lamina_kv.control.reporting.misses import Misses
+from lamina_kv.control.reporting.prompts import PromptMeter
+from lamina_kv.control.reporting.residency import Describe, Residency
+from lamina_kv.control.reporting.spans import TransferSpans
+from lamina_kv.control.reporting.summary import closing
 from lamina_kv.control.requests import (
     BoundaryState,
-    ChunkShape,
     Hit,
     PushParameters,
     RequestRecord,
     RequestView,
 )
-from lamina_kv.control.residency import Describe, Residency
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.second_uses import SecondUses
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.sharing import SharedLoads, Sharing
-from lamina_kv.control.spans import TransferSpans
-from lamina_kv.control.summary import closing
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch
 from lamina_kv.observe.metrics import Meter
@@ -631,7 +631,7 @@ class Planner:
         end = self._loading.settle(transfer, record)
         if transfer.state is State.FAILED and transfer.layerwise:
             self.distrust(transfer.step)
-        self._forget_if_over(transfer, record)
+        self._forget_if_over(record)
         return [] if end is None else [end]
 
     def _settle_push(self, transfer: Transfer) -> None:
@@ -643,9 +643,9 @@ class Planner:
         self._pushes.settle(transfer, record)
         if record is not None:
             stories.info("%s", self._loading.describe(record))
-        self._forget_if_over(transfer, record)
+        self._forget_if_over(record)
 
-    def _forget_if_over(self, transfer: Transfer, record: RequestRecord | None) -> None:
+    def _forget_if_over(self, record: RequestRecord | None) -> None:
         if record is not None and record.ended and not record.moving:
             self._forget(record)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from lamina_kv.control.lanes import Lane
 from lamina_kv.control.offers import Offer
-from lamina_kv.control.requests import ChunkShape, RequestRecord
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.reuse import Standing, Use
 from lamina_kv.tiers.slots import SlotIndex

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from lamina_kv.control.requests import ChunkShape, RequestRecord, Wait
+from lamina_kv.control.requests import RequestRecord, Wait
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.plan import ChunkKey, TransferId
 
 LARGEST = 2

@@ -28,7 +28,7 @@ from lamina_kv.plan import NEAR, TORN, ChunkKey, Outcome, TierName, TransferId, 
 from lamina_kv.tiers.reuse import ALONE, Standing
 
 if TYPE_CHECKING:
-    from lamina_kv.control.spans import TransferSpans
+    from lamina_kv.control.reporting.spans import TransferSpans
 
 
 class Kind(Enum):
@@ -54,11 +54,6 @@ class State(Enum):
     DONE = "done"
     FAILED = "failed"
 
-    @property
-    def terminal(self) -> bool:
-        """Whether nothing can follow."""
-        return self in (State.DONE, State.FAILED)
-
 
 @dataclass(slots=True)
 class Transfer:
@@ -67,7 +62,7 @@ class Transfer:
     Attributes:
         id: its identity.
         kind: what moves.
-        request_id: for whom, or "" for a move.
+        request_id: for whom; of a move, for whom it was ordered, or "" for nobody.
         step: the step whose plan carried it.
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.

@@ -23,15 +23,16 @@ from contextlib import ExitStack
 import torch
 
 from lamina_kv.config import Config
-from lamina_kv.control.hand_off import HandOff
 from lamina_kv.control.leases import BlockPool
 from lamina_kv.control.planner import Planner
-from lamina_kv.control.requests import ChunkShape, PushParameters
-from lamina_kv.control.summary import opening
+from lamina_kv.control.reporting.summary import opening
+from lamina_kv.control.requests import PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.data.assembly import assemble
 from lamina_kv.data.executor import Executor
 from lamina_kv.data.movers import make_mover
 from lamina_kv.data.replicas import Replicas
+from lamina_kv.engines.hand_off import HandOff
 from lamina_kv.engines.ranks import Ranks
 from lamina_kv.geometry import CacheGeometry, Group
 from lamina_kv.keys import Namespace

@@ -6,7 +6,7 @@ source.py        Prefill: which requests are pushed, to whom, and how does that 
 outbound.py      What is known of one push to another engine?
 queue.py         Which requests wait for blocks because of their pushes, and for how long?
 fit.py           Does what a decode engine announces fit what is computed here?
-offers.py        What may be bound while a step runs?
+open_prompts.py  What may be bound while a step runs?
 sender.py        Which pages are due, and how are they ordered?
 undelivered.py   How much do prompts take whose destination is not known?
 target.py        Decode: what is announced, expected, given up and quarantined?

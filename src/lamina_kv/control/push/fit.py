@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import GroupKind
 from lamina_kv.plan import PushPages
 from lamina_kv.push.messages import NO_BLOCK, Announce

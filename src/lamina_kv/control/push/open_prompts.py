@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lamina_kv.control.push.fit import completes, misfit, pages_of, sendable
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import GroupKind
 from lamina_kv.plan import Binding, PeerOrder, PushOrder, TransferId
 from lamina_kv.push.cards import EngineCard, encode_card

@@ -11,7 +11,7 @@ from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.push.fit import Sendable, completes, pages_of, sendable
 from lamina_kv.control.push.open_prompts import OpenPrompt, Taken
 from lamina_kv.control.push.outbound import Outbound
-from lamina_kv.control.requests import ChunkShape
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind, Transfer, TransferTable
 from lamina_kv.geometry import GroupKind
 from lamina_kv.plan import TORN, Binding, PushOrder, PushPages, TransferId

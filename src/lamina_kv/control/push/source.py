@@ -33,7 +33,8 @@ from lamina_kv.control.push.outbound import Outbound, Progress, Stage
 from lamina_kv.control.push.queue import PushQueue
 from lamina_kv.control.push.sender import PushSender
 from lamina_kv.control.push.undelivered import Undelivered
-from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters, RequestRecord
+from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import State, Transfer, TransferTable
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import Binding, LoadMode, PeerOrder, PushOrder, PushStop, TransferId

@@ -23,7 +23,8 @@ from lamina_kv.control.push.claims import ANSWER_SHARE, Backlog, Claimed, Claims
 from lamina_kv.control.push.failures import Failures
 from lamina_kv.control.push.inbound import GiveUp, Inbound, PushOffer, Sender, Stage
 from lamina_kv.control.push.room import Fit, Room
-from lamina_kv.control.requests import ChunkShape, RequestRecord
+from lamina_kv.control.requests import RequestRecord
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.geometry import GroupKind
 from lamina_kv.observe.metrics import Meter

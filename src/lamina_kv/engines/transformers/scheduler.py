@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from lamina_kv.config import Config
-from lamina_kv.control.hand_off import Phase
+from lamina_kv.engines.hand_off import Phase
 from lamina_kv.engines.ranks import Ranks
 from lamina_kv.engines.standalone import Standalone
 from lamina_kv.engines.transformers import layout

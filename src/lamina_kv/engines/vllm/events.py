@@ -30,8 +30,8 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_offload.base import Locality
 from vllm.v1.request import Request
 
+from lamina_kv.control.reporting.residency import Change, Residency
 from lamina_kv.control.requests import RequestView
-from lamina_kv.control.residency import Change, Residency
 from lamina_kv.engines.vllm.requests import VllmRequest
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import NEAR, TierName
@@ -40,7 +40,8 @@ from lamina_kv.tiers.config import SharedConfig, TierConfig
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of a chunk, as vLLM knows them: a :class:`~lamina_kv.control.residency.Label`.
+    """The blocks of a chunk, as vLLM knows them: a label
+    (:class:`~lamina_kv.control.reporting.residency.Label`).
 
     Attributes:
         group: their cache group.
@@ -111,7 +112,7 @@ class KvEvents:
         self._pool_was_reset = True
 
     def describe(self, view: RequestView, group: int, index: int) -> Blocks | None:
-        """A request's chunk; see :data:`~lamina_kv.control.residency.Describe`."""
+        """A request's chunk; see :data:`~lamina_kv.control.reporting.residency.Describe`."""
         assert isinstance(view, VllmRequest)
         request, shape = view.vllm, self._groups[group]
         size, step = shape.block_tokens, self._hash_tokens
@@ -134,7 +135,7 @@ class KvEvents:
 
     def take(self, residency: Residency) -> list[KVCacheEvent]:
         """Events since the last call, at most as many as
-        :meth:`~lamina_kv.control.residency.Residency.take` gives changes."""
+        :meth:`~lamina_kv.control.reporting.residency.Residency.take` gives changes."""
         if self._pool_was_reset:
             self._pool_was_reset = False
             residency.tell_again()

@@ -22,9 +22,10 @@ from vllm.v1.request import Request
 
 from lamina_kv.config import Config
 from lamina_kv.control.planner import PUSHED, Planner
-from lamina_kv.control.requests import BoundaryState, ChunkShape, PushParameters
+from lamina_kv.control.reporting.summary import opening
+from lamina_kv.control.requests import BoundaryState, PushParameters
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.sharing import Sharing
-from lamina_kv.control.summary import opening
 from lamina_kv.engines.vllm import layout
 from lamina_kv.engines.vllm.adapters import Adapters
 from lamina_kv.engines.vllm.concerns import BOTH, RECOMPUTE, concerns

@@ -135,7 +135,7 @@ class WorkerSide:
         outcomes = self.executor.collect()
         self._receipt = outcomes.receipt
         arrived, failed = set(outcomes.arrived), set(outcomes.failed)
-        # vLLM takes back waiting requests only, see SchedulerSide.open.
+        # vLLM takes back waiting requests only.
         if stranded := failed - arrived:
             raise RuntimeError(
                 f"a copy from host memory failed under requests {sorted(stranded)} while they ran, "

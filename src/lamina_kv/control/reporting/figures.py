@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from lamina_kv import __version__
 from lamina_kv.config import Config
 from lamina_kv.control.catalog import Catalog, Far
-from lamina_kv.control.misses import Reason
 from lamina_kv.control.push.inbound import GiveUp
+from lamina_kv.control.reporting.misses import Reason
 from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
 from lamina_kv.control.transfers import Kind
 from lamina_kv.observe.metrics import Meter
