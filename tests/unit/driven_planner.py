@@ -11,6 +11,7 @@ from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
 from lamina_kv.control.planner import Planner
 from lamina_kv.control.probes import LEAST_PAUSE
+from lamina_kv.control.push.pushes import Pushes
 from lamina_kv.control.reporting.residency import Describe
 from lamina_kv.control.requests import PushParameters
 from lamina_kv.control.shape import ChunkShape
@@ -195,6 +196,12 @@ class Engine:
             clock=clock or (lambda: self.now),
         )
         self.begun = self.meter.drain()
+
+    @property
+    def pushes(self) -> Pushes:
+        """What goes to other engines and comes from them, where the configuration has pushes."""
+        assert self.planner.pushes is not None
+        return self.planner.pushes
 
     def wait(self, seconds: float) -> None:
         """Step with nothing to run for that long."""

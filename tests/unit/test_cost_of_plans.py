@@ -389,9 +389,7 @@ class NoWalkOfReservations(dict[str, int]):
 
 def test_a_prompt_without_a_destination_looks_at_no_other() -> None:
     driven = pushing("P")
-    pushes = driven.planner._pushes
-    assert pushes is not None
-    source = pushes._source
+    source = driven.pushes._source
     undelivered = source._undelivered
     undelivered._reserved = NoWalkOfReservations(undelivered._reserved)
     for number in range(PUSHES):
@@ -410,13 +408,11 @@ class NoWalkOfPrompts(list[tuple[RequestRecord, float]]):
 
 def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
     driven = pushing("D")
-    pushes = driven.planner._pushes
-    assert pushes is not None
-    target = pushes._target
-    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    target = driven.pushes._target
+    driven.pushes.take_news([Opened("P", "P", SenderCard("P", False, ()))])
     views = [push_to(driven, number, "P") for number in range(PUSHES)]
     absent = [Letter("P", Absent(Attempt(f"push {n}", NO_EPOCH))) for n in range(PUSHES)]
-    driven.planner.take_news(absent)
+    driven.pushes.take_news(absent)
     driven.wait(2)
     target._backlog._prompts = NoWalkOfPrompts()
     for view in views:
@@ -427,10 +423,8 @@ def test_what_its_prefill_engine_does_not_have_looks_at_no_other() -> None:
 def parking() -> tuple[Engine, PushTarget]:
     """A decode engine to which many prompts are on their way."""
     driven = pushing("D")
-    pushes = driven.planner._pushes
-    assert pushes is not None
-    target = pushes._target
-    driven.planner.take_news([Opened("P", "P", SenderCard("P", False, ()))])
+    target = driven.pushes._target
+    driven.pushes.take_news([Opened("P", "P", SenderCard("P", False, ()))])
     for number in range(PUSHES):
         view = push_to(driven, number, "P")
         driven.planner.admitted(view.request_id, driven.planner.lookup(view, 0).tokens)
@@ -441,7 +435,7 @@ def test_fences_of_many_pushes_cost_one_look_at_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driven, target = parking()
-    letters = driven.planner.drain_letters()
+    letters = driven.pushes.drain_letters()
     attempts = [
         letter.message.attempt for letter in letters if isinstance(letter.message, Announce)
     ]
@@ -452,6 +446,6 @@ def test_fences_of_many_pushes_cost_one_look_at_what_is_left(
         return plain(self, address)
 
     monkeypatch.setattr(PushTarget, "_unfenced", counted)
-    driven.planner.take_news([Letter("P", Fenced(attempt, clean=True)) for attempt in attempts])
+    driven.pushes.take_news([Letter("P", Fenced(attempt, clean=True)) for attempt in attempts])
     assert len(target.give_ups) == len(attempts) == PUSHES
     assert looks["all"] <= 1

@@ -487,7 +487,7 @@ def test_what_several_weights_have_computed_is_not_pushed(how: str) -> None:
     engine, view, barred = Engine(), View("a", prompt(70)), []
     start(engine, view)
     pushes = SimpleNamespace(bar=lambda record: barred.append(record.view.request_id))
-    engine.planner._pushes = cast(Pushes, pushes)
+    engine.planner.pushes = cast(Pushes, pushes)
     if how == "weights":
         engine.planner.reset()
     elif how == "an adapter":

@@ -163,8 +163,9 @@ class Server:
 
     def exchange(self) -> None:
         news, self.inbox = self.inbox, []
-        self.planner.take_news(news)
-        for letter in self.planner.drain_letters():
+        assert self.planner.pushes is not None
+        self.planner.pushes.take_news(news)
+        for letter in self.planner.pushes.drain_letters():
             self.world.carry(self.name, letter)
 
     def step(self) -> None:

@@ -40,7 +40,7 @@ def test_who_loads_from_no_tier_is_pushed_to() -> None:
     hit = decode.planner.lookup(view, 0)
     assert (hit.tokens, hit.mode) == (len(TOKENS) - 1, LoadMode.PARKED)
     decode.planner.admitted("a", hit.tokens)
-    *_, letter = decode.planner.drain_letters()
+    *_, letter = decode.pushes.drain_letters()
     assert isinstance(letter.message, Announce)
     assert (letter.message.start, letter.message.end) == (0, len(TOKENS) - 1)
     plan = decode.step()
@@ -74,8 +74,8 @@ def test_who_saves_to_no_tier_prefills_for_others(saves: bool) -> None:
     prefill.planner.admitted("a", 0)
     tables = (BlockTable(0, tuple(range(21, 27))), BlockTable(2, (29,)))
     announce = Announce(Attempt("push", 1), prompt_digest(TOKENS, b"", b""), 0, end, 60.0, tables)
-    prefill.planner.take_news([Opened("d", "d", card("d", groups)), Letter("d", announce)])
-    assert Bound(Attempt("push", 1)) in [m.message for m in prefill.planner.drain_letters()]
+    prefill.pushes.take_news([Opened("d", "d", card("d", groups)), Letter("d", announce)])
+    assert Bound(Attempt("push", 1)) in [m.message for m in prefill.pushes.drain_letters()]
     states = [BoundaryState("a", 1, 9, end)]
     plan = prefill.planner.plan_step([("a", 0, end)], forward=True, states=states)
     (order,) = plan.push.orders

@@ -34,7 +34,7 @@ def view(name: str, tokens: list[int], *, prefill: str | None = PREFILL, first: 
 
 
 def said(engine: Engine) -> list[LinkMessage]:
-    return [letter.message for letter in engine.planner.drain_letters()]
+    return [letter.message for letter in engine.pushes.drain_letters()]
 
 
 def test_what_a_tier_brings_is_not_waited_for_from_elsewhere() -> None:
@@ -106,9 +106,9 @@ def test_what_may_not_be_brought_is_not_claimed() -> None:
 
 def test_a_prefill_engine_says_that_a_request_has_come() -> None:
     prefill = engine()
-    prefill.planner.take_news([Opened("decode", "decode", card("decode"))])
+    prefill.pushes.take_news([Opened("decode", "decode", card("decode"))])
     claim = Claim(("push of a",), 60.0)
-    prefill.planner.take_news([Letter("decode", claim)])
+    prefill.pushes.take_news([Letter("decode", claim)])
     prefill.planner.arrived(view("a", prompt(100), prefill=None))
     attempt = Attempt("push of a", NO_EPOCH)
     assert said(prefill) == [Absent(attempt), Queued(attempt)]

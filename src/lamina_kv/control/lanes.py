@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import islice
 from math import inf
 
@@ -27,6 +28,18 @@ ANSWER_TIMEOUT = 1.0
 """Seconds that a write waits for the tier to say whether it has the chunk. An answer takes
 milliseconds. What a tier that does not answer has already is written once more, and no harm done.
 """
+
+
+class Unwritten(StrEnum):
+    """Why a chunk that was to be written to a far tier is not; a word for metric labels."""
+
+    EVICTED = "evicted"
+    """Near had to give it up before."""
+    NO_PREFIX = "no_prefix"
+    """The chunk in front of it was not written."""
+    IN_USE = "tier_in_use"
+    WORTH_LESS = "worth_less"
+    ALREADY_THERE = "already_there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +134,7 @@ class Lane:
         written any more."""
         waited = self._backlog.pop(key, None), self._failed.pop(key, None)
         if any(waited):
-            self._skip("evicted")
+            self._skip(Unwritten.EVICTED)
 
     def hurry(self) -> None:
         """The engine ends: try what waits to be written now, even if the tier is out of use."""
@@ -162,7 +175,7 @@ class Lane:
         near = self._books.catalog.near
         slot, place = near.visible[key], self._place(key, waiting.standing)
         near.unspare(key)
-        if isinstance(place, str):
+        if isinstance(place, Unwritten):
             self._skip(place)
             return
         near.lease(slot)
@@ -170,19 +183,19 @@ class Lane:
         self._writing[transfer.id] = waiting
         self._outward.append(Move(transfer.id, key, slot, place))
 
-    def _place(self, key: ChunkKey, standing: Standing) -> int | str:
+    def _place(self, key: ChunkKey, standing: Standing) -> int | Unwritten:
         """A place that is reserved for a chunk, or why it is not written."""
         catalog, behind = self._books.catalog, standing.behind
         if self.far.index.holds(key):
-            return "already_there"
+            return Unwritten.ALREADY_THERE
         if behind is not None and behind not in self._backlog and not catalog.lasts(behind):
-            return "no_prefix"  # the chunk in front of it was not written
+            return Unwritten.NO_PREFIX
         place = catalog.room(key, self.far.name, standing)
         if isinstance(place, NoRoom):
-            return "tier_in_use" if place is NoRoom.IN_USE else place.value
+            return Unwritten.IN_USE if place is NoRoom.IN_USE else Unwritten.WORTH_LESS
         return place
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: Unwritten) -> None:
         self._books.meter.count("writes_skipped", 1, tier=self.far.name, reason=reason)
 
     # -- chunks that are needed --------------------------------------------------------------

@@ -17,7 +17,7 @@ from lamina_kv.control.books import Books
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.moving import MovePlanner
-from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer, describe
+from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer, Unloaded, describe
 from lamina_kv.control.policy import LEAST_TIMEOUT, Asked, LoadPolicy
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.sharing import SharedLoads
@@ -284,7 +284,7 @@ class LoadPlanner:
             record.delivery.failed = transfer.reason or "unknown"
             record.save_anew()
             # What was not delivered is still near: do not ask for it for ever.
-            record.no_loads = "failed_before"
+            record.no_loads = Unloaded.FAILED_BEFORE
         stories.info("%s", self.describe(record))
         return LoadEnd(transfer.request_id, failed)
 

@@ -9,9 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from math import inf
 
 from lamina_kv.plan import LoadMode, TierName
+
+
+class Unloaded(StrEnum):
+    """Why a hit is not loaded, or not all of it, where that is Lamina's own doing or known to it; a
+    word for logs and metric labels."""
+
+    BELOW_MIN_TOKENS = "below_min_tokens"
+    SLOWER_THAN_COMPUTING = "slower_than_computing"
+    COMPUTING_TO_MEASURE = "computing_to_measure"
+    DECLINED_BY_ENGINE = "declined_by_engine"
+    ROLE = "role"
+    FAILED_BEFORE = "failed_before"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from math import inf
 from typing import TYPE_CHECKING
 
 from lamina_kv.config import Config
@@ -24,7 +23,7 @@ from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.leases import BlockPool, LeaseBook
 from lamina_kv.control.loading import LoadEnd, LoadPlanner, stories
 from lamina_kv.control.moving import MovePlanner
-from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer
+from lamina_kv.control.offers import ASK_AGAIN, Delivery, Offer, Unloaded
 from lamina_kv.control.prefills import PrefillTimer
 from lamina_kv.control.push.open_prompts import RanksChannel
 from lamina_kv.control.push.pushes import Pushes
@@ -61,8 +60,6 @@ from lamina_kv.plan import (
     TierName,
 )
 from lamina_kv.push.cards import EngineCard
-from lamina_kv.push.letters import Letter, News
-from lamina_kv.push.messages import Announce, Goodbye
 
 if TYPE_CHECKING:
     from lamina_kv.observe.spans import Span, Spans
@@ -101,6 +98,7 @@ class Planner:
     Attributes:
         costs: what was measured so far.
         residency: what tiers hold, as it changes; None if nobody listens.
+        pushes: what goes to other engines and comes from them; None if the engine takes no part.
 
     Raises:
         ValueError: if ``reports`` is empty, or near is smaller than one chunk.
@@ -185,9 +183,9 @@ class Planner:
         )
         self._second_uses = SecondUses(books.shape, books.catalog.near, self._moves.sharing)
         self._saving = SavePlanner(books, self._moves.saved, self._second_uses.add)
-        self._pushes: Pushes | None = None
+        self.pushes: Pushes | None = None
         if config.push is not None and card is not None:
-            self._pushes = Pushes(config.push, books, card, self.costs, clock, channel=channel)
+            self.pushes = Pushes(config.push, books, card, self.costs, clock, channel=channel)
         begin_figures(
             meter,
             config,
@@ -195,7 +193,7 @@ class Planner:
             shape.chunk_tokens,
             loads=loads,
             saves=saves,
-            pushes=self._pushes is not None,
+            pushes=self.pushes is not None,
         )
         self._requests: dict[str, RequestRecord] = {}
         self._active: set[str] = set()  # admitted and not ended
@@ -215,8 +213,8 @@ class Planner:
         if loads and self._loads:
             record.known_keys()
             self._moves.expect(record)
-        if self._pushes is not None:
-            self._pushes.arrived(record, loads=loads)
+        if self.pushes is not None:
+            self.pushes.arrived(record, loads=loads)
 
     def lookup(
         self,
@@ -258,12 +256,12 @@ class Planner:
             self._active.discard(view.request_id)
             record.span = self._begin_lookup(view.request_id)
         record = self._record_of(view)
-        pushes = self._pushes if view.push is not None and not declined else None
+        pushes = self.pushes if view.push is not None and not declined else None
         if pushes is not None and pushes.waits(record, floor):
             return ASK_AGAIN
         pushed_to = view.push is not None and view.push.prefill is not None
         record.may_hit |= not declined and (self._loads or pushed_to)
-        unloaded = declined or ("" if self._loads else "role")
+        unloaded = declined or ("" if self._loads else Unloaded.ROLE)
         # A request that is pushed to has a destination to announce.
         shares = not (sharing is Sharing.NOTHING or unloaded or pushed_to)
         if shares and self._shared.waits(record, floor, clock.now):
@@ -303,8 +301,8 @@ class Planner:
             # Weights, or an adapter, were loaded anew while the request waited.
             record.rename(self._chain_of(view))
             self._moves.look_again(record)
-            if self._pushes is not None:  # of one that was preempted a part may have been sent
-                self._pushes.bar(record)
+            if self.pushes is not None:  # of one that was preempted a part may have been sent
+                self.pushes.bar(record)
         record.view = view
         return record
 
@@ -341,11 +339,11 @@ class Planner:
         self._books.clock.tick()
         offer = record.offer
         if loaded == 0 and offer.tokens:  # the engine has taken somebody else's offer
-            reason = "declined_by_engine" if offer.reason == "hit" else offer.reason
+            reason = Unloaded.DECLINED_BY_ENGINE if offer.reason == "hit" else offer.reason
             record.offer = offer = replace(offer, loaded=0, pushed=0, reason=reason)
         assert loaded == offer.tokens, "what was offered is taken whole or not at all"
-        if self._pushes is not None:
-            self._pushes.admitted(record, offer)
+        if self.pushes is not None:
+            self.pushes.admitted(record, offer)
         if not record.losses:  # one that comes back finds what it had computed itself
             found = offer if floor is None else replace(offer, floor=floor)
             self._hits.used(record, found.floor + found.loaded)
@@ -354,8 +352,8 @@ class Planner:
             if record.may_hit:
                 self._note_miss(record, offer)
         if offer.pushed:
-            assert self._pushes is not None, "it has made the offer"
-            self._pushes.order(record)
+            assert self.pushes is not None, "it has made the offer"
+            self.pushes.order(record)
         if offer.loaded:
             self._loading.order(record, partial=offer.pushed > 0)
         elif offer.parts and not offer.pushed:
@@ -449,7 +447,7 @@ class Planner:
                 self._note_progress(record, start, computed, refused=refused)
         self._prefills.planned(tokens)
         tiers = self._moves.step()
-        push = NO_PUSH if self._pushes is None else self._pushes.plan()
+        push = NO_PUSH if self.pushes is None else self.pushes.plan()
         outstanding = len(books.transfers) > 0 or self._push_pending
         # Who waits for a near slot that is not there yet waits for a receipt, too.
         outstanding |= books.catalog.near.grows and self._moves.has_work
@@ -474,8 +472,8 @@ class Planner:
         if record is not None:
             if self._saves:
                 self._saving.consider_state(record, state.group, state.block, state.end)
-            if self._pushes is not None:
-                self._pushes.state(record, state)
+            if self.pushes is not None:
+                self.pushes.state(record, state)
 
     def _note_progress(
         self, record: RequestRecord, start: int, computed: int, *, refused: bool
@@ -491,8 +489,8 @@ class Planner:
         record.begun = True
         if not record.counted:
             self._prompts.runs(record, start, computed)
-        if self._pushes is not None:
-            self._pushes.progress(record, start, computed)
+        if self.pushes is not None:
+            self.pushes.progress(record, start, computed)
         if self._shape.rings and self._saves:
             self._saving.consider_rings(record, start, computed)
         if record.fresh or record.prefill is not None:
@@ -523,8 +521,8 @@ class Planner:
         record = self._requests.get(request_id)
         self._moves.forget(request_id)
         if record is None:
-            if self._pushes is not None:
-                self._pushes.finished(request_id, None, computed, blocks, push)
+            if self.pushes is not None:
+                self.pushes.finished(request_id, None, computed, blocks, push)
             return
         self._prompts.ended(record, computed)
         if record.span is not None:
@@ -536,8 +534,8 @@ class Planner:
             self._books.clock.tick()
             self._prefills.end(record)
         self._saving.order_postponed(ended=record, computed=computed)
-        if self._pushes is not None:
-            self._pushes.finished(request_id, record, computed, blocks, push)
+        if self.pushes is not None:
+            self.pushes.finished(request_id, record, computed, blocks, push)
         parked = record.moving and record.offer.mode is LoadMode.PARKED
         if record.admitted and self._saves and not parked:
             left = self._saving.consider(record, computed, lambda group: blocks[group])
@@ -621,8 +619,8 @@ class Planner:
         and is not visible yet may become visible, and everything is considered for saving anew.
         """
         self._saving.poison_saves_since(step)
-        if self._pushes is not None:
-            self._pushes.distrust(step)
+        if self.pushes is not None:
+            self.pushes.distrust(step)
         for record in self._requests.values():
             record.save_anew()
 
@@ -635,12 +633,12 @@ class Planner:
         return [] if end is None else [end]
 
     def _settle_push(self, transfer: Transfer) -> None:
-        assert self._pushes is not None, "it has ordered the push"
+        assert self.pushes is not None, "it has ordered the push"
         if transfer.kind is Kind.PUSH:
-            self._pushes.settle(transfer, None)
+            self.pushes.settle(transfer, None)
             return
         record = self._requests.get(transfer.request_id)
-        self._pushes.settle(transfer, record)
+        self.pushes.settle(transfer, record)
         if record is not None:
             stories.info("%s", self._loading.describe(record))
         self._forget_if_over(record)
@@ -655,85 +653,18 @@ class Planner:
         if record.follower is not None:
             record.follower.over()
 
-    # -- other engines -----------------------------------------------------------------------
-
-    def take_news(self, news: Sequence[News]) -> None:
-        """Take in what other engines have to say."""
-        if news and self._pushes is not None:
-            self._pushes.take_news(news)
-
-    def take_announcement(self, peer: str, announce: Announce) -> bool:
-        """An announcement has come: send at once what waits for it. Called by the link's thread.
-
-        Args:
-            peer: incarnation of the decode engine; the planner knows of this connection.
-            announce: the announcement.
-
-        Returns:
-            Whether it is sent. The planner knows of the announcement then.
-        """
-        return self._pushes is not None and self._pushes.take_announcement(peer, announce)
+    # -- the whole ---------------------------------------------------------------------------
 
     def hurry(self) -> None:
         """The engine ends, and steps for as long as there is work: what waits for a tier that is
         out of use is tried once more now. If that fails it is lost."""
         self._moves.hurry()
 
-    def end_pushes(self, *, at_once: bool) -> None:
-        """The engine ends.
-
-        Args:
-            at_once: whether nothing more will be sent; else what is under way still is.
-        """
-        if self._pushes is not None:
-            self._pushes.end(at_once=at_once)
-
-    def withdraw_push(self, push: str, request_id: str) -> None:
-        """A router says that no decode engine will ask for what is computed here.
-
-        Args:
-            push: the router's name for it.
-            request_id: the request by which it says so: nothing need come of it.
-        """
-        if self._pushes is not None:
-            self._pushes.withdraw(push, request_id)
-
-    def goodbye(self, peer: str) -> Goodbye:
-        """The last word to a decode engine, when pushes have ended at once. Any thread may ask for
-        it, while the planner does nothing else.
-
-        Args:
-            peer: the decode engine's incarnation.
-        """
-        assert self._pushes is not None, "there are other engines"
-        return self._pushes.goodbye(peer)
-
-    def drain_letters(self) -> list[Letter]:
-        """Messages for other engines since the last call."""
-        return [] if self._pushes is None else self._pushes.drain_letters()
-
-    def drain_unwanted(self) -> list[str]:
-        """Requests since the last call whose prompts another engine computes itself: nobody will
-        look at what comes of them here."""
-        return [] if self._pushes is None else self._pushes.drain_unwanted()
-
-    @property
-    def push_wait(self) -> float:
-        """Seconds after which a step changes something of a push although nobody has said
-        anything; infinite if none does."""
-        return inf if self._pushes is None else self._pushes.wait
-
     @property
     def write_wait(self) -> float:
         """Seconds after which there is work although nobody has asked for anything: a tier that was
         out of use is tried with what waits to be written there. Infinite if there will be none."""
         return self._moves.write_wait
-
-    @property
-    def _push_pending(self) -> bool:
-        return self._pushes is not None and self._pushes.pending
-
-    # -- the whole ---------------------------------------------------------------------------
 
     @property
     def epoch(self) -> Epoch:
@@ -777,8 +708,8 @@ class Planner:
                 continue
             barred.add(request_id)
             record.barred = True
-            if self._pushes is not None:
-                self._pushes.bar(record)
+            if self.pushes is not None:
+                self.pushes.bar(record)
         self._saving.poison_saves_of(barred)
 
     @property
@@ -789,7 +720,7 @@ class Planner:
             self._moves.has_work
             or self._second_uses.pending
             or self._books.transfers.pending
-            or self._push_pending
+            or (self.pushes is not None and self.pushes.pending)
             or (self.residency is not None and self.residency.behind)
         )
 
@@ -825,6 +756,6 @@ class Planner:
         meter.gauge("waiting_requests", self._shared.waiting, cause="shared_load")
         meter.gauge("write_backlog", self._moves.backlog)
         meter.gauge("queue_depth", self._queued)
-        if self._pushes is not None:
-            self._pushes.gauges()
+        if self.pushes is not None:
+            self.pushes.gauges()
         meter.gauge("leased_blocks", books.leases.leased_blocks)

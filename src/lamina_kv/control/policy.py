@@ -19,7 +19,7 @@ from itertools import zip_longest
 
 from lamina_kv.config import LoadConfig
 from lamina_kv.control.cost import Costs
-from lamina_kv.control.offers import HitPart, Offer
+from lamina_kv.control.offers import HitPart, Offer, Unloaded
 from lamina_kv.plan import NEAR, LoadMode, TierName
 
 SHORT_STALL = 0.01
@@ -103,7 +103,7 @@ class LoadPolicy:
         if tokens == 0:
             return replace(offer, reason="tier_out_of_use" if asked.out_of_use else "miss")
         if tokens < self._min_tokens:
-            return replace(offer, reason="below_min_tokens")
+            return replace(offer, reason=Unloaded.BELOW_MIN_TOKENS)
         compute = costs.prefill_seconds(asked.floor, asked.floor + tokens)
         offer = replace(offer, reason="hit", timeout=self._config.deadline)
         if compute is not None:
@@ -119,7 +119,7 @@ class LoadPolicy:
         if weighs and offer.predicted_load > SHORT_STALL:
             tokens = self._measuring(asked, offer.predicted_load)
             if tokens < asked.tokens:
-                offer = replace(offer, reason="computing_to_measure", measures=True)
+                offer = replace(offer, reason=Unloaded.COMPUTING_TO_MEASURE, measures=True)
         # Beside rows that are loaded no computing is measured, nor is that of a few tokens.
         tells = asked.prompt - asked.floor - tokens >= self._chunk_tokens
         if weighs and tells and (offer.measures or asked.measures or self._config.mode == "auto"):
@@ -147,7 +147,7 @@ class LoadPolicy:
             mode, reason = LoadMode.PARKED, "hit_to_measure"  # one in a step cannot be given up
             return replace(offer, loaded=hoped, mode=mode, reason=reason, timeout=timeout)
         if not tokens:
-            return replace(offer, reason="slower_than_computing")
+            return replace(offer, reason=Unloaded.SLOWER_THAN_COMPUTING)
         compute = costs.prefill_seconds(asked.floor, asked.floor + tokens) or 0.0
         return replace(
             offer,

@@ -193,13 +193,24 @@ class Pushes:
         self._target.receive(news, now)
 
     def take_announcement(self, peer: str, announce: Announce) -> bool:
-        """An announcement has come; called by the link's thread. See
-        :meth:`~lamina_kv.control.planner.Planner.take_announcement`."""
+        """An announcement has come: send at once what waits for it. Called by the link's thread.
+
+        Args:
+            peer: incarnation of the decode engine; the planner knows of this connection.
+            announce: the announcement.
+
+        Returns:
+            Whether it is sent. The planner knows of the announcement then.
+        """
         return self._source.take(peer, announce)
 
     def withdraw(self, push: str, request_id: str) -> None:
-        """No decode engine will ask for a push, see
-        :meth:`~lamina_kv.control.planner.Planner.withdraw_push`."""
+        """A router says that no decode engine will ask for what is computed here.
+
+        Args:
+            push: the router's name for it.
+            request_id: the request by which it says so: nothing need come of it.
+        """
         self._source.withdraw(push, request_id, self._books.clock.tick())
 
     def drain_letters(self) -> list[Letter]:
@@ -207,16 +218,25 @@ class Pushes:
         return [*_taken(self._source.letters), *_taken(self._target.letters)]
 
     def drain_unwanted(self) -> list[str]:
-        """Requests since the last call whose prompts another engine computes itself."""
+        """Requests since the last call whose prompts another engine computes itself: nobody will
+        look at what comes of them here."""
         return [*_taken(self._source.unwanted)]
 
     def end(self, *, at_once: bool) -> None:
-        """The engine ends, see :meth:`~lamina_kv.control.planner.Planner.end_pushes`."""
+        """The engine ends.
+
+        Args:
+            at_once: whether nothing more will be sent; else what is under way still is.
+        """
         self._source.end(at_once=at_once)
 
     def goodbye(self, peer: str) -> Goodbye:
-        """The last word to a decode engine, see
-        :meth:`~lamina_kv.control.planner.Planner.goodbye`."""
+        """The last word to a decode engine, when pushes have ended at once. Any thread may ask for
+        it, while the planner does nothing else.
+
+        Args:
+            peer: the decode engine's incarnation.
+        """
         return self._source.goodbye(peer)
 
     @property
@@ -226,7 +246,8 @@ class Pushes:
 
     @property
     def wait(self) -> float:
-        """Seconds after which a step changes something although nobody has said anything."""
+        """Seconds after which a step changes something although nobody has said anything; infinite
+        if none does."""
         clock = self._books.clock
         # What is longer than a step counts as less, see the clock.
         wait = min(self._source.due, self._target.due) - clock.now

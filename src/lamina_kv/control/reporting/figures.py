@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from lamina_kv import __version__
 from lamina_kv.config import Config
 from lamina_kv.control.catalog import Catalog, Far
+from lamina_kv.control.lanes import Unwritten
+from lamina_kv.control.offers import Unloaded
 from lamina_kv.control.push.inbound import GiveUp
 from lamina_kv.control.reporting.misses import Reason
 from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
@@ -23,11 +25,6 @@ from lamina_kv.tiers.contract import Fate
 
 OVERDUE = "overdue"
 
-_UNLOADED = (
-    "below_min_tokens", "slower_than_computing", "computing_to_measure", "declined_by_engine",
-    "role", "failed_before",
-)  # fmt: skip
-_UNWRITTEN = ("evicted", "no_prefix", "tier_in_use", "worth_less", "already_there")
 _UNPUSHED = (
     "below_min_tokens", "too_large", "no_room", "peer_out_of_use", "id_in_use", "not_needed",
     "states_in_place", GiveUp.ABSENT, GiveUp.UNANSWERED, GiveUp.FAILED, GiveUp.LOST,
@@ -80,7 +77,7 @@ def begin(
     for source in ("engine", NEAR, *catalog.far, *(["push"] if pushes else []), "other"):
         meter.begin("hit_tokens", tier=source)
         meter.begin("saved_seconds", tier=source)
-    for reason in _UNLOADED:
+    for reason in Unloaded:
         meter.begin("loads_skipped", reason=reason)
     for miss in Reason:
         meter.begin("misses", reason=miss)
@@ -104,7 +101,7 @@ def _word(yes: bool) -> str:
 def _begin_far(meter: Meter, far: Far) -> None:
     for name in ("write_bytes", "fetch_bytes", "write_seconds", "fetch_seconds"):
         meter.begin(name, tier=far.name)
-    for reason in _UNWRITTEN:
+    for reason in Unwritten:
         meter.begin("writes_skipped", tier=far.name, reason=reason)
     _begin_failures(meter, far.name, Kind.MOVE_IN, Kind.MOVE_OUT)
     if far.index.capacity:

@@ -22,6 +22,7 @@ from vllm.v1.request import Request
 
 from lamina_kv.config import Config
 from lamina_kv.control.planner import PUSHED, Planner
+from lamina_kv.control.push.pushes import Pushes
 from lamina_kv.control.reporting.summary import opening
 from lamina_kv.control.requests import BoundaryState, PushParameters
 from lamina_kv.control.shape import ChunkShape
@@ -269,7 +270,7 @@ class SchedulerSide:
             token=config.token,
             silence=config.silence,
             wake=self.watch.loop.wake,
-            take=self.planner.take_announcement,
+            take=self._pushes.take_announcement,
         )
 
     @property
@@ -320,16 +321,16 @@ class SchedulerSide:
         if self._link is not None:
             news = self._link.news()
             self._moved |= bool(news)
-            self.planner.take_news(news)
-            for letter in self.planner.drain_letters():
+            self._pushes.take_news(news)
+            for letter in self._pushes.drain_letters():
                 self._link.send(letter)
-            self.watch.loop.abort(self.planner.drain_unwanted())
+            self.watch.loop.abort(self._pushes.drain_unwanted())
 
     def _end_pushes(self, *, at_once: bool = False) -> None:
         """Tell decode engines what they need not wait for, because this engine ends."""
-        if self._planner is not None:
+        if self._link is not None:
             self._exchange()
-            self._planner.end_pushes(at_once=at_once)
+            self._pushes.end(at_once=at_once)
             self._exchange()
 
     def _hurry(self) -> None:
@@ -350,7 +351,7 @@ class SchedulerSide:
         """The engine ends."""
         if self._link is not None:
             self._end_pushes(at_once=True)
-            self._link.close(self.planner.goodbye)
+            self._link.close(self._pushes.goodbye)
         if self._caller is not None:
             self._caller.close()
         for server in self._servers:
@@ -372,6 +373,12 @@ class SchedulerSide:
         assert self._planner is not None, "no rank has reported yet"
         return self._planner
 
+    @property
+    def _pushes(self) -> Pushes:
+        """Pushes; the planner has them where there is a link."""
+        assert self.planner.pushes is not None, "a link is opened for pushes"
+        return self.planner.pushes
+
     def arrived(self, request: Request) -> None:
         """A request will wait for its turn."""
         if self._planner is None:
@@ -389,7 +396,8 @@ class SchedulerSide:
         withdrawn = withdrawn_push(request)
         if withdrawn is not None:
             self._exchange()  # somebody may have asked for it
-            self.planner.withdraw_push(withdrawn, request.request_id)
+            if self._link is not None:
+                self._pushes.withdraw(withdrawn, request.request_id)
         elif loads or view.push is not None:
             self.planner.arrived(view, loads=loads)
             self._adapters.look_anew()  # the next step may be far away
@@ -454,7 +462,7 @@ class SchedulerSide:
     def _remind(self) -> None:
         """Have a step when one is needed, although nobody asks for anything until then."""
         if self._link is not None:
-            self._link.remind(self.planner.push_wait)
+            self._link.remind(self._pushes.wait)
         self.watch.loop.wake_after(self.planner.write_wait)
 
     def receive(self, output: KVConnectorOutput) -> None:
