@@ -393,9 +393,9 @@ class TransferReceipt:
         transfer: which.
         outcome: see :class:`Outcome`.
         moved_bytes: bytes moved by this rank; none of a save or move that another did for it.
-        seconds: wall time from order to outcome; of a move, its share of the time of its batch.
+        seconds: wall time from order to outcome.
         active: of these, seconds in which rows of a load were on their way, and did not wait to be
-            asked for.
+            asked for; of a move, its share of the time in which the tier was called with its batch.
         waited: seconds that the forward pass itself waited for this load.
         lost: whether the source of a move is gone or damaged, so that it can never be delivered.
         present: of an ask, one byte a key: 1 if the tier has the chunk.

@@ -196,6 +196,27 @@ def test_what_went_out_comes_back(rig: Rig) -> None:
     assert set(lanes) == {Lane.WRITE, Lane.FETCH}
 
 
+@pytest.mark.parametrize("inward", [True, False])
+def test_a_move_takes_from_its_order_to_its_outcome_whatever_it_shares_a_call_with(
+    inward: bool,
+) -> None:
+    """Control learns from it how long a tier needs: moves that are ordered together, and go by two
+    in three calls, keep it busy three times as long as one call."""
+    call = 0.05
+    rig = Rig(Store(readers=1, batch=2))
+    rig.write(*range(6))
+    rig.store.on["read" if inward else "write"] = lambda: time.sleep(call)
+    moves = tuple(move(n, n) for n in range(6))
+    rig.order(**{"inward" if inward else "outward": moves})
+    receipts = rig.settle(6)
+    rig.close()
+    calls = [verb for verb, _ in rig.store.calls[-3:]]
+    assert calls == ["read" if inward else "write"] * 3
+    for n in range(6):
+        assert receipts[n].seconds >= call * (n // 2 + 1)
+        assert call / 2 <= receipts[n].active <= receipts[n].seconds
+
+
 def test_a_question_has_one_answer_a_chunk(rig: Rig) -> None:
     rig.write(1, 3)
     rig.order(asks=(Ask(TransferId(9), tuple(map(key, (1, 2, 3)))), Ask(TransferId(8), ())))

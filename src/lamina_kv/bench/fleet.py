@@ -236,8 +236,8 @@ class _Engine:
         self._computes = False
         self._next_turn = math.inf
         self._news: list[TransferReceipt] = []
-        self._outward: deque[Move] = deque()
-        self._inward: deque[Move] = deque()
+        self._outward: deque[tuple[Move, float]] = deque()
+        self._inward: deque[tuple[Move, float]] = deque()
         self._writes = self._reads = 0  # that the store has seen, and not answered
 
     def arrives(self, number: int) -> None:
@@ -389,39 +389,40 @@ class _Engine:
             self._fleet.at(self._fleet.now + store.latency, partial(self._answered, ask))
         if orders.probe is not None:
             self._hears(TransferReceipt(orders.probe, Outcome.DONE))
-        self._outward += orders.outward
-        self._inward += orders.inward
+        now = self._fleet.now
+        self._outward += ((move, now) for move in orders.outward)
+        self._inward += ((move, now) for move in orders.inward)
         self._begin_moves()
 
     def _begin_moves(self) -> None:
         store, now = self._fleet.store, self._fleet.now
         while self._inward and self._reads < READERS:
             self._reads += 1
-            self._fleet.at(store.crosses(now), partial(self._read, self._inward.popleft(), now))
+            self._fleet.at(store.crosses(now), partial(self._read, *self._inward.popleft()))
         while self._outward and not self._writes:
             self._writes = 1
-            self._fleet.at(store.crosses(now), partial(self._wrote, self._outward.popleft(), now))
+            self._fleet.at(store.crosses(now), partial(self._wrote, *self._outward.popleft()))
 
     def _answered(self, ask: Ask) -> None:
         present = bytes(map(self._fleet.store.has, ask.keys))
         self._hears(TransferReceipt(ask.transfer, Outcome.DONE, present=present))
 
-    def _wrote(self, move: Move, began: float) -> None:
+    def _wrote(self, move: Move, ordered: float) -> None:
         self._writes = 0
         self._fleet.store.write(move.key)
-        self._moved(move, began)
+        self._moved(move, ordered)
 
-    def _read(self, move: Move, began: float) -> None:
+    def _read(self, move: Move, ordered: float) -> None:
         self._reads -= 1
         if self._fleet.store.read(move.key):
-            self._moved(move, began)
+            self._moved(move, ordered)
         else:
             self._begin_moves()
             self._hears(TransferReceipt(move.transfer, Outcome.FAILED, lost=True, reason=Fate.GONE))
 
-    def _moved(self, move: Move, began: float) -> None:
+    def _moved(self, move: Move, ordered: float) -> None:
         self._begin_moves()
-        size, seconds = self._fleet.trace.block_bytes, self._fleet.now - began
+        size, seconds = self._fleet.trace.block_bytes, self._fleet.now - ordered
         self._hears(TransferReceipt(move.transfer, Outcome.DONE, size, seconds))
 
     def _hears(self, receipt: TransferReceipt) -> None:

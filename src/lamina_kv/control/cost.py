@@ -160,14 +160,23 @@ class Costs:
                 start = stop
         return seconds
 
-    def loaded(self, tier: TierName, size: int, seconds: float) -> None:
-        """A tier has brought ``size`` bytes, and has worked on them for so long."""
+    def loaded(
+        self, tier: TierName, size: int, seconds: float, *, ordered: float | None = None
+    ) -> None:
+        """A tier has brought something.
+
+        Args:
+            tier: the tier.
+            size: bytes.
+            seconds: how long it has worked on them alone.
+            ordered: when they were ordered, control's clock; None for so many seconds ago.
+        """
         if size <= 0:
             return
         now, stall = self._clock(), self._stalls.get(tier)
         if stall is not None:
             stall_over = stall.at + stall.pause
-            if now - seconds >= stall_over:
+            if (now - seconds if ordered is None else ordered) >= stall_over:
                 if stall.may_be_over(now):  # what was a wait in vain says nothing of now
                     self.loads[tier] = Rate()
                 stall.brought = now

@@ -333,7 +333,7 @@ class Lane:
             return
         books.catalog.publish(key, self.far.name)
         books.meter.count("write_bytes", transfer.moved_bytes, tier=self.far.name)
-        books.meter.observe("write_seconds", transfer.seconds, tier=self.far.name)
+        books.meter.observe("write_seconds", transfer.active, tier=self.far.name)
 
     def overdue(self, transfer: Transfer) -> None:
         """A move inward has not ended in time: its key is free at once, so that the chunk can be
@@ -360,7 +360,7 @@ class Lane:
         self.brought_step = books.clock.step
         books.catalog.publish(key)
         books.meter.count("fetch_bytes", transfer.moved_bytes, tier=self.far.name)
-        books.meter.observe("fetch_seconds", transfer.seconds, tier=self.far.name)
+        books.meter.observe("fetch_seconds", transfer.active, tier=self.far.name)
 
     def _measure(self, transfer: Transfer) -> None:
         """Moves overlap: what the tier has worked for one is what it has worked beyond others."""
@@ -368,7 +368,7 @@ class Lane:
         ended = ordered + transfer.seconds
         seconds = max(0.0, ended - max(ordered, self._charged))
         self._charged = max(self._charged, ended)
-        self._costs.loaded(self.far.name, self._books.moved_bytes, seconds)
+        self._costs.loaded(self.far.name, self._books.moved_bytes, seconds, ordered=ordered)
 
     def _count_failure(self, transfer: Transfer) -> None:
         kind = f"{transfer.kind.value}_{transfer.reason or 'unknown'}"

@@ -448,7 +448,8 @@ class Planner:
         self._prefills.planned(tokens)
         tiers = self._moves.step()
         push = NO_PUSH if self.pushes is None else self.pushes.plan()
-        outstanding = len(books.transfers) > 0 or self._push_pending
+        outstanding = len(books.transfers) > 0
+        outstanding |= self.pushes is not None and self.pushes.pending
         # Who waits for a near slot that is not there yet waits for a receipt, too.
         outstanding |= books.catalog.near.grows and self._moves.has_work
         plan = StepPlan(

@@ -87,7 +87,8 @@ class Transfer:
         present: of a question that is answered, one byte a key: 1 if every rank's part is there.
         moved_bytes: bytes moved by all ranks.
         seconds: wall time from order to outcome, of the slowest rank.
-        active: of these, seconds in which rows of a load were on their way.
+        active: of these, seconds in which rows of a load were on their way; of a move, its share of
+            the time of its batch.
         waited: seconds that the forward pass itself waited for a load.
     """
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from lamina_kv.data.far import FarTier
 from lamina_kv.data.near import NearSlab
@@ -43,6 +44,13 @@ written to four times a second all the same."""
 _ASK, _READ, _WRITE = (0.0, 0), (1.0, 0), (0.0, 0)
 """Priorities of jobs. A question is short, and its answer makes up for much reading. A probe goes
 where reads go: it ends when a thread that hangs in the store has come back."""
+
+
+class _Order(NamedTuple):
+    """A move, and when its plan came."""
+
+    move: Move
+    came: float
 
 
 class MovePipeline:
@@ -75,17 +83,18 @@ class MovePipeline:
         self._reading = WorkerPool(f"read-{tier.name}", self._readers, threads)
         self._writing = WorkerPool(f"write-{tier.name}", 1, threads)
         self._lock = threading.Lock()
-        self._inward: deque[Move] = deque()
-        self._outward: deque[Move] = deque()
+        self._inward: deque[_Order] = deque()
+        self._outward: deque[_Order] = deque()
         self._drops: list[int] = []
         self._touched: list[tuple[ChunkKey, int]] = []
 
     def carry_out(self, orders: TierOrders, step: int) -> None:
         """Queue what a plan orders, behind what is queued."""
         self._step = step
+        came = time.perf_counter()
         with self._lock:
-            self._inward.extend(orders.inward)
-            self._outward.extend(orders.outward)
+            self._inward.extend(_Order(move, came) for move in orders.inward)
+            self._outward.extend(_Order(move, came) for move in orders.outward)
             # Before writes that are queued already, too: control drops no slot that it fills.
             self._drops.extend(orders.drops)
             self._touched.extend(orders.touches)
@@ -132,19 +141,19 @@ class MovePipeline:
         with self._lock:
             # An even share each: of eight chunks four readers take two each.
             count = min(self._batch, -(-len(self._inward) // self._readers))
-            moves = [self._inward.popleft() for _ in range(count)]
-        if moves:
+            batch = [self._inward.popleft() for _ in range(count)]
+        if batch:
             began = time.perf_counter()
-            words = self._tier.read(self._pieces(moves))
-            self._span(Lane.FETCH, began, len(moves))
-            self._settle(moves, words, time.perf_counter() - began, inward=True)
+            words = self._tier.read(self._pieces(batch))
+            self._span(Lane.FETCH, began, len(batch))
+            self._settle(batch, words, began, inward=True)
         if self._inward:
             self._submit_read()
 
     def _unread(self, error: BaseException) -> None:
         with self._lock:
-            moves, self._inward = self._inward, deque()
-        self._settle(moves, [type(error).__name__] * len(moves), 0.0, inward=True)
+            batch, self._inward = self._inward, deque()
+        self._settle(batch, [type(error).__name__] * len(batch), inward=True)
 
     def _answer(self, ask: Ask) -> None:
         began = time.perf_counter()
@@ -176,44 +185,59 @@ class MovePipeline:
     def _write_some(self) -> None:
         if self._outward:
             self._reading.await_idle(GIVE_WAY)
-        moves = self._drop_and_touch(self._batch)
-        if moves:
+        batch = self._drop_and_touch(self._batch)
+        if batch:
             began = time.perf_counter()
-            words = self._tier.write(self._pieces(moves))
-            self._span(Lane.WRITE, began, len(moves))
-            self._settle(moves, words, time.perf_counter() - began, inward=False)
+            words = self._tier.write(self._pieces(batch))
+            self._span(Lane.WRITE, began, len(batch))
+            self._settle(batch, words, began, inward=False)
         if self._outward:
             self._submit_write()
 
     def _unwritten(self, error: BaseException) -> None:
         # What is to be dropped may be damaged, and would be found after a restart.
-        moves = self._drop_and_touch(len(self._outward))
-        self._settle(moves, [type(error).__name__] * len(moves), 0.0, inward=False)
+        batch = self._drop_and_touch(len(self._outward))
+        self._settle(batch, [type(error).__name__] * len(batch), inward=False)
 
-    def _drop_and_touch(self, count: int) -> list[Move]:
+    def _drop_and_touch(self, count: int) -> list[_Order]:
         """Drop and touch what there is, and take up to ``count`` moves to be written next.
 
         All in one moment: a slot may be dropped by one plan and filled by the next, and a drop that
         was left behind would forget what is written then.
         """
         with self._lock:
-            moves = [self._outward.popleft() for _ in range(min(count, len(self._outward)))]
+            batch = [self._outward.popleft() for _ in range(min(count, len(self._outward)))]
             drops, self._drops = self._drops, []
             touched, self._touched = self._touched, []
         if drops:
             self._tier.drop(drops)
         if touched:
             self._tier.touch(touched)
-        return moves
+        return batch
 
     # -- both --------------------------------------------------------------------------------------
 
-    def _pieces(self, moves: Sequence[Move]) -> list[Piece]:
-        return [Piece(move.key, move.far, self._near.object(move.near)) for move in moves]
+    def _pieces(self, batch: Sequence[_Order]) -> list[Piece]:
+        return [Piece(move.key, move.far, self._near.object(move.near)) for move, _ in batch]
 
     def _settle(
-        self, moves: Collection[Move], words: Iterable[str], seconds: float, *, inward: bool
+        self,
+        batch: Collection[_Order],
+        words: Iterable[str],
+        began: float | None = None,
+        *,
+        inward: bool,
     ) -> None:
+        """Report a batch.
+
+        Args:
+            batch: orders.
+            words: what became of each.
+            began: when the tier was called with them; None if it was not.
+            inward: whether they are reads.
+        """
+        now = time.perf_counter()
+        share = 0.0 if began is None else (now - began) / len(batch)
         self._report(
             TransferReceipt(
                 move.transfer,
@@ -221,9 +245,10 @@ class MovePipeline:
                 moved_bytes=self._length if word == Fate.DONE else 0,
                 lost=inward and word in (Fate.GONE, Fate.CORRUPT),
                 reason="" if word == Fate.DONE else word,
-                seconds=seconds / len(moves),
+                seconds=now - came,
+                active=share,
             )
-            for move, word in zip(moves, words, strict=True)
+            for (move, came), word in zip(batch, words, strict=True)
         )
 
     def _span(self, lane: Lane, began: float, count: int) -> None:

@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
         Metric("fetch_wait_seconds", _H, "Time a request waited for far tiers", buckets=_SECONDS),
         Metric("wait_seconds", _H, "Time the model waited for a load", buckets=_SECONDS),
         Metric("save_seconds", _H, "Duration of saves, order to loadable", buckets=_SECONDS),
-        Metric("write_seconds", _H, "Duration of writes, order to durable", ("tier",), _SECONDS),
+        Metric("write_seconds", _H, "Duration of writes to a far tier", ("tier",), _SECONDS),
         Metric("push_bytes", _C, "Bytes pushed to decode engines"),
         Metric("push_seconds", _H, "Duration of pushes, order to drained", buckets=_SECONDS),
         Metric("push_wait_seconds", _H, "Announcement of a prompt to delivery", buckets=_SECONDS),

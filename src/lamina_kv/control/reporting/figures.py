@@ -77,8 +77,8 @@ def begin(
     for source in ("engine", NEAR, *catalog.far, *(["push"] if pushes else []), "other"):
         meter.begin("hit_tokens", tier=source)
         meter.begin("saved_seconds", tier=source)
-    for reason in Unloaded:
-        meter.begin("loads_skipped", reason=reason)
+    for unloaded in Unloaded:
+        meter.begin("loads_skipped", reason=unloaded)
     for miss in Reason:
         meter.begin("misses", reason=miss)
     for reason in (NO_PREFIX, WORTH_LESS, IN_USE, FULL, OUT_OF_USE):
@@ -101,8 +101,8 @@ def _word(yes: bool) -> str:
 def _begin_far(meter: Meter, far: Far) -> None:
     for name in ("write_bytes", "fetch_bytes", "write_seconds", "fetch_seconds"):
         meter.begin(name, tier=far.name)
-    for reason in Unwritten:
-        meter.begin("writes_skipped", tier=far.name, reason=reason)
+    for unwritten in Unwritten:
+        meter.begin("writes_skipped", tier=far.name, reason=unwritten)
     _begin_failures(meter, far.name, Kind.MOVE_IN, Kind.MOVE_OUT)
     if far.index.capacity:
         meter.begin("eviction_age_seconds", tier=far.name)
