@@ -121,6 +121,16 @@ class TestRates:
         costs.recovered(FAR)
         assert costs.load_seconds(FAR, MIB) == pytest.approx(1.0)
 
+    def test_what_was_measured_long_ago_is_a_figure_still(self) -> None:
+        """Whatever was waited for in vain meanwhile: a mean of nothing is none."""
+        clock = Clock()
+        costs = known(far=1e-9, clock=clock)
+        for _ in range(3):
+            costs.given_up(FAR, 0, 1.0, least=MIB)
+            clock.now += 40_000
+            seconds = costs.load_seconds(FAR, MIB)
+            assert seconds == pytest.approx(1.0)
+
     def test_a_wait_that_was_short_does_not_make_a_tier_fast(self) -> None:
         costs = known(far=1e-7)
         costs.given_up(FAR, MIB, 0.01)

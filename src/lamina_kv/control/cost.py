@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina_kv.plan import TierName
 
@@ -23,6 +23,9 @@ that is often enough to find out in five minutes that it has recovered, and seld
 LEAST_PAUSE = 1.0
 """Seconds after which a tier that somebody has waited for in vain is hoped to be as fast as before:
 most stalls are short. The pause doubles each time that this was wrong."""
+
+AS_BEFORE = 2.0
+"""A tier that takes up to so many times as long is as fast as before. Single chunks differ."""
 
 RARE = 20
 """A tier that stalls has gone well for long if that was so many times as long as somebody has
@@ -66,22 +69,28 @@ class Stall:
 
     Attributes:
         before: what was known before that; None if nothing was.
-        at: when that was, control's clock.
-        pause: seconds from then until it is hoped to be over.
+        at: when it was waited for in vain last, control's clock.
         longest: seconds that anybody has waited in vain.
-        brought: when the tier has brought something last; minus infinity for never.
+        pause: seconds from ``at`` until it is hoped to be over, and is tried.
+        tried: when it was first tried, or may have been.
+        brought: whether the tier has brought anything since ``at``.
+        over: whether it has brought something that tells how fast it is now.
     """
 
     before: Rate | None
     at: float
     longest: float
     pause: float = LEAST_PAUSE
-    brought: float = -math.inf
+    tried: float = math.inf
+    brought: bool = False
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.tried = min(self.tried, self.at + self.pause)
 
     def may_be_over(self, now: float) -> bool:
-        """Whether the pause is over, and nothing has come since that would tell."""
-        over = self.at + self.pause
-        return now >= over > self.brought
+        """Whether it is hoped to be over, and nobody knows."""
+        return not self.over and now >= self.at + self.pause
 
     def again(self, known: Rate, now: float, seconds: float) -> None:
         """The tier was waited for in vain again, after the pause. The pause doubles, and fades for
@@ -92,13 +101,36 @@ class Stall:
             now: control's clock.
             seconds: how long it was waited for.
         """
-        over = self.at + self.pause
-        if self.brought >= over and (self.before is None or known.rate < self.before.rate):
-            self.before = known
         self.longest = max(self.longest, seconds)
-        faded = math.exp2(-(now - over) / max(RARE * self.longest, LEAST_PAUSE))
+        well = now - self.at - self.pause
+        faded = math.exp2(-well / max(RARE * self.longest, LEAST_PAUSE))
         self.pause = max(LEAST_PAUSE, 2 * self.pause * faded)
-        self.at = now
+        self.at, self.brought = now, False
+        if self.over:
+            if self.before is None or known.rate < self.before.rate:
+                self.before = replace(known)
+            self.tried, self.over = now + self.pause, False
+
+    def tells(self, size: int, seconds: float, ordered: float) -> Rate | None:
+        """The tier has brought something. Returns what it is to be added to, if that tells how fast
+        the tier is now. It may have been ordered by a try which was too short for it.
+
+        Args:
+            size: bytes.
+            seconds: how long the tier has worked on them alone.
+            ordered: when they were ordered.
+        """
+        self.brought = True
+        if self.over or ordered < self.tried:
+            return None
+        before = self.before
+        if before is not None and seconds <= AS_BEFORE * size * before.rate:
+            self.over = True
+            return replace(before)
+        if before is not None and ordered < self.at + self.pause:
+            return None
+        self.over = True  # how long it was waited for in vain says nothing of now
+        return Rate()
 
 
 class Costs:
@@ -175,13 +207,9 @@ class Costs:
             return
         now, stall = self._clock(), self._stalls.get(tier)
         if stall is not None:
-            stall_over = stall.at + stall.pause
-            if (now - seconds if ordered is None else ordered) >= stall_over:
-                if stall.may_be_over(now):  # what was a wait in vain says nothing of now
-                    self.loads[tier] = Rate()
-                stall.brought = now
-            elif now < stall_over:
-                stall.brought = now
+            known = stall.tells(size, seconds, now - seconds if ordered is None else ordered)
+            if known is not None:
+                self.loads[tier] = known
         self.loads.setdefault(tier, Rate()).add(seconds, size, now)
 
     def given_up(self, tier: TierName, moved: int, seconds: float, *, least: int = 1) -> None:
@@ -195,22 +223,25 @@ class Costs:
             least: bytes that come at a time. Where none came, so many take longer than that.
         """
         known, now = self.loads.get(tier), self._clock()
-        stall, first = self._stalls.get(tier), False
+        stall = self._stalls.get(tier)
+        # What was a wait in vain says nothing of now, where that has brought something.
+        told = moved > 0 and stall is not None and stall.may_be_over(now)
         if stall is None:
-            self._stalls[tier] = Stall(known, now, seconds)
+            self._stalls[tier] = Stall(None if known is None else replace(known), now, seconds)
         elif known is not None and now >= stall.at + stall.pause:  # else it is the same stall
-            first = moved > 0 and stall.may_be_over(now)
             stall.again(known, now, seconds)
-        if known is None or first or seconds / max(moved, least) > known.rate:
+        if known is None or told or seconds / max(moved, least) > known.rate:
             self.loads[tier] = Rate(seconds, max(moved, least), now)
+        elif moved:
+            known.add(seconds, moved, now)
         else:
-            known.add(seconds if moved else 0.0, moved, now)
+            known.at = now
 
     def recovered(self, tier: TierName) -> None:
         """A tier has failed, and works again. It is thought to be as fast as it was before somebody
         waited for it in vain: how long that was says nothing of now."""
         stall = self._stalls.get(tier)
-        if stall is None or stall.brought >= stall.at:
+        if stall is None or stall.brought:
             return
         del self._stalls[tier]
         if stall.before is None:
