@@ -392,7 +392,9 @@ def main() -> None:
             write_model(work, options)
             logs = (options.logs or work) / system.value
             deployment = Starter(stack, work, logs, options).start(system)
-            warm = [Talk(f"warm-{n}", 0.1 * n, ("warm " * 80, "up " * 20)) for n in range(8)]
+            # As long as those that count: a router learns what prompts of a length take.
+            text = "warm " * options.document
+            warm = [Talk(f"warm-{n}", 0.5 * n, (f"{n} {text}", "up " * 20)) for n in range(8)]
             asyncio.run(ask_all(deployment.url, warm, options))
             for rate in options.rates:
                 before = deployment.computed()
