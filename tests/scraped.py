@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,24 @@ def changed(name: str, *lines: str) -> Scrape:
     return parse(changed_text(name, *lines), "http://server", 0.0)
 
 
+def without_label(name: str, label: str) -> str:
+    """A recorded scrape whose ``lamina_config_info`` lacks a label."""
+    return re.sub(rf'(lamina_config_info{{.*?){label}=".*?",?', r"\1", recorded(name))
+
+
+@contextmanager
+def saying(words: bytes) -> Iterator[str]:
+    """A server of another protocol: it says these words to whoever asks, and hangs up."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(words)
+
+    with _running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
+
+
 @contextmanager
 def serving(*bodies: str, status: int = 200) -> Iterator[str]:
     """A server whose ``/metrics`` are these texts, one after the other; the last one stays."""
@@ -48,11 +68,16 @@ def serving(*bodies: str, status: int = 200) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with _running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
+
+
+@contextmanager
+def _running(server: socketserver.TCPServer) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         thread.join()

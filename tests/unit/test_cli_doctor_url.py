@@ -11,7 +11,16 @@ from typer.testing import CliRunner, Result
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.main import app
 from lamina_kv.cli.server_checks import read
-from scraped import LABELS, changed, changed_text, recorded, scrape, serving
+from scraped import (
+    LABELS,
+    changed,
+    changed_text,
+    recorded,
+    saying,
+    scrape,
+    serving,
+    without_label,
+)
 
 
 def invoke(*arguments: str) -> Result:
@@ -191,6 +200,41 @@ def test_what_is_no_server_with_lamina_is_told(page: str, found: str, advice: st
     (finding,) = json.loads(result.stdout)["findings"]
     assert found in finding["found"]
     assert advice in finding["advice"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("given", ["http://[::1", "http://a b", ""])
+def test_what_is_no_url_is_told(given: str, as_json: bool) -> None:
+    result = invoke("--url", given, *["--json"] * as_json)
+    assert told(result, as_json) == f"{given!r} is no server's URL"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_server_of_another_protocol_is_told(as_json: bool) -> None:
+    with saying(b"-ERR unknown command 'GET'\r\n") as url:
+        result = invoke("--url", url, *["--json"] * as_json)
+    assert "does not answer as an HTTP server does" in told(result, as_json)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("label", ["version", "push"])
+def test_a_server_of_another_version_is_told(label: str, as_json: bool) -> None:
+    with serving(without_label("hits", label)) as url:
+        result = invoke("--url", url, *["--json"] * as_json)
+    assert f"lamina_config_info lacks {label}" in told(result, as_json)
+
+
+def told(result: Result, as_json: bool) -> str:
+    """What was found at a server that cannot be asked."""
+    assert result.exit_code == 1
+    if as_json:
+        (finding,) = json.loads(result.stdout)["findings"]
+        assert finding["advice"]
+        return str(finding["found"])
+    found, arrow, advice = " ".join(result.output.split()).partition(" -> ")
+    assert arrow
+    assert advice.endswith(" 1 failed, 0 warnings")
+    return found.removeprefix("failed server: ")
 
 
 def test_a_server_that_is_not_there_is_told() -> None:

@@ -14,7 +14,7 @@ from lamina_kv.cli import top
 from lamina_kv.cli.main import app
 from lamina_kv.cli.scrape import Scrape, ScrapeError, metrics_url
 from lamina_kv.cli.top_view import SHOWN, frame
-from scraped import LABELS, changed, recorded, scrape, serving
+from scraped import LABELS, changed, recorded, saying, scrape, serving, without_label
 
 PROXY = "# TYPE lamina_proxy_retries_total counter\nlamina_proxy_retries_total 0.0\n"
 
@@ -169,7 +169,13 @@ def test_what_people_paste_is_understood(given: str, url: str) -> None:
     assert metrics_url(given) == url
 
 
-@pytest.mark.parametrize("given", ["", "ftp://host", "http://", "host:port", "host:99999"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "ftp://host", "http://", "host:port", "host:99999", "http://[::1", "http://[one]"),
+        *("http://a b", "http://host/a b", "http://host\x1b[2J", "http://user:word@host"),
+    ],
+)
 def test_what_is_no_url_is_told(given: str) -> None:
     with pytest.raises(ScrapeError, match="is no server's URL"):
         metrics_url(given)
@@ -201,3 +207,22 @@ def test_a_server_that_is_not_there_is_told() -> None:
     assert result.exit_code == 1
     assert "does not answer" in result.output
     assert "Connection refused" in result.output
+
+
+@pytest.mark.parametrize(
+    "words", [b"-ERR unknown command 'GET'\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab"]
+)
+def test_a_server_of_another_protocol_is_told(words: bytes) -> None:
+    with saying(words) as url:
+        result = invoke(url, "--once")
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.output.splitlines()
+    assert line.startswith(f"{url}/metrics does not answer as an HTTP server does (")
+    assert line.endswith("): is this the URL of a vLLM server?")
+
+
+def test_a_server_of_another_version_is_told() -> None:
+    with serving(without_label("hits", "load_mode")) as url:
+        result = invoke(url, "--once")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "has another version of Lamina (lamina_config_info lacks load_mode)" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -11,10 +12,13 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from lamina_kv.observe.metrics import METRICS
+
 PREFIX = "lamina_"
 PROXY = "lamina_proxy_"
 
 _VLLM = "vllm:"
+_CONFIG = "config_info"
 _IS_IT_VLLM = "is this the URL of a vLLM server?"
 
 
@@ -98,13 +102,14 @@ def metrics_url(address: str) -> str:
     Raises:
         ScrapeError: if it is no URL of a server.
     """
-    parts = urlsplit(address if "://" in address else f"http://{address}")
+    wrong = ScrapeError(f"{address!r} is no server's URL", "write it as http://127.0.0.1:8000")
     try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is none
-        known = False
-    if not known:
-        raise ScrapeError(f"{address!r} is no server's URL", "write it as http://127.0.0.1:8000")
+    except ValueError as error:  # a port or a bracketed host that is none
+        raise wrong from error
+    if not known or parts.username is not None or " " in address or not address.isprintable():
+        raise wrong
     path = parts.path.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
     return f"{parts.scheme}://{parts.netloc}{path}/metrics"
 
@@ -125,6 +130,10 @@ def fetch(url: str, engine: str | None = None, timeout: float = 5.0) -> Scrape:
             text = response.read().decode()
     except urllib.error.HTTPError as error:
         raise ScrapeError(f"{url} answers {error.code} {error.reason}", _IS_IT_VLLM) from error
+    except http.client.HTTPException as error:
+        raise ScrapeError(
+            f"{url} does not answer as an HTTP server does ({type(error).__name__})", _IS_IT_VLLM
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ScrapeError(
@@ -145,7 +154,7 @@ def parse(text: str, url: str, at: float) -> Scrape:
         at: when it was fetched, monotonic seconds.
 
     Raises:
-        ScrapeError: if it has none.
+        ScrapeError: if it has none, or those of a version that describes itself otherwise.
     """
     lines = [line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(PREFIX)]
     samples: dict[str, list[Sample]] = {}
@@ -166,6 +175,16 @@ def parse(text: str, url: str, at: float) -> Scrape:
         )
     if all(f"{PREFIX}{name}".startswith(PROXY) for name in samples):
         raise ScrapeError(f"{url} is a push proxy", "name the URL of an engine's own server")
+    lacking = [
+        label
+        for label in METRICS[_CONFIG].labels
+        if any(label not in sample.labels for sample in samples.get(_CONFIG, ()))
+    ]
+    if lacking:
+        raise ScrapeError(
+            f"{url} has another version of Lamina ({PREFIX}{_CONFIG} lacks {', '.join(lacking)})",
+            "run the lamina-kv that is installed with the server",
+        )
     return Scrape(at, {name: tuple(each) for name, each in samples.items()})
 
 
