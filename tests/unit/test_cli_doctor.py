@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -263,6 +264,23 @@ def test_memory_that_is_there_but_taken_is_a_warning() -> None:
     capacity = Config().host.capacity_bytes(ranks=1)
     assert checks.host_memory(Config(), available=capacity).verdict is Verdict.GOOD
     assert checks.host_memory(Config(), available=capacity - 1).verdict is Verdict.WARNING
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_is_gone_does_not_hide_that_the_disk_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    place = tmp_path / "store" / "old"
+    place.mkdir(parents=True)
+    (place / "dangling").symlink_to("nowhere")
+    if deleted:
+        listed = [*os.walk(place.parent)]
+        shutil.rmtree(place)
+        monkeypatch.setattr(os, "walk", lambda top: listed)  # it was there when it was listed
+    settings = DiskConfig(path=place.parent, capacity=1 << 60)
+    failed = subjects([*checks.disk(place.parent, settings)], Verdict.FAILED)
+    assert "room for" in failed["disk space"].found
+    assert "room for" in settings.impossible()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,19 @@ def room_at(directory: Path) -> int | None:
     try:
         there = next(place for place in (directory, *directory.parents) if place.exists())
         volume = os.statvfs(there)
-        taken = sum(file.stat().st_blocks * 512 for file in directory.rglob("*"))
+        taken = sum(
+            _taken(os.path.join(folder, name))
+            for folder, folders, files in os.walk(directory)
+            for name in (*folders, *files)
+        )
     except (OSError, StopIteration):
         return None
     return volume.f_bavail * volume.f_frsize + taken
+
+
+def _taken(path: str) -> int:
+    """Bytes of a file on disk; a link's own, and 0 if it was deleted since it was listed."""
+    try:
+        return os.lstat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
