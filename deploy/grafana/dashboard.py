@@ -175,7 +175,7 @@ ROWS = (
             ),
             Panel(
                 "Fetch of a chunk, by tier",
-                "What a far tier takes for one chunk.",
+                "A chunk's share of the read of its batch, without the queue.",
                 quantiles("fetch_seconds", "tier"), "s",
             ),
             Panel(
