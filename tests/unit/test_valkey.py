@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import logging
+import ssl
 import sys
 import threading
 import time
@@ -511,6 +512,41 @@ def test_a_password_from_the_environment(opened: Opened, monkeypatch: pytest.Mon
         opened(server, url=url, password_env="CACHE_WORD").put(1)
 
 
+@pytest.mark.parametrize("user", ["alice", ":x", "bob:right", "alice:x"])
+def test_whoever_may_ask_may_read(opened: Opened, user: str) -> None:
+    """On a server without a password of its own, where users may have one."""
+    with ValkeyServer() as server:
+        server("ACL", "SETUSER", "alice", "on", "nopass", "~*", "+@all")
+        server("ACL", "SETUSER", "bob", "on", ">right", "~*", "+@all")
+        engine = opened(server, url=f"unix://{user}@{server.socket}")
+        engine.put(1)
+        assert engine.read([1]) == [Fate.DONE]
+        users = {line.split(" user=")[1].split()[0] for line in of_lamina(server)}
+        assert users == {user.partition(":")[0] if ":" in user and user[0] != ":" else "default"}
+
+
+def of_lamina(server: ValkeyServer) -> list[str]:
+    """Connections of ours, as the server lists them."""
+    lines = server("CLIENT", "LIST").decode().splitlines()
+    return [line for line in lines if "lib-name=lamina" in line]
+
+
+@pytest.mark.parametrize("which", ["server", "cluster"])
+def test_a_user_who_may_not_read_is_a_mistake_in_the_configuration(
+    which: str, opened: Opened, request: pytest.FixtureRequest
+) -> None:
+    shared: ValkeyServer = request.getfixturevalue(which)
+    shared("ACL", "SETUSER", "writer", "on", ">right", "~*", "&*", "+@all", "-mget")
+    url = shared.url.replace("://", "://writer:right@")
+    with pytest.raises(StoreError, match=r"mget.*Check user, password and permissions"):
+        opened(shared, url=url, cluster=which == "cluster", timeout=2.0)
+
+
+def test_a_database_that_is_not_there_is_a_mistake_in_the_configuration(opened: Opened) -> None:
+    with ValkeyServer(tcp=True) as server, pytest.raises(StoreError, match=r"range.*`databases`"):
+        opened(server, url=f"{server.url}/99")
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, server: ValkeyServer) -> None:
     for name in ("connection", "store"):
         monkeypatch.delitem(sys.modules, f"lamina_kv.tiers.valkey.{name}", raising=False)
@@ -530,23 +566,34 @@ def test_a_chunk_that_no_server_takes(server: ValkeyServer) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two self-signed certificates and their keys."""
+    """A folder with two self-signed certificates, one of an authority and one that it vouches for,
+    and their keys."""
     folder = tmp_path_factory.mktemp("certificates")
-    for name in ("server", "client"):
+    signed: dict[str, tuple[x509.Name, ec.EllipticCurvePrivateKey]] = {}
+    for name, signer in (
+        ("server", "server"),
+        ("client", "client"),
+        ("authority", "authority"),
+        ("vouched", "authority"),
+    ):
         private = ec.generate_private_key(ec.SECP256R1())
         title = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        signed[name] = title, private
+        issuer, signing = signed[signer]
         now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder(title, title, private.public_key())
+        builder = (
+            x509.CertificateBuilder(issuer, title, private.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-                critical=False,
-            )
-            .sign(private, hashes.SHA256())
         )
+        if name == "authority":
+            builder = builder.add_extension(x509.BasicConstraints(True, None), critical=False)
+        else:
+            address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+            names = x509.SubjectAlternativeName([address])
+            builder = builder.add_extension(names, critical=False)
+        certificate = builder.sign(signing, hashes.SHA256())
         secret = private.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -575,6 +622,40 @@ def test_tls(opened: Opened, certificates: Path) -> None:
         assert "db2" in str(server("INFO", "keyspace"))
         with pytest.raises(StoreError, match=r"certificate.*Check ca_file"):
             opened(server, **ours, **{**keys, "timeout": 0.5})
+
+
+def test_a_certificate_is_judged_by_the_client_library_alone(
+    opened: Opened, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.13 refuses authorities whose constraints are not critical; ours is one."""
+    lenient, judged = ssl.create_default_context, []
+
+    def strict(*args: Any, **keys: Any) -> ssl.SSLContext:
+        context = lenient(*args, **keys)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        judged.append(context)
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    with (
+        ValkeyServer(tcp=True) as server,
+        TlsServer(server, certificates / "vouched.pem") as tls,
+    ):
+        keys = {"ca_file": str(certificates / "authority.crt"), "timeout": 5.0}
+        url = f"valkeys://127.0.0.1:{tls.port}"
+        engine = opened(server, url=url, **keys)
+        engine.put(1)
+        assert engine.read([1]) == [Fate.DONE]
+        assert not judged, "glide has connected"
+        wrong = ValkeyConfig.model_validate({**keys, "url": f"{url}/99"})
+        with (
+            closing(Connection(wrong)) as connection,
+            pytest.raises(Failure) as caught,
+            connection.client(0.5),
+        ):
+            pass
+        assert judged, "glide has not connected, and does not say why"
+        assert caught.value.fate is Fate.LATE
 
 
 # -- a connection ----------------------------------------------------------------------------------

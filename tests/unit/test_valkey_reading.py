@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from lamina_kv.tiers.contract import Fate
+from lamina_kv.tiers.valkey import connection
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.tiers.valkey.connection import Failure
 from lamina_kv.tiers.valkey.reading import AHEAD_BYTES, SocketReading
+from lamina_kv.values import MIB
 
 SIZE = 5000
 TIMEOUT = 30.0
@@ -238,6 +240,10 @@ def test_one_that_ends_every_connection_is_down(serve: Serve) -> None:
         (b"+OK\r\n", Fate.DOWN),
         (b"*1\r\n$12x\r\n", Fate.DOWN),
         (b"*1\r\n$\r\n", Fate.DOWN),
+        (b"*1\r\n$-7\r\n", Fate.DOWN),
+        (b"*1\r\n$" + b"9" * 5000 + b"\r\n", Fate.DOWN),
+        (b"*1\r\n$%d\r\n%sxy" % (SIZE, bytes(SIZE)), Fate.DOWN),
+        (b"*1\r\n$3\r\nabcxy", Fate.DOWN),
         (b"x" * 100_000, Fate.DOWN),
     ],
 )
@@ -261,3 +267,79 @@ def test_what_is_no_value_fails_and_a_new_connection_is_made(
         reading.read(names(2), buffers(2), TIMEOUT)
     assert caught.value.fate is fate
     assert reading.read(names(1), buffers(1), TIMEOUT) == [Fate.DONE]
+
+
+@pytest.mark.parametrize("size", [SIZE + 2 * MIB, 10**12])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_value_that_is_far_too_long_ends_its_connection_and_not_the_batch(
+    serve: Serve, size: int, last: bool
+) -> None:
+    def endless(connection: socket.socket) -> None:
+        logged_in(connection)
+        command(connection)
+        connection.sendall(bulk(some_bytes(SIZE)) + b"*1\r\n$%d\r\nabc" % size)
+        until_closed(connection)
+
+    def right(connection: socket.socket) -> None:
+        logged_in(connection)
+        assert command(connection)[1] == (b"again" if last else b"name-2")
+        connection.sendall(bulk(some_bytes(SIZE)))
+        until_closed(connection)
+
+    reading = serve(endless, right)
+    wanted = [Fate.DONE, Fate.CORRUPT] + ([] if last else [Fate.DONE])
+    assert reading.read(names(len(wanted)), buffers(len(wanted)), TIMEOUT) == wanted
+    if last:
+        assert reading.read([b"again"], buffers(1), TIMEOUT) == [Fate.DONE]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_a_server_says_before_it_hangs_up_is_the_reason(serve: Serve, at_once: bool) -> None:
+    def full(connection: socket.socket) -> None:
+        if not at_once:
+            command(connection)
+        connection.sendall(b"-ERR max number of clients reached\r\n")
+
+    reading = serve(full)
+    with pytest.raises(Failure, match="max number of clients") as caught:
+        reading.read(names(1), buffers(1), TIMEOUT)
+    assert caught.value.fate is Fate.DOWN
+    assert "maxclients" in caught.value.advice
+
+
+def test_what_a_server_said_before_its_first_value_is_no_reason_later(serve: Serve) -> None:
+    def script(connection: socket.socket) -> None:
+        logged_in(connection)
+        command(connection)
+        connection.sendall(bulk(bytes(SIZE)))
+
+    with pytest.raises(Failure, match="the connection has ended"):
+        serve(script).read(names(2), buffers(2), TIMEOUT)
+
+
+def test_the_addresses_of_a_name_share_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones swallow what is sent to them; time is that of the clock which they turn."""
+    clock, asked = [100.0], []
+
+    def swallow(family: int, place: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(place)
+        if place[0] == "listens":
+            return ours
+        clock[0] += timeout
+        raise TimeoutError("timed out")
+
+    def addresses(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 6379)) for a in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    monkeypatch.setattr(connection, "_connect", swallow)
+    monkeypatch.setattr(connection.time, "monotonic", lambda: clock[0])
+    url = ValkeyConfig.model_validate({"url": "valkey://many"}).url
+    with socket.socket() as ours:
+        found = ["hole", "hole", "hole"]
+        with pytest.raises(Failure, match="timed out"):
+            connection.connect(url, 101.0)
+        assert clock[0] == pytest.approx(101.0)
+        found = ["hole", "hole", "listens"]
+        assert connection.connect(url, 102.0) is ours
+        assert clock[0] < 102.0

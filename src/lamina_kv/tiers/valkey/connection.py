@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from glide_shared.exceptions import (
     ClosingError,
@@ -55,7 +56,13 @@ FULL = "OOM"
 
 CERTIFICATE = "the certificate"
 
+_DIAGNOSIS = 0.25
+"""Share of a timeout that is kept, with TLS, to find out why glide did not connect: with a
+certificate that it does not trust it tries until the end of its own."""
+
 _CREDENTIALS = ("NOAUTH", "WRONGPASS", "AuthenticationFailed", "NOPERM", "PermissionDenied")
+_NO_DATABASE = "DB index is out of range"
+_TOO_MANY = "max number of clients"
 _ADVICE = {
     Fate.LATE: "It is too slow, stopped, or out of reach",
     Fate.REFUSED: "Look at what it says",
@@ -88,6 +95,10 @@ class Failure(Exception):
             return "It is full and evicts nothing: set `maxmemory-policy allkeys-lru` there"
         if CERTIFICATE in self.words:
             return "Check ca_file"
+        if _NO_DATABASE in self.words:
+            return "Check the number at the end of url, and `databases` there"
+        if _TOO_MANY in self.words:
+            return "Raise `maxclients` there"
         if any(word in self.words for word in _CREDENTIALS):
             return "Check user, password and permissions (docs/stores.md has what is needed)"
         return _ADVICE[self.fate]
@@ -207,35 +218,42 @@ class Connection:
 
     def _connected(self, timeout: float, due: float) -> Client:
         """A new client whose requests take ``timeout`` seconds; it is there by ``due``."""
-        self._knock(due)
+        if not self._config.cluster:  # one node of several is enough, and glide finds it
+            # Where nobody listens glide tries until the end of its timeout.
+            connect(self._config.url, due).close()
+        connecting = left(due) * (1 - _DIAGNOSIS if self._config.url.tls else 1)
         try:
-            client = self._make(timeout, left(due))
+            client = self._make(timeout, connecting)
             try:
                 self._greet(client, left(due))
             except GlideError:
                 client.close()
                 raise
         except GlideError as error:
-            raise failure(error) from error
+            failed = failure(error)
+            if self._config.url.tls and failed.fate is not Fate.REFUSED:
+                self._check_certificate(due)
+            raise failed from error
         return client
 
-    def _knock(self, due: float) -> None:
-        """Fail at once, and with the reason, where nobody listens, or with a certificate that is
-        not trusted: glide tries until the end of its timeout."""
-        config = self._config
-        if config.cluster:
-            return  # one node of several is enough, and glide finds it
-        with closing(connect(config.url, due)) as knocking:
-            if not config.url.tls:
-                return
-            try:
-                context = ssl.create_default_context(cafile=config.ca_file)
-                context.wrap_socket(knocking, server_hostname=config.url.hosts[0][0]).close()
-            except ssl.SSLCertVerificationError as error:
-                words = f"{CERTIFICATE} of the server is not trusted: {error.verify_message}"
-                raise Failure(Fate.REFUSED, words) from error
-            except OSError:
-                pass  # glide's own error says as much
+    def _check_certificate(self, due: float) -> None:
+        """Fail if the server's certificate is why glide could not connect, which it does not say.
+
+        Raises:
+            Failure: if the certificate is not trusted.
+        """
+        host, _ = self._config.url.hosts[0]
+        try:
+            context = ssl.create_default_context(cafile=self._config.ca_file)
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13 sets it, glide does not
+            with closing(connect(self._config.url, due)) as connection:
+                connection.settimeout(left(due))
+                context.wrap_socket(connection, server_hostname=host).close()
+        except ssl.SSLCertVerificationError as error:
+            words = f"{CERTIFICATE} of the server is not trusted: {error.verify_message}"
+            raise Failure(Fate.REFUSED, words) from error
+        except (OSError, Failure):
+            pass  # glide's own error says as much
 
     def _make(self, timeout: float, connecting: float) -> Client:
         config, address = self._config, self._config.url
@@ -308,17 +326,30 @@ def connect(address: Address, due: float) -> socket.socket:
     """
     try:
         if address.socket:
-            return _connect_to_path(address.socket, left(due))
-        return socket.create_connection(address.hosts[0], left(due))
+            return _connect(socket.AF_UNIX, address.socket, left(due))
+        return _connect_to_host(*address.hosts[0], due)
     except OSError as error:
         raise Failure(Fate.DOWN, f"cannot connect: {error.strerror or error}") from error
 
 
-def _connect_to_path(path: str, timeout: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
+def _connect_to_host(host: str, port: int, due: float) -> socket.socket:
+    failed = OSError("the name has no address")
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    while places:
+        family, _, _, _, place = places.pop(0)
+        try:
+            # Each has its share, as the first address may swallow all that is sent to it.
+            return _connect(family, place, left(due) / (len(places) + 1))
+        except OSError as error:
+            failed = error
+    raise failed
+
+
+def _connect(family: int, place: Any, timeout: float) -> socket.socket:
+    connection = socket.socket(family)
     try:
         connection.settimeout(timeout)
-        connection.connect(path)
+        connection.connect(place)
     except BaseException:
         connection.close()
         raise
@@ -366,5 +397,5 @@ def failure(error: GlideError) -> Failure:
 
 def said(words: str) -> Failure:
     """What an error of the server's, in its own words, is for a chunk."""
-    refuses = any(word in words for word in (FULL, "MISCONF", *_CREDENTIALS))
+    refuses = any(word in words for word in (FULL, "MISCONF", _NO_DATABASE, *_CREDENTIALS))
     return Failure(Fate.REFUSED if refuses else Fate.DOWN, words)

@@ -12,12 +12,13 @@ copies before its call returns.
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from glide_shared.exceptions import RequestError
@@ -41,7 +42,16 @@ AHEAD_BYTES = 2 * MIB
 """Bytes that are asked for and have not come, on one socket. The server copies each answer before
 it sends any of it: values of 1 MiB came at half the rate when 8 MiB were asked for at once."""
 
+_END = b"\r\n"
+_LENGTH = re.compile(rb"\$\d{1,19}")
 _LONGEST_LINE = 1 << 16
+_LITTLE = 64
+"""Bytes that are received where a value may follow: what comes of it with them is copied."""
+
+_MOST_SURPLUS = 1 * MIB
+"""Bytes that a value may have more than its buffer to be thrown away on its wire. Of a longer one a
+new wire costs less, and throwing it away could take all the time that the others have."""
+
 _SCRAP = 1 << 16
 """Bytes that are thrown away at once."""
 
@@ -106,7 +116,7 @@ class ClientReading:
     def probe(self, name: bytes, timeout: float) -> None:
         """See the protocol."""
         with self._connection.client(timeout) as client:
-            client.exists([name])
+            client.mget([name])
 
     def close(self) -> None:
         """See the protocol."""
@@ -152,14 +162,10 @@ class SocketReading:
     ) -> list[Fate]:
         """See the protocol."""
         due = time.monotonic() + timeout
-        with self._lock:
-            wire = self._idle.pop() if self._idle else None
-        if wire is not None:
-            try:
-                return self._read(wire, names, buffers, due)
-            except Ended:
-                pass  # while it was idle, perhaps, as servers do
-        return self._read(Wire(self._config, due), names, buffers, due)
+        fates: list[Fate] = []
+        while (done := len(fates)) < len(names):
+            fates += self._read_some(names[done:], buffers[done:], due)
+        return fates
 
     def probe(self, name: bytes, timeout: float) -> None:
         """See the protocol."""
@@ -172,7 +178,20 @@ class SocketReading:
         for wire in idle:
             wire.close()
 
-    def _read(
+    def _read_some(
+        self, names: Sequence[bytes], buffers: Sequence[memoryview], due: float
+    ) -> list[Fate]:
+        """What came over one wire: the fates of all, or of some from the first on."""
+        with self._lock:
+            wire = self._idle.pop() if self._idle else None
+        if wire is not None:
+            try:
+                return self._read_over(wire, names, buffers, due)
+            except Ended:
+                pass  # while it was idle, perhaps, as servers do
+        return self._read_over(Wire(self._config, due), names, buffers, due)
+
+    def _read_over(
         self, wire: Wire, names: Sequence[bytes], buffers: Sequence[memoryview], due: float
     ) -> list[Fate]:
         try:
@@ -181,16 +200,21 @@ class SocketReading:
             wire.close()
             self.close()  # what is wrong with one may be wrong with those made before it, too
             raise
-        with self._lock:
-            self._idle.append(wire)
+        if not wire.closed:
+            with self._lock:
+                self._idle.append(wire)
         return fates
 
 
 class Ended(Failure):
-    """The server has ended the connection."""
+    """The server has ended the connection.
 
-    def __init__(self) -> None:
-        super().__init__(Fate.DOWN, "the connection has ended")
+    Args:
+        why: what the server said before, if it did.
+    """
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(Fate.DOWN, why or "the connection has ended")
 
 
 class Wire:
@@ -207,31 +231,39 @@ class Wire:
 
     def __init__(self, config: ValkeyConfig, due: float) -> None:
         self._unread = b""
-        self._due = due
+        self._complaint = ""  # while the first value has not come: why it may not
         secret = password(config)
         self._socket = connect(config.url, due)
         try:
             self._socket.settimeout(None)  # the kernel's timeouts hold for a whole value
             if not config.url.socket:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._log_in(config.url.user, secret, config.url.database)
+            self._log_in(config.url.user, secret, config.url.database, due)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be read."""
+        return self._socket.fileno() < 0
+
     def read(self, names: Sequence[bytes], buffers: Sequence[memoryview], due: float) -> list[Fate]:
-        """See :class:`Reading`."""
-        self._due = due
+        """See :class:`Reading`. Closes the wire, and returns the fates so far, behind a value that
+        is too long to be thrown away."""
         ahead = max(1, AHEAD_BYTES // len(buffers[0]))
         # A value that is no string is none to MGET, and an error to GET.
         asked = [_command(b"MGET", name) for name in names]
-        fates = []
+        fates: list[Fate] = []
         with self._answering("no answer in time"):
-            self._send(b"".join(asked[:ahead]))
+            self._send(b"".join(asked[:ahead]), due)
             for number, buffer in enumerate(buffers, ahead):
-                fates.append(self._value(buffer))
+                fates.append(self._value(buffer, due))
+                self._complaint = ""
+                if self.closed:
+                    break
                 if number < len(asked):
-                    self._send(asked[number])
+                    self._send(asked[number], due)
         return fates
 
     def close(self) -> None:
@@ -240,19 +272,21 @@ class Wire:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _log_in(self, user: str, secret: str, database: int) -> None:
+    def _log_in(self, user: str, secret: str, database: int, due: float) -> None:
         needed = []
-        if user or secret:
-            needed.append(_command(b"AUTH", *(word.encode() for word in (user, secret) if word)))
+        if secret:  # without one glide does not log in either
+            needed.append(_command(b"AUTH", (user or "default").encode(), secret.encode()))
         if database:
             needed.append(_command(b"SELECT", b"%d" % database))
         name = _command(b"CLIENT", b"SETINFO", b"LIB-NAME", CLIENT_NAME.encode())
         with self._answering("no connection in time"):
-            self._send(b"".join([*needed, name]))
+            self._send(b"".join([*needed, name]), due)
             for _ in needed:
-                if (line := self._line())[:1] == b"-":
+                if (line := self._line(due))[:1] == b"-":
                     raise said(_words(line))
-            self._line()  # old servers know no such names, and some users may not tell one
+            # Old servers know no such names, and some users may not tell one.
+            if (line := self._line(due))[:1] == b"-":
+                self._complaint = _words(line)
 
     @contextmanager
     def _answering(self, late: str) -> Iterator[None]:
@@ -262,67 +296,80 @@ class Wire:
         except (TimeoutError, BlockingIOError) as error:
             raise Failure(Fate.LATE, late) from error
         except OSError as error:
-            raise Ended from error
+            raise Ended(self._complaint) from error
 
-    def _value(self, buffer: memoryview) -> Fate:
-        line = self._line()
+    def _value(self, buffer: memoryview, due: float) -> Fate:
+        line = self._line(due)
         if line == b"*1":
-            line = self._line()
+            line = self._line(due)
         if line[:1] == b"-":
             raise said(_words(line))
-        if line[:1] != b"$" or not line[1:].removeprefix(b"-").isdigit():
-            raise Failure(Fate.DOWN, "an answer that is no value")
-        if (size := int(line[1:])) < 0:
+        if line == b"$-1":
             return Fate.GONE
-        if size != len(buffer):
-            self._throw_away(size + 2)
+        if not _LENGTH.fullmatch(line):
+            raise _no_value()
+        size = int(line[1:])
+        if size > len(buffer) + _MOST_SURPLUS:
+            self.close()
             return Fate.CORRUPT
-        self._fill(buffer)
-        self._throw_away(2)
-        return Fate.DONE
+        if size == len(buffer):
+            self._fill(buffer, due)
+        else:
+            self._throw_away(size, due)
+        while len(self._unread) < len(_END):
+            self._unread += self._some(_LITTLE, due)
+        if not self._unread.startswith(_END):
+            raise _no_value()
+        self._unread = self._unread[len(_END) :]
+        return Fate.DONE if size == len(buffer) else Fate.CORRUPT
 
-    def _fill(self, buffer: memoryview) -> None:
+    def _fill(self, buffer: memoryview, due: float) -> None:
         come = len(some := self._unread[: len(buffer)])
         buffer[:come], self._unread = some, self._unread[come:]
         while come < len(buffer):
-            self._arm(socket.SO_RCVTIMEO)
+            self._arm(socket.SO_RCVTIMEO, due)
             # One call for all of it: each takes the interpreter's lock anew.
             more = self._socket.recv_into(buffer[come:], 0, socket.MSG_WAITALL)
             if not more:
-                raise Ended
+                raise ConnectionError
             come += more
 
-    def _line(self) -> bytes:
-        while (end := self._unread.find(b"\r\n")) < 0:
+    def _line(self, due: float) -> bytes:
+        while (end := self._unread.find(_END)) < 0:
             if len(self._unread) > _LONGEST_LINE:
                 raise Failure(Fate.DOWN, "an answer that is no line")
-            self._unread += self._some(64)  # of a value as little as can be: it is copied
-        line, self._unread = self._unread[:end], self._unread[end + 2 :]
+            self._unread += self._some(_LITTLE, due)
+        line, self._unread = self._unread[:end], self._unread[end + len(_END) :]
         return line
 
-    def _throw_away(self, count: int) -> None:
+    def _throw_away(self, count: int, due: float) -> None:
         gone = min(count, len(self._unread))
         self._unread = self._unread[gone:]
         while gone < count:
-            gone += len(self._some(min(_SCRAP, count - gone)))
+            gone += len(self._some(min(_SCRAP, count - gone), due))
 
-    def _some(self, most: int) -> bytes:
-        self._arm(socket.SO_RCVTIMEO)
+    def _some(self, most: int, due: float) -> bytes:
+        self._arm(socket.SO_RCVTIMEO, due)
         if not (some := self._socket.recv(most)):
-            raise Ended
+            raise ConnectionError
         return some
 
-    def _send(self, data: bytes) -> None:
-        self._arm(socket.SO_SNDTIMEO)
-        self._socket.sendall(data)
+    def _send(self, data: bytes, due: float) -> None:
+        self._arm(socket.SO_SNDTIMEO, due)
+        with suppress(ConnectionError):  # what the server said before it hung up is read next
+            self._socket.sendall(data)
 
-    def _arm(self, option: int) -> None:
+    def _arm(self, option: int, due: float) -> None:
         """The next call on the socket ends in time, even if some bytes come now and then."""
-        if time.monotonic() >= self._due:
+        if time.monotonic() >= due:
             raise TimeoutError
-        seconds, rest = divmod(left(self._due), 1)
+        seconds, rest = divmod(left(due), 1)
         timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, option, timeout)
+
+
+def _no_value() -> Failure:
+    return Failure(Fate.DOWN, "an answer that is no value")
 
 
 def _command(*words: bytes) -> bytes:

@@ -102,11 +102,13 @@ class ValkeyStore:
         self._once = Once()
 
     def check(self) -> None:
-        """Ask the server for something, and warn of what will make it a bad cache.
+        """Read and ask for something, and warn of what will make the server a bad cache.
 
         Raises:
             Failure: if it cannot be used.
         """
+        # Read first: a socket is told why it is not let in where glide tries until its timeout.
+        self._reading.probe(self._names.about, self._config.timeout)
         with self._asking.client(self._config.timeout) as client:
             client.exists([self._names.about])
             for concern in _concerns(client):
