@@ -37,8 +37,10 @@ _HITS = re.compile(r'^lamina_hit_tokens_total\{[^}]*tier="(\w+)"[^}]*\} (\S+)$',
 Message = dict[str, str]
 """What one side of a conversation said: ``role`` and ``content``."""
 
-_POLITE = 19
-"""The lowest priority that Linux has."""
+_POLITE = 10
+"""A niceness that leaves a tenth of a contested core. With 19 a decode engine often had no time to
+say where a prompt goes before it was computed; with 5 the first token took nearly twice as long
+(two cores)."""
 
 
 class ServerError(RuntimeError):
