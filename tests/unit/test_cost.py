@@ -131,6 +131,31 @@ class TestRates:
             seconds = costs.load_seconds(FAR, MIB)
             assert seconds == pytest.approx(1.0)
 
+    def test_what_came_with_others_does_not_end_a_stall_by_itself(self) -> None:
+        """The first of those that come together is charged for all of them."""
+        clock = Clock()
+        costs = known(far=1e-9, clock=clock)
+        costs.given_up(FAR, 0, 1.0, least=MIB)
+        clock.now = 2.0
+        costs.loaded(FAR, MIB, 0.0, ordered=1.5)
+        assert costs.load_seconds(FAR, MIB) == pytest.approx(0.5, rel=0.05)
+        costs.loaded(FAR, MIB, 1e-9 * MIB, ordered=1.5)
+        assert costs.load_seconds(FAR, MIB) == pytest.approx(1e-9 * MIB)
+
+    def test_a_stall_right_after_one_that_was_over_is_another_one(self) -> None:
+        """What a try had ordered came while the pause was a long one."""
+        clock = Clock()
+        costs = known(far=1e-9, clock=clock)
+        costs.given_up(FAR, 0, 1.0, least=MIB)
+        for pause in (1, 2, 4, 8):
+            clock.now += pause
+            costs.given_up(FAR, 0, 1.0, least=MIB)
+        costs.loaded(FAR, MIB, 1e-9 * MIB)
+        costs.given_up(FAR, 0, 1.0, least=MIB)
+        assert costs.load_seconds(FAR, MIB, hoped=True) == pytest.approx(1.0)
+        clock.now += 32
+        assert costs.load_seconds(FAR, MIB, hoped=True) == pytest.approx(1e-9 * MIB, rel=0.1)
+
     def test_a_wait_that_was_short_does_not_make_a_tier_fast(self) -> None:
         costs = known(far=1e-7)
         costs.given_up(FAR, MIB, 0.01)

@@ -622,6 +622,10 @@ def test_tls(opened: Opened, certificates: Path) -> None:
         assert "db2" in str(server("INFO", "keyspace"))
         with pytest.raises(StoreError, match=r"certificate.*Check ca_file"):
             opened(server, **ours, **{**keys, "timeout": 0.5})
+        for missing in ours:
+            files = {**ours, "ca_file": str(certificates / "server.crt"), missing: "/nowhere"}
+            with pytest.raises(StoreError, match=rf"\.{missing} cannot be read"):
+                opened(server, **files, **keys)
 
 
 def test_a_certificate_is_judged_by_the_client_library_alone(

@@ -17,8 +17,9 @@ import pytest
 
 from lamina_kv.tiers.contract import Fate
 from lamina_kv.tiers.valkey import connection
+from lamina_kv.tiers.valkey.address import parse
 from lamina_kv.tiers.valkey.config import ValkeyConfig
-from lamina_kv.tiers.valkey.connection import Failure
+from lamina_kv.tiers.valkey.connection import Failure, connect
 from lamina_kv.tiers.valkey.reading import AHEAD_BYTES, SocketReading
 from lamina_kv.values import MIB
 
@@ -315,6 +316,34 @@ def test_what_a_server_said_before_its_first_value_is_no_reason_later(serve: Ser
 
     with pytest.raises(Failure, match="the connection has ended"):
         serve(script).read(names(2), buffers(2), TIMEOUT)
+
+
+def test_a_user_who_may_not_tell_a_name_is_no_reason(serve: Serve) -> None:
+    """Those of docs/stores.md may not."""
+
+    def script(connection: socket.socket) -> None:
+        command(connection)
+        connection.sendall(b"-NOPERM User lamina has no permissions to run 'client|setinfo'\r\n")
+
+    with pytest.raises(Failure, match="the connection has ended"):
+        serve(script).read(names(1), buffers(1), TIMEOUT)
+
+
+def test_one_of_a_cluster_is_said_once_whatever_the_slot(serve: Serve) -> None:
+    def script(connection: socket.socket) -> None:
+        logged_in(connection)
+        connection.sendall(b"-MOVED 3999 10.0.0.1:6379\r\n")
+
+    with pytest.raises(Failure) as caught:
+        serve(script).read(names(1), buffers(1), TIMEOUT)
+    assert caught.value.fate is Fate.REFUSED
+    assert "3999" not in caught.value.words
+    assert "cluster: true" in caught.value.advice
+
+
+def test_a_name_that_no_host_can_have_is_a_failure() -> None:
+    with pytest.raises(Failure, match="no host can have that name"):
+        connect(parse("valkey://cache..internal:6379"), time.monotonic() + TIMEOUT)
 
 
 def test_the_addresses_of_a_name_share_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,8 @@ def _draw(outcome: Outcome, picture: Path) -> None:
     from lamina_kv.bench.picture import Panel, draw_timeline
 
     spans = _last_prefill(outcome.spans)
+    if not spans:  # no row left in the step that had computed it
+        return
     finished = max(span.end for span in spans if span.lane is Lane.COMPUTE)
     ended = max(span.end for span in spans if span.lane is Lane.PUSH)
     panel = Panel(

@@ -102,7 +102,7 @@ class Stall:
             seconds: how long it was waited for.
         """
         self.longest = max(self.longest, seconds)
-        well = now - self.at - self.pause
+        well = max(0.0, now - self.at - self.pause)
         faded = math.exp2(-well / max(RARE * self.longest, LEAST_PAUSE))
         self.pause = max(LEAST_PAUSE, 2 * self.pause * faded)
         self.at, self.brought = now, False
@@ -111,7 +111,7 @@ class Stall:
                 self.before = replace(known)
             self.tried, self.over = now + self.pause, False
 
-    def tells(self, size: int, seconds: float, ordered: float) -> Rate | None:
+    def tells(self, size: int, seconds: float, ordered: float, now: float) -> Rate | None:
         """The tier has brought something. Returns what it is to be added to, if that tells how fast
         the tier is now. It may have been ordered by a try which was too short for it.
 
@@ -119,14 +119,15 @@ class Stall:
             size: bytes.
             seconds: how long the tier has worked on them alone.
             ordered: when they were ordered.
+            now: control's clock.
         """
         self.brought = True
-        if self.over or ordered < self.tried:
+        if self.over or ordered < self.tried or not seconds:  # it came with what was charged
             return None
         before = self.before
         if before is not None and seconds <= AS_BEFORE * size * before.rate:
             self.over = True
-            return replace(before)
+            return replace(before, at=now)
         if before is not None and ordered < self.at + self.pause:
             return None
         self.over = True  # how long it was waited for in vain says nothing of now
@@ -207,7 +208,7 @@ class Costs:
             return
         now, stall = self._clock(), self._stalls.get(tier)
         if stall is not None:
-            known = stall.tells(size, seconds, now - seconds if ordered is None else ordered)
+            known = stall.tells(size, seconds, now - seconds if ordered is None else ordered, now)
             if known is not None:
                 self.loads[tier] = known
         self.loads.setdefault(tier, Rate()).add(seconds, size, now)
@@ -228,7 +229,7 @@ class Costs:
         told = moved > 0 and stall is not None and stall.may_be_over(now)
         if stall is None:
             self._stalls[tier] = Stall(None if known is None else replace(known), now, seconds)
-        elif known is not None and now >= stall.at + stall.pause:  # else it is the same stall
+        elif known is not None and (stall.over or now >= stall.at + stall.pause):
             stall.again(known, now, seconds)
         if known is None or told or seconds / max(moved, least) > known.rate:
             self.loads[tier] = Rate(seconds, max(moved, least), now)
@@ -247,7 +248,7 @@ class Costs:
         if stall.before is None:
             self.loads.pop(tier, None)
         else:
-            self.loads[tier] = stall.before
+            self.loads[tier] = replace(stall.before, at=self._clock())
 
     def computed(self, start: int, end: int, seconds: float, fill: float | None = None) -> None:
         """Tokens ``start..end`` of a prompt were computed.

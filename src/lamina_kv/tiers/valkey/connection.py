@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from glide_shared.exceptions import (
@@ -62,7 +63,8 @@ certificate that it does not trust it tries until the end of its own."""
 
 _CREDENTIALS = ("NOAUTH", "WRONGPASS", "AuthenticationFailed", "NOPERM", "PermissionDenied")
 _NO_DATABASE = "DB index is out of range"
-_TOO_MANY = "max number of clients"
+TOO_MANY = "max number of clients"
+_CLUSTER = "the server is one of a cluster"
 _ADVICE = {
     Fate.LATE: "It is too slow, stopped, or out of reach",
     Fate.REFUSED: "Look at what it says",
@@ -97,8 +99,10 @@ class Failure(Exception):
             return "Check ca_file"
         if _NO_DATABASE in self.words:
             return "Check the number at the end of url, and `databases` there"
-        if _TOO_MANY in self.words:
+        if TOO_MANY in self.words:
             return "Raise `maxclients` there"
+        if _CLUSTER in self.words:
+            return "Set `cluster: true`"
         if any(word in self.words for word in _CREDENTIALS):
             return "Check user, password and permissions (docs/stores.md has what is needed)"
         return _ADVICE[self.fate]
@@ -302,16 +306,22 @@ class Connection:
         config = self._config
         if not config.url.tls:
             return None
-        try:
-            authorities = None if config.ca_file is None else config.ca_file.read_bytes()
-        except OSError as error:
-            words = f"{config.key('ca_file')} cannot be read: {error.strerror}"
-            raise Failure(Fate.REFUSED, words) from error
+        # glide would only say that it cannot connect.
+        read = {key: self._read(key) for key in ("ca_file", "certificate_file", "key_file")}
         return TlsAdvancedConfiguration(
-            root_pem_cacerts=authorities,
+            root_pem_cacerts=read["ca_file"],
             client_cert_path=config.certificate_file,
             client_key_path=config.key_file,
         )
+
+    def _read(self, key: str) -> bytes | None:
+        """What is in a file that the configuration names; None if it names none."""
+        path: Path | None = getattr(self._config, key)
+        try:
+            return None if path is None else path.read_bytes()
+        except OSError as error:
+            words = f"{self._config.key(key)} cannot be read: {error.strerror}"
+            raise Failure(Fate.REFUSED, words) from error
 
 
 def connect(address: Address, due: float) -> socket.socket:
@@ -328,6 +338,8 @@ def connect(address: Address, due: float) -> socket.socket:
         if address.socket:
             return _connect(socket.AF_UNIX, address.socket, left(due))
         return _connect_to_host(*address.hosts[0], due)
+    except UnicodeError as error:
+        raise Failure(Fate.DOWN, "cannot connect: no host can have that name") from error
     except OSError as error:
         raise Failure(Fate.DOWN, f"cannot connect: {error.strerror or error}") from error
 
@@ -397,5 +409,7 @@ def failure(error: GlideError) -> Failure:
 
 def said(words: str) -> Failure:
     """What an error of the server's, in its own words, is for a chunk."""
+    if words.startswith("MOVED"):  # with a slot and an address: many words for one cause
+        return Failure(Fate.REFUSED, _CLUSTER)
     refuses = any(word in words for word in (FULL, "MISCONF", _NO_DATABASE, *_CREDENTIALS))
     return Failure(Fate.REFUSED if refuses else Fate.DOWN, words)

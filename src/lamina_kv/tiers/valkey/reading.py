@@ -26,6 +26,7 @@ from glide_shared.exceptions import RequestError
 from lamina_kv.tiers.contract import Fate
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.tiers.valkey.connection import (
+    TOO_MANY,
     CLIENT_NAME,
     TOO_LONG,
     Client,
@@ -285,8 +286,8 @@ class Wire:
                 if (line := self._line(due))[:1] == b"-":
                     raise said(_words(line))
             # Old servers know no such names, and some users may not tell one.
-            if (line := self._line(due))[:1] == b"-":
-                self._complaint = _words(line)
+            if TOO_MANY in (words := _words(self._line(due))):
+                self._complaint = words
 
     @contextmanager
     def _answering(self, late: str) -> Iterator[None]:
