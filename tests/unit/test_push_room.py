@@ -4,6 +4,8 @@ back."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_push_target import DEADLINE, OPENED, QUARANTINE, P, Target, lost
@@ -43,6 +45,8 @@ class Crowd:
         self.parked: list[RequestRecord] = []
         self.attempts: dict[int, Attempt] = {}
         self.claimed: set[str] = set()
+        self.is_open = False
+        self.unsent: list[Attempt] = []
         self.count = 0
 
     def happen(self, event: str, index: int) -> None:
@@ -58,20 +62,30 @@ class Crowd:
             case "second" | "minute":
                 self.target.wait(1.0 if event == "second" else 60.0)
             case "opened":
-                self.target.hear(OPENED)
+                self._open()
             case "lost" | "silent" | "unreachable":
                 fate = {"lost": Fate.CLOSED, "silent": Fate.SILENT}.get(event, Fate.UNREACHABLE)
-                self.target.hear(lost(was_open=index % 2 == 0, fate=fate))
+                if not self.is_open and index % 2 == 0:
+                    self._open()
+                over = lost(was_open=self.is_open, fate=fate)
+                self.target.hear(dataclasses.replace(over, unsent=tuple(self.unsent)))
+                self.is_open, self.unsent = False, []
             case _:
                 self._say(event, index)
         for message in self.target.said():
             if isinstance(message, Announce):
                 self.attempts[message.attempt.epoch] = message.attempt
+                if not self.is_open:
+                    self.unsent.append(message.attempt)
                 self.claimed.discard(message.attempt.push)
             elif isinstance(message, Claim):
                 self.claimed.update(message.pushes)
             elif isinstance(message, Cancel) and message.attempt.epoch == NO_EPOCH:
                 self.claimed.discard(message.attempt.push)
+
+    def _open(self) -> None:
+        self.target.hear(OPENED)
+        self.is_open, self.unsent = True, []
 
     def _admit(self) -> None:
         """The engine looks at its queue, from the head on."""

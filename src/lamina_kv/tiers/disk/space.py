@@ -13,7 +13,7 @@ def room_at(directory: Path) -> int | None:
         directory: it need not be there, and is not made.
 
     Returns:
-        None if the directory cannot be looked at.
+        None if the directory cannot be looked at, or is in a file system that keeps no files.
     """
     try:
         there = next(place for place in (directory, *directory.parents) if place.exists())
@@ -24,6 +24,8 @@ def room_at(directory: Path) -> int | None:
             for name in (*folders, *files)
         )
     except (OSError, StopIteration):
+        return None
+    if volume.f_blocks == 0:
         return None
     return volume.f_bavail * volume.f_frsize + taken
 

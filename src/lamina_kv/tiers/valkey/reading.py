@@ -26,9 +26,9 @@ from glide_shared.exceptions import RequestError
 from lamina_kv.tiers.contract import Fate
 from lamina_kv.tiers.valkey.config import ValkeyConfig
 from lamina_kv.tiers.valkey.connection import (
-    TOO_MANY,
     CLIENT_NAME,
     TOO_LONG,
+    TOO_MANY,
     Client,
     Connection,
     Failure,
