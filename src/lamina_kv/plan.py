@@ -32,6 +32,9 @@ TierName = NewType("TierName", str)
 NEAR = TierName("host")
 """The near tier: host memory, which engines copy to and from. All other tiers are far."""
 
+PUSHED = TierName("push")
+"""Where tokens come from that a prefill engine pushes; no tier is called so."""
+
 
 class LoadMode(StrEnum):
     """How a load runs."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.scrape import Scrape, ScrapeError, fetch, metrics_url
-from lamina_kv.cli.top_view import COMPUTED, ENGINE, OTHER, PUSH, STOPPED, counted
+from lamina_kv.cli.top_view import COMPUTED, ENGINE, OTHER, SELDOM, counted, served, stopped
+from lamina_kv.plan import NEAR, PUSHED
 from lamina_kv.quantities import size_of, time_of
 
 _UNWRITTEN = 0.2
@@ -77,8 +78,7 @@ def read(now: Scrape) -> Iterator[Finding]:
 
 
 def _set_up(now: Scrape) -> Iterator[Finding]:
-    models = ", ".join(now.words("prompt_tokens_total", "model_name"))
-    engines = len(now.words("prompt_tokens_total", "engine"))
+    models, engines = served(now)
     several = f"; {engines} engines, of which these are the sums" if engines > 1 else ""
     yield Finding("server", Verdict.GOOD, f"serves {models}{several}")
     ways = sorted({_way(sample.labels) for sample in now.samples.get("config_info", ())})
@@ -110,17 +110,13 @@ def _tier(now: Scrape, tier: str) -> Finding:
     age = now.mean("eviction_age_seconds", tier=tier)
     if age is not None:
         found += f"; {evicted:,.0f} chunks evicted, on average unused for {time_of(age)}"
-    stopped = [
-        words
-        for way, words in STOPPED.items()
-        if now.least("tier_in_use", tier=tier, direction=way) == 0
-    ]
-    if not stopped:
+    ways = stopped(now, tier)
+    if not ways:
         return Finding(f"tier {tier}", Verdict.GOOD, f"in use; {found}")
     return Finding(
         f"tier {tier}",
         Verdict.FAILED,
-        f"out of use: {' and '.join(stopped)}, because it kept failing; {found}",
+        f"out of use: {' and '.join(ways)}, because it kept failing; {found}",
         "is the store up, has it room, may this user write? The server's log names the error. "
         "The tier is tried again by itself, and requests are computed until then",
     )
@@ -136,7 +132,7 @@ def _hits(now: Scrape) -> Iterator[Finding]:
     shares = [
         f"{source} {100 * tokens / prompts:.1f} %"
         for source, tokens in (*hits.items(), (COMPUTED, now.total("computed_tokens_total")))
-        if tokens or source not in (PUSH, OTHER)
+        if tokens or source not in SELDOM
     ]
     seconds = now.by("saved_seconds_total", "tier")
     saved = sum(each for tier, each in seconds.items() if tier not in (ENGINE, OTHER))
@@ -214,13 +210,12 @@ def _failing(now: Scrape, tier: str, kinds: Mapping[str, float]) -> Finding:
 
 def _transfers(tier: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Histograms of what goes to and from a tier, with the labels that tell them apart."""
-    match tier:
-        case "host":
-            yield from (("load", {}), ("save", {}))
-        case "push":
-            yield "push", {}
-        case _:
-            yield from (("fetch", {"tier": tier}), ("write", {"tier": tier}))
+    if tier == NEAR:
+        yield from (("load", {}), ("save", {}))
+    elif tier == PUSHED:
+        yield "push", {}
+    else:
+        yield from (("fetch", {"tier": tier}), ("write", {"tier": tier}))
 
 
 def _waits(now: Scrape) -> Finding:

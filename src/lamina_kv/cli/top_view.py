@@ -12,16 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from lamina_kv.cli.scrape import Scrape
+from lamina_kv.plan import PUSHED
 from lamina_kv.quantities import size_of, time_of
 
 COMPUTED, ENGINE = "computed", "engine"
 """Where tokens come from that no tier had: the model, and the engine's own prefix cache."""
 
-PUSH, OTHER = "push", "other"
-"""Sources that most servers never have: a prefill engine, and another connector."""
+OTHER = "other"
+"""Another connector."""
 
-STOPPED = {"fetch": "not read", "write": "not written", "save": "not saved to"}
-"""What a tier that is out of use is, by the direction that is stopped."""
+SELDOM = (PUSHED, OTHER)
+"""Sources that most servers never have."""
+
+_STOPPED = {"fetch": "not read", "write": "not written", "save": "not saved to"}
 
 SHOWN = 16
 """Looks that a sparkline shows: half a minute by default. With :data:`_BAR` a frame has room in the
@@ -78,9 +81,23 @@ def counted(numbers: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {number:,.0f}" for name, number in most if number) or "none"
 
 
+def served(now: Scrape) -> tuple[str, int]:
+    """Names of the models that a server serves, and how many engines it has."""
+    models = ", ".join(now.words("prompt_tokens_total", "model_name"))
+    return models, len(now.words("prompt_tokens_total", "engine"))
+
+
+def stopped(now: Scrape, tier: str) -> list[str]:
+    """What a tier is, by the directions in which it is out of use; empty if it is in use."""
+    return [
+        _STOPPED.get(way, way)
+        for way in now.by("tier_in_use", "direction", tier=tier)
+        if not now.least("tier_in_use", tier=tier, direction=way)
+    ]
+
+
 def _head(now: Scrape, url: str) -> Text:
-    model = ", ".join(now.words("prompt_tokens_total", "model_name"))
-    engines = len(now.words("prompt_tokens_total", "engine"))
+    model, engines = served(now)
     text = Text.assemble(("lamina-kv top", "bold"), f"  {url.removesuffix('/metrics')}  {model}")
     for config in (sample.labels for sample in now.samples.get("config_info", ())[:1]):
         text.append(
@@ -105,7 +122,7 @@ def _prompts(seen: Sequence[Scrape]) -> Table:
     saved = now.by("saved_seconds_total", "tier")
     table = _table("prompt tokens", "total>", "share>", "", "now/s>", "", "prefill saved>")
     for source, tokens in sources.items():
-        if not tokens and source in (PUSH, OTHER):
+        if not tokens and source in SELDOM:
             continue
         table.add_row(
             source,
@@ -152,12 +169,8 @@ def _tiers(now: Scrape) -> Table:
 
 
 def _state(now: Scrape, tier: str) -> Text:
-    stopped = [
-        STOPPED.get(way, way)
-        for way in now.by("tier_in_use", "direction", tier=tier)
-        if not now.least("tier_in_use", tier=tier, direction=way)
-    ]
-    return Text(", ".join(stopped), style="bold red") if stopped else Text("in use", style="green")
+    words = stopped(now, tier)
+    return Text(", ".join(words), style="bold red") if words else Text("in use", style="green")
 
 
 # -- bytes -------------------------------------------------------------------------------------

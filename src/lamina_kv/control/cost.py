@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lamina_kv.plan import TierName
 
@@ -81,12 +81,12 @@ class Stall:
     at: float
     longest: float
     pause: float = LEAST_PAUSE
-    tried: float = math.inf
+    tried: float = field(init=False)
     brought: bool = False
     over: bool = False
 
     def __post_init__(self) -> None:
-        self.tried = min(self.tried, self.at + self.pause)
+        self.tried = self.at + self.pause
 
     def may_be_over(self, now: float) -> bool:
         """Whether it is hoped to be over, and nobody knows."""
@@ -229,7 +229,7 @@ class Costs:
         told = moved > 0 and stall is not None and stall.may_be_over(now)
         if stall is None:
             self._stalls[tier] = Stall(None if known is None else replace(known), now, seconds)
-        elif known is not None and (stall.over or now >= stall.at + stall.pause):
+        elif known is not None and (stall.over or stall.may_be_over(now)):  # else it is the same
             stall.again(known, now, seconds)
         if known is None or told or seconds / max(moved, least) > known.rate:
             self.loads[tier] = Rate(seconds, max(moved, least), now)

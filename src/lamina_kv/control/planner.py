@@ -51,6 +51,7 @@ from lamina_kv.observe.traces import ServedRequest
 from lamina_kv.plan import (
     NEAR,
     NO_PUSH,
+    PUSHED,
     ChunkKey,
     LoadMode,
     NearSlots,
@@ -65,9 +66,6 @@ if TYPE_CHECKING:
     from lamina_kv.observe.spans import Span, Spans
 
 log = logging.getLogger("lamina_kv.control")
-
-PUSHED = TierName("push")
-"""Where tokens come from that a prefill engine pushes; no tier is called so."""
 
 
 class Planner:
@@ -448,8 +446,7 @@ class Planner:
         self._prefills.planned(tokens)
         tiers = self._moves.step()
         push = NO_PUSH if self.pushes is None else self.pushes.plan()
-        outstanding = len(books.transfers) > 0
-        outstanding |= self.pushes is not None and self.pushes.pending
+        outstanding = len(books.transfers) > 0 or self._push_pending
         # Who waits for a near slot that is not there yet waits for a receipt, too.
         outstanding |= books.catalog.near.grows and self._moves.has_work
         plan = StepPlan(
@@ -559,7 +556,7 @@ class Planner:
         for transfer in late:
             transfer.overdue = True
             word = transfer.kind.value
-            tier = "push" if transfer.kind in (Kind.PUSH, Kind.RECEIVE) else transfer.tier
+            tier = PUSHED if transfer.kind in (Kind.PUSH, Kind.RECEIVE) else transfer.tier
             books.meter.count("failures", 1, tier=tier, kind=f"{word}_overdue")
             log.warning("%s %d of step %d is overdue", word, transfer.id, transfer.step)
             if transfer.kind is Kind.SAVE:
@@ -721,9 +718,13 @@ class Planner:
             self._moves.has_work
             or self._second_uses.pending
             or self._books.transfers.pending
-            or (self.pushes is not None and self.pushes.pending)
+            or self._push_pending
             or (self.residency is not None and self.residency.behind)
         )
+
+    @property
+    def _push_pending(self) -> bool:
+        return self.pushes is not None and self.pushes.pending
 
     @property
     def leased_blocks(self) -> int:

@@ -33,6 +33,19 @@ class Stage(Enum):
     """Given up, and its blocks are leased because something may still be on its way to them."""
 
 
+class Unpushed(StrEnum):
+    """Why no push is announced for a request that was meant for one, as metrics have it. What was
+    not announced is given up for some of the reasons of :class:`GiveUp`, too."""
+
+    BELOW_MIN_TOKENS = "below_min_tokens"
+    TOO_LARGE = "too_large"
+    NO_ROOM = "no_room"
+    PEER_OUT_OF_USE = "peer_out_of_use"
+    ID_IN_USE = "id_in_use"
+    NOT_NEEDED = "not_needed"
+    STATES_IN_PLACE = "states_in_place"
+
+
 class GiveUp(StrEnum):
     """Why a push that was announced is not waited for any longer, as metrics have it."""
 

@@ -11,6 +11,7 @@ from lamina_kv.config import PushConfig
 from lamina_kv.control.books import Books
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.offers import ASK_AGAIN, Offer
+from lamina_kv.control.push.inbound import Unpushed
 from lamina_kv.control.push.open_prompts import RanksChannel
 from lamina_kv.control.push.source import PushSource
 from lamina_kv.control.push.target import CANCELLED, PushTarget
@@ -114,7 +115,7 @@ class Pushes:
         """
         self._source.admitted(record, taken.floor + taken.tokens, self._books.clock.now)
         if record.view.push is not None and not taken.pushed:
-            self._target.decline(record, taken.unpushed or "not_needed")
+            self._target.decline(record, taken.unpushed or Unpushed.NOT_NEEDED)
 
     def order(self, record: RequestRecord) -> None:
         """Have pushed what was offered, into the request's blocks."""

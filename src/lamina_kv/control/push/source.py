@@ -37,7 +37,7 @@ from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRec
 from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import State, Transfer, TransferTable
 from lamina_kv.observe.metrics import Meter
-from lamina_kv.plan import Binding, LoadMode, PeerOrder, PushOrder, PushStop, TransferId
+from lamina_kv.plan import PUSHED, Binding, LoadMode, PeerOrder, PushOrder, PushStop, TransferId
 from lamina_kv.push.cards import EngineCard, ShapeMismatchError, encode_card
 from lamina_kv.push.cards import match as match_cards
 from lamina_kv.push.letters import Letter, Lost, News, Opened
@@ -480,9 +480,8 @@ class PushSource:
                 return
         self._sender.settle(transfer)
         if transfer.state is State.FAILED:
-            self._meter.count(
-                "failures", 1, tier="push", kind=f"push_{transfer.reason or 'unknown'}"
-            )
+            kind = f"push_{transfer.reason or 'unknown'}"
+            self._meter.count("failures", 1, tier=PUSHED, kind=kind)
             self._fail(out, transfer.reason or "a write failed")
         else:
             self._meter.count("push_bytes", transfer.moved_bytes)

@@ -21,7 +21,7 @@ from lamina_kv.control.cost import Costs
 from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.push.claims import ANSWER_SHARE, Backlog, Claimed, Claims, Whereabouts
 from lamina_kv.control.push.failures import Failures
-from lamina_kv.control.push.inbound import GiveUp, Inbound, PushOffer, Sender, Stage
+from lamina_kv.control.push.inbound import GiveUp, Inbound, PushOffer, Sender, Stage, Unpushed
 from lamina_kv.control.push.room import Fit, Room
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.shape import ChunkShape
@@ -163,10 +163,10 @@ class PushTarget:
         if end <= start:
             return PushOffer(0, why)
         if end - start < self._min_tokens:
-            return PushOffer(0, "below_min_tokens")
+            return PushOffer(0, Unpushed.BELOW_MIN_TOKENS)
         need = self._shape.pushed_blocks(floor, start, end)
         if need > self._room.most:
-            return PushOffer(0, "too_large")
+            return PushOffer(0, Unpushed.TOO_LARGE)
         claimed = self._claim(record, now)
         if claimed is None:
             return PushOffer(0, record.push_over)
@@ -183,7 +183,7 @@ class PushTarget:
         if claimed.crowded is None:
             claimed.crowded = now
         too_long = now - claimed.crowded >= self._config.deadline
-        return PushOffer(0, "no_room", ask_again=fit is Fit.LATER and not too_long)
+        return PushOffer(0, Unpushed.NO_ROOM, ask_again=fit is Fit.LATER and not too_long)
 
     def abandoned(self, request_id: str) -> None:
         """A request has ended; if it never got blocks, nothing is needed of its push."""
@@ -193,7 +193,7 @@ class PushTarget:
     def _claim(self, record: RequestRecord, now: float) -> Claimed | None:
         """Claim what is computed for a request, unless its name is another one's."""
         if self._is_named_twice(record):
-            self._skip(record, "id_in_use")
+            self._skip(record, Unpushed.ID_IN_USE)
             return None
         return self._claims.add(record, now)
 
@@ -232,9 +232,9 @@ class PushTarget:
         if record.push_over:
             return 0, record.push_over
         if self._shape.in_place:
-            return 0, "states_in_place"  # none stands still at the end for long enough
+            return 0, Unpushed.STATES_IN_PLACE  # none stands still at the end for long enough
         if not self._breaker_of(push.prefill).allows:
-            return 0, "peer_out_of_use"
+            return 0, Unpushed.PEER_OUT_OF_USE
         end = record.view.num_prompt_tokens - record.view.recompute_tokens
         if self._shape.recurrent:
             end = end // self._shape.resume_tokens * self._shape.resume_tokens
@@ -283,7 +283,7 @@ class PushTarget:
         announce = Announce(attempt, record.prompt_digest(), start, end, patience, tables)
         self.letters.append(Letter(push.prefill, announce))
 
-    def decline(self, record: RequestRecord, why: str = "not_needed") -> None:
+    def decline(self, record: RequestRecord, why: str = Unpushed.NOT_NEEDED) -> None:
         """Nothing is needed of a push that the router meant for the request.
 
         Args:

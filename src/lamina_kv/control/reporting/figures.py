@@ -15,20 +15,17 @@ from lamina_kv.config import Config
 from lamina_kv.control.catalog import Catalog, Far
 from lamina_kv.control.lanes import Unwritten
 from lamina_kv.control.offers import Unloaded
-from lamina_kv.control.push.inbound import GiveUp
+from lamina_kv.control.push.inbound import GiveUp, Unpushed
 from lamina_kv.control.reporting.misses import Reason
 from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
 from lamina_kv.control.transfers import Kind
 from lamina_kv.observe.metrics import Meter
-from lamina_kv.plan import LOAD_FAILED, NEAR, TIMED_OUT, TORN, TierName
+from lamina_kv.plan import LOAD_FAILED, NEAR, PUSHED, TIMED_OUT, TORN, TierName
 from lamina_kv.tiers.contract import Fate
 
 OVERDUE = "overdue"
 
-_UNPUSHED = (
-    "below_min_tokens", "too_large", "no_room", "peer_out_of_use", "id_in_use", "not_needed",
-    "states_in_place", GiveUp.ABSENT, GiveUp.UNANSWERED, GiveUp.FAILED, GiveUp.LOST,
-)  # fmt: skip
+_UNPUSHED = (*Unpushed, GiveUp.ABSENT, GiveUp.UNANSWERED, GiveUp.FAILED, GiveUp.LOST)
 _PUSHES = ("sent", "stopped", "received", "given_up")
 _UNANSWERED = (Fate.LATE, Fate.REFUSED, Fate.DOWN, OVERDUE)
 _FAILURES = {
@@ -74,7 +71,7 @@ def begin(
         saves=_word(saves),
         push=_word(pushes),
     )
-    for source in ("engine", NEAR, *catalog.far, *(["push"] if pushes else []), "other"):
+    for source in ("engine", NEAR, *catalog.far, *([PUSHED] if pushes else []), "other"):
         meter.begin("hit_tokens", tier=source)
         meter.begin("saved_seconds", tier=source)
     for unloaded in Unloaded:
@@ -91,7 +88,7 @@ def begin(
         for name, label, values in _of_pushes():
             for value in values:
                 meter.begin(name, **{label: value})
-        _begin_failures(meter, TierName("push"), Kind.PUSH)
+        _begin_failures(meter, PUSHED, Kind.PUSH)
 
 
 def _word(yes: bool) -> str:

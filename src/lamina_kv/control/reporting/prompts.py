@@ -14,6 +14,7 @@ from collections import Counter
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.observe.metrics import Meter
+from lamina_kv.plan import PUSHED
 
 COMPUTED = "computed"
 ENGINE = "engine"
@@ -73,7 +74,7 @@ class PromptMeter:
         offer = record.offer
         brought: list[tuple[str, int]] = [(ENGINE, offer.floor - reached)]
         brought += offer.taken.items()
-        brought.append(("push", offer.pushed))
+        brought.append((PUSHED, offer.pushed))
         for source, tokens in brought:
             if (taken := min(tokens, start - reached)) > 0:
                 reached += taken

@@ -21,7 +21,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lamina_kv.config import Config
-from lamina_kv.control.planner import PUSHED, Planner
+from lamina_kv.control.planner import Planner
 from lamina_kv.control.push.pushes import Pushes
 from lamina_kv.control.reporting.summary import opening
 from lamina_kv.control.requests import BoundaryState, PushParameters
@@ -51,7 +51,7 @@ from lamina_kv.engines.vllm.sleep import be_quiet_before_sleep
 from lamina_kv.engines.vllm.weights import Watch, WeightsWatch, watch_engine_core
 from lamina_kv.observe.metrics import Meter
 from lamina_kv.observe.traces import TraceRecorder, open_recorder
-from lamina_kv.plan import NEAR, LoadMode, StepPlan, TierName
+from lamina_kv.plan import NEAR, PUSHED, LoadMode, StepPlan, TierName
 from lamina_kv.push.addresses import Peers, join_address, split_address
 from lamina_kv.push.cards import EngineCard
 from lamina_kv.push.complaints import Complaints
