@@ -32,8 +32,9 @@ TierName = NewType("TierName", str)
 NEAR = TierName("host")
 """The near tier: host memory, which engines copy to and from. All other tiers are far."""
 
-PUSHED = TierName("push")
-"""Where tokens come from that a prefill engine pushes; no tier is called so."""
+PUSHED, ENGINE, OTHER, COMPUTED = map(TierName, ("push", "engine", "other", "computed"))
+"""Sources of tokens that are no tiers, as metrics name them: a prefill engine's push, the engine's
+own prefix cache, another connector, and the model. No tier is called so."""
 
 
 class LoadMode(StrEnum):

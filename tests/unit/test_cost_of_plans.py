@@ -24,6 +24,7 @@ from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.push.inbound import Inbound
 from lamina_kv.control.push.target import PushTarget
 from lamina_kv.control.requests import PushParameters, RequestRecord
+from lamina_kv.control.saving import Unsaved
 from lamina_kv.control.shape import ChunkShape
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import ChunkKey
@@ -239,13 +240,13 @@ class Tables(View):
         return super().blocks(group)
 
 
-@pytest.mark.parametrize("why", ["max_inflight", "host_in_use"])
-def test_saves_that_are_held_back_are_not_looked_at(looks: Counts, why: str) -> None:
+@pytest.mark.parametrize("why", [Unsaved.MAX_INFLIGHT, Unsaved.IN_USE])
+def test_saves_that_are_held_back_are_not_looked_at(looks: Counts, why: Unsaved) -> None:
     Tables.reads = 0
     settings: dict[str, object] = {}
-    if why == "max_inflight":
+    if why is Unsaved.MAX_INFLIGHT:
         settings = {"save": {"max_inflight": CHUNK_BYTES}}
-    driven = Engine(settings, near_slots=1 if why == "host_in_use" else 100)
+    driven = Engine(settings, near_slots=1 if why is Unsaved.IN_USE else 100)
     names = [f"running {n}" for n in range(20)]
     for number, name in enumerate(names):
         driven.planner.lookup(Tables(name, prompt(50 * CHUNK, seed=number)), 0)

@@ -18,6 +18,7 @@ from driven_planner import (
 )
 
 from lamina_kv.control.lanes import MOST_CONSIDERED
+from lamina_kv.control.saving import Unsaved
 from lamina_kv.plan import NEAR, TierName, TierReport, TransferId
 from lamina_kv.tiers.slots import SlotIndex
 from stores import stored_chunks
@@ -95,7 +96,7 @@ def test_a_chunk_whose_predecessor_is_not_kept_is_not_saved() -> None:
     engine.near.drop(gone)
     assert not engine.step(("a", 3 * CHUNK)).saves
     assert not engine.step(("a", 3 * CHUNK)).saves
-    assert engine.count("saves_held_back", "no_prefix") == 1
+    assert engine.count("saves_held_back", Unsaved.NO_PREFIX) == 1
     engine.save(View("b", tokens[: 2 * CHUNK]))
     assert len(engine.step(("a", 4 * CHUNK)).saves) == 2, "it is kept by now"
 
@@ -119,7 +120,7 @@ def test_a_chunk_for_which_nothing_may_go_yet_is_saved_once_something_may(leased
     else:
         engine.answer(last.transfer)
     assert len(engine.step(("b", CHUNK)).saves) == 1
-    assert engine.count("saves_held_back", f"{NEAR}_in_use") == 1
+    assert engine.count("saves_held_back", Unsaved.IN_USE) == 1
 
 
 def test_what_a_store_of_others_may_have_is_a_predecessor() -> None:

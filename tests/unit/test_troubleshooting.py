@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 from documented import ROOT
+from lamina_kv.control.saving import Unsaved
 
 PAGE = ROOT / "docs/troubleshooting.md"
 SOURCES = ROOT / "src/lamina_kv"
@@ -57,6 +58,12 @@ MESSAGES = list(explained())
 
 def test_messages_are_explained() -> None:
     assert len(MESSAGES) > 30
+
+
+def test_every_reason_why_saves_are_held_back_is_explained() -> None:
+    (_, _, rest) = PAGE.read_text().partition("`lamina_saves_held_back_total{")
+    told = re.findall(r"[\"`](\w+)[\"`]", "".join(rest.splitlines(keepends=True)[:4]))
+    assert set(Unsaved) <= set(told)
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from lamina_kv.cli.checks import Finding, Verdict
 from lamina_kv.cli.scrape import Scrape, ScrapeError, fetch, metrics_url
-from lamina_kv.cli.top_view import COMPUTED, ENGINE, OTHER, SELDOM, counted, served, stopped
-from lamina_kv.plan import NEAR, PUSHED
+from lamina_kv.cli.top_view import SELDOM, counted, served, stopped
+from lamina_kv.plan import COMPUTED, ENGINE, NEAR, OTHER, PUSHED
 from lamina_kv.quantities import size_of, time_of
 
 _UNWRITTEN = 0.2

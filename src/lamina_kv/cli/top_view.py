@@ -12,14 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lamina_kv.cli.scrape import Scrape
-from lamina_kv.plan import PUSHED
+from lamina_kv.plan import COMPUTED, ENGINE, OTHER, PUSHED
 from lamina_kv.quantities import size_of, time_of
-
-COMPUTED, ENGINE = "computed", "engine"
-"""Where tokens come from that no tier had: the model, and the engine's own prefix cache."""
-
-OTHER = "other"
-"""Another connector."""
 
 SELDOM = (PUSHED, OTHER)
 """Sources that most servers never have."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import takewhile
 
 from lamina_kv.control.books import Books
@@ -19,13 +20,22 @@ from lamina_kv.plan import NEAR, ChunkKey, SaveOrder
 from lamina_kv.tiers.contract import NoRoom
 from lamina_kv.tiers.reuse import Standing
 
-NO_PREFIX, WORTH_LESS, IN_USE = "no_prefix", NoRoom.WORTH_LESS.value, f"{NEAR}_in_use"
-"""Why a chunk is not saved: the chunk in front of it is not kept; to make room for it something
-would have to go that is worth more; or nothing may go now. After the first two it is looked at
-again when its request has completed more, after the third by the next plan."""
 
-FULL, OUT_OF_USE = "max_inflight", "tier_out_of_use"
-"""Likewise: as many bytes are on their way as may be, or near's breaker is open."""
+class Unsaved(StrEnum):
+    """Why a chunk is not saved for now; a word for metric labels."""
+
+    NO_PREFIX = "no_prefix"
+    """The chunk in front of it is not kept. It is looked at again when its request has completed
+    more."""
+    WORTH_LESS = "worth_less"
+    """Only chunks that are worth more could be evicted for it. It is looked at again as after
+    :attr:`NO_PREFIX`."""
+    IN_USE = f"{NEAR}_in_use"
+    """No near slot may be evicted now. The next plan looks again, as after the reasons below."""
+    MAX_INFLIGHT = "max_inflight"
+    """As many bytes are being saved as may be."""
+    OUT_OF_USE = "tier_out_of_use"
+    """Near's breaker is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +145,7 @@ class SavePlanner:
                 self._shape.behind(keys, self._shape.full[0], index) if self._shape.full else None
             )
             if behind is not None and not (self._near.holds(behind) or self._catalog.lasts(behind)):
-                return self._hold_back(record, index, end, NO_PREFIX)
+                return self._hold_back(record, index, end, Unsaved.NO_PREFIX)
             kept = 0
             for group in self._shape.paged:
                 key, own = keys[group][index], index * self._shape.chunk_tokens >= brought
@@ -159,12 +169,12 @@ class SavePlanner:
             record.next_save = index + 1
         return 0
 
-    def _hold_back(self, record: RequestRecord, index: int, end: int, reason: str) -> int:
+    def _hold_back(self, record: RequestRecord, index: int, end: int, reason: Unsaved) -> int:
         """Chunks ``index..end`` of a request are not saved now; returns how many they are."""
         if record.held_back != index:
             record.held_back = index
             self._meter.count("saves_held_back", 1, reason=reason)
-        record.held_end = end if reason in (NO_PREFIX, WORTH_LESS) else -1
+        record.held_end = end if reason in (Unsaved.NO_PREFIX, Unsaved.WORTH_LESS) else -1
         return end - index
 
     # -- states, and windows in place --------------------------------------------------------
@@ -267,24 +277,24 @@ class SavePlanner:
         """Whether no save may be ordered now. What is held back need not be looked at then."""
         return self._refusal() is not None
 
-    def _refusal(self) -> str | None:
+    def _refusal(self) -> Unsaved | None:
         """Why no save may be ordered now; None if one may."""
         if self._transfers.bytes_in_flight(Kind.SAVE) + self._chunk_bytes > self._bound:
-            return FULL
+            return Unsaved.MAX_INFLIGHT
         if not self._fills.allows:
-            return OUT_OF_USE
-        return None if self._near.has_room else IN_USE
+            return Unsaved.OUT_OF_USE
+        return None if self._near.has_room else Unsaved.IN_USE
 
     def _order(
         self, record: RequestRecord, index: int, blocks: tuple[int, ...], group: int
-    ) -> str | None:
+    ) -> Unsaved | None:
         """Order a save that nothing refuses, see :meth:`_refusal`; returns why there is no slot for
         it all the same."""
         key = record.chain.groups[group][index]
         standing = record.standing(self._shape, group, index)
         slot = self._catalog.room(key, NEAR, standing)
         if isinstance(slot, NoRoom):
-            return WORTH_LESS if slot is NoRoom.WORTH_LESS else IN_USE
+            return Unsaved.WORTH_LESS if slot is NoRoom.WORTH_LESS else Unsaved.IN_USE
         transfer = self._transfers.open(
             Kind.SAVE,
             record.view.request_id,

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lamina_kv.plan import NEAR
+from lamina_kv.plan import COMPUTED, ENGINE, NEAR, OTHER, PUSHED
 from lamina_kv.values import MIB, NAME, SECONDS, SIZE, Kind, Section, WrongValueError, choice
 
-_TAKEN = (NEAR, "engine", "push", "other", "computed", "unfinished")
+_TAKEN = (NEAR, ENGINE, PUSHED, OTHER, COMPUTED, "unfinished")
 """What metrics call host memory and the sources of tokens that are no tiers."""
 
 

@@ -17,10 +17,10 @@ from lamina_kv.control.lanes import Unwritten
 from lamina_kv.control.offers import Unloaded
 from lamina_kv.control.push.inbound import GiveUp, Unpushed
 from lamina_kv.control.reporting.misses import Reason
-from lamina_kv.control.saving import FULL, IN_USE, NO_PREFIX, OUT_OF_USE, WORTH_LESS
+from lamina_kv.control.saving import Unsaved
 from lamina_kv.control.transfers import Kind
 from lamina_kv.observe.metrics import Meter
-from lamina_kv.plan import LOAD_FAILED, NEAR, PUSHED, TIMED_OUT, TORN, TierName
+from lamina_kv.plan import ENGINE, LOAD_FAILED, NEAR, OTHER, PUSHED, TIMED_OUT, TORN, TierName
 from lamina_kv.tiers.contract import Fate
 
 OVERDUE = "overdue"
@@ -71,15 +71,15 @@ def begin(
         saves=_word(saves),
         push=_word(pushes),
     )
-    for source in ("engine", NEAR, *catalog.far, *([PUSHED] if pushes else []), "other"):
+    for source in (ENGINE, NEAR, *catalog.far, *([PUSHED] if pushes else []), OTHER):
         meter.begin("hit_tokens", tier=source)
         meter.begin("saved_seconds", tier=source)
     for unloaded in Unloaded:
         meter.begin("loads_skipped", reason=unloaded)
     for miss in Reason:
         meter.begin("misses", reason=miss)
-    for reason in (NO_PREFIX, WORTH_LESS, IN_USE, FULL, OUT_OF_USE):
-        meter.begin("saves_held_back", reason=reason)
+    for unsaved in Unsaved:
+        meter.begin("saves_held_back", reason=unsaved)
     meter.begin("eviction_age_seconds", tier=NEAR)
     _begin_failures(meter, NEAR, Kind.LOAD, Kind.SAVE)
     for far in catalog.far.values():

@@ -14,11 +14,7 @@ from collections import Counter
 from lamina_kv.control.cost import Costs
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.observe.metrics import Meter
-from lamina_kv.plan import PUSHED
-
-COMPUTED = "computed"
-ENGINE = "engine"
-"""The engine's own prefix cache."""
+from lamina_kv.plan import COMPUTED, ENGINE, OTHER, PUSHED
 
 
 class PromptMeter:
@@ -81,7 +77,7 @@ class PromptMeter:
                 record.sources.append((source, reached))
         if reached < start:
             within = start - reached < self._chunk_tokens
-            record.sources.append((ENGINE if within else "other", start))
+            record.sources.append((ENGINE if within else OTHER, start))
 
     def interrupted(self, record: RequestRecord) -> None:
         """A request has lost all of its blocks."""

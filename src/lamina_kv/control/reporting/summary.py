@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lamina_kv import __version__
 from lamina_kv.config import Config
-from lamina_kv.control.reporting.prompts import COMPUTED
-from lamina_kv.plan import RankReport
+from lamina_kv.plan import COMPUTED, RankReport
 from lamina_kv.quantities import size_of, time_of
 from lamina_kv.tiers.config import TierConfig
 
