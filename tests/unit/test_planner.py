@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 from driven_planner import (
+    CHUNK,
     CHUNK_BYTES,
     FAR,
     Engine,
@@ -20,6 +21,7 @@ from driven_planner import (
 
 from lamina_kv.control.push.pushes import Pushes
 from lamina_kv.control.saving import SavePlanner
+from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind
 from lamina_kv.keys import CHECKPOINT, Epoch
 from lamina_kv.plan import NEAR, LoadMode, Outcome, Receipt, TransferReceipt
@@ -296,6 +298,20 @@ def test_a_repeated_lookup_sees_what_has_become_visible_and_what_is_gone() -> No
     assert engine.planner.lookup(waiting, 0).tokens == 96
     engine.save(View("c", prompt(70, seed=1)))
     assert engine.planner.lookup(waiting, 0).tokens == 32
+
+
+def test_of_a_prompt_that_grew_what_was_only_far_before_is_far_still() -> None:
+    """Of its first chunk no token could be brought, because one is left to compute."""
+    shape = ChunkShape.uniform(CHUNK, CHUNK)
+    engine = Engine(far_slots=8, shape=shape)
+    engine.save(View("a", prompt(2 * CHUNK + 1)))
+    engine.write_all()
+    engine.near.drop(keys_of(prompt(CHUNK))[0])
+    session = View("b", prompt(CHUNK), first_block=50)
+    assert engine.planner.lookup(session, 0).tokens == 0
+    session.token_ids += prompt(2 * CHUNK + 1)[CHUNK:]
+    assert engine.lookup(session).tokens == 2 * CHUNK
+    assert engine.planner.hit_sources("b") == {FAR: CHUNK, NEAR: CHUNK}
 
 
 def test_what_is_saved_is_moved_outward_and_found_there() -> None:

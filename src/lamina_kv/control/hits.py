@@ -54,7 +54,10 @@ class HitFinder:
             found = Hit(floor, version, (-1, ()), floor // chunk)
         groups = record.known_keys()
         full = [groups[group] for group in shape.full]
-        end_chunk, unknown = self._prefix_end(full, found.end_chunk, len(groups[0]), far=far)
+        start, last = found.end_chunk, len(groups[0])
+        end_chunk, unknown, near = start, False, True
+        if start < last:
+            end_chunk, unknown, near = self._prefix_end(full, start, last, far=far)
         same = found.arrivals == arrivals or not (shape.sparse or found.has_far)
         if end_chunk == found.end_chunk and same:
             unknown |= bool(shape.sparse) and found.unknown
@@ -68,7 +71,12 @@ class HitFinder:
         if tokens == found.tokens and found.arrivals[0] >= 0 and not found.has_far:
             found = replace(found, arrivals=arrivals, end_chunk=end_chunk, unknown=unknown)
         else:
-            parts = self.parts(record, floor, end, {}) if tokens else ()
+            parts: tuple[HitPart, ...] = ()
+            if tokens and near and start == floor // chunk and not shape.sparse:
+                count = (-(-end // chunk) - floor // chunk) * len(full)
+                parts = (HitPart(NEAR, tokens, count * self._chunk_bytes),)
+            elif tokens:
+                parts = self.parts(record, floor, end, {})
             found = Hit(floor, version, arrivals, end_chunk, unknown, tokens, parts)
         record.hit = found
         return found
@@ -80,10 +88,10 @@ class HitFinder:
 
     def _prefix_end(
         self, groups: Sequence[Sequence[ChunkKey]], start: int, end: int, *, far: bool
-    ) -> tuple[int, bool]:
-        """The first of the chunks ``start..end`` that is missing of one of ``groups``, and whether
-        it is missing only as far as is known."""
-        near, unknown = self._catalog.near.visible, False
+    ) -> tuple[int, bool, bool]:
+        """The first of the chunks ``start..end`` that is missing of one of ``groups``, whether it
+        is missing only as far as is known, and whether all before it are near."""
+        near, unknown, all_near = self._catalog.near.visible, False, True
         for keys in groups:
             # Mostly all of it is near, and a long prompt has thousands of chunks.
             first = start + len(list(takewhile(near.__contains__, keys[start:end])))
@@ -92,10 +100,11 @@ class HitFinder:
                 if key in near:
                     continue
                 if far and self._catalog.locate(key) is not None:
+                    all_near = False
                     continue
                 end, unknown = index, far and self._catalog.unknown(key)
                 break
-        return max(start, end), unknown
+        return end, unknown, all_near
 
     def _has(self, key: ChunkKey, *, far: bool) -> bool:
         return key in self._catalog.near.visible or (far and self._catalog.locate(key) is not None)

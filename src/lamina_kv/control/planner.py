@@ -438,12 +438,7 @@ class Planner:
                     record.computes(start, computed)
         for state in states:
             self._note_state(state)
-        tokens, refused = 0, self._saving.refuses
-        for request_id, start, computed in progress:
-            tokens += computed - start
-            if (record := self._requests.get(request_id)) is not None:
-                self._note_progress(record, start, computed, refused=refused)
-        self._prefills.planned(tokens)
+        self._prefills.planned(self._note_progress(progress))
         tiers = self._moves.step()
         push = NO_PUSH if self.pushes is None else self.pushes.plan()
         outstanding = len(books.transfers) > 0 or self._push_pending
@@ -473,32 +468,37 @@ class Planner:
             if self.pushes is not None:
                 self.pushes.state(record, state)
 
-    def _note_progress(
-        self, record: RequestRecord, start: int, computed: int, *, refused: bool
-    ) -> None:
-        """A step computes tokens ``start..computed`` of a request.
+    def _note_progress(self, progress: Iterable[tuple[str, int, int]]) -> int:
+        """Requests run in the step; arguments as those of :meth:`plan_step`. Most of them have
+        completed no chunk, and nothing is called for these: hundreds run in every step.
 
-        Args:
-            record: the request.
-            start: tokens of it that are computed before the step.
-            computed: tokens of it that are computed when the step is over.
-            refused: whether no save may be ordered now.
+        Returns:
+            Tokens that the step computes.
         """
-        record.begun = True
-        if not record.counted:
-            self._prompts.runs(record, start, computed)
-        if self.pushes is not None:
-            self.pushes.progress(record, start, computed)
-        if self._shape.rings and self._saves:
-            self._saving.consider_rings(record, start, computed)
-        if record.fresh or record.prefill is not None:
-            self._prefills.runs(record, start)
-        # Most requests of most steps have completed no chunk, or none that could be saved now.
-        first, chunk = record.next_save, self._shape.chunk_tokens
-        if computed < (first + 1) * chunk or computed < (record.held_end + 1) * chunk:
-            return
-        if self._saves and not (refused and record.held_back == first):
-            self._saving.consider(record, computed, record.view.blocks)
+        requests, pushes, saving, saves = self._requests, self.pushes, self._saving, self._saves
+        tokens, refused, chunk = 0, saving.refuses, self._shape.chunk_tokens
+        rings = bool(self._shape.rings) and saves
+        for request_id, start, computed in progress:
+            tokens += computed - start
+            record = requests.get(request_id)
+            if record is None:
+                continue
+            record.begun = True
+            if not record.counted:
+                self._prompts.runs(record, start, computed)
+            if pushes is not None:
+                pushes.progress(record, start, computed)
+            if rings:
+                saving.consider_rings(record, start, computed)
+            # No token behind a prefill's last is known before that one is computed.
+            if record.fresh or (record.prefill is not None and start >= record.prefill.end):
+                self._prefills.runs(record, start)
+            first = record.next_save
+            if computed < (first + 1) * chunk or computed < (record.held_end + 1) * chunk:
+                continue
+            if saves and not (refused and record.held_back == first):
+                saving.consider(record, computed, record.view.blocks)
+        return tokens
 
     def finished(
         self,

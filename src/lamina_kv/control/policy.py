@@ -14,8 +14,9 @@ any tier brings some, so that the first requests of an engine do not wait for a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
+from math import inf
 
 from lamina_kv.config import LoadConfig
 from lamina_kv.control.cost import Costs
@@ -97,34 +98,47 @@ class LoadPolicy:
             asked: the request and its hit.
             costs: what was measured.
         """
-        offer, tokens = Offer(asked.floor, asked.prompt, parts=asked.parts), asked.tokens
-        if asked.declined:
-            return replace(offer, reason=asked.declined)
-        if tokens == 0:
-            return replace(offer, reason="tier_out_of_use" if asked.out_of_use else "miss")
-        if tokens < self._min_tokens:
-            return replace(offer, reason=Unloaded.BELOW_MIN_TOKENS)
+        tokens = asked.tokens
+        if (why := self._why_not(asked, tokens)) is not None:
+            return Offer(asked.floor, asked.prompt, reason=why, parts=asked.parts)
         compute = costs.prefill_seconds(asked.floor, asked.floor + tokens)
-        offer = replace(offer, reason="hit", timeout=self._config.deadline)
-        if compute is not None:
-            offer = replace(offer, predicted_compute=compute)
+        load = -1.0
         if all(costs.knows(tier) for tier in {NEAR, *(part.tier for part in asked.parts)}):
             *_, whole = _prefixes(asked.parts)
-            offer = replace(offer, predicted_load=_seconds(whole[1], asked.ahead, costs))
+            load = _seconds(whole[1], asked.ahead, costs)
         weighs = self._config.when == "auto" and not asked.prefetch
-        if weighs and compute is None:
-            offer = replace(offer, stall=LEAST_TIMEOUT)
         if weighs and compute is not None:
-            return self._cheapest(asked, offer, costs)
-        if weighs and offer.predicted_load > SHORT_STALL:
-            tokens = self._measuring(asked, offer.predicted_load)
+            return self._cheapest(asked, load, compute, costs)
+        reason, measures = "hit", False
+        if weighs and load > SHORT_STALL:
+            tokens = self._measuring(asked, load)
             if tokens < asked.tokens:
-                offer = replace(offer, reason=Unloaded.COMPUTING_TO_MEASURE, measures=True)
+                reason, measures = Unloaded.COMPUTING_TO_MEASURE, True
         # Beside rows that are loaded no computing is measured, nor is that of a few tokens.
         tells = asked.prompt - asked.floor - tokens >= self._chunk_tokens
-        if weighs and tells and (offer.measures or asked.measures or self._config.mode == "auto"):
-            return replace(offer, loaded=tokens, mode=LoadMode.PARKED)
-        return replace(offer, loaded=tokens, mode=self._choose_mode(asked, tokens, costs))
+        parks = weighs and tells and (measures or asked.measures or self._config.mode == "auto")
+        return Offer(
+            asked.floor,
+            asked.prompt,
+            loaded=tokens,
+            mode=LoadMode.PARKED if parks else self._choose_mode(asked, tokens, costs),
+            reason=reason,
+            parts=asked.parts,
+            timeout=self._config.deadline,
+            stall=LEAST_TIMEOUT if weighs else inf,
+            predicted_load=load,
+            predicted_compute=-1.0 if compute is None else compute,
+            measures=measures,
+        )
+
+    def _why_not(self, asked: Asked, tokens: int) -> str | None:
+        """Why nothing is loaded of a hit of so many tokens, whatever it costs; None if that is to
+        be weighed."""
+        if asked.declined:
+            return asked.declined
+        if tokens == 0:
+            return "tier_out_of_use" if asked.out_of_use else "miss"
+        return Unloaded.BELOW_MIN_TOKENS if tokens < self._min_tokens else None
 
     def _measuring(self, asked: Asked, load: float) -> int:
         """Tokens of a hit to load where it is not known what computing takes, so that the rest of
@@ -139,22 +153,38 @@ class LoadPolicy:
         tokens = (end - missing) // chunk * chunk - asked.floor
         return tokens if self._divisible and tokens >= self._min_tokens else 0
 
-    def _cheapest(self, asked: Asked, offer: Offer, costs: Costs) -> Offer:
+    def _cheapest(self, asked: Asked, load: float, compute: float, costs: Costs) -> Offer:
+        """As much of a hit as is worth it.
+
+        Args:
+            asked: the request and its hit.
+            load: seconds to load all of the hit; negative if nobody knows.
+            compute: seconds to compute it.
+            costs: what was measured.
+        """
         tokens, hoped = self._cut(asked, costs), self._cut(asked, costs, hoped=True)
-        if hoped > tokens:
+        mode, timeout = LoadMode.PARKED, self._config.deadline
+        if hoped > tokens:  # parked, because one in a step cannot be given up
             whole = costs.prefill_seconds(asked.floor, asked.prompt) or 0.0
-            timeout = min(offer.timeout, max(SHORT_STALL, ALLOWANCE * whole))
-            mode, reason = LoadMode.PARKED, "hit_to_measure"  # one in a step cannot be given up
-            return replace(offer, loaded=hoped, mode=mode, reason=reason, timeout=timeout)
-        if not tokens:
-            return replace(offer, reason=Unloaded.SLOWER_THAN_COMPUTING)
-        compute = costs.prefill_seconds(asked.floor, asked.floor + tokens) or 0.0
-        return replace(
-            offer,
+            timeout = min(timeout, max(SHORT_STALL, ALLOWANCE * whole))
+            tokens, reason = hoped, "hit_to_measure"
+        elif tokens:
+            mode = self._choose_mode(asked, tokens, costs)
+            reason = "hit" if tokens == asked.tokens else "hit_in_part"
+            saved = costs.prefill_seconds(asked.floor, asked.floor + tokens) or 0.0
+            timeout = min(timeout, max(LEAST_TIMEOUT, saved))
+        else:
+            mode, reason = LoadMode.LAYERWISE, Unloaded.SLOWER_THAN_COMPUTING
+        return Offer(
+            asked.floor,
+            asked.prompt,
             loaded=tokens,
-            mode=self._choose_mode(asked, tokens, costs),
-            reason="hit" if tokens == asked.tokens else "hit_in_part",
-            timeout=min(offer.timeout, max(LEAST_TIMEOUT, compute)),
+            mode=mode,
+            reason=reason,
+            parts=asked.parts,
+            timeout=timeout,
+            predicted_load=load,
+            predicted_compute=compute,
         )
 
     def _cut(self, asked: Asked, costs: Costs, *, hoped: bool = False) -> int:

@@ -133,10 +133,10 @@ class SavePlanner:
         tables: dict[int, Sequence[int]] = {}
         # Of a long hit thousands of chunks are near, and nothing need be asked about each.
         start, is_near = record.next_save, self._near.visible.__contains__
-        record.next_save += min(
-            (len(list(takewhile(is_near, keys[group][start:end]))) for group in self._shape.paged),
-            default=end - start,
-        )
+        near = end - start
+        for group in self._shape.paged:
+            near = len(list(takewhile(is_near, keys[group][start : start + near])))
+        record.next_save += near
         # What is held back comes here in every plan, and seldom has more of it near.
         if self._shape.paged and record.next_save > (first := max(start, record.considered)):
             self._again(record, first, record.next_save)
@@ -152,7 +152,7 @@ class SavePlanner:
                 if self._near.holds(key):
                     kept += 1
                     continue
-                if self._catalog.keeps(key) and not own:
+                if not own and self._catalog.keeps(key):
                     continue
                 refusal = self._refusal()
                 if refusal is None:

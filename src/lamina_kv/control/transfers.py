@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 from lamina_kv.control.leases import BlockLease
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lamina_kv.control.reporting.spans import TransferSpans
 
 
-class Kind(Enum):
+class Kind(StrEnum):
     """What moves where; the value is its word in metrics and logs."""
 
     LOAD = "load"

@@ -589,9 +589,10 @@ class Runs:
 
     def _make_youngest(self, run: int) -> None:
         """The youngest of its shelf, unless it is pinned: others keep that order."""
-        if not self._until[run]:
+        head = self._heads[self._shelf[run]]
+        if not self._until[run] and self._older[head] != run:
             self._unlink(run)
-            self._link(run, self._heads[self._shelf[run]])
+            self._link(run, head)
 
     def _link(self, run: int, younger: int) -> None:
         """Put a run into a ring, just older than another one or than the ring's head."""
