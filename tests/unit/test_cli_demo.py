@@ -22,6 +22,7 @@ from lamina_kv.cli import demo_model, demo_push, demo_shared
 from lamina_kv.cli.demo_model import ModelError
 from lamina_kv.cli.demo_server import Answer, Server
 from lamina_kv.cli.main import app
+from lamina_kv.push.messages import TOO_LATE
 
 FAKE_SERVER = """
 import json, os, signal, subprocess, sys, threading, time
@@ -231,15 +232,95 @@ def test_a_demo_without_valkey_says_how_to_get_it(
     assert left_behind(folder) == []
 
 
-@pytest.mark.parametrize("received", [0, 1])
-def test_a_push_that_came_too_late_is_told(received: int) -> None:
+@pytest.mark.parametrize(
+    ("pages", "log", "told"),
+    [
+        (["pushes_total outcome received"], "", ""),
+        (
+            ["pushes_total outcome given_up", "pushes_given_up_total reason deadline"],
+            "(deadline)",
+            "The push came too late. This machine is busy",
+        ),
+        (
+            ["pushes_total outcome given_up", "pushes_given_up_total reason failed"],
+            f"({TOO_LATE})",
+            "The push came too late. This machine is busy",
+        ),
+        (
+            ["pushes_total outcome given_up", "pushes_given_up_total reason lost"],
+            "(Connection reset (by peer))",
+            "The decode engine gave the push up: Connection reset (by peer).",
+        ),
+        (
+            ["pushes_total outcome given_up", "pushes_given_up_total reason absent"],
+            "",
+            "The decode engine gave the push up: absent.",
+        ),
+        (
+            ["pushes_skipped_total reason no_room"],
+            "",
+            "The decode engine asked for no push: no_room.",
+        ),
+        (
+            ["proxy_unpushed_total reason prefill_failed"],
+            "",
+            "The proxy asked the decode engine alone: prefill_failed.",
+        ),
+        ([], "", "No engine says what became of the push."),
+    ],
+)
+def test_why_a_prompt_did_not_come_by_a_push_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pages: list[str],
+    log: str,
+    told: str,
+) -> None:
+    names = [page.split() for page in pages]
+    before = [f'lamina_{name}{{engine="0",{label}="{word}"}} 3.0' for name, label, word in names]
+    after = [line.replace(" 3.0", " 4.0") for line in before]
+    decode = Server([], 1, {}, tmp_path / "log")
+    proxy = Server([], 2, {}, tmp_path / "log of the proxy")
+    (tmp_path / "log").write_text(
+        f"WARNING: request r: the push from 127.0.0.1:1 has failed {log}; the prompt is computed "
+        "here\n"
+        if log
+        else "INFO: nothing\n"
+    )
+    counts = []
+    for page in before, after:
+
+        def request(
+            server: Server, *_: str, page: list[str] = page
+        ) -> contextlib.nullcontext[io.BytesIO]:
+            mine = [line for line in page if line.startswith("lamina_proxy_") == (server is proxy)]
+            return contextlib.nullcontext(io.BytesIO("\n".join(["# HELP", *mine, ""]).encode()))
+
+        monkeypatch.setattr(Server, "_request", request)
+        counts.append(demo_push._pushes(decode, proxy))
+    why = demo_push._unreceived(counts[1] - counts[0], decode.said(demo_push._FAILED))
     console = Console(record=True, width=400, file=io.StringIO())
     answer = Answer("four kittens", 2587, 86.6)
-    status = demo_push._report(console, demo_push.Outcome(answer, answer, received, []))
+    status = demo_push._report(console, demo_push.Outcome(answer, answer, why, []))
     said = console.export_text()
-    assert status == 1 - received
-    assert ("The push came too late" in said) == (not received)
-    assert ("This machine is busy" in said) == (not received)
+    assert status == bool(told)
+    assert ("The decode engine computed the prompt." in said) == bool(told)
+    assert told in said
+    assert ("too late" in said) == ("too late" in told)
+
+
+def test_a_server_that_gives_way_is_nicer_than_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpriority", lambda *_: 7)
+    given: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda _, pid, priority: given.append(priority))
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with Server(command, 1, {}, tmp_path / "log", polite=True):
+        monkeypatch.setattr(os, "getpriority", lambda *_: 15)
+        with Server(command, 2, {}, tmp_path / "log", polite=True):
+            pass
+    assert given == [17, 19]
 
 
 @pytest.mark.parametrize("verb", ["demo", "demo-shared"])

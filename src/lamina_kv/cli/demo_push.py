@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,21 @@ from lamina_kv.cli.demo_server import (
     lamina_arguments,
     vllm_server,
 )
+from lamina_kv.control.push.inbound import GiveUp
 from lamina_kv.observe.timeline import Lane, Span, read_trace
+from lamina_kv.push.messages import TOO_LATE
+
+_PUSHES, _GIVEN_UP = "lamina_pushes_total", "lamina_pushes_given_up_total"
+_SKIPPED, _UNPUSHED = "lamina_pushes_skipped_total", "lamina_proxy_unpushed_total"
+
+_FATES = (
+    (_GIVEN_UP, "The decode engine gave the push up"),
+    (_SKIPPED, "The decode engine asked for no push"),
+    (_UNPUSHED, "The proxy asked the decode engine alone"),
+)
+"""What it means that a metric counts a prompt; its reason follows."""
+
+_FAILED = re.compile(r"the push from \S+ has failed \((.*)\); the prompt is computed here")
 
 _SHOWN_ROWS = 10
 _BAR_WIDTH = 30
@@ -36,13 +52,13 @@ class Outcome:
     Attributes:
         pushed: the answer of the two engines.
         alone: the answer of one.
-        received: prompts that came to the decode engine by a push.
+        unreceived: why the decode engine computed the prompt; empty if it came by a push.
         spans: what the prefill engine did, row by row.
     """
 
     pushed: Answer
     alone: Answer
-    received: int
+    unreceived: str
     spans: list[Span]
 
 
@@ -59,7 +75,7 @@ def run(model_dir: Path | None, picture: Path | None) -> int:
         tempfile.TemporaryDirectory(prefix="lamina-demo-") as scratch,
     ):
         outcome = _ask(console, model, Path(scratch))
-    if picture is not None and outcome.received:
+    if picture is not None and not outcome.unreceived:
         _draw(outcome, picture)
     return _report(console, outcome)
 
@@ -91,16 +107,16 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
         with demo.step(console, "Warming them up with another question"):
             proxy.ask(demo.WARM_UPS[0], max_tokens=4)
         question = demo.long_question()
-        received = decode.metric("lamina_pushes_total", outcome="received")
+        before = _pushes(decode, proxy)
         with demo.step(console, "Asking about a long document, through the proxy"):
             pushed = proxy.ask(question, demo.MAX_TOKENS)
-        received = decode.metric("lamina_pushes_total", outcome="received") - received
+        unreceived = _unreceived(_pushes(decode, proxy) - before, decode.said(_FAILED))
         decode.reset_engine_cache(external=True)
         with demo.step(console, "Asking one engine alone"):
             alone = decode.ask(question, demo.MAX_TOKENS)
         with demo.step(console, "Stopping the servers"):
             prefill.stop()
-    return Outcome(pushed, alone, int(received), read_trace(trace))
+    return Outcome(pushed, alone, unreceived, read_trace(trace))
 
 
 def _engine(model: Path, config: dict[str, Any], log: Path, *, polite: bool = False) -> Server:
@@ -117,6 +133,40 @@ def _proxy(prefill: Server, address: str, decode: Server, log: Path) -> Server:
         *("--host", "127.0.0.1", "--port", str(port), "--disaggregate", "always"),
     ]
     return Server(command, port, {}, log)
+
+
+def _pushes(decode: Server, proxy: Server) -> Counter[tuple[str, str]]:
+    """What has become of prompts so far: by metric, and outcome or reason."""
+    metrics = (
+        (decode, _PUSHES, "outcome"),
+        (decode, _GIVEN_UP, "reason"),
+        (decode, _SKIPPED, "reason"),
+        (proxy, _UNPUSHED, "reason"),
+    )
+    return Counter(
+        {
+            (name, value): count
+            for server, name, label in metrics
+            for value, count in server.by(name, label).items()
+        }
+    )
+
+
+def _unreceived(counts: Counter[tuple[str, str]], failure: str) -> str:
+    """Why the decode engine computed the prompt; empty if it came by a push.
+
+    Args:
+        counts: what was counted meanwhile.
+        failure: why a push has failed, as the decode engine's log has it.
+    """
+    if counts[_PUSHES, "received"]:
+        return ""
+    if counts[_GIVEN_UP, GiveUp.DEADLINE] or failure == TOO_LATE:
+        return f"The push came too late. {TOO_SLOW}."
+    for name, words in _FATES:
+        if reasons := [reason for found, reason in counts if found == name]:
+            return f"{words}: {failure if name == _GIVEN_UP and failure else ', '.join(reasons)}."
+    return "No engine says what became of the push."
 
 
 def _last_prefill(spans: list[Span]) -> list[Span]:
@@ -167,13 +217,12 @@ def _report(console: Console, outcome: Outcome) -> int:
         console.print("[green]The two engines together answer as one alone does.[/]")
     else:
         console.print(f"[bold red]One engine alone says:[/] {escape(repr(outcome.alone.text))}")
-    if not outcome.received:
+    if outcome.unreceived:
         console.print(
-            "[bold red]The push came too late, and the decode engine computed the prompt.[/] "
-            f"{TOO_SLOW}."
+            f"[bold red]The decode engine computed the prompt.[/] {escape(outcome.unreceived)}"
         )
     console.print("Nothing is left running.")
-    return 0 if same and outcome.received else 1
+    return 0 if same and not outcome.unreceived else 1
 
 
 def _times(span: Span, began: float) -> str:
