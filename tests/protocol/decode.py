@@ -31,10 +31,10 @@ from protocol.engine import (
     PushCase,
     View,
     card_of,
-    no_time,
     record_of,
 )
 from protocol.prefill import Write
+from push_books import ClockByHand, push_books
 
 Parts = tuple[Label | None, ...]
 """What a page holds, stretch by stretch."""
@@ -93,15 +93,11 @@ class Decode:
         self.pool = Pool(options.blocks)
         self.leases = LeaseBook(self.pool)
         self.transfers = TransferTable(options.decode_ranks)
+        self.clock = ClockByHand()
         self.target = PushTarget(
             options.config,
-            BREAKER,
-            options.shape,
-            self.transfers,
-            self.leases,
-            METER,
-            no_time,
-            card=card_of(
+            push_books(options.shape, self.transfers, self.leases, self.clock, METER, BREAKER),
+            card_of(
                 self.incarnation,
                 options.decode_ranks,
                 len(options.groups),
@@ -109,7 +105,7 @@ class Decode:
                 replicated=options.replicated,
                 blocks=options.blocks,
             ),
-            cost=COST,
+            COST,
         )
         self.receives = [Receives(self.incarnation) for _ in range(options.decode_ranks)]
         self.requests: dict[str, Request] = {}
@@ -120,7 +116,15 @@ class Decode:
         self.outbox: list[Letter] = []
         self.arrived: list[Arrived] = []
         self.promised: list[set[int]] = [set() for _ in range(options.blocks)]
-        self.now = 0.0
+
+    @property
+    def now(self) -> float:
+        """Control's clock."""
+        return self.clock.now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.clock.now = seconds
 
     # -- the engine --------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class Decode:
             [[] for _ in self.options.groups],
         )
         request = self.requests[name] = Request(case, address, view, record_of(view), self.now)
-        self.target.arrived(request.record, self.now)
+        self.target.arrived(request.record)
 
     def _schedule(self) -> None:
         """Give blocks to requests that wait for some, first to those that had some."""
@@ -167,9 +171,9 @@ class Decode:
         floor = request.case.floor
         if request.stage == "losing":
             return PushOffer(0)
-        if self.target.waits(request.record, step=0):
+        if self.target.waits(request.record):
             return PushOffer(0, ask_again=True)
-        return self.target.weigh(request.record, floor, floor, step=0, now=self.now)
+        return self.target.weigh(request.record, floor, floor)
 
     def _admit(self, request: Request, offer: PushOffer) -> None:
         """A request gets all its blocks."""
@@ -185,7 +189,7 @@ class Decode:
             self.target.decline(record, offer.reason or "not_needed")
             return
         request.stage = "parked"
-        self.target.order(record, case.floor, case.floor, request.end, step=0)
+        self.target.order(record, case.floor, case.floor, request.end)
         assert record.receive is not None
         request.epoch = record.receive
         for table in view.tables:
@@ -232,7 +236,7 @@ class Decode:
         """
         self._schedule()
         self.exchange()
-        self.target.tick(self.now)
+        self.target.tick()
         if not carry_out:
             self.exchange()
             return
@@ -297,7 +301,7 @@ class Decode:
     def exchange(self) -> None:
         """Hear what the link has to say, and give it what is to be said."""
         self.bell.rung = False
-        self.target.receive(self.inbox.take(), self.now)
+        self.target.receive(self.inbox.take())
         self.outbox += self.target.letters
         self.target.letters.clear()
 

@@ -41,6 +41,7 @@ from protocol.engine import (
     card_of,
     record_of,
 )
+from push_books import ClockByHand, push_books
 
 PARKED_LOAD = TransferId(1_000_000)
 
@@ -222,14 +223,12 @@ class Prefill:
         self.ranks = [
             Rank(rank, f"{self.incarnation} {rank}") for rank in range(options.prefill_ranks)
         ]
+        self.clock = ClockByHand()
         self.source = PushSource(
             options.config,
-            options.shape,
+            push_books(options.shape, self.transfers, self.leases, self.clock, METER),
             card,
-            self.transfers,
-            self.leases,
-            METER,
-            cost=COST,
+            COST,
             channel=Channel(self.ranks, is_open=options.beside),
         )
         self.requests: dict[str, Request] = {}
@@ -241,7 +240,15 @@ class Prefill:
         self.fenced: dict[Attempt, None] = {}
         self.stopped = False
         self.hung = False
-        self.now = 0.0
+
+    @property
+    def now(self) -> float:
+        """Control's clock."""
+        return self.clock.now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.clock.now = seconds
 
     # -- the engine --------------------------------------------------------------------------
 
@@ -262,7 +269,7 @@ class Prefill:
         view = View(name, prompt, case.tokens, parameters, [[] for _ in self.options.groups])
         request = Request(case, view, record_of(view), stage="waiting")
         self.requests[name] = request
-        self.source.arrived(request.record, self.now)
+        self.source.arrived(request.record)
 
     def preempt(self, name: str) -> None:
         """The engine takes a request's blocks away."""
@@ -283,7 +290,7 @@ class Prefill:
             hit, tokens = case.hit, case.hit_tokens
             if anew and hit != "parked":  # what a tier had, it has
                 hit, tokens = "none", 0
-            if self.source.waits(request.record, self.now):
+            if self.source.waits(request.record):
                 continue
             if not self._has_room(request, max(tokens, self.options.chunk)):
                 return
@@ -304,7 +311,7 @@ class Prefill:
             request.record.load = PARKED_LOAD
             mode = LoadMode.PARKED if hit == "parked" else LoadMode.LAYERWISE
             request.record.offer = Offer(mode=mode)
-        self.source.admitted(request.record, tokens, self.now)
+        self.source.admitted(request.record, tokens)
         self.exchange()
 
     def loaded(self, name: str) -> None:
@@ -353,7 +360,7 @@ class Prefill:
             ran.append((request, start, end))
         for request, start, end in ran:
             self.source.progress(request.record, start, end)
-        self.source.plan(step=0, now=self.now)
+        self.source.plan()
         planned()
         orders = self._carry_out()
         ordered()
@@ -544,7 +551,7 @@ class Prefill:
     def exchange(self) -> None:
         """Hear what the link has to say, and give it what is to be said."""
         self.bell.rung = False
-        self.source.receive(self.inbox.take(), self.now)
+        self.source.receive(self.inbox.take())
         for letter in self.source.letters:
             if isinstance(letter.message, Fenced):
                 self.check_fence((letter.peer, letter.message.attempt.epoch))

@@ -110,8 +110,8 @@ def nothing_is_quarantined(patch: Patch) -> None:
 def a_silent_peer_is_taken_for_dead(patch: Patch) -> None:
     lost = PushTarget._lost
 
-    def closed(target: PushTarget, item: Lost, now: float) -> None:
-        lost(target, replace(item, fate=Fate.CLOSED), now)
+    def closed(target: PushTarget, item: Lost) -> None:
+        lost(target, replace(item, fate=Fate.CLOSED))
 
     patch.setattr(PushTarget, "_lost", closed)
 
@@ -122,7 +122,7 @@ def a_peer_that_answers_is_not_waited_for(patch: Patch) -> None:
     def and_a_time(target: PushTarget, transfer: Transfer, record: RequestRecord | None) -> None:
         settle(target, transfer, record)
         if (inbound := target._inbound.get(transfer.id)) is not None:
-            inbound.until = min(inbound.until, target._now + target._config.quarantine)
+            inbound.until = min(inbound.until, target._clock.now + target._config.quarantine)
 
     patch.setattr(PushTarget, "settle", and_a_time)
     patch.setattr(Inbound, "is_over", lambda inbound, now: now >= inbound.ends)
@@ -135,14 +135,14 @@ def what_has_come_is_not_waited_for(patch: Patch) -> None:
 def torn_writes_are_not_waited_for(patch: Patch) -> None:
     receive = PushTarget.receive
 
-    def clean(target: PushTarget, news: Iterable[News], now: float) -> None:
+    def clean(target: PushTarget, news: Iterable[News]) -> None:
         heard: list[News] = []
         for item in news:
             if isinstance(item, Letter) and isinstance(item.message, Fenced):
                 heard.append(Letter(item.peer, Fenced(item.message.attempt, clean=True)))
             else:
                 heard.append(item)
-        receive(target, heard, now)
+        receive(target, heard)
 
     patch.setattr(PushTarget, "receive", clean)
 
@@ -150,13 +150,13 @@ def torn_writes_are_not_waited_for(patch: Patch) -> None:
 def another_incarnation_is_a_fence(patch: Patch) -> None:
     opened = PushTarget._opened
 
-    def fenced(target: PushTarget, address: str, sender: Sender, now: float) -> None:
+    def fenced(target: PushTarget, address: str, sender: Sender) -> None:
         former = {i.attempt: i.incarnation for i in target._inbound.values()}
-        opened(target, address, sender, now)
+        opened(target, address, sender)
         for inbound in target._inbound.values():
             known = former[inbound.attempt] not in ("", sender.card.incarnation)
             if inbound.address == address and known:
-                inbound.fenced, inbound.until, inbound.lingering = True, now, 0.0
+                inbound.fenced, inbound.until, inbound.lingering = True, target._clock.now, 0.0
 
     patch.setattr(PushTarget, "_opened", fenced)
 
@@ -164,8 +164,8 @@ def another_incarnation_is_a_fence(patch: Patch) -> None:
 def another_incarnation_answers_for_the_former(patch: Patch) -> None:
     opened = PushTarget._opened
 
-    def forget(target: PushTarget, address: str, sender: Sender, now: float) -> None:
-        opened(target, address, sender, now)
+    def forget(target: PushTarget, address: str, sender: Sender) -> None:
+        opened(target, address, sender)
         for inbound in target._inbound.values():
             inbound.lingering = 0.0
 
@@ -175,8 +175,8 @@ def another_incarnation_answers_for_the_former(patch: Patch) -> None:
 def whoever_was_never_connected_knows_nothing(patch: Patch) -> None:
     lost = PushTarget._lost
 
-    def untold(target: PushTarget, item: Lost, now: float) -> None:
-        lost(target, item, now)
+    def untold(target: PushTarget, item: Lost) -> None:
+        lost(target, item)
         for inbound in target._inbound.values():
             inbound.untold |= inbound.address == item.peer and not item.was_open
 
@@ -186,8 +186,8 @@ def whoever_was_never_connected_knows_nothing(patch: Patch) -> None:
 def goodbyes_are_not_heard(patch: Patch) -> None:
     lost = PushTarget._lost
 
-    def gone(target: PushTarget, item: Lost, now: float) -> None:
-        lost(target, replace(item, goodbye=None), now)
+    def gone(target: PushTarget, item: Lost) -> None:
+        lost(target, replace(item, goodbye=None))
 
     patch.setattr(PushTarget, "_lost", gone)
 
@@ -202,23 +202,23 @@ def what_is_given_up_is_not_cancelled(patch: Patch) -> None:
             target.give_ups.append(transfer)
 
     patch.setattr(PushTarget, "give_up", silently)
-    patch.setattr(PushTarget, "_ask", lambda target, now: None)
+    patch.setattr(PushTarget, "_ask", lambda target: None)
 
 
 def nobody_is_asked_again(patch: Patch) -> None:
-    patch.setattr(PushTarget, "_ask", lambda target, now: None)
+    patch.setattr(PushTarget, "_ask", lambda target: None)
 
 
 def failed_is_taken_for_fenced(patch: Patch) -> None:
     receive = PushTarget.receive
 
-    def both(target: PushTarget, news: Iterable[News], now: float) -> None:
+    def both(target: PushTarget, news: Iterable[News]) -> None:
         heard: list[News] = []
         for item in news:
             heard.append(item)
             if isinstance(item, Letter) and isinstance(item.message, Failed):
                 heard.append(Letter(item.peer, Fenced(item.message.attempt, clean=True)))
-        receive(target, heard, now)
+        receive(target, heard)
 
     patch.setattr(PushTarget, "receive", both)
 
@@ -235,8 +235,8 @@ def what_the_engine_has_is_written_again(patch: Patch) -> None:
 def parked_blocks_are_not_leased(patch: Patch) -> None:
     order = PushTarget.order
 
-    def unleased(target: PushTarget, record: RequestRecord, *args: int, step: int) -> None:
-        order(target, record, *args, step=step)
+    def unleased(target: PushTarget, record: RequestRecord, *args: int) -> None:
+        order(target, record, *args)
         assert record.receive is not None
         target._inbound[record.receive].lease.release()
 
@@ -401,10 +401,10 @@ def a_cancel_stops_nothing(patch: Patch) -> None:
 def nobody_runs_out_of_patience(patch: Patch) -> None:
     plan = PushSource.plan
 
-    def patient(source: PushSource, *, step: int, now: float) -> None:
+    def patient(source: PushSource) -> None:
         for out in source._outbound.values():
             out.expires = inf
-        plan(source, step=step, now=now)
+        plan(source)
 
     patch.setattr(PushSource, "plan", patient)
 
@@ -439,11 +439,11 @@ def anybody_may_decline_a_push(patch: Patch) -> None:
 def anybody_may_take_a_push_over(patch: Patch) -> None:
     announced = PushSource._announced
 
-    def taken(source: PushSource, peer: str, announce: Announce, now: float) -> None:
+    def taken(source: PushSource, peer: str, announce: Announce) -> None:
         out = source._outbound.get(announce.attempt.push)
         if out is not None:
             out.peer, out.announce = peer, None
-        announced(source, peer, announce, now)
+        announced(source, peer, announce)
 
     patch.setattr(PushSource, "_announced", taken)
 
@@ -530,8 +530,8 @@ def what_was_taken_is_not_waited_for(patch: Patch) -> None:
 def what_is_gathered_is_not_leased(patch: Patch) -> None:
     gather = PushSender.gather
 
-    def unleased(sender: PushSender, out: Outbound, step: int) -> OpenPrompt:
-        offer = gather(sender, out, step)
+    def unleased(sender: PushSender, out: Outbound) -> OpenPrompt:
+        offer = gather(sender, out)
         transfer = sender._transfers.get(offer.transfer)
         assert transfer is not None
         assert transfer.lease is not None

@@ -66,8 +66,8 @@ def test_the_model_sees_if_a_goodbye_is_taken_for_everybodys(
 ) -> None:
     lost = PushTarget._lost
 
-    def of_everything(target: PushTarget, item: Lost, now: float) -> None:
-        lost(target, replace(item, announced=max(target._inbound, default=0)), now)
+    def of_everything(target: PushTarget, item: Lost) -> None:
+        lost(target, replace(item, announced=max(target._inbound, default=0)))
 
     monkeypatch.setattr(PushTarget, "_lost", of_everything)
     with pytest.raises(ProtocolViolationError, match="a write of 2 lands in block"):

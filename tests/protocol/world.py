@@ -576,7 +576,7 @@ class World:
     def _withdraw(self, index: int, push: str) -> None:
         """A router says that no decode engine will ask for it, whether that is so or not."""
         prefill = self.prefills[index]
-        prefill.source.withdraw(push, "carrier", prefill.now)
+        prefill.source.withdraw(push, "carrier")
         prefill.exchange()
 
     def _step_prefill(self, index: int) -> None:

@@ -16,10 +16,10 @@ from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import ChunkChain, prompt_digest
-from lamina_kv.observe.metrics import Meter
 from lamina_kv.push.cards import EngineCard, RankCard, RowCard
 from lamina_kv.push.letters import Letter, News, Opened
 from lamina_kv.push.messages import Announce, Attempt, BlockTable, Bound, Failed, Fenced
+from push_books import ClockByHand, push_books
 
 TOKENS = prompt(CHUNK + 8)
 
@@ -38,12 +38,9 @@ def test_a_state_that_is_overwritten_is_not_sent(in_place: bool, announced: str)
     pool = Pool()
     source = PushSource(
         PushConfig(),
-        ChunkShape(CHUNK, groups, 0),
+        push_books(ChunkShape(CHUNK, groups, 0), TransferTable(1), LeaseBook(pool), ClockByHand()),
         card("p"),
-        TransferTable(1),
-        LeaseBook(pool),
-        Meter(),
-        cost=Costs(),
+        Costs(),
     )
     view = View("r", TOKENS, tables={0: [1, 2, 3], 1: [9]})
     view.push = PushParameters("push", None)
@@ -54,18 +51,18 @@ def test_a_state_that_is_overwritten_is_not_sent(in_place: bool, announced: str)
     announcement = Announce(attempt, digest, 0, CHUNK, 60.0, tables)
     news: list[News] = [Opened("d", "d", card("d")), Letter("d", announcement)]
 
-    source.admitted(record, 0, now=0.0)
+    source.admitted(record, 0)
     if announced == "before":
-        source.receive(news, now=0.0)
+        source.receive(news)
     for start, end in ((0, CHUNK), (CHUNK, len(TOKENS))):
         if end == CHUNK:
             source.state(record, BoundaryState("r", 1, 9, CHUNK))
         source.progress(record, start, end)
-        source.plan(step=0, now=0.0)
+        source.plan()
     source.finished(record, len(TOKENS), [[1, 2, 3], [9]])
     if announced != "before":
-        source.receive(news, now=0.0)
-        source.plan(step=0, now=0.0)
+        source.receive(news)
+        source.plan()
 
     said = [type(letter.message) for letter in source.letters]
     sent = {block for order in source.orders for part in order.pages for block in part.sources}

@@ -20,7 +20,6 @@ from lamina_kv.control.requests import PushParameters, RequestRecord
 from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.keys import prompt_digest
-from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import TORN, LoadMode, Outcome, PushOrder, TransferId, TransferReceipt
 from lamina_kv.push.letters import Fate, Letter, Lost, Opened
 from lamina_kv.push.messages import (
@@ -33,6 +32,7 @@ from lamina_kv.push.messages import (
     Claim,
     Fenced,
 )
+from push_books import ClockByHand, push_books
 
 PROMPT = 56
 BLOCKS = 4
@@ -101,22 +101,19 @@ class Engine:
     sent: int = 0
     made: int = 0
     events: int = 0
-    now: float = 0.0
+    clock: ClockByHand = field(default_factory=ClockByHand)
 
     def __post_init__(self) -> None:
         self.leases = LeaseBook(self.pool)  # type: ignore[arg-type]
         self.transfers = TransferTable(1)
         self.source = PushSource(
             PushConfig(deadline=60.0, silence=5.0, max_inflight=self.random.choice((1, 1 << 30))),
-            ChunkShape(BLOCK, (FULL,), NULL),
+            push_books(ChunkShape(BLOCK, (FULL,), NULL), self.transfers, self.leases, self.clock),
             card("P", (FULL,), POOL),
-            self.transfers,
-            self.leases,
-            Meter(),
-            cost=Costs(),
+            Costs(),
         )
         for peer in PEERS:
-            self.source.receive([Opened(peer, peer, card(peer, (FULL,), 100_000))], 0.0)
+            self.source.receive([Opened(peer, peer, card(peer, (FULL,), 100_000))])
 
     # -- the engine --------------------------------------------------------------------------
 
@@ -126,7 +123,7 @@ class Engine:
         view = View([[]], push=push, salt=self.random.choice(SALTS), request_id=str(self.made))
         request = Running(record_of(view), view)
         self.requests.append(request)
-        self.source.arrived(request.record, self.now)
+        self.source.arrived(request.record)
 
     def _name(self) -> str:
         """One of the two that routers use at this time."""
@@ -146,7 +143,7 @@ class Engine:
         if request.loading:
             request.record.load = TransferId(99_999)
             request.record.offer = Offer(mode=LoadMode.PARKED)
-        self.source.admitted(request.record, request.computed, self.now)
+        self.source.admitted(request.record, request.computed)
 
     def loaded(self) -> None:
         for request in self.requests:
@@ -179,7 +176,7 @@ class Engine:
                 end = min(PROMPT, request.computed + self.random.choice((8, 24, 56)))
                 self.source.progress(request.record, request.computed, end)
                 ran.append((request, end))
-        self.source.plan(step=0, now=self.now)
+        self.source.plan()
         orders = list(self.source.orders)
         self.source.orders.clear()
         self.stopped |= {(stop.peer, stop.epoch) for stop in self.source.stops}
@@ -239,10 +236,10 @@ class Engine:
             Lost(peer, "gone", was_open=True, fate=Fate.CLOSED),
             Opened(peer, peer, card(peer, (FULL,), 100_000)),
         ]
-        self.source.receive(news, self.now)
+        self.source.receive(news)
 
     def _hear(self, peer: str, message: Announce | Cancel | Claim) -> None:
-        self.source.receive([Letter(peer, message)], self.now)
+        self.source.receive([Letter(peer, message)])
 
     # -- the wire ----------------------------------------------------------------------------
 
@@ -307,12 +304,12 @@ def test_what_is_sent_is_what_was_announced(seed: int) -> None:
             getattr(engine, random.choice(EVENTS))()
             engine.letters()
             engine.events += 1
-            engine.now += random.choice((0.0, 0.1, 1.0))
+            engine.clock.now += random.choice((0.0, 0.1, 1.0))
         for _ in range(2 * len(engine.requests)):
             engine.end()
         while engine.moving:
             engine.drain()
-        engine.now += 1000.0
+        engine.clock.now += 1000.0
         engine.step()
         engine.letters()
         assert not any(engine.pool.references), "nothing is held for ever"

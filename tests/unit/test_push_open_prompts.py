@@ -163,7 +163,7 @@ def test_nobody_takes_what_has_been_withdrawn(engine: str) -> None:
 
 
 def its_router_withdraws_it(source: Source) -> None:
-    source.source.withdraw(PUSH, "carrier", source.now)
+    source.source.withdraw(PUSH, "carrier")
 
 
 def nobody_has_come_for_it(source: Source) -> None:
@@ -228,10 +228,10 @@ def test_nothing_is_gathered_that_nobody_could_take(why: str) -> None:
 def test_where_ranks_are_reached_nobody_waits_for_a_destination() -> None:
     ranks = Ranks()
     source = Source(channel=ranks)
-    source.source.arrived(source.record, 0.0)
-    assert not source.source.waits(source.record, 0.0)
+    source.source.arrived(source.record)
+    assert not source.source.waits(source.record)
     ranks.is_open = False
-    assert source.source.waits(source.record, 0.0)
+    assert source.source.waits(source.record)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Crowd:
                 continue
             self.waiting.remove(record)
             if offer.end:
-                self.target.target.order(record, 0, 0, offer.end, step=0)
+                self.target.target.order(record, 0, 0, offer.end)
                 self.parked.append(record)
             else:
                 self.target.target.decline(record, offer.reason)

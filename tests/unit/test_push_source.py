@@ -33,7 +33,7 @@ from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import TransferTable
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import CHECKPOINT, ChunkChain, Epoch, prompt_digest
-from lamina_kv.observe.metrics import Meter, Series
+from lamina_kv.observe.metrics import Series
 from lamina_kv.plan import (
     TORN,
     Binding,
@@ -67,6 +67,7 @@ from lamina_kv.push.messages import (
     encode,
 )
 from lamina_kv.tiers.regard import USUAL
+from push_books import ClockByHand, push_books
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -147,41 +148,53 @@ class Source:
         self.leases = LeaseBook(self.pool)
         self.transfers = TransferTable(ranks)
         config = PushConfig(deadline=DEADLINE, silence=SILENCE, max_inflight=max_inflight)
+        self.clock = ClockByHand()
+        shape = ChunkShape(BLOCK, self.groups, NULL)
         self.source = PushSource(
             config,
-            ChunkShape(BLOCK, self.groups, NULL),
+            push_books(shape, self.transfers, self.leases, self.clock),
             card("prefill", self.groups, blocks),
-            self.transfers,
-            self.leases,
-            Meter(),
-            cost=self.cost,
+            self.cost,
             channel=channel,
         )
-        self.now = 0.0
         self.view = View([[10, 11, 12, 13] for _ in self.groups])
         self.record = record_of(self.view)
 
+    @property
+    def now(self) -> float:
+        """Control's clock."""
+        return self.clock.now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.clock.now = seconds
+
     def connect(self, peer: str = D, *, blocks: int = 1000) -> None:
-        self.source.receive([Opened(peer, peer, card(peer, self.groups, blocks))], self.now)
+        self.source.receive([Opened(peer, peer, card(peer, self.groups, blocks))])
 
     def lose(self, peer: str = D) -> None:
-        self.source.receive([Lost(peer, "gone", was_open=True, fate=Fate.CLOSED)], self.now)
+        self.source.receive([Lost(peer, "gone", was_open=True, fate=Fate.CLOSED)])
 
     def waits(self, record: RequestRecord) -> bool:
         """Once time enough has passed for a destination."""
-        return self.source.waits(record, self.now + LONGEST_WAIT)
+        before = self.now
+        self.now += LONGEST_WAIT
+        try:
+            return self.source.waits(record)
+        finally:
+            self.now = before
 
     def hear(self, message: LinkMessage, peer: str = D) -> None:
-        self.source.receive([Letter(peer, message)], self.now)
+        self.source.receive([Letter(peer, message)])
 
     def admit(self, floor: int = 0, record: RequestRecord | None = None) -> None:
-        self.source.admitted(record or self.record, floor, self.now)
+        self.source.admitted(record or self.record, floor)
 
     def step(self, start: int = 0, end: int = 0) -> list[PushOrder]:
         """A step that computes tokens ``start..end`` of the request, if any."""
         if end:
             self.source.progress(self.record, start, end)
-        self.source.plan(step=0, now=self.now)
+        self.source.plan()
         orders = list(self.source.orders)
         self.source.orders.clear()
         return orders
@@ -239,7 +252,7 @@ def bound(source: Source, floor: int = 0) -> Source:
 
 
 def withdraw(source: Source, push: str = PUSH) -> None:
-    source.source.withdraw(push, "carrier", source.now)
+    source.source.withdraw(push, "carrier")
     source.source.unwanted.remove("carrier")
 
 
@@ -282,17 +295,17 @@ def test_a_prompt_waits_a_moment_for_its_destination(word: str) -> None:
     source = Source()
     source.connect()
     source.now = 5.0
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     source.now += DESTINATION_WAIT / 2
     if word == "announced":
         source.hear(announce())
     record = source.record
     if word == "another":  # of the same name, that is no part of the push
         record = record_of(View([[20, 21, 22, 23]], request_id="another"))
-        source.source.arrived(record, source.now)
-    assert source.source.waits(record, source.now) == (word == "nothing")
+        source.source.arrived(record)
+    assert source.source.waits(record) == (word == "nothing")
     source.now = 5.0 + DESTINATION_WAIT
-    assert not source.source.waits(record, source.now)
+    assert not source.source.waits(record)
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 100.0])
@@ -302,10 +315,12 @@ def test_a_prompt_that_takes_long_waits_for_a_decode_engine_that_is_in_a_step(
     source = Source()
     source.connect()
     source.cost.computed(0, 100, seconds * 100 / 56)
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     wait = min(max(seconds * WAIT_SHARE, DESTINATION_WAIT), LONGEST_WAIT)
-    assert source.source.waits(source.record, wait * 0.99)
-    assert not source.source.waits(source.record, wait * 1.01)
+    source.now = wait * 0.99
+    assert source.source.waits(source.record)
+    source.now = wait * 1.01
+    assert not source.source.waits(source.record)
 
 
 @pytest.mark.parametrize("first", ["the request", "the claim"])
@@ -316,15 +331,17 @@ def test_a_decode_engine_that_has_seen_a_request_says_soon_where_it_goes_or_has_
     source.connect()
     source.cost.computed(0, 100, 100.0)
     if first == "the request":
-        source.source.arrived(source.record, 0.0)
+        source.source.arrived(source.record)
     source.now = 0.005
     source.hear(CLAIM)
     if first == "the claim":
-        source.source.arrived(source.record, source.now + DESTINATION_WAIT / 2)
-    assert source.source.waits(source.record, source.now + DESTINATION_WAIT * 0.9)
-    source.now += DESTINATION_WAIT * 0.9
+        source.now = 0.005 + DESTINATION_WAIT / 2
+        source.source.arrived(source.record)
+    source.now = 0.005 + DESTINATION_WAIT * 0.9
+    assert source.source.waits(source.record)
     source.hear(CLAIM)  # once more, and it has no room yet
-    assert not source.source.waits(source.record, 0.005 + DESTINATION_WAIT)
+    source.now = 0.005 + DESTINATION_WAIT
+    assert not source.source.waits(source.record)
 
 
 def test_what_was_computed_before_goes_at_once_and_before_the_step() -> None:
@@ -514,7 +531,7 @@ def test_blocks_are_not_held_for_a_push_that_its_router_has_withdrawn() -> None:
 
 def test_a_request_whose_push_was_withdrawn_is_to_end() -> None:
     source = Source()
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     source.admit()
     source.step(0, 32)
     withdraw(source)
@@ -534,7 +551,7 @@ def test_a_request_that_its_withdrawal_has_overtaken_is_to_end() -> None:
     source.connect()
     withdraw(source)
     source.source.unwanted.clear()
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     assert source.source.unwanted == ["request"]
 
 
@@ -804,7 +821,7 @@ def test_a_decline_of_somebody_else_does_not_forbid_the_announcement_of_an_owner
 def test_an_announcement_that_is_refused_does_not_end_the_push_of_another() -> None:
     source = bound(Source())
     other = msgspec.structs.replace(card("other", (FULL,)), model=b"another")
-    source.source.receive([Opened("other", "other", other)], 0.0)
+    source.source.receive([Opened("other", "other", other)])
     source.hear(announce(attempt=Attempt(PUSH, 3)), "other")
     failed, fenced = source.said()
     assert (type(failed), fenced) == (Failed, Fenced(Attempt(PUSH, 3), clean=True))
@@ -888,7 +905,7 @@ def test_a_cancel_of_somebody_who_is_no_decode_engine_here_changes_nothing(epoch
     """On an engine that decodes as well, prefill engines are heard, too."""
     source = Source()
     source.connect()
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     source.hear(Cancel(Attempt(PUSH, epoch)), "10.0.0.9:9300")
     assert source.source.unwanted == []
     source.hear(announce())
@@ -952,7 +969,7 @@ def test_a_request_that_its_decode_engine_does_without_is_to_end(stage: str) -> 
     """It is not begun in the moment that the engine takes to end it."""
     source = Source()
     source.connect()
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     if stage != "queued":
         source.admit()
         source.step(0, 32)
@@ -960,10 +977,10 @@ def test_a_request_that_its_decode_engine_does_without_is_to_end(stage: str) -> 
         source.hear(announce())
     source.hear(Cancel(ATTEMPT if stage == "bound" else UNANNOUNCED))
     assert source.source.unwanted == ["request"]
-    assert source.source.waits(source.record, source.now) == (stage == "queued")
+    assert source.source.waits(source.record) == (stage == "queued")
     assert not source.waits(source.record)  # nobody ends it, then
     source.source.abandoned(PushParameters(PUSH, None), "request")
-    assert not source.source.waits(source.record, source.now)
+    assert not source.source.waits(source.record)
 
 
 @pytest.mark.parametrize("word", ["nothing", "claim", "announcement"])
@@ -975,7 +992,7 @@ def test_a_request_that_was_declined_before_it_came_is_to_end(word: str) -> None
     elif word == "announcement":
         source.hear(announce())
     source.hear(Cancel(ATTEMPT if word == "announcement" else UNANNOUNCED))
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     assert source.source.unwanted == ["request"]
 
 
@@ -996,7 +1013,7 @@ def test_no_other_request_is_to_end(why: str) -> None:
     source = Source()
     source.connect()
     source.connect("other")
-    source.source.arrived(source.record, source.now)
+    source.source.arrived(source.record)
     source.hear(announce())
     source.admit()
     if why == "ended":
@@ -1010,7 +1027,7 @@ def test_no_other_request_is_to_end(why: str) -> None:
         source.lose()
     else:  # another request of the same name
         source.drain(*source.step(0, 56))
-        source.source.arrived(record_of(View([[1]], request_id="another")), source.now)
+        source.source.arrived(record_of(View([[1]], request_id="another")))
     assert source.source.unwanted == []
 
 
@@ -1120,8 +1137,8 @@ def test_a_decode_engine_may_speak_of_so_many_requests_that_are_not_here(
     assert fenced == Fenced(ATTEMPT, clean=True)
     source.hear(Claim(("push 3",), DEADLINE), "another")
     assert len(source.source._outbound) == 3
-    source.source.arrived(other(0), 0.0)
-    source.source.arrived(other(2), 0.0)  # as if nobody had spoken of it
+    source.source.arrived(other(0))
+    source.source.arrived(other(2))  # as if nobody had spoken of it
     source.said()
     source.hear(Claim(("push 2", "push 4"), DEADLINE))
     assert source.said() == [
@@ -1142,7 +1159,7 @@ def test_a_decode_engine_may_speak_of_so_many_requests_that_are_not_here(
 def test_an_engine_of_another_shape_is_refused_whatever_it_announces() -> None:
     source = Source()
     other = msgspec.structs.replace(card(D, (FULL,)), model=b"another")
-    source.source.receive([Opened(D, D, other)], 0.0)
+    source.source.receive([Opened(D, D, other)])
     source.admit()
     source.hear(announce())
     failed, fenced = source.said()
@@ -1202,13 +1219,13 @@ def test_a_decode_engine_hears_when_what_it_claims_is_here(first: str) -> None:
     source = Source()
     source.connect()
     if first == "the request":
-        source.source.arrived(source.record, 0.0)
+        source.source.arrived(source.record)
         assert source.said() == []
         source.hear(CLAIM)
     else:
         source.hear(CLAIM)
         assert source.said() == [Absent(UNANNOUNCED)]
-        source.source.arrived(source.record, 0.0)
+        source.source.arrived(source.record)
     assert source.said() == [Queued(UNANNOUNCED)]
     source.hear(CLAIM)
     assert source.said() == [Queued(UNANNOUNCED)]  # the first may have been lost
@@ -1223,7 +1240,7 @@ def test_what_was_announced_is_queued_when_it_comes() -> None:
     source.connect()
     source.hear(announce())
     assert source.said() == [Absent(ATTEMPT)]
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     assert source.said() == [Queued(ATTEMPT)]
 
 
@@ -1300,7 +1317,7 @@ def test_who_claims_first_has_the_only_say() -> None:
 def test_what_will_not_be_pushed_is_not_claimed() -> None:
     source = Source()
     source.connect()
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     source.source.abandoned(PushParameters(PUSH, None), "request")
     source.hear(CLAIM)
     (failed,) = source.said()
@@ -1311,7 +1328,7 @@ def test_what_will_not_be_pushed_is_not_claimed() -> None:
 def test_a_claim_is_refused_where_the_announcement_would_be() -> None:
     source = Source()
     wrong = msgspec.structs.replace(card(D, (FULL,)), model=b"another")
-    source.source.receive([Opened(D, D, wrong)], 0.0)
+    source.source.receive([Opened(D, D, wrong)])
     source.hear(CLAIM)
     (failed,) = source.said()
     assert isinstance(failed, Failed)
@@ -1324,7 +1341,7 @@ def test_prompts_without_a_destination_take_half_of_the_blocks_and_others_wait()
     source.connect()
     records = [other(number) for number in range(4)]
     for record in records:
-        source.source.arrived(record, 0.0)
+        source.source.arrived(record)
     source.hear(Claim(tuple(f"push {n}" for n in range(4)), DEADLINE))
     assert not source.waits(records[0])
     source.admit(record=records[0])
@@ -1345,7 +1362,7 @@ def test_what_waits_for_its_destination_waits_no_longer_when_none_is_left() -> N
     source.connect()
     for number in range(2):
         compute(source, other(number))
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     source.hear(CLAIM)
     assert source.waits(source.record)
     source.hear(Cancel(UNANNOUNCED))
@@ -1369,15 +1386,15 @@ def test_what_cannot_be_computed_in_time_is_not_begun() -> None:
     source = Source()
     source.connect()
     source.cost.computed(0, 100, 20.0)  # 11 s for 56 tokens
-    source.source.arrived(source.record, 0.0)
-    source.source.arrived(other(1), 0.0)
+    source.source.arrived(source.record)
+    source.source.arrived(other(1))
     source.hear(announce())  # 30 s
     source.said()
     source.now = 18.0
     source.admit(record=other(2))
-    assert not source.source.waits(source.record, source.now)
+    assert not source.source.waits(source.record)
     source.now = 20.0
-    source.source.waits(source.record, source.now)
+    source.source.waits(source.record)
     assert source.said() == [Failed(ATTEMPT, TOO_BUSY), Fenced(ATTEMPT, clean=True)]
     assert source.source.unwanted == ["request"]
 
@@ -1387,7 +1404,7 @@ def test_an_estimate_refuses_nothing_where_nobody_else_waits() -> None:
     source.connect()
     source.cost.computed(0, 100, 500.0)
     source.admit(record=other(1))
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     source.hear(announce())
     assert not source.waits(source.record)
 
@@ -1400,7 +1417,7 @@ def test_an_engine_that_computes_nothing_refuses_nothing_by_an_estimate() -> Non
     source.cost.computed(0, 100, 500.0)
     records = [other(number) for number in range(6)]
     for number, record in enumerate(records):
-        source.source.arrived(record, 0.0)
+        source.source.arrived(record)
         source.hear(announce(attempt=Attempt(f"push {number}", number + 1)))
     assert not source.waits(records[0])
     source.admit(record=records[0])
@@ -1418,7 +1435,7 @@ def test_what_the_engine_never_came_to_is_nobodys_fault() -> None:
     """Of a long queue only the head is looked at."""
     source = Source()
     source.connect()
-    source.source.arrived(source.record, 0.0)
+    source.source.arrived(source.record)
     source.hear(announce())
     source.said()
     source.now = 30.0
@@ -1433,22 +1450,22 @@ def test_what_nobody_needs_any_more_lets_others_go_first() -> None:
     source.connect()
     unneeded, needed, full = (other(number) for number in range(3))
     for record in (unneeded, needed):
-        source.source.arrived(record, 0.0)
+        source.source.arrived(record)
     source.hear(Cancel(Attempt("push 0", NO_EPOCH)))
     source.now = 1.0
-    assert source.source.waits(unneeded, source.now)
+    assert source.source.waits(unneeded)
     source.admit(record=needed)
-    assert not source.source.waits(unneeded, source.now)
+    assert not source.source.waits(unneeded)
     source.admit(record=full)
-    source.source.arrived(source.record, source.now)
-    assert source.source.waits(unneeded, source.now)
+    source.source.arrived(source.record)
+    assert source.source.waits(unneeded)
     source.now = 2.0
-    assert source.source.waits(source.record, source.now)  # there is no room for it
-    assert not source.source.waits(unneeded, source.now)
+    assert source.source.waits(source.record)  # there is no room for it
+    assert not source.source.waits(unneeded)
     source.hear(announce())
-    assert source.source.waits(unneeded, source.now)
+    assert source.source.waits(unneeded)
     source.now += DEADLINE
-    assert not source.source.waits(unneeded, source.now)  # it has waited long enough
+    assert not source.source.waits(unneeded)  # it has waited long enough
 
 
 def test_a_prompt_for_which_there_was_room_is_held_when_it_ends() -> None:

@@ -54,6 +54,7 @@ from lamina_kv.push.messages import (
     Queued,
 )
 from lamina_kv.tiers.regard import USUAL
+from push_books import ClockByHand, push_books
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -109,28 +110,44 @@ class Target:
         self.cost = Costs()
         self.meter = Meter()
         self.gauges: dict[Series, float] = {}
-        self.step = 0
+        self.clock = ClockByHand()
         self.pool = Pool()
         self.ranks = ranks
         self.transfers = TransferTable(ranks)
-        self.now = 0.0
+        shape = ChunkShape(BLOCK, self.groups, NULL)
+        breaker = BreakerConfig(failures=failures, pause=PAUSE)
         self.target = PushTarget(
             PushConfig(
                 deadline=deadline,
                 silence=SILENCE,
                 quarantine=max(QUARANTINE, least_quarantine(deadline, SILENCE)),
             ),
-            BreakerConfig(failures=failures, pause=PAUSE),
-            ChunkShape(BLOCK, self.groups, NULL),
-            self.transfers,
-            LeaseBook(self.pool),
-            self.meter,
-            lambda: self.now,
-            card=EngineCard(
+            push_books(
+                shape, self.transfers, LeaseBook(self.pool), self.clock, self.meter, breaker
+            ),
+            EngineCard(
                 "D", b"", False, (), tuple(RankCard(rank, b"", blocks, ()) for rank in range(ranks))
             ),
-            cost=self.cost,
+            self.cost,
         )
+
+    @property
+    def now(self) -> float:
+        """Control's clock."""
+        return self.clock.now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.clock.now = seconds
+
+    @property
+    def step(self) -> int:
+        """The step whose plan is made next."""
+        return self.clock.step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self.clock.step = number
 
     def order(
         self,
@@ -143,7 +160,7 @@ class Target:
     ) -> RequestRecord:
         view = view or View([[50, 51, 52, 53] for _ in self.groups])
         record = RequestRecord(view, ChunkChain(b"namespace", 16, epoch=epoch))
-        self.target.order(record, floor, start, end, step=0)
+        self.target.order(record, floor, start, end)
         return record
 
     def arrive(self, number: int, *, address: str = P, request_id: str = "") -> RequestRecord:
@@ -154,17 +171,17 @@ class Target:
             [blocks for _ in self.groups], push=push, request_id=request_id or f"request {number}"
         )
         record = RequestRecord(view, ChunkChain(b"namespace", 16))
-        self.target.arrived(record, self.now)
+        self.target.arrived(record)
         return record
 
     def weigh(self, record: RequestRecord, start: int = 0) -> PushOffer:
-        return self.target.weigh(record, start, start, step=self.step, now=self.now)
+        return self.target.weigh(record, start, start)
 
     def admit(self, record: RequestRecord) -> bool:
         """The engine would give a request its blocks. Returns whether it is pushed to."""
         if not (offer := self.weigh(record)).end:
             return False
-        self.target.order(record, 0, 0, offer.end, step=0)
+        self.target.order(record, 0, 0, offer.end)
         return True
 
     def counted(self, name: str, reason: str) -> float:
@@ -183,12 +200,12 @@ class Target:
         items = [
             n if isinstance(n, Opened | Lost) else Letter(P, cast(LinkMessage, n)) for n in news
         ]
-        self.target.receive(items, self.now)
+        self.target.receive(items)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.step += 1
-        self.target.tick(self.now)
+        self.target.tick()
 
     def dial(self, *fates: Fate) -> None:
         """The link calls again, and does not get through."""
@@ -282,7 +299,7 @@ def test_of_a_state_the_one_block_where_the_request_goes_on() -> None:
     record = RequestRecord(View([[50, 51, 52, 53], []], [70, 71]), ChunkChain(b"namespace", 16))
     end, why = target.target.reach(record)
     assert (end, why) == (48, "")
-    target.target.order(record, 0, 0, end, step=0)
+    target.target.order(record, 0, 0, end)
     (announce,) = target.said()
     assert isinstance(announce, Announce)
     assert announce.tables == (BlockTable(0, (50, 51, 52)), BlockTable(2, (70,)))
@@ -391,7 +408,7 @@ def test_a_word_of_another_peer_or_push_changes_nothing() -> None:
         Letter("10.0.0.2:9300", Failed(attempt, "no")),
         Letter(P, Fenced(Attempt("another", attempt.epoch), clean=True)),
     ):
-        target.target.receive([letter], 0.0)
+        target.target.receive([letter])
     assert (target.said(), target.target.give_ups) == ([], [])
     target.fail(record)
     target.wait(2 * SETTLE_SECONDS)
@@ -754,7 +771,7 @@ def test_nobody_else_ends_a_push() -> None:
         Letter("10.9.9.9:1", Fenced(attempt, clean=True)),
         Letter(P, Failed(Attempt("another", attempt.epoch), "no")),
     ):
-        target.target.receive([letter], 0.0)
+        target.target.receive([letter])
     assert target.target.give_ups == []
 
 
@@ -815,9 +832,9 @@ def test_what_waits_for_room_is_computed_here_when_the_deadline_is_over() -> Non
     waiting = target.arrive(1)
     target.hear(Queued(Attempt("push 1", NO_EPOCH)))
     assert target.weigh(waiting) == WAIT
-    assert target.target.waits(waiting, step=target.step)
+    assert target.target.waits(waiting)
     target.wait(DEADLINE)
-    assert not target.target.waits(waiting, step=target.step)
+    assert not target.target.waits(waiting)
     assert target.weigh(waiting) == PushOffer(0, "no_room")
 
 
@@ -825,12 +842,12 @@ def test_nobody_goes_past_one_that_waits_for_room() -> None:
     """Or a large prompt would wait behind small ones for ever."""
     target = Target(blocks=16)
     first, large, small = (target.arrive(number) for number in range(3))
-    target.target.order(first, 0, 16, 55, step=0)
-    target.target.order(target.arrive(3), 0, 32, 55, step=0)
+    target.target.order(first, 0, 16, 55)
+    target.target.order(target.arrive(3), 0, 32, 55)
     assert target.weigh(large) == WAIT
     assert target.weigh(small, 32) == WAIT
     target.wait(0)  # the engine asks about the first of its queue first
-    assert not target.target.waits(small, step=target.step)
+    assert not target.target.waits(small)
     assert target.weigh(small, 32).end == 55
 
 
@@ -912,7 +929,7 @@ def test_the_room_that_is_weighed_is_what_is_taken(groups: tuple[Group, ...], fl
     view = View(tables, [70, 71])
     record = RequestRecord(view, ChunkChain(b"namespace", 16))
     end, _ = target.target.reach(record)
-    target.target.order(record, floor, floor, end, step=0)
+    target.target.order(record, floor, floor, end)
     shape = ChunkShape(BLOCK, groups, NULL)
     assert shape.pushed_blocks(floor, floor, end) == len(target.pool.held)
     assert target.blocks("parked") == len(target.pool.held)
@@ -1238,7 +1255,7 @@ def test_less_than_a_chunk_is_computed_here(start: int, pushed: bool) -> None:
     """Of 55 tokens 15 are missing, and a chunk has 16."""
     target = Target()
     record = target.arrive(0)
-    offer = target.target.weigh(record, 32, start, step=0, now=0.0)
+    offer = target.target.weigh(record, 32, start)
     assert offer == (PushOffer(55) if pushed else PushOffer(0, "below_min_tokens"))
 
 

@@ -24,8 +24,6 @@ class EngineClock:
 
     Attributes:
         now: the time of the last tick.
-        ticked: the moment of the last tick, by the clock itself. It stands still while a request is
-            looked up, so that a hint which ends meanwhile is believed throughout or not at all.
         step: number of the step whose plan is made next.
         longest: seconds that one step counts as at most.
     """
@@ -34,14 +32,19 @@ class EngineClock:
         self.now = 0.0
         self.step = 0
         self.longest = longest
-        self.ticked = clock()
+        self._ticked = clock()
         self._clock = clock
 
     def tick(self) -> float:
         """The engine is here, between two steps; returns :attr:`now`."""
-        last, self.ticked = self.ticked, self._clock()
-        self.now += min(self.ticked - last, self.longest)
+        last, self._ticked = self._ticked, self._clock()
+        self.now += min(self._ticked - last, self.longest)
         return self.now
+
+    def ticked(self) -> float:
+        """The moment of the last tick, by the clock itself. It stands still while a request is
+        looked up, so that a hint which ends meanwhile is believed throughout or not at all."""
+        return self._ticked
 
 
 @dataclass(frozen=True)

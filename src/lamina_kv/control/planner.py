@@ -147,7 +147,7 @@ class Planner:
                 reports,
                 config.tiers,
                 breakers.readable,
-                lambda: engine_clock.ticked,
+                engine_clock.ticked,
                 self._evicted,
             ),
             transfers=TransferTable(len(reports), None if spans is None else TransferSpans(spans)),
@@ -183,7 +183,7 @@ class Planner:
         self._saving = SavePlanner(books, self._moves.saved, self._second_uses.add)
         self.pushes: Pushes | None = None
         if config.push is not None and card is not None:
-            self.pushes = Pushes(config.push, books, card, self.costs, clock, channel=channel)
+            self.pushes = Pushes(config.push, books, card, self.costs, channel=channel)
         begin_figures(
             meter,
             config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import inf
 from typing import TypeVar
@@ -33,7 +33,6 @@ class Pushes:
         books: what the parts of the planner share.
         card: this engine as other engines see it.
         cost: what computing takes.
-        clock: monotonic seconds.
         channel: a way to the ranks beside plans; None if there is none.
     """
 
@@ -43,32 +42,12 @@ class Pushes:
         books: Books,
         card: EngineCard,
         cost: Costs,
-        clock: Callable[[], float],
         *,
         channel: RanksChannel | None = None,
     ) -> None:
-        self._books = books
-        self._source = PushSource(
-            config,
-            books.shape,
-            card,
-            books.transfers,
-            books.leases,
-            books.meter,
-            cost=cost,
-            channel=channel,
-        )
-        self._target = PushTarget(
-            config,
-            books.config.breaker,
-            books.shape,
-            books.transfers,
-            books.leases,
-            books.meter,
-            clock,
-            card=card,
-            cost=cost,
-        )
+        self._clock = books.clock
+        self._source = PushSource(config, books, card, cost, channel=channel)
+        self._target = PushTarget(config, books, card, cost)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -80,10 +59,10 @@ class Pushes:
             loads: whether anything may be brought to it.
         """
         if record.view.push is not None:
-            now = self._books.clock.tick()
-            self._source.arrived(record, now)
+            self._clock.tick()
+            self._source.arrived(record)
             if loads:
-                self._target.arrived(record, now)
+                self._target.arrived(record)
 
     def waits(self, record: RequestRecord, floor: int) -> bool:
         """Whether a request need not be looked at, because its destination may be said in a moment,
@@ -91,15 +70,12 @@ class Pushes:
         engine."""
         if record.view.push is None:
             return False
-        clock = self._books.clock
-        return self._source.waits(record, clock.now, floor) or self._target.waits(
-            record, step=clock.step
-        )
+        return self._source.waits(record, floor) or self._target.waits(record)
 
     def extend(self, record: RequestRecord, offer: Offer) -> Offer:
         """An offer, and what a prefill engine will push behind it."""
-        start, clock = offer.floor + offer.loaded, self._books.clock
-        pushed = self._target.weigh(record, offer.floor, start, step=clock.step, now=clock.now)
+        start = offer.floor + offer.loaded
+        pushed = self._target.weigh(record, offer.floor, start)
         if pushed.ask_again:
             return ASK_AGAIN
         if not pushed.end:
@@ -113,15 +89,15 @@ class Pushes:
             record: the request.
             taken: what of its offer the engine takes.
         """
-        self._source.admitted(record, taken.floor + taken.tokens, self._books.clock.now)
+        self._source.admitted(record, taken.floor + taken.tokens)
         if record.view.push is not None and not taken.pushed:
             self._target.decline(record, taken.unpushed or Unpushed.NOT_NEEDED)
 
     def order(self, record: RequestRecord) -> None:
         """Have pushed what was offered, into the request's blocks."""
-        offer, step = record.offer, self._books.clock.step
+        offer = record.offer
         start = offer.floor + offer.loaded
-        self._target.order(record, offer.floor, start, start + offer.pushed, step=step)
+        self._target.order(record, offer.floor, start, start + offer.pushed)
 
     def progress(self, record: RequestRecord, start: int, end: int) -> None:
         """A step computes tokens ``start..end`` of a request."""
@@ -161,9 +137,9 @@ class Pushes:
 
     def plan(self) -> PushPlan:
         """What goes to other engines and comes from them with the next plan."""
-        source, target, clock = self._source, self._target, self._books.clock
-        target.tick(clock.now)
-        source.plan(step=clock.step, now=clock.now)
+        source, target = self._source, self._target
+        target.tick()
+        source.plan()
         plan = PushPlan(
             peers=_taken(source.peers),
             gone=_taken(source.gone),
@@ -189,9 +165,9 @@ class Pushes:
 
     def take_news(self, news: Iterable[News]) -> None:
         """Take in what other engines have to say."""
-        now = self._books.clock.tick()
-        self._source.receive(news, now)
-        self._target.receive(news, now)
+        self._clock.tick()
+        self._source.receive(news)
+        self._target.receive(news)
 
     def take_announcement(self, peer: str, announce: Announce) -> bool:
         """An announcement has come: send at once what waits for it. Called by the link's thread.
@@ -212,7 +188,8 @@ class Pushes:
             push: the router's name for it.
             request_id: the request by which it says so: nothing need come of it.
         """
-        self._source.withdraw(push, request_id, self._books.clock.tick())
+        self._clock.tick()
+        self._source.withdraw(push, request_id)
 
     def drain_letters(self) -> list[Letter]:
         """Messages for other engines since the last call."""
@@ -249,7 +226,7 @@ class Pushes:
     def wait(self) -> float:
         """Seconds after which a step changes something although nobody has said anything; infinite
         if none does."""
-        clock = self._books.clock
+        clock = self._clock
         # What is longer than a step counts as less, see the clock.
         wait = min(self._source.due, self._target.due) - clock.now
         return wait if wait == inf else max(0.0, min(wait, clock.longest))

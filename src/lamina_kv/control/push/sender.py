@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from math import inf
 
 from lamina_kv.config import PushConfig
-from lamina_kv.control.leases import LeaseBook
+from lamina_kv.control.books import Books
 from lamina_kv.control.push.fit import Sendable, completes, pages_of, sendable
 from lamina_kv.control.push.open_prompts import OpenPrompt, Taken
 from lamina_kv.control.push.outbound import Outbound
-from lamina_kv.control.shape import ChunkShape
-from lamina_kv.control.transfers import Kind, Transfer, TransferTable
+from lamina_kv.control.transfers import Kind, Transfer
 from lamina_kv.geometry import GroupKind
 from lamina_kv.plan import TORN, Binding, PushOrder, PushPages, TransferId
 from lamina_kv.push.cards import EngineCard
@@ -23,10 +22,8 @@ class PushSender:
 
     Args:
         config: the ``push`` section.
-        shape: tokens and groups of chunks.
+        books: what the parts of the planner share.
         card: this engine.
-        transfers: all transfers of the engine.
-        leases: holds on engine blocks.
 
     Attributes:
         orders: pages for the next plan.
@@ -36,23 +33,17 @@ class PushSender:
         backlog: bytes on their way, by decode engine.
     """
 
-    def __init__(
-        self,
-        config: PushConfig,
-        shape: ChunkShape,
-        card: EngineCard,
-        transfers: TransferTable,
-        leases: LeaseBook,
-    ) -> None:
+    def __init__(self, config: PushConfig, books: Books, card: EngineCard) -> None:
         self.orders: list[PushOrder] = []
         self.gathers: list[TransferId] = []
         self.bindings: list[Binding] = []
         self.drops: list[TransferId] = []
         self.backlog: Counter[str] = Counter()
         self._silence = config.silence
-        self._shape = shape
-        self._transfers = transfers
-        self._leases = leases
+        self._shape = shape = books.shape
+        self._transfers = books.transfers
+        self._leases = books.leases
+        self._clock = books.clock
         self._of_transfer: dict[TransferId, Outbound] = {}
         self._page_bytes = [
             sum(row.page_bytes for rank in card.ranks for row in rank.rows if group in row.groups)
@@ -64,13 +55,11 @@ class PushSender:
             int(config.max_inflight * len(card.ranks) // max(1.0, token_bytes)),
         )
 
-    def order(self, out: Outbound, step: int, now: float) -> str:
+    def order(self, out: Outbound) -> str:
         """Order what can be sent of a bound push.
 
         Args:
             out: the push.
-            step: the step that is being planned.
-            now: control's clock.
 
         Returns:
             Why nothing of it can be sent any more; empty if that is not so.
@@ -81,17 +70,16 @@ class PushSender:
         reaches = [(reached, True) for reached in self._parts(out, progress.computed)]
         for reached, computed in (*reaches, (progress.planned, False)):
             if not out.ordered:
-                problem = self._send(out, self._due(out, reached), step, now, computed=computed)
+                problem = self._send(out, self._due(out, reached), computed=computed)
                 if problem:
                     return problem
         return ""
 
-    def gather(self, out: Outbound, step: int) -> OpenPrompt:
+    def gather(self, out: Outbound) -> OpenPrompt:
         """Have the ranks keep the rows of a prompt that the step completes.
 
         Args:
             out: its push, which has no destination.
-            step: the step that is being planned.
 
         Returns:
             What somebody may take of it. Its blocks are leased until that is sent or withdrawn.
@@ -111,7 +99,7 @@ class PushSender:
                 states.append(0)
         null = self._shape.null_block
         held = tuple(block for table in tables for block in table if block != null)
-        transfer = self._open(out, step, held, 0)
+        transfer = self._open(out, held, 0)
         out.offer, out.offered = transfer.id, 0
         self.gathers.append(transfer.id)
         digest = out.record.prompt_digest()
@@ -176,12 +164,12 @@ class PushSender:
             if transfer.kind is Kind.PUSH and transfer.step >= step
         }
 
-    def let_go(self, out: Outbound, now: float) -> None:
+    def let_go(self, out: Outbound) -> None:
         """Of a push that nobody will believe, do not hold the blocks for ever that a peer which is
         stopped keeps from draining."""
         if out.let_go_at == inf:
-            out.let_go_at = now + self._silence
-        if now < out.let_go_at:
+            out.let_go_at = self._clock.now + self._silence
+        if self._clock.now < out.let_go_at:
             return
         for transfer_id in out.moving:
             transfer = self._transfers.get(transfer_id)
@@ -204,9 +192,7 @@ class PushSender:
             self._shape, out.announce, out.sent, reached, lambda group: self._blocks(out, group)
         )
 
-    def _send(
-        self, out: Outbound, due: list[Sendable], step: int, now: float, *, computed: bool
-    ) -> str:
+    def _send(self, out: Outbound, due: list[Sendable], *, computed: bool) -> str:
         announce = out.announce
         assert announce is not None
         sources = tuple(source for part in due for source in part.sources)
@@ -217,7 +203,7 @@ class PushSender:
             return ""
         pages = pages_of(due)
         size = self._size_of(pages)
-        transfer = self._open(out, step, sources, size)
+        transfer = self._open(out, sources, size)
         out.moving.add(transfer.id)
         self.backlog[out.peer] += size
         self.orders.append(
@@ -228,7 +214,7 @@ class PushSender:
                 pages,
                 computed,
                 complete,
-                max(0.0, out.expires - now),
+                max(0.0, out.expires - self._clock.now),
             )
         )
         for part in due:
@@ -238,11 +224,11 @@ class PushSender:
             out.let_go()
         return ""
 
-    def _open(self, out: Outbound, step: int, sources: tuple[int, ...], size: int) -> Transfer:
+    def _open(self, out: Outbound, sources: tuple[int, ...], size: int) -> Transfer:
         transfer = self._transfers.open(
             Kind.PUSH,
             out.push,
-            step=step,
+            step=self._clock.step,
             expires=inf,
             size=size,
             lease=self._leases.take(sources),

@@ -24,8 +24,8 @@ from math import inf
 from typing import TypeVar
 
 from lamina_kv.config import PushConfig
+from lamina_kv.control.books import Books
 from lamina_kv.control.cost import Costs
-from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.push.endings import Endings
 from lamina_kv.control.push.fit import misfit
 from lamina_kv.control.push.open_prompts import OpenPrompts, RanksChannel, Taken
@@ -34,9 +34,7 @@ from lamina_kv.control.push.queue import PushQueue
 from lamina_kv.control.push.sender import PushSender
 from lamina_kv.control.push.undelivered import Undelivered
 from lamina_kv.control.requests import BoundaryState, PushParameters, RequestRecord
-from lamina_kv.control.shape import ChunkShape
-from lamina_kv.control.transfers import State, Transfer, TransferTable
-from lamina_kv.observe.metrics import Meter
+from lamina_kv.control.transfers import State, Transfer
 from lamina_kv.plan import PUSHED, Binding, LoadMode, PeerOrder, PushOrder, PushStop, TransferId
 from lamina_kv.push.cards import EngineCard, ShapeMismatchError, encode_card
 from lamina_kv.push.cards import match as match_cards
@@ -100,11 +98,8 @@ class PushSource:
 
     Args:
         config: the ``push`` section.
-        shape: tokens and groups of chunks.
+        books: what the parts of the planner share.
         card: this engine.
-        transfers: all transfers of the engine.
-        leases: holds on engine blocks.
-        meter: where figures go.
         cost: what computing takes.
         channel: a way to the ranks beside plans; None if there is none.
 
@@ -118,13 +113,10 @@ class PushSource:
     def __init__(
         self,
         config: PushConfig,
-        shape: ChunkShape,
+        books: Books,
         card: EngineCard,
-        transfers: TransferTable,
-        leases: LeaseBook,
-        meter: Meter,
-        *,
         cost: Costs,
+        *,
         channel: RanksChannel | None = None,
     ) -> None:
         self.stops: list[PushStop] = []
@@ -132,10 +124,11 @@ class PushSource:
         self.gone: list[str] = []
         self.letters: list[Letter] = []
         self._config = config
-        self._shape = shape
+        self._shape = books.shape
         self._card = card
-        self._leases = leases
-        self._meter = meter
+        self._leases = books.leases
+        self._meter = books.meter
+        self._clock = books.clock
         self._outbound: dict[str, Outbound] = {}
         self._expected: dict[str, set[str]] = {}
         self._open: dict[str, EngineCard] = {}
@@ -148,9 +141,8 @@ class PushSource:
         self._undelivered = Undelivered()
         self._max_held = card.ranks[0].num_blocks // HELD_SHARE
         self._queue = PushQueue(config, cost)
-        self._sender = PushSender(config, shape, card, transfers, leases)
-        self._open_prompts = OpenPrompts(shape, self._bounded(inf), channel)
-        self._now = 0.0
+        self._sender = PushSender(config, books, card)
+        self._open_prompts = OpenPrompts(books.shape, self._bounded(inf), channel)
 
     @property
     def orders(self) -> list[PushOrder]:
@@ -184,12 +176,11 @@ class PushSource:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def arrived(self, record: RequestRecord, now: float) -> None:
+    def arrived(self, record: RequestRecord) -> None:
         """A request is here and waits for its blocks.
 
         Args:
             record: the request.
-            now: control's clock.
         """
         push = record.view.push
         if push is None or push.prefill is not None:
@@ -198,16 +189,18 @@ class PushSource:
         if out is None:
             if push.id in self._declined:
                 if self._declined[push.id] in (DECLINED, WITHDRAWN):
-                    self._queue.forgo(record.view.request_id, now)
+                    self._queue.forgo(record.view.request_id, self._clock.now)
                 return
-            out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
+            out = self._outbound[push.id] = Outbound(
+                push.id, self._clock.now + self._config.deadline
+            )
         if not out.request:  # a second request under the same id is the router's mistake
-            out.request, out.arrived = record.view.request_id, now
+            out.request, out.arrived = record.view.request_id, self._clock.now
             self._come(out)
             self._queue.joins(push.id)
             self._say_where(out)
 
-    def waits(self, record: RequestRecord, now: float, floor: int = 0) -> bool:
+    def waits(self, record: RequestRecord, floor: int = 0) -> bool:
         """Whether a request should not begin yet. Where its prompt goes is not known, and it has
         only just come, so that it may be said in time for its rows to leave one by one; or too many
         blocks are held for such prompts, or will be, for this one to be held as well. Or nobody
@@ -216,27 +209,25 @@ class PushSource:
 
         Args:
             record: the request.
-            now: control's clock.
             floor: tokens that the engine has of it.
         """
         push = record.view.push
         if push is None or push.prefill is not None or record.push_over:
             return False
-        self._now = now
-        if self._queue.is_about_to_end(record.view.request_id, now):
+        if self._queue.is_about_to_end(record.view.request_id, self._clock.now):
             return True
         if push.id in self._declined:
-            return self._queue.yields(record.view.request_id, now)
+            return self._queue.yields(record.view.request_id, self._clock.now)
         out = self._outbound.get(push.id)
         if out is None or out.request != record.view.request_id or out.stage is not Stage.WAITING:
             return False
         if out.announce is not None:
-            if self._queue.is_in_time(out, record, floor, now):
+            if self._queue.is_in_time(out, record, floor, self._clock.now):
                 return False
-            self._forgo_of(out, now)
+            self._forgo_of(out)
             self._fail(out, TOO_BUSY)
             return True
-        if not self._open_prompts.reach_ranks and now < self._queue.expected_until(
+        if not self._open_prompts.reach_ranks and self._clock.now < self._queue.expected_until(
             out, record, floor
         ):
             return True
@@ -246,13 +237,12 @@ class PushSource:
         self._queue.leaves(push.id)
         return True
 
-    def admitted(self, record: RequestRecord, floor: int, now: float) -> None:
+    def admitted(self, record: RequestRecord, floor: int) -> None:
         """A request has got its blocks, perhaps not for the first time.
 
         Args:
             record: the request.
             floor: tokens that the engine has, with what is loaded.
-            now: control's clock.
         """
         push = record.view.push
         if push is None or push.prefill is not None:
@@ -265,7 +255,9 @@ class PushSource:
             if push.id in self._declined:
                 record.push_over = self._declined[push.id]
                 return
-            out = self._outbound[push.id] = Outbound(push.id, now + self._config.deadline)
+            out = self._outbound[push.id] = Outbound(
+                push.id, self._clock.now + self._config.deadline
+            )
         mine = out.record is None or out.record is record
         if not mine or out.request not in ("", record.view.request_id):
             return  # a second request under the same id is the router's mistake
@@ -273,7 +265,7 @@ class PushSource:
         self._come(out)
         self._queue.works()
         if out.announce is None:
-            out.expires = max(out.expires, now + self._config.deadline)
+            out.expires = max(out.expires, self._clock.now + self._config.deadline)
             need = self._shape.pushed_blocks(0, 0, record.view.num_prompt_tokens)
             if self._undelivered.with_prompt(out.push, need) <= self._max_held:
                 self._undelivered.reserve(out.push, need)
@@ -321,16 +313,14 @@ class PushSource:
         elif out is not None and out.record is None and out.request in ("", request_id):
             self._fail(out, reason)
 
-    def withdraw(self, push: str, request_id: str, now: float) -> None:
+    def withdraw(self, push: str, request_id: str) -> None:
         """A router has found no decode engine for a push: nothing is held for it any longer. If a
         decode engine has spoken of it all the same, that one has the say.
 
         Args:
             push: the router's name for it.
             request_id: the request by which it says so, which is to end.
-            now: control's clock.
         """
-        self._now = now
         self.unwanted.append(request_id)
         out = self._outbound.get(push)
         if out is None:
@@ -340,7 +330,7 @@ class PushSource:
         if not out.peer:
             self._withdraw(out)
         if not out.peer:
-            self._forgo_of(out, now)
+            self._forgo_of(out)
             self._fail(out, WITHDRAWN)
 
     def finished(
@@ -385,31 +375,30 @@ class PushSource:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def plan(self, *, step: int, now: float) -> None:
+    def plan(self) -> None:
         """Order what can be sent of every push that has a destination."""
-        self._now = now
         self._queue.stepped()
         for out in list(self._outbound.values()):
-            if out.expires <= now:
+            if out.expires <= self._clock.now:
                 self._withdraw(out)
             else:
                 self._heed(out)
-            if out.expires <= now and out.stage is not Stage.STOPPED:
+            if out.expires <= self._clock.now and out.stage is not Stage.STOPPED:
                 if out.waits_here and out.announce is not None:
-                    self._forgo_of(out, now)
+                    self._forgo_of(out)
                 self._fail(out, TOO_BUSY if out.waits_here else TOO_LATE)
             elif out.stage is Stage.BOUND and not out.ordered:
-                if problem := self._sender.order(out, step, now):
+                if problem := self._sender.order(out):
                     self._fail(out, problem)
             elif out.stage is Stage.STOPPED:
-                self._sender.let_go(out, now)
+                self._sender.let_go(out)
             elif out.stage is Stage.WAITING:
-                self._offer(out, step)
+                self._offer(out)
             # Until the engine says more, what this step computes is all that there is.
             if (noted := out.noted).computed != noted.planned:
                 out.noted = replace(noted, computed=noted.planned)
 
-    def _offer(self, out: Outbound, step: int) -> None:
+    def _offer(self, out: Outbound) -> None:
         """Whoever announces the prompt that this step completes is to have it at once."""
         if out.offer is not None:
             out.offered += 1
@@ -421,7 +410,7 @@ class PushSource:
             return
         prompt, progress = out.record.view.num_prompt_tokens, out.progress
         if progress.computed < prompt <= progress.planned:
-            self._open_prompts.publish(self._sender.gather(out, step))
+            self._open_prompts.publish(self._sender.gather(out))
 
     def _withdraw(self, out: Outbound) -> str:
         """Let nobody take what is gathered of a prompt. If somebody has, it is bound.
@@ -444,29 +433,28 @@ class PushSource:
     def _adopt(self, out: Outbound, taken: Taken) -> None:
         """The ranks know of an announcement; now control does."""
         out.peer, out.announce = taken.peer, taken.announce
-        out.expires = self._now + self._bounded(taken.announce.patience)
+        out.expires = self._clock.now + self._bounded(taken.announce.patience)
         self._undelivered.drop(out.push)
         self._sender.adopt(out, taken)
         self._bound(out)
 
     # -- what happens ------------------------------------------------------------------------
 
-    def receive(self, news: Iterable[News], now: float) -> None:
+    def receive(self, news: Iterable[News]) -> None:
         """Take in what the link has to say."""
-        self._now = now
         for item in news:
             match item:
                 case Opened(peer, _, EngineCard() as card):
                     self._open_peer(peer, card)
                 case Lost(peer):
-                    self._lose_peer(peer, now)
+                    self._lose_peer(peer)
                 case Letter(peer, Claim(pushes, patience)):
                     for push in pushes:
-                        self._claimed(peer, push, patience, now)
+                        self._claimed(peer, push, patience)
                 case Letter(peer, Announce() as announce):
-                    self._announced(peer, announce, now)
+                    self._announced(peer, announce)
                 case Letter(peer, Cancel(attempt)):
-                    self._cancelled(peer, attempt, now)
+                    self._cancelled(peer, attempt)
                 case _:
                     pass  # not ours to answer
 
@@ -561,7 +549,7 @@ class PushSource:
         else:
             self._open_prompts.admit(card)
 
-    def _lose_peer(self, peer: str, now: float) -> None:
+    def _lose_peer(self, peer: str) -> None:
         self._open_prompts.dismiss(peer)
         for out in self._outbound.values():
             self._heed(out)
@@ -571,12 +559,12 @@ class PushSource:
             if out.announce is not None:
                 self._stop(out)
             else:  # if it is there, it claims it again
-                out.expires = min(out.expires, now + self._config.silence)
+                out.expires = min(out.expires, self._clock.now + self._config.silence)
         if peer in self._told:
             self._told.discard(peer)
             self.gone.append(peer)
 
-    def _claimed(self, peer: str, push: str, patience: float, now: float) -> None:
+    def _claimed(self, peer: str, push: str, patience: float) -> None:
         if peer not in self._open or not patience > 0:
             return
         out = self._outbound.get(push)
@@ -595,8 +583,8 @@ class PushSource:
             return
         if out.announce is None:
             if not out.peer:
-                out.claimed = now
-            out.peer, out.expires = peer, now + self._bounded(patience)
+                out.claimed = self._clock.now
+            out.peer, out.expires = peer, self._clock.now + self._bounded(patience)
             self._say_where(out)
 
     def _expect(self, peer: str, push: str) -> Outbound | None:
@@ -631,7 +619,7 @@ class PushSource:
         if out.peer:
             self._say(out.peer, Queued(out.attempt) if out.request else Absent(out.attempt))
 
-    def _announced(self, peer: str, announce: Announce, now: float) -> None:
+    def _announced(self, peer: str, announce: Announce) -> None:
         if peer not in self._open:
             return  # said before it was lost, and given up since
         attempt = announce.attempt
@@ -673,7 +661,7 @@ class PushSource:
         assert out is not None
         out.peer, out.announce, out.weight = peer, announce, weight
         self._weights[peer] += weight
-        out.expires = now + self._bounded(announce.patience)
+        out.expires = self._clock.now + self._bounded(announce.patience)
         self._undelivered.drop(out.push)
         if out.record is None:
             if out.request:
@@ -707,16 +695,16 @@ class PushSource:
             self.peers.append(PeerOrder(out.peer, encode_card(self._open[out.peer])))
         self.letters.append(Letter(out.peer, Bound(out.announce.attempt)))
 
-    def _cancelled(self, peer: str, attempt: Attempt, now: float) -> None:
+    def _cancelled(self, peer: str, attempt: Attempt) -> None:
         if peer not in self._open:
             return  # a prefill engine, or one that is lost
         if attempt.epoch == NO_EPOCH:
-            self._decline(peer, attempt.push, now)
+            self._decline(peer, attempt.push)
             return
         if (out := self._outbound.get(attempt.push)) is not None:
             self._heed(out)
         if (out := self._under_way(peer, attempt)) is not None:
-            self._forgo_of(out, now)
+            self._forgo_of(out)
             self._retire(out, DECLINED)
             self._stop(out)
         else:
@@ -731,7 +719,7 @@ class PushSource:
             return None
         return out if (out.peer, out.announce.attempt) == (peer, attempt) else None
 
-    def _decline(self, peer: str, push: str, now: float) -> None:
+    def _decline(self, peer: str, push: str) -> None:
         """A decode request needs nothing. If one that was announced bears the same name, it is
         another one, and keeps what it has."""
         out = self._outbound.get(push)
@@ -741,12 +729,12 @@ class PushSource:
             if push not in self._declined:
                 _remember(self._declined, push, DECLINED)
         elif out.is_for(peer):
-            self._forgo_of(out, now)
+            self._forgo_of(out)
             self._forget(out, DECLINED)
 
-    def _forgo_of(self, out: Outbound, now: float) -> None:
+    def _forgo_of(self, out: Outbound) -> None:
         if out.request and not (out.ended or out.ordered):
-            self._queue.forgo(out.request, now)
+            self._queue.forgo(out.request, self._clock.now)
 
     def _fence(self, peer: str, attempt: Attempt) -> Fenced:
         """What there is to say of an attempt that is over, or never was."""

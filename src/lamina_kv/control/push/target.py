@@ -12,22 +12,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import inf
 
-from lamina_kv.config import BreakerConfig, PushConfig
+from lamina_kv.config import PushConfig
+from lamina_kv.control.books import Books
 from lamina_kv.control.breakers import CircuitBreaker
 from lamina_kv.control.cost import Costs
-from lamina_kv.control.leases import LeaseBook
 from lamina_kv.control.push.claims import ANSWER_SHARE, Backlog, Claimed, Claims, Whereabouts
 from lamina_kv.control.push.failures import Failures
 from lamina_kv.control.push.inbound import GiveUp, Inbound, PushOffer, Sender, Stage, Unpushed
 from lamina_kv.control.push.room import Fit, Room
 from lamina_kv.control.requests import RequestRecord
-from lamina_kv.control.shape import ChunkShape
-from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
+from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.geometry import GroupKind
-from lamina_kv.observe.metrics import Meter
 from lamina_kv.plan import TORN, ReceiveOrder, SendersOrder, TransferId
 from lamina_kv.push.cards import EngineCard, SenderCard, ends_of_senders
 from lamina_kv.push.letters import Letter, Lost, News, Opened
@@ -73,12 +71,7 @@ class PushTarget:
 
     Args:
         config: the ``push`` section.
-        breaker: the ``breaker`` section.
-        shape: tokens and groups of chunks.
-        transfers: all transfers of the engine.
-        leases: holds on engine blocks.
-        meter: where figures go.
-        clock: monotonic seconds, for the breakers.
+        books: what the parts of the planner share.
         card: this engine.
         cost: what computing takes.
 
@@ -89,30 +82,18 @@ class PushTarget:
         letters: messages for the link.
     """
 
-    def __init__(
-        self,
-        config: PushConfig,
-        breaker: BreakerConfig,
-        shape: ChunkShape,
-        transfers: TransferTable,
-        leases: LeaseBook,
-        meter: Meter,
-        clock: Callable[[], float],
-        *,
-        card: EngineCard,
-        cost: Costs,
-    ) -> None:
+    def __init__(self, config: PushConfig, books: Books, card: EngineCard, cost: Costs) -> None:
         self.orders: list[ReceiveOrder] = []
         self.senders: list[SendersOrder] = []
         self.give_ups: list[TransferId] = []
         self.letters: list[Letter] = []
         self._config = config
-        self._breaker = breaker
-        self._shape = shape
-        self._transfers = transfers
-        self._leases = leases
-        self._meter = meter
-        self._clock = clock
+        self._breaker = books.config.breaker
+        self._shape = shape = books.shape
+        self._transfers = books.transfers
+        self._leases = books.leases
+        self._meter = books.meter
+        self._clock = books.clock
         self._card = card
         self._open: dict[str, Sender] = {}
         self._cost = cost
@@ -126,38 +107,33 @@ class PushTarget:
         self._asks: dict[str, float] = {}
         self._failures = Failures(log)
         self._known: dict[str, None] = {}
-        self._now = 0.0
 
     # -- lookup and admission ----------------------------------------------------------------
 
-    def arrived(self, record: RequestRecord, now: float) -> None:
+    def arrived(self, record: RequestRecord) -> None:
         """A request waits for its blocks. What is computed for it is to be held until it has
         them."""
         if self.reach(record)[0]:
-            self._claim(record, now)
+            self._claim(record)
 
-    def waits(self, record: RequestRecord, *, step: int) -> bool:
+    def waits(self, record: RequestRecord) -> bool:
         """Whether a request need not be looked at: it was told to wait for room, and in this pass
         over the engine's queue one before it was, too."""
         claimed = self._claims.get(record.view.request_id)
         return (
             claimed is not None
             and claimed.crowded is not None
-            and self._room.is_crowded(claimed.address, step)
-            and self._now - claimed.crowded < self._config.deadline
+            and self._room.is_crowded(claimed.address, self._clock.step)
+            and self._clock.now - claimed.crowded < self._config.deadline
         )
 
-    def weigh(
-        self, record: RequestRecord, floor: int, start: int, *, step: int, now: float
-    ) -> PushOffer:
+    def weigh(self, record: RequestRecord, floor: int, start: int) -> PushOffer:
         """Whether a request that has no blocks yet is to be pushed to.
 
         Args:
             record: the request.
             floor: tokens that the engine has.
             start: tokens that it will have without the push.
-            step: the step that is being scheduled.
-            now: control's clock.
         """
         end, why = self.reach(record)
         if end <= start:
@@ -167,22 +143,22 @@ class PushTarget:
         need = self._shape.pushed_blocks(floor, start, end)
         if need > self._room.most:
             return PushOffer(0, Unpushed.TOO_LARGE)
-        claimed = self._claim(record, now)
+        claimed = self._claim(record)
         if claimed is None:
             return PushOffer(0, record.push_over)
         compute = self._cost.prefill_seconds(start, end)
         if claimed.whereabouts.is_given_up(
-            now, self._config.deadline, self._backlog.behind(compute)
+            self._clock.now, self._config.deadline, self._backlog.behind(compute)
         ):
             self._forgo(claimed, compute)
             return PushOffer(0, record.push_over)
         alone = self._claims.only_from(claimed.address)
-        fit = self._room.fit(claimed.address, need, alone=alone, step=step)
+        fit = self._room.fit(claimed.address, need, alone=alone, step=self._clock.step)
         if fit is Fit.NOW:
             return PushOffer(end)
         if claimed.crowded is None:
-            claimed.crowded = now
-        too_long = now - claimed.crowded >= self._config.deadline
+            claimed.crowded = self._clock.now
+        too_long = self._clock.now - claimed.crowded >= self._config.deadline
         return PushOffer(0, Unpushed.NO_ROOM, ask_again=fit is Fit.LATER and not too_long)
 
     def abandoned(self, request_id: str) -> None:
@@ -190,12 +166,12 @@ class PushTarget:
         if (claimed := self._claims.get(request_id)) is not None:
             self._claims.withdraw(claimed)
 
-    def _claim(self, record: RequestRecord, now: float) -> Claimed | None:
+    def _claim(self, record: RequestRecord) -> Claimed | None:
         """Claim what is computed for a request, unless its name is another one's."""
         if self._is_named_twice(record):
             self._skip(record, Unpushed.ID_IN_USE)
             return None
-        return self._claims.add(record, now)
+        return self._claims.add(record, self._clock.now)
 
     def _is_named_twice(self, record: RequestRecord) -> bool:
         """Whether a router has given the name of a request's push to another one, which came first
@@ -240,7 +216,7 @@ class PushTarget:
             end = end // self._shape.resume_tokens * self._shape.resume_tokens
         return max(0, end), ""
 
-    def order(self, record: RequestRecord, floor: int, start: int, end: int, *, step: int) -> None:
+    def order(self, record: RequestRecord, floor: int, start: int, end: int) -> None:
         """Announce where the prefill engine writes a request's prompt.
 
         Args:
@@ -248,7 +224,6 @@ class PushTarget:
             floor: tokens that the engine has.
             start: tokens that it will have without the push.
             end: tokens that it is to have with it.
-            step: the step whose plan will carry the order.
         """
         push, view = record.view.push, record.view
         assert push is not None
@@ -259,7 +234,7 @@ class PushTarget:
         )
         held = tuple(b for table in tables for b in table.blocks if b != NO_BLOCK)
         transfer = self._transfers.open(
-            Kind.RECEIVE, view.request_id, step=step, expires=inf, size=0
+            Kind.RECEIVE, view.request_id, step=self._clock.step, expires=inf, size=0
         )
         attempt = Attempt(push.id, transfer.id)
         claimed = self._claims.remove(view.request_id)
@@ -269,7 +244,7 @@ class PushTarget:
             push.prefill,
             record,
             self._leases.take(held),
-            Whereabouts(self._now) if claimed is None else claimed.whereabouts,
+            Whereabouts(self._clock.now) if claimed is None else claimed.whereabouts,
             compute,
             self._breaker_of(push.prefill).ordered(),
         )
@@ -316,7 +291,7 @@ class PushTarget:
             while len(self._breakers) >= REMEMBERED_PEERS:
                 del self._breakers[min(self._breakers, key=self._is_worth_keeping)]
             name = f"pushes from {address}"
-            self._breakers[address] = CircuitBreaker(name, self._breaker, self._clock)
+            self._breakers[address] = CircuitBreaker(name, self._breaker, self._clock.ticked)
         return self._breakers[address]
 
     def _is_worth_keeping(self, address: str) -> tuple[bool, bool]:
@@ -326,23 +301,22 @@ class PushTarget:
 
     # -- what happens ------------------------------------------------------------------------
 
-    def receive(self, news: Iterable[News], now: float) -> None:
+    def receive(self, news: Iterable[News]) -> None:
         """Take in what the link has to say."""
-        self._now = now
         fenced = set()
         for item in news:
             match item:
                 case Opened(peer, _, SenderCard() as card, machine):
-                    self._opened(peer, Sender(card, machine), now)
+                    self._opened(peer, Sender(card, machine))
                 case Lost():
-                    self._lost(item, now)
+                    self._lost(item)
                 case Letter(peer, Queued(attempt)):
                     if (whereabouts := self._whereabouts(peer, attempt)) is not None:
                         whereabouts.here = True
                 case Letter(peer, Absent(attempt)):
                     whereabouts = self._whereabouts(peer, attempt)
                     if whereabouts is not None and whereabouts.absent is None:
-                        whereabouts.absent = now
+                        whereabouts.absent = self._clock.now
                 case Letter(peer, Bound(attempt)):
                     inbound = self._meant(peer, attempt)
                     if inbound is not None and inbound.stage is Stage.ANNOUNCED:
@@ -360,7 +334,7 @@ class PushTarget:
                 case Letter(peer, Fenced(attempt, clean)):
                     if self._meant(peer, attempt) is not None:
                         patience = SETTLE_SECONDS if clean else self._config.quarantine
-                        self._fence(TransferId(attempt.epoch), now + patience)
+                        self._fence(TransferId(attempt.epoch), self._clock.now + patience)
                         fenced.add(peer)
                 case _:
                     pass  # not ours to answer
@@ -425,7 +399,7 @@ class PushTarget:
             return
         inbound.stage = Stage.QUARANTINED
         self._room.quarantine(inbound.address, len(inbound.lease.blocks))
-        self._asks.setdefault(inbound.address, self._now + self._config.silence)
+        self._asks.setdefault(inbound.address, self._clock.now + self._config.silence)
 
     def _failed(self, transfer: Transfer, inbound: Inbound, reason: str) -> None:
         """A push has not come to anything: say so, and to its peer as well."""
@@ -441,30 +415,29 @@ class PushTarget:
         if inbound.cause is not GiveUp.CANCELLED:
             self._failures.add(inbound.address, transfer.request_id, reason)
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         """Time has passed: renew claims, give up what is not taken up, end quarantines, and call
         peers again that are gone."""
-        self._now = now
-        self._failures.tick(now)
-        self._claims.renew(now)
+        self._failures.tick(self._clock.now)
+        self._claims.renew(self._clock.now)
         self._backlog.tick()
-        self._look_for_absent(now)
-        self._ask(now)
+        self._look_for_absent()
+        self._ask()
         ended = [
             transfer
             for transfer, inbound in self._inbound.items()
-            if inbound.stage is Stage.QUARANTINED and inbound.is_over(now)
+            if inbound.stage is Stage.QUARANTINED and inbound.is_over(self._clock.now)
         ]
         for transfer in ended:
             self._release(transfer)
 
-    def _look_for_absent(self, now: float) -> None:
+    def _look_for_absent(self) -> None:
         """Do not wait for what a prefill engine does not have."""
         for transfer, inbound in self._inbound.items():
             if inbound.stage is not Stage.ANNOUNCED or inbound.reason or inbound.whereabouts.here:
                 continue
             seconds = self._backlog.behind(inbound.compute)
-            if inbound.whereabouts.is_given_up(now, self._config.deadline, seconds):
+            if inbound.whereabouts.is_given_up(self._clock.now, self._config.deadline, seconds):
                 inbound.blameless = inbound.whereabouts.absent is not None
                 if inbound.blameless:
                     self.give_up(transfer, ABSENT, GiveUp.ABSENT)
@@ -475,7 +448,7 @@ class PushTarget:
     @property
     def pending(self) -> bool:
         """Whether a quarantine is about to end by itself."""
-        soon = self._now + SETTLE_SECONDS
+        soon = self._clock.now + SETTLE_SECONDS
         return any(i.fenced and i.ends <= soon for i in self._inbound.values())
 
     @property
@@ -493,7 +466,7 @@ class PushTarget:
             ends = ends_of_senders(peer.card, ranks, replicated=replicated)
             self.senders.append(SendersOrder(TransferId(inbound.attempt.epoch), ends))
 
-    def _opened(self, address: str, sender: Sender, now: float) -> None:
+    def _opened(self, address: str, sender: Sender) -> None:
         self._open[address] = sender
         self._known.pop(address, None)
         self._known[address] = None
@@ -505,21 +478,21 @@ class PushTarget:
         for inbound in self._inbound.values():
             if inbound.address != address:
                 continue
-            inbound.connected(sender, now, self._config.quarantine)
+            inbound.connected(sender, self._clock.now, self._config.quarantine)
             if inbound.reason:
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
                 if not inbound.fenced:
                     # It may be idle when the last of it has drained, and look only if it is asked.
-                    self._asks[address] = now + self._config.silence
+                    self._asks[address] = self._clock.now + self._config.silence
             else:
                 self._name_senders(inbound)
 
-    def _lost(self, lost: Lost, now: float) -> None:
+    def _lost(self, lost: Lost) -> None:
         """A connection is over. It says nothing of what was announced on a later one, and what was
         announced on a former one another run of the prefill engine may know."""
         sender = self._open.pop(lost.peer, None)
         if lost.was_open:
-            self._claims.forgotten(lost.peer, now)
+            self._claims.forgotten(lost.peer, self._clock.now)
         elif unreached := self._claims.at(lost.peer):
             for claimed in unreached:
                 self._claims.remove(claimed.record.view.request_id)
@@ -538,23 +511,23 @@ class PushTarget:
                 inbound.told(sender)
             inbound.blameless |= lost.goodbye is not None and not inbound.reason
             if lost.goodbye is not None and lost.goodbye.fences(inbound.attempt.epoch):
-                self._fence(transfer, now + SETTLE_SECONDS)
+                self._fence(transfer, self._clock.now + SETTLE_SECONDS)
             elif not (inbound.fenced or inbound.untold):
-                inbound.lost(lost.fate, now, self._config.quarantine)
+                inbound.lost(lost.fate, self._clock.now, self._config.quarantine)
             held = held or not (inbound.fenced or inbound.untold)
             self.give_up(transfer, lost.reason, GiveUp.LOST)
             if inbound.untold and inbound.stage is Stage.QUARANTINED:
                 self._release(transfer)  # its request had ended before this was known
         if held:
-            self._asks[lost.peer] = now + self._config.silence
+            self._asks[lost.peer] = self._clock.now + self._config.silence
 
-    def _ask(self, now: float) -> None:
+    def _ask(self) -> None:
         """Ask peers again that could still write."""
-        for address in [address for address, due in self._asks.items() if due <= now]:
+        for address in [address for address, due in self._asks.items() if due <= self._clock.now]:
             del self._asks[address]
             for inbound in self._unfenced(address):
                 self.letters.append(Letter(address, Cancel(inbound.attempt)))
-                self._asks[address] = now + self._config.silence
+                self._asks[address] = self._clock.now + self._config.silence
 
     def _unfenced(self, address: str) -> list[Inbound]:
         """Pushes that are given up and that a peer could still write to."""
