@@ -202,22 +202,25 @@ MINE = {
     "x-api-key": "client",
     "x-session-id": "conversation-7",
     "user-agent": "openai-python",
-    "x-odd": "caf\xe9",
+    "x-odd": "caf\xc3\xa9",
 }
+"""As bytes in Latin-1."""
 
 
 def test_headers_of_clients_reach_both_engines(
     proxy: Proxy, prefill: FakeEngine, decode: FakeEngine
 ) -> None:
     sent = {name: value.encode("latin-1") for name, value in MINE.items()}
+    no_utf8 = {"x-old": b"caf\xe9"}
     one_connection = {"connection": "keep-alive, x-mine", "x-mine": "1", "te": "trailers"}
     kept = {"x-request-id": "id-1", "accept-encoding": "gzip"}
     assert proxy.post(
-        "/v1/completions", COMPLETION, headers={**sent, **one_connection, **kept}
+        "/v1/completions", COMPLETION, headers={**sent, **no_utf8, **one_connection, **kept}
     ).is_success
     for call in (*decode.asked(1), *prefill.asked(1)):
         got = {name: call.headers.get(name) for name in MINE}
         assert got == MINE
+        assert call.headers["x-old"] == MINE["x-odd"]
         assert not {"x-mine", "te"} & call.headers.keys()
         assert call.headers["x-request-id"] == "id-1"
         assert call.headers["accept-encoding"] == "identity"

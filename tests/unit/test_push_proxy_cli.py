@@ -162,7 +162,7 @@ def test_it_may_open_as_many_files_as_the_system_lets_it() -> None:
 def test_help_and_settings_need_nothing_of_what_is_optional() -> None:
     program = (
         "import sys\n"
-        "for name in ('fastapi', 'httpx', 'msgspec', 'prometheus_client', 'uvicorn', 'torch'):\n"
+        "for name in ('aiohttp', 'fastapi', 'msgspec', 'prometheus_client', 'uvicorn', 'torch'):\n"
         "    sys.modules[name] = None\n"
         "import lamina_kv.cli.push_proxy, lamina_kv.push.proxy.settings\n"
     )

@@ -6,10 +6,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-import httpx
 import pytest
 
 from lamina_kv.bench.ports import free_port
+from lamina_kv.push.proxy.exchanges import read_url
 from lamina_kv.push.proxy.settings import PrefillAddress, Settings, server_url
 from push_proxy.engines import ANSWER, Call, FakeEngine, hang
 from push_proxy.proxies import COMPLETION, QUICK, ask, proxied
@@ -163,7 +163,7 @@ def test_an_engine_that_does_not_answer_is_told_once_with_the_reason(
 ) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     with proxied([nowhere], [decode]) as proxy:
-        until(lambda: warnings(said, nowhere, "ConnectError"))
+        until(lambda: warnings(said, nowhere, "ClientConnectorError"))
         for _ in range(5):
             assert proxy.post("/v1/completions", COMPLETION).is_success
         for count in (1, 2):
@@ -171,7 +171,7 @@ def test_an_engine_that_does_not_answer_is_told_once_with_the_reason(
             until(lambda: len(warnings(said, decode.url, "status 503")) == count)  # noqa: B023
             decode.healthy = True
             proxy.wait_usable(1)
-    (line,) = warnings(said, nowhere, "ConnectError")
+    (line,) = warnings(said, nowhere, "ClientConnectorError")
     assert line.startswith(f"prefill engine {nowhere} does not answer: GET {nowhere}/health: ")
 
 
@@ -181,7 +181,7 @@ def test_a_reason_that_changes_is_told(prefill: FakeEngine, said: pytest.LogCapt
     with proxied([prefill], [decode], usable=1):
         until(lambda: warnings(said, decode.url, "status 503"))
         decode.stop()
-        until(lambda: warnings(said, decode.url, "ConnectError"))
+        until(lambda: warnings(said, decode.url, "ClientConnectorError"))
         assert len(warnings(said, decode.url, "status 503")) == 1
 
 
@@ -254,4 +254,4 @@ def test_how_a_url_is_put_right(given: str, right: str) -> None:
         prefill=(PrefillAddress(given, "p:1"),), decode=("http://other/v1",), **QUICK
     )
     assert (settings.prefill[0].url, settings.decode) == (right, ("http://other",))
-    assert httpx.URL(right).host
+    assert read_url(right).host

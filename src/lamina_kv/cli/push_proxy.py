@@ -108,7 +108,6 @@ def run(settings: Settings, listening: Listening) -> None:
         )
         raise typer.Exit(1) from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.token is None and not _is_loopback(listening.host):
         log.warning("there is no token: whoever can reach %s may ask", listening.host)
     raise_file_limit()

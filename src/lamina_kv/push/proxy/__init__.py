@@ -15,6 +15,7 @@ it is part of. Only addresses pass through it; announcements and bytes go from e
 ``fleet.py``        which engines are there now, and which of them are drained or leave?
 ``discovery/``      where are engines found?
 ``engines.py``      is an engine well, and how is it reached?
+``exchanges.py``    how is an engine spoken to?
 ``breaker.py``      for how long is an engine left alone that fails?
 ``reports.py``      what does an engine publish of itself?
 ``roster.py``       what is said of engines in the log?

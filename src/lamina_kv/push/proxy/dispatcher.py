@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
-import httpx
-
 from lamina_kv.push.proxy.blame import Blame
 from lamina_kv.push.proxy.engines import Engine, EngineBusy, EngineError, Role
 from lamina_kv.push.proxy.errors import EngineAnswer, Refusal
+from lamina_kv.push.proxy.exchanges import Reply
 from lamina_kv.push.proxy.headers import RANK, Pairs, of_answer
 from lamina_kv.push.proxy.metrics import Metrics, Outcome, Unpushed
 from lamina_kv.push.proxy.requests import ApiRequest
@@ -300,13 +299,13 @@ class Dispatcher:
         # Or else its server chooses one, and the decode engine waits at another's address.
         headers = {**request.headers, RANK: str(rank.index)}
         try:
-            response = await engine.exchange(request.method, request.target, headers, body)
-            text = response.content
-            outcome = _outcome(response)
-            if outcome is Outcome.ANSWERED or response.status_code == BUSY:
+            reply = await engine.exchange(request.method, request.target, headers, body)
+            text = reply.body
+            outcome = _outcome(reply.status)
+            if outcome is Outcome.ANSWERED or reply.status == BUSY:
                 engine.succeeded()
             else:
-                blame.suspect(engine, response.status_code, text)
+                blame.suspect(engine, reply.status, text)
         except EngineError as error:
             outcome = Outcome.FAILED
             if not isinstance(error, EngineBusy):
@@ -326,7 +325,7 @@ class Dispatcher:
             return _Prefilled(_End.DONE, cached)
         if outcome is Outcome.FAILED:
             return _Prefilled(_End.FAILED)
-        return _Prefilled(_End.BUSY if response.status_code == BUSY else _End.REFUSED)
+        return _Prefilled(_End.BUSY if reply.status == BUSY else _End.REFUSED)
 
     @asynccontextmanager
     async def _decode(
@@ -342,34 +341,27 @@ class Dispatcher:
         request.entry.decode.append(engine.url)
         try:
             with engine.visit(rank, trip.at_decode) as visit:
-                async with engine.send(request.method, request.target, headers, body) as response:
-                    if response.status_code >= 500:
+                async with engine.send(request.method, request.target, headers, body) as reply:
+                    if reply.status >= 500:
                         outcome = Outcome.FAILED
-                        raise await self._failure(engine, request, response, blame)
-                    if response.status_code == BUSY and not last:
+                        raise await self._failure(engine, request, reply, blame)
+                    if reply.status == BUSY and not last:
                         outcome = Outcome.REFUSED
                         engine.succeeded()
                         raise Refusal(BUSY, "every decode engine has too much to do: ask again")
-                    events = response.headers.get("content-type", "").startswith(
-                        "text/event-stream"
-                    )
-                    pieces = self._pieces(engine, response, events)
+                    events = reply.media_type.startswith("text/event-stream")
+                    pieces = self._pieces(engine, reply, events)
                     first = await anext(pieces, b"")
                     begun = True
                     visit.computed()
                     engine.succeeded()
-                    if response.status_code < 400:
+                    if reply.status < 400:
                         blame.answered()
                         pieces = self._router.answers(trip, _chain(first, pieces), events=events)
                     else:
                         pieces = _chain(first, pieces)
-                    yield Answer(
-                        response.status_code,
-                        of_answer(response.headers),
-                        events,
-                        pieces,
-                    )
-                    outcome = _outcome(response)
+                    yield Answer(reply.status, of_answer(reply.headers), events, pieces)
+                    outcome = _outcome(reply.status)
         except EngineError as error:
             outcome = Outcome.INTERRUPTED if begun else Outcome.FAILED
             if not isinstance(error, EngineBusy):
@@ -384,26 +376,22 @@ class Dispatcher:
             self._metrics.exchange(engine, outcome)
 
     async def _failure(
-        self, engine: Engine, request: ApiRequest, response: httpx.Response, blame: Blame
+        self, engine: Engine, request: ApiRequest, reply: Reply, blame: Blame
     ) -> Refusal:
-        status = response.status_code
         async with engine.patience(self._settings.stall_timeout):
-            text = await response.aread()
-        blame.suspect(engine, status, text)
-        media_type = response.headers.get("content-type", "application/octet-stream")
-        return Refusal(status, "", EngineAnswer(media_type, text))
+            text = await reply.rest()
+        blame.suspect(engine, reply.status, text)
+        media_type = reply.media_type or "application/octet-stream"
+        return Refusal(reply.status, "", EngineAnswer(media_type, text))
 
-    async def _pieces(
-        self, engine: Engine, response: httpx.Response, events: bool
-    ) -> AsyncIterator[bytes]:
-        pieces = response.aiter_raw()
+    async def _pieces(self, engine: Engine, reply: Reply, events: bool) -> AsyncIterator[bytes]:
         seconds = self._settings.first_byte_timeout
         held = b""
         begun = False
         while True:
             async with engine.patience(seconds):
-                piece = await anext(pieces, None)
-            if piece is None:
+                piece = await reply.piece()
+            if not piece:
                 break
             engine.came()
             if events:
@@ -448,7 +436,7 @@ def _are_early(events: bytes) -> bool:
     return all(event.startswith(EARLY) for event in events.split(b"\n\n") if event)
 
 
-def _outcome(response: httpx.Response) -> Outcome:
-    if response.status_code >= 500:
+def _outcome(status: int) -> Outcome:
+    if status >= 500:
         return Outcome.FAILED
-    return Outcome.REFUSED if response.status_code >= 400 else Outcome.ANSWERED
+    return Outcome.REFUSED if status >= 400 else Outcome.ANSWERED

@@ -9,17 +9,15 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
 
-import httpx
 import msgspec
 
 from lamina_kv.push.addresses import normalise
 from lamina_kv.push.proxy.breaker import BreakerState, CircuitBreaker
-from lamina_kv.push.proxy.headers import raw
+from lamina_kv.push.proxy.exchanges import ExchangeError, Exchanges, Reply
 from lamina_kv.push.proxy.reports import EngineReport, read_report
 from lamina_kv.push.proxy.routing.ranks import Rank, Visit, Work
 from lamina_kv.push.proxy.settings import Settings
@@ -32,9 +30,6 @@ MISSES = 2
 _JITTER = 0.2
 _CHECK_SECONDS = 1.0
 """What a health check may take at least, however often there is one."""
-_KEEP_ALIVE = 3.0
-"""Seconds that an idle connection is kept: fewer than vLLM's five, so that none is used that the
-engine is just closing."""
 _ITSELF = {"user-agent": "lamina-push-proxy"}
 """Tells the proxy's own questions from those of its clients."""
 _TOKENIZE_SECONDS = 1.0
@@ -58,6 +53,24 @@ class EngineError(Exception):
 class EngineBusy(EngineError):
     """An engine has not answered in time, and others meanwhile: it has too much to do, and that is
     no failure of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeReply:
+    """An engine's answer, all of it.
+
+    Attributes:
+        status: HTTP's.
+        body: as it came.
+    """
+
+    status: int
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the engine did what it was asked."""
+        return 200 <= self.status < 300
 
 
 class _Model(msgspec.Struct):
@@ -121,22 +134,7 @@ class Engine:
         self._waiting: set[asyncio.Timeout] = set()
         self._sent = 0
         self._ended = asyncio.Event()
-        self._tls: dict[str, Any] = {"sni_hostname": server_name} if server_name else {}
-        self._base = httpx.URL(url)
-        self._client = httpx.AsyncClient(
-            verify=True if verify is None else verify,
-            timeout=httpx.Timeout(None, connect=settings.connect_timeout),
-            # Requests are bounded where they are let in.
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=64,
-                keepalive_expiry=_KEEP_ALIVE,
-            ),
-            # A cookie is one client's. Kept here, it would be shown for all others.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            headers={"accept-encoding": "identity"},
-            trust_env=False,
-        )
+        self._exchanges = Exchanges(url, settings.connect_timeout, verify, server_name)
 
     def __str__(self) -> str:
         return f"{self.role.value} engine {self.url}"
@@ -218,7 +216,7 @@ class Engine:
     @asynccontextmanager
     async def send(
         self, method: str, target: bytes, headers: Mapping[str, str], body: bytes
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[Reply]:
         """An exchange: entered when the engine has sent its headers, closed when it is left.
 
         Args:
@@ -230,27 +228,17 @@ class Engine:
         Raises:
             EngineError: if there is no answer within ``first_byte_timeout``.
         """
-        # Never joined as URLs are: a path that looks like a host must stay a path. httpx resolves
-        # segments . and .. all the same, so the relay refuses a path that has one.
-        path = self._base.raw_path.rstrip(b"/") + target
-        request = self._client.build_request(
-            method,
-            self._base.copy_with(raw_path=path),
-            headers=raw(headers.items()),
-            content=body,
-            extensions=self._tls,
-        )
-        async with self.patience(self._settings.first_byte_timeout):
-            response = await self._client.send(request, stream=True)
-        self.came()
-        try:
-            yield response
-        finally:
-            await response.aclose()
+        async with AsyncExitStack() as exchange:
+            async with self.patience(self._settings.first_byte_timeout):
+                reply = await exchange.enter_async_context(
+                    self._exchanges.send(method, target, headers, body)
+                )
+            self.came()
+            yield reply
 
     async def exchange(
         self, method: str, target: bytes, headers: Mapping[str, str], body: bytes
-    ) -> httpx.Response:
+    ) -> WholeReply:
         """An exchange whose answer is wanted whole; arguments as those of :meth:`send`.
 
         Raises:
@@ -258,11 +246,10 @@ class Engine:
                 within ``stall_timeout`` after that.
         """
         async with (
-            self.send(method, target, headers, body) as response,
+            self.send(method, target, headers, body) as reply,
             self.patience(self._settings.stall_timeout),
         ):
-            await response.aread()
-        return response
+            return WholeReply(reply.status, await reply.rest())
 
     def came(self) -> None:
         """The engine has sent something of an answer."""
@@ -291,8 +278,8 @@ class Engine:
             if self._sent > sent:
                 raise EngineBusy(f"it is busy with others for {seconds:g} s") from error
             raise EngineError(f"nothing in {seconds:g} s") from error
-        except httpx.HTTPError as error:
-            raise EngineError(f"{type(error).__name__} {error}".rstrip()) from error
+        except ExchangeError as error:
+            raise EngineError(str(error)) from error
 
     async def watch(self, changed: Callable[[Engine], None]) -> None:
         """Check its health again and again, until cancelled.
@@ -322,7 +309,7 @@ class Engine:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        await self._exchanges.close()
 
     def _give_up(self) -> None:
         self.healthy = False
@@ -336,15 +323,15 @@ class Engine:
         serve nothing."""
         try:
             await self._ask(b"/health")
-            response = await self._get(b"/v1/models")
+            reply = await self._get(b"/v1/models")
         except EngineBusy:
             return ""  # it answers requests, if not this one
         except EngineError as error:
             return str(error)
-        if response.is_server_error:
-            return f"GET {response.url}: status {response.status_code}"
+        if reply.status >= 500:
+            return f"GET {self.url}/v1/models: status {reply.status}"
         try:
-            answer = msgspec.json.decode(response.content, type=_Models)
+            answer = msgspec.json.decode(reply.body, type=_Models)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             self.models = frozenset()  # it does not say, which is no mistake
             return ""
@@ -394,10 +381,10 @@ class Engine:
         Raises:
             EngineError: if that is no success.
         """
-        response = await self._get(path)
-        if not response.is_success:
-            raise EngineError(f"GET {response.url}: status {response.status_code}")
-        return response.content
+        reply = await self._get(path)
+        if not reply.is_success:
+            raise EngineError(f"GET {self.url}{path.decode()}: status {reply.status}")
+        return reply.body
 
     async def tokenize(self, body: bytes) -> bytes | None:
         """What it answers to ``/tokenize``; None if it does not, or not soon.
@@ -406,13 +393,13 @@ class Engine:
             body: the question.
         """
         try:
-            response = await self._send("POST", b"/tokenize", body, _TOKENIZE_SECONDS)
+            reply = await self._send("POST", b"/tokenize", body, _TOKENIZE_SECONDS)
         except EngineError as error:
             log.info("%s does not say which tokens a prompt has: %s", self, error)
             return None
-        return response.content if response.is_success else None
+        return reply.body if reply.is_success else None
 
-    async def _get(self, path: bytes) -> httpx.Response:
+    async def _get(self, path: bytes) -> WholeReply:
         """The same, also if it is no success.
 
         Raises:
@@ -423,8 +410,8 @@ class Engine:
             "GET", path, b"", max(self._settings.health_interval, _CHECK_SECONDS)
         )
 
-    async def _send(self, method: str, path: bytes, body: bytes, seconds: float) -> httpx.Response:
-        url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path)
+    async def _send(self, method: str, path: bytes, body: bytes, seconds: float) -> WholeReply:
+        url = self.url + path.decode()
         headers = dict(_ITSELF)
         if body:
             headers["content-type"] = "application/json"
@@ -432,13 +419,13 @@ class Engine:
             headers["authorization"] = f"Bearer {self._settings.engine_key}"
         sent = self._sent
         try:
-            async with asyncio.timeout(seconds):
-                return await self._client.request(
-                    method, url, headers=headers, content=body, extensions=self._tls
-                )
+            async with (
+                asyncio.timeout(seconds),
+                self._exchanges.send(method, path, headers, body) as reply,
+            ):
+                return WholeReply(reply.status, await reply.rest())
         except TimeoutError as error:
             kind = EngineBusy if self._sent > sent else EngineError
             raise kind(f"{method} {url}: nothing in {seconds:g} s") from error
-        except httpx.HTTPError as error:
-            reason = f"{type(error).__name__} {error}".rstrip()
-            raise EngineError(f"{method} {url}: {reason}") from error
+        except ExchangeError as error:
+            raise EngineError(f"{method} {url}: {error}") from error

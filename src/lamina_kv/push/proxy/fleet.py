@@ -14,8 +14,6 @@ import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 
-import httpx
-
 from lamina_kv.push.proxy.discovery.places import Place
 from lamina_kv.push.proxy.engines import Engine
 from lamina_kv.push.proxy.settings import Settings
@@ -117,7 +115,7 @@ class Fleet:
                 server_name=place.server_name,
                 verify=self._verify,
             )
-        except (httpx.InvalidURL, ValueError) as error:
+        except ValueError as error:
             if place not in self._unusable:
                 log.warning("%s engine %s is not used: %s", place.role.value, place.url, error)
             self._unusable.add(place)

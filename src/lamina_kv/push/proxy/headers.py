@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-import httpx
 from starlette.datastructures import Headers
 
 Pairs = tuple[tuple[str, str], ...]
@@ -52,10 +51,10 @@ def of_request(headers: Headers) -> dict[str, str]:
     return found
 
 
-def of_answer(headers: httpx.Headers) -> Pairs:
-    """What clients get of an engine's headers."""
-    pairs = [(n.decode("latin-1").lower(), v.decode("latin-1")) for n, v in headers.raw]
-    return (*_without(pairs, _OF_ANSWERS, headers.get_list("connection")),)
+def of_answer(headers: Pairs) -> Pairs:
+    """What clients get of an engine's headers; names are in lower case."""
+    connection = [value for name, value in headers if name == "connection"]
+    return (*_without(headers, _OF_ANSWERS, connection),)
 
 
 def raw(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

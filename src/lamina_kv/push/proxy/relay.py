@@ -178,7 +178,7 @@ class Relay:
             Refusal: if it may not.
         """
         if not {".", ".."}.isdisjoint(scope["path"].split("/")):
-            # Whoever resolves it, httpx among them, asks the engine for another path than this.
+            # Whoever resolves it asks the engine for another path than this.
             raise Refusal(
                 HTTPStatus.BAD_REQUEST,
                 "the path has a segment . or ..: ask for the path it leads to",

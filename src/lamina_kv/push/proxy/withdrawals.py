@@ -51,8 +51,8 @@ async def _send(request: ApiRequest, rank: Rank, push_id: str) -> None:
     headers = {**request.headers, RANK: str(rank.index)}
     body = request.for_withdrawal(push_id)
     try:
-        response = await rank.engine.exchange("POST", _TARGET, headers, body)
-        failed = f"HTTP {response.status_code}" if response.status_code >= 400 else ""
+        reply = await rank.engine.exchange("POST", _TARGET, headers, body)
+        failed = f"HTTP {reply.status}" if reply.status >= 400 else ""
     except EngineError as error:
         failed = str(error)
     if failed:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import aiohttp
 import msgspec
 
 from lamina_kv.push.addresses import join_address
@@ -29,6 +29,8 @@ _WATCH_SECONDS = 300
 """How long the API is to keep one watch; then the slices are listed anew."""
 _SILENCE = 30.0
 """Seconds that the API may take to answer, or to go on with what it has begun."""
+_LINE = 8 << 20
+"""Bytes of an event of a watch, at most. A slice has 1,000 endpoints at most."""
 
 
 class _Conditions(msgspec.Struct):
@@ -73,7 +75,7 @@ class _ApiError(Exception):
     """The API has not answered as it should. Says what it did."""
 
 
-_FAILURES = (_ApiError, OSError, httpx.HTTPError, msgspec.MsgspecError, UnicodeDecodeError)
+_FAILURES = (_ApiError, OSError, aiohttp.ClientError, msgspec.MsgspecError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,31 +159,31 @@ class KubernetesService:
             raise SourceError(f"Service {self.service}: {reason}") from error
 
     @asynccontextmanager
-    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+    async def _client(self) -> AsyncIterator[aiohttp.ClientSession]:
         if not self.api.url:
             raise _ApiError("KUBERNETES_SERVICE_HOST is not set: this is no pod")
-        verify: ssl.SSLContext | bool = False
+        verify: ssl.SSLContext | bool = True
         if self.api.url.startswith("https:"):
             verify = ssl.create_default_context(cadata=self.api.read("ca.crt"))
-        async with httpx.AsyncClient(
-            base_url=self.api.url,
-            verify=verify,
+        async with aiohttp.ClientSession(
+            self.api.url,
+            connector=aiohttp.TCPConnector(ssl=verify),
             headers={"authorization": f"Bearer {self.api.read('token')}"},
-            timeout=_SILENCE,
-            trust_env=False,
+            timeout=_patience(_SILENCE),
+            read_bufsize=_LINE,
         ) as client:
             yield client
 
     async def _slices(
-        self, client: httpx.AsyncClient, namespace: str
+        self, client: aiohttp.ClientSession, namespace: str
     ) -> AsyncIterator[list[_Slice]]:
         """All slices of the Service, again whenever one changes; ends with the watch."""
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         selector = {"labelSelector": f"kubernetes.io/service-name={self.service}"}
-        answer = await client.get(path, params=selector)
-        if not answer.is_success:
-            raise _ApiError(f"GET {path}: status {answer.status_code}")
-        listed = msgspec.json.decode(answer.content, type=_List)
+        async with client.get(path, params=selector) as answer:
+            if not answer.ok:
+                raise _ApiError(f"GET {path}: status {answer.status}")
+            listed = msgspec.json.decode(await answer.read(), type=_List)
         slices = {each.metadata.name: each for each in listed.items or ()}
         yield [*slices.values()]
         watch = {
@@ -191,12 +193,12 @@ class KubernetesService:
             "timeoutSeconds": str(_WATCH_SECONDS),
         }
         # Nothing comes for as long as nothing changes.
-        timeout = httpx.Timeout(_SILENCE, read=_WATCH_SECONDS + _SILENCE)
-        async with client.stream("GET", path, params=watch, timeout=timeout) as events:
-            if not events.is_success:
-                raise _ApiError(f"GET {path} as a watch: status {events.status_code}")
-            async for line in events.aiter_lines():
-                if not line:
+        timeout = _patience(_WATCH_SECONDS + _SILENCE)
+        async with client.get(path, params=watch, timeout=timeout) as events:
+            if not events.ok:
+                raise _ApiError(f"GET {path} as a watch: status {events.status}")
+            async for line in events.content:
+                if not line.strip():
                     continue
                 event = msgspec.json.decode(line, type=_Event)
                 if event.type == "ERROR":  # what was listed is too old: list it again
@@ -238,3 +240,8 @@ class KubernetesService:
             return self.port.port
         ports = (port.port for port in each.ports or () if port.name == self.port.port)
         return next(ports, None)
+
+
+def _patience(read: float) -> aiohttp.ClientTimeout:
+    """Seconds between two pieces of an answer; those for a connection are the same for all."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=read)

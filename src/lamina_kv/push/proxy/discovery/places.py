@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import httpx
-
 from lamina_kv.push.proxy.engines import Role
+from lamina_kv.push.proxy.exchanges import read_url
 from lamina_kv.push.proxy.settings import url_problems
 
 
@@ -69,6 +68,6 @@ def place_problems(url: str) -> Iterator[str]:
         yield from found
         return
     try:
-        httpx.URL(url)
-    except (httpx.InvalidURL, ValueError) as error:
+        read_url(url)
+    except ValueError as error:
         yield f"{url!r} is not a URL: {error}"
