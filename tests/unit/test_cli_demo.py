@@ -22,6 +22,7 @@ from lamina_kv.cli import demo_model, demo_push, demo_shared
 from lamina_kv.cli.demo_model import ModelError
 from lamina_kv.cli.demo_server import Answer, Server
 from lamina_kv.cli.main import app
+from lamina_kv.observe.timeline import Lane, Timeline, read_trace
 from lamina_kv.push.messages import TOO_LATE
 
 FAKE_SERVER = """
@@ -254,7 +255,12 @@ def test_a_demo_without_valkey_says_how_to_get_it(
         (
             ["pushes_total outcome given_up", "pushes_given_up_total reason absent"],
             "",
-            "The decode engine gave the push up: absent.",
+            "The decode engine gave the push up: absent. This machine is busy",
+        ),
+        (
+            ["pushes_total outcome given_up", "pushes_given_up_total reason unanswered"],
+            "(the prefill engine does not answer)",
+            "gave the push up: the prefill engine does not answer. This machine is busy",
         ),
         (
             ["pushes_skipped_total reason no_room"],
@@ -306,7 +312,27 @@ def test_why_a_prompt_did_not_come_by_a_push_is_told(
     assert status == bool(told)
     assert ("The decode engine computed the prompt." in said) == bool(told)
     assert told in said
-    assert ("too late" in said) == ("too late" in told)
+    for word in "too late", "This machine is busy":
+        assert (word in said) == (word in told)
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_the_rows_that_are_shown_are_those_of_the_question(tmp_path: Path, pushed: bool) -> None:
+    """Not those of the warm-up, whose push waits until the engines are connected."""
+    timeline = Timeline(tmp_path / "trace.json")
+    asked = 0.0
+    for step in (1, 2) if pushed else (1,):
+        asked = Timeline.now()
+        timeline.add(Lane.COMPUTE, step, 0, asked + 0.1, end=asked + 1)
+        timeline.add(Lane.PUSH, step, 0, asked + 0.5, end=asked + (0.7 if step == 2 else 9))
+    timeline.close()
+    spans = demo_push._since(asked if pushed else asked + 10, read_trace(tmp_path / "trace.json"))
+    console = Console(record=True, width=400, file=io.StringIO())
+    answer = Answer("four kittens", 2587, 86.6)
+    demo_push._report(console, demo_push.Outcome(answer, answer, "", spans))
+    said = console.export_text()
+    assert ("1 of 1 writes had arrived" in said) == pushed
+    assert ("No row of the prompt left in the step that computed it." in said) != pushed
 
 
 def test_a_server_that_gives_way_is_nicer_than_the_demo(

@@ -26,7 +26,7 @@ from lamina_kv.cli.demo_server import (
     vllm_server,
 )
 from lamina_kv.control.push.inbound import GiveUp
-from lamina_kv.observe.timeline import Lane, Span, read_trace
+from lamina_kv.observe.timeline import Lane, Span, Timeline, read_trace
 from lamina_kv.push.messages import TOO_LATE
 
 _PUSHES, _GIVEN_UP = "lamina_pushes_total", "lamina_pushes_given_up_total"
@@ -38,6 +38,10 @@ _FATES = (
     (_UNPUSHED, "The proxy asked the decode engine alone"),
 )
 """What it means that a metric counts a prompt; its reason follows."""
+
+_OF_SLOW_MACHINES = frozenset({GiveUp.ABSENT, GiveUp.UNANSWERED})
+"""Reasons that mean here that the prefill engine is in a step of many seconds: it is there, and
+answers between steps."""
 
 _FAILED = re.compile(r"the push from \S+ has failed \((.*)\); the prompt is computed here")
 
@@ -53,7 +57,8 @@ class Outcome:
         pushed: the answer of the two engines.
         alone: the answer of one.
         unreceived: why the decode engine computed the prompt; empty if it came by a push.
-        spans: what the prefill engine did, row by row.
+        spans: what the prefill engine did since the question was asked, row by row. What it did
+            before is not shown: the first push waits until the engines are connected.
     """
 
     pushed: Answer
@@ -107,7 +112,7 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
         with demo.step(console, "Warming them up with another question"):
             proxy.ask(demo.WARM_UPS[0], max_tokens=4)
         question = demo.long_question()
-        before = _pushes(decode, proxy)
+        before, asked = _pushes(decode, proxy), Timeline.now()
         with demo.step(console, "Asking about a long document, through the proxy"):
             pushed = proxy.ask(question, demo.MAX_TOKENS)
         unreceived = _unreceived(_pushes(decode, proxy) - before, decode.said(_FAILED))
@@ -116,7 +121,7 @@ def _ask(console: Console, model: Path, scratch: Path) -> Outcome:
             alone = decode.ask(question, demo.MAX_TOKENS)
         with demo.step(console, "Stopping the servers"):
             prefill.stop()
-    return Outcome(pushed, alone, unreceived, read_trace(trace))
+    return Outcome(pushed, alone, unreceived, _since(asked, read_trace(trace)))
 
 
 def _engine(model: Path, config: dict[str, Any], log: Path, *, polite: bool = False) -> Server:
@@ -165,8 +170,15 @@ def _unreceived(counts: Counter[tuple[str, str]], failure: str) -> str:
         return f"The push came too late. {TOO_SLOW}."
     for name, words in _FATES:
         if reasons := [reason for found, reason in counts if found == name]:
-            return f"{words}: {failure if name == _GIVEN_UP and failure else ', '.join(reasons)}."
+            told = failure if name == _GIVEN_UP and failure else ", ".join(reasons)
+            slow = f" {TOO_SLOW}." if _OF_SLOW_MACHINES.intersection(reasons) else ""
+            return f"{words}: {told}.{slow}"
     return "No engine says what became of the push."
+
+
+def _since(moment: float, spans: list[Span]) -> list[Span]:
+    """What an engine of this machine began later: its clock is ours."""
+    return [span for span in spans if span.start >= moment]
 
 
 def _last_prefill(spans: list[Span]) -> list[Span]:
@@ -185,7 +197,7 @@ def _show_timeline(console: Console, spans: list[Span]) -> None:
         if s.lane is Lane.PUSH and s.row in compute and s.start >= compute[s.row].start
     }
     if not pushes:
-        console.print("No row left in the step that computed it.")
+        console.print("No row of the prompt left in the step that computed it.")
         return
     began = min(span.start for span in spans)
     finished = max(span.end for span in compute.values())
