@@ -177,6 +177,27 @@ def test_a_file_that_changes_is_read_again_and_a_bad_one_is_not_used(
     assert len(messages) == len(set(messages)), "each is said once"
 
 
+def test_a_file_that_is_half_written_loses_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rests = tmp_path / "engines.yaml", []
+    half, rest = "decode:\n- http://b\n", "- http://c\n"
+    file.write_text("decode:\n- http://a\n")
+    discovery = Discovery(file, 0.02)
+
+    async def meanwhile_written(seconds: float) -> None:
+        rests.append(seconds)
+        file.write_text(half + rest)
+
+    monkeypatch.setattr(asyncio, "sleep", meanwhile_written)
+    file.write_text(half)
+    assert not asyncio.run(discovery._reread())
+    assert [place.url for place in discovery.places] == ["http://a"]
+    assert asyncio.run(discovery._reread())
+    assert [place.url for place in discovery.places] == ["http://b", "http://c"]
+    assert min(rests) > 0, "there is time to write the rest"
+
+
 def test_what_the_file_says_of_an_engine_goes_before_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
