@@ -95,6 +95,12 @@ def test_all_that_a_file_may_say() -> None:
     }
 
 
+@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+def test_a_name_without_a_port_is_asked_at_its_scheme_s(scheme: str, port: int) -> None:
+    listing = read_listing(f"decode: [{{dns: '{scheme}://decode.example'}}]")
+    assert listing.sources == {Names(Role.DECODE, scheme, "decode.example", port, "")}
+
+
 def test_the_file_of_the_documentation() -> None:
     (text,) = blocks("docs/push-proxy.md", "yaml")
     listing = read_listing(text)

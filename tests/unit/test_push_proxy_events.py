@@ -20,6 +20,7 @@ from lamina_kv.push.proxy.routing.events import stores as stores_module
 from lamina_kv.push.proxy.routing.events import tokens as tokens_module
 from lamina_kv.push.proxy.routing.events.blocks import Blocks
 from lamina_kv.push.proxy.routing.events.follow import follow
+from lamina_kv.push.proxy.routing.events.followers import Followers
 from lamina_kv.push.proxy.routing.events.messages import (
     AllBlocksCleared,
     BlockRemoved,
@@ -288,8 +289,15 @@ class Publisher:
 
     def wait(self) -> None:
         """For a subscriber."""
+        self._hear(b"\x01")
+
+    def wait_alone(self) -> None:
+        """For the subscriber to leave."""
+        self._hear(b"\x00")
+
+    def _hear(self, word: bytes) -> None:
         assert self._socket.poll(60_000)
-        assert self._socket.recv() == b"\x01"
+        assert self._socket.recv() == word
 
     def publish(self, number: int, body: bytes) -> None:
         self._socket.send_multipart([b"", number.to_bytes(8, "big"), body])
@@ -335,6 +343,32 @@ def test_what_is_missed_is_not_believed_any_more() -> None:
         assert not blocks.complete
         following.cancel()
         await asyncio.wait({following})
+
+    with publishing() as publisher:
+        asyncio.run(scenario(publisher))
+
+
+@pytest.mark.parametrize("why", ["it is ill", "it is not known any more"])
+def test_what_an_engine_has_announced_is_forgotten_with_it(why: str) -> None:
+    engine = Pools(PolicyName.CACHE_AWARE).decode[0]
+
+    async def scenario(publisher: Publisher) -> None:
+        places = EventPlaces(hosts={engine.url: f"127.0.0.1:{publisher.port}"})
+        followers = Followers(places)
+        followers.changed(engine)
+        await asyncio.to_thread(publisher.wait)
+        publisher.publish(0, payload(stored(0, 2)))
+        async with asyncio.timeout(60):
+            while engine.announced != 2:
+                await asyncio.sleep(0.01)
+        if why == "it is ill":
+            engine.healthy = False
+            followers.changed(engine)
+        else:
+            followers.gone(engine)
+        assert engine.announced == 0
+        await asyncio.to_thread(publisher.wait_alone)
+        await followers.close()
 
     with publishing() as publisher:
         asyncio.run(scenario(publisher))
