@@ -73,7 +73,7 @@ class Preadv(Reader):
     """``os.preadv``, one call for each run of neighbouring extents."""
 
     def __init__(self, fd: int, extent: int, buffer: Buffer) -> None:
-        self._fd, self._extent, self._buffer = fd, extent, memoryview(buffer)
+        self._fd, self._extent, self._buffer = fd, extent, buffer.data
 
     def read(self, offsets: Offsets) -> None:
         cuts = np.flatnonzero(np.diff(offsets) != self._extent) + 1
@@ -112,7 +112,7 @@ class Liburing(Reader):
         import liburing
 
         self._api: Any = liburing
-        self._fd, self._extent, self._buffer = fd, extent, memoryview(buffer)
+        self._fd, self._extent, self._buffer = fd, extent, buffer.data
         self._ring = liburing.io_uring()
         self._cqe = liburing.io_uring_cqe()
         liburing.io_uring_queue_init(len(buffer) // extent, self._ring)
@@ -304,7 +304,7 @@ def make_file(path: Path, size: int, step: int) -> None:
         for begin in range(0, size, len(part)):
             count = min(len(part), size - begin)
             part.view(np.int64)[:: step // 8] = begin + np.arange(0, len(part), step)
-            out.write(part[:count])
+            out.write(part[:count].data)
         out.flush()
         os.fsync(out.fileno())
 
@@ -362,7 +362,7 @@ def plain_tools(file: Path) -> None:
 HASHES: dict[str, Callable[[Buffer], object]] = {
     "XXH3-64, per extent": lambda extents: [xxhash.xxh3_64_intdigest(each) for each in extents],
     "CRC-32 (ISA-L), per extent": lambda extents: [isal_zlib.crc32(each) for each in extents],
-    "CRC-32 (zlib), per row": zlib.crc32,
+    "CRC-32 (zlib), per row": lambda extents: zlib.crc32(extents.data),
     "CRC-32 (ISA-L), per row": isal_zlib.crc32,
 }
 

@@ -28,9 +28,8 @@ from lamina_kv.keys import KEY_BYTES
 from lamina_kv.plan import ChunkKey
 from lamina_kv.tiers.contract import Fate, Piece, Tenant
 from lamina_kv.tiers.disk.config import DiskConfig
-from lamina_kv.tiers.disk.data import aligned_memory
 from lamina_kv.tiers.disk.store import DiskStore, open_store
-from lamina_kv.tiers.objects import Object, seal, verify
+from lamina_kv.tiers.objects import Object, aligned_memory, seal, verify
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -78,8 +78,8 @@ def main() -> None:
                 second.call(Serving.drain)
                 copy = first.call(Serving.copy_memory, size)
                 if turn:  # the first one touches memory for the first time
-                    for key, seconds in zip(found, (host, shared, step, copy), strict=True):
-                        found[key].append(seconds)
+                    for key, took in zip(found, (host, shared, step, copy), strict=True):
+                        found[key].append(took)
     print(f"{tokens} tokens, {size / 1e6:.0f} MB, load of the machine {os.getloadavg()[0]:.1f}")
     for key, seconds in found.items():
         each = " ".join(f"{1000 * second:.0f}" for second in seconds)

@@ -214,7 +214,7 @@ class Deployment:
 
     def computed(self) -> float:
         """Tokens of prompts, so far."""
-        return sum(engine.metric(COMPUTED, source="local_compute") for engine in self.engines)
+        return sum(engine.by(COMPUTED, "source")["local_compute"] for engine in self.engines)
 
 
 class Starter:

@@ -47,7 +47,7 @@ class Switch:
                 return copy(mover, rows, pairs, after, urgent=urgent)
             return PassedFence()
 
-        CpuMover.save = save
+        CpuMover.save = save  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
