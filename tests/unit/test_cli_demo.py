@@ -178,6 +178,22 @@ def test_what_goes_wrong_is_told(
     assert left_behind(folder) == []
 
 
+def test_a_server_is_asked_for_metrics_of_lamina_and_of_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = """# TYPE lamina_hit_tokens counter
+lamina_hit_tokens_total{engine="0",tier="host"} 3.0
+lamina_hit_tokens_total{engine="1",tier="host"} 4.0
+# TYPE vllm:prompt_tokens counter
+vllm:prompt_tokens_total{source="a, b} c"} 1e+06
+"""
+    monkeypatch.setattr(Server, "_request", lambda *_: io.BytesIO(page.encode()))
+    server = Server([], 1, {}, tmp_path / "log")
+    assert server.hits() == {"host": 7}
+    assert server.by("vllm:prompt_tokens_total", "source") == {"a, b} c": 1_000_000}
+    assert server.by("lamina_none_total", "tier")["host"] == 0
+
+
 def test_a_machine_that_is_too_slow_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina_kv.cli.demo_server.REQUEST_DEADLINE", 2.0)
     result = run_demo(folder, monkeypatch, "hangs")

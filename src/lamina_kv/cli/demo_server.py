@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from lamina_kv.bench.ports import free_port
 
 START_DEADLINE = 300.0
@@ -31,9 +33,6 @@ TOO_SLOW = "This machine is busy, or too slow for the demo: end what else runs o
 
 _LOST = (OSError, http.client.HTTPException)
 """What it looks like from here when the server is not there, ends, refuses, or takes too long."""
-
-_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 Message = dict[str, str]
 """What one side of a conversation said: ``role`` and ``content``."""
@@ -187,9 +186,10 @@ class Server:
         with self._request("GET", "/metrics") as response:
             text = response.read().decode()
         sums: Counter[str] = Counter()
-        for found, labels, value in _SAMPLE.findall(text):
-            if found == name:
-                sums[dict(_LABEL.findall(labels)).get(label, "")] += int(float(value))
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == name:
+                    sums[sample.labels.get(label, "")] += int(sample.value)
         return sums
 
     def hits(self) -> Counter[str]:
