@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
@@ -271,6 +271,42 @@ def test_questions_that_nobody_repeats_do_not_push_documents_out() -> None:
     tier = Tier(200)
     found = sum(tier.ask(path) for path in asked)
     assert found > 1.2 * least_recently_used(200, asked)
+
+
+@pytest.mark.parametrize("documents", [55, 65, 100, 200])
+@pytest.mark.parametrize("common", [0, 4], ids=["", "behind a common prompt"])
+@pytest.mark.parametrize("questions", [0, 1 / 3], ids=["", "beside questions"])
+def test_of_documents_asked_for_in_turn_as_many_are_found_as_fit(
+    documents: int, common: int, questions: float
+) -> None:
+    """Of eight chunks each, while there is room for 50. By the order of use none is ever found."""
+    chance, rounds, asked = random.Random(3), 14, list[list[int]]()
+    for number in range(rounds * documents):
+        asked.append([*range(common), 1000 + number % documents, *range(7)])
+        if chance.random() < questions:
+            asked.append([10_000 + number, *range(7)])
+    size, late = 400 + common, len(asked) // 2
+    assert least_recently_used(size, asked) <= common * len(asked), "a loop"
+    tier = Tier(size)
+    found = [max(0, tier.ask(path) - common * (path[0] == 0)) for path in asked]
+    best = 8 * 49 / (documents - 1) * documents * rounds / 2
+    assert sum(found[late:]) > 0.8 * best
+
+
+@pytest.mark.parametrize("documents", [65, 100])
+def test_of_documents_asked_for_at_once_in_turn_as_many_are_found_as_fit(documents: int) -> None:
+    """As above, while four requests run."""
+    tier, running, found = Tier(400), deque[tuple[list[int], Use]](), 0
+    for number in range(14 * documents):
+        path = [1000 + number % documents, *range(7)]
+        use = tier.begin(path)
+        tier.run(path, use)
+        running.append((path, use))
+        if len(running) > 4:
+            tier.end(*running.popleft())
+        if number >= 7 * documents:
+            found += use.found
+    assert found > 0.8 * 8 * 49 * 7
 
 
 def test_documents_that_were_popular_once_make_room() -> None:

@@ -10,6 +10,10 @@ Runs of one kind (:mod:`lamina_kv.tiers.reuse`) stand in the order of their use.
 recently used run of each kind, the one that is worth least is given up: its last chunk, or if
 others stand behind it, the last chunk of one of those.
 
+If a kind is used again late, its youngest runs may be worth less than its oldest: these will be
+used sooner. Then a young run goes. Documents that are asked for in turn, more than fit, are such a
+kind: by the order of use each goes right before it is used again.
+
 A request may say more (:mod:`lamina_kv.tiers.regard`). Runs of one kind and priority stand in an
 order of their own, and a run's worth is multiplied by what its priority says. Pinned runs stand
 apart, and are no victims until their time is over.
@@ -54,6 +58,11 @@ SHORTEST_LESSON = 8
 """A lesson takes the age that a chunk has by then for the one that it had since the last lesson.
 Over more than a filling that is wrong. With 256 a tier of 105 chunks finds 72.5 % of all blocks of
 the mixed load of ``bench/peers``, one request after the other; with this, all 73.4 % there are."""
+
+YOUNG = 4
+"""Runs of a kind that are looked at from its young end. The very youngest is often worth much for
+a moment, or in front of others. With the youngest leaf alone, a loop of 400 documents behind a
+common prompt, in a tier of 100, finds 39 % of all chunks instead of 47 %."""
 
 PIN_SHARE = 4
 """Pins take a quarter of the tier at most. Those of longest ago are ordinary beyond it."""
@@ -341,7 +350,9 @@ class Runs:
 
     # -- what goes ---------------------------------------------------------------------------
 
-    def victim(self, may_go: Callable[[int], bool], most: int | None = None) -> int | None:
+    def victim(
+        self, may_go: Callable[[int], bool], most: int | None = None, front: int = _NONE
+    ) -> int | None:
         """The chunk to give up: none stands behind it. None if there is none that may go, pinned
         ones left out.
 
@@ -351,11 +362,14 @@ class Runs:
         Args:
             may_go: whether a chunk may go.
             most: how many runs are looked at; all if that is not said.
+            front: the chunk in front of the one that needs room. Its run is not given up for being
+                young: it always is.
         """
         self._release_pins()
         passed: set[int] = set()
+        own = self._run[front] if front >= 0 else _NONE
         while most is None or len(passed) < most:
-            run = leaf = self._worst(passed)
+            run = leaf = self._worst(passed, own)
             if run < 0:
                 return None
             while self._child[leaf] >= 0:
@@ -383,9 +397,10 @@ class Runs:
             run = self._younger[run]
         return None
 
-    def _worst(self, passed: set[int]) -> int:
-        """Of the least recently used run of each kind the one that is worth least; of several, as
-        where nothing was ever used again, the oldest; -1 if all were passed over."""
+    def _worst(self, passed: set[int], own: int) -> int:
+        """Of the least recently used run of each kind, and of young ones, the one that is worth
+        least; of several, as where nothing was ever used again, the oldest; -1 if all were passed
+        over."""
         worst, least, most = _NONE, 0.0, 0.0
         for shelf in self._shelves:
             head = self._heads[shelf]
@@ -397,6 +412,19 @@ class Runs:
             weighed = age / _LIVES[level]
             if worst < 0 or worth < least or (worth == least and weighed > most):
                 worst, least, most = run, worth, weighed
+            if self._worth.least(shelf % KINDS, age) * _WEIGHTS[level] >= least:
+                continue  # as mostly
+            young = self._older[head]
+            for _ in range(YOUNG):
+                if young == run:
+                    break
+                if young != own and self._child[young] < 0 and young not in passed:
+                    age = self._age(young)
+                    worth = self._worth.of(shelf % KINDS, age) * _WEIGHTS[level]
+                    if worth < least:
+                        worst, least, most = young, worth, age / _LIVES[level]
+                        break
+                young = self._older[young]
         return worst
 
     def _kind(self, run: int) -> int:

@@ -197,11 +197,20 @@ class Worth:
         self._uses = np.zeros((KINDS, AGES))
         self._waits = np.zeros((KINDS, AGES))
         self._trust = max(_LEAST_TRUST, _TRUST * slots)
-        self._worth = _worth(self._uses, self._waits, self._trust).tolist()
+        self._set()
+
+    def _set(self) -> None:
+        worth = _worth(self._uses, self._waits, self._trust)
+        self._worth = worth.tolist()
+        self._least = np.minimum.accumulate(worth, axis=1).tolist()
 
     def of(self, kind: int, age: int) -> float:
         """What a chunk of a kind and age is worth: uses per slot and addition."""
         return float(self._worth[kind][age_class(age)])
+
+    def least(self, kind: int, age: int) -> float:
+        """What the chunk of a kind is worth that is worth least of all that are no older."""
+        return float(self._least[kind][age_class(age)])
 
     def used(self, kind: int, age: int, chunks: int) -> None:
         """Chunks of a kind and age were used again."""
@@ -227,7 +236,7 @@ class Worth:
             self._waits += waits.reshape(KINDS, AGES)
         if not self._uses.any():
             return  # how long chunks waited in vain tells none from another
-        self._worth = _worth(self._uses, self._waits, self._trust).tolist()
+        self._set()
 
 
 def age_class(age: int) -> int:

@@ -415,9 +415,9 @@ class SlotIndex:
         def may_go(slot: int) -> bool:
             return slot not in self._leases and self._keys[slot] is not None
 
-        slot = self._unspared(may_go)
+        slot = self._unspared(may_go, front)
         if slot is None:
-            slot = self._runs.victim(may_go, MOST_PASSED)
+            slot = self._runs.victim(may_go, MOST_PASSED, front)
         if slot is None:
             slot = self._runs.pinned_victim(may_go)
         # What others stand behind stays, although these may not go at the moment: they may be of
@@ -428,12 +428,16 @@ class SlotIndex:
         key = None if slot is None else self._keys[slot]
         return NoRoom.IN_USE if key is None else key
 
-    def _unspared(self, may_go: Callable[[int], bool]) -> int | None:
+    def _unspared(self, may_go: Callable[[int], bool], front: int) -> int | None:
         """A chunk to give up that need not be spared; None if none is soon found."""
         if not self._spared or len(self._spared) >= self._in_vain > 0:
             return None
         spared = self._spared
-        slot = self._runs.victim(lambda each: each not in spared and may_go(each), MOST_SPARED)
+
+        def is_unspared(slot: int) -> bool:
+            return slot not in spared and may_go(slot)
+
+        slot = self._runs.victim(is_unspared, MOST_SPARED, front)
         self._in_vain = len(spared) if slot is None else 0
         return slot
 
