@@ -146,6 +146,20 @@ def engine_process(script: Script) -> Iterator[tuple[str, subprocess.Popen[bytes
         yield url, program
 
 
+def test_headers_without_end_are_refused(prefill: FakeEngine, decode: FakeEngine) -> None:
+    """As the proxy is started: by whoever can reach it, with no token."""
+    port = free_port()
+    command = ["-c", "from lamina_kv.cli.main import main; main()", "push-proxy"]
+    options = [f"--port={port}", f"--decode={decode.url}", f"--prefill={prefill.url},127.0.0.1:1"]
+    with (
+        process([*command, *options], lambda: listens(port)),
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client,
+    ):
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with pytest.raises(ConnectionError):
+            client.sendall(b"x" * (64 << 20))
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_dies_or_is_stopped_before_it_answers_is_replaced(
     prefill: FakeEngine, other: FakeEngine, end: signal.Signals

@@ -54,6 +54,7 @@ class Running:
         config = uvicorn.Config(
             app,
             port=self.port,
+            http="h11",  # as the proxy's own command has it
             log_config=None,
             access_log=False,
             lifespan="on" if lifespan else "off",

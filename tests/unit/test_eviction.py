@@ -309,6 +309,33 @@ def test_of_documents_asked_for_at_once_in_turn_as_many_are_found_as_fit(documen
     assert found > 0.8 * 8 * 49 * 7
 
 
+def test_a_prompt_that_goes_on_does_not_give_itself_up_for_being_young() -> None:
+    runs, names = Runs(8), keys_of(range(8))
+    runs.add(5, names[5])
+    runs.add(3, names[3])
+    runs.add(0, names[0])
+    runs.add(1, names[1], Standing(names[0]), front=0)
+    with (
+        patch.object(Worth, "of", lambda _, kind, age: age),
+        patch.object(Worth, "least", lambda *_: 0.0),
+    ):
+        assert runs.victim(lambda slot: True) == 1, "the youngest"
+        assert runs.victim(lambda slot: True, front=1) == 3, "the youngest of others"
+        assert runs.victim(lambda slot: slot != 3, front=1) == 5
+
+
+def test_young_runs_that_may_not_go_keep_nobody_from_looking_at_old_ones() -> None:
+    runs = Runs(32)
+    for slot, name in enumerate(keys_of(range(32))):
+        runs.add(slot, name)
+    with (
+        patch.object(Worth, "of", lambda _, kind, age: age),
+        patch.object(Worth, "least", lambda *_: 0.0),
+    ):
+        for _ in range(3):
+            assert runs.victim(lambda slot: slot in (0, 5), 1) == 0
+
+
 def test_documents_that_were_popular_once_make_room() -> None:
     tier = Tier(60)
     for number in list(range(50)) * 20:

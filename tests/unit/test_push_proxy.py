@@ -187,6 +187,17 @@ def test_a_path_that_looks_like_a_host_stays_a_path(
     assert not prefill.calls
 
 
+@pytest.mark.parametrize("target", ["*", "http://elsewhere/v1/models"])
+def test_what_is_no_path_is_for_no_engine(
+    proxy: Proxy, prefill: FakeEngine, decode: FakeEngine, target: str
+) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.running.port)) as client:
+        client.sendall(f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 40")
+    assert not prefill.calls
+    assert not decode.calls
+
+
 # -- who is let in -----------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lamina_kv.push.proxy.exchanges import Exchanges, read_url
+from lamina_kv.push.proxy.exchanges import ExchangeError, Exchanges, read_url
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,23 @@ def test_what_an_engine_is_sent(method: str, body: bytes, length: int | None) ->
     needed = {"host", "accept", "accept-encoding", "x-mine"}
     assert names == needed | ({"content-length"} if length is not None else set())
     assert "accept-encoding: identity" in head.decode().lower()
+
+
+def test_connecting_takes_no_longer_than_it_may_however_many_addresses_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And whatever looking up the name takes."""
+
+    async def hangs(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("aiohttp.ThreadedResolver.resolve", hangs)
+
+    async def scenario() -> None:
+        exchanges = Exchanges("http://engine.invalid:8000", 0.1)
+        with pytest.raises(ExchangeError, match="Timeout"):
+            async with exchanges.send("GET", b"/", {}, b""):
+                pass
+        await exchanges.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))

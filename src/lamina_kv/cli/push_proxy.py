@@ -119,6 +119,8 @@ def run(settings: Settings, listening: Listening) -> None:
             application,
             host=listening.host,
             port=listening.port,
+            # httptools, which uvicorn prefers, takes headers without end, and before any token.
+            http="h11",
             log_config=None,
             access_log=False,
             server_header=False,

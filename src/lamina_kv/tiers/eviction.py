@@ -368,8 +368,9 @@ class Runs:
         self._release_pins()
         passed: set[int] = set()
         own = self._run[front] if front >= 0 else _NONE
-        while most is None or len(passed) < most:
-            run = leaf = self._worst(passed, own)
+        looked, young = 0, YOUNG
+        while most is None or looked < most:
+            run = leaf = self._worst(passed, own, young)
             if run < 0:
                 return None
             while self._child[leaf] >= 0:
@@ -380,8 +381,12 @@ class Runs:
                 continue
             if may_go(self._tail[leaf]):
                 return self._tail[leaf]
+            passed.update((leaf, run))
+            if run != self._younger[self._heads[self._shelf[run]]]:
+                young -= 1  # it stays where it is
+                continue
+            looked += 1
             for each in {leaf, run}:
-                passed.add(each)
                 self._make_youngest(each)
         return None
 
@@ -397,10 +402,16 @@ class Runs:
             run = self._younger[run]
         return None
 
-    def _worst(self, passed: set[int], own: int) -> int:
+    def _worst(self, passed: set[int], own: int, most_young: int) -> int:
         """Of the least recently used run of each kind, and of young ones, the one that is worth
         least; of several, as where nothing was ever used again, the oldest; -1 if all were passed
-        over."""
+        over.
+
+        Args:
+            passed: runs that may not go.
+            own: a run that is not given up for being young.
+            most_young: how many runs are looked at from each kind's young end.
+        """
         worst, least, most = _NONE, 0.0, 0.0
         for shelf in self._shelves:
             head = self._heads[shelf]
@@ -415,7 +426,7 @@ class Runs:
             if self._worth.least(shelf % KINDS, age) * _WEIGHTS[level] >= least:
                 continue  # as mostly
             young = self._older[head]
-            for _ in range(YOUNG):
+            for _ in range(most_young):
                 if young == run:
                     break
                 if young != own and self._child[young] < 0 and young not in passed:

@@ -120,7 +120,8 @@ class Exchanges:
         server_name: str = "",
     ) -> None:
         self._base = read_url(url)
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout)
+        # For the name and all of its addresses together.
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
         self._verify = True if verify is None else verify
         self._server_name = server_name or None
         self._session: aiohttp.ClientSession | None = None
@@ -155,6 +156,9 @@ class Exchanges:
         try:
             yield Reply(response)
         finally:
+            # What was not read to its end is of use to nobody, nor is what was not sent yet.
+            if response.connection is not None and response.connection.transport is not None:
+                response.connection.transport.abort()
             response.close()
 
     async def close(self) -> None:

@@ -261,6 +261,8 @@ class Relay:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         # As it came; only what may not stand in a URL at all is escaped.
         target = quote(scope["raw_path"] + query, safe=string.punctuation).encode()
+        if not target.startswith(b"/"):
+            raise Refusal(400, "a request is for a path: it begins with /, without scheme and host")
         passed = {**of_request(headers), "x-request-id": entry.id}
         self._show(passed, scope["method"])
         split = split_of(scope["method"], scope["path"])

@@ -75,7 +75,7 @@ class _ApiError(Exception):
     """The API has not answered as it should. Says what it did."""
 
 
-_FAILURES = (_ApiError, OSError, aiohttp.ClientError, msgspec.MsgspecError, UnicodeDecodeError)
+_FAILURES = (_ApiError, OSError, aiohttp.ClientError, msgspec.MsgspecError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,8 @@ class KubernetesService:
         """All slices of the Service, again whenever one changes; ends with the watch."""
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         selector = {"labelSelector": f"kubernetes.io/service-name={self.service}"}
-        async with client.get(path, params=selector) as answer:
-            if not answer.ok:
+        async with client.get(path, params=selector, allow_redirects=False) as answer:
+            if answer.status != 200:
                 raise _ApiError(f"GET {path}: status {answer.status}")
             listed = msgspec.json.decode(await answer.read(), type=_List)
         slices = {each.metadata.name: each for each in listed.items or ()}
@@ -194,8 +194,8 @@ class KubernetesService:
         }
         # Nothing comes for as long as nothing changes.
         timeout = _patience(_WATCH_SECONDS + _SILENCE)
-        async with client.get(path, params=watch, timeout=timeout) as events:
-            if not events.ok:
+        async with client.get(path, params=watch, timeout=timeout, allow_redirects=False) as events:
+            if events.status != 200:
                 raise _ApiError(f"GET {path} as a watch: status {events.status}")
             async for line in events.content:
                 if not line.strip():
