@@ -99,10 +99,10 @@ def test_peers_measures_lamina_beside_recomputing(tmp_path: Path) -> None:
     scenarios = [f"--scenario={name}" for name in ("host", "suffix", "disk", "miss", "mixed")]
     sizes = ["--tokens", "512", "--new-tokens", "128", "--step-tokens", "256", "--repeat", "2"]
     mixed = ["--mixed-tokens", "256", "--requests", "6", "--rates", "8", "--shares", "0,0.5"]
-    code = "from lamina_kv.bench import app; app()"
+    bench = Path(__file__).parents[2] / "bench" / "peers"
     done = subprocess.run(
         [
-            *(sys.executable, "-c", code, "peers", *TINY, *systems, *scenarios, *sizes, *mixed),
+            *(sys.executable, str(bench), *TINY, *systems, *scenarios, *sizes, *mixed),
             *("--directory", str(tmp_path), "--json", str(target), "--plot", str(plot)),
         ],
         capture_output=True,
