@@ -35,3 +35,12 @@ def missing() -> str:
     if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported():
         return ""
     return "this machine's processor has no AMX: what older ones lack is lacking here, too"
+
+
+def no_fp8() -> str:
+    """Why vLLM cannot keep a cache of 8-bit numbers on this machine; empty if it can."""
+    import torch
+
+    if torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported():
+        return ""
+    return "this machine's processor has no AVX-512, without which vLLM keeps no fp8 cache on a CPU"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import processors
 from engine.driver import SMALL, Answer, Ask, Engine, EngineSpec, Fleet, Start
 from engine.models import Checkpoints, mla_block
 from engine.workload import BLOCK, CHUNK, loadable, prompt
@@ -38,7 +39,13 @@ def run_and_look(engine: Engine, tokens: tuple[int, ...]) -> tuple[list[str], An
     [
         pytest.param("llama", {}, BLOCK, id="float32"),
         pytest.param("llama", {"dtype": "bfloat16"}, BLOCK, id="bfloat16"),
-        pytest.param("llama", {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, BLOCK, id="fp8"),
+        pytest.param(
+            "llama",
+            {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+            BLOCK,
+            marks=pytest.mark.skipif(bool(processors.no_fp8()), reason=processors.no_fp8()),
+            id="fp8",
+        ),
         pytest.param("llama", {"block_size": 128}, 128, id="large-blocks"),
         pytest.param("qwen3-moe", {}, BLOCK, id="experts"),
         pytest.param("mla", MLA, mla_block(), id="mla"),
