@@ -34,7 +34,7 @@ def prompts(options: argparse.Namespace) -> Iterator[Sequence[int]]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("documents", type=int)
     parser.add_argument("--blocks", type=int, default=16, help="Of each document.")
     parser.add_argument("--rounds", type=int, default=12)

@@ -30,6 +30,25 @@ class ClockByHand(EngineClock):
         return self.now
 
 
+class ByHand:
+    """Who goes by such a clock, and is asked for the time.
+
+    Attributes:
+        clock: control's.
+    """
+
+    clock: ClockByHand
+
+    @property
+    def now(self) -> float:
+        """Control's clock."""
+        return self.clock.now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self.clock.now = seconds
+
+
 def push_books(
     shape: ChunkShape,
     transfers: TransferTable,

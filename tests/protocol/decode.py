@@ -34,7 +34,7 @@ from protocol.engine import (
     record_of,
 )
 from protocol.prefill import Write
-from push_books import ClockByHand, push_books
+from push_books import ByHand, ClockByHand, push_books
 
 Parts = tuple[Label | None, ...]
 """What a page holds, stretch by stretch."""
@@ -73,7 +73,7 @@ class Arrived:
     content: tuple[Label | None, ...]
 
 
-class Decode:
+class Decode(ByHand):
     """See the module.
 
     Attributes:
@@ -116,15 +116,6 @@ class Decode:
         self.outbox: list[Letter] = []
         self.arrived: list[Arrived] = []
         self.promised: list[set[int]] = [set() for _ in range(options.blocks)]
-
-    @property
-    def now(self) -> float:
-        """Control's clock."""
-        return self.clock.now
-
-    @now.setter
-    def now(self, seconds: float) -> None:
-        self.clock.now = seconds
 
     # -- the engine --------------------------------------------------------------------------
 

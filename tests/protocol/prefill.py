@@ -41,7 +41,7 @@ from protocol.engine import (
     card_of,
     record_of,
 )
-from push_books import ClockByHand, push_books
+from push_books import ByHand, ClockByHand, push_books
 
 PARKED_LOAD = TransferId(1_000_000)
 
@@ -190,7 +190,7 @@ class Request:
     layerwise: list[tuple[int, Label]] = field(default_factory=list)
 
 
-class Prefill:
+class Prefill(ByHand):
     """See the module.
 
     Attributes:
@@ -240,15 +240,6 @@ class Prefill:
         self.fenced: dict[Attempt, None] = {}
         self.stopped = False
         self.hung = False
-
-    @property
-    def now(self) -> float:
-        """Control's clock."""
-        return self.clock.now
-
-    @now.setter
-    def now(self, seconds: float) -> None:
-        self.clock.now = seconds
 
     # -- the engine --------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ from lamina_kv.push.messages import (
     encode,
 )
 from lamina_kv.tiers.regard import USUAL
-from push_books import ClockByHand, push_books
+from push_books import ByHand, ClockByHand, push_books
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -131,7 +131,7 @@ class Ranks:
         self.said.append(binding)
 
 
-class Source:
+class Source(ByHand):
     """A source, with the ranks and the link that it needs."""
 
     def __init__(
@@ -159,15 +159,6 @@ class Source:
         )
         self.view = View([[10, 11, 12, 13] for _ in self.groups])
         self.record = record_of(self.view)
-
-    @property
-    def now(self) -> float:
-        """Control's clock."""
-        return self.clock.now
-
-    @now.setter
-    def now(self, seconds: float) -> None:
-        self.clock.now = seconds
 
     def connect(self, peer: str = D, *, blocks: int = 1000) -> None:
         self.source.receive([Opened(peer, peer, card(peer, self.groups, blocks))])

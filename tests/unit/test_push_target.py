@@ -54,7 +54,7 @@ from lamina_kv.push.messages import (
     Queued,
 )
 from lamina_kv.tiers.regard import USUAL
-from push_books import ClockByHand, push_books
+from push_books import ByHand, ClockByHand, push_books
 
 BLOCK = 16
 FULL = Group(GroupKind.FULL, BLOCK)
@@ -95,7 +95,7 @@ class View:
         return self.states
 
 
-class Target:
+class Target(ByHand):
     """A target, with the ranks and the link that it needs."""
 
     def __init__(
@@ -130,15 +130,6 @@ class Target:
             ),
             self.cost,
         )
-
-    @property
-    def now(self) -> float:
-        """Control's clock."""
-        return self.clock.now
-
-    @now.setter
-    def now(self, seconds: float) -> None:
-        self.clock.now = seconds
 
     @property
     def step(self) -> int:

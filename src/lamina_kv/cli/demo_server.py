@@ -18,9 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from lamina_kv.bench.ports import free_port
+from lamina_kv.cli.scrape import Scrape, samples_of
 
 START_DEADLINE = 300.0
 """Seconds: vLLM imports itself three times, which takes a minute on a slow machine."""
@@ -184,13 +183,8 @@ class Server:
     def by(self, name: str, label: str) -> Counter[str]:
         """Sums of a metric for each value of one of its labels; empty if there is none."""
         with self._request("GET", "/metrics") as response:
-            text = response.read().decode()
-        sums: Counter[str] = Counter()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == name:
-                    sums[sample.labels.get(label, "")] += int(sample.value)
-        return sums
+            scrape = Scrape(time.monotonic(), samples_of(response.read().decode()))
+        return Counter({value: int(count) for value, count in scrape.by(name, label).items()})
 
     def hits(self) -> Counter[str]:
         """Tokens that Lamina has found so far, by where they were."""

@@ -50,8 +50,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What Lamina says of a server at one moment. Names are without the prefix, and as a scrape has
-    them: counters end in ``_total``.
+    """What a server says at one moment. Names are as a scrape has them: counters end in ``_total``.
+    Those of :func:`parse` are Lamina's, without the prefix.
 
     Attributes:
         at: when it was fetched, monotonic seconds.
@@ -145,6 +145,22 @@ def fetch(url: str, engine: str | None = None, timeout: float = 5.0) -> Scrape:
     return _of_engine(scrape, engine, url)
 
 
+def samples_of(text: str) -> dict[str, tuple[Sample, ...]]:
+    """All samples of a scrape, by their names.
+
+    Args:
+        text: in Prometheus' text format.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    samples: dict[str, list[Sample]] = {}
+    for family in text_string_to_metric_families(text):
+        for each in family.samples:
+            samples.setdefault(each.name, []).append(Sample(each.labels, each.value))
+    return {name: tuple(each) for name, each in samples.items()}
+
+
 def parse(text: str, url: str, at: float) -> Scrape:
     """The figures of Lamina in a scrape.
 
@@ -157,14 +173,11 @@ def parse(text: str, url: str, at: float) -> Scrape:
         ScrapeError: if it has none, or those of a version that describes itself otherwise.
     """
     lines = [line for line in text.splitlines() if line.removeprefix("# TYPE ").startswith(PREFIX)]
-    samples: dict[str, list[Sample]] = {}
     try:
-        for family in text_string_to_metric_families("\n".join((*lines, ""))):
-            for sample in family.samples:
-                name = sample.name.removeprefix(PREFIX)
-                samples.setdefault(name, []).append(Sample(sample.labels, sample.value))
+        found = samples_of("\n".join((*lines, "")))
     except ValueError as error:
         raise ScrapeError(f"{url} is no page of metrics ({error})", _IS_IT_VLLM) from error
+    samples = {name.removeprefix(PREFIX): each for name, each in found.items()}
     if not samples:
         if _VLLM not in text:
             raise ScrapeError(f"{url} has no figures of vLLM, and none of Lamina", _IS_IT_VLLM)
@@ -185,7 +198,7 @@ def parse(text: str, url: str, at: float) -> Scrape:
             f"{url} has another version of Lamina ({PREFIX}{_CONFIG} lacks {', '.join(lacking)})",
             "run the lamina-kv that is installed with the server",
         )
-    return Scrape(at, {name: tuple(each) for name, each in samples.items()})
+    return Scrape(at, samples)
 
 
 def _of_engine(scrape: Scrape, engine: str, url: str) -> Scrape:

@@ -217,13 +217,8 @@ class Engine:
     async def send(
         self, method: str, target: bytes, headers: Mapping[str, str], body: bytes
     ) -> AsyncIterator[Reply]:
-        """An exchange: entered when the engine has sent its headers, closed when it is left.
-
-        Args:
-            method: HTTP's.
-            target: path and query.
-            headers: besides the engine's own.
-            body: may be empty.
+        """An exchange that counts as one of the engine's; arguments as those of
+        :meth:`~lamina_kv.push.proxy.exchanges.Exchanges.send`.
 
         Raises:
             EngineError: if there is no answer within ``first_byte_timeout``.
