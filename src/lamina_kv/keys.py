@@ -219,7 +219,7 @@ class ChunkChain:
         self.chunk_tokens = chunk_tokens
         self.epoch = epoch
         self._links: list[ChunkKey] = []
-        self._last = b""
+        self._last: list[int] = []
         self.groups: tuple[list[ChunkKey], ...] = (self._links,)
         if groups > 1:
             self.groups = tuple([] for _ in range(groups))
@@ -260,16 +260,16 @@ class ChunkChain:
         end = (len(tokens) if end is None else end) // size * size
         if start > end:
             return
+        changed = start > 0 and list(tokens[start - size : start]) != self._last
+        if start == end and not changed:
+            return
         width = size * _TOKEN_BYTES
-        content = _token_bytes(tokens[max(0, start - size) : end])
-        if start and content[:width] != self._last:
-            start, content = 0, _token_bytes(tokens[:end])
+        if changed:
+            start = 0
+        content = _token_bytes(added_tokens := tokens[start:end])
+        if changed:
             for keys in (self._links, *self.groups):
                 keys.clear()
-        elif start:
-            content = content[width:]
-        if not content:
-            return
         parent: bytes = self._links[-1] if self._links else self._root
         hashed: list[bytes] = []
         for offset in range(0, len(content), width):
@@ -283,7 +283,7 @@ class ChunkChain:
                 parent + head + content[offset : offset + width], digest_size=KEY_BYTES
             ).digest()
             hashed.append(parent)
-        self._last = content[-width:]
+        self._last = list(added_tokens[-size:])
         added = cast(list[ChunkKey], hashed)
         self._links += added
         if len(self.groups) > 1:

@@ -147,13 +147,15 @@ class Tiers:
     def end(self, kind: Kind, reason: str = "", tier: TierName = FAR) -> Transfer:
         """One that has ended: well, or for a reason."""
         transfer = self.transfers.open(
-            kind,
-            "",
-            step=0,
-            expires=0.0,
-            size=1,
-            tier=tier,
-            trying=self.breakers.order(kind, tier),
+            Transfer(
+                kind,
+                "",
+                step=0,
+                expires=0.0,
+                size=1,
+                tier=tier,
+                trying=self.breakers.order(kind, tier),
+            )
         )
         outcome = Outcome.FAILED if reason else Outcome.DONE
         transfer.apply(0, TransferReceipt(transfer.id, outcome, reason=reason))

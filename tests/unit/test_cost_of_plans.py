@@ -19,6 +19,7 @@ from driven_planner import (
     prompt,
 )
 
+from lamina_kv.control.hits import HitFinder
 from lamina_kv.control.loading import LOOKED, LOOKED_OF_AN_END
 from lamina_kv.control.moving import MovePlanner
 from lamina_kv.control.push.inbound import Inbound
@@ -59,6 +60,15 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Counts:
     counted(MovePlanner, "_bring_next")
     counted(Runs, "used")
     counted(RequestRecord, "known_keys")
+    search = HitFinder.search
+
+    def searched(finder: HitFinder, record: RequestRecord) -> Iterator[ChunkKey | int]:
+        """What is near is looked at by the dozen, and said how much that was."""
+        for found in search(finder, record):
+            counts["search"] += found if isinstance(found, int) else 1
+            yield found
+
+    monkeypatch.setattr(HitFinder, "search", searched)
     return counts
 
 

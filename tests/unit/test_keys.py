@@ -154,8 +154,9 @@ class TestChain:
         chain.extend(tokens, end=200)
         chain.extend(tokens, end=201)
         chain.extend(tokens)
-        last = slice(128, 192)
-        assert tokens.asked == [slice(0, 192), last, slice(128, 384)], "but for the last chunk"
+        first, last = slice(0, 64), slice(128, 192)
+        asked = [first, slice(64, 192), last, last, slice(192, 384)]
+        assert tokens.asked == asked, "but for the last chunk"
 
     @pytest.mark.parametrize("more", [0, 3, 20])
     def test_what_was_taken_back_is_not_built_upon(self, more: int) -> None:

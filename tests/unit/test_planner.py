@@ -22,7 +22,7 @@ from driven_planner import (
 from lamina_kv.control.push.pushes import Pushes
 from lamina_kv.control.saving import SavePlanner
 from lamina_kv.control.shape import ChunkShape
-from lamina_kv.control.transfers import Kind
+from lamina_kv.control.transfers import Kind, Transfer
 from lamina_kv.keys import CHECKPOINT, Epoch
 from lamina_kv.plan import NEAR, LoadMode, Outcome, Receipt, TransferReceipt
 
@@ -603,6 +603,6 @@ def test_a_reset_while_a_push_is_under_way() -> None:
     engine = Engine()
     engine.save(View("a", prompt(100)))
     for kind in (Kind.PUSH, Kind.RECEIVE):
-        engine.planner._books.transfers.open(kind, "p", step=0, expires=1e9, size=0)
+        engine.planner._books.transfers.open(Transfer(kind, "p", step=0, expires=1e9, size=0))
     engine.planner.reset()
     assert engine.planner.lookup(View("b", prompt(100)), 0).tokens == 0

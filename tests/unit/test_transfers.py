@@ -6,13 +6,13 @@ from math import inf
 
 import pytest
 
-from lamina_kv.control.transfers import Kind, State, TransferTable
+from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
 from lamina_kv.plan import TORN, ChunkKey, Outcome, TierName, TransferReceipt
 
 
 @pytest.mark.parametrize("reasons", [("stopped", TORN), (TORN, "stopped")])
 def test_one_torn_write_is_what_matters(reasons: tuple[str, str]) -> None:
-    transfer = TransferTable(2).open(Kind.PUSH, "push", step=0, expires=inf, size=1)
+    transfer = TransferTable(2).open(Transfer(Kind.PUSH, "push", step=0, expires=inf, size=1))
     for rank, reason in enumerate(reasons):
         transfer.apply(rank, TransferReceipt(transfer.id, Outcome.FAILED, reason=reason))
     assert transfer.state is State.FAILED
@@ -21,14 +21,14 @@ def test_one_torn_write_is_what_matters(reasons: tuple[str, str]) -> None:
 
 def test_a_chunk_is_there_when_every_ranks_part_is() -> None:
     keys = tuple(ChunkKey(bytes([n] * 20)) for n in range(3))
-    transfer = TransferTable(2).open(Kind.ASK, "", step=0, expires=inf, size=0, keys=keys)
+    transfer = TransferTable(2).open(Transfer(Kind.ASK, "", step=0, expires=inf, size=0, keys=keys))
     assert not transfer.apply(0, TransferReceipt(transfer.id, Outcome.DONE, present=b"\1\1\0"))
     assert transfer.apply(1, TransferReceipt(transfer.id, Outcome.DONE, present=b"\1\0\1"))
     assert (transfer.state, transfer.present) == (State.DONE, b"\1\0\0")
 
 
 def test_what_one_rank_has_lost_is_lost() -> None:
-    transfer = TransferTable(2).open(Kind.MOVE_IN, "", step=0, expires=inf, size=1)
+    transfer = TransferTable(2).open(Transfer(Kind.MOVE_IN, "", step=0, expires=inf, size=1))
     gone = TransferReceipt(transfer.id, Outcome.FAILED, lost=True, reason="gone")
     transfer.apply(0, gone)
     transfer.apply(1, TransferReceipt(transfer.id, Outcome.DONE))
@@ -38,7 +38,7 @@ def test_what_one_rank_has_lost_is_lost() -> None:
 def test_bytes_on_their_way_are_counted_by_kind_and_by_tier() -> None:
     table, (one, two) = TransferTable(1), (TierName("one"), TierName("two"))
     moves = [
-        table.open(kind, "", step=0, expires=inf, size=size, tier=tier)
+        table.open(Transfer(kind, "", step=0, expires=inf, size=size, tier=tier))
         for kind, tier, size in [
             (Kind.MOVE_IN, one, 1),
             (Kind.MOVE_IN, two, 10),

@@ -75,7 +75,7 @@ class Arrival:
     """
 
     record: RequestRecord
-    search: Iterator[ChunkKey | None] = field(default_factory=lambda: iter(()))
+    search: Iterator[ChunkKey | int] = field(default_factory=lambda: iter(()))
     question: ChunkKey | None = None
     asked: Patience | None = None
     probed: Patience | None = None

@@ -120,7 +120,9 @@ class Catalog:
     def room(self, key: ChunkKey, tier: TierName, standing: Standing) -> int | NoRoom:
         """Reserve a place in a tier for a chunk that is not held there; what other tiers have seen
         of its uses counts there, too."""
-        uses = max([index.uses(key) for index in self._indexes])
+        uses = 0
+        for index in self._indexes:  # no list: it is asked for every chunk that is saved
+            uses = max(uses, index.uses(key))
         return self._index(tier).room(key, standing, uses=uses)
 
     def publish(self, key: ChunkKey, tier: TierName = NEAR) -> None:

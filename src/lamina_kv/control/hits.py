@@ -16,6 +16,9 @@ from lamina_kv.plan import NEAR, ChunkKey, TierName
 from lamina_kv.tiers.contract import End
 from lamina_kv.tiers.reuse import Use
 
+LOOKS_AT_ONCE = 32
+"""Chunks that a search looks at, at most, before it says how many."""
+
 
 class HitFinder:
     """Finds hits. A part of the planner.
@@ -175,15 +178,15 @@ class HitFinder:
 
     def _search_boundary(
         self, groups: Sequence[Sequence[ChunkKey]], floor: int, end: int, *, far: bool
-    ) -> Generator[None, None, tuple[int, bool]]:
-        """:meth:`_last_boundary`, chunk by chunk."""
+    ) -> Generator[int, None, tuple[int, bool]]:
+        """:meth:`_last_boundary`, look by look."""
         chunk, unknown = self._shape.chunk_tokens, False
         while end > floor:
             gap = -1
             for group in self._shape.sparse:
                 first = self.first_chunk(group, floor, end)
                 for index in range((end - 1) // chunk, first - 1, -1):
-                    yield
+                    yield 1
                     if not self._has(key := groups[group][index], far=far):
                         gap = max(gap, index)
                         unknown |= far and self._catalog.unknown(key)
@@ -249,7 +252,7 @@ class HitFinder:
         keys = (keys[index] for keys in record.known_keys() if index < len(keys))
         return [key for key in keys if not self._catalog.keeps(key)]
 
-    def search(self, record: RequestRecord) -> Iterator[ChunkKey | None]:
+    def search(self, record: RequestRecord) -> Iterator[ChunkKey | int]:
         """Look for what a request would load that has no tokens in the engine, chunk by chunk, so
         that whoever asks can stop at any of them and go on in a later step.
 
@@ -257,7 +260,8 @@ class HitFinder:
         that can be helped.
 
         Returns:
-            For every look at a chunk, its key if only a far tier has it; else None.
+            The key of a chunk that only a far tier has; or how many looks found no such chunk,
+            :data:`LOOKS_AT_ONCE` at most.
         """
         shape, chunk, near = self._shape, self._shape.chunk_tokens, self._catalog.near
         groups = record.known_keys()
@@ -273,30 +277,43 @@ class HitFinder:
             firsts = [self.first_chunk(group, 0, tokens) for group in range(len(groups))]
             for keys, first in zip(groups, firsts, strict=True):
                 for key in keys[first:end]:
-                    yield None if near.holds(key) else key
+                    yield 1 if near.holds(key) else key
         if not end or not record.view.regard.keep:
             return
         chain, ends = self._prefix(record, end)
         again = record.use is not None  # it was searched before
         for _ in self._catalog.use(chain, self._use(record, end * chunk), ends, again=again):
-            yield None
+            yield 1
 
     def _search_prefix(
         self, groups: Sequence[Sequence[ChunkKey]], end: int
-    ) -> Generator[ChunkKey | None, None, int]:
+    ) -> Generator[ChunkKey | int, None, int]:
         """The first chunk that is missing of a group that needs all of a prefix, ``end`` at most.
         Where there are other groups, it is yet to be found out what is needed."""
-        shape, holds = self._shape, self._catalog.near.holds
-        for index in range(end if shape.full else 0):
-            for group in shape.full:
-                key = groups[group][index]
-                if holds(key):
-                    yield None
+        shape, near = self._shape, self._catalog.near
+        full = [groups[group] for group in shape.full]
+        index, at_once = 0 if full else end, max(1, LOOKS_AT_ONCE // max(1, len(full)))
+        while index < end:
+            most = min(end, index + at_once)
+            # What is near costs next to nothing, and is often all that there is.
+            is_near, run = near.visible.__contains__, most - index
+            for keys in full:
+                run = len(list(takewhile(is_near, keys[index : index + run])))
+            if run:
+                yield run * len(full)
+                index += run
+            if index == most:
+                continue
+            for keys in full:
+                key = keys[index]
+                if near.holds(key):
+                    yield 1
                 elif self._catalog.locate(key) is not None:
-                    yield None if shape.sparse else key
+                    yield 1 if shape.sparse else key
                 else:
                     return index
-        return end
+            index += 1
+        return index
 
     def used(self, record: RequestRecord, end: int) -> None:
         """Note that the first ``end`` tokens of a request were found, wherever. A request uses its

@@ -281,16 +281,18 @@ class Lane:
         books = self._books
         timeout = inf if kind is Kind.PROBE else self._timeout
         return books.transfers.open(
-            kind,
-            request_id,
-            step=books.clock.step,
-            expires=books.clock.now + timeout,
-            size=len(near) * books.kept_bytes,
-            tier=self.far.name,
-            keys=keys,
-            near=near,
-            far=place,
-            trying=books.breakers.order(kind, self.far.name),
+            Transfer(
+                kind,
+                request_id,
+                step=books.clock.step,
+                expires=books.clock.now + timeout,
+                size=len(near) * books.kept_bytes,
+                tier=self.far.name,
+                keys=keys,
+                near=near,
+                far=place,
+                trying=books.breakers.order(kind, self.far.name),
+            )
         )
 
     # -- outcomes ----------------------------------------------------------------------------

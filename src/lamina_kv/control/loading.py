@@ -198,14 +198,16 @@ class LoadPlanner:
         timeout = offer.timeout if self._recomputes else books.config.load.deadline
         timeout = max(timeout - waited, timeout * LEAST_SHARE)
         transfer = books.transfers.open(
-            Kind.LOAD,
-            record.view.request_id,
-            step=books.clock.step,
-            expires=books.clock.now + 2 * max(LEAST_TIMEOUT, timeout),
-            size=-(-offer.loaded // shape.chunk_tokens) * books.moved_bytes,
-            near=tuple(slots),
-            layerwise=layerwise,
-            lease=books.leases.take(_blocks(pages)) if self._leases_loads else None,
+            Transfer(
+                Kind.LOAD,
+                record.view.request_id,
+                step=books.clock.step,
+                expires=books.clock.now + 2 * max(LEAST_TIMEOUT, timeout),
+                size=-(-offer.loaded // shape.chunk_tokens) * books.moved_bytes,
+                near=tuple(slots),
+                layerwise=layerwise,
+                lease=books.leases.take(_blocks(pages)) if self._leases_loads else None,
+            )
         )
         self._ahead[transfer.id] = self._loading - transfer.size
         record.load = transfer.id

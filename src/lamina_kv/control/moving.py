@@ -44,8 +44,8 @@ LOOKS = 256
 """Chunks of waiting requests that are looked at for one plan: up to half a millisecond, and more
 where looks order moves, see ``bench control``."""
 
-LOOKS_OF_A_MOVE = 6
-"""To order a move takes as long as so many looks."""
+LOOKS_OF_A_MOVE = 7
+"""To find what is to be moved, and to order the move, takes as long as so many looks."""
 
 LOOKS_OF_A_SEARCH = 16
 """To begin and to end the search for one request takes as long as so many looks."""
@@ -535,14 +535,14 @@ class MovePlanner:
         while self._looks > 0 and queue:
             request_id, arrival = next(iter(queue.items()))
             self._looks -= LOOKS_OF_A_SEARCH
-            for key in chain(_popped(arrival.wanted), arrival.search):
-                self._looks -= 1
-                became = _Next.DONE if key is None else self._bring_next(arrival, key)
-                if key is not None and became is not _Next.DONE:
-                    arrival.wanted.appendleft(key)
+            for found in chain(_popped(arrival.wanted), arrival.search):
+                if isinstance(found, int):
+                    self._looks -= found
+                elif (became := self._bring_next(arrival, found)) is not _Next.DONE:
+                    arrival.wanted.appendleft(found)
                     if became is _Next.NEAR_FULL:
                         return False
-                    name = self._source(arrival, key)
+                    name = self._source(arrival, found)
                     if name is None or name == arrival.behind:
                         return True  # those behind it wait for the same tier
                     self._put_aside(arrival, name)

@@ -332,6 +332,7 @@ class Planner:
         if record is None or record.admitted:
             return
         record.admitted = record.fresh = True
+        record.quiet_before = 0
         record.delivery = Delivery()
         self._active.add(request_id)
         self._books.clock.tick()
@@ -478,10 +479,13 @@ class Planner:
         requests, pushes, saving, saves = self._requests, self.pushes, self._saving, self._saves
         tokens, refused, chunk = 0, saving.refuses, self._shape.chunk_tokens
         rings = bool(self._shape.rings) and saves
+        may_be_quiet = not rings and pushes is None
         for request_id, start, computed in progress:
             tokens += computed - start
             record = requests.get(request_id)
             if record is None:
+                continue
+            if computed < record.quiet_before:
                 continue
             record.begun = True
             if not record.counted:
@@ -494,10 +498,14 @@ class Planner:
             if record.fresh or (record.prefill is not None and start >= record.prefill.end):
                 self._prefills.runs(record, start)
             first = record.next_save
-            if computed < (first + 1) * chunk or computed < (record.held_end + 1) * chunk:
-                continue
-            if saves and not (refused and record.held_back == first):
+            complete = computed >= (max(first, record.held_end) + 1) * chunk
+            if complete and saves and not (refused and record.held_back == first):
                 saving.consider(record, computed, record.view.blocks)
+            if may_be_quiet and record.counted:
+                quiet_before = (max(record.next_save, record.held_end) + 1) * chunk
+                if record.prefill is not None:
+                    quiet_before = min(quiet_before, record.prefill.end + 1)
+                record.quiet_before = quiet_before
         return tokens
 
     def finished(

@@ -202,6 +202,7 @@ class RequestRecord:
         considered: first chunk that never was; what is near behind it, others have saved.
         held_back: first chunk that found no room, so that it is counted once.
         held_end: chunks that were complete when that one was not worth a slot; -1 if it was.
+        quiet_before: a step that computes less than so many of its tokens is nothing to anybody.
         turn: tokens of its prompt, and tokens that are computed when the latest step is over.
         barred: whether what it holds must not be saved, because it was computed by several weights
             or adapters, or from a token that was taken back; until it gets other blocks.
@@ -238,6 +239,7 @@ class RequestRecord:
     considered: int = 0
     held_back: int = -1
     held_end: int = -1
+    quiet_before: int = 0
     barred: bool = False
     turn: tuple[int, int] = (0, 0)
     no_loads: str = ""
@@ -257,7 +259,7 @@ class RequestRecord:
         """Its chunks are others from now on: weights, or an adapter, have changed. Only for a
         request without blocks."""
         self.chain = chain
-        self.next_save = self.considered = 0
+        self.next_save = self.considered = self.quiet_before = 0
         self.hit = Hit()
         self.wait = Wait()
         self.brought = None
@@ -297,7 +299,7 @@ class RequestRecord:
     def save_anew(self) -> None:
         """Consider all of it for saving once more."""
         self.considered = max(self.considered, self.next_save)
-        self.next_save = 0
+        self.next_save = self.quiet_before = 0
         self.held_end = -1
 
     def computes(self, start: int, end: int) -> None:

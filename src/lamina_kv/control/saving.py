@@ -132,10 +132,13 @@ class SavePlanner:
         brought = record.offer.floor + (0 if record.delivery.failed else record.offer.tokens)
         tables: dict[int, Sequence[int]] = {}
         # Of a long hit thousands of chunks are near, and nothing need be asked about each.
-        start, is_near = record.next_save, self._near.visible.__contains__
+        start, visible = record.next_save, self._near.visible
         near = end - start
         for group in self._shape.paged:
-            near = len(list(takewhile(is_near, keys[group][start : start + near])))
+            if keys[group][start] not in visible:  # as mostly, where it is the only one
+                near = 0
+                break
+            near = len(list(takewhile(visible.__contains__, keys[group][start : start + near])))
         record.next_save += near
         # What is held back comes here in every plan, and seldom has more of it near.
         if self._shape.paged and record.next_save > (first := max(start, record.considered)):
@@ -296,17 +299,19 @@ class SavePlanner:
         if isinstance(slot, NoRoom):
             return Unsaved.WORTH_LESS if slot is NoRoom.WORTH_LESS else Unsaved.IN_USE
         transfer = self._transfers.open(
-            Kind.SAVE,
-            record.view.request_id,
-            step=self._clock.step,
-            expires=self._clock.now + self._timeout,
-            size=self._chunk_bytes,
-            keys=(key,),
-            near=(slot,),
-            standing=standing,
-            lease=self._leases.take(blocks),
-            lasting=record.chain.epoch.lasting,
-            trying=self._fills.ordered(),
+            Transfer(
+                Kind.SAVE,
+                record.view.request_id,
+                step=self._clock.step,
+                expires=self._clock.now + self._timeout,
+                size=self._chunk_bytes,
+                keys=(key,),
+                near=(slot,),
+                standing=standing,
+                lease=self._leases.take(blocks),
+                lasting=record.chain.epoch.lasting,
+                trying=self._fills.ordered(),
+            )
         )
         overwritten = self._shape.groups[group].in_place
         self.orders.append(

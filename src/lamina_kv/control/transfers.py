@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
@@ -60,13 +60,13 @@ class Transfer:
     """One movement.
 
     Attributes:
-        id: its identity.
+        id: its identity, which its table gives it.
         kind: what moves.
         request_id: for whom; of a move, for whom it was ordered, or "" for nobody.
         step: the step whose plan carried it.
         expires: control's clock after which it is overdue.
         size: bytes over all ranks.
-        moving: ranks that are not terminal.
+        moving: ranks that are not terminal; from its table, too.
         tier: near for a load or save; the far tier of a move, question or probe.
         keys: the chunks that move, or that are asked for.
         near: near slots that a load or outward move leases, or a save or inward move fills; one for
@@ -92,13 +92,13 @@ class Transfer:
         waited: seconds that the forward pass itself waited for a load.
     """
 
-    id: TransferId
+    id: TransferId = field(init=False)
     kind: Kind
     request_id: str
     step: int
     expires: float
     size: int
-    moving: set[int]
+    moving: set[int] = field(init=False)
     tier: TierName = NEAR
     keys: tuple[ChunkKey, ...] = ()
     near: tuple[int, ...] = ()
@@ -164,45 +164,11 @@ class TransferTable:
         self._bytes: Counter[Kind | tuple[Kind, TierName]] = Counter()
         self._counts: Counter[Kind] = Counter()
 
-    def open(
-        self,
-        kind: Kind,
-        request_id: str,
-        *,
-        step: int,
-        expires: float,
-        size: int,
-        tier: TierName = NEAR,
-        keys: tuple[ChunkKey, ...] = (),
-        near: tuple[int, ...] = (),
-        far: int = 0,
-        standing: Standing = ALONE,
-        lease: BlockLease | None = None,
-        layerwise: bool = False,
-        lasting: bool = True,
-        trying: bool = False,
-    ) -> Transfer:
-        """A new transfer under an identity that was never used before; arguments as in
-        :class:`Transfer`."""
+    def open(self, transfer: Transfer) -> Transfer:
+        """Give a transfer that begins an identity that was never used before; returns it."""
         self._next += 1
-        transfer = Transfer(
-            id=TransferId(self._next),
-            kind=kind,
-            request_id=request_id,
-            step=step,
-            expires=expires,
-            size=size,
-            moving=set(range(self._ranks)),
-            tier=tier,
-            keys=keys,
-            near=near,
-            far=far,
-            standing=standing,
-            lease=lease,
-            layerwise=layerwise,
-            lasting=lasting,
-            trying=trying,
-        )
+        transfer.id = TransferId(self._next)
+        transfer.moving = set(range(self._ranks))
         self._live[transfer.id] = transfer
         self._account(transfer, 1)
         if self._spans is not None:
@@ -248,6 +214,7 @@ class TransferTable:
         return len(self._live)
 
     def _account(self, transfer: Transfer, sign: int) -> None:
-        self._counts[transfer.kind] += sign
-        self._bytes[transfer.kind] += sign * transfer.size
-        self._bytes[transfer.kind, transfer.tier] += sign * transfer.size
+        kind, size = transfer.kind, sign * transfer.size
+        self._counts[kind] += sign
+        self._bytes[kind] += size
+        self._bytes[kind, transfer.tier] += size

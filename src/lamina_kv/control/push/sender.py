@@ -226,12 +226,14 @@ class PushSender:
 
     def _open(self, out: Outbound, sources: tuple[int, ...], size: int) -> Transfer:
         transfer = self._transfers.open(
-            Kind.PUSH,
-            out.push,
-            step=self._clock.step,
-            expires=inf,
-            size=size,
-            lease=self._leases.take(sources),
+            Transfer(
+                Kind.PUSH,
+                out.push,
+                step=self._clock.step,
+                expires=inf,
+                size=size,
+                lease=self._leases.take(sources),
+            )
         )
         self._of_transfer[transfer.id] = out
         return transfer

@@ -234,7 +234,7 @@ class PushTarget:
         )
         held = tuple(b for table in tables for b in table.blocks if b != NO_BLOCK)
         transfer = self._transfers.open(
-            Kind.RECEIVE, view.request_id, step=self._clock.step, expires=inf, size=0
+            Transfer(Kind.RECEIVE, view.request_id, step=self._clock.step, expires=inf, size=0)
         )
         attempt = Attempt(push.id, transfer.id)
         claimed = self._claims.remove(view.request_id)
