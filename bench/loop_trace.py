@@ -1,5 +1,5 @@
-"""Write a trace of documents that are asked for in turn, round and round, for ``lamina-kv bench
-trace``: what tiers find where more documents are in turn than fit.
+"""Write a trace of documents that are asked for in turn, round and round, or at random, for
+``lamina-kv bench trace``: what tiers find where there are more documents than fit.
 
     python bench/loop_trace.py 200 > loop.jsonl
     lamina-kv bench trace loop.jsonl --host 1600 --one-after-another
@@ -25,6 +25,8 @@ def prompts(options: argparse.Namespace) -> Iterator[Sequence[int]]:
         turn = list(range(options.documents))
         if options.shuffle:
             chance.shuffle(turn)
+        if options.random:
+            turn = chance.choices(turn, k=len(turn))
         for document in turn:
             first = document * options.blocks
             yield (*common, *range(first, first + options.blocks))
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--common", type=int, default=0, help="Blocks in front of every document.")
     parser.add_argument("--questions", type=float, default=0.0, help="One-off prompts a document.")
     parser.add_argument("--shuffle", action="store_true", help="Each round in another order.")
+    parser.add_argument("--random", action="store_true", help="Any document at any time.")
     parser.add_argument("--seed", type=int, default=0)
     for number, blocks in enumerate(prompts(parser.parse_args())):
         request = {

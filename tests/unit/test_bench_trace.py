@@ -228,6 +228,35 @@ def test_the_next_turn_finds_the_answer() -> None:
     assert Engine(trace, 100, {}, ONE_BY_ONE).run().blocks == 2
 
 
+def test_what_the_engine_has_itself_no_tier_is_asked_for() -> None:
+    trace = traced(*((0.0, DOCUMENT, ()) for _ in range(3)))
+    replay = Engine(trace, 100, {}, ONE_BY_ONE, own=10).run()
+    assert (replay.had, replay.blocks) == (20, 0)
+    replay = Engine(trace, 100, {}, ONE_BY_ONE, own=4).run()
+    assert (replay.had, replay.blocks) == (8, 12)
+    assert replay.schedule[2] == Event(True, array("I", DOCUMENT), 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tier_smaller_than_the_engines_cache_keeps_what_that_does_not(seed: int) -> None:
+    """By the order of use it would keep what the engine has, too, and be asked for nothing."""
+    source, prompts = random.Random(seed), []
+    for n in range(400):
+        start = 10 * source.randrange(8) if source.random() < 0.8 else 1000 + 10 * n
+        prompts.append([*range(start, start + 8), 10_000 + n])
+    trace = traced(*((0.0, ids, ()) for ids in prompts))
+    replay = Engine(trace, 24, {}, ONE_BY_ONE, own=36).run()
+    assert replay.had > trace.blocks / 5
+    rates = {
+        name: blocks_found(make(), replay.schedule)
+        for name, make in others(24, replay.schedule).items()
+    }
+    assert max(rates, key=rates.__getitem__) == OPTIMUM
+    assert rates["LRU leaf first"] < trace.blocks / 40
+    assert replay.blocks > trace.blocks / 14
+    assert rates[OPTIMUM] > replay.blocks
+
+
 def test_requests_take_the_time_that_the_engine_needs() -> None:
     """Prompts of 160 tokens at 1000 a second, answers of 10 tokens at 10 a second."""
     prompts = [[100 * n + i for i in range(10)] for n in range(3)]
@@ -360,6 +389,20 @@ def test_several_tiers_say_what_each_has_found(file: Path, tmp_path: Path) -> No
     assert set(second["saved_seconds_by_tier"]) == {"host", "far1", "far2"}
 
 
+def test_what_the_engine_finds_is_told_beside_what_tiers_find(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command(str(file), "--host", "200", "--json", str(out))
+    (alone,) = json.loads(out.read_text())["points"]
+    said = command(str(file), "--host", "200", "--engine", "30", "--json", str(out))
+    (point,) = json.loads(out.read_text())["points"]
+    assert alone["found_in_engine"] == 0 < point["found_in_engine"]
+    both = point["found_in_engine"] + point["found"][LAMINA]
+    assert both == pytest.approx(alone["found"][LAMINA]), "there is room for all"
+    assert "The engine's own cache of 30 blocks finds" in said
+    assert "Engine and tiers together cannot find more" in said
+    assert "No tier can find more" in command(str(file), "--host", "200")
+
+
 def test_what_the_server_has_measured_is_used_unless_somebody_knows_better(
     tmp_path: Path,
 ) -> None:
@@ -380,6 +423,8 @@ def test_what_the_server_has_measured_is_used_unless_somebody_knows_better(
         (["--host", "a"], 'a capacity must be blocks such as "5000"'),
         (["--host", "0"], "a capacity must be blocks"),
         (["--host", "1%,2%", "--far", "1,2,3"], "one capacity each, or equally many, got 2 and 3"),
+        (["--engine", "some"], 'a capacity must be blocks such as "5000"'),
+        (["--engine", "5", "--engines", "2"], "--engine cannot be given with --engines"),
         (["--prefill", "0"], "--prefill must be a number of tokens a second"),
         (["--decode", "nan"], "--decode must be a number of tokens a second"),
         (["--running", "0"], "--running must be at least 1"),

@@ -81,10 +81,14 @@ def test_a_request_that_waits_and_is_not_worth_keeping_keeps_nothing_longer() ->
     key = keys_of(prompt(100))[0]
     before = engine.near.uses(key)
     for name, regard, more in (("shy", NOT_KEPT, 0), ("usual", USUAL, 1)):
-        for _ in range(2):  # it is counted once, however often it is searched for
-            engine.planner.arrived(View(name, prompt(100), regard=regard))
+        view = View(name, prompt(100), regard=regard)
+        for _ in range(2):
+            engine.planner.arrived(view)
             engine.step()
-            assert engine.near.uses(key) == before + more
+            assert engine.near.uses(key) == before, "it has not begun"
+        engine.planner.admitted(name, engine.planner.lookup(view, 0).tokens)
+        engine.step()
+        assert engine.near.uses(key) == before + more, "once, however often it was searched for"
 
 
 def steps_of(kind: GroupKind, *, in_place: bool, regard: Regard) -> list[StepPlan]:

@@ -65,10 +65,10 @@ def victims(index: SlotIndex, count: int) -> list[int]:
 # -- slots ---------------------------------------------------------------------------------
 
 
-def test_a_use_that_is_noted_again_before_its_chunk_comes_is_one() -> None:
+def test_a_use_of_which_a_chunk_comes_later_is_one() -> None:
     index, prefix, whole = SlotIndex(2, stored=False), [key(1), key(2)], Use(1, 2)
-    for again in (False, True, True):
-        assert not list(index.use_prefix(prefix, whole, again=again))
+    for ahead in (True, True, False):
+        assert not list(index.use_prefix(prefix, whole, ahead=ahead))
     assert isinstance(index.room(key(1), Standing(use=whole)), int)
     index.filled(key(1))
     assert index.uses(key(1)) == 1
@@ -76,6 +76,27 @@ def test_a_use_that_is_noted_again_before_its_chunk_comes_is_one() -> None:
     assert isinstance(index.room(key(2), Standing(key(1), whole)), int)
     index.filled(key(2))
     assert index.uses(key(2)) == 2, "it was missed by a request that is over"
+
+
+def test_a_use_counts_and_its_store_hears_of_it_when_the_request_begins() -> None:
+    index, prefix = SlotIndex(3), [key(1), key(2)]
+    for each in (*prefix, key(3)):
+        index.room(each)
+        index.filled(each)
+    for ahead in (True, True, False):
+        assert (index.uses(key(1)), index.touches()) == (1, ())
+        assert list(index.use_prefix(prefix, Use(2, 2), ahead=ahead))
+    assert index.uses(key(1)) == 2
+    assert [name for name, _ in index.touches()] == [key(2), key(1)]
+
+
+def test_a_chunk_of_a_request_that_is_yet_to_begin_is_young() -> None:
+    index = SlotIndex(2)
+    for number in (1, 2):
+        index.room(key(number))
+        index.filled(key(number))
+    list(index.use_prefix([key(1)], Use(1, 1), ahead=True))
+    assert victims(index, 1) == [2]
 
 
 def test_a_chunk_is_not_found_before_it_is_filled() -> None:

@@ -333,6 +333,14 @@ def trace(
             "the preferred tier first.",
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Likewise of the engine's own prefix cache, which is asked before any tier. vLLM "
+            "says how many tokens it holds when it starts. 0: none.",
+        ),
+    ] = "0",
     one_after_another: Annotated[
         bool,
         typer.Option(
@@ -419,7 +427,7 @@ def trace(
     hosts = tuple(host.split(","))
     settings = made(
         lambda: TraceSettings(
-            file, hosts, tuple(tuple(sizes.split(",")) for sizes in far or ()), pace, size
+            file, hosts, tuple(tuple(sizes.split(",")) for sizes in far or ()), pace, size, engine
         )
     )
     if engines is None:
@@ -431,6 +439,10 @@ def trace(
     if far:
         raise typer.BadParameter(
             "--far cannot be given with --engines: their far tier is the store"
+        )
+    if settings.engine.strip() != "0":
+        raise typer.BadParameter(
+            "--engine cannot be given with --engines: those have no caches of their own"
         )
     fleet = made(
         lambda: sharing.SharingSettings(

@@ -24,10 +24,12 @@ class Event(NamedTuple):
     Attributes:
         lookup: whether it was looked up. Else all of its blocks have come to be there.
         ids: its blocks.
+        had: of a lookup, how many of its first blocks the engine has itself.
     """
 
     lookup: bool
     ids: Ids
+    had: int = 0
 
 
 OPTIMUM = "Belady"
@@ -37,12 +39,13 @@ OPTIMUM = "Belady"
 class Policy(Protocol):
     """What a bounded set of blocks keeps."""
 
-    def find(self, ids: Ids, moment: int) -> int:
-        """A request is looked up: how many of its first blocks are kept.
+    def find(self, ids: Ids, moment: int, had: int = 0) -> int:
+        """A request is looked up: how many blocks are kept behind those that the engine has.
 
         Args:
             ids: its blocks.
             moment: the place of this event in the schedule.
+            had: how many of its first blocks the engine has.
         """
 
     def use(self, ids: Ids, moment: int) -> None:
@@ -71,8 +74,8 @@ class Lru:
         self._leaf_first = leaf_first
         self._kept: OrderedDict[int, None] = OrderedDict()
 
-    def find(self, ids: Ids, moment: int) -> int:  # noqa: D102
-        return prefix(ids, self._kept)
+    def find(self, ids: Ids, moment: int, had: int = 0) -> int:  # noqa: D102
+        return prefix(ids[had:], self._kept)
 
     def use(self, ids: Ids, moment: int) -> None:  # noqa: D102
         for block in reversed(ids) if self._leaf_first else ids:
@@ -98,11 +101,11 @@ class Arc:
         self._once_gone: OrderedDict[int, None] = OrderedDict()
         self._often_gone: OrderedDict[int, None] = OrderedDict()
 
-    def find(self, ids: Ids, moment: int) -> int:  # noqa: D102
-        for count, block in enumerate(ids):
+    def find(self, ids: Ids, moment: int, had: int = 0) -> int:  # noqa: D102
+        for count, block in enumerate(ids[had:]):
             if block not in self._once and block not in self._often:
                 return count
-        return len(ids)
+        return len(ids) - had
 
     def use(self, ids: Ids, moment: int) -> None:  # noqa: D102
         for block in reversed(ids):
@@ -169,8 +172,8 @@ class S3Fifo:
         self._uses: dict[int, int] = {}
         self._ghosts: OrderedDict[int, None] = OrderedDict()
 
-    def find(self, ids: Ids, moment: int) -> int:  # noqa: D102
-        return prefix(ids, self._uses)
+    def find(self, ids: Ids, moment: int, had: int = 0) -> int:  # noqa: D102
+        return prefix(ids[had:], self._uses)
 
     def use(self, ids: Ids, moment: int) -> None:  # noqa: D102
         for block in reversed(ids):
@@ -226,15 +229,15 @@ class Belady:
         self._lookups: dict[int, array[int]] = {}
         for moment, event in enumerate(schedule):
             if event.lookup:
-                for block in event.ids:
+                for block in event.ids[event.had :]:
                     self._lookups.setdefault(block, array("q")).append(moment)
         # Of each kept block when it is needed next: the moment of a lookup, and the block's place
         # in its request. That names the block, too.
         self._needs: dict[int, int] = {}
         self._heap: list[int] = []  # needs, negative; some are not a block's next any more
 
-    def find(self, ids: Ids, moment: int) -> int:  # noqa: D102
-        count = prefix(ids, self._needs)
+    def find(self, ids: Ids, moment: int, had: int = 0) -> int:  # noqa: D102
+        count = prefix(ids[had:], self._needs)
         self._look_ahead(ids, moment, added=False)
         return count
 
@@ -280,7 +283,8 @@ def others(capacity: int, schedule: Sequence[Event]) -> dict[str, Callable[[], P
 
 
 def blocks_found(policy: Policy, schedule: Sequence[Event]) -> int:
-    """Blocks that a policy finds again, each behind all blocks before it.
+    """Blocks that a policy finds again, each behind all blocks before it, and behind those that the
+    engine has.
 
     Args:
         policy: the policy, empty.
@@ -289,7 +293,7 @@ def blocks_found(policy: Policy, schedule: Sequence[Event]) -> int:
     found = 0
     for moment, event in enumerate(schedule):
         if event.lookup:
-            found += policy.find(event.ids, moment)
+            found += policy.find(event.ids, moment, event.had)
         else:
             policy.use(event.ids, moment)
     return found

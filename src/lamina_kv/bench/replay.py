@@ -3,7 +3,7 @@
 Around the planner is an engine that computes nothing. It prefills one prompt at a time, in the
 order in which requests come, and decodes many at once. A save, a load or a move is over before the
 next plan, so what is found is decided by what the tiers keep, and not by how fast they are. The
-engine keeps no cache of its own: every block that is found is found in a tier.
+engine may have a cache of its own, by the order of use. What that has no tier is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lamina_kv.bench.policies import Event
+from lamina_kv.bench.policies import Event, Ids, Lru
 from lamina_kv.bench.trace_file import ReplayedRequest, Trace
 from lamina_kv.config import load_config
 from lamina_kv.control.offers import Offer
@@ -95,18 +95,20 @@ class Replay:
     Attributes:
         found: blocks that were found, by the tier that had them.
         saved: seconds of prefill that were saved, by the tier that had the blocks.
+        had: blocks that the engine had itself.
         schedule: what happened, in order.
         seconds: virtual seconds that it took.
     """
 
     found: dict[TierName, int] = field(default_factory=dict)
     saved: dict[TierName, float] = field(default_factory=dict)
+    had: int = 0
     schedule: list[Event] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def blocks(self) -> int:
-        """Blocks that were found."""
+        """Blocks that were found in tiers."""
         return sum(self.found.values())
 
 
@@ -179,6 +181,7 @@ class Engine:
         far: blocks of each far tier, by name.
         pace: how fast it is.
         ended: called whenever a request has ended, with the blocks of its prompt.
+        own: blocks of the engine's own cache.
     """
 
     def __init__(
@@ -188,8 +191,10 @@ class Engine:
         far: Mapping[str, int],
         pace: Pace,
         ended: Callable[[int], None] = lambda _: None,
+        own: int = 0,
     ) -> None:
         self._trace = trace
+        self._own = Lru(own, leaf_first=True)
         self._pace = pace
         self._report = ended
         self._now = 0.0
@@ -230,8 +235,10 @@ class Engine:
     def _begins(self, number: int) -> None:
         """A request is looked up, gets its blocks, and what was found is loaded."""
         view, request = self._views[number], self._trace.requests[number]
-        self._replay.schedule.append(Event(True, request.blocks))
-        offer = self._look_up(view)
+        had = self._own.find(request.blocks, len(self._replay.schedule))
+        self._replay.had += had
+        self._replay.schedule.append(Event(True, request.blocks, had))
+        offer = self._look_up(view, had * _CHUNK)
         for tier, tokens in offer.taken.items():
             self._replay.found[tier] += tokens // _CHUNK
             saved = self._pace.seconds(request, tokens // _CHUNK * self._trace.block_tokens)
@@ -240,13 +247,13 @@ class Engine:
         self._plan()
         self._running += 1
         self._prefilling = True
-        view.computed = offer.tokens
-        left = request.input_tokens - offer.tokens // _CHUNK * self._trace.block_tokens
+        view.computed = had * _CHUNK + offer.tokens
+        left = request.input_tokens - view.computed // _CHUNK * self._trace.block_tokens
         self._at(self._now + self._pace.seconds(request, max(0, left)), self._prefilled, number)
 
-    def _look_up(self, view: View) -> Offer:
+    def _look_up(self, view: View, floor: int) -> Offer:
         for _ in range(_MOST_STEPS):
-            offer = self._planner.lookup(view, 0)
+            offer = self._planner.lookup(view, floor)
             if not offer.ask_again:
                 return offer
             self._plan()
@@ -255,7 +262,7 @@ class Engine:
     def _prefilled(self, number: int) -> None:
         view, request = self._views[number], self._trace.requests[number]
         self._compute(view)
-        self._replay.schedule.append(Event(False, request.blocks))
+        self._arrived(request.blocks)
         self._prefilling = False
         self._at(self._now + request.output_tokens / self._pace.decode, self._ends, number)
 
@@ -264,7 +271,7 @@ class Engine:
         if request.answer:
             view.answered()
             self._compute(view)
-            self._replay.schedule.append(Event(False, request.blocks + request.answer))
+            self._arrived(request.blocks + request.answer)
         self._planner.finished(view.request_id, view.computed, [view.blocks(0)])
         for _ in range(_MOST_STEPS):
             if not self._planner.has_work:
@@ -273,6 +280,11 @@ class Engine:
         self._running -= 1
         self._meter.drain()  # nobody reads it, and it grows
         self._report(len(request.blocks))
+
+    def _arrived(self, blocks: Ids) -> None:
+        """All blocks of a request are in the engine, and may be kept."""
+        self._own.use(blocks, len(self._replay.schedule))
+        self._replay.schedule.append(Event(False, blocks))
 
     def _compute(self, view: View) -> None:
         """Compute all tokens of a request that are known."""

@@ -43,6 +43,7 @@ class TraceSettings:
             have several; these belong together one by one.
         pace: how fast the engine is.
         block_bytes: bytes of one block; 0 for what the trace says.
+        engine: capacity of the engine's own cache, likewise; "0" for none.
 
     Raises:
         ValueError: names the option and what it must be.
@@ -53,6 +54,7 @@ class TraceSettings:
     far: tuple[tuple[str, ...], ...]
     pace: Pace
     block_bytes: int = 0
+    engine: str = "0"
 
     def __post_init__(self) -> None:
         for name, rate in (("prefill", self.pace.prefill), ("decode", self.pace.decode)):
@@ -68,6 +70,11 @@ class TraceSettings:
             )
         for size in (*self.host, *(size for sizes in self.far for size in sizes)):
             blocks_of(size, 1, 1)
+        self.engine_blocks(1, 1)
+
+    def engine_blocks(self, different: int, block_bytes: int) -> int:
+        """Blocks of the engine's own cache; arguments and errors as those of :func:`blocks_of`."""
+        return 0 if self.engine.strip() == "0" else blocks_of(self.engine, different, block_bytes)
 
     @property
     def capacities(self) -> list[tuple[str, ...]]:
@@ -133,6 +140,7 @@ class Point:
         parts: of Lamina's share, that of each tier.
         saved: seconds of prefill that were saved, by the tier that had the blocks.
         seconds: virtual seconds that the trace took.
+        had: share of the blocks that the engine had itself. What tiers find comes on top.
     """
 
     tiers: Mapping[str, int]
@@ -140,6 +148,7 @@ class Point:
     parts: Mapping[str, float]
     saved: Mapping[str, float]
     seconds: float
+    had: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -155,11 +164,13 @@ class TraceReport:
         settings: what was asked; its pace is the one that was replayed.
         trace: the trace.
         points: one for each capacity, the smallest first.
+        engine: blocks of the engine's own cache.
     """
 
     settings: TraceSettings
     trace: Trace
     points: tuple[Point, ...]
+    engine: int = 0
 
     def as_json(self) -> str:
         """Everything, for a program."""
@@ -180,6 +191,7 @@ class TraceReport:
                 "prefill": pace.prefill,
                 "decode": pace.decode,
                 "running": pace.running,
+                "engine": self.engine,
             },
             "points": [
                 {
@@ -187,6 +199,7 @@ class TraceReport:
                     "blocks": point.blocks,
                     "found": dict(point.rates),
                     "found_by_tier": dict(point.parts),
+                    "found_in_engine": point.had,
                     "saved_seconds_by_tier": dict(point.saved),
                     "seconds": point.seconds,
                 }
@@ -228,6 +241,7 @@ class TraceReport:
             f"tokens, {trace.different:,} different ones; {order}.",
             f"Other policies have one tier as large as all of Lamina's together. {OPTIMUM} knows "
             f"the future: nothing can be better.",
+            *self._said_of_engine(),
         )
         speed = (
             "as the server has measured it."
@@ -257,6 +271,15 @@ class TraceReport:
                     f"{100 * saved / self._prefill:.1f}" if self._prefill else "",
                 )
         return table
+
+    def _said_of_engine(self) -> list[str]:
+        if not self.engine:
+            return []
+        had = sum(point.had for point in self.points) / len(self.points)
+        return [
+            f"The engine's own cache of {self._size(self.engine)} finds {100 * had:.1f} % of all "
+            f"blocks. What tiers find comes on top, and so does what other policies find."
+        ]
 
     @property
     def _most(self) -> float:
@@ -293,7 +316,9 @@ class TraceReport:
         return (
             " ".join(said)
             + f" All prompts together take {time_of(self._prefill)} of prefill. "
-            + f"No tier can find more than {100 * self._most:.1f} % of their blocks."
+            + f"{'Engine and tiers together' if self.engine else 'No tier'} "
+            + f"{'cannot' if self.engine else 'can'} find more than {100 * self._most:.1f} % of "
+            + "their blocks."
         )
 
     def _share(self, blocks: int) -> str:
@@ -347,14 +372,16 @@ def measure(settings: TraceSettings, progress: Progress) -> TraceReport:
     try:
         trace = read_trace(settings.path, settings.block_bytes)
         tiers = [_tiers(sizes, trace) for sizes in settings.capacities]
+        own = settings.engine_blocks(trace.different, trace.block_bytes)
     except (OSError, ValueError) as error:
         raise BenchError(f"{settings.path}: {error}") from error
     settings = replace(settings, pace=settings.pace.of(trace))
     points = [
-        _point(trace, each, settings.pace, progress, f"{number} of {len(tiers)}")
+        _point(trace, each, own, settings.pace, progress, f"{number} of {len(tiers)}")
         for number, each in enumerate(tiers, 1)
     ]
-    return TraceReport(settings, trace, tuple(sorted(points, key=lambda point: point.blocks)))
+    points.sort(key=lambda point: point.blocks)
+    return TraceReport(settings, trace, tuple(points), own)
 
 
 def _tiers(sizes: Sequence[str], trace: Trace) -> dict[str, int]:
@@ -366,21 +393,21 @@ def _tiers(sizes: Sequence[str], trace: Trace) -> dict[str, int]:
 
 
 def _point(
-    trace: Trace, tiers: Mapping[str, int], pace: Pace, progress: Progress, which: str
+    trace: Trace, tiers: Mapping[str, int], own: int, pace: Pace, progress: Progress, which: str
 ) -> Point:
     capacity = sum(tiers.values())
     what = f"capacity {which}: {capacity:,} blocks"
     ended = progress.bar(what, trace.blocks)
     near, *_ = tiers.values()
     far = {name: blocks for name, blocks in tiers.items() if name != "host"}
-    replay = Engine(trace, near, far, pace, ended).run()
+    replay = Engine(trace, near, far, pace, ended, own).run()
     rates = {LAMINA: replay.blocks / trace.blocks}
     progress.say(f"{what}, other policies")
     for name, make in others(capacity, replay.schedule).items():
         rates[name] = blocks_found(make(), replay.schedule) / trace.blocks
     parts = {str(tier): blocks / trace.blocks for tier, blocks in replay.found.items()}
     saved = {str(tier): seconds for tier, seconds in replay.saved.items()}
-    return Point(tiers, rates, parts, saved, replay.seconds)
+    return Point(tiers, rates, parts, saved, replay.seconds, replay.had / trace.blocks)
 
 
 def draw(report: TraceReport, path: Path) -> None:

@@ -164,12 +164,12 @@ class Catalog:
         use: Use,
         ends: Sequence[End] = (),
         *,
-        again: bool = False,
+        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """:meth:`note_use`, run by run."""
         return joined.from_iterable(
-            index.use_prefix(chain, use, ends, again=again, over=over) for index in self._indexes
+            index.use_prefix(chain, use, ends, ahead=ahead, over=over) for index in self._indexes
         )
 
     def bring_up_to_date(self) -> None:

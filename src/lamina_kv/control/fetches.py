@@ -53,7 +53,7 @@ class Fetches(Container[ChunkKey]):
         """The move of a chunk that has not ended."""
         return self._moves.get(key)
 
-    def order(self, lane: Lane, request_id: str, key: ChunkKey, use: Use | None) -> Fetch | None:
+    def order(self, lane: Lane, request_id: str, key: ChunkKey, use: Use) -> Fetch | None:
         """Order a move of a chunk that has none; None if near has no room for it."""
         transfer = lane.fetch(request_id, key, use)
         if transfer is None:

@@ -281,8 +281,9 @@ class HitFinder:
         if not end or not record.view.regard.keep:
             return
         chain, ends = self._prefix(record, end)
-        again = record.use is not None  # it was searched before
-        for _ in self._catalog.use(chain, self._use(record, end * chunk), ends, again=again):
+        # It counts when the request begins, and it is known what the engine has itself.
+        use = self._use(record, 0, end * chunk)
+        for _ in self._catalog.use(chain, use, ends, ahead=True):
             yield 1
 
     def _search_prefix(
@@ -315,13 +316,14 @@ class HitFinder:
             index += 1
         return index
 
-    def used(self, record: RequestRecord, end: int) -> None:
-        """Note that the first ``end`` tokens of a request were found, wherever. A request uses its
-        prefix once: what it finds when it comes back, it had computed itself. One that is not worth
-        keeping uses nothing."""
+    def used(self, record: RequestRecord, floor: int, end: int) -> None:
+        """Note that the first ``end`` tokens of a request were found, the first ``floor`` of them
+        in the engine. A request uses its prefix once: what it finds when it comes back, it had
+        computed itself. One that is not worth keeping uses nothing."""
         if record.use is None and record.view.regard.keep:
             chain, ends = self._prefix(record, -(-end // self._shape.chunk_tokens))
-            self._catalog.note_use(chain, self._use(record, end), ends)
+            record.use = self._use(record, floor, end)
+            self._catalog.note_use(chain, record.use, ends)
 
     def over(self, record: RequestRecord) -> None:
         """A request has ended: all that is kept of it is as young as what others use now."""
@@ -329,14 +331,14 @@ class HitFinder:
             chain, ends = self._prefix(record, len(record.chain.groups[0]), all_ends=True)
             self._catalog.note_use(chain, record.use, ends, over=True)
 
-    def _use(self, record: RequestRecord, end: int) -> Use:
-        """The use that a request makes of its prefix, of which the first ``end`` tokens were found;
-        noted in the record."""
+    def _use(self, record: RequestRecord, floor: int, end: int) -> Use:
+        """The use that a request makes of its prefix, of which the first ``end`` tokens were found,
+        and the first ``floor`` in the engine."""
         chunk, deep = self._shape.chunk_tokens, max(1, len(self._shape.full))
         total = record.view.num_prompt_tokens // chunk
         found = min(-(-end // chunk), total)
-        record.use = Use(found * deep, total * deep, record.view.regard)
-        return record.use
+        had = min(floor // chunk, found)
+        return Use(found * deep, total * deep, record.view.regard, had * deep)
 
     def _prefix(
         self, record: RequestRecord, end: int, *, all_ends: bool = False

@@ -19,7 +19,7 @@ from lamina_kv.control.cost import Costs
 from lamina_kv.control.transfers import Kind, State, Transfer
 from lamina_kv.plan import NEAR, Ask, ChunkKey, Move, TierOrders, TransferId
 from lamina_kv.tiers.contract import Answer, NoRoom
-from lamina_kv.tiers.reuse import ALONE, Standing, Use
+from lamina_kv.tiers.reuse import Standing, Use
 
 MOST_CONSIDERED = 256
 """Chunks of the backlog that one plan looks at, about 1 ms, whether they are written or not."""
@@ -215,11 +215,11 @@ class Lane:
         """Whether one more chunk may be ordered from the tier."""
         return not self.is_busy and self._books.breakers.readable(self.far.name)
 
-    def fetch(self, request_id: str, key: ChunkKey, use: Use | None) -> Transfer | None:
+    def fetch(self, request_id: str, key: ChunkKey, use: Use) -> Transfer | None:
         """Order a move of a chunk that the tier has and near has not, nor will have; None if near
         has no room for it. What stands in front of it is known when it is used."""
         catalog = self._books.catalog
-        slot = catalog.room(key, NEAR, ALONE if use is None else Standing(use=use))
+        slot = catalog.room(key, NEAR, Standing(use=use))
         if isinstance(slot, NoRoom):
             return None
         place = self.far.index.hold(key)

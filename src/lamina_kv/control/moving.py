@@ -444,7 +444,7 @@ class MovePlanner:
             if not lane.may_read:
                 return _Next.TIER_BUSY
             self._looks -= LOOKS_OF_A_MOVE
-            if self._fetches.order(lane, arrival.request_id, key, arrival.record.use) is None:
+            if self._fetches.order(lane, arrival.request_id, key, arrival.record.known_use) is None:
                 return _Next.NEAR_FULL
             arrival.sources[key] = name
         if name is not None or near.fills(key):

@@ -345,7 +345,7 @@ class Planner:
             self.pushes.admitted(record, offer)
         if not record.losses:  # one that comes back finds what it had computed itself
             found = offer if floor is None else replace(offer, floor=floor)
-            self._hits.used(record, found.floor + found.loaded)
+            self._hits.used(record, found.floor, found.floor + found.loaded)
             if self._saves:
                 self._second_uses.found(record, found)
             if record.may_hit:

@@ -315,8 +315,14 @@ class RequestRecord:
     def standing(self, shape: ChunkShape, group: int, index: int) -> Standing:
         """Where chunk ``index`` of one of its groups stands."""
         last = index + 1 == self.view.num_prompt_tokens // shape.chunk_tokens
-        use = self.use or Use(regard=self.view.regard)
-        return Standing(shape.behind(self.chain.groups, group, index), use, last)
+        use = self.known_use
+        had = use.had > 0 and index < use.had // max(1, len(shape.full))
+        return Standing(shape.behind(self.chain.groups, group, index), use, last, had)
+
+    @property
+    def known_use(self) -> Use:
+        """Its use of its prefix, as far as that is known."""
+        return self.use or Use(regard=self.view.regard)
 
     @property
     def may_save(self) -> bool:

@@ -87,8 +87,7 @@ class SecondUses:
         if last is not None and last.groups is groups and last.end == start:
             last.end = end
         else:
-            use = record.use or Use(regard=record.view.regard)
-            self._waiting.append(_Prefix(groups, use, start, end))
+            self._waiting.append(_Prefix(groups, record.known_use, start, end))
 
     def offer(self) -> None:
         """Offer the tiers some of what waits, beginnings first; the rest with later plans. What is

@@ -229,7 +229,7 @@ class Index(Protocol):
         use: Use,
         ends: Sequence[End] = (),
         *,
-        again: bool = False,
+        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """A prefix was of use, or what is here of it: its beginning is the youngest of all.
@@ -243,8 +243,8 @@ class Index(Protocol):
             use: the use.
             ends: chunks of use beside the chain, and behind which chunk of it each stands: the last
                 ones of windows, states.
-            again: whether this use was noted before, and goes on: nothing is counted twice. A store
-                hears of it once more, because a longer prefix may be known by now.
+            ahead: whether the request that makes this use is yet to begin. What is here of it is
+                made younger, and no more: it is counted, and a store hears of it, when it begins.
             over: whether the request that makes this use has ended, too. It saves nothing more, so
                 that what is not here of its prefix is missed.
         """

@@ -185,7 +185,7 @@ class Runs:
             uses: how often another tier says that it was used.
         """
         self._clock = self._clock + 1 & _CLOCK
-        uses = max(uses, self._returned(key))
+        uses = max(uses, self._returned(key, missed=not standing.had))
         regard = standing.use.regard
         kind = kind_of(uses + 1, standing.use, last=standing.last, branches=False)
         shelf, pin = _shelf(kind, regard.priority), regard.pin_seconds > 0
@@ -259,31 +259,36 @@ class Runs:
             self._runs -= 1
         self._run[slot] = self._front[slot] = _NONE
 
-    def missed(self, key: ChunkKey, use: Use, *, last: bool = False) -> None:
+    def missed(self, key: ChunkKey, standing: Standing) -> None:
         """A chunk that was used is not here, and is not taken in: the tier learns from it all the
         same."""
         self._clock = self._clock + 1 & _CLOCK
-        kind = kind_of(self._returned(key) + 1, use, last=last, branches=False)
+        uses = self._returned(key, missed=not standing.had) + 1
+        kind = kind_of(uses, standing.use, last=standing.last, branches=False)
         self._ghosts.add(key, kind, self._clock)  # the next addition may bring a lesson
 
-    def _returned(self, key: ChunkKey) -> int:
+    def _returned(self, key: ChunkKey, *, missed: bool) -> int:
         """A chunk that is not here is used; returns how often it was before, as far as is known."""
         ghost = self._ghosts.take(key)
         if ghost is None:
             return 0
         kind, stamp = ghost
-        self._worth.used(kind, self._clock - stamp & _CLOCK, 1)
+        if missed:
+            self._worth.used(kind, self._clock - stamp & _CLOCK, 1)
         return uses_of(kind)
 
     # -- uses --------------------------------------------------------------------------------
 
-    def used(self, slot: int, use: Use, *, again: bool = False, beyond: bool = False) -> int:
+    def used(
+        self, slot: int, place: int, use: Use, *, counts: bool = True, beyond: bool = False
+    ) -> int:
         """A prefix that ends with a chunk was used: the run of that chunk is the youngest.
 
         Args:
             slot: the chunk. What stands behind it in its run becomes a run of its own.
+            place: how many chunks of the prefix are in front of it.
             use: the use.
-            again: whether this use of it was noted before, and goes on.
+            counts: whether it is noted now; else it was, or will be.
             beyond: whether the use goes on behind it, other than in one of the runs there.
 
         Returns:
@@ -293,9 +298,10 @@ class Runs:
         assert run >= 0, "a chunk that is used is here"
         if slot != self._tail[run]:
             self._split(run, slot)
-        if not again:
+        if counts:
             kind = self._kind(run)
-            self._worth.used(kind, self._age(run), self._length[run])
+            if (needed := min(self._length[run], place + 1 - use.had)) > 0:
+                self._worth.used(kind, self._age(run), needed)
             child = self._child[run]
             branches = child >= 0 and (beyond or self._next[child] != child)
             kind = kind_of(uses_of(kind) + 1, use, last=False, branches=branches)

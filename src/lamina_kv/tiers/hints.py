@@ -173,12 +173,12 @@ class HintIndex:
         use: Use,
         ends: Sequence[End] = (),
         *,
-        again: bool = False,
+        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """Chunks were of use: what is known of them is remembered longer than other hints. Each of
         them is looked at."""
-        if not over:  # a longer prefix may be known by now
+        if not (ahead or over):
             self._touches.add(chain, ends)
         for key in (*(end for end, _ in ends), *reversed(chain)):
             if key in self._hints:

@@ -4,6 +4,10 @@ A chunk's *kind* is what was seen at its last use: how often it had been used, a
 request. Its *age* is the number of chunks that the tier took in since. For each kind and age the
 tier counts uses, and how many chunks were that old for how long. The quotient is the *hazard*.
 
+What the engine had itself when it was used would not have been missed, and does not count. So a
+tier that is no larger than the engine's own cache learns that chunks are of use when they are old
+enough for the engine to have given them up, and keeps others than the engine does.
+
 From the hazards follows what a chunk is *worth*: the most uses per slot and time that keeping it
 from now on can bring, over every moment at which it might be given up (a Gittins index). A kind
 that is used again soon or never is worth much while it is young. A kind that is used again at any
@@ -81,11 +85,13 @@ class Use:
         found: chunks that it found kept.
         total: whole chunks of its prompt.
         regard: what the request says of chunks that it uses.
+        had: of those that it found, how many the engine had itself. It would not have missed them.
     """
 
     found: int = 0
     total: int = 0
     regard: Regard = USUAL
+    had: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +103,13 @@ class Standing:
             nobody knows.
         use: the request that brings it.
         last: whether it is the last chunk of that request's prompt.
+        had: whether the engine had it itself when that request came, which did not miss it.
     """
 
     behind: ChunkKey | None = None
     use: Use = Use()
     last: bool = False
+    had: bool = False
 
 
 ALONE = Standing()

@@ -231,7 +231,7 @@ class SlotIndex:
             victim = self._victim(front)
             if isinstance(victim, NoRoom):
                 if self._stored:  # it is not tried again
-                    self._runs.missed(key, standing.use, last=standing.last)
+                    self._runs.missed(key, standing)
                 return victim
             self._on_eviction(victim, self._runs.idle(self._visible[victim]))
             self._lose(victim, remembered=True)
@@ -302,13 +302,14 @@ class SlotIndex:
         use: Use,
         ends: Sequence[End] = (),
         *,
-        again: bool = False,
+        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """Note a use of a prefix; see :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
-        if self._stored and not over:  # a longer prefix may be known by now
+        counts = not (ahead or over)
+        if self._stored and counts:
             self._touches.add(chain, ends)
-        runs, again = self._runs, again or over
+        runs = self._runs
         # Keys, because a slot may have another chunk, or none, when this goes on.
         loose: dict[ChunkKey | None, list[ChunkKey]] = {}  # ends, by what is in front of them
         for key, behind in ends:
@@ -323,13 +324,14 @@ class SlotIndex:
             slot = self._slot_of(chain[index])
             if slot < 0:
                 if over and not self._stored:  # a store may yet be written to
-                    runs.missed(chain[index], use, last=index == use.total - 1)
+                    last, had = index == use.total - 1, index < use.had
+                    runs.missed(chain[index], Standing(use=use, last=last, had=had))
                     yield
                 index -= 1
                 continue
             for end in loose.pop(chain[index], ()):
-                self._use_end(end, use, again=again)
-            index -= runs.used(slot, use, again=again, beyond=beyond)
+                self._use_end(end, use, counts=counts)
+            index -= runs.used(slot, index, use, counts=counts, beyond=beyond)
             beyond = False
             if index >= 0:
                 heads.append(chain[index + 1])
@@ -337,7 +339,7 @@ class SlotIndex:
             yield
         for alone in loose.values():  # behind nothing that is here
             for end in alone:
-                self._use_end(end, use, again=again)
+                self._use_end(end, use, counts=counts)
         # From the front, so that each chunk changes its run once. Some may have gone meanwhile.
         for key in reversed(heads):
             slot = self._slot_of(key)
@@ -345,10 +347,11 @@ class SlotIndex:
                 for _ in range(runs.merge(slot)):
                     yield
 
-    def _use_end(self, key: ChunkKey, use: Use, *, again: bool) -> None:
+    def _use_end(self, key: ChunkKey, use: Use, *, counts: bool) -> None:
         slot = self._slot_of(key)
         if slot >= 0:
-            self._runs.used(slot, use, again=again)
+            # Of the end of a prefix nothing is missed if the engine had all of that.
+            self._runs.used(slot, use.found - 1, use, counts=counts)
 
     def _join(self, slot: int, behind: ChunkKey | None) -> None:
         """The chunk in front of a run is known by now."""
