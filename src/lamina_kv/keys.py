@@ -266,7 +266,8 @@ class ChunkChain:
         width = size * _TOKEN_BYTES
         if changed:
             start = 0
-        content = _token_bytes(added_tokens := tokens[start:end])
+        fresh = tokens[start:end]
+        content = _token_bytes(fresh)
         if changed:
             for keys in (self._links, *self.groups):
                 keys.clear()
@@ -283,7 +284,7 @@ class ChunkChain:
                 parent + head + content[offset : offset + width], digest_size=KEY_BYTES
             ).digest()
             hashed.append(parent)
-        self._last = list(added_tokens[-size:])
+        self._last = list(fresh[-size:])
         added = cast(list[ChunkKey], hashed)
         self._links += added
         if len(self.groups) > 1:

@@ -22,6 +22,7 @@ from lamina_kv.engines.hand_off import HandOff
 from lamina_kv.plan import ChunkKey, Outcome, TierName, TierReport
 from lamina_kv.tiers.hints import BELIEVED_SECONDS
 from lamina_kv.tiers.regard import Regard
+from lamina_kv.tiers.reuse import Worth
 from stores import stored_chunks
 
 
@@ -182,6 +183,25 @@ def test_what_a_second_request_uses_while_it_is_not_near_goes_nowhere() -> None:
     engine.save(View("a", TOKENS))
     engine.near.drop(keys_of(TOKENS)[-1])
     assert serve(engine, View("b", TOKENS[: 2 * CHUNK + 1])) == keys_of(TOKENS)[:2]
+
+
+def test_what_the_engine_has_and_others_use_teaches_a_shared_tier_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two prompts take turns in a tier for one, and the engine has both of them all the time."""
+    learnt = []
+    monkeypatch.setattr(Worth, "used", lambda _, kind, age, chunks: learnt.append(chunks))
+    engine = Engine({"load": {"when": "always"}}, far_slots=4, far={"keep": "shared"})
+    prompts = TOKENS, prompt(4 * CHUNK + 1, seed=1)
+    for seed, tokens in enumerate(prompts):
+        engine.save(View(f"first {seed}", tokens))
+    came = []
+    for turn in range(6):
+        begin(engine, View(f"{turn}", prompts[turn % 2]), floor=4 * CHUNK)
+        came += written(engine)
+        engine.planner.finished(f"{turn}", 4 * CHUNK, [()])
+    assert len(came) > 8, "some came back"
+    assert learnt == []
 
 
 def test_a_tier_that_keeps_nothing_is_read() -> None:

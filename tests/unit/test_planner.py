@@ -577,6 +577,35 @@ def test_a_load_that_failed_in_the_engines_eyes_keeps_saves_from_being_seen() ->
     assert len(engine.step(("a", 41)).saves) == 1
 
 
+def test_what_is_distrusted_is_saved_anew_although_the_step_completes_nothing() -> None:
+    engine = Engine()
+    engine.planner.lookup(View("a", prompt(60), num_prompt_tokens=10), 0)
+    engine.planner.admitted("a", 0)
+    (order,) = engine.step(("a", 40)).saves
+    for computed in (41, 42):
+        assert not engine.step(("a", computed)).saves
+    engine.planner.distrust()
+    (anew,) = engine.step(("a", 43)).saves
+    engine.answer(order.transfer, anew.transfer)
+    assert engine.planner.lookup(View("b", prompt(60)), 0).tokens == 32
+
+
+def test_a_prefill_ends_with_the_step_behind_it_although_that_completes_nothing() -> None:
+    """Of a request that was preempted all is computed again, what it had generated, too."""
+    engine, view = Engine(), View("a", prompt(100), num_prompt_tokens=10)
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    engine.step(("a", 100))
+    engine.planner.lookup(view, 0)
+    engine.planner.admitted("a", 0)
+    view.token_ids.append(7)
+    for seconds, start, computed in ((0, 0, 60), (1, 60, 101), (1, 101, 102), (100, 102, 103)):
+        engine.now += seconds
+        engine.planner.plan_step([("a", start, computed)], forward=True)
+        view.token_ids += [7] * (computed == 101)
+    assert engine.planner.costs.prefill_seconds(0, 101) == pytest.approx(2.0, rel=0.3)
+
+
 def test_a_request_for_which_nothing_may_be_loaded_is_still_saved() -> None:
     engine = Engine()
     engine.save(View("a", prompt(40)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lamina_kv.keys import KEY_BYTES, key_array
 from lamina_kv.plan import ChunkKey, StoredChunks, marks_of
 from lamina_kv.tiers.contract import Answer, NoRoom
-from lamina_kv.tiers.reuse import Standing, Use
+from lamina_kv.tiers.reuse import Standing, Use, Worth
 from lamina_kv.tiers.slots import SlotIndex
 
 
@@ -67,8 +67,8 @@ def victims(index: SlotIndex, count: int) -> list[int]:
 
 def test_a_use_of_which_a_chunk_comes_later_is_one() -> None:
     index, prefix, whole = SlotIndex(2, stored=False), [key(1), key(2)], Use(1, 2)
-    for ahead in (True, True, False):
-        assert not list(index.use_prefix(prefix, whole, ahead=ahead))
+    assert not list(index.expect(prefix))
+    assert not list(index.use_prefix(prefix, whole))
     assert isinstance(index.room(key(1), Standing(use=whole)), int)
     index.filled(key(1))
     assert index.uses(key(1)) == 1
@@ -83,9 +83,10 @@ def test_a_use_counts_and_its_store_hears_of_it_when_the_request_begins() -> Non
     for each in (*prefix, key(3)):
         index.room(each)
         index.filled(each)
-    for ahead in (True, True, False):
+    for _ in range(2):
+        assert len(list(index.expect(prefix))) == 2
         assert (index.uses(key(1)), index.touches()) == (1, ())
-        assert list(index.use_prefix(prefix, Use(2, 2), ahead=ahead))
+    assert list(index.use_prefix(prefix, Use(2, 2)))
     assert index.uses(key(1)) == 2
     assert [name for name, _ in index.touches()] == [key(2), key(1)]
 
@@ -95,8 +96,39 @@ def test_a_chunk_of_a_request_that_is_yet_to_begin_is_young() -> None:
     for number in (1, 2):
         index.room(key(number))
         index.filled(key(number))
-    list(index.use_prefix([key(1)], Use(1, 1), ahead=True))
+    assert list(index.expect([key(1)]))
     assert victims(index, 1) == [2]
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize(("had", "needed"), [(0, 3), (1, 2), (3, 0)])
+def test_what_a_tier_learns_is_the_age_of_what_the_engine_lacked(
+    monkeypatch: pytest.MonkeyPatch, expected: bool, had: int, needed: int
+) -> None:
+    learnt = []
+    monkeypatch.setattr(Worth, "used", lambda _, kind, age, chunks: learnt.append((age, chunks)))
+    index, prefix = SlotIndex(100), [key(1), key(2), key(3)]
+    behind = None
+    for each in prefix:
+        index.room(each, Standing(behind))
+        index.filled(each)
+        behind = each
+    for number in range(10, 30):
+        index.room(key(number))
+    if expected:
+        assert list(index.expect(prefix))
+    assert list(index.use_prefix(prefix, Use(3, 4, had=had)))
+    assert learnt == ([(20, needed)] if needed else [])
+
+
+def test_what_the_engine_had_is_no_loss_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt = []
+    monkeypatch.setattr(Worth, "used", lambda _, kind, age, chunks: learnt.append(age))
+    index = SlotIndex(1)
+    for number, needed in ((1, True), (2, True), (1, False), (2, True)):
+        index.room(key(number), Standing(needed=needed))
+        index.filled(key(number))
+    assert learnt == [2], "of the second only"
 
 
 def test_a_chunk_is_not_found_before_it_is_filled() -> None:

@@ -440,7 +440,7 @@ def trace(
         raise typer.BadParameter(
             "--far cannot be given with --engines: their far tier is the store"
         )
-    if settings.engine.strip() != "0":
+    if settings.has_engine:
         raise typer.BadParameter(
             "--engine cannot be given with --engines: those have no caches of their own"
         )

@@ -3,7 +3,8 @@
 Around the planner is an engine that computes nothing. It prefills one prompt at a time, in the
 order in which requests come, and decodes many at once. A save, a load or a move is over before the
 next plan, so what is found is decided by what the tiers keep, and not by how fast they are. The
-engine may have a cache of its own, by the order of use. What that has no tier is asked for.
+engine may have a cache of its own, which goes by the order of use. Tiers are asked only for what is
+not there.
 """
 
 from __future__ import annotations

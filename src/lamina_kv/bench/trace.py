@@ -74,7 +74,12 @@ class TraceSettings:
 
     def engine_blocks(self, different: int, block_bytes: int) -> int:
         """Blocks of the engine's own cache; arguments and errors as those of :func:`blocks_of`."""
-        return 0 if self.engine.strip() == "0" else blocks_of(self.engine, different, block_bytes)
+        return blocks_of(self.engine, different, block_bytes) if self.has_engine else 0
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether the engine has a cache of its own."""
+        return self.engine.strip() != "0"
 
     @property
     def capacities(self) -> list[tuple[str, ...]]:
@@ -275,9 +280,10 @@ class TraceReport:
     def _said_of_engine(self) -> list[str]:
         if not self.engine:
             return []
-        had = sum(point.had for point in self.points) / len(self.points)
+        least, most = (f"{100 * of(point.had for point in self.points):.1f}" for of in (min, max))
+        had = least if least == most else f"{least} to {most}"
         return [
-            f"The engine's own cache of {self._size(self.engine)} finds {100 * had:.1f} % of all "
+            f"The engine's own cache of {self._size(self.engine)} finds {had} % of all "
             f"blocks. What tiers find comes on top, and so does what other policies find."
         ]
 
@@ -316,9 +322,8 @@ class TraceReport:
         return (
             " ".join(said)
             + f" All prompts together take {time_of(self._prefill)} of prefill. "
-            + f"{'Engine and tiers together' if self.engine else 'No tier'} "
-            + f"{'cannot' if self.engine else 'can'} find more than {100 * self._most:.1f} % of "
-            + "their blocks."
+            + ("Engine and tiers together cannot" if self.engine else "No tier can")
+            + f" find more than {100 * self._most:.1f} % of their blocks."
         )
 
     def _share(self, blocks: int) -> str:

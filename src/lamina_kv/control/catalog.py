@@ -155,22 +155,17 @@ class Catalog:
     ) -> None:
         """A request has used a prefix: its beginning is the youngest in every tier. Arguments as
         those of :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
-        self._uses.append(self.use(chain, use, ends, over=over))
+        self._uses.append(
+            joined.from_iterable(
+                index.use_prefix(chain, use, ends, over=over) for index in self._indexes
+            )
+        )
         self.bring_up_to_date()
 
-    def use(
-        self,
-        chain: Sequence[ChunkKey],
-        use: Use,
-        ends: Sequence[End] = (),
-        *,
-        ahead: bool = False,
-        over: bool = False,
-    ) -> Iterator[None]:
-        """:meth:`note_use`, run by run."""
-        return joined.from_iterable(
-            index.use_prefix(chain, use, ends, ahead=ahead, over=over) for index in self._indexes
-        )
+    def expect(self, chain: Sequence[ChunkKey], ends: Sequence[End] = ()) -> Iterator[None]:
+        """A request that waits will use a prefix: see
+        :meth:`~lamina_kv.tiers.contract.Index.expect`."""
+        return joined.from_iterable(index.expect(chain, ends) for index in self._indexes)
 
     def bring_up_to_date(self) -> None:
         """Let noted uses make runs younger, :data:`AGED` of them; the rest by later calls."""

@@ -17,7 +17,8 @@ from lamina_kv.tiers.contract import End
 from lamina_kv.tiers.reuse import Use
 
 LOOKS_AT_ONCE = 32
-"""Chunks that a search looks at, at most, before it says how many."""
+"""Chunks that a search looks at, at most, before it says how many; of more groups than that, one
+of each."""
 
 
 class HitFinder:
@@ -256,8 +257,8 @@ class HitFinder:
         """Look for what a request would load that has no tokens in the engine, chunk by chunk, so
         that whoever asks can stop at any of them and go on in a later step.
 
-        What is near of it is used by that, so that it is not given up before the request runs, if
-        that can be helped.
+        What is kept of it is expected to be used from then on, and so is not given up before the
+        request runs, if that can be helped.
 
         Returns:
             The key of a chunk that only a far tier has; or how many looks found no such chunk,
@@ -281,9 +282,8 @@ class HitFinder:
         if not end or not record.view.regard.keep:
             return
         chain, ends = self._prefix(record, end)
-        # It counts when the request begins, and it is known what the engine has itself.
-        use = self._use(record, 0, end * chunk)
-        for _ in self._catalog.use(chain, use, ends, ahead=True):
+        # It is a use when the request begins: only then is it known what the engine has itself.
+        for _ in self._catalog.expect(chain, ends):
             yield 1
 
     def _search_prefix(
@@ -337,7 +337,9 @@ class HitFinder:
         chunk, deep = self._shape.chunk_tokens, max(1, len(self._shape.full))
         total = record.view.num_prompt_tokens // chunk
         found = min(-(-end // chunk), total)
-        had = min(floor // chunk, found)
+        # Of the last chunk the engine may have had a part. If it had all that was found, nothing
+        # was needed of it.
+        had = found if floor >= end else min(floor // chunk, found)
         return Use(found * deep, total * deep, record.view.regard, had * deep)
 
     def _prefix(

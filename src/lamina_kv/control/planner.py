@@ -479,13 +479,11 @@ class Planner:
         requests, pushes, saving, saves = self._requests, self.pushes, self._saving, self._saves
         tokens, refused, chunk = 0, saving.refuses, self._shape.chunk_tokens
         rings = bool(self._shape.rings) and saves
-        may_be_quiet = not rings and pushes is None
+        may_rest = not rings and pushes is None
         for request_id, start, computed in progress:
             tokens += computed - start
             record = requests.get(request_id)
-            if record is None:
-                continue
-            if computed < record.quiet_before:
+            if record is None or computed < record.quiet_before:
                 continue
             record.begun = True
             if not record.counted:
@@ -501,11 +499,8 @@ class Planner:
             complete = computed >= (max(first, record.held_end) + 1) * chunk
             if complete and saves and not (refused and record.held_back == first):
                 saving.consider(record, computed, record.view.blocks)
-            if may_be_quiet and record.counted:
-                quiet_before = (max(record.next_save, record.held_end) + 1) * chunk
-                if record.prefill is not None:
-                    quiet_before = min(quiet_before, record.prefill.end + 1)
-                record.quiet_before = quiet_before
+            if may_rest:
+                record.rest(chunk, saves=saves)
         return tokens
 
     def finished(

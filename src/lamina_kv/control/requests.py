@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -202,7 +203,8 @@ class RequestRecord:
         considered: first chunk that never was; what is near behind it, others have saved.
         held_back: first chunk that found no room, so that it is counted once.
         held_end: chunks that were complete when that one was not worth a slot; -1 if it was.
-        quiet_before: a step that computes less than so many of its tokens is nothing to anybody.
+        quiet_before: a step that ends before so many of its tokens completes nothing that has to be
+            saved, and no prefill. It is passed over.
         turn: tokens of its prompt, and tokens that are computed when the latest step is over.
         barred: whether what it holds must not be saved, because it was computed by several weights
             or adapters, or from a token that was taken back; until it gets other blocks.
@@ -302,6 +304,20 @@ class RequestRecord:
         self.next_save = self.quiet_before = 0
         self.held_end = -1
 
+    def rest(self, chunk_tokens: int, *, saves: bool) -> None:
+        """All of it was looked at for this step: find out when it has to be again.
+
+        Args:
+            chunk_tokens: tokens of a chunk.
+            saves: whether chunks are saved.
+        """
+        if not self.counted:
+            return
+        wakes = [self.prefill.end + 1] if self.prefill is not None else []
+        if saves and self.may_save:
+            wakes.append((max(self.next_save, self.held_end) + 1) * chunk_tokens)
+        self.quiet_before = min(wakes, default=sys.maxsize)
+
     def computes(self, start: int, end: int) -> None:
         """A step computes the tokens from ``start`` to ``end``, for a model with recurrent states.
 
@@ -315,9 +331,7 @@ class RequestRecord:
     def standing(self, shape: ChunkShape, group: int, index: int) -> Standing:
         """Where chunk ``index`` of one of its groups stands."""
         last = index + 1 == self.view.num_prompt_tokens // shape.chunk_tokens
-        use = self.known_use
-        had = use.had > 0 and index < use.had // max(1, len(shape.full))
-        return Standing(shape.behind(self.chain.groups, group, index), use, last, had)
+        return shape.standing(self.chain.groups, group, index, self.known_use, last=last)
 
     @property
     def known_use(self) -> Use:

@@ -135,7 +135,7 @@ class SavePlanner:
         start, visible = record.next_save, self._near.visible
         near = end - start
         for group in self._shape.paged:
-            if keys[group][start] not in visible:  # as mostly, where it is the only one
+            if keys[group][start] not in visible:  # mostly so: one chunk was completed
                 near = 0
                 break
             near = len(list(takewhile(visible.__contains__, keys[group][start : start + near])))

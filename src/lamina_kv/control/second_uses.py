@@ -19,7 +19,7 @@ from lamina_kv.control.offers import Offer
 from lamina_kv.control.requests import RequestRecord
 from lamina_kv.control.shape import ChunkShape
 from lamina_kv.plan import ChunkKey
-from lamina_kv.tiers.reuse import Standing, Use
+from lamina_kv.tiers.reuse import Use
 from lamina_kv.tiers.slots import SlotIndex
 
 LOOKS = 256
@@ -102,9 +102,11 @@ class SecondUses:
                     if self._near.fills(key):
                         return
                     if self._near.slot(key) is not None:
-                        behind = self._shape.behind(prefix.groups, group, prefix.start)
+                        standing = self._shape.standing(
+                            prefix.groups, group, prefix.start, prefix.use
+                        )
                         for lane in self._lanes:
-                            lane.offer(key, Standing(behind, prefix.use))
+                            lane.offer(key, standing)
                 prefix.start += 1
             if prefix.start >= prefix.end:
                 self._waiting.popleft()

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.plan import ChunkKey, RankReport
+from lamina_kv.tiers.reuse import Standing, Use
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,27 @@ class ChunkShape:
         if place:
             return groups[self.full[place - 1]][index]
         return groups[self.full[-1]][index - 1] if self.full and index else None
+
+    def standing(
+        self,
+        groups: Sequence[Sequence[ChunkKey]],
+        group: int,
+        index: int,
+        use: Use,
+        *,
+        last: bool = False,
+    ) -> Standing:
+        """Where chunk ``index`` of a group stands for a request.
+
+        Args:
+            groups: the request's keys by group.
+            group: the group.
+            index: the chunk's place in it.
+            use: the request's use of its prefix.
+            last: whether it is the last chunk of the request's prompt.
+        """
+        needed = index >= use.had // max(1, len(self.full))
+        return Standing(self.behind(groups, group, index), use, last, needed)
 
     @cached_property
     def recurrent(self) -> tuple[int, ...]:

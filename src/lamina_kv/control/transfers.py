@@ -92,13 +92,13 @@ class Transfer:
         waited: seconds that the forward pass itself waited for a load.
     """
 
-    id: TransferId = field(init=False)
+    id: TransferId = field(init=False, default=TransferId(0))
     kind: Kind
     request_id: str
     step: int
     expires: float
     size: int
-    moving: set[int] = field(init=False)
+    moving: set[int] = field(init=False, repr=False)
     tier: TierName = NEAR
     keys: tuple[ChunkKey, ...] = ()
     near: tuple[int, ...] = ()

@@ -223,13 +223,17 @@ class Index(Protocol):
     def lost(self, key: ChunkKey, place: int) -> None:
         """A chunk could not be delivered from a place, ever: forget it if it is still there."""
 
+    def expect(self, chain: Sequence[ChunkKey], ends: Sequence[End] = ()) -> Iterator[None]:
+        """A request that is yet to begin will use a prefix: what is here of it is given up after
+        others, if that can be helped. Nothing is counted. A step each time, and arguments, as of
+        :meth:`use_prefix`."""
+
     def use_prefix(
         self,
         chain: Sequence[ChunkKey],
         use: Use,
         ends: Sequence[End] = (),
         *,
-        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """A prefix was of use, or what is here of it: its beginning is the youngest of all.
@@ -243,8 +247,6 @@ class Index(Protocol):
             use: the use.
             ends: chunks of use beside the chain, and behind which chunk of it each stands: the last
                 ones of windows, states.
-            ahead: whether the request that makes this use is yet to begin. What is here of it is
-                made younger, and no more: it is counted, and a store hears of it, when it begins.
             over: whether the request that makes this use has ended, too. It saves nothing more, so
                 that what is not here of its prefix is missed.
         """

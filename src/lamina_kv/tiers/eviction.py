@@ -185,7 +185,7 @@ class Runs:
             uses: how often another tier says that it was used.
         """
         self._clock = self._clock + 1 & _CLOCK
-        uses = max(uses, self._returned(key, missed=not standing.had))
+        uses = max(uses, self._returned(key, needed=standing.needed))
         regard = standing.use.regard
         kind = kind_of(uses + 1, standing.use, last=standing.last, branches=False)
         shelf, pin = _shelf(kind, regard.priority), regard.pin_seconds > 0
@@ -263,32 +263,30 @@ class Runs:
         """A chunk that was used is not here, and is not taken in: the tier learns from it all the
         same."""
         self._clock = self._clock + 1 & _CLOCK
-        uses = self._returned(key, missed=not standing.had) + 1
+        uses = self._returned(key, needed=standing.needed) + 1
         kind = kind_of(uses, standing.use, last=standing.last, branches=False)
         self._ghosts.add(key, kind, self._clock)  # the next addition may bring a lesson
 
-    def _returned(self, key: ChunkKey, *, missed: bool) -> int:
+    def _returned(self, key: ChunkKey, *, needed: bool) -> int:
         """A chunk that is not here is used; returns how often it was before, as far as is known."""
         ghost = self._ghosts.take(key)
         if ghost is None:
             return 0
         kind, stamp = ghost
-        if missed:
+        if needed:
             self._worth.used(kind, self._clock - stamp & _CLOCK, 1)
         return uses_of(kind)
 
     # -- uses --------------------------------------------------------------------------------
 
-    def used(
-        self, slot: int, place: int, use: Use, *, counts: bool = True, beyond: bool = False
-    ) -> int:
+    def used(self, slot: int, use: Use, needed: int | None, *, beyond: bool = False) -> int:
         """A prefix that ends with a chunk was used: the run of that chunk is the youngest.
 
         Args:
             slot: the chunk. What stands behind it in its run becomes a run of its own.
-            place: how many chunks of the prefix are in front of it.
             use: the use.
-            counts: whether it is noted now; else it was, or will be.
+            needed: how many chunks up to this one the engine had not itself; none, or more than its
+                run has, are understood. None if the use was noted before, and goes on.
             beyond: whether the use goes on behind it, other than in one of the runs there.
 
         Returns:
@@ -298,10 +296,10 @@ class Runs:
         assert run >= 0, "a chunk that is used is here"
         if slot != self._tail[run]:
             self._split(run, slot)
-        if counts:
+        if needed is not None:
             kind = self._kind(run)
-            if (needed := min(self._length[run], place + 1 - use.had)) > 0:
-                self._worth.used(kind, self._age(run), needed)
+            if needed > 0:
+                self._worth.used(kind, self._age(run), min(needed, self._length[run]))
             child = self._child[run]
             branches = child >= 0 and (beyond or self._next[child] != child)
             kind = kind_of(uses_of(kind) + 1, use, last=False, branches=branches)
@@ -313,6 +311,21 @@ class Runs:
         elif regard.priority < 0:
             self._unpin(run)
         return length
+
+    def expect(self, slot: int) -> int:
+        """A prefix that ends with a chunk will be used: the run of that chunk goes after others of
+        its kind. It grows no younger: how old it is at its use is yet to be learnt from.
+
+        Returns:
+            How many chunks of the prefix its run has.
+        """
+        run = self._run[slot]
+        assert run >= 0, "a chunk that is expected is here"
+        self._put_last(run)
+        count, each = self._length[run], self._tail[run]
+        while each != slot:
+            count, each = count - 1, self._front[each]
+        return count
 
     def head(self, slot: int) -> int:
         """The first chunk of a chunk's run."""
@@ -605,6 +618,10 @@ class Runs:
         """A run was used now: it is the youngest of its kind, and of what stands where it does."""
         self._stamp[run] = self._clock
         self._used_at[run] = self._moment()
+        self._put_last(run)
+
+    def _put_last(self, run: int) -> None:
+        """A run goes after others of its kind, and after what stands where it does."""
         self._make_youngest(run)
         if self._front[run] >= 0:
             parent = self._run[self._front[run]]

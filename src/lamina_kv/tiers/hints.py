@@ -173,13 +173,16 @@ class HintIndex:
         use: Use,
         ends: Sequence[End] = (),
         *,
-        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
-        """Chunks were of use: what is known of them is remembered longer than other hints. Each of
-        them is looked at."""
-        if not (ahead or over):
+        """Chunks were of use: what is known of them is remembered longer than other hints."""
+        if not over:
             self._touches.add(chain, ends)
+        return self.expect(chain, ends)
+
+    def expect(self, chain: Sequence[ChunkKey], ends: Sequence[End] = ()) -> Iterator[None]:
+        """What is known of chunks is remembered longer than other hints. Each of them is looked
+        at."""
         for key in (*(end for end, _ in ends), *reversed(chain)):
             if key in self._hints:
                 self._hints.move_to_end(key)

@@ -4,9 +4,9 @@ A chunk's *kind* is what was seen at its last use: how often it had been used, a
 request. Its *age* is the number of chunks that the tier took in since. For each kind and age the
 tier counts uses, and how many chunks were that old for how long. The quotient is the *hazard*.
 
-What the engine had itself when it was used would not have been missed, and does not count. So a
-tier that is no larger than the engine's own cache learns that chunks are of use when they are old
-enough for the engine to have given them up, and keeps others than the engine does.
+Where the engine had a chunk itself, no tier was needed, and the use says nothing about when one is.
+So a tier that is no larger than the engine's own cache learns that chunks are needed when they are
+old enough for the engine to have given them up, and keeps others than the engine does.
 
 From the hazards follows what a chunk is *worth*: the most uses per slot and time that keeping it
 from now on can bring, over every moment at which it might be given up (a Gittins index). A kind
@@ -85,7 +85,7 @@ class Use:
         found: chunks that it found kept.
         total: whole chunks of its prompt.
         regard: what the request says of chunks that it uses.
-        had: of those that it found, how many the engine had itself. It would not have missed them.
+        had: of those that it found, how many the engine had itself: it needed no tier for them.
     """
 
     found: int = 0
@@ -103,13 +103,13 @@ class Standing:
             nobody knows.
         use: the request that brings it.
         last: whether it is the last chunk of that request's prompt.
-        had: whether the engine had it itself when that request came, which did not miss it.
+        needed: whether that request lacked it. If not, the engine had it itself.
     """
 
     behind: ChunkKey | None = None
     use: Use = Use()
     last: bool = False
-    had: bool = False
+    needed: bool = True
 
 
 ALONE = Standing()

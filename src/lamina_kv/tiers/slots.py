@@ -302,12 +302,10 @@ class SlotIndex:
         use: Use,
         ends: Sequence[End] = (),
         *,
-        ahead: bool = False,
         over: bool = False,
     ) -> Iterator[None]:
         """Note a use of a prefix; see :meth:`~lamina_kv.tiers.contract.Index.use_prefix`."""
-        counts = not (ahead or over)
-        if self._stored and counts:
+        if self._stored and not over:
             self._touches.add(chain, ends)
         runs = self._runs
         # Keys, because a slot may have another chunk, or none, when this goes on.
@@ -324,14 +322,15 @@ class SlotIndex:
             slot = self._slot_of(chain[index])
             if slot < 0:
                 if over and not self._stored:  # a store may yet be written to
-                    last, had = index == use.total - 1, index < use.had
-                    runs.missed(chain[index], Standing(use=use, last=last, had=had))
+                    last, lacked = index == use.total - 1, index >= use.had
+                    runs.missed(chain[index], Standing(use=use, last=last, needed=lacked))
                     yield
                 index -= 1
                 continue
             for end in loose.pop(chain[index], ()):
-                self._use_end(end, use, counts=counts)
-            index -= runs.used(slot, index, use, counts=counts, beyond=beyond)
+                self._use_end(end, use, over=over)
+            needed = None if over else index + 1 - use.had
+            index -= runs.used(slot, use, needed, beyond=beyond)
             beyond = False
             if index >= 0:
                 heads.append(chain[index + 1])
@@ -339,7 +338,7 @@ class SlotIndex:
             yield
         for alone in loose.values():  # behind nothing that is here
             for end in alone:
-                self._use_end(end, use, counts=counts)
+                self._use_end(end, use, over=over)
         # From the front, so that each chunk changes its run once. Some may have gone meanwhile.
         for key in reversed(heads):
             slot = self._slot_of(key)
@@ -347,11 +346,25 @@ class SlotIndex:
                 for _ in range(runs.merge(slot)):
                     yield
 
-    def _use_end(self, key: ChunkKey, use: Use, *, counts: bool) -> None:
+    def expect(self, chain: Sequence[ChunkKey], ends: Sequence[End] = ()) -> Iterator[None]:
+        """A prefix will be used; see :meth:`~lamina_kv.tiers.contract.Index.expect`."""
+        for key, _ in ends:
+            if (slot := self._slot_of(key)) >= 0:
+                self._runs.expect(slot)
+                yield
+        index = len(chain) - 1
+        while index >= 0:
+            slot = self._slot_of(chain[index])
+            if slot < 0:
+                index -= 1
+                continue
+            index -= self._runs.expect(slot)
+            yield
+
+    def _use_end(self, key: ChunkKey, use: Use, *, over: bool) -> None:
         slot = self._slot_of(key)
         if slot >= 0:
-            # Of the end of a prefix nothing is missed if the engine had all of that.
-            self._runs.used(slot, use.found - 1, use, counts=counts)
+            self._runs.used(slot, use, None if over else use.found - use.had)
 
     def _join(self, slot: int, behind: ChunkKey | None) -> None:
         """The chunk in front of a run is known by now."""
