@@ -6,7 +6,7 @@ import io
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from typing import Any, cast
 from zlib import crc32
@@ -18,7 +18,7 @@ from lamina_kv.control.offers import Offer
 from lamina_kv.control.push.inbound import Sender
 from lamina_kv.control.push.inbound import Stage as TargetStage
 from lamina_kv.control.push.open_prompts import OpenPrompts, RanksChannel
-from lamina_kv.control.push.outbound import Progress
+from lamina_kv.control.push.outbound import Outbound, Progress
 from lamina_kv.control.push.outbound import Stage as SourceStage
 from lamina_kv.control.push.room import Room
 from lamina_kv.control.push.source import PushSource
@@ -26,6 +26,7 @@ from lamina_kv.control.push.target import PushTarget
 from lamina_kv.control.requests import Hit, PushParameters, RequestRecord
 from lamina_kv.control.shape import ChunkShape
 from lamina_kv.control.transfers import Kind, State, Transfer, TransferTable
+from lamina_kv.data.push_receives import Receive, Receives
 from lamina_kv.geometry import Group, GroupKind
 from lamina_kv.keys import ChunkChain, Epoch
 from lamina_kv.observe.metrics import Meter
@@ -296,9 +297,20 @@ def _reduce_counter(value: Counter[Any]) -> tuple[type, tuple[object, ...]]:
 
 
 def _reduce_in_order(value: object) -> tuple[type, tuple[()], dict[str, object]]:
-    """Sets have an order, which says nothing."""
-    state = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(value).items()}
-    return type(value), (), state
+    """Sets have an order, which says nothing, and is another one in each copy of a set."""
+    return type(value), (), {name: _in_order(each) for name, each in _state_of(value).items()}
+
+
+def _state_of(value: object) -> dict[str, Any]:
+    if is_dataclass(value):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    return vars(value)
+
+
+def _in_order(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _in_order(each) for key, each in value.items()}
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
 def _reduce_target(value: PushTarget) -> tuple[type, tuple[()], dict[str, object]]:
@@ -312,6 +324,9 @@ _COMPARED = {
     PushTarget: _reduce_target,
     PushSource: _reduce_in_order,
     Room: _reduce_in_order,
+    Receive: _reduce_in_order,
+    Receives: _reduce_in_order,
+    Outbound: _reduce_in_order,
     Inbox: _reduce_news,
     OpenPrompts: _reduce_what_is_open,
     Counter: _reduce_counter,

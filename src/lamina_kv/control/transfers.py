@@ -98,7 +98,7 @@ class Transfer:
     step: int
     expires: float
     size: int
-    moving: set[int] = field(init=False, repr=False)
+    moving: set[int] = field(init=False, default_factory=set)
     tier: TierName = NEAR
     keys: tuple[ChunkKey, ...] = ()
     near: tuple[int, ...] = ()
