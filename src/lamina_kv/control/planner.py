@@ -496,10 +496,12 @@ class Planner:
             if record.fresh or (record.prefill is not None and start >= record.prefill.end):
                 self._prefills.runs(record, start)
             first = record.next_save
-            complete = computed >= (max(first, record.held_end) + 1) * chunk
-            if complete and saves and not (refused and record.held_back == first):
-                saving.consider(record, computed, record.view.blocks)
-            if may_rest:
+            if saves and computed >= (max(first, record.held_end) + 1) * chunk:
+                if refused and record.held_back == first:
+                    continue
+                if saving.consider(record, computed, record.view.blocks):
+                    continue  # the next plan tries again
+            if may_rest and record.counted:
                 record.rest(chunk, saves=saves)
         return tokens
 

@@ -305,18 +305,17 @@ class RequestRecord:
         self.held_end = -1
 
     def rest(self, chunk_tokens: int, *, saves: bool) -> None:
-        """All of it was looked at for this step: find out when it has to be again.
+        """All of it was looked at for this step, and its prompt is counted: find out when it has to
+        be looked at again.
 
         Args:
             chunk_tokens: tokens of a chunk.
             saves: whether chunks are saved.
         """
-        if not self.counted:
-            return
-        wakes = [self.prefill.end + 1] if self.prefill is not None else []
-        if saves and self.may_save:
-            wakes.append((max(self.next_save, self.held_end) + 1) * chunk_tokens)
-        self.quiet_before = min(wakes, default=sys.maxsize)
+        quiet = (max(self.next_save, self.held_end) + 1) * chunk_tokens if saves else sys.maxsize
+        if self.prefill is not None and self.prefill.end < quiet:
+            quiet = self.prefill.end + 1
+        self.quiet_before = quiet
 
     def computes(self, start: int, end: int) -> None:
         """A step computes the tokens from ``start`` to ``end``, for a model with recurrent states.
@@ -331,7 +330,7 @@ class RequestRecord:
     def standing(self, shape: ChunkShape, group: int, index: int) -> Standing:
         """Where chunk ``index`` of one of its groups stands."""
         last = index + 1 == self.view.num_prompt_tokens // shape.chunk_tokens
-        return shape.standing(self.chain.groups, group, index, self.known_use, last=last)
+        return shape.standing(self.chain.groups, group, index, self.known_use, last)
 
     @property
     def known_use(self) -> Use:

@@ -103,7 +103,7 @@ class SecondUses:
                         return
                     if self._near.slot(key) is not None:
                         standing = self._shape.standing(
-                            prefix.groups, group, prefix.start, prefix.use
+                            prefix.groups, group, prefix.start, prefix.use, False
                         )
                         for lane in self._lanes:
                             lane.offer(key, standing)

@@ -65,8 +65,7 @@ class ChunkShape:
         group: int,
         index: int,
         use: Use,
-        *,
-        last: bool = False,
+        last: bool,
     ) -> Standing:
         """Where chunk ``index`` of a group stands for a request.
 
@@ -77,7 +76,7 @@ class ChunkShape:
             use: the request's use of its prefix.
             last: whether it is the last chunk of the request's prompt.
         """
-        needed = index >= use.had // max(1, len(self.full))
+        needed = not use.had or index >= use.had // max(1, len(self.full))
         return Standing(self.behind(groups, group, index), use, last, needed)
 
     @cached_property
