@@ -337,8 +337,9 @@ def trace(
         str,
         typer.Option(
             metavar="SIZE",
-            help="Likewise of the engine's own prefix cache, which is asked before any tier. vLLM "
-            "says how many tokens it holds when it starts. 0: none.",
+            help="Likewise of the engine's own prefix cache, which is asked before any tier. In "
+            "blocks: vLLM's 'GPU KV cache size' divided by the tokens of a block of the trace. 0: "
+            "none.",
         ),
     ] = "0",
     one_after_another: Annotated[

@@ -23,6 +23,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from math import log2
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -94,8 +95,7 @@ class Use:
     had: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """Where a new chunk stands.
 
     Attributes:
