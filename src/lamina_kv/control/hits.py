@@ -97,8 +97,7 @@ class HitFinder:
         is missing only as far as is known, and whether all before it are near."""
         near, unknown, all_near = self._catalog.near.visible, False, True
         for keys in groups:
-            # Mostly all of it is near, and a long prompt has thousands of chunks.
-            first = start + len(list(takewhile(near.__contains__, keys[start:end])))
+            first = start + self._catalog.near.leading((keys,), start, end)
             for index in range(first, end):
                 key = keys[index]
                 if key in near:
@@ -293,14 +292,11 @@ class HitFinder:
         Where there are other groups, it is yet to be found out what is needed."""
         shape, near = self._shape, self._catalog.near
         full = [groups[group] for group in shape.full]
-        index, at_once = 0 if full else end, max(1, LOOKS_AT_ONCE // max(1, len(full)))
+        index, at_once = 0 if full else end, max(1, LOOKS_AT_ONCE // shape.deep)
         while index < end:
             most = min(end, index + at_once)
             # What is near costs next to nothing, and is often all that there is.
-            is_near, run = near.visible.__contains__, most - index
-            for keys in full:
-                run = len(list(takewhile(is_near, keys[index : index + run])))
-            if run:
+            if run := near.leading(full, index, most):
                 yield run * len(full)
                 index += run
             if index == most:
@@ -334,7 +330,7 @@ class HitFinder:
     def _use(self, record: RequestRecord, floor: int, end: int) -> Use:
         """The use that a request makes of its prefix, of which the first ``end`` tokens were found,
         and the first ``floor`` in the engine."""
-        chunk, deep = self._shape.chunk_tokens, max(1, len(self._shape.full))
+        chunk, deep = self._shape.chunk_tokens, self._shape.deep
         total = record.view.num_prompt_tokens // chunk
         found = min(-(-end // chunk), total)
         # Of the last chunk the engine may have had a part. If it had all that was found, nothing

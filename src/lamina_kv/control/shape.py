@@ -37,6 +37,11 @@ class ChunkShape:
         return self._of(GroupKind.FULL)
 
     @cached_property
+    def deep(self) -> int:
+        """Chunks of the chain for each chunk of tokens."""
+        return max(1, len(self.full))
+
+    @cached_property
     def sparse(self) -> tuple[int, ...]:
         """Groups of which only the end of a prefix is needed."""
         return self._of(GroupKind.WINDOW, GroupKind.STATE)
@@ -76,7 +81,7 @@ class ChunkShape:
             use: the request's use of its prefix.
             last: whether it is the last chunk of the request's prompt.
         """
-        needed = not use.had or index >= use.had // max(1, len(self.full))
+        needed = not use.had or index >= use.had // self.deep
         return Standing(self.behind(groups, group, index), use, last, needed)
 
     @cached_property
@@ -122,7 +127,7 @@ class ChunkShape:
             reports: one from each rank.
         """
         kept = sum(report.chunk_bytes for report in reports if not report.follows)
-        return kept * max(1, len(self.full))
+        return kept * self.deep
 
     def pushed_blocks(self, floor: int, start: int, end: int) -> int:
         """Blocks that a push of the tokens ``start..end`` needs, of a request that has the first

@@ -8,7 +8,8 @@ leased slot is neither evicted nor reused, even after its chunk was dropped.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from operator import itemgetter
 
 import numpy as np
@@ -128,6 +129,16 @@ class SlotIndex:
     def holds(self, key: ChunkKey) -> bool:
         """Whether the chunk is visible or on its way."""
         return key in self._visible or key in self._filling
+
+    def leading(self, groups: Iterable[Sequence[ChunkKey]], start: int, end: int) -> int:
+        """How many of the chunks ``start..end`` come before the first that is not visible of every
+        one of ``groups``. A long prompt has thousands, and nothing else is asked about each."""
+        visible = self._visible
+        for keys in groups:
+            if start == end or keys[start] not in visible:  # as mostly, where one was completed
+                return 0
+            end = start + len(list(takewhile(visible.__contains__, keys[start:end])))
+        return end - start
 
     @property
     def has_room(self) -> bool:
