@@ -135,8 +135,6 @@ class SlotIndex:
         one of ``groups``. A long prompt has thousands, and nothing else is asked about each."""
         visible = self._visible
         for keys in groups:
-            if start == end or keys[start] not in visible:  # as mostly, where one was completed
-                return 0
             end = start + len(list(takewhile(visible.__contains__, keys[start:end])))
         return end - start
 
