@@ -131,8 +131,8 @@ class SavePlanner:
         keys = record.known_keys()
         brought = record.offer.floor + (0 if record.delivery.failed else record.offer.tokens)
         tables: dict[int, Sequence[int]] = {}
-        # As SlotIndex.leading, but here: a call for every chunk that is saved is a tenth of a plan. Of
-        # a long hit thousands of chunks are near, and nothing need be asked about each.
+        # As SlotIndex.leading, but here: such a call for every chunk that is saved is a tenth of a
+        # plan. Of a long hit thousands of chunks are near, and nothing need be asked about each.
         start, visible = record.next_save, self._near.visible
         near = end - start
         for group in self._shape.paged:
